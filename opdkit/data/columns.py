@@ -1,0 +1,179 @@
+"""What a data set's columns mean: every layout that this field uses, as one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from opdkit.errors import UserError, nearest
+from opdkit.rewards.extract import boxed
+from opdkit.types import Row
+
+CANONICAL = ("prompt", "answer", "response", "teacher", "id")
+PROMPTS = ("prompt", "messages", "question", "problem", "query", "instruction")  # the first one that a row has
+ANSWERS = ("answer", "ground_truth", "final_answer", "reward_model.ground_truth")  # then a short "solution"
+RESPONSES = ("response", "completion", "output")  # then a worked "solution", then a worked "answer"
+TEACHERS = ("teacher_id", "opd_teacher", "teacher", "teacher_tag", "tag", "domain", "data_source", "dataset")
+NESTED_TEACHERS = tuple(f"{outer}.{name}" for outer in ("metadata", "extra_info") for name in TEACHERS[:4])
+IDS = ("id", "task_id", "question_id", "uuid", "uid")
+
+WORKED_WORDS = 20  # a "solution" of more words is a derivation, not an answer
+
+
+def normalise(rows: Iterable[Row], columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Rows with their own columns and `prompt`, `answer`, `response`, `teacher` and `id` besides.
+
+    prompt: text, or messages without the assistant's last turn. answer: the ground truth as text. response: a reference
+    response. teacher: the key that routes the row to a teacher. These three are None where a row has none. id: unique.
+    `columns` names the column that each is read from, such as {"prompt": "task.text"}.
+    """
+    columns = dict(columns or {})
+    for key in columns:
+        if key not in CANONICAL:
+            raise UserError(f"columns={{{key!r}: ...}} is not something a row has{nearest(key, list(CANONICAL))}")
+    seen: set[str] = set()
+    return [_normalise(row, index, columns, seen) for index, row in enumerate(rows)]
+
+
+def _normalise(row: Row, index: int, columns: dict[str, str], seen: set[str]) -> Row:
+    named = {key: _named(row, key, column, index) for key, column in columns.items()}
+    prompt, said = _prompt(row, named, index)
+    answer, worked = _answer(row, named)
+    response = named["response"] if "response" in named else _first(row, RESPONSES)
+    teacher = named["teacher"] if "teacher" in named else _first(row, TEACHERS + NESTED_TEACHERS)
+    id = named["id"] if "id" in named else _first(row, IDS)
+    return {
+        **row,
+        "prompt": prompt,
+        "answer": answer,
+        "response": next((text for text in (_said(response), said, worked) if text), None),
+        "teacher": None if teacher in (None, "") else str(teacher),
+        "id": unique(str(index if id is None else id), seen),
+    }
+
+
+def unique(id: str, seen: set[str]) -> str:
+    """The id itself the first time, then with #2, #3 ..."""
+    name, n = id, 1
+    while name in seen:
+        n += 1
+        name = f"{id}#{n}"
+    seen.add(name)
+    return name
+
+
+# ------------------------------------------------------------------------------------------------------------ finding
+
+
+def _look(row: Row, column: str) -> Any:
+    """A column's value, None where absent. `a.b` looks inside a dictionary, which may be written as JSON."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for name in column.split("."):
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError:
+                return None
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(name)
+    return value
+
+
+def _first(row: Row, columns: Iterable[str]) -> Any:
+    """The first of the columns that holds something."""
+    return next((value for column in columns if (value := _look(row, column)) not in (None, "", [])), None)
+
+
+def _named(row: Row, key: str, column: str, index: int) -> Any:
+    value = _look(row, column)
+    if value is None and column not in row:
+        raise UserError(
+            f"columns={{{key!r}: {column!r}}} names a column that row {index} does not have{nearest(column, list(row))}. "
+            f"Its columns: {', '.join(row)}"
+        )
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def _prompt(row: Row, named: Row, index: int) -> tuple[str | list[dict[str, Any]], str | None]:
+    """The prompt, and what the assistant said last where messages end with its turn."""
+    value = named["prompt"] if "prompt" in named else _first(row, PROMPTS)
+    if value in (None, "", []):
+        empty = [column for column in PROMPTS if column in row]
+        raise UserError(
+            f"row {index} has no prompt: "
+            + (f"its column {empty[0]!r} is empty" if empty else f"none of its columns ({', '.join(row)}) is a prompt")
+            + f". A prompt is read from {', '.join(PROMPTS)}. "
+            + ("Remove the row, or fill it." if empty else "Rename a column, or name it: columns={'prompt': 'my_column'}.")
+        )
+    if isinstance(value, str):
+        by_instruction = "prompt" not in named and value is row.get("instruction")
+        return (f"{value}\n\n{row['input']}" if by_instruction and row.get("input") else value), None
+    if not _is_messages(value):
+        raise UserError(
+            f"the prompt of row {index} is neither text nor messages, but {type(value).__name__}: {str(value)[:80]!r}. "
+            'Messages are a list such as [{"role": "user", "content": "..."}].'
+        )
+    messages = [dict(message) for message in value]
+    if messages[-1]["role"] != "assistant":
+        return messages, None
+    if len(messages) == 1:
+        raise UserError(f"row {index} has only an assistant's message and nothing that it answers: remove the row, or add a user's")
+    return messages[:-1], _said(messages[-1:])
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in value)
+
+
+def _said(value: Any) -> str | None:
+    """A response as text: a string, or the assistant's turns of a list of messages (TRL's conversational completion)."""
+    if isinstance(value, list) and _is_messages(value):
+        return "".join(text(message["content"]) for message in value if message["role"] == "assistant") or None
+    return None if value is None else str(value)
+
+
+def text(content: Any) -> str:
+    """A message's content as text: a string, or parts such as {"type": "text", "text": "..."}."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content)
+    return "" if content is None else str(content)
+
+
+def _answer(row: Row, named: Row) -> tuple[str | None, str | None]:
+    """The ground truth, and the worked solution that came with it (None where the row has none)."""
+    solution = _first(row, ("solution",))
+    worked = solution if isinstance(solution, str) and _is_worked(solution) else None
+    given = named["answer"] if "answer" in named else _first(row, ANSWERS)
+    if given is None:
+        final = boxed(solution) if isinstance(solution, str) else None
+        given = final or (solution if worked is None else worked if _hashes(worked) else None)
+    if isinstance(given, str) and (final := _hashes(given)) is not None:
+        return final, given
+    return plain(given), worked
+
+
+def _is_worked(solution: str) -> bool:
+    return "\n" in solution.strip() or len(solution.split()) > WORKED_WORDS or _hashes(solution) is not None
+
+
+def _hashes(solution: str) -> str | None:
+    """What stands after the last line's `#### ` (GSM8K), without thousands separators, or None."""
+    found = re.search(r"(?:^|\n)#### ?([^\n#]+)\s*$", solution)
+    return re.sub(r"(?<=\d),(?=\d{3}\b)", "", found[1].strip()) if found else None
+
+
+def plain(value: Any) -> str | None:
+    """A ground truth as text: 27.0 is "27", structures are JSON."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | tuple | dict) else str(value)

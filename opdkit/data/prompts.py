@@ -1,0 +1,174 @@
+"""Rows as prompts: chat template or plain text, then token ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from string import Formatter
+from typing import Any, overload
+
+from opdkit.data.columns import text
+from opdkit.errors import UserError, nearest
+from opdkit.types import Prompt, Row
+
+NAMED = 10  # dropped prompts that a report lists one by one
+
+
+class Prompts(Sequence[Prompt]):
+    """The prompts of a data set. Those longer than `max_prompt_length` tokens are left out, never cut, and named in `dropped`.
+
+    rows: from `load_rows`. chat: whether to use the tokenizer's chat template; None: where it has one. template: what the model
+    is asked, with columns in braces, such as "{prompt}\\nPut your answer in \\\\boxed{{}}." system: a system message for rows
+    without one. enable_thinking: handed to chat templates that know it (Qwen3).
+    Prompts are tokenised when first read, and all at once where there is a `max_prompt_length`.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        tokenizer: Any,
+        *,
+        max_prompt_length: int | None = None,
+        template: str | None = None,
+        system: str | None = None,
+        chat: bool | None = None,
+        enable_thinking: bool | None = None,
+    ):
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.tokenizer, self.template, self.system = tokenizer, template, system
+        self.chat = has_template if chat is None else chat
+        self.options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self.dropped: list[str] = []  # "id (n tokens)"
+        self.max_prompt_length = max_prompt_length
+        self._check(rows, has_template)
+        self.rows = list(rows)
+        self._prompts: list[Prompt | None] = [None] * len(self.rows)
+        self._asked = len(self.rows)
+        if max_prompt_length is not None:
+            self._drop(max_prompt_length)
+
+    def _check(self, rows: Sequence[Row], has_template: bool) -> None:
+        if not rows:
+            raise UserError("there are no rows to make prompts of: check the data set's path, split and filters")
+        if "prompt" not in rows[0] or "id" not in rows[0]:
+            raise UserError("Prompts takes rows with 'prompt' and 'id', as load_rows gives them: Prompts(load_rows(rows), tokenizer)")
+        if self.chat and not has_template:
+            raise UserError("chat=True needs a chat template, and this tokenizer has none: use chat=False, or an instruction model's")
+        if not self.chat and (self.system is not None or self.options):
+            what = "system" if self.system is not None else "enable_thinking"
+            raise UserError(f"{what} is part of a chat, and these prompts are plain text (no chat template): write it into template")
+        if self.template is not None:
+            names = _columns(self.template)
+            if not names:
+                raise UserError(f"template={self.template!r} names no column, so every prompt would be the same: put {{prompt}} in it")
+            for name in names - set(rows[0]):
+                raise _no_column(name, rows[0])
+
+    def _drop(self, longest: int) -> None:
+        prompts = [self[i] for i in range(len(self))]
+        lengths = [len(p.tokens) for p in prompts]
+        if min(lengths) > longest:
+            raise UserError(
+                f"all {len(prompts)} prompts are longer than max_prompt_length={longest}, so none is left: "
+                f"the shortest has {min(lengths)} tokens, the longest {max(lengths)}. Set max_prompt_length to {max(lengths)} for all"
+            )
+        kept = [i for i, n in enumerate(lengths) if n <= longest]
+        self.dropped = [f"{p.id} ({n} tokens)" for p, n in zip(prompts, lengths, strict=True) if n > longest]
+        self.rows, self._prompts = [self.rows[i] for i in kept], [prompts[i] for i in kept]
+
+    def report(self) -> str:
+        """One sentence on how many prompts there are and which were dropped."""
+        if not self.dropped:
+            return f"{len(self)} prompts"
+        rest = f" and {len(self.dropped) - NAMED} more" if len(self.dropped) > NAMED else ""
+        return (
+            f"{len(self)} of {self._asked} prompts; {len(self.dropped)} dropped, longer than max_prompt_length={self.max_prompt_length}: "
+            f"{', '.join(self.dropped[:NAMED])}{rest}"
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        prompt = self._prompts[index]
+        if prompt is None:
+            row = self.rows[index]
+            prompt = self._prompts[index] = Prompt(id=row["id"], tokens=self._tokens(row), row=row)
+        return prompt
+
+    def response_tokens(self, index: int) -> list[int] | None:
+        """The row's reference response as the student would have written it: its ids and the end of sequence. None: it has none."""
+        response = self.rows[index].get("response")
+        if not response:
+            return None
+        ids = self._encode(response, special=False)
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    # ------------------------------------------------------------------------------------------------------- one prompt
+
+    def _tokens(self, row: Row) -> list[int]:
+        prompt = row["prompt"]
+        if not self.chat:
+            if not isinstance(prompt, str):
+                raise UserError(
+                    f"the prompt of row {row['id']!r} is a list of messages, which only a chat template can write as text: "
+                    "use a tokenizer with one (and not chat=False), or prompts that are plain text"
+                )
+            return self._plain(self._fill(prompt, row))
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        if self.template is not None:
+            asked = next((m for m in reversed(messages) if m["role"] == "user"), None)
+            if asked is None:
+                raise UserError(f"template fills a user's message, and the prompt of row {row['id']!r} has none: leave template out")
+            asked["content"] = self._fill(text(asked["content"]), row)
+        if self.system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system})
+        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **self.options)
+        return list(ids)
+
+    def _plain(self, prompt: str) -> list[int]:
+        """With the tokenizer's own start of sequence, without an end: the model is to go on."""
+        ids = self._encode(prompt, special=True)
+        end = self.tokenizer.eos_token_id
+        if end is not None and ids[-1:] == [end] and self._encode(prompt, special=False)[-1:] != [end]:
+            return ids[:-1]
+        return ids
+
+    def _encode(self, written: str, *, special: bool) -> list[int]:
+        return list(self.tokenizer(written, add_special_tokens=special)["input_ids"])
+
+    def _fill(self, prompt: str, row: Row) -> str:
+        if self.template is None:
+            return prompt
+        try:
+            return self.template.format_map({**row, "prompt": prompt})
+        except KeyError as error:
+            raise _no_column(str(error.args[0]), row) from None
+
+
+def _no_column(name: str, row: Row) -> UserError:
+    return UserError(f"template reads the column {name!r}, which row {row['id']!r} does not have{nearest(name, list(row))}")
+
+
+def _columns(template: str) -> set[str]:
+    """The columns that a template names."""
+    try:
+        names = {re.split(r"[.\[]", name)[0] for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise _braces(template, str(error)) from None
+    if "" in names:
+        raise _braces(template, "{} names no column")
+    return names
+
+
+def _braces(template: str, why: str) -> UserError:
+    return UserError(
+        f"template={template!r} cannot be read ({why}): braces name columns, so write a literal one twice, as in \\boxed{{{{}}}}"
+    )

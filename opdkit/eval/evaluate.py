@@ -1,0 +1,170 @@
+"""Evaluate a model: sample answers, score them, and report means with intervals over problems."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from opdkit.errors import UserError
+from opdkit.eval.stats import Estimate, Interval, estimate, pass_at_k, problem_means
+
+if TYPE_CHECKING:
+    from opdkit.types import Prompt, Rollout, Row, Sampling
+
+ANSWERS = ("answer", "solution", "ground_truth")  # columns in which data sets keep the right answer
+QUESTIONS = ("prompt", "question", "problem")
+
+
+class Sampler(Protocol):
+    """Anything that writes responses: `sampling.num_generations` per prompt."""
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int,
+        progress: Callable[[int], object] | None,
+    ) -> list[Rollout]: ...
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """How a model did on a set of problems. Shares and rates lie in [0, 1]; lengths are in tokens."""
+
+    name: str
+    n_problems: int
+    samples_per_problem: int
+    avg_at_k: Estimate  # k = samples_per_problem
+    pass_at_k: dict[int, Estimate]
+    mean_length: float
+    truncated_share: float  # of samples cut at max_completion_length
+    reward_mean: float
+    seconds: float  # sampling and scoring
+    step: int  # optimiser steps the model had taken
+    tokens: int  # sampled in all
+    per_problem: dict[str, float]  # share correct by problem id: lets two results be compared problem by problem
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: an estimate is {"value", "low", "high"}."""
+        flat = {f.name: getattr(self, f.name) for f in fields(self)}
+        return flat | {
+            "avg_at_k": _flat(self.avg_at_k),
+            "pass_at_k": {str(k): _flat(estimate) for k, estimate in self.pass_at_k.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EvalResult:
+        """The inverse of `to_dict`."""
+        passes = {int(k): _estimate(value) for k, value in data["pass_at_k"].items()}
+        return cls(**{**data, "avg_at_k": _estimate(data["avg_at_k"]), "pass_at_k": passes})
+
+
+def _flat(estimate: Estimate) -> dict[str, float]:
+    return {"value": estimate.value, **asdict(estimate.interval)}
+
+
+def _estimate(data: Mapping[str, float]) -> Estimate:
+    return Estimate(data["value"], Interval(data["low"], data["high"]))
+
+
+def evaluate_model(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    reward: Callable[[Rollout], float],
+    sampling: Sampling,
+    *,
+    ks: Sequence[int] = (1,),
+    seed: int = 0,
+    name: str = "eval",
+    step: int = 0,
+    keep: Path | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> EvalResult:
+    """Sample `sampling.num_generations` answers per prompt, score them, and give Avg@k and Pass@k with 95% intervals.
+
+    `keep` is a JSONL file that gets every sample, readable by people. `progress` is handed to the sampler.
+    """
+    from opdkit.rewards import score
+
+    n = sampling.num_generations
+    _check(prompts, n, ks)
+    start = time.perf_counter()
+    rollouts = score(sampler.sample(prompts, sampling, seed=seed, step=step, progress=progress), reward)
+    seconds = time.perf_counter() - start
+    if keep is not None:
+        write_samples(keep, rollouts)
+
+    problems: dict[str, list[bool]] = {p.id: [] for p in prompts}
+    rewards = []
+    for r in rollouts:
+        if r.group not in problems or r.reward is None or r.correct is None:
+            raise RuntimeError(f"rollout {r.id!r} of group {r.group!r} is of no prompt that was asked, or has no reward")
+        problems[r.group].append(r.correct)
+        rewards.append(r.reward)
+    short = [id for id, samples in problems.items() if len(samples) != n]
+    if short:
+        raise RuntimeError(f"the sampler gave {len(problems[short[0]])} instead of {n} samples of problem {short[0]!r}")
+    means = problem_means(list(problems.values()))
+    lengths = [len(r.tokens) for r in rollouts]
+    return EvalResult(
+        name=name,
+        n_problems=len(problems),
+        samples_per_problem=n,
+        avg_at_k=estimate(means, seed=seed),
+        pass_at_k={k: estimate([pass_at_k(n, sum(c), k) for c in problems.values()], seed=seed) for k in ks},
+        mean_length=sum(lengths) / len(lengths),
+        truncated_share=sum(r.finish == "length" for r in rollouts) / len(rollouts),
+        reward_mean=sum(rewards) / len(rewards),
+        seconds=seconds,
+        step=step,
+        tokens=sum(lengths),
+        per_problem=dict(zip(problems, means, strict=True)),
+    )
+
+
+def _check(prompts: Sequence[Prompt], n: int, ks: Sequence[int]) -> None:
+    """Refuse before anything is sampled."""
+    if not prompts:
+        raise UserError("There is nothing to evaluate: the data set has no prompts. Check its path, split and filters.")
+    if len({p.id for p in prompts}) != len(prompts):
+        raise UserError(
+            "Two evaluation prompts have the same id, so their samples could not be told apart. Give each row an id of its own."
+        )
+    bad = [k for k in ks if not 1 <= k <= n]
+    if bad:
+        raise UserError(
+            f"Pass@{bad[0]} cannot be estimated from {n} samples per problem. "
+            f"Set num_generations to {max(max(bad), 1)} or more, or ask for k between 1 and {n}."
+        )
+
+
+def write_samples(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """One JSON object per sample; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+        for r in rollouts:
+            line = {
+                "id": r.id,
+                "prompt": _first(r.row, QUESTIONS),
+                "text": r.text,
+                "answer": _first(r.row, ANSWERS),
+                "reward": r.reward,
+                "correct": r.correct,
+                "finish": r.finish,
+                "n_tokens": len(r.tokens),
+            }
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    os.replace(partial, path)
+
+
+def _first(row: Row, names: Sequence[str]) -> Any:
+    """The first of these columns that the data row has."""
+    return next((row[name] for name in names if row.get(name) is not None), None)

@@ -1,0 +1,208 @@
+"""Facts from models in this process: which numbers an objective reads, and how a chunked pass over a source supplies them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opdkit.head import Head, Source, slices
+from opdkit.head import chunk_rows as default_rows
+from opdkit.maths import divergence
+from opdkit.objective import Objective, RolloutLoss, TokenLoss, credit_of
+from opdkit.types import (
+    Batch,
+    ColumnFact,
+    EntropyFact,
+    Fact,
+    GapFact,
+    Live,
+    LogpAtFact,
+    LogpFact,
+    TopFact,
+    VocabularyFact,
+)
+
+Tensors = dict[Fact, Tensor]
+
+
+# ----------------------------------------------------------------------------------------------------------------- needs
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective reads, found by running it."""
+
+    facts: frozenset[Fact]
+
+    @property
+    def models(self) -> frozenset[str]:
+        """Every model it reads, among them "student" and "sampler"."""
+        return frozenset(m for fact in self.facts for m in models_of(fact))
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """What it reads of the rollouts: reward, correct, group, mark:NAME, row:NAME."""
+        return frozenset(fact.name for fact in self.facts if isinstance(fact, ColumnFact))
+
+    def of(self, model: str) -> frozenset[Fact]:
+        """Facts that involve a model."""
+        return frozenset(fact for fact in self.facts if model in models_of(fact))
+
+    def whole(self, model: str) -> bool:
+        """Whether the whole vocabulary of a model is read: then it must run in this process."""
+        return any(isinstance(fact, (VocabularyFact, GapFact)) for fact in self.of(model))
+
+    def __str__(self) -> str:
+        return ", ".join(sorted(map(describe, self.facts))) or "nothing"
+
+
+def models_of(fact: Fact) -> tuple[str, ...]:
+    """The models a fact speaks of."""
+    if isinstance(fact, ColumnFact):
+        return ()
+    if isinstance(fact, GapFact):
+        return (fact.student, fact.teacher)
+    if isinstance(fact, LogpAtFact):
+        return (fact.model, fact.owner)
+    return (fact.model,)
+
+
+def describe(fact: Fact) -> str:
+    """A fact in words."""
+    if isinstance(fact, LogpFact):
+        return f"{fact.model} log-prob of the sampled token"
+    if isinstance(fact, EntropyFact):
+        return f"{fact.model} entropy"
+    if isinstance(fact, TopFact):
+        return f"{fact.model} top-{fact.k} ids"
+    if isinstance(fact, LogpAtFact):
+        return f"{fact.model} log-probs at the {fact.owner}'s top {fact.k}"
+    if isinstance(fact, GapFact):
+        return f"{fact.kind} of {fact.student} and {fact.teacher} over the whole vocabulary"
+    if isinstance(fact, VocabularyFact):
+        return f"{fact.model} over the whole vocabulary"
+    return fact.name
+
+
+class _Probe(Batch):
+    """A tiny batch that makes up every fact it is asked for and notes it."""
+
+    ROWS, LENGTH, VOCABULARY = 2, 3, 8
+
+    def __init__(self) -> None:
+        shape = (self.ROWS, self.LENGTH)
+        super().__init__(torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool))
+        self.asked: set[Fact] = set()
+
+    def read(self, fact: Fact) -> Tensor:
+        self.asked.add(fact)
+        shape = torch.Size((self.ROWS, self.LENGTH))
+        if isinstance(fact, TopFact):
+            return torch.arange(min(fact.k, self.VOCABULARY)).expand(*shape, -1)
+        if isinstance(fact, LogpAtFact):
+            return torch.full((*shape, min(fact.k, self.VOCABULARY)), -3.0)
+        if isinstance(fact, ColumnFact):
+            if fact.name == "group":
+                return torch.zeros(self.ROWS, dtype=torch.int64)
+            values = torch.arange(self.ROWS, dtype=self.dtype)
+            return values > 0 if fact.name == "correct" else values
+        return torch.full(shape, 1.0 if isinstance(fact, (EntropyFact, GapFact)) else -1.0)
+
+    def mark(self, name: str) -> Tensor:
+        self.asked.add(ColumnFact(f"mark:{name}"))
+        return torch.zeros_like(self.mask)
+
+    def source(self, model: str) -> Source:
+        self.asked.add(VocabularyFact(model))
+        cells = self.tokens.numel()
+        return Source(torch.zeros(cells, self.VOCABULARY), torch.arange(cells), Head())
+
+
+def needs(objective: Objective) -> Needs:
+    """What an objective reads: the formula is run once on made-up facts that note each reading.
+
+    Every loss is run whatever its weight, so that what is read only at rare tokens is found as well.
+    """
+    probe = _Probe()
+    positions = torch.arange(probe.tokens.numel())
+    live = Live(probe, positions, torch.zeros(len(positions), probe.VOCABULARY))
+    for part in objective.plan(probe).parts:
+        if isinstance(part.term.loss, TokenLoss):
+            part.term.loss.value(live)
+        elif isinstance(part.term.loss, RolloutLoss):
+            rows = torch.arange(probe.ROWS)
+            part.term.loss.value(live.logp.view(probe.shape), probe.mask, rows, probe)
+        credit = credit_of(part.term.loss)
+        if credit is not None:
+            credit(probe)
+    return Needs(frozenset(probe.asked))
+
+
+# --------------------------------------------------------------------------------------------------------------- supply
+
+
+def supply(batch: Batch, wanted: Collection[Fact], positions: Tensor, chunk: int | None = None) -> Tensors:
+    """The wanted facts whose models are in `batch.sources`, at flat positions [N], scattered to [B, T] or [B, T, k].
+
+    One pass: a chunk's logits of each model are made once and everything is read off them. Elsewhere the facts are zero.
+    Facts of which the batch already holds the tensor (a server's top-k, the sampler's log-probs) are left alone.
+    """
+    sources = batch.sources
+    wanted = set(wanted) | {TopFact(f.owner, f.k) for f in wanted if isinstance(f, LogpAtFact)}
+    todo = [f for f in wanted if not isinstance(f, (ColumnFact, VocabularyFact)) and f not in batch.facts]
+    todo = [f for f in todo if all(m in sources or _held(batch, f, m) for m in models_of(f))]
+    todo.sort(key=lambda f: (not isinstance(f, TopFact), describe(f)))  # ids before the log-probs at them
+    if not todo:
+        return {}
+    used = {m for f in todo for m in models_of(f) if m in sources}
+    size = chunk or default_rows(max(sources[m].head.size(sources[m].hidden) for m in used))
+    parts: dict[Fact, list[Tensor]] = {f: [] for f in todo}
+    with torch.no_grad():
+        for at in list(slices(len(positions), size)) or [slice(0, 0)]:
+            here = Live(batch, positions[at], torch.empty(0))
+            made: Tensors = {}
+            logps: dict[tuple[str, float], Tensor] = {}
+            for fact in todo:
+                made[fact] = _read(fact, here, made, logps)
+                parts[fact].append(made[fact])
+    return {f: _scatter(batch, positions, parts[f]) for f in todo}
+
+
+def _held(batch: Batch, fact: Fact, model: str) -> bool:
+    """Whether the ids at which another model is to be read have been supplied from elsewhere."""
+    return isinstance(fact, LogpAtFact) and model == fact.owner != fact.model and TopFact(model, fact.k) in batch.facts
+
+
+def _read(fact: Fact, here: Live, made: Tensors, logps: dict[tuple[str, float], Tensor]) -> Tensor:
+    """One fact at one chunk of positions."""
+
+    def of(model: str, temperature: float = 1.0) -> Tensor:
+        key = (model, temperature)
+        if key not in logps:
+            logps[key] = torch.log_softmax(here.batch.source(model).logits(here.positions) / temperature, -1)
+        return logps[key]
+
+    if isinstance(fact, LogpFact):
+        return of(fact.model).gather(-1, here.tokens[:, None])[:, 0]
+    if isinstance(fact, EntropyFact):
+        lp = of(fact.model)
+        return -(lp.exp() * torch.nan_to_num(lp, neginf=0.0)).sum(-1)
+    if isinstance(fact, TopFact):
+        lp = of(fact.model)
+        return lp.topk(min(fact.k, lp.shape[-1]), -1).indices
+    if isinstance(fact, LogpAtFact):
+        ids = made[TopFact(fact.owner, fact.k)] if TopFact(fact.owner, fact.k) in made else here.read(TopFact(fact.owner, fact.k))
+        return of(fact.model).gather(-1, ids)
+    if isinstance(fact, GapFact):
+        return divergence(fact.kind, of(fact.student, fact.temperature), of(fact.teacher, fact.temperature))  # type: ignore[arg-type]
+    raise TypeError(f"{fact} is not read off a vocabulary")
+
+
+def _scatter(batch: Batch, positions: Tensor, parts: list[Tensor]) -> Tensor:
+    values = torch.cat(parts)
+    full = torch.zeros((batch.tokens.numel(), *values.shape[1:]), dtype=values.dtype, device=values.device)
+    full[positions] = values
+    return full.view(*batch.shape, *values.shape[1:])

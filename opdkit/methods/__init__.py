@@ -1,0 +1,14 @@
+"""The built-in methods: one file per paper. Each name stands for a function that returns an Objective or a Method."""
+
+METHODS: dict[str, str] = {
+    # group 1: the standard forms and the featured methods
+    "opd": "opdkit.methods.opd:opd",
+    "gkd": "opdkit.methods.gkd:gkd",
+    "gopd": "opdkit.methods.gopd:gopd",
+    "exopd": "opdkit.methods.gopd:exopd",
+    "tropd": "opdkit.methods.tropd:tropd",
+    "iw_opd": "opdkit.methods.iw_opd:iw_opd",
+    "position_opd": "opdkit.methods.position_opd:position_opd",
+    "scope": "opdkit.methods.scope:scope",
+    "vopd": "opdkit.methods.vopd:vopd",
+}

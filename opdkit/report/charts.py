@@ -1,0 +1,169 @@
+"""Line charts as geometry: paths and ticks in pixels, which the template draws as SVG, and the values for hovering."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from opdkit.report.numbers import log_ticks, number, ticks
+from opdkit.report.read import Values
+
+WIDTH, HEIGHT = 400, 210
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26  # margins of the plot inside the drawing
+POINTS = 400  # kept per line: more than its pixels, few enough for a small file
+SMOOTH_FROM = 25  # steps; shorter curves are drawn as they are
+FEW = 12  # points that get a dot each
+
+
+@dataclass(frozen=True)
+class Line:
+    """A named curve; with `upto` the band between `values` and `upto`, in the first curve's colour."""
+
+    name: str
+    values: Values
+    upto: Values = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values to pixels along one axis."""
+
+    low: float
+    high: float
+    start: float  # pixel of `low`
+    end: float  # pixel of `high`
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        at = math.log(value) if self.log else value
+        return round(self.start + (self.end - self.start) * (at - low) / (high - low), 1)
+
+    def ticks(self) -> list[float]:
+        return log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high)
+
+
+def line_chart(
+    title: str,
+    steps: Sequence[int],
+    lines: Sequence[Line],
+    *,
+    unit: str = "",
+    about: str = "",
+    levels: Sequence[tuple[str, float]] = (),
+    smooth: bool = True,
+) -> dict[str, Any]:
+    """A chart for the template. `levels` are named horizontal lines, in the unit of the values."""
+    x = Scale(steps[0], max(steps[-1], steps[0] + 1), LEFT, WIDTH - RIGHT)
+    curves = [_curve(line, steps, smooth) for line in lines]
+    y = _vertical(curves, [level for _, level in levels], unit)
+    return {
+        "title": title,
+        "unit": "log scale" if y.log and not unit else f"{unit}, log scale" if y.log else unit.replace("%", ""),
+        "about": about,
+        "curves": [_draw(curve, x, y, unit, index) for index, curve in enumerate(curves)],
+        "levels": [{"name": name, "y": y(level)} for name, level in levels],
+        "xticks": [(x(t), f"{t:g}") for t in x.ticks() if t == int(t)],
+        "yticks": [(y(t), _tick(t, unit)) for t in y.ticks()],
+        "last": steps[-1],
+        "data": {
+            "unit": unit,
+            "x": [x.low, x.high, x.start, x.end],
+            "y": [y.low, y.high, y.start, y.end, int(y.log)],
+            "lines": [{"x": c.steps, "y": [_short(v) for v in c.raw], "z": [_short(v) for v in c.upper]} for c in curves],
+        },
+    }
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """The points of a line that are drawn: finite and thinned. `upper` is empty but for a band."""
+
+    name: str
+    steps: list[int]
+    raw: list[float]
+    smooth: list[float]
+    upper: list[float]
+    smooth_upper: list[float]
+
+
+def _curve(line: Line, steps: Sequence[int], smooth: bool) -> _Curve:
+    pairs = list(zip(steps, line.values, line.upto or line.values))
+    whole = [(step, value, upto) for step, value, upto in pairs if value is not None and upto is not None]
+    at, raw, upper = ([point[i] for point in whole] for i in range(3))
+    smooth_raw, smooth_upper = (smoothed(raw), smoothed(upper)) if smooth else (raw, upper)
+    kept = thinned(raw)
+    at, raw, smooth_raw, upper, smooth_upper = ([v[i] for i in kept] for v in (at, raw, smooth_raw, upper, smooth_upper))
+    return _Curve(line.name, at, raw, smooth_raw, *((upper, smooth_upper) if line.upto else ([], [])))
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Exponential moving average without start-up bias, over about a thirtieth of the curve."""
+    if len(values) < SMOOTH_FROM:
+        return values
+    keep = 1 - 2 / (len(values) / 30 + 2)
+    total = weight = 0.0
+    out = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        out.append(total / weight)
+    return out
+
+
+def thinned(values: list[float], most: int = POINTS) -> list[int]:
+    """Indices to draw: the lowest and highest of each bucket, so that a spike is never thinned away; both ends stay."""
+    n = len(values)
+    if n <= most:
+        return list(range(n))
+    buckets = most // 2 - 1
+    kept = {0, n - 1}
+    for b in range(buckets):
+        span = range(b * n // buckets, (b + 1) * n // buckets)
+        kept |= {min(span, key=values.__getitem__), max(span, key=values.__getitem__)}
+    return sorted(kept)
+
+
+def _vertical(curves: Sequence[_Curve], levels: Sequence[float], unit: str) -> Scale:
+    """The y axis: everything visible with a little air, zero included where it is near, logarithmic where sizes differ much."""
+    values = [v for c in curves for part in (c.raw, c.upper) for v in part] + list(levels)
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    start, end = HEIGHT - BOTTOM, TOP
+    if unit != "%" and low > 0 and high / low > 50:
+        return Scale(low / 1.2, high * 1.2, start, end, log=True)
+    if low == high:
+        low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
+    air = 0.06 * (high - low)
+    near_zero = 0 <= low < 0.35 * high
+    return Scale(0.0 if near_zero else low - air, high + air, start, end)
+
+
+def _draw(curve: _Curve, x: Scale, y: Scale, unit: str, index: int) -> dict[str, Any]:
+    """What the template draws of one curve."""
+    raw, smooth, upper = (
+        [(x(step), y(value)) for step, value in zip(curve.steps, values)]
+        for values in (curve.raw, curve.smooth, curve.smooth_upper)
+    )
+    drawn: dict[str, Any] = {"name": curve.name, "color": index % 6, "band": "", "raw": "", "smooth": "", "dots": []}
+    last = [number(values[-1], unit) for values in (curve.raw, curve.upper) if values]
+    if upper:
+        return drawn | {"color": 0, "band": _path(smooth + upper[::-1]) + "Z", "value": " – ".join(last)}
+    return drawn | {
+        "raw": "" if raw == smooth else _path(raw),
+        "smooth": _path(smooth),
+        "dots": smooth if len(smooth) <= FEW else [],
+        "value": "".join(last) or "–",
+    }
+
+
+def _tick(value: float, unit: str) -> str:
+    return f"{100 * value:.4g}%" if unit == "%" else number(value)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{a:g},{b:g}" for a, b in points) if points else ""

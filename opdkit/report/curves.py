@@ -1,0 +1,117 @@
+"""Which metrics share a chart, in which section, and what a chart means; metrics nobody foresaw get a chart of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opdkit.report.charts import Line, line_chart
+from opdkit.report.read import RunData, Values
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A chart of the metrics in `keys`; `prefix/*` takes all that begin so."""
+
+    section: str
+    title: str
+    keys: tuple[str, ...]
+    unit: str = ""
+    about: str = ""
+
+
+PLOTS = (
+    Plot(
+        "Learning",
+        "Distance to the teacher",
+        ("teacher_kl/*",),
+        "nats per token",
+        "Sampled estimate of KL(student ‖ teacher). At 0 the student writes exactly as the teacher would.",
+    ),
+    Plot("Learning", "Loss", ("loss",), "", "What is minimised: the sum of the objective's terms."),
+    Plot(
+        "Learning",
+        "Entropy",
+        ("entropy/*",),
+        "nats per token",
+        "How open the model's choices are. A collapse towards 0 means that it stops exploring.",
+    ),
+    Plot("Learning", "Reward", ("reward/mean", "reward/std"), "", "Mean over the step's rollouts, and one standard deviation around it."),
+    Plot("Learning", "Correct answers", ("correct/*",), "%", "Share of the training rollouts with a right answer."),
+    Plot("Learning", "Gradient norm", ("grad_norm",), "", "Before clipping."),
+    Plot("Learning", "Learning rate", ("learning_rate",)),
+    Plot("Terms", "Loss per term", ("loss/*",)),
+    Plot("Terms", "Mean weight per term", ("weight/*",), "", "Mean over the tokens that the term selects."),
+    Plot("Terms", "Tokens per term", ("share/*",), "%", "Share of the trained tokens that the term selects."),
+    Plot(
+        "Completions",
+        "Length",
+        ("completions/mean_length", "completions/min_length", "completions/max_length"),
+        "tokens",
+        "Mean, and the shortest and longest of the step.",
+    ),
+    Plot(
+        "Completions",
+        "Cut at the limit",
+        ("completions/truncated_fraction",),
+        "%",
+        "Share of rollouts that reached max_completion_length. Runaway lengths show here first.",
+    ),
+    Plot("Completions", "Tokens trained", ("tokens/trained",), "tokens per step"),
+    Plot("Speed and memory", "Throughput", ("tokens_per_second/*",), "tokens/s", "Of each phase, and of the whole step."),
+    Plot("Speed and memory", "Time", ("seconds/*",), "s", "Of each phase, and of the whole step."),
+    Plot("Speed and memory", "Peak memory", ("memory/peak_gib",), "GiB"),
+)
+OTHER = "More metrics"
+
+
+def chart_sections(run: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(section, charts) for everything in metrics.jsonl, each metric exactly once."""
+    if not run.steps:
+        return []
+    sections: dict[str, list[dict[str, Any]]] = {}
+    left = dict(run.metrics)
+    for plot in PLOTS:
+        found = {name: left.pop(name) for name in list(left) if any(_matches(name, key) for key in plot.keys)}
+        if found:
+            chart = line_chart(plot.title, run.steps, _lines(found), unit=plot.unit, about=plot.about)
+            sections.setdefault(plot.section, []).append(chart)
+    for name, values in sorted(left.items()):
+        sections.setdefault(OTHER, []).append(line_chart(name, run.steps, [Line(name, values)]))
+    return list(sections.items())
+
+
+def _matches(name: str, key: str) -> bool:
+    return name.startswith(key[:-1]) if key.endswith("/*") else name == key
+
+
+def _lines(found: dict[str, Values]) -> list[Line]:
+    """Lines of a chart: mean with std, and mean with min and max, become a line in a band."""
+    mean, std = found.get("reward/mean"), found.get("reward/std")
+    if mean and std:
+        low, high = _plus(mean, std, -1), _plus(mean, std, 1)
+        return [Line("mean", mean), Line("± std", low, high)]
+    ends = [found.get(f"completions/{end}_length") for end in ("min", "max")]
+    if "completions/mean_length" in found and ends[0] and ends[1]:
+        return [Line("mean", found["completions/mean_length"]), Line("range", ends[0], ends[1])]
+    return [Line(name.split("/", 1)[-1].removesuffix("_length"), values) for name, values in sorted(found.items())]
+
+
+def _plus(a: Values, b: Values, sign: int) -> Values:
+    return [None if x is None or y is None else x + sign * y for x, y in zip(a, b)]
+
+
+def time_shares(run: RunData) -> list[tuple[str, float]]:
+    """(phase, share of the time of all steps), largest first; what no phase accounts for is "other"."""
+    totals = {name.removeprefix("seconds/"): _total(values) for name, values in run.metrics.items() if name.startswith("seconds/")}
+    whole = totals.pop("step", 0.0) or sum(totals.values())
+    if not totals or not whole:
+        return []
+    shares = sorted(((name, total / whole) for name, total in totals.items()), key=lambda item: -item[1])
+    other = 1 - sum(share for _, share in shares)
+    return shares + ([("other", other)] if other > 0.005 else [])
+
+
+def _total(values: Sequence[float | None]) -> float:
+    return sum(v for v in values if v is not None)

@@ -1,0 +1,93 @@
+"""A run folder as the report sees it: whatever is there so far, also while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opdkit.errors import UserError
+from opdkit.eval.evaluate import EvalResult
+from opdkit.track import read_lines
+
+STEPS_SHOWN = 6  # sample files shown, spread evenly over the run
+ROLLOUTS_SHOWN = 3  # of each
+
+Values = list[float | None]  # one per step; None where the step did not log it or it was not finite
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run folder holds."""
+
+    folder: Path
+    config: dict[str, Any]
+    yaml: str
+    steps: list[int]
+    metrics: dict[str, Values]  # by name, each as long as `steps`
+    evals: list[EvalResult]
+    samples: list[tuple[int, list[dict[str, Any]]]]  # (step, rollouts)
+    summary: dict[str, Any]
+
+
+def read_run(folder: Path) -> RunData:
+    """Read a run folder; parts that are not there yet are empty."""
+    parts = ("run.yaml", "metrics.jsonl", "evals.jsonl", "samples", "summary.json")
+    if not any((folder / part).exists() for part in parts):
+        raise UserError(f"{folder} is not a run folder: it has none of {', '.join(parts)}. Give the folder that `opdkit train` wrote.")
+    yaml_text = _text(folder / "run.yaml")
+    steps, metrics = _metrics(folder / "metrics.jsonl")
+    return RunData(
+        folder=folder,
+        config=_config(yaml_text, folder),
+        yaml=yaml_text,
+        steps=steps,
+        metrics=metrics,
+        evals=[EvalResult.from_dict(line) for line in read_lines(folder / "evals.jsonl")],
+        samples=_samples(folder / "samples"),
+        summary=json.loads(_text(folder / "summary.json") or "{}"),
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _config(text: str, folder: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{folder / 'run.yaml'} is not YAML: {error}. Restore it, or remove it to get a report without it.") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _metrics(path: Path) -> tuple[list[int], dict[str, Values]]:
+    """Columns from lines. The last line of a step counts."""
+    rows = {line["step"]: line for line in read_lines(path)}
+    steps = sorted(rows)
+    names = dict.fromkeys(name for step in steps for name in rows[step] if name not in ("step", "nonfinite"))
+    columns = {name: [_finite(rows[step].get(name)) for step in steps] for name in names}
+    return steps, {name: values for name, values in columns.items() if any(v is not None for v in values)}
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _samples(folder: Path) -> list[tuple[int, list[dict[str, Any]]]]:
+    """A few rollouts of a few steps, first and last among them."""
+    files = sorted(folder.glob("step_*.jsonl"))
+    chosen = [files[i] for i in evenly(len(files), STEPS_SHOWN)]
+    read = [(int(path.stem.removeprefix("step_")), read_lines(path)[:ROLLOUTS_SHOWN]) for path in chosen]
+    return [(step, rollouts) for step, rollouts in read if rollouts]
+
+
+def evenly(n: int, most: int) -> list[int]:
+    """At most `most` of 0..n-1, evenly spread, with both ends."""
+    if n <= most:
+        return list(range(n))
+    return sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})

@@ -1,0 +1,16 @@
+"""The reward `exact`: the whole response is the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdkit.rewards.extract import truth
+from opdkit.types import Rollout
+
+
+@dataclass(frozen=True)
+class Exact:
+    """1.0 where the response equals row["answer"], white space around both aside."""
+
+    def __call__(self, rollout: Rollout) -> float:
+        return float(rollout.text.strip() == truth(rollout, "exact").strip())

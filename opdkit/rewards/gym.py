@@ -1,0 +1,60 @@
+"""The reward `reasoning_gym`: the task's own scorer, from 0 to 1."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from opdkit.errors import UserError
+from opdkit.rewards.extract import boxed, spoken, stated
+from opdkit.rewards.guard import Failed, guarded
+from opdkit.types import Rollout
+
+LONGEST = 20_000  # characters of an answer; the largest grids of the library's tasks are a tenth of this
+
+
+@dataclass(frozen=True)
+class ReasoningGym:
+    """The scorer's value for the answer in <answer>, \\boxed, "answer: ..." or, without these, the whole response.
+
+    Many scorers pay a little for an answer of the right form, so a rollout is correct from `correct_from` on, not above 0.
+    """
+
+    correct_from: float = 0.99  # scorers give 1.0 for a right answer, some up to rounding
+
+    def __call__(self, rollout: Rollout) -> float:
+        task, config, entry = _entry(rollout)
+        said = answer_in(rollout.text)
+        if not said or len(said) > LONGEST:
+            return 0.0
+        value = guarded("gym", task, config, said, entry)
+        if not isinstance(value, Failed):
+            return float(value)
+        # A scorer that fails on what a model wrote says that it is wrong; one that fails on its own entry has a broken row.
+        own = guarded("gym", task, config, str(entry["answer"]), entry)
+        if isinstance(own, Failed) and entry["answer"] is not None:
+            raise UserError(f"reasoning-gym's scorer of {task!r} cannot read the row: {own.why}. Generate the row anew with load_rows")
+        return 0.0
+
+
+def _entry(rollout: Rollout) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    row = rollout.row
+    if "reasoning_gym" in row:
+        kept = row["reasoning_gym"]
+        return kept["task"], kept["config"], kept["entry"]
+    if isinstance(row.get("metadata"), dict) and "source_dataset" in row["metadata"]:  # a file of the library's own entries
+        return row["metadata"]["source_dataset"], {}, {key: row.get(key) for key in ("question", "answer", "metadata")}
+    raise UserError(
+        f"the reward reasoning_gym reads the task's entry, which the row does not have (columns: {', '.join(row)}): "
+        "use data such as reasoning_gym:chain_sum, or another reward"
+    )
+
+
+def answer_in(text: str) -> str:
+    """What a response says its answer is."""
+    text = spoken(text)
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
+    if tagged:
+        return tagged[-1].strip()
+    return (boxed(text) or stated(text) or text).strip()
