@@ -58,7 +58,7 @@ def _module(path: Path, address: str) -> ModuleType:
 
 def _where(error: Exception, path: Path) -> str:
     """`line 3: NameError: name 'x' is not defined`."""
-    line = error.lineno if isinstance(error, SyntaxError) else None
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(path) else None
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == str(path):

@@ -66,6 +66,11 @@ class Source:
     index: Tensor  # [B * T] row of `hidden` for each position, -1 where there is none
     head: Head
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of vocabulary entries."""
+        return self.head.size(self.hidden)
+
     def logits(self, positions: Tensor) -> Tensor:
         """[n, V] at flat positions [n]; no gradient."""
         with torch.no_grad():
@@ -92,6 +97,7 @@ class Learned:
     loss: Tensor  # [] with gradient: its share of the step's loss
     parts: Tensor  # [number of terms]: each term's share of the loss
     entropy: Tensor  # []: sum of the student's entropies at the positions seen, nats
+    gap: Tensor  # []: sum of log pi_s - log pi_t at the sampled tokens, where a term read the teacher's whole vocabulary; else 0
     positions: int
 
 
@@ -106,6 +112,7 @@ def learn(plan: Plan, positions: Tensor, hidden: Tensor, head: Head, chunk: int 
     scales = torch.stack([part.scale.flatten()[positions] for _, part in linear]) if linear else None
     sums = torch.zeros(len(plan.parts), dtype=plan.batch.dtype, device=hidden.device)
     entropy = torch.zeros((), dtype=plan.batch.dtype, device=hidden.device)
+    gap = torch.zeros_like(entropy)
     slope = _rollout_slope(plan, whole, positions, hidden, head, chunk, sums) if whole else None
 
     def run(at: slice, logits: Tensor) -> Tensor:
@@ -119,13 +126,15 @@ def learn(plan: Plan, positions: Tensor, hidden: Tensor, head: Head, chunk: int 
             total = total + (slope[at] * live.logp).sum()
         with torch.no_grad():
             entropy.add_(_entropy(live).sum())
+            if ("teacher", 1.0) in live.others:
+                gap.add_((live.logp - live.others["teacher", 1.0].gather(-1, live.tokens[:, None])[:, 0]).sum())
         return total
 
     size = chunk or chunk_rows(head.size(hidden))
     loss = _Pass.apply(hidden, head.weight, head.bias, head, size, run)
     if whole:  # the pass carried their slope; the value is what they said
         loss = loss + (sums.sum() - loss.detach())
-    return Learned(loss, sums, entropy, len(positions))
+    return Learned(loss, sums, entropy, gap, len(positions))
 
 
 def _weighted(loss: TokenLoss, live: Live, scale: Tensor) -> Tensor:
@@ -215,7 +224,7 @@ class _Pass(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients), None, None, None
 

@@ -26,7 +26,7 @@ class PolicyGradient(TokenLoss):
     """
 
     credit: Signal
-    base: str = "sampler"
+    base: str | Signal = "sampler"
     name: ClassVar[str] = "policy_gradient"
 
     def __post_init__(self) -> None:
@@ -44,20 +44,15 @@ class Clipped(TokenLoss):
     low: float = 0.2
     high: float = 0.2
     dual: float | None = None
-    base: str = "sampler"
+    base: str | Signal = "sampler"
     name: ClassVar[str] = "policy_gradient"
 
     def __post_init__(self) -> None:
         refuse_constant(self.credit)
-        if self.dual is not None and self.dual <= 1:
-            raise ValueError(f"dual_clip={self.dual} must be greater than 1: it bounds the loss of tokens with negative credit")
+        refuse_low_dual(self.dual)
 
     def value(self, live: Live) -> Tensor:
-        r, credit = ratio(live, self.base), live.pick(self.credit)
-        loss = torch.maximum(-credit * r, -credit * r.clamp(1 - self.low, 1 + self.high))
-        if self.dual is None:
-            return loss
-        return torch.where(credit < 0, torch.minimum(loss, -credit * self.dual), loss)
+        return clipped(ratio(live, self.base), live.pick(self.credit), self.low, self.high, self.dual)
 
 
 def policy_gradient(
@@ -65,15 +60,17 @@ def policy_gradient(
     clip: tuple[float, float] | None = None,
     dual_clip: float | None = None,
     rollout_cap: float | None = None,
+    base: str | Signal | None = None,
 ) -> Term:
-    """The policy-gradient layer that every credit shares: plain or PPO-clipped ratio to the sampler.
+    """The policy-gradient layer that every credit shares: plain or PPO-clipped ratio to the sampler, or to `base`.
 
     With `rollout_cap` the ratio is to the student before this step, and what the trainer and the sampler disagree about is a
     weight min(pi_student / pi_sampler, cap) without gradient.
     """
     if dual_clip is not None and clip is None:
         raise ValueError("dual_clip bounds a clipped loss: give clip=(low, high) as well")
-    base = "sampler" if rollout_cap is None else "student"
+    if base is None:
+        base = "sampler" if rollout_cap is None else "student"
     loss = PolicyGradient(credit, base) if clip is None else Clipped(credit, *clip, dual_clip, base)
     return Term(loss) if rollout_cap is None else loss * Ceiling(Exp(LogRatio("student", "sampler")), rollout_cap)
 
@@ -119,9 +116,21 @@ class Estimator(TokenLoss):
         return maths.k2(d) if self.kind == "k2" else maths.k3(d)
 
 
-def ratio(live: Live, base: str) -> Tensor:
-    """[n]: pi_s / pi_base at the sampled token, with gradient."""
-    return (live.logp - live.read(LogpFact(base))).exp()
+def ratio(live: Live, base: str | Signal) -> Tensor:
+    """[n]: pi_s / pi_base at the sampled token, with gradient; `base` is a model, or the log-prob that stands below."""
+    return (live.logp - (live.pick(base) if isinstance(base, Signal) else live.read(LogpFact(base)))).exp()
+
+
+def clipped(r: Tensor, credit: Tensor, low: float, high: float, dual: float | None = None) -> Tensor:
+    """PPO's loss of a ratio: max(-A r, -A clip(r, 1 - low, 1 + high)); with `dual`, at most -A dual where A < 0."""
+    loss = torch.maximum(-credit * r, -credit * r.clamp(1 - low, 1 + high))
+    return loss if dual is None else torch.where(credit < 0, torch.minimum(loss, -credit * dual), loss)
+
+
+def refuse_low_dual(dual: float | None) -> None:
+    """A bound inside the clip range would cut what the clip lets through."""
+    if dual is not None and dual <= 1:
+        raise ValueError(f"dual_clip={dual} must be greater than 1: it bounds the loss of tokens with negative credit")
 
 
 def refuse_constant(credit: Signal) -> None:

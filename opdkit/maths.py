@@ -261,6 +261,16 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
 
 
+def masked_quantile(values: Tensor, mask: Tensor, at: float) -> Tensor:
+    """[]: the quantile of the selected values, 0 the least and 1 the greatest, linear in between; 0 where there is none."""
+    ranked = values[mask].sort().values
+    if len(ranked) == 0:
+        return torch.zeros((), dtype=values.dtype, device=values.device)
+    place = round(at * (len(ranked) - 1), 9)  # 0.3 * 10 is a little more than 3, and >= must still find the value there
+    low = ranked[math.floor(place)]
+    return low + (ranked[math.ceil(place)] - low) * (place - math.floor(place))
+
+
 def group_index(*keys: Tensor) -> tuple[Tensor, int]:
     """[B] index of each row's group (rows are of one group where all `keys` [B] agree) and the number of groups."""
     table = torch.stack([k.to(torch.int64) for k in keys], 1)

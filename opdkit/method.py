@@ -60,7 +60,7 @@ def function_of(name: str) -> Callable[..., Method | Objective]:
         found = load_address(name)
         if not callable(found):
             raise UserError(f"{name} is not a function: a method is a function that returns an Objective or a Method")
-        return found  # type: ignore[return-value]
+        return found
     raise UserError(f"unknown method {name!r}{nearest(name, methods())} (one's own: file.py:function)")
 
 

@@ -66,7 +66,7 @@ class _Lines:
         if now - self.last < self.every:
             return
         self.last, self.printed = now, True
-        speed = done / (now - self.start)
+        speed = done / max(now - self.start, 1e-9)  # two ticks may read the same time
         left = f"{duration((self.total - done) / speed)} left" if self.total is not None and speed > 0 else ""
         self._print(", ".join(part for part in (self._count(), rate(speed, self.unit), left) if part))
 

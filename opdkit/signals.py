@@ -17,12 +17,13 @@ from opdkit.maths import (
     keyed_uniform,
     kind_of,
     masked_mean,
+    masked_quantile,
     restrict,
     row_mean,
     to_go,
 )
 from opdkit.objective import Signal
-from opdkit.types import Batch, EntropyFact, GapFact, LogpAtFact, LogpFact, TopFact
+from opdkit.types import Batch, ColumnFact, EntropyFact, GapFact, LogpAtFact, LogpFact, MissingFact, TopFact
 
 # -------------------------------------------------------------------------------------------------------- what models say
 
@@ -168,6 +169,26 @@ class Correct(Signal):
 
 
 @dataclass(frozen=True)
+class PassRate(Signal):
+    """[B, 1] in [0, 1]: how often the student solves a rollout's prompt.
+
+    What memory holds of the prompt (kept by `curricula.PassRates`), else the share of correct ones among its rollouts of this step.
+    """
+
+    def value(self, batch: Batch) -> Tensor:
+        index, n = group_index(batch.group)
+        correct = batch.correct.to(batch.dtype)
+        sums = torch.zeros(2, n, dtype=batch.dtype, device=batch.device)
+        sums = sums.index_add(1, index, torch.stack([correct, torch.ones_like(correct)]))
+        now = (sums[0] / sums[1])[index]
+        try:
+            known = batch.read(ColumnFact("memory:pass_rate"))  # [B], NaN where the prompt is new
+        except MissingFact:  # nothing is remembered yet
+            return now[:, None]
+        return torch.where(known.isnan(), now, known.to(now.dtype))[:, None]
+
+
+@dataclass(frozen=True)
 class Mark(Signal):
     """[B, T] bool: the tokens with a mark, such as "guided" (a teacher's prefix)."""
 
@@ -259,14 +280,17 @@ class Draw(Signal):
     of: Signal
 
     def value(self, batch: Batch) -> Tensor:
-        chance = self.of(batch)
-        uniform = batch.uniform
-        if uniform is None:
-            uniform = keyed_uniform(batch.seed, batch.step, str(self), batch.keys, batch.shape[1], batch.dtype)
-        return uniform < chance
+        return uniform(batch, str(self)) < self.of(batch)
 
     def __str__(self) -> str:
         return f"Draw({self.of})"
+
+
+def uniform(batch: Batch, formula: str) -> Tensor:
+    """[B, T] uniform draws in [0, 1) for the formula that asks."""
+    if batch.uniform is not None:
+        return batch.uniform
+    return keyed_uniform(batch.seed, batch.step, formula, batch.keys, batch.shape[1], batch.dtype)
 
 
 @dataclass(frozen=True)
@@ -292,6 +316,20 @@ class RowMean(Signal):
 
 
 @dataclass(frozen=True)
+class GroupMean(Signal):
+    """[B, 1]: mean of a signal [B, 1] over the rollouts of each prompt, such as a pass rate, GroupMean(Correct())."""
+
+    of: Signal
+
+    def value(self, batch: Batch) -> Tensor:
+        values = self.of(batch).to(batch.dtype).expand(len(batch.tokens), 1)
+        index, n = group_index(batch.group)
+        total = torch.zeros(n, 1, dtype=values.dtype, device=values.device)
+        count = total.index_add(0, index, torch.ones_like(values))
+        return (total.index_add(0, index, values) / count)[index]
+
+
+@dataclass(frozen=True)
 class MeanOne(Signal):
     """A signal divided by its mean over the trained tokens of the step; 0 where that mean is 0."""
 
@@ -301,6 +339,17 @@ class MeanOne(Signal):
         values = self.of(batch).expand(batch.shape).to(batch.dtype)
         mean = masked_mean(values, batch.mask)
         return torch.where(mean == 0, torch.zeros_like(values), values / torch.where(mean == 0, 1.0, mean))
+
+
+@dataclass(frozen=True)
+class Quantile(Signal):
+    """[1, 1]: the quantile of a signal over the trained tokens of the step; 0 its least, 1 its greatest, linear in between."""
+
+    of: Signal
+    at: float
+
+    def value(self, batch: Batch) -> Tensor:
+        return masked_quantile(self.of(batch).expand(batch.shape), batch.mask, self.at).view(1, 1)
 
 
 @dataclass(frozen=True)
@@ -324,11 +373,35 @@ class Progress(Signal):
         return torch.full((1, 1), share, dtype=batch.dtype, device=batch.device)
 
 
+@dataclass(frozen=True)
+class Early(Signal):
+    """[1, 1] bool: whether this step is among the first `share` of the run's steps; 1: always, 0: never."""
+
+    share: float
+
+    def value(self, batch: Batch) -> Tensor:
+        early = batch.step < self.share * batch.total_steps - 1e-9  # 0.1 * 30 is a little more than 3
+        return torch.full((1, 1), early, device=batch.device)
+
+
+@dataclass(frozen=True)
+class Linear(Signal):
+    """[1, 1]: from `start` at step 0 in a straight line to `end` at step `steps`, and `end` from there on."""
+
+    start: float
+    end: float
+    steps: int
+
+    def value(self, batch: Batch) -> Tensor:
+        share = min(batch.step / self.steps, 1.0) if self.steps > 0 else 1.0
+        return torch.full((1, 1), self.start + (self.end - self.start) * share, dtype=batch.dtype, device=batch.device)
+
+
 def depends_on_sample(signal: Any) -> bool:
     """Whether a signal changes with the sampled token. One that does not carries no gradient on average as a credit."""
     if isinstance(signal, (Logp, LogRatio, Reward, Correct, Mark, Row, Advantage)):
         return True
-    if isinstance(signal, (Gap, Entropy, Progress)):
+    if isinstance(signal, (Gap, Entropy, Progress, Linear)):
         return False
     if isinstance(signal, tuple):
         return any(map(depends_on_sample, signal))

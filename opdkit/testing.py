@@ -202,7 +202,8 @@ def check(method: AnyObjective, seed: int = 0) -> Report:
         ),
         ("hashable, comparable, copied and pickled", lambda: _value_like(made)),
     ]
-    passed, failed = [], []
+    passed: list[str] = []
+    failed: list[str] = []
     for name, test in checks:
         try:
             (passed if test() else failed).append(name)

@@ -318,7 +318,7 @@ class Live:
 def missing(fact: Fact, batch: Batch) -> str:
     """Why a fact is not there and what to do."""
     if isinstance(fact, ColumnFact):
-        kind, _, name = fact.name.partition(":")
+        kind, _, _ = fact.name.partition(":")
         return f"the objective reads {fact.name!r}, which this batch does not have: {HOW.get(kind, 'supply it')}"
     models = {getattr(fact, name) for name in ("model", "owner", "student", "teacher") if hasattr(fact, name)}
     known = {m for f in batch.facts for m in [getattr(f, "model", None)] if m} | set(batch.sources)

@@ -125,7 +125,9 @@ def _prompt(row: Row, named: Row, index: int) -> tuple[str | list[dict[str, Any]
     if messages[-1]["role"] != "assistant":
         return messages, None
     if len(messages) == 1:
-        raise UserError(f"row {index} has only an assistant's message and nothing that it answers: remove the row, or add a user's")
+        raise UserError(
+            f"row {index} has only an assistant's message and nothing that it answers: remove the row, or add a user's"
+        )
     return messages[:-1], _said(messages[-1:])
 
 

@@ -17,8 +17,7 @@ def gym_rows(address: str, *, limit: int | None = None, seed: int = 0) -> list[R
     """The task's rows. Each keeps under `reasoning_gym` what the task's own scorer needs: task, config and entry."""
     task, settings = parse(address)
     settings.setdefault("seed", seed)
-    data = _create(task, settings)
-    entries = (data[i] for i in range(len(data) if limit is None else min(limit, len(data))))
+    entries = _generate(task, settings, limit)
     return [
         {
             **entry,
@@ -44,7 +43,7 @@ def parse(address: str) -> tuple[str, dict[str, Any]]:
     return task, settings
 
 
-def _create(task: str, settings: dict[str, Any]) -> Any:
+def _generate(task: str, settings: dict[str, Any], limit: int | None) -> list[dict[str, Any]]:
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -59,6 +58,7 @@ def _create(task: str, settings: dict[str, Any]) -> Any:
         if key not in known:
             raise UserError(f"reasoning-gym's task {task!r} has no setting {key!r}{nearest(key, known)}")
     try:
-        return reasoning_gym.create_dataset(task, **settings)
+        data = reasoning_gym.create_dataset(task, **settings)
+        return [data[i] for i in range(len(data) if limit is None else min(limit, len(data)))]
     except (AssertionError, ValueError, TypeError) as error:
         raise UserError(f"reasoning-gym refuses these settings of {task!r}: {settings}: {error}") from error

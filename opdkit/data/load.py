@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")  # file names that are splits; others are shards of one set
+NO_DATA = ("dataset_info.json", "dataset_infos.json")  # descriptions that lie beside the data
 HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name or owner/name:config
 
 
@@ -44,7 +46,9 @@ def load_rows(
         name = os.fspath(source)
         if name.startswith(PREFIX):
             if split is not None or columns:
-                raise UserError(f"{name!r} generates its rows, which have no split and fixed columns: leave split and columns out")
+                raise UserError(
+                    f"{name!r} generates its rows, which have no split and fixed columns: leave split and columns out"
+                )
             return gym_rows(name, limit=limit, seed=seed)
         raw = _named(name, split)
     else:
@@ -63,7 +67,9 @@ def _named(name: str, split: str | None) -> Iterable[Row]:
         return _folder(path, split)
     if path.is_file():
         if split is not None:
-            raise UserError(f"split={split!r} was asked of the file {name}, which has no splits: leave it out, or name the folder")
+            raise UserError(
+                f"split={split!r} was asked of the file {name}, which has no splits: leave it out, or name the folder"
+            )
         return _file(path)
     if HUB.fullmatch(name) and not name.endswith(SUFFIXES) and not name.startswith("."):
         return _hub(name, split)
@@ -77,13 +83,15 @@ def _named(name: str, split: str | None) -> Iterable[Row]:
 
 
 def _file(path: Path) -> Iterator[Row]:
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _jsonl(path)
-    if path.name.endswith((".json", ".json.gz")):
-        return _json(path)
-    if path.suffix == ".parquet":
-        return _parquet(path)
-    raise UserError(f"{path} is of a kind that is not read here: convert it to one of {', '.join(SUFFIXES)}")
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"{path} is of a kind that is not read here: convert it to one of {', '.join(SUFFIXES)}")
+    read = _parquet if path.suffix == ".parquet" else _jsonl if ".jsonl" in path.suffixes[-2:] else _json
+    try:
+        yield from read(path)
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # also pyarrow's and UTF-8's errors, which are ValueErrors
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, or not of the kind that its name says"
+        ) from error
 
 
 def _open(path: Path) -> Any:
@@ -135,7 +143,8 @@ def _folder(path: Path, split: str | None) -> Iterable[Row]:
         saved = _datasets("folders written by save_to_disk").load_from_disk(str(path))
         return _dataset(saved, str(path), split)
     inner = path / "data"  # as in a snapshot of a hub repository
-    files = sorted(f for folder in (path, inner) if folder.is_dir() for f in folder.iterdir() if f.name.endswith(SUFFIXES))
+    found = [file for folder in (path, inner) if folder.is_dir() for file in folder.iterdir()]
+    files = sorted(file for file in found if file.name.endswith(SUFFIXES) and file.name not in NO_DATA)
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(re.sub(r"-\d+-of-\d+.*|\..*", "", file.name), []).append(file)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from string import Formatter
 from typing import Any, overload
 
+from jinja2 import TemplateError
+
 from opdkit.data.columns import text
 from opdkit.errors import UserError, nearest
+from opdkit.progress import progress
 from opdkit.types import Prompt, Row
 
+MANY = 20_000  # prompts whose tokenising takes long enough to show progress (about 8000 per second)
 NAMED = 10  # dropped prompts that a report lists one by one
 
 
@@ -51,21 +56,33 @@ class Prompts(Sequence[Prompt]):
         if not rows:
             raise UserError("there are no rows to make prompts of: check the data set's path, split and filters")
         if "prompt" not in rows[0] or "id" not in rows[0]:
-            raise UserError("Prompts takes rows with 'prompt' and 'id', as load_rows gives them: Prompts(load_rows(rows), tokenizer)")
+            raise UserError(
+                "Prompts takes rows with 'prompt' and 'id', as load_rows gives them: Prompts(load_rows(rows), tokenizer)"
+            )
         if self.chat and not has_template:
-            raise UserError("chat=True needs a chat template, and this tokenizer has none: use chat=False, or an instruction model's")
+            raise UserError(
+                "chat=True needs a chat template, and this tokenizer has none: use chat=False, or an instruction model's"
+            )
         if not self.chat and (self.system is not None or self.options):
             what = "system" if self.system is not None else "enable_thinking"
-            raise UserError(f"{what} is part of a chat, and these prompts are plain text (no chat template): write it into template")
+            raise UserError(
+                f"{what} is part of a chat, and these prompts are plain text (no chat template): write it into template"
+            )
         if self.template is not None:
             names = _columns(self.template)
             if not names:
-                raise UserError(f"template={self.template!r} names no column, so every prompt would be the same: put {{prompt}} in it")
+                raise UserError(
+                    f"template={self.template!r} names no column, so every prompt would be the same: put {{prompt}} in it"
+                )
             for name in names - set(rows[0]):
                 raise _no_column(name, rows[0])
 
     def _drop(self, longest: int) -> None:
-        prompts = [self[i] for i in range(len(self))]
+        prompts = []
+        with progress("Tokenising prompts", total=len(self), unit="prompts") if len(self) > MANY else nullcontext(int) as tick:
+            for i in range(len(self)):
+                prompts.append(self[i])
+                tick(i + 1)
         lengths = [len(p.tokens) for p in prompts]
         if min(lengths) > longest:
             raise UserError(
@@ -82,8 +99,8 @@ class Prompts(Sequence[Prompt]):
             return f"{len(self)} prompts"
         rest = f" and {len(self.dropped) - NAMED} more" if len(self.dropped) > NAMED else ""
         return (
-            f"{len(self)} of {self._asked} prompts; {len(self.dropped)} dropped, longer than max_prompt_length={self.max_prompt_length}: "
-            f"{', '.join(self.dropped[:NAMED])}{rest}"
+            f"{len(self)} of {self._asked} prompts; {len(self.dropped)} dropped, "
+            f"longer than max_prompt_length={self.max_prompt_length}: {', '.join(self.dropped[:NAMED])}{rest}"
         )
 
     def __len__(self) -> int:
@@ -126,12 +143,22 @@ class Prompts(Sequence[Prompt]):
         if self.template is not None:
             asked = next((m for m in reversed(messages) if m["role"] == "user"), None)
             if asked is None:
-                raise UserError(f"template fills a user's message, and the prompt of row {row['id']!r} has none: leave template out")
+                raise UserError(
+                    f"template fills a user's message, and the prompt of row {row['id']!r} has none: leave template out"
+                )
             asked["content"] = self._fill(text(asked["content"]), row)
         if self.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system})
-        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **self.options)
+        try:
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **self.options)
+        except TemplateError as error:  # templates raise it themselves: "System role not supported"
+            raise UserError(
+                f"the chat template refuses row {row['id']!r}: {error}. Change the row's messages, or {self._way_out()}"
+            ) from error
         return list(ids)
+
+    def _way_out(self) -> str:
+        return "leave out system" if self.system is not None else "use chat=False with prompts that are plain text"
 
     def _plain(self, prompt: str) -> list[int]:
         """With the tokenizer's own start of sequence, without an end: the model is to go on."""

@@ -14,10 +14,7 @@ from opdkit.errors import UserError
 from opdkit.eval.stats import Estimate, Interval, estimate, pass_at_k, problem_means
 
 if TYPE_CHECKING:
-    from opdkit.types import Prompt, Rollout, Row, Sampling
-
-ANSWERS = ("answer", "solution", "ground_truth")  # columns in which data sets keep the right answer
-QUESTIONS = ("prompt", "question", "problem")
+    from opdkit.types import Prompt, Rollout, Sampling
 
 
 class Sampler(Protocol):
@@ -56,7 +53,7 @@ class EvalResult:
         flat = {f.name: getattr(self, f.name) for f in fields(self)}
         return flat | {
             "avg_at_k": _flat(self.avg_at_k),
-            "pass_at_k": {str(k): _flat(estimate) for k, estimate in self.pass_at_k.items()},
+            "pass_at_k": {str(k): _flat(value) for k, value in self.pass_at_k.items()},
         }
 
     @classmethod
@@ -108,7 +105,7 @@ def evaluate_model(
             raise RuntimeError(f"rollout {r.id!r} of group {r.group!r} is of no prompt that was asked, or has no reward")
         problems[r.group].append(r.correct)
         rewards.append(r.reward)
-    short = [id for id, samples in problems.items() if len(samples) != n]
+    short = [problem for problem, samples in problems.items() if len(samples) != n]
     if short:
         raise RuntimeError(f"the sampler gave {len(problems[short[0]])} instead of {n} samples of problem {short[0]!r}")
     means = problem_means(list(problems.values()))
@@ -153,9 +150,9 @@ def write_samples(path: Path, rollouts: Sequence[Rollout]) -> None:
         for r in rollouts:
             line = {
                 "id": r.id,
-                "prompt": _first(r.row, QUESTIONS),
+                "prompt": _readable(r.row.get("prompt")),
                 "text": r.text,
-                "answer": _first(r.row, ANSWERS),
+                "answer": r.row.get("answer"),
                 "reward": r.reward,
                 "correct": r.correct,
                 "finish": r.finish,
@@ -165,6 +162,8 @@ def write_samples(path: Path, rollouts: Sequence[Rollout]) -> None:
     os.replace(partial, path)
 
 
-def _first(row: Row, names: Sequence[str]) -> Any:
-    """The first of these columns that the data row has."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
+def _readable(prompt: Any) -> Any:
+    """A prompt as text; messages as `role: content`, a paragraph each."""
+    if isinstance(prompt, list):
+        return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return prompt

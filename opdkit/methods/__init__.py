@@ -11,4 +11,13 @@ METHODS: dict[str, str] = {
     "position_opd": "opdkit.methods.position_opd:position_opd",
     "scope": "opdkit.methods.scope:scope",
     "vopd": "opdkit.methods.vopd:vopd",
+    # group 2: the OPD objective family
+    "eopd": "opdkit.methods.eopd:eopd",
+    "reopold": "opdkit.methods.reopold:reopold",
+    "drift_gating": "opdkit.methods.drift_gating:drift_gating",
+    "topk_opd": "opdkit.methods.topk_opd:topk_opd",
+    "kl_mixing": "opdkit.methods.kl_mixing:kl_mixing",
+    "tip": "opdkit.methods.tip:tip",
+    "paced": "opdkit.methods.paced:paced",
+    "cr_opd": "opdkit.methods.cr_opd:cr_opd",
 }

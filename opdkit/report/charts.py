@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from opdkit.report.numbers import log_ticks, number, ticks
-from opdkit.report.read import Values
+from opdkit.report.numbers import log_ticks, number, tick_labels, ticks
+from opdkit.report.read import Values, evenly
 
 WIDTH, HEIGHT = 400, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26  # margins of the plot inside the drawing
 POINTS = 400  # kept per line: more than its pixels, few enough for a small file
+READABLE = 1500  # steps of a chart that can be read by pointing at it
 SMOOTH_FROM = 25  # steps; shorter curves are drawn as they are
+LOG_FROM = 50  # times between small and large values
 FEW = 12  # points that get a dot each
 
 
@@ -59,20 +61,22 @@ def line_chart(
     x = Scale(steps[0], max(steps[-1], steps[0] + 1), LEFT, WIDTH - RIGHT)
     curves = [_curve(line, steps, smooth) for line in lines]
     y = _vertical(curves, [level for _, level in levels], unit)
+    marks = y.ticks()
     return {
         "title": title,
         "unit": "log scale" if y.log and not unit else f"{unit}, log scale" if y.log else unit.replace("%", ""),
         "about": about,
+        "warning": "",
         "curves": [_draw(curve, x, y, unit, index) for index, curve in enumerate(curves)],
         "levels": [{"name": name, "y": y(level)} for name, level in levels],
-        "xticks": [(x(t), f"{t:g}") for t in x.ticks() if t == int(t)],
-        "yticks": [(y(t), _tick(t, unit)) for t in y.ticks()],
+        "xticks": [(x(t), f"{t:,.0f}") for t in x.ticks() if t == int(t)],
+        "yticks": list(zip(map(y, marks), tick_labels(marks, unit, y.log))),
         "last": steps[-1],
         "data": {
             "unit": unit,
             "x": [x.low, x.high, x.start, x.end],
             "y": [y.low, y.high, y.start, y.end, int(y.log)],
-            "lines": [{"x": c.steps, "y": [_short(v) for v in c.raw], "z": [_short(v) for v in c.upper]} for c in curves],
+            **_hover(lines, steps),
         },
     }
 
@@ -92,18 +96,24 @@ class _Curve:
 def _curve(line: Line, steps: Sequence[int], smooth: bool) -> _Curve:
     pairs = list(zip(steps, line.values, line.upto or line.values))
     whole = [(step, value, upto) for step, value, upto in pairs if value is not None and upto is not None]
-    at, raw, upper = ([point[i] for point in whole] for i in range(3))
+    raw, upper = [value for _, value, _ in whole], [upto for _, _, upto in whole] if line.upto else []
     smooth_raw, smooth_upper = (smoothed(raw), smoothed(upper)) if smooth else (raw, upper)
     kept = thinned(raw)
-    at, raw, smooth_raw, upper, smooth_upper = ([v[i] for i in kept] for v in (at, raw, smooth_raw, upper, smooth_upper))
-    return _Curve(line.name, at, raw, smooth_raw, *((upper, smooth_upper) if line.upto else ([], [])))
+    values = ([values[i] for i in kept] if values else [] for values in (raw, smooth_raw, upper, smooth_upper))
+    return _Curve(line.name, [whole[i][0] for i in kept], *values)
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average without start-up bias, over about a thirtieth of the curve."""
+    """Moving average over about a thirtieth of the curve; looks both ways, so that it does not lag behind."""
     if len(values) < SMOOTH_FROM:
         return values
     keep = 1 - 2 / (len(values) / 30 + 2)
+    forward, backward = _trailing(values, keep), _trailing(values[::-1], keep)[::-1]
+    return [(a + b) / 2 for a, b in zip(forward, backward)]
+
+
+def _trailing(values: list[float], keep: float) -> list[float]:
+    """Exponential moving average without start-up bias."""
     total = weight = 0.0
     out = []
     for value in values:
@@ -130,7 +140,8 @@ def _vertical(curves: Sequence[_Curve], levels: Sequence[float], unit: str) -> S
     values = [v for c in curves for part in (c.raw, c.upper) for v in part] + list(levels)
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     start, end = HEIGHT - BOTTOM, TOP
-    if unit != "%" and low > 0 and high / low > 50:
+    common = sorted(values)[len(values) // 20 : -len(values) // 20]  # a warm-up or a spike does not decide
+    if unit != "%" and low > 0 and common and common[-1] / common[0] > LOG_FROM:
         return Scale(low / 1.2, high * 1.2, start, end, log=True)
     if low == high:
         low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
@@ -157,12 +168,16 @@ def _draw(curve: _Curve, x: Scale, y: Scale, unit: str, index: int) -> dict[str,
     }
 
 
-def _tick(value: float, unit: str) -> str:
-    return f"{100 * value:.4g}%" if unit == "%" else number(value)
+def _hover(lines: Sequence[Line], steps: Sequence[int]) -> dict[str, Any]:
+    """The steps at which something was logged, thinned evenly so that all lines are read at the same step, and the values there."""
+    logged = [i for i in range(len(steps)) if any(line.values[i] is not None for line in lines)]
+    kept = [logged[i] for i in evenly(len(logged), READABLE)]
 
+    def short(values: Values) -> list[float | None]:
+        return [None if values[i] is None else float(f"{values[i]:.4g}") for i in kept]
 
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
+    ends = [{"y": short(line.values)} | ({"z": short(line.upto)} if line.upto else {}) for line in lines]
+    return {"steps": [steps[i] for i in kept], "lines": ends}
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:

@@ -19,12 +19,13 @@ class Plot:
     keys: tuple[str, ...]
     unit: str = ""
     about: str = ""
+    smooth: bool = True
 
 
 PLOTS = (
     Plot(
         "Learning",
-        "Distance to the teacher",
+        "KL to the teacher",
         ("teacher_kl/*",),
         "nats per token",
         "Sampled estimate of KL(student ‖ teacher). At 0 the student writes exactly as the teacher would.",
@@ -37,10 +38,16 @@ PLOTS = (
         "nats per token",
         "How open the model's choices are. A collapse towards 0 means that it stops exploring.",
     ),
-    Plot("Learning", "Reward", ("reward/mean", "reward/std"), "", "Mean over the step's rollouts, and one standard deviation around it."),
+    Plot(
+        "Learning",
+        "Reward",
+        ("reward/mean", "reward/std"),
+        "",
+        "Mean over the step's rollouts, and one standard deviation around it.",
+    ),
     Plot("Learning", "Correct answers", ("correct/*",), "%", "Share of the training rollouts with a right answer."),
     Plot("Learning", "Gradient norm", ("grad_norm",), "", "Before clipping."),
-    Plot("Learning", "Learning rate", ("learning_rate",)),
+    Plot("Learning", "Learning rate", ("learning_rate",), smooth=False),
     Plot("Terms", "Loss per term", ("loss/*",)),
     Plot("Terms", "Mean weight per term", ("weight/*",), "", "Mean over the tokens that the term selects."),
     Plot("Terms", "Tokens per term", ("share/*",), "%", "Share of the trained tokens that the term selects."),
@@ -61,9 +68,10 @@ PLOTS = (
     Plot("Completions", "Tokens trained", ("tokens/trained",), "tokens per step"),
     Plot("Speed and memory", "Throughput", ("tokens_per_second/*",), "tokens/s", "Of each phase, and of the whole step."),
     Plot("Speed and memory", "Time", ("seconds/*",), "s", "Of each phase, and of the whole step."),
-    Plot("Speed and memory", "Peak memory", ("memory/peak_gib",), "GiB"),
+    Plot("Speed and memory", "Peak memory", ("memory/peak_gib",), "GiB", smooth=False),
 )
 OTHER = "More metrics"
+PHASES = ("sample", "score", "learn", "reward")  # of a step; they have the same colour in every chart
 
 
 def chart_sections(run: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -75,11 +83,21 @@ def chart_sections(run: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
     for plot in PLOTS:
         found = {name: left.pop(name) for name in list(left) if any(_matches(name, key) for key in plot.keys)}
         if found:
-            chart = line_chart(plot.title, run.steps, _lines(found), unit=plot.unit, about=plot.about)
-            sections.setdefault(plot.section, []).append(chart)
+            chart = line_chart(plot.title, run.steps, _lines(found), unit=plot.unit, about=plot.about, smooth=plot.smooth)
+            sections.setdefault(plot.section, []).append(chart | {"warning": _warning(run, list(found))})
     for name, values in sorted(left.items()):
-        sections.setdefault(OTHER, []).append(line_chart(name, run.steps, [Line(name, values)]))
+        sections.setdefault(OTHER, []).append(
+            line_chart(name, run.steps, [Line(name, values)]) | {"warning": _warning(run, [name])}
+        )
     return list(sections.items())
+
+
+def _warning(run: RunData, names: list[str]) -> str:
+    """What a gap in a curve means."""
+    bad = {name: run.nonfinite[name] for name in names if name in run.nonfinite}
+    return (
+        "Not a finite number: " + ", ".join(f"{name} at {n} of {len(run.steps)} steps" for name, n in bad.items()) if bad else ""
+    )
 
 
 def _matches(name: str, key: str) -> bool:
@@ -95,7 +113,13 @@ def _lines(found: dict[str, Values]) -> list[Line]:
     ends = [found.get(f"completions/{end}_length") for end in ("min", "max")]
     if "completions/mean_length" in found and ends[0] and ends[1]:
         return [Line("mean", found["completions/mean_length"]), Line("range", ends[0], ends[1])]
-    return [Line(name.split("/", 1)[-1].removesuffix("_length"), values) for name, values in sorted(found.items())]
+    lines = [Line(name.split("/", 1)[-1].removesuffix("_length"), values) for name, values in found.items()]
+    return sorted(lines, key=lambda line: _order(line.name))
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Phases first, the whole step last, others by name in between."""
+    return (PHASES.index(name) if name in PHASES else len(PHASES) + (name == "step"), name)
 
 
 def _plus(a: Values, b: Values, sign: int) -> Values:
@@ -103,12 +127,14 @@ def _plus(a: Values, b: Values, sign: int) -> Values:
 
 
 def time_shares(run: RunData) -> list[tuple[str, float]]:
-    """(phase, share of the time of all steps), largest first; what no phase accounts for is "other"."""
-    totals = {name.removeprefix("seconds/"): _total(values) for name, values in run.metrics.items() if name.startswith("seconds/")}
+    """(phase, share of the time of all steps); what no phase accounts for is "other"."""
+    totals = {
+        name.removeprefix("seconds/"): _total(values) for name, values in run.metrics.items() if name.startswith("seconds/")
+    }
     whole = totals.pop("step", 0.0) or sum(totals.values())
     if not totals or not whole:
         return []
-    shares = sorted(((name, total / whole) for name, total in totals.items()), key=lambda item: -item[1])
+    shares = [(name, totals[name] / whole) for name in sorted(totals, key=_order)]
     other = 1 - sum(share for _, share in shares)
     return shares + ([("other", other)] if other > 0.005 else [])
 

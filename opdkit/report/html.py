@@ -10,7 +10,7 @@ from opdkit.report import results as res
 from opdkit.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 from opdkit.report.curves import chart_sections, time_shares
 from opdkit.report.numbers import duration, number
-from opdkit.report.read import RunData, Values, read_run
+from opdkit.report.read import RunData, read_run
 from opdkit.report.rollouts import sample_steps
 
 TEMPLATES = Path(__file__).parent
@@ -35,13 +35,18 @@ def render(run: RunData) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     standings = res.standings(run.evals)
     return environment.get_template("report.html.j2").render(
         title=str(run.summary.get("title") or run.folder.resolve().name),
         finished=bool(run.summary),
         last_step=run.steps[-1] if run.steps else None,
+        total_steps=run.config.get("steps"),
         facts=run_facts(run),
         figures=key_figures(run, standings),
         plots=res.interval_plots(standings),
@@ -58,16 +63,17 @@ def render(run: RunData) -> str:
 
 def run_facts(run: RunData) -> list[tuple[str, str]]:
     """Who taught whom how, as far as the resolved run says so."""
-    found = [(key, run.config.get(key)) for key in ("method", "student", "teacher", "teachers", "data", "reward")]
+    found = [(key, run.config.get(key)) for key in ("method", "student", "teacher", "data", "reward")]
     return [(key.capitalize(), _fact(value)) for key, value in found if value]
 
 
 def _fact(value: Any) -> str:
-    """A config value in a few words: the name or model of a mapping, with its other plain values as arguments."""
+    """A setting in a few words: `iw_opd(gamma=0.5)`, the source of data, models by route."""
     if isinstance(value, dict):
-        head = next((str(value[key]) for key in ("name", "model", "path") if value.get(key)), "")
-        rest = [f"{k}={v}" for k, v in value.items() if v is not None and not isinstance(v, dict | list) and str(v) != head]
-        return f"{head}({', '.join(rest)})" if head and rest else head or ", ".join(rest)
+        head = str(value.get("name") or value.get("source") or "")
+        named = value.get("arguments") or {} if head else value
+        rest = ", ".join(f"{k}={_fact(v)}" for k, v in named.items())
+        return f"{head}({rest})" if head and rest else head or rest
     if isinstance(value, list):
         return ", ".join(map(_fact, value))
     return number(value) if isinstance(value, float) else str(value)
@@ -89,15 +95,16 @@ def key_figures(run: RunData, standings: dict[str, Any]) -> list[dict[str, str]]
         add(label, number(after.avg_at_k.value, "%"), note, tone)
     closed = res.gap_closed(standings)
     if closed is not None:
-        add("Gap to the teacher closed", f"{100 * closed:.0f}%", f"teacher {number(standings[res.TEACHER].avg_at_k.value, '%')}")
+        add("Teacher gap closed", f"{100 * closed:.0f}%", f"teacher {number(standings[res.TEACHER].avg_at_k.value, '%')}")
     ends = [
-        ("Distance to the teacher", "teacher_kl/sampled", "nats per token", ""),
+        ("KL to the teacher", "teacher_kl/sampled", "nats per token", ""),
         *([] if after else [("Training reward", "reward/mean", "", ""), ("Correct in training", "correct/mean", "", "%")]),
     ]
     for label, key, unit, kind in ends:
-        if key in run.metrics:
-            first, last = _ends(run.metrics[key])
-            add(label, number(last, kind), f"{unit + ', ' if unit else ''}from {number(first, kind)}")
+        known = [v for v in run.metrics.get(key, []) if v is not None]
+        if known:
+            first, last = _ends(known)
+            add(label, number(last, kind), f"{unit + ', ' if unit else ''}was {number(first, kind)}")
     if run.steps:
         trained = _total(run, "tokens/trained")
         add("Steps", f"{len(run.steps):,}", f"{number(trained)} tokens trained" if trained else "")
@@ -111,11 +118,10 @@ def key_figures(run: RunData, standings: dict[str, Any]) -> list[dict[str, str]]
     return figures
 
 
-def _ends(values: Values) -> tuple[float, float]:
+def _ends(values: list[float]) -> tuple[float, float]:
     """Means of the first and last twentieth of a curve: single steps are noise."""
-    known = [v for v in values if v is not None]
-    n = max(1, len(known) // 20)
-    return sum(known[:n]) / n, sum(known[-n:]) / n
+    n = max(1, len(values) // 20)
+    return sum(values[:n]) / n, sum(values[-n:]) / n
 
 
 def _total(run: RunData, name: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class RunData:
     yaml: str
     steps: list[int]
     metrics: dict[str, Values]  # by name, each as long as `steps`
+    nonfinite: dict[str, int]  # by name, the number of steps at which it was infinite or no number
     evals: list[EvalResult]
     samples: list[tuple[int, list[dict[str, Any]]]]  # (step, rollouts)
     summary: dict[str, Any]
@@ -36,15 +38,18 @@ def read_run(folder: Path) -> RunData:
     """Read a run folder; parts that are not there yet are empty."""
     parts = ("run.yaml", "metrics.jsonl", "evals.jsonl", "samples", "summary.json")
     if not any((folder / part).exists() for part in parts):
-        raise UserError(f"{folder} is not a run folder: it has none of {', '.join(parts)}. Give the folder that `opdkit train` wrote.")
+        raise UserError(
+            f"{folder} is not a run folder: it has none of {', '.join(parts)}. Give the folder that `opdkit train` wrote."
+        )
     yaml_text = _text(folder / "run.yaml")
-    steps, metrics = _metrics(folder / "metrics.jsonl")
+    steps, metrics, nonfinite = _metrics(folder / "metrics.jsonl")
     return RunData(
         folder=folder,
         config=_config(yaml_text, folder),
         yaml=yaml_text,
         steps=steps,
         metrics=metrics,
+        nonfinite=nonfinite,
         evals=[EvalResult.from_dict(line) for line in read_lines(folder / "evals.jsonl")],
         samples=_samples(folder / "samples"),
         summary=json.loads(_text(folder / "summary.json") or "{}"),
@@ -61,17 +66,20 @@ def _config(text: str, folder: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"{folder / 'run.yaml'} is not YAML: {error}. Restore it, or remove it to get a report without it.") from error
+        raise UserError(
+            f"{folder / 'run.yaml'} is not YAML: {error}. Restore it, or remove it to get a report without it."
+        ) from error
     return config if isinstance(config, dict) else {}
 
 
-def _metrics(path: Path) -> tuple[list[int], dict[str, Values]]:
+def _metrics(path: Path) -> tuple[list[int], dict[str, Values], dict[str, int]]:
     """Columns from lines. The last line of a step counts."""
     rows = {line["step"]: line for line in read_lines(path)}
     steps = sorted(rows)
     names = dict.fromkeys(name for step in steps for name in rows[step] if name not in ("step", "nonfinite"))
     columns = {name: [_finite(rows[step].get(name)) for step in steps] for name in names}
-    return steps, {name: values for name, values in columns.items() if any(v is not None for v in values)}
+    nonfinite = Counter(name for row in rows.values() for name in row.get("nonfinite", ()))
+    return steps, columns, dict(nonfinite)
 
 
 def _finite(value: Any) -> float | None:

@@ -37,7 +37,7 @@ def _rollout(row: dict[str, Any], full: float) -> dict[str, Any]:
         "id": str(row.get("id", "")),
         "prompt": clean(str(row.get("prompt") or ""))[:PROMPT_SHOWN],
         "text": "" if pieces else clean(str(row.get("text") or "")),
-        "tokens": [_token(piece, *facts, full) for piece, *facts in list(zip(pieces, *columns))[:TOKENS_SHOWN]],
+        "tokens": [_token(piece, numbers, full) for piece, *numbers in list(zip(pieces, *columns))[:TOKENS_SHOWN]],
         "hidden": max(0, len(pieces) - TOKENS_SHOWN),
         "length": len(pieces),
         "reward": None if row.get("reward") is None else number(row["reward"]),
@@ -55,17 +55,16 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _token(
-    piece: str, credit: float | None, weight: float | None, logp: float | None, teacher: float | None, full: float
-) -> dict[str, Any]:
+def _token(piece: str, numbers: Sequence[float | None], full: float) -> dict[str, str]:
     """Text, colour class and the numbers of the tooltip. p5 is the fullest blue, n5 the fullest red."""
+    credit, weight = numbers[:2]
     shade = 0
     if credit is not None and full:
         shade = max(-SHADES, min(SHADES, round(SHADES * credit / full)))
     classes = [f"p{shade}" if shade > 0 else f"n{-shade}"] if shade else []
     if weight == 0:
         classes.append("out")
-    facts = "|".join("" if v is None else f"{v:.3g}" for v in (credit, weight, logp, teacher))
+    facts = "|".join("" if v is None else f"{v:.3g}" for v in numbers)
     text = clean(piece) or "∅"
     return {"text": text.replace("\n", "↵\n").replace("\t", "⇥\t"), "class": " ".join(classes), "facts": facts}
 

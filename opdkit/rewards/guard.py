@@ -30,10 +30,11 @@ class Failed:
 
 def guarded(function: str, *arguments: Any, seconds: float = SECONDS) -> Any:
     """What `worker.py`'s function returns, or `Failed`. Threads may call it at once; each then has a process of its own."""
-    process = _take()
+    idle = _idle.setdefault(function, deque())
+    process = _take(function, idle)
     answer = process.call(function, arguments, seconds)
     if process.alive:
-        _idle.append(process)
+        idle.append(process)
     return answer
 
 
@@ -43,7 +44,7 @@ class _Process:
     def __init__(self) -> None:
         # By path and not as a module: neither opdkit nor torch is imported, and this folder's math.py does not hide Python's.
         run = f"import runpy, sys; sys.path[:1] = []; runpy.run_path({str(_WORKER)!r}, run_name='__main__')"
-        threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self.owner = os.getpid()  # a fork must not talk through its parent's pipes
         self.alive = True
         self.process = subprocess.Popen(
@@ -55,45 +56,49 @@ class _Process:
         )
 
     def call(self, function: str, arguments: tuple[Any, ...], seconds: float) -> Any:
-        """The result; a process that fails to give one is ended."""
+        """The result; a process that fails to give one in time is ended."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        timer = threading.Timer(seconds, self.process.kill)
+        timer = threading.Timer(seconds, self.end)
+        timer.start()
         try:
             pickle.dump((function, arguments), self.process.stdin)
             self.process.stdin.flush()
-            timer.start()
             good, value = pickle.load(self.process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             self.end()
             return Failed(f"no result within {seconds:g} s or in the memory allowed")
         finally:
             timer.cancel()
+            timer.join()  # it must not end the process during the next call
         return value if good else Failed(value)
 
     def end(self) -> None:
         self.alive = False
         if self.owner == os.getpid():
             self.process.kill()
-            self.process.communicate()
+            self.process.wait()
 
 
-_idle: deque[_Process] = deque()
+_idle: dict[str, deque[_Process]] = {}  # by function: each imports only what its function needs
 
 
-def _take() -> _Process:
+def _take(function: str, idle: deque[_Process]) -> _Process:
     """An idle worker, or a new one that has answered once: its imports are not on the first call's clock."""
-    while _idle:
-        process = _idle.pop()
+    while idle:
+        process = idle.pop()
         if process.owner == os.getpid() and process.process.poll() is None:
             return process
     process = _Process()
-    ready = process.call("ready", (), START_SECONDS)
+    ready = process.call("ready", (function,), START_SECONDS)
     if ready is not True:
-        raise RuntimeError(f"the process that scores answers does not start: {ready}; try: {sys.executable} -c 'import math_verify'")
+        raise RuntimeError(
+            f"the process that scores answers does not start: {ready}; try: {sys.executable} {_WORKER} < /dev/null"
+        )
     return process
 
 
 @atexit.register
 def _end() -> None:
-    while _idle:
-        _idle.pop().end()
+    for idle in _idle.values():
+        while idle:
+            idle.pop().end()

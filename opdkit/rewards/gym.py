@@ -31,10 +31,12 @@ class ReasoningGym:
         value = guarded("gym", task, config, said, entry)
         if not isinstance(value, Failed):
             return float(value)
-        # A scorer that fails on what a model wrote says that it is wrong; one that fails on its own entry has a broken row.
-        own = guarded("gym", task, config, str(entry["answer"]), entry)
-        if isinstance(own, Failed) and entry["answer"] is not None:
-            raise UserError(f"reasoning-gym's scorer of {task!r} cannot read the row: {own.why}. Generate the row anew with load_rows")
+        # A scorer that fails on what a model wrote says that it is wrong; one that fails on its own answer has a broken row.
+        own = None if entry["answer"] is None else guarded("gym", task, config, str(entry["answer"]), entry)
+        if isinstance(own, Failed):
+            raise UserError(
+                f"reasoning-gym's scorer of {task!r} cannot read the row: {own.why}. Generate the row anew with load_rows"
+            )
         return 0.0
 
 

@@ -32,12 +32,10 @@ class Pattern:
 
     def __call__(self, rollout: Rollout) -> float:
         answer = truth(rollout, "regex").strip()
-        found = None
-        for found in self.compiled.finditer(rollout.text):
-            pass
-        if found is None:
+        found = list(self.compiled.finditer(rollout.text))
+        if not found:
             return 0.0
-        said = (found[1 if self.compiled.groups else 0] or "").strip()
+        said = (found[-1][min(self.compiled.groups, 1)] or "").strip()
         if said == answer:
             return 1.0
         a, b = quantity(said), quantity(answer)

@@ -78,5 +78,3 @@ def _scored(rollout: Rollout, reward: Reward) -> Rollout:
         )
     least = getattr(reward, "correct_from", None)
     return replace(rollout, reward=float(value), correct=bool(value > 0 if least is None else value >= least))
-
-

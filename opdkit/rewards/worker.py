@@ -14,13 +14,9 @@ from typing import Any
 MEMORY = 8 << 30  # bytes of address space: 9^9^9^9 must fail, not fill the machine
 
 
-def ready() -> bool:
-    """Import what calls need."""
-    import importlib.util
-
-    for package in ("math_verify", "reasoning_gym"):
-        if importlib.util.find_spec(package):
-            __import__(package)
+def ready(function: str) -> bool:
+    """Import what a function needs."""
+    __import__({"equal": "math_verify", "gym": "reasoning_gym"}[function])
     return True
 
 
@@ -65,13 +61,15 @@ def main() -> None:
     if sys.platform == "linux":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        allowed = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY if allowed == resource.RLIM_INFINITY else min(MEMORY, allowed), allowed))
     functions = {f.__name__: f for f in (ready, equal, gym)}
     while True:
         try:
             name, arguments = pickle.load(calls)
         except EOFError:  # the parent ended
             return
+        result: tuple[bool, Any]  # whether it returned, and what; or why not
         try:
             result = True, functions[name](*arguments)
         except Exception as error:

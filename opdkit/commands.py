@@ -1,0 +1,107 @@
+"""What the command line does, as functions for a notebook: evaluate and sample a model, look at a machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from opdkit.build import make_prompts, read_rows
+from opdkit.errors import UserError
+from opdkit.eval import EvalResult, evaluate_model
+from opdkit.models import load_model, load_tokenizer
+from opdkit.rewards import load_reward
+from opdkit.run import Data
+from opdkit.sampling import HFSampler
+from opdkit.types import Rollout, Sampling
+
+
+def open_sampler(model: Any, tokenizer: Any = None, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False) -> HFSampler:
+    """A sampler for a model by name, path, or as an object."""
+    import torch
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    named = tokenizer if tokenizer is not None else model
+    if not isinstance(named, str) and not hasattr(named, "decode"):
+        raise UserError("a loaded model comes without its tokenizer: pass tokenizer=")
+    return HFSampler(loaded, load_tokenizer(named, trust_remote_code=trust_remote_code))
+
+
+def eval_model(
+    model: Any,
+    data: str | Data | Sequence[Any],
+    reward: Any = "math",
+    *,
+    sampling: Sampling | None = None,
+    num_generations: int = 1,
+    ks: Sequence[int] = (1,),
+    tokenizer: Any = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    keep: str | Path | None = None,
+    name: str = "eval",
+) -> EvalResult:
+    """Avg@k and Pass@k of a model on a data set, with 95 % confidence intervals over problems."""
+    sampler = open_sampler(model, tokenizer, dtype)
+    settings = data if isinstance(data, Data) else Data(data if isinstance(data, str) else "in memory")
+    rows = read_rows(settings, None if isinstance(data, (str, Data)) else data, seed)
+    scorer = load_reward(reward)
+    if scorer is None:
+        raise UserError("an evaluation needs a reward: math, exact, reasoning_gym, regex:PATTERN or file.py:function")
+    chosen = replace(sampling or Sampling(), num_generations=num_generations)
+    prompts = list(make_prompts(settings, rows, sampler.tokenizer))
+    return evaluate_model(sampler, prompts, scorer, chosen, ks=ks, seed=seed, name=name, keep=None if keep is None else Path(keep))
+
+
+def sample_model(
+    model: Any, prompts: Sequence[Any] | str | Data, sampling: Sampling | None = None, *, tokenizer: Any = None, dtype: str = "float32", seed: int = 0
+) -> list[Rollout]:
+    """Responses of a model to texts, rows or a data set."""
+    sampler = open_sampler(model, tokenizer, dtype)
+    settings = prompts if isinstance(prompts, Data) else Data(prompts if isinstance(prompts, str) else "in memory")
+    given = None if isinstance(prompts, (str, Data)) else [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]
+    asked = list(make_prompts(settings, read_rows(settings, given, seed), sampler.tokenizer))
+    return sampler.sample(asked, sampling or Sampling(), seed=seed)
+
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "datasets", "pyarrow", "math-verify", "reasoning-gym", "vllm", "ray")
+
+
+def doctor() -> str:
+    """What this machine offers, and which path each phase will take."""
+    import torch
+
+    lines = [f"python        {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"]
+    lines.append(f"memory        {_memory()}")
+    lines.append(f"disk          {shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
+    for package in PACKAGES:
+        try:
+            lines.append(f"{package:<13} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{package:<13} not installed")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            lines.append(f"gpu {i}         {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    else:
+        lines.append("gpu           none: everything runs on the CPU in float32")
+    lines.append("sample        transformers model in process, key-value cache, prompts prefilled once per group")
+    lines.append("score         hidden states of models in process; logits one chunk at a time")
+    lines.append(f"learn         chunked vocabulary pass; AdamW {'fused' if torch.cuda.is_available() else 'for each tensor'}")
+    return "\n".join(lines)
+
+
+def _memory() -> str:
+    if sys.platform != "linux":
+        return "unknown"
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES")
+    return f"{pages * size / 2**30:.1f} GiB, {free * size / 2**30:.1f} GiB free"

@@ -1,0 +1,33 @@
+"""Pass rates: how often the student has lately solved each prompt, for methods that weigh prompts by difficulty (PACED)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opdkit.curricula.base import Plain
+from opdkit.types import Rollout
+
+
+@dataclass(frozen=True)
+class PassRates(Plain):
+    """Every prompt as it is; memory["pass_rate"][prompt id] is the share of correct ones among its last `window` rollouts.
+
+    All rollouts of a visit count, also where they are more than the window. Rollouts without a reward are passed over.
+    """
+
+    window: int = 8
+
+    def observe(self, rollouts: Sequence[Rollout], memory: dict[str, Any]) -> dict[str, Any]:
+        fresh: dict[str, list[bool]] = {}
+        for rollout in rollouts:
+            if rollout.correct is not None:
+                fresh.setdefault(rollout.group, []).append(rollout.correct)
+            elif rollout.reward is not None:
+                fresh.setdefault(rollout.group, []).append(rollout.reward > 0)
+        solved, rates = dict(memory.get("solved", {})), dict(memory.get("pass_rate", {}))
+        for prompt, results in fresh.items():
+            last = [*solved.get(prompt, []), *results][-max(self.window, len(results)) :]
+            solved[prompt], rates[prompt] = last, sum(last) / len(last)
+        return {**memory, "solved": solved, "pass_rate": rates}

@@ -1,0 +1,107 @@
+"""Train a run: `distill` from Python, `execute` from the command line."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opdkit.build import Given, prepare
+from opdkit.eval import EvalResult
+from opdkit.method import as_method
+from opdkit.report import write_report
+from opdkit.run import Run, claim_folder, make_run, set_value
+from opdkit.track import read_lines
+from opdkit.train import checkpoint as checkpoints
+from opdkit.train.loop import train
+from opdkit.types import Row
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves."""
+
+    model: Path  # loads with plain from_pretrained; adapters are merged in
+    folder: Path
+    metrics: list[dict[str, Any]]  # one entry per step
+    evaluations: list[EvalResult]
+    report: Path
+
+
+def distill(
+    student: Any,
+    teacher: Any,
+    prompts: Any,
+    method: Any = "opd",
+    *,
+    tokenizer: Any = None,
+    reward: Any = None,
+    eval_prompts: Any = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    **settings: Any,
+) -> Result:
+    """Distil a teacher into a student; returns the new model's path and the metrics.
+
+    student, teacher: names, paths or loaded models (teacher also {route: model}). prompts: a path, a hub name, a list of texts or of
+    rows. method: a name, `file.py:function`, a `Method` or an objective. settings: any of `Run`'s, dotted with `__` or by their last name
+    where it is unique: steps=50, learning_rate=1e-5, num_generations=4, sampling__temperature=0.8.
+    """
+    values: dict[str, Any] = {
+        "student": _label(student),
+        "teacher": {k: _label(v) for k, v in teacher.items()} if isinstance(teacher, Mapping) else _label(teacher),
+        "data": prompts if isinstance(prompts, str) else "in memory",
+        "method": method if isinstance(method, str) else "own",
+    }
+    if eval_prompts is not None:
+        values["evaluate"] = {"data": {"source": eval_prompts if isinstance(eval_prompts, str) else "in memory"}}
+    if isinstance(reward, str):
+        values["reward"] = reward
+    for key, value in settings.items():
+        set_value(values, key.replace("__", "."), value)
+    given = Given(
+        None if isinstance(student, str) else student,
+        None if isinstance(teacher, str) else teacher,
+        tokenizer,
+        None if isinstance(prompts, str) else _rows(prompts),
+        None if eval_prompts is None or isinstance(eval_prompts, str) else _rows(eval_prompts),
+        None if isinstance(method, str) else as_method(method),
+        reward if callable(reward) else None,
+    )
+    return execute(make_run(values), given, resume=resume, overwrite=overwrite)
+
+
+def execute(run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False) -> Result:  # noqa: B008
+    """Train a run from its first step, or from its newest checkpoint with `resume`."""
+    if overwrite and not resume:
+        clear(run.folder)
+    claim_folder(run.folder, resume)
+    job, state = prepare(run, given, resume=resume)
+    with job.recorder.trackers:
+        train(job, state)
+    final = run.folder / "model"
+    model = job.student.model
+    checkpoints.write_model(final, model.merge_and_unload() if run.lora else model, job.tokenizer)
+    report = write_report(run.folder)
+    evaluations = [EvalResult.from_dict(line) for line in read_lines(run.folder / "evals.jsonl")]
+    return Result(final, run.folder, read_lines(run.folder / "metrics.jsonl"), evaluations, report)
+
+
+def clear(folder: Path) -> None:
+    """Remove an earlier run's files, and only those."""
+    if not (folder / "run.yaml").exists():
+        return
+    for path in [*checkpoints.checkpoints(folder), folder / "samples", folder / "model", *folder.glob(".partial-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in ("run.yaml", "metrics.jsonl", "evals.jsonl", "report.html", "summary.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _label(model: Any) -> str:
+    return model if isinstance(model, str) else str(getattr(getattr(model, "config", None), "_name_or_path", "") or "in memory")
+
+
+def _rows(prompts: Sequence[Any]) -> list[Row]:
+    return [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]

@@ -1,0 +1,84 @@
+"""TIP: distillation on the tokens that matter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opdkit.losses import Divergence
+from opdkit.maths import masked_quantile
+from opdkit.objective import Objective, Signal
+from opdkit.signals import Entropy, Gap, Quantile, uniform
+from opdkit.types import Batch
+
+
+@dataclass(frozen=True)
+class Spread(Signal):
+    """[B, T] in [0, 1]: a signal between its least value and its quantile `top` in the step; 0 everywhere where these are equal."""
+
+    of: Signal
+    top: float = 1.0
+
+    def value(self, batch: Batch) -> Tensor:
+        values = self.of(batch)
+        low, high = (masked_quantile(values, batch.mask, at) for at in (0.0, self.top))
+        return (torch.minimum(values, high) - low) / torch.where(high > low, high - low, math.inf)
+
+
+@dataclass(frozen=True)
+class Race(Signal):
+    """[B, T]: draws of which the n highest are a sample of n tokens without replacement, odds proportional to a signal."""
+
+    of: Signal
+
+    def value(self, batch: Batch) -> Tensor:
+        return torch.log1p(-uniform(batch, str(self))) / self.of(batch).clamp_min(1e-8)  # the least odds of the official code
+
+
+@dataclass(frozen=True)
+class Highest(Signal):
+    """[B, T] bool: the share of a rollout's trained tokens, or of the whole step's, where a signal is highest; earlier first on ties."""
+
+    of: Signal
+    share: float
+    least: int = 0
+    whole: bool = False
+
+    def value(self, batch: Batch) -> Tensor:
+        pool = (1, -1) if self.whole else batch.shape
+        values = torch.where(batch.mask, self.of(batch), -math.inf).view(pool)
+        count = batch.mask.view(pool).sum(1, keepdim=True).double()
+        keep = torch.minimum(
+            (self.share * count + 1e-9).floor().clamp_min(self.least), count
+        )  # 0.29 * 100 is a little less than 29
+        rank = values.argsort(1, descending=True, stable=True).argsort(1)
+        return (rank < keep).view(batch.shape)
+
+
+def tip(share: float = 0.5, score: str = "soft_or", selection: str = "top", least: int = 0) -> Objective:
+    """TIP: reverse KL on the tokens where the student is unsure or at odds with the teacher, nothing on the rest.
+
+        KL(pi_s || pi_t) over the whole vocabulary, mean over the kept tokens;  kept: the floor(share L) highest scores of each rollout
+        soft_or:  h + d - h d,  h = H(pi_s) up to its 98th percentile, d = KL(pi_s || pi_t), each spread over [0, 1] in the step
+        entropy:  H(pi_s), which drops confident errors;   q3: d among the step's less uncertain half of the tokens
+
+    `least` keeps so many tokens of short rollouts too. `selection` "sample" draws max(1, floor(share N)) of the step's N tokens without
+    replacement, odds proportional to the score. Scores are those before the step and need no division by log V.
+
+    Source: arXiv 2604.14084. Departures: the official sampling draws inside each micro-batch, which lets its size change the gradient. The
+    thresholds of q3 are ours. Not offered: exponents of the odds other than 1, and their JSD factor.
+    """
+    for name, value, known in (("score", score, ("soft_or", "entropy", "q3")), ("selection", selection, ("top", "sample"))):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} must lie in (0, 1]: the share of tokens that are trained")
+    h, d = Entropy("student"), Gap("reverse_kl")
+    confident = h <= Quantile(h, 0.5)
+    unsure, apart = Spread(h, 0.98), Spread(d)
+    of: Signal = {"soft_or": unsure + apart - unsure * apart, "entropy": h, "q3": d * confident}[score]
+    kept: Signal = Highest(of, share, least) if selection == "top" else Highest(Race(of), share, max(least, 1), whole=True)
+    return Objective(Divergence("reverse_kl").per("own") * (kept & confident if score == "q3" else kept))

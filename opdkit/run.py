@@ -1,0 +1,157 @@
+"""What a person chooses: method, models, data, engines and optimiser, as one frozen value that YAML can hold."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from opdkit.config import build, override, parse_overrides, read_yaml, to_yaml
+from opdkit.errors import UserError
+from opdkit.train.settings import Checkpoint, Lora, Optim
+from opdkit.types import Sampling
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prompts: a JSONL, JSON or Parquet file, a saved data set, a hub name, or reasoning_gym:TASK."""
+
+    source: str
+    split: str | None = None
+    limit: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)  # canonical name -> the data's own, such as {prompt: problem}
+    template: str | None = None  # "{prompt}" and any column, for example "{prompt}\nAnswer in \\boxed{{}}."
+    system: str | None = None
+    chat: bool | None = None  # null: use the tokenizer's chat template where it has one
+    enable_thinking: bool | None = None
+    max_prompt_length: int | None = None  # longer prompts are reported and dropped, never cut
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Held-out problems, sampled during training and at its ends."""
+
+    data: Data
+    every: int = 0  # steps; 0: only before and after
+    sampling: Sampling | None = None  # null: the run's, with num_generations
+    num_generations: int = 1
+    ks: tuple[int, ...] = (1,)  # Pass@k
+    teacher: bool = False  # evaluate the teacher too, once
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method with arguments: name: opd, arguments: {k: 64}."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. `teacher` is a model, or several by route: each row is scored by the one its data column names."""
+
+    full_names: ClassVar[tuple[str, ...]] = ("evaluate",)  # its settings repeat others' names, so they are given in full
+    student: str
+    teacher: str | dict[str, str]
+    data: str | Data
+    method: str | MethodSpec = "opd"
+    output: str = "runs/run"
+    reward: str | None = None
+    reference: str | None = None  # null: the student's initial weights
+    models: dict[str, str] = field(default_factory=dict)  # further models that the method names
+    steps: int = 100
+    prompts_per_step: int = 32
+    sampling: Sampling = field(default_factory=Sampling)
+    optim: Optim = field(default_factory=Optim)
+    lora: Lora | None = None
+    evaluate: Evaluate | None = None
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    dtype: str = "float32"  # of the student's matrix products: float32, or bfloat16 with float32 weights
+    teacher_dtype: str | None = None  # null: as the student
+    device: str = "auto"
+    gradient_checkpointing: bool = False
+    micro_batch_tokens: int = 16384  # padded tokens of one forward pass with gradient; changes memory, never the gradient
+    recompute_student: bool = False  # score the rollouts with the trainer even where the sampler's own log-probs are exact
+    correct_sampling: bool = False  # take ratios to the distribution tokens were drawn from (temperature, top_p ...)
+    trackers: tuple[str, ...] = ()
+    keep_samples: int = 8  # rollouts written per recorded step
+    sample_every: int = 10  # steps between recorded rollouts
+    trust_remote_code: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float64"):
+            raise ValueError(f"dtype={self.dtype!r} must be float32, bfloat16 or float64")
+        if self.steps < 1 or self.prompts_per_step < 1 or self.micro_batch_tokens < 1:
+            raise ValueError("steps, prompts_per_step and micro_batch_tokens must be at least 1")
+
+    @property
+    def prompts(self) -> Data:
+        return Data(self.data) if isinstance(self.data, str) else self.data
+
+    @property
+    def method_spec(self) -> MethodSpec:
+        return MethodSpec(self.method) if isinstance(self.method, str) else self.method
+
+    @property
+    def learning_rate(self) -> float:
+        given = self.optim.learning_rate
+        return given if given is not None else (1e-4 if self.lora else 1e-6)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+    def yaml(self) -> str:
+        return to_yaml(self)
+
+
+def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
+    """A run from nested values and `key=value` texts (dotted, or a last name that is unique)."""
+    nested = copy.deepcopy(dict(values))
+    for key, value in parse_overrides(overrides):
+        set_value(nested, key, value)
+    method = nested.get("method")
+    if isinstance(method, dict):  # {name: tropd, k: 64}: what is not a field is an argument of the method
+        known = {"name", "arguments"}
+        arguments = {**(method.get("arguments") or {}), **{k: v for k, v in method.items() if k not in known}}
+        nested["method"] = {"name": method.get("name", "opd"), "arguments": arguments}
+    return build(Run, nested)
+
+
+def set_value(nested: dict[str, Any], key: str, value: Any) -> None:
+    """One override, in place; `method.k=64` sets the method's argument k."""
+    group, _, name = key.partition(".")
+    if group == "method" and name and name != "name":
+        method = nested.get("method", "opd")
+        nested["method"] = method if isinstance(method, dict) else {"name": method}
+        nested["method"][name.removeprefix("arguments.")] = value
+    elif key == "data" and isinstance(nested.get("data"), dict):
+        nested["data"]["source"] = value  # another set, read the same way
+    else:
+        override(nested, Run, key, value)
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """A run from its YAML file."""
+    return make_run(read_yaml(path), overrides)
+
+
+def claim_folder(folder: Path, resume: bool) -> None:
+    """The run folder, made and checked for writing before any model is loaded."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"the output folder {folder} cannot be written ({error.strerror}): choose another with output=DIR"
+        ) from None
+    if not resume and (folder / "run.yaml").exists():
+        raise UserError(
+            f"{folder} already holds a run: continue it with --resume, replace it with --overwrite, or choose another output=DIR"
+        )

@@ -1,0 +1,353 @@
+"""The sampler inside this process: a Hugging Face model, its key-value cache, and a batch that rows leave as they finish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opdkit.errors import UserError
+from opdkit.head import Head, chunk_rows, scan, slices
+from opdkit.models import evaluating, head_of, hidden_states, real_vocabulary, stop_ids
+from opdkit.sampling.cache import join, new_cache, pad_left, select, tokens_that_fit
+from opdkit.sampling.draws import check_sampling, choose, row_uniform
+from opdkit.types import Prompt, Rollout, Sampling, row_keys
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+PREFILL_TOKENS = 1 << 14  # prompt tokens, with padding, in one forward pass
+REFILL_SHARE = 0.25  # of the row budget has to be free before waiting prompts join a running batch
+STOP_MARGIN = 4  # tokens decoded before the longest possible stop string: the rest of a split character, a leading space
+
+Progress = Callable[[int, int], None]  # (rollouts finished, rollouts in all)
+
+
+class HFSampler:
+    """Samples from a causal LM in this process.
+
+    `head` defaults to the model's own, cut to the tokenizer's real tokens, and no id beyond the cut is ever drawn. `max_batch_tokens`
+    bounds the cache (rows x longest possible row); by default it fills half of the accelerator's free memory, or 2 GiB of a CPU's.
+    Draws are keyed by seed, rollout id and position: a rollout depends neither on the other prompts nor on the batch it was sampled in.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        head: Head | None = None,
+        max_batch_tokens: int | None = None,
+    ):
+        self.model, self.tokenizer, self.head, self.max_batch_tokens = model, tokenizer, head, max_batch_tokens
+
+    def sync(self, model: PreTrainedModel, version: int) -> None:
+        """After an optimiser step: the model in this process is the student itself, so there is nothing to copy."""
+        if model is not self.model:
+            raise ValueError("this sampler samples from another model than the one that was trained")
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int = 0,
+        step: int | None = 0,
+        policy_version: int = 0,
+        progress: Progress | None = None,
+    ) -> list[Rollout]:
+        """All responses to the first prompt, then to the second, ...; rollout ids are step/prompt/number, without the step where it is None.
+
+        A response ends with a stop token (kept, trained), with the token that completes a stop string (tokens kept, text cut), or at
+        `max_completion_length`. A prompt's prefix opens its responses: marked "guided", with log-probs under the model's plain softmax.
+        """
+        check_sampling(sampling)
+        if not prompts:
+            return []
+        head = self.head or head_of(self.model, real_vocabulary(self.tokenizer))
+        longest = check_prompts(prompts, sampling, self.model, head)
+        budget = self.max_batch_tokens or tokens_that_fit(self.model)
+        if budget < longest:
+            raise UserError(
+                f"max_batch_tokens={budget} is less than one rollout may need ({longest} tokens: the longest prompt and "
+                f"max_completion_length={sampling.max_completion_length}); raise it or shorten the rollouts"
+            )
+        names = [p.id if step is None else f"{step}/{p.id}" for p in prompts]
+        ids = [f"{name}/{c}" for name in names for c in range(sampling.num_generations)]
+        with evaluating(self.model), torch.inference_mode():
+            run = _Run(self.model, self.tokenizer, head, prompts, sampling, ids, seed, progress)
+            run.sample(budget // longest, max(1, PREFILL_TOKENS // longest))
+        return self._rollouts(prompts, sampling, run, policy_version)
+
+    def _rollouts(self, prompts: Sequence[Prompt], sampling: Sampling, run: _Run, policy_version: int) -> list[Rollout]:
+        responses = run.responses()
+        texts = self.tokenizer.batch_decode([tokens for tokens, _, _ in responses], **DECODE)
+        stopped = run.stopped.tolist()
+        rollouts = []
+        for i, (tokens, logp, drawn_logp) in enumerate(responses):
+            prompt = prompts[i // sampling.num_generations]
+            guided = len(prompt.prefix)
+            rollouts.append(
+                Rollout(
+                    id=run.ids[i],
+                    prompt=prompt.tokens,
+                    tokens=tokens,
+                    trained=[True] * len(tokens),
+                    logp=logp,
+                    drawn_logp=drawn_logp,
+                    group=prompt.id,
+                    policy_version=policy_version,
+                    finish="stop" if stopped[i] else "length",
+                    text=self._cut(texts[i], prompt, sampling.stop) if stopped[i] else texts[i],
+                    marks={"guided": [t < guided for t in range(len(tokens))]} if guided else {},
+                    row=prompt.row,
+                )
+            )
+        return rollouts
+
+    def _cut(self, text: str, prompt: Prompt, stop: tuple[str, ...]) -> str:
+        """The text before the first stop string that the student wrote."""
+        start = len(self.tokenizer.decode(prompt.prefix, **DECODE)) if stop and prompt.prefix else 0
+        return text[: min((at for s in stop if (at := text.find(s, start)) >= 0), default=len(text))]
+
+
+DECODE: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+
+
+def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, model: PreTrainedModel, head: Head) -> int:
+    """Refuses prompts that cannot be sampled from; returns the tokens that the longest rollout may have."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    embedding: Any = model.get_input_embeddings()
+    known, rows = len(embedding.weight), head.size(embedding.weight)
+    seen: set[str] = set()
+    for prompt in prompts:
+        length = len(prompt.tokens) + sampling.max_completion_length
+        if prompt.id in seen:
+            raise UserError(
+                f"two prompts have the id {prompt.id!r}, which keys the random draws: for more responses raise num_generations"
+            )
+        seen.add(prompt.id)
+        if not prompt.tokens:
+            raise UserError(f"prompt {prompt.id!r} has no tokens: the model needs at least one to continue")
+        if limit is not None and length > limit:
+            raise UserError(
+                f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens, with max_completion_length={sampling.max_completion_length} that is "
+                f"{length}, but the model has {limit} positions: shorten the prompt or lower max_completion_length"
+            )
+        if len(prompt.prefix) > sampling.max_completion_length:
+            raise UserError(
+                f"the prefix of prompt {prompt.id!r} has {len(prompt.prefix)} tokens, more than max_completion_length="
+                f"{sampling.max_completion_length}: shorten the prefix or raise the limit"
+            )
+        if max(prompt.tokens) >= known or max(prompt.prefix, default=0) >= rows:
+            raise UserError(
+                f"prompt {prompt.id!r} holds token id {max(prompt.tokens + prompt.prefix)}, but the model embeds {known} ids and its head "
+                f"has {rows}: it was tokenised with another model's tokenizer"
+            )
+    return max(len(p.tokens) for p in prompts) + sampling.max_completion_length
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Completions of one prompt that are prefilled once."""
+
+    prompt: Prompt
+    rows: range  # rollouts
+
+
+@dataclass
+class _Rows:
+    """The running batch: row b is rollout `row[b]`; its columns end with the last token fed."""
+
+    cache: DynamicCache
+    mask: Tensor  # [B, C] bool: the columns that hold a token, aligned on the right
+    padded: bool  # whether any does not
+    row: Tensor  # [B]
+    length: Tensor  # [B] tokens in the cache
+    count: Tensor  # [B] response tokens drawn or given
+    token: Tensor  # [B] the last one, not yet in the cache
+    tail: Tensor  # [B, K] the last tokens drawn, -1 before the first; K = 0 without stop strings
+
+    def select(self, index: Tensor) -> None:
+        """Keeps rows `index`, without the columns that are padding for all of them."""
+        self.length = self.length[index]
+        trim = self.mask.shape[1] - int(self.length.max())
+        select(self.cache, index, trim)
+        self.mask = self.mask[index, trim:]
+        self.padded = not bool(self.mask.all())
+        self.row, self.count, self.token, self.tail = self.row[index], self.count[index], self.token[index], self.tail[index]
+
+    def join(self, other: _Rows) -> None:
+        columns = max(self.mask.shape[1], other.mask.shape[1])
+        self.padded = self.padded or other.padded or self.mask.shape != other.mask.shape
+        join(self.cache, other.cache)
+        self.mask = torch.cat([pad_left(self.mask, columns, 1), pad_left(other.mask, columns, 1)])
+        for name in ("row", "length", "count", "token", "tail"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+
+
+class _Run:
+    """One call of `sample`: what waits, what runs, what has been drawn."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        head: Head,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        ids: list[str],
+        seed: int,
+        progress: Progress | None,
+    ):
+        self.model, self.tokenizer, self.head, self.prompts = model, tokenizer, head, prompts
+        self.sampling, self.ids, self.seed, self.progress = sampling, ids, seed, progress
+        self.device = model.device
+        self.keys = row_keys(ids, self.device)
+        self.stop_ids = stop_ids(model, tokenizer)
+        self.stops = torch.tensor(sorted(self.stop_ids), dtype=torch.int64, device=self.device)
+        self.tail = max(len(s.encode()) for s in sampling.stop) + STOP_MARGIN if sampling.stop else 0
+        self.stopped = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
+        self.finished = 0
+        self.record: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # row, token, logp, drawn_logp of each step [B]
+
+    def sample(self, rows: int, prefill: int) -> None:
+        """Runs to the end with at most `rows` rows at once and `prefill` prompts in one forward pass."""
+        size = min(self.sampling.num_generations, rows)
+        waiting = self._units(size)
+        running: _Rows | None = None
+        while waiting or running:
+            free = rows - (len(running.row) if running else 0)
+            if waiting and (not running or free >= max(size, REFILL_SHARE * rows)):
+                number = min(prefill, max(1, free // size))
+                joining = self._admit(waiting[:number])
+                del waiting[:number]
+                if running and joining:
+                    running.join(joining)
+                running = running or joining
+            elif running:
+                running = self._advance(running)
+
+    def _units(self, size: int) -> list[_Unit]:
+        """Long prompts first: prompts of like length are prefilled together."""
+        n = self.sampling.num_generations
+        order = sorted(range(len(self.prompts)), key=lambda p: -len(self.prompts[p].tokens + self.prompts[p].prefix))
+        return [_Unit(self.prompts[p], range(p * n + c, p * n + min(n, c + size))) for p in order for c in range(0, n, size)]
+
+    # ------------------------------------------------------------------------------------------------ forward passes
+
+    def _admit(self, units: list[_Unit]) -> _Rows | None:
+        """Prefills each prompt once, then one row for each completion with its first token drawn; None where all have finished."""
+        texts = [unit.prompt.tokens + unit.prompt.prefix for unit in units]
+        lengths = torch.tensor([len(text) for text in texts], device=self.device)
+        width = max(len(text) for text in texts)
+        ids = torch.tensor([[0] * (width - len(text)) + text for text in texts], device=self.device)
+        mask = torch.arange(width, device=self.device) >= width - lengths[:, None]
+        padded = min(len(text) for text in texts) < width
+        cache = new_cache(self.model)
+        hidden = hidden_states(self.model, ids, mask if padded else None, past_key_values=cache)
+        self._record_prefixes(units, hidden)
+        open_units = [i for i, unit in enumerate(units) if not self._complete(unit)]
+        rows = torch.tensor([r for i in open_units for r in units[i].rows], dtype=torch.int64, device=self.device)
+        if not len(rows):
+            return None
+        index = torch.tensor([i for i in open_units for _ in units[i].rows], device=self.device)
+        given = torch.tensor([len(units[i].prompt.prefix) for i in open_units for _ in units[i].rows], device=self.device)
+        tail = torch.full((len(rows), self.tail), -1, device=self.device)
+        select(cache, index)
+        batch = _Rows(cache, mask[index], padded, rows, lengths[index], given, torch.empty_like(rows), tail)
+        return self._draw(batch, hidden[index, -1])
+
+    def _advance(self, batch: _Rows) -> _Rows | None:
+        """Feeds the last tokens and draws the next ones."""
+        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.row), 1)], 1)
+        mask = batch.mask if batch.padded else None
+        hidden = hidden_states(self.model, batch.token[:, None], mask, batch.length[:, None], batch.cache)
+        batch.length = batch.length + 1
+        return self._draw(batch, hidden[:, -1])
+
+    def _draw(self, batch: _Rows, hidden: Tensor) -> _Rows | None:
+        """Draws a token for each row from hidden states [B, H], notes it, and lets the rows that it finishes leave."""
+        uniform = row_uniform(self.keys[batch.row], self.seed, batch.count)
+        size = chunk_rows(self.head.size(hidden))
+        parts = [choose(self.head.logits(hidden[at]), self.sampling, uniform[at]) for at in slices(len(hidden), size)]
+        token, logp, drawn_logp = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts))
+        self.record.append((batch.row, token, logp, drawn_logp))
+        batch.token, batch.count = token, batch.count + 1
+        stopped = (token[:, None] == self.stops).any(1)
+        if self.tail:
+            batch.tail = torch.cat([batch.tail[:, 1:], token[:, None]], 1)
+            stopped |= self._wrote_stop(batch.tail)
+        bad = ~logp.isfinite()
+        done = stopped | (batch.count >= self.sampling.max_completion_length)
+        if not bool((done | bad).any()):  # the one moment in a step when the host waits for the device
+            return batch
+        if bool(bad.any()):
+            self._refuse(int(batch.row[bad][0]))
+        self.stopped[batch.row[done]] = stopped[done]
+        index = (~done).nonzero()[:, 0]
+        self._tick(len(done) - len(index))
+        if not len(index):
+            return None
+        batch.select(index)
+        return batch
+
+    def _wrote_stop(self, tail: Tensor) -> Tensor:
+        """[B] bool: whether the last tokens drawn hold a stop string."""
+        texts = self.tokenizer.batch_decode([[t for t in tokens if t >= 0] for tokens in tail.tolist()], **DECODE)
+        return torch.tensor([any(s in text for s in self.sampling.stop) for text in texts], device=self.device)
+
+    # ------------------------------------------------------------------------------------------------------ prefixes
+
+    def _complete(self, unit: _Unit) -> bool:
+        """Whether the prefix is the whole response; if so its rollouts are finished here."""
+        prefix = unit.prompt.prefix
+        ended = bool(prefix) and prefix[-1] in self.stop_ids
+        if not ended and len(prefix) < self.sampling.max_completion_length:
+            return False
+        self.stopped[unit.rows.start : unit.rows.stop] = ended
+        self._tick(len(unit.rows))
+        return True
+
+    def _record_prefixes(self, units: list[_Unit], hidden: Tensor) -> None:
+        """Notes the prefix tokens of every row with their log-probs, from the prefill's hidden states [U, T, H]."""
+        guided = [(i, unit) for i, unit in enumerate(units) if unit.prompt.prefix]
+        if not guided:
+            return
+        states = torch.cat([hidden[i, -len(unit.prompt.prefix) - 1 : -1] for i, unit in guided])
+        tokens = torch.tensor([t for _, unit in guided for t in unit.prompt.prefix], device=self.device)
+
+        def read(at: slice, logits: Tensor) -> Tensor:
+            return logits.gather(-1, tokens[at, None])[:, 0] - logits.logsumexp(-1)
+
+        start, logp = 0, scan(states, self.head, read)
+        for _, unit in guided:
+            at = slice(start, start + len(unit.prompt.prefix))
+            start = at.stop
+            if not bool(logp[at].isfinite().all()):
+                self._refuse(unit.rows.start)
+            self.record += [(torch.full_like(tokens[at], row), tokens[at], logp[at], logp[at]) for row in unit.rows]
+
+    # ------------------------------------------------------------------------------------------------------- results
+
+    def responses(self) -> list[tuple[list[int], list[float], list[float]]]:
+        """Tokens, log-probs and log-probs of the drawing distribution of each rollout."""
+        row, *columns = (torch.cat(column) for column in zip(*self.record))
+        order = row.argsort(stable=True)  # stable: the tokens of a row stay in the order of their drawing
+        token, logp, drawn_logp = (column[order].tolist() for column in columns)
+        ends = row.bincount(minlength=len(self.ids)).cumsum(0).tolist()
+        return [(token[a:b], logp[a:b], drawn_logp[a:b]) for a, b in zip([0, *ends], ends)]
+
+    def _tick(self, finished: int) -> None:
+        self.finished += finished
+        if self.progress is not None:
+            self.progress(self.finished, len(self.ids))
+
+    def _refuse(self, row: int) -> None:
+        raise UserError(
+            f"the model's logits are not finite for rollout {self.ids[row]!r}: its weights hold nan or inf, or 16 bits overflowed. "
+            "Go back to an earlier checkpoint with a lower learning rate, or load the model with dtype float32"
+        )

@@ -1,0 +1,86 @@
+"""What a person sees while a run is going on: evaluations and a line per step."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from opdkit.data import Prompts
+from opdkit.eval import EvalResult, evaluate_model
+from opdkit.progress import duration
+from opdkit.rewards import Reward
+from opdkit.run import Run
+from opdkit.sampling import HFSampler
+from opdkit.train.student import Student
+
+
+@dataclass
+class Evaluator:
+    """Scores models on held-out problems and keeps what they wrote."""
+
+    run: Run
+    sampler: HFSampler
+    prompts: Prompts
+    reward: Reward | None
+    trained: Student
+
+    def student_score(self, step: int) -> float:
+        with self.trained.autocast():
+            return self.score(self.sampler, "student", step).avg_at_k.value
+
+    def score(self, sampler: HFSampler, name: str, step: int) -> EvalResult:
+        """One evaluation, appended to evals.jsonl; its samples are kept."""
+        settings = self.run.evaluate
+        if settings is None or self.reward is None:
+            raise ValueError("this run has no evaluation")
+        sampling = replace(settings.sampling or self.run.sampling, num_generations=settings.num_generations)
+        result = evaluate_model(
+            sampler,
+            list(self.prompts),
+            self.reward,
+            sampling,
+            ks=settings.ks,
+            seed=self.run.seed + 1,
+            name=name,
+            step=step,
+            keep=self.run.folder / "samples" / f"eval_{name}_{step:06d}.jsonl",
+        )
+        with (self.run.folder / "evals.jsonl").open("a") as handle:
+            handle.write(json.dumps(result.to_dict()) + "\n")
+        low, high = result.avg_at_k.interval.low, result.avg_at_k.interval.high
+        print(f"opdkit: {name} at step {step}: {result.avg_at_k.value:.3f} [{low:.3f}, {high:.3f}]", file=sys.stderr)
+        return result
+
+
+@dataclass
+class Screen:
+    """A line per step, at most one every two seconds, with rate and time left."""
+
+    steps: int
+    first: int
+    every: float = 2.0
+
+    def __post_init__(self) -> None:
+        self.start = self.last = time.monotonic()
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if now - self.last < self.every and step not in (self.first + 1, self.steps):
+            return
+        self.last = now
+        left = (now - self.start) / max(step - self.first, 1) * (self.steps - step)
+        words = [f"step {step}/{self.steps}"]
+        for label, key in (
+            ("loss", "loss"),
+            ("KL", "teacher_kl/sampled"),
+            ("reward", "reward/mean"),
+            ("length", "completions/mean_length"),
+        ):
+            if key in metrics and math.isfinite(metrics[key]):
+                words.append(f"{label} {metrics[key]:.3g}")
+        words += [f"{metrics['tokens_per_second/step']:,.0f} tokens/s", f"{duration(left)} left"]
+        print("  ".join(words), file=sys.stderr)

@@ -1,0 +1,5 @@
+"""Who scores the student's tokens."""
+
+from opdkit.teachers.local import LocalModel, Routed, Scorer
+
+__all__ = ["LocalModel", "Routed", "Scorer"]

@@ -1,0 +1,128 @@
+"""From rollouts and needs to the facts of a step, each from its cheapest exact source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdkit.errors import UserError
+from opdkit.facts import Needs, describe, supply
+from opdkit.forward import Layout
+from opdkit.head import flat_positions
+from opdkit.teachers import Scorer
+from opdkit.types import Batch, ColumnFact, Fact, LogpFact, Rollout, VocabularyFact, row_keys
+
+
+def gather(
+    rollouts: Sequence[Rollout],
+    needs: Needs,
+    scorers: Mapping[str, Scorer],
+    *,
+    step: int = 0,
+    total_steps: int = 1,
+    seed: int = 0,
+    memory: Mapping[str, Any] | None = None,
+    recompute_student: bool = False,
+    correct_sampling: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Batch:
+    """The facts that `needs` names. `scorers` hold "student" (as it is now) and every other model in this process.
+
+    The student's log-probs before the step are the sampler's where those are the plain softmax of the same weights; no other
+    forward pass of the student is made unless something else of it is read.
+    """
+    batch = collate(rollouts, device, dtype, correct_sampling)
+    batch.step, batch.total_steps, batch.seed = step, total_steps, seed
+    batch.memory = dict(memory or {})
+    _columns(batch, rollouts, needs)
+    layout, positions = Layout(rollouts, batch.shape[1]), flat_positions(batch.mask)
+    written = all(len(r.logp) == len(r.tokens) for r in rollouts)  # false for responses read from data
+    if written and not recompute_student and not correct_sampling:
+        batch.facts[LogpFact("student")] = batch.facts[LogpFact("sampler")]
+    wanted = {fact for fact in needs.facts if fact not in batch.facts and not isinstance(fact, ColumnFact)}
+    if not written:
+        wanted = {f for f in wanted if f != LogpFact("sampler")} | (
+            {LogpFact("student")} if LogpFact("sampler") in wanted else set()
+        )
+    for model in sorted({m for fact in wanted for m in Needs(frozenset({fact})).models}):
+        batch.sources[model] = scorers[model].source(layout, positions)
+    made = supply(batch, wanted, positions)
+    if not written and LogpFact("sampler") in needs.facts:
+        made[LogpFact("sampler")] = made[LogpFact("student")]  # the student might as well have written it: ratio 1
+    for fact, values in made.items():
+        _refuse_nan(fact, values, batch, rollouts)
+    batch.facts.update(made)
+    batch.sources = {m: s for m, s in batch.sources.items() if VocabularyFact(m) in needs.facts}
+    return batch
+
+
+def collate(rollouts: Sequence[Rollout], device: torch.device | str, dtype: torch.dtype, correct_sampling: bool = False) -> Batch:
+    """Tokens, masks, marks, ids and the sampler's log-probs as tensors, padded on the right."""
+    width = max((len(r.tokens) for r in rollouts), default=0)
+
+    def table(rows: list[list[Any]], kind: torch.dtype) -> Tensor:
+        return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=kind).view(len(rows), width).to(device)
+
+    batch = Batch(
+        table([r.tokens for r in rollouts], torch.int64),
+        table([r.trained for r in rollouts], torch.bool),
+        keys=row_keys([r.id for r in rollouts], device),
+        rows=[r.row for r in rollouts],
+        dtype=dtype,
+    )
+    if all(len(r.logp) == len(r.tokens) for r in rollouts):
+        drawn = [r.drawn_logp if correct_sampling else r.logp for r in rollouts]
+        batch.facts[LogpFact("sampler")] = table(drawn, dtype)
+    for name in sorted({m for r in rollouts for m in r.marks}):
+        batch.facts[ColumnFact(f"mark:{name}")] = table(
+            [r.marks.get(name, [False] * len(r.tokens)) for r in rollouts], torch.bool
+        )
+    return batch
+
+
+def _columns(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
+    """What is known of the rollouts besides tokens."""
+    device, facts = batch.device, batch.facts
+    groups: dict[str, int] = {}
+    facts[ColumnFact("group")] = torch.tensor([groups.setdefault(r.group, len(groups)) for r in rollouts], device=device)
+    rewards = [r.reward for r in rollouts]
+    if rewards and all(r is not None for r in rewards):
+        facts[ColumnFact("reward")] = torch.tensor(rewards, dtype=batch.dtype, device=device)
+        right = [bool(r.correct) if r.correct is not None else (r.reward or 0) > 0 for r in rollouts]
+        facts[ColumnFact("correct")] = torch.tensor(right, device=device)
+    for column in sorted(needs.columns):
+        kind, _, name = column.partition(":")
+        if kind == "row":
+            facts[ColumnFact(column)] = torch.tensor([_number(r, name) for r in rollouts], dtype=batch.dtype, device=device)
+
+
+def _number(rollout: Rollout, name: str) -> float:
+    value = rollout.row.get(name)
+    if not isinstance(value, (int, float)):
+        raise UserError(f"the method reads the column {name!r} as a number; in the row of rollout {rollout.id} it is {value!r}")
+    return float(value)
+
+
+def _refuse_nan(fact: Fact, values: Tensor, batch: Batch, rollouts: Sequence[Rollout]) -> None:
+    """NaN from a model means that it is broken; training on it would spread it into every weight."""
+    bad = values.isnan().flatten(2).any(-1) if values.dim() > 2 else values.isnan()
+    bad = bad & batch.mask
+    if bool(bad.any()):
+        row, position = bad.nonzero()[0].tolist()
+        raise UserError(
+            f"{describe(fact)} is NaN at token {position} of rollout {rollouts[row].id}: the model's output is broken there (its files damaged, "
+            "its dtype too narrow?). Nothing was learnt from this step"
+        )
+
+
+def mean_gap(batch: Batch, a: str, b: str) -> float:
+    """Mean of log pi_a - log pi_b over the trained tokens, nats; NaN where one of them was not read."""
+    facts = batch.facts
+    if LogpFact(a) not in facts or LogpFact(b) not in facts or not bool(batch.mask.any()):
+        return math.nan
+    return (facts[LogpFact(a)] - facts[LogpFact(b)])[batch.mask].mean().item()

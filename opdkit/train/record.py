@@ -1,0 +1,197 @@
+"""What a step leaves behind: one line of metrics, now and then a few rollouts with their credits, and a line on the screen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdkit.head import Learned
+from opdkit.objective import Plan, credit_of
+from opdkit.track import Trackers
+from opdkit.train.gather import mean_gap
+from opdkit.train.student import Student
+from opdkit.types import Batch, LogpFact, Rollout
+
+
+@dataclass
+class StepRecord:
+    """Sums over the micro-batches and optimiser steps of one step; read once at its end."""
+
+    names: tuple[str, ...]
+    parts: list[Tensor] = field(default_factory=list)
+    entropy: list[Tensor] = field(default_factory=list)
+    gap: list[Tensor] = field(default_factory=list)
+    positions: int = 0
+    norms: list[Tensor] = field(default_factory=list)
+    rate: float = 0.0
+    plans: list[Plan] = field(default_factory=list)
+
+    def add(self, learned: Learned) -> None:
+        """A micro-batch."""
+        self.parts.append(learned.parts)
+        self.entropy.append(learned.entropy)
+        self.gap.append(learned.gap)
+        self.positions += learned.positions
+
+    def close(self, plan: Plan, norm: Tensor, rate: float) -> None:
+        """An optimiser step."""
+        self.plans.append(plan)
+        self.norms.append(norm.detach())
+        self.rate = rate
+
+    def metrics(self, batch: Batch) -> dict[str, float]:
+        """Losses per optimiser step, weights, entropy and the distance to the teacher, in nats."""
+        steps = max(len(self.plans), 1)
+        out: dict[str, float] = {}
+        if self.parts:
+            parts = torch.stack(self.parts).sum(0) / steps
+            out["loss"] = parts.sum().item()
+            out |= {f"loss/{name}": value for name, value in zip(self.names, parts.tolist())}
+            out["entropy/student"] = (torch.stack(self.entropy).sum() / max(self.positions, 1)).item()
+        plan = self.plans[0]
+        trained = max(int(plan.mask.sum()), 1)
+        for part in plan.parts:
+            on = part.weight[part.weight != 0]
+            out[f"share/{part.name}"] = len(on) / trained
+            out[f"weight/{part.name}"] = on.mean().item() if len(on) else 0.0
+        gap = mean_gap(batch, "student", "teacher")
+        if math.isnan(gap) and self.gap and bool(torch.stack(self.gap).any()):
+            gap = (torch.stack(self.gap).sum() / max(self.positions, 1)).item()
+        if not math.isnan(gap):
+            out["teacher_kl/sampled"] = gap  # one-sample estimate of KL(student || teacher), mean over tokens
+        out["grad_norm"] = torch.stack(self.norms).mean().item()
+        out["learning_rate"] = self.rate
+        return out
+
+
+@dataclass
+class Recorder:
+    """Writes what steps leave behind into a run folder."""
+
+    folder: Path
+    trackers: Trackers
+    token_text: Callable[[int], str]
+    keep_samples: int = 8
+    sample_every: int = 10
+    show: Callable[[int, Mapping[str, float]], None] | None = None
+
+    def step(
+        self,
+        step: int,
+        tokens: int,
+        rollouts: Sequence[Rollout],
+        batch: Batch,
+        record: StepRecord,
+        seconds: Mapping[str, float],
+        student: Student,
+    ) -> None:
+        """Record step number `step` (from 1)."""
+        metrics = record.metrics(batch) | rollout_metrics(rollouts) | speed(rollouts, record.positions, seconds)
+        metrics["tokens/sampled_so_far"] = tokens
+        metrics["memory/peak_gib"] = peak_memory(student.device)
+        self.trackers.log(step, metrics)
+        if self.keep_samples and self.sample_every and (step == 1 or step % self.sample_every == 0):
+            self.samples(step, rollouts[: self.keep_samples], batch, record.plans[0])
+        if self.show is not None:
+            self.show(step, metrics)
+
+    def samples(self, step: int, rollouts: Sequence[Rollout], batch: Batch, plan: Plan) -> None:
+        """A few rollouts with what each token was credited with, for the report."""
+        part = next((p for p in plan.parts if credit_of(p.term.loss) is not None), plan.parts[0])
+        credit = credit_of(part.term.loss)
+        credits = None if credit is None else credit(batch).expand(batch.shape)
+        teacher = batch.facts.get(LogpFact("teacher"))
+        lines = []
+        for b, r in enumerate(rollouts):
+            n = len(r.tokens)
+            lines.append(
+                {
+                    "id": r.id,
+                    "step": step,
+                    "prompt": r.row.get("prompt"),
+                    "pieces": [self.token_text(t) for t in r.tokens],
+                    "credit": _numbers(credits, b, n),
+                    "weight": _numbers(part.weight, b, n),
+                    "logp": r.logp or [None] * n,
+                    "teacher_logp": _numbers(teacher, b, n),
+                    "reward": r.reward,
+                    "finish": r.finish,
+                    "text": r.text,
+                }
+            )
+        path = self.folder / "samples" / f"step_{step:06d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line, default=str) + "\n" for line in lines), encoding="utf-8")
+        os.replace(partial, path)
+
+
+def _numbers(values: Tensor | None, row: int, n: int) -> list[float | None]:
+    if values is None:
+        return [None] * n
+    return [round(v, 5) if math.isfinite(v) else None for v in values[row, :n].float().tolist()]
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Lengths, truncation, rewards, and how far the sampling distribution is from the plain softmax."""
+    lengths = [len(r.tokens) for r in rollouts]
+    out = {
+        "completions/mean_length": sum(lengths) / max(len(lengths), 1),
+        "completions/min_length": float(min(lengths, default=0)),
+        "completions/max_length": float(max(lengths, default=0)),
+        "completions/truncated_fraction": sum(r.finish == "length" for r in rollouts) / max(len(rollouts), 1),
+        "completions/student_written": sum(r.finish != "given" for r in rollouts) / max(len(rollouts), 1),
+        "tokens/trained": float(sum(sum(r.trained) for r in rollouts)),
+    }
+    rewards = [r.reward for r in rollouts if r.reward is not None]
+    if rewards:
+        mean = sum(rewards) / len(rewards)
+        out["reward/mean"] = mean
+        out["reward/std"] = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+        out["correct/mean"] = sum(bool(r.correct) for r in rollouts) / len(rollouts)
+    moved = [d - p for r in rollouts for d, p in zip(r.drawn_logp, r.logp)]
+    if any(moved):
+        out["sampling/log_ratio"] = sum(moved) / len(
+            moved
+        )  # mean log(drawn/plain): the bias of sampled-token estimators (0: none)
+    return out
+
+
+def speed(rollouts: Sequence[Rollout], positions: int, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds and tokens per second of each phase; response tokens only."""
+    tokens = sum(len(r.tokens) for r in rollouts)
+    total = sum(seconds.values())
+    out = {f"seconds/{phase}": value for phase, value in seconds.items()} | {"seconds/step": total}
+    for phase, amount in (("sample", tokens), ("score", tokens), ("learn", positions)):
+        if seconds.get(phase, 0.0) > 0:
+            out[f"tokens_per_second/{phase}"] = amount / seconds[phase]
+    out["tokens_per_second/step"] = tokens / max(total, 1e-9)
+    return out
+
+
+TIMINGS = ("seconds/", "tokens_per_second/", "memory/")  # metrics that differ between equal runs
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB at the peak so far: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file that appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,83 @@
+"""The model that learns: its weights, its optimiser and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdkit.head import Head
+from opdkit.models import head_of
+from opdkit.train.settings import Lora, Optim
+
+ADAPTER_SEED = 0x10A  # adapters start the same whatever was drawn before
+
+
+@dataclass
+class Student:
+    """A Hugging Face model with AdamW. With `bfloat16` the matrix products are bfloat16 and the weights stay float32."""
+
+    model: Any
+    optim: Optim
+    learning_rate: float  # after warm-up
+    total_updates: int
+    bfloat16: bool = False
+    vocab: int | None = None  # rows of the head that teacher and student share
+    updates: int = 0  # optimiser steps taken
+
+    def __post_init__(self) -> None:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        decayed = [p for p in parameters if p.dim() >= 2]
+        plain = [p for p in parameters if p.dim() < 2]  # norms and biases are not decayed
+        groups = [{"params": decayed, "weight_decay": self.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        fused = bool(parameters) and parameters[0].is_cuda
+        self.optimiser = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.optim.betas, eps=self.optim.eps, fused=fused)
+        self.parameters = parameters
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters[0].device
+
+    @property
+    def head(self) -> Head:
+        return head_of(self.model, self.vocab)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of every forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
+
+    def rate(self, update: int) -> float:
+        """Learning rate of the optimiser step number `update`, from 0: linear warm-up, then the schedule."""
+        warm, total = self.optim.warmup_steps, self.total_updates
+        if update < warm:
+            return self.learning_rate * (update + 1) / warm
+        done = min((update - warm) / max(total - warm, 1), 1.0)
+        shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+        return self.learning_rate * shape[self.optim.schedule]
+
+    def gradient_norm(self) -> Tensor:
+        """[]: norm of all gradients before clipping; clips them to `max_grad_norm`."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.max_grad_norm)
+
+    def step(self) -> None:
+        """One optimiser step, gradients cleared."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate(self.updates)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.updates += 1
+
+
+def with_adapters(model: Any, lora: Lora) -> Any:
+    """The model frozen, with trainable low-rank adapters (peft)."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(ADAPTER_SEED)
+        return get_peft_model(model, config)
