@@ -1,0 +1,70 @@
+"""On-policy distillation of language models.
+
+    import opdkit
+    result = opdkit.distill("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B", prompts="openai/gsm8k:main", method="iw_opd", reward="math")
+
+Names are imported when first used, so that `import opdkit` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opdkit.commands import doctor, eval_model, sample_model
+    from opdkit.errors import UserError
+    from opdkit.explain import explain
+    from opdkit.launch import distill, execute
+    from opdkit.method import Method, load, methods
+    from opdkit.objective import Objective
+    from opdkit.report import write_report
+    from opdkit.run import Run, load_run, make_run
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "method",
+    "methods": "method",
+    "Method": "method",
+    "Objective": "objective",
+    "Run": "run",
+    "load_run": "run",
+    "make_run": "run",
+    "distill": "launch",
+    "execute": "launch",
+    "eval_model": "commands",
+    "sample_model": "commands",
+    "doctor": "commands",
+    "explain": "explain",
+    "write_report": "report",
+    "UserError": "errors",
+}
+
+__all__ = [
+    "Method",
+    "Objective",
+    "Run",
+    "UserError",
+    "distill",
+    "doctor",
+    "eval_model",
+    "execute",
+    "explain",
+    "load",
+    "load_run",
+    "make_run",
+    "methods",
+    "sample_model",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"opdkit.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'opdkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -53,7 +53,7 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False) -> tuple[
     reward = given.reward or load_reward(run.reward)
     _refuse(run, method, needs, reward, given)
     rows = read_rows(run.prompts, given.rows, run.seed)
-    eval_rows = None if run.evaluate is None else read_rows(run.evaluate.data, given.eval_rows, run.seed)
+    eval_rows = None if run.evaluate is None else read_rows(run.evaluate.prompts, given.eval_rows, run.seed)
     checkpoint = checkpoints.newest(run.folder) if resume else None
 
     start = str(checkpoint) if checkpoint is not None else run.student
@@ -119,9 +119,10 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False) -> tuple[
         student_share=method.student_share,
         recompute_student=run.recompute_student,
         correct_sampling=run.correct_sampling,
+        newlines=newlines(tokenizer) if "mark:newline" in needs.columns else frozenset(),
     )
     if run.evaluate is not None and eval_rows is not None:
-        held_out = make_prompts(run.evaluate.data, eval_rows, tokenizer)
+        held_out = make_prompts(run.evaluate.prompts, eval_rows, tokenizer)
         evaluator = Evaluator(run, sampler, held_out, reward, student)
         job.evaluate, job.evaluate_every = evaluator.student_score, run.evaluate.every
         teacher = others.get("teacher")
@@ -290,6 +291,12 @@ def _fits(prompts: Prompts, model: Any, run: Run) -> None:
             f"prompt {longest.id} has {len(longest.tokens)} tokens; with max_completion_length={run.sampling.max_completion_length} only {room} fit "
             f"the model's context of {limit}. Set data.max_prompt_length={max(room, 0)} to drop longer prompts, or lower max_completion_length"
         )
+
+
+def newlines(tokenizer: Any) -> frozenset[int]:
+    """Tokens whose text contains a line end."""
+    ids = sorted(tokenizer.get_vocab().values())
+    return frozenset(i for i, text in zip(ids, tokenizer.batch_decode([[i] for i in ids])) if "\n" in text)
 
 
 def _device(name: str) -> str:

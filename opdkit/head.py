@@ -167,12 +167,17 @@ def _rollout_slope(
     with torch.enable_grad():
         total = logp.new_zeros(())
         for i, part in whole:
-            use = part.weight[rows] != 0
-            scale = torch.where(use, part.scale[rows], 0.0).amax(1)  # a signal per rollout: equal over its tokens
-            keep = use.any(1)
+            mask, scale = plan.mask[rows], part.scale[rows]
+            first = scale.gather(1, mask.long().argmax(1, keepdim=True))
+            if bool((mask & ((scale - first).abs() > 0)).any()):
+                raise ValueError(
+                    f"{part.term} weighs the tokens of a rollout differently, but its loss is one number per rollout: "
+                    "use a signal per rollout, such as RowMean(...)"
+                )
+            keep = first[:, 0] != 0
             if not bool(keep.any()):
                 continue
-            value = (scale[keep] * part.term.loss.value(logp[keep], plan.mask[rows][keep], rows[keep], batch)).sum()  # type: ignore[attr-defined]
+            value = (first[keep, 0] * part.term.loss.value(logp[keep], mask[keep], rows[keep], batch)).sum()  # type: ignore[attr-defined]
             sums[i] += value.detach()
             total = total + value
         slope = torch.zeros_like(numbers).view(batch.shape)

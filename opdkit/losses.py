@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opdkit import maths
 from opdkit.maths import ForwardKL, Kind, ReverseKL, SkewForward, SkewReverse, kind_of
-from opdkit.objective import Signal, Term, TokenLoss
+from opdkit.objective import Const, Signal, Term, TokenLoss
 from opdkit.signals import Ceiling, Exp, LogRatio, Support, depends_on_sample
 from opdkit.types import Live, LogpAtFact, LogpFact, TopFact
 
@@ -62,17 +62,23 @@ def policy_gradient(
     rollout_cap: float | None = None,
     base: str | Signal | None = None,
 ) -> Term:
-    """The policy-gradient layer that every credit shares: plain or PPO-clipped ratio to the sampler, or to `base`.
+    """The policy-gradient layer that every credit shares: plain or PPO-clipped ratio to the sampler, or to `base`; see `against`."""
+    if dual_clip is not None and clip is None:
+        raise ValueError("dual_clip bounds a clipped loss: give clip=(low, high) as well")
+    usual, weight = against(rollout_cap)
+    base = usual if base is None else base
+    return (PolicyGradient(credit, base) if clip is None else Clipped(credit, *clip, dual_clip, base)) * weight
+
+
+def against(rollout_cap: float | None) -> tuple[str, Signal]:
+    """What a ratio is to, and the weight of its loss: the sampler and 1.
 
     With `rollout_cap` the ratio is to the student before this step, and what the trainer and the sampler disagree about is a
     weight min(pi_student / pi_sampler, cap) without gradient.
     """
-    if dual_clip is not None and clip is None:
-        raise ValueError("dual_clip bounds a clipped loss: give clip=(low, high) as well")
-    if base is None:
-        base = "sampler" if rollout_cap is None else "student"
-    loss = PolicyGradient(credit, base) if clip is None else Clipped(credit, *clip, dual_clip, base)
-    return Term(loss) if rollout_cap is None else loss * Ceiling(Exp(LogRatio("student", "sampler")), rollout_cap)
+    if rollout_cap is None:
+        return "sampler", Const(1)
+    return "student", Ceiling(Exp(LogRatio("student", "sampler")), rollout_cap)
 
 
 @dataclass(frozen=True)

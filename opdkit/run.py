@@ -33,12 +33,16 @@ class Data:
 class Evaluate:
     """Held-out problems, sampled during training and at its ends."""
 
-    data: Data
+    data: str | Data
     every: int = 0  # steps; 0: only before and after
     sampling: Sampling | None = None  # null: the run's, with num_generations
     num_generations: int = 1
     ks: tuple[int, ...] = (1,)  # Pass@k
     teacher: bool = False  # evaluate the teacher too, once
+
+    @property
+    def prompts(self) -> Data:
+        return Data(self.data) if isinstance(self.data, str) else self.data
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ class Prompts(Sequence[Prompt]):
         if min(lengths) > longest:
             raise UserError(
                 f"all {len(prompts)} prompts are longer than max_prompt_length={longest}, so none is left: "
-                f"the shortest has {min(lengths)} tokens, the longest {max(lengths)}. Set max_prompt_length to {max(lengths)} for all"
+                f"the shortest has {min(lengths)} tokens, the longest {max(lengths)}. "
+                f"Set max_prompt_length to {max(lengths)} for all of them"
             )
         kept = [i for i, n in enumerate(lengths) if n <= longest]
         self.dropped = [f"{p.id} ({n} tokens)" for p, n in zip(prompts, lengths, strict=True) if n > longest]
@@ -120,7 +121,10 @@ class Prompts(Sequence[Prompt]):
         return prompt
 
     def response_tokens(self, index: int) -> list[int] | None:
-        """The row's reference response as the student would have written it: its ids and the end of sequence. None: it has none."""
+        """The row's reference response as the student would have written it: its ids, and the end of sequence.
+
+        None where the row has none.
+        """
         response = self.rows[index].get("response")
         if not response:
             return None

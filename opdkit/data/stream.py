@@ -70,8 +70,8 @@ class PromptStream:
         """Continue from a checkpoint."""
         if state["size"] != self.size:
             raise UserError(
-                f"the checkpoint was written with {state['size']} prompts, and there are {self.size} now: the order would change, "
-                "so some would be asked twice and some never. Use the same data, or start a new run from the saved model."
+                f"the checkpoint was written with {state['size']} prompts, and there are {self.size} now: the order would "
+                "change, so some would be asked twice and some never. Use the same data, or start a new run from the saved model."
             )
         self.seed = state["seed"]
         self._start(state["epoch"])

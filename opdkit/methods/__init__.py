@@ -19,5 +19,12 @@ METHODS: dict[str, str] = {
     "kl_mixing": "opdkit.methods.kl_mixing:kl_mixing",
     "tip": "opdkit.methods.tip:tip",
     "paced": "opdkit.methods.paced:paced",
+    "kdrl": "opdkit.methods.kdrl:kdrl",
+    "rlad": "opdkit.methods.rlad:rlad",
+    "uni_opd": "opdkit.methods.uni_opd:uni_opd",
+    "gae_opd": "opdkit.methods.gae_opd:gae_opd",
     "cr_opd": "opdkit.methods.cr_opd:cr_opd",
+    "minillm": "opdkit.methods.minillm:minillm",
+    "distillm": "opdkit.methods.distillm:distillm",
+    "grpo": "opdkit.methods.grpo:grpo",
 }

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from opdkit.losses import Estimator, clipped, policy_gradient, ratio, refuse_low_dual
+from opdkit.losses import Estimator, against, clipped, policy_gradient, ratio, refuse_low_dual
 from opdkit.maths import row_mean
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective, RolloutLoss, Signal, Term, TokenLoss
+from opdkit.objective import Objective, RolloutLoss, Signal, TokenLoss
 from opdkit.signals import Advantage, Ceiling, Exp, LogRatio, RowMean
 from opdkit.types import Batch, Live, LogpFact
 
@@ -85,19 +85,14 @@ def grpo(
     }
     if loss not in over:
         raise ValueError(f"loss={loss!r} must be one of {', '.join(over)}")
-    credit, (low, high) = Advantage(advantage), clip or (math.inf, math.inf)
-    base = "sampler" if rollout_cap is None else "student"
-    mismatch = LogRatio("student", "sampler")
+    credit, (low, high), (base, weight) = Advantage(advantage), clip or (math.inf, math.inf), against(rollout_cap)
     if loss == "gspo":
-        term = Term(SequenceClipped(credit, low, high, dual_clip, base))
-        if rollout_cap is not None:
-            term *= Ceiling(Exp(RowMean(mismatch)), rollout_cap)
+        whole = Exp(RowMean(LogRatio("student", "sampler")))
+        term = SequenceClipped(credit, low, high, dual_clip, base) * (1 if rollout_cap is None else Ceiling(whole, rollout_cap))
     elif loss == "cispo":
         if dual_clip is not None:
             raise ValueError("dual_clip bounds PPO's clipped loss; cispo bounds the ratio itself: use clip")
-        term = Term(ClippedWeight(credit, low, high, base))
-        if rollout_cap is not None:
-            term *= Ceiling(Exp(mismatch), rollout_cap)
+        term = ClippedWeight(credit, low, high, base) * weight
     else:
         term = policy_gradient(credit, clip, dual_clip, rollout_cap)
     objective = Objective(term.per(over[loss]))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opdkit.losses import Divergence, Estimator, policy_gradient
 from opdkit.methods.opd import Clip
-from opdkit.objective import Const, Objective, Signal
+from opdkit.objective import Objective, Signal
 from opdkit.signals import Advantage, Correct, GroupMean, Linear, LogRatio, MeanOne
 from opdkit.types import Batch
 
@@ -59,14 +59,14 @@ def kdrl(
     reward, gap, layer = Advantage(advantage), LogRatio("teacher", "student"), (clip, dual_clip, rollout_cap)
     if beta == 0:  # GRPO: no teacher is loaded
         return Objective(policy_gradient(reward, *layer))
-    keep: Signal = Const(1)
+    keep: Signal | None = None
     if mask is not None:
         keep = ~Correct() if mask == "response" else GroupMean(Correct()) <= 0
     if exclude_tokens:
-        keep = keep * ~TokenIn(exclude_tokens)
-    if masked_mean == "kept" and keep != Const(1):
-        keep = MeanOne(keep)  # over all tokens, as everything: kept ones count for those that are not
-    weight = Linear(beta, min(beta, beta_min), steps) * keep
+        keep = ~TokenIn(exclude_tokens) if keep is None else keep & ~TokenIn(exclude_tokens)
+    weight: Signal = Linear(beta, min(beta, beta_min), steps)
+    if keep is not None:  # the mean over kept tokens, written over all: each counts for those left out as well
+        weight = weight * (MeanOne(keep) if masked_mean == "kept" else keep)
     if estimator == "k1_credit":
         return Objective(policy_gradient(reward + weight * gap, *layer))
     distance = Divergence("reverse_kl", k, "teacher", "renormalise") if estimator == "topk" else Estimator(estimator)

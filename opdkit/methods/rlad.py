@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from opdkit.losses import Estimator, clipped, refuse_low_dual
+from opdkit.losses import Estimator, against, clipped, refuse_low_dual
 from opdkit.methods.grpo import grpo
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective, Signal, Term, TokenLoss
-from opdkit.signals import Advantage, Ceiling, Exp, LogRatio
+from opdkit.objective import Objective, Signal, TokenLoss
+from opdkit.signals import Advantage
 from opdkit.types import Live, LogpFact
 
 
@@ -62,8 +62,6 @@ def rlad(
         raise ValueError(f"a={a} must lie in [0, 1]: 1 is a ratio to the old student alone, 0 to the teacher alone")
     if a == 1:
         return grpo(advantage, clip, "dapo", reference_kl, reference_estimator, dual_clip=dual_clip, rollout_cap=rollout_cap)
-    low, high = clip or (math.inf, math.inf)
-    term = Term(TrustRatio(Advantage(advantage), a, clamp, low, high, dual_clip, "sampler" if rollout_cap is None else "student"))
-    if rollout_cap is not None:
-        term *= Ceiling(Exp(LogRatio("student", "sampler")), rollout_cap)
-    return Objective(term) + Estimator(reference_estimator, "reference") * reference_kl if reference_kl else Objective(term)
+    (low, high), (base, weight) = clip or (math.inf, math.inf), against(rollout_cap)
+    objective = Objective(TrustRatio(Advantage(advantage), a, clamp, low, high, dual_clip, base) * weight)
+    return objective + Estimator(reference_estimator, "reference") * reference_kl if reference_kl else objective

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opdkit.losses import Divergence
 from opdkit.maths import masked_quantile
-from opdkit.objective import Objective, Signal
+from opdkit.objective import Const, Objective, Signal
 from opdkit.signals import Entropy, Gap, Quantile, uniform
 from opdkit.types import Batch
 
@@ -40,22 +40,25 @@ class Race(Signal):
 
 @dataclass(frozen=True)
 class Highest(Signal):
-    """[B, T] bool: the share of a rollout's trained tokens, or of the whole step's, where a signal is highest; earlier first on ties."""
+    """[B, T] bool: the share of each rollout's trained tokens, or of the whole step's, where a signal is highest; earlier first on ties.
+
+    They are looked for `among` some of the tokens; where these are fewer, they are all of them.
+    """
 
     of: Signal
     share: float
+    among: Signal
     least: int = 0
     whole: bool = False
 
     def value(self, batch: Batch) -> Tensor:
         pool = (1, -1) if self.whole else batch.shape
-        values = torch.where(batch.mask, self.of(batch), -math.inf).view(pool)
-        count = batch.mask.view(pool).sum(1, keepdim=True).double()
-        keep = torch.minimum(
-            (self.share * count + 1e-9).floor().clamp_min(self.least), count
-        )  # 0.29 * 100 is a little less than 29
-        rank = values.argsort(1, descending=True, stable=True).argsort(1)
-        return (rank < keep).view(batch.shape)
+        among = (batch.mask & self.among(batch).bool()).reshape(pool)
+        values = torch.where(among, self.of(batch).reshape(pool), -math.inf)
+        count = batch.mask.reshape(pool).sum(1, keepdim=True).double()
+        keep = (self.share * count + 1e-9).floor().clamp_min(self.least)  # 0.29 * 100 is a little less than 29
+        rank = values.argsort(dim=1, descending=True, stable=True).argsort(1)
+        return (among & (rank < keep)).reshape(batch.shape)
 
 
 def tip(share: float = 0.5, score: str = "soft_or", selection: str = "top", least: int = 0) -> Objective:
@@ -77,8 +80,8 @@ def tip(share: float = 0.5, score: str = "soft_or", selection: str = "top", leas
     if not 0 < share <= 1:
         raise ValueError(f"share={share} must lie in (0, 1]: the share of tokens that are trained")
     h, d = Entropy("student"), Gap("reverse_kl")
-    confident = h <= Quantile(h, 0.5)
     unsure, apart = Spread(h, 0.98), Spread(d)
-    of: Signal = {"soft_or": unsure + apart - unsure * apart, "entropy": h, "q3": d * confident}[score]
-    kept: Signal = Highest(of, share, least) if selection == "top" else Highest(Race(of), share, max(least, 1), whole=True)
-    return Objective(Divergence("reverse_kl").per("own") * (kept & confident if score == "q3" else kept))
+    of: Signal = {"soft_or": unsure + apart - unsure * apart, "entropy": h, "q3": d}[score]
+    among = h <= Quantile(h, 0.5) if score == "q3" else Const(1)
+    kept = Highest(of, share, among, least) if selection == "top" else Highest(Race(of), share, among, max(least, 1), whole=True)
+    return Objective(Divergence("reverse_kl").per("own") * kept)

@@ -34,7 +34,7 @@ def truth(rollout: Rollout, reward: str) -> str:
 
 
 def spoken(text: str) -> str:
-    """What follows the model's thinking; everything where it never stopped thinking."""
+    """What follows the model's thinking; everything where it never stopped, or then said nothing."""
     return text.rpartition("</think>")[2].strip() or text
 
 

@@ -91,9 +91,8 @@ def _take(function: str, idle: deque[_Process]) -> _Process:
     process = _Process()
     ready = process.call("ready", (function,), START_SECONDS)
     if ready is not True:
-        raise RuntimeError(
-            f"the process that scores answers does not start: {ready}; try: {sys.executable} {_WORKER} < /dev/null"
-        )
+        process.end()
+        raise RuntimeError(f"the process that scores answers does not start: {ready}")
     return process
 
 

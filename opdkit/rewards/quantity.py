@@ -23,8 +23,9 @@ _AMOUNT = r"(?P<whole>\d{1,3}(?:,\d{3})+|\d+)?(?P<decimals>\.\d*)?"
 _LATEX = r"(?:\\frac\s*(?:\{(?P<n1>-?\d+)\}|(?P<n2>\d))\s*(?:\{(?P<d1>\d+)\}|(?P<d2>\d)))"
 _SLASH = r"(?:\s*/\s*(?P<over>\d+(?:\.\d+)?)|\s+(?P<n3>\d+)\s*/\s*(?P<d3>\d+))"
 _WORD = r"[A-Za-z]+(?:\^?\{?[23]\}?|[²³])?"
-_UNIT = rf"(?P<scale>\s*%|(?:\s+|-)(?:dozen|hundred|thousand|million|billion|trillion|percent)\b)?(?P<unit>\s*{_WORD}(?:[ /]+{_WORD})*)?"
-_QUANTITY = re.compile(rf"(?P<sign>[-+]?)\s*(?:{_AMOUNT}(?:\s*{_LATEX})?{_SLASH}?){_UNIT}")
+_SCALE = r"(?P<scale>\s*%|(?:\s+|-)(?:dozen|hundred|thousand|million|billion|trillion|percent)\b)"
+_UNIT = rf"(?P<unit>\s*{_WORD}(?:[ /]+{_WORD})*)"
+_QUANTITY = re.compile(rf"(?P<sign>[-+]?)\s*{_AMOUNT}(?:\s*{_LATEX})?{_SLASH}?{_SCALE}?{_UNIT}?")
 
 _DROP = re.compile(r"\\left|\\right|\\[!,;:()\[\]]|\\(?=[$%])|[$€£°]|\^\\circ|\^\{\\circ\}|\{(?=,\})|(?<=,)\}")
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
@@ -39,8 +40,10 @@ class Quantity:
     unit: str = ""
 
     def equals(self, other: Quantity) -> bool:
-        """25% is 0.25 and also 25, 3 million is 3000000 and also 3: the question may have named the scale. Units matter where both
-        are measures: 5 cm is 5, not 5 m."""
+        """25% is 0.25 and also 25, 3 million is 3000000 and also 3: the question may have named the scale.
+
+        Units matter where both are measures: 5 cm is 5, not 5 m.
+        """
         if self.unit != other.unit and {self.unit, other.unit} <= MEASURES:
             return False
         if (self.scale == other.scale or 1 in (self.scale, other.scale)) and _near(self.amount, other.amount):
@@ -56,7 +59,7 @@ def _near(a: Fraction, b: Fraction) -> bool:
 
 def clean(text: str) -> str:
     """Without what LaTeX, Markdown and currencies put around an answer."""
-    text = text.replace("−", "-").replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").replace("~", " ").replace(r"\ ", " ")
+    text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"~|\\ ", " ", text.replace("−", "-")))
     text = _DROP.sub("", _TEXT.sub(r" \1 ", text))
     text = re.sub(r"\s+", " ", text).strip(" *_`").rstrip(".,; ")
     alone = re.fullmatch(r"\(\s*([^(),]*?)\s*\)", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from opdkit.facts import Needs, describe, supply
 from opdkit.forward import Layout
 from opdkit.head import flat_positions
 from opdkit.teachers import Scorer
-from opdkit.types import Batch, ColumnFact, Fact, LogpFact, Rollout, VocabularyFact, row_keys
+from opdkit.types import Batch, ColumnFact, EntropyFact, Fact, LogpFact, Rollout, VocabularyFact, row_keys
 
 
 def gather(
@@ -44,7 +45,8 @@ def gather(
     written = all(len(r.logp) == len(r.tokens) for r in rollouts)  # false for responses read from data
     if written and not recompute_student and not correct_sampling:
         batch.facts[LogpFact("student")] = batch.facts[LogpFact("sampler")]
-    wanted = {fact for fact in needs.facts if fact not in batch.facts and not isinstance(fact, ColumnFact)}
+    read = needs.facts - needs.of("live") | {as_student(fact) for fact in needs.of("live")}
+    wanted = {fact for fact in read if fact not in batch.facts and not isinstance(fact, ColumnFact)}
     if not written:
         wanted = {f for f in wanted if f != LogpFact("sampler")} | (
             {LogpFact("student")} if LogpFact("sampler") in wanted else set()
@@ -57,8 +59,29 @@ def gather(
     for fact, values in made.items():
         _refuse_nan(fact, values, batch, rollouts)
     batch.facts.update(made)
+    for fact in needs.of("live"):  # until the first optimiser step the live student is the student before it
+        batch.facts[fact] = batch.facts[as_student(fact)]
     batch.sources = {m: s for m, s in batch.sources.items() if VocabularyFact(m) in needs.facts}
     return batch
+
+
+def as_student(fact: Fact) -> Fact:
+    """A fact of the live student, as one of the student before the step."""
+    if not isinstance(fact, (LogpFact, EntropyFact)):
+        raise UserError(f"the objective reads {describe(fact)}: of the live student only log-probs and entropies of tokens can be read")
+    return replace(fact, model="student")
+
+
+def refresh(batch: Batch, needs: Needs, scorers: Mapping[str, Scorer], rollouts: Sequence[Rollout]) -> None:
+    """Facts of the live student anew, after it has moved; the signals are computed again."""
+    layout, positions = Layout(rollouts, batch.shape[1]), flat_positions(batch.mask)
+    facts = needs.of("live")
+    for fact in facts:
+        del batch.facts[fact]
+    batch.sources["live"] = scorers["live"].source(layout, positions)
+    batch.facts.update(supply(batch, facts, positions))
+    del batch.sources["live"]
+    batch.signals.clear()
 
 
 def collate(rollouts: Sequence[Rollout], device: torch.device | str, dtype: torch.dtype, correct_sampling: bool = False) -> Batch:
@@ -97,6 +120,9 @@ def _columns(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
         facts[ColumnFact("correct")] = torch.tensor(right, device=device)
     for column in sorted(needs.columns):
         kind, _, name = column.partition(":")
+        if kind == "memory":
+            known = batch.memory.get(name, {})
+            facts[ColumnFact(column)] = torch.tensor([known.get(r.group, math.nan) for r in rollouts], dtype=batch.dtype, device=device)
         if kind == "row":
             facts[ColumnFact(column)] = torch.tensor([_number(r, name) for r in rollouts], dtype=batch.dtype, device=device)
 

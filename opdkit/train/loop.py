@@ -23,7 +23,7 @@ from opdkit.rewards import Reward, score
 from opdkit.teachers import Scorer
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
-from opdkit.train.gather import gather
+from opdkit.train.gather import gather, refresh
 from opdkit.train.record import Recorder, StepRecord
 from opdkit.train.settings import Checkpoint, Optim
 from opdkit.train.student import Student
@@ -76,6 +76,7 @@ class Job:
     student_share: float = 1.0
     recompute_student: bool = False
     correct_sampling: bool = False
+    newlines: frozenset[int] = frozenset()  # tokens whose text ends a line, where the objective reads their mark
     evaluate: Callable[[int], float] | None = None  # step -> score
     evaluate_every: int = 0
 
@@ -113,6 +114,8 @@ def _step(job: Job, state: State) -> None:
     prompts = {job.prompts[i].id: i for i in chosen}
     with clock("sample"), student.autocast():  # sample
         rollouts = _rollouts(job, state, prompts)
+    if job.newlines:
+        rollouts = [replace(r, marks={**r.marks, "newline": [t in job.newlines for t in r.tokens]}) for r in rollouts]
     with clock("reward"):  # reward
         if job.reward is not None:
             rollouts = score(rollouts, job.reward)
@@ -132,7 +135,9 @@ def _step(job: Job, state: State) -> None:
         )
     record = StepRecord(job.objective.names)
     with clock("learn"):
-        for rows in _optimiser_steps(job, rollouts, step):
+        for number, rows in enumerate(_optimiser_steps(job, rollouts, step)):
+            if number and job.needs.of("live"):
+                refresh(batch, job.needs, job.scorers, rollouts)
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record)  # learn per micro-batch, step
     job.sampler.sync(student.model, student.updates)  # sync

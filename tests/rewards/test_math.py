@@ -152,14 +152,14 @@ def test_a_long_expression_is_wrong_without_being_read():
 
 def test_threads_agree_with_the_main_thread():
     """math-verify's own limits are signals, which raise outside the main thread."""
-    cases = [(rf"\boxed{{\sqrt{{{n * n}}} + \sqrt{{2}} - \sqrt{{2}}}}", str(n + n % 2)) for n in range(6)]
+    cases = [(rf"\boxed{{\sqrt{{{n * n}}} + \sqrt{{2}} - \sqrt{{2}}}}", str(n + n % 2)) for n in (1, 2)]
     out: dict[int, bool] = {}
     threads = [threading.Thread(target=lambda i=i, c=c: out.update({i: right(*c)})) for i, c in enumerate(cases)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [out[i] for i in range(6)] == [True, False] * 3
+    assert [out[i] for i in range(2)] == [False, True]
 
 
 def test_extraction():

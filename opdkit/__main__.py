@@ -1,0 +1,5 @@
+"""python -m opdkit."""
+
+from opdkit.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,239 @@
+"""The command line: each command is a function of the package with its arguments."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from opdkit.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 for an error that the user can mend, 130 when interrupted."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return 0
+    _quiet()
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        print(f"opdkit: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("opdkit: interrupted; continue with --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def _quiet() -> None:
+    """Loading bars of libraries say nothing about the run; explicit settings of the user stay."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+# ---------------------------------------------------------------------------------------------------------------- parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="opdkit", description="On-policy distillation of language models.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], int | None], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("quickstart", _quickstart, "the whole story on a CPU, offline, in minutes")
+    sub.add_argument("--out", default="quickstart", metavar="DIR", help="folder for models, run and report (default: quickstart)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--method", default="opd", metavar="NAME")
+
+    sub = command("train", _train, "distil a teacher into a student")
+    sub.add_argument("file", nargs="?", help="a run's YAML file")
+    sub.add_argument("--recipe", metavar="NAME", help="a built-in recipe, or file.py:function")
+    for name in ("student", "teacher", "method", "data", "output", "reward"):
+        sub.add_argument(f"--{name}", metavar=name.upper(), help=f"same as {name}=...")
+    sub.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    sub.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
+    sub.add_argument("--dry-run", action="store_true", help="print the resolved run, what it loads and the memory, and stop")
+    sub.epilog = "further settings as key=value: optim.learning_rate=1e-5, num_generations=4, method.k=64"
+
+    sub = command("eval", _eval, "score a model on a data set: Avg@k and Pass@k with confidence intervals")
+    sub.add_argument("model")
+    sub.add_argument("--data", required=True)
+    sub.add_argument("--split")
+    sub.add_argument("--limit", type=int)
+    sub.add_argument("--template", help='what the model is asked, such as "{prompt}\\nPut your answer in \\\\boxed{{}}."')
+    sub.add_argument("--reward", default="math")
+    sub.add_argument("--k", default="1", help="Pass@k for these k, such as 1,4,8")
+    sub.add_argument("--samples", type=int, default=1, metavar="N", help="responses per problem")
+    sub.add_argument("--out", metavar="FILE", help="keep every response in this JSONL file")
+    _sampling_flags(sub)
+
+    sub = command("sample", _sample, "print a model's responses")
+    sub.add_argument("model")
+    sub.add_argument("prompt", nargs="*", help="texts; or give --data")
+    sub.add_argument("--data")
+    sub.add_argument("--limit", type=int, default=4)
+    sub.add_argument("--samples", type=int, default=1, metavar="N", help="responses per prompt")
+    _sampling_flags(sub)
+
+    sub = command("report", _report, "write report.html of a run folder")
+    sub.add_argument("folder")
+
+    command("methods", _methods, "list every method with its source, what it needs and its cost")
+
+    sub = command("explain", _explain, "print a method's formula, needs, forward passes and memory")
+    sub.add_argument("method")
+
+    sub = command("check", _check, "run the tests that every method must pass")
+    sub.add_argument("method", help="a name, or file.py:function")
+
+    command("doctor", _doctor, "show what this machine offers and which path each phase will take")
+    for name in ("train", "explain", "check"):  # settings and method arguments as key=value
+        commands.choices[name].add_argument("settings", nargs="*", metavar="key=value")
+    return parser
+
+
+def _sampling_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--max-completion-length", type=int, default=512)
+    sub.add_argument("--dtype", default="float32")
+    sub.add_argument("--seed", type=int, default=0)
+
+
+def _sampling(options: Any) -> Any:
+    from opdkit.types import Sampling
+
+    return Sampling(options.temperature, options.top_p, max_completion_length=options.max_completion_length, num_generations=options.samples)
+
+
+def _arguments(texts: Sequence[str]) -> dict[str, Any]:
+    from opdkit.config import parse_overrides
+
+    return dict(parse_overrides(texts))
+
+
+# -------------------------------------------------------------------------------------------------------------- commands
+
+
+def _quickstart(options: Any) -> None:
+    from opdkit.recipes.quickstart import quickstart
+
+    quickstart(Path(options.out), seed=options.seed, method=options.method)
+
+
+def _train(options: Any) -> None:
+    from opdkit.launch import execute
+    from opdkit.recipes import recipe
+    from opdkit.run import load_run, make_run
+
+    flags = [f"{n}={getattr(options, n)}" for n in ("student", "teacher", "method", "data", "output", "reward") if getattr(options, n)]
+    settings = list(options.settings)
+    if options.file and "=" in options.file:  # train --recipe gsm8k steps=10: the first setting stands where the file would
+        settings.insert(0, options.file)
+        options.file = None
+    if options.recipe:
+        run = make_run(recipe(options.recipe), flags + settings)
+    elif options.file:
+        run = load_run(options.file, flags + settings)
+    else:
+        run = make_run({}, flags + settings)
+    if options.dry_run:
+        from opdkit.explain import dry_run
+
+        print(dry_run(run))
+        return
+    result = execute(run, resume=options.resume, overwrite=options.overwrite)
+    print(f"model   {result.model}\nreport  {result.report}")
+
+
+def _eval(options: Any) -> None:
+    from opdkit.commands import eval_model
+    from opdkit.run import Data
+
+    ks = tuple(int(k) for k in options.k.split(","))
+    data = Data(options.data, split=options.split, limit=options.limit, template=options.template)
+    out = eval_model(
+        options.model,
+        data,
+        options.reward,
+        sampling=_sampling(options),
+        num_generations=options.samples,
+        ks=ks,
+        dtype=options.dtype,
+        seed=options.seed,
+        keep=options.out,
+    )
+    interval = out.avg_at_k.interval
+    print(f"problems    {out.n_problems}, {out.samples_per_problem} samples each")
+    print(f"Avg@{out.samples_per_problem:<7} {out.avg_at_k.value:.4f}  95% [{interval.low:.4f}, {interval.high:.4f}]")
+    for k, estimate in out.pass_at_k.items():
+        print(f"Pass@{k:<6} {estimate.value:.4f}  95% [{estimate.interval.low:.4f}, {estimate.interval.high:.4f}]")
+    print(f"length      {out.mean_length:.1f} tokens, {out.truncated_share:.1%} truncated")
+
+
+def _sample(options: Any) -> None:
+    from opdkit.commands import sample_model
+    from opdkit.run import Data
+
+    if not options.prompt and not options.data:
+        raise UserError("there is nothing to answer: give a prompt, or --data FILE")
+    prompts = Data(options.data, limit=options.limit) if options.data else options.prompt
+    for rollout in sample_model(options.model, prompts, _sampling(options), dtype=options.dtype, seed=options.seed):
+        print(f"--- {rollout.id} ({len(rollout.tokens)} tokens, {rollout.finish})\n{rollout.text}")
+
+
+def _report(options: Any) -> None:
+    from opdkit.explain import need_folder
+    from opdkit.report import write_report
+
+    print(write_report(need_folder(options.folder)))
+
+
+def _methods(options: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from opdkit.explain import table
+
+    shown = Table(box=None, pad_edge=False)
+    for column in ("method", "idea", "source", "needs", "passes"):
+        shown.add_column(column, no_wrap=column in ("method", "source"))
+    for row in table():
+        shown.add_row(*row.values())
+    Console(soft_wrap=False).print(shown)
+    print("\npasses: forward passes of a step besides sampling. opdkit explain METHOD prints the formula.")
+
+
+def _explain(options: Any) -> None:
+    from opdkit.explain import explain
+
+    print(explain(options.method, **_arguments(options.settings)))
+
+
+def _check(options: Any) -> int:
+    from opdkit.method import load
+    from opdkit.testing import CheckFailed, check
+
+    try:
+        print(check(load(options.method, **_arguments(options.settings))))
+    except CheckFailed as failure:
+        print(failure)
+        return 1
+    return 0
+
+
+def _doctor(options: Any) -> None:
+    from opdkit.commands import doctor
+
+    print(doctor())
