@@ -176,16 +176,12 @@ class PassRate(Signal):
     """
 
     def value(self, batch: Batch) -> Tensor:
-        index, n = group_index(batch.group)
-        correct = batch.correct.to(batch.dtype)
-        sums = torch.zeros(2, n, dtype=batch.dtype, device=batch.device)
-        sums = sums.index_add(1, index, torch.stack([correct, torch.ones_like(correct)]))
-        now = (sums[0] / sums[1])[index]
+        now = GroupMean(Correct())(batch)
         try:
-            known = batch.read(ColumnFact("memory:pass_rate"))  # [B], NaN where the prompt is new
+            known = batch.read(ColumnFact("memory:pass_rate"))[:, None]  # [B, 1], NaN where the prompt is new
         except MissingFact:  # nothing is remembered yet
-            return now[:, None]
-        return torch.where(known.isnan(), now, known.to(now.dtype))[:, None]
+            return now
+        return torch.where(known.isnan(), now, known.to(now.dtype))
 
 
 @dataclass(frozen=True)
@@ -384,24 +380,11 @@ class Early(Signal):
         return torch.full((1, 1), early, device=batch.device)
 
 
-@dataclass(frozen=True)
-class Linear(Signal):
-    """[1, 1]: from `start` at step 0 in a straight line to `end` at step `steps`, and `end` from there on."""
-
-    start: float
-    end: float
-    steps: int
-
-    def value(self, batch: Batch) -> Tensor:
-        share = min(batch.step / self.steps, 1.0) if self.steps > 0 else 1.0
-        return torch.full((1, 1), self.start + (self.end - self.start) * share, dtype=batch.dtype, device=batch.device)
-
-
 def depends_on_sample(signal: Any) -> bool:
     """Whether a signal changes with the sampled token. One that does not carries no gradient on average as a credit."""
     if isinstance(signal, (Logp, LogRatio, Reward, Correct, Mark, Row, Advantage)):
         return True
-    if isinstance(signal, (Gap, Entropy, Progress, Linear)):
+    if isinstance(signal, (Gap, Entropy, Progress)):
         return False
     if isinstance(signal, tuple):
         return any(map(depends_on_sample, signal))

@@ -10,8 +10,21 @@ from torch import Tensor
 from opdkit.losses import Divergence, Estimator, policy_gradient
 from opdkit.methods.opd import Clip
 from opdkit.objective import Objective, Signal
-from opdkit.signals import Advantage, Correct, GroupMean, Linear, LogRatio, MeanOne
+from opdkit.signals import Advantage, Correct, GroupMean, LogRatio, MeanOne
 from opdkit.types import Batch
+
+
+@dataclass(frozen=True)
+class Linear(Signal):
+    """[1, 1]: from `start` at step 0 of the run in a straight line to `end` at step `steps`, and `end` from there on."""
+
+    start: float
+    end: float
+    steps: int
+
+    def value(self, batch: Batch) -> Tensor:
+        share = min(batch.step / self.steps, 1.0) if self.steps > 0 else 1.0
+        return torch.full((1, 1), self.start + (self.end - self.start) * share, dtype=batch.dtype, device=batch.device)
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ def kdrl(
 ) -> Objective:
     """KDRL: GRPO, which has no signal where a whole group fails, plus a KL to the teacher on the same rollouts.
 
-        -ratio A  +  beta_n * estimator of KL(pi_s || pi_t);   beta_n from `beta` to `beta_min` in `steps` steps;   mean over all tokens
+        -ratio A  +  beta_n * estimator of KL(pi_s || pi_t);  mean over all tokens;  beta_n from `beta` to `beta_min` in `steps` steps of the run
 
     k2 = r_t^2 / 2 has the gradient of KL(pi_s || pi_t), k3 that of KL(pi_t || pi_s); "topk" is the reverse KL over the teacher's top `k`,
     both renormalised; "k1_credit" adds beta_n r_t to A inside the clipped loss: k2's gradient on fresh rollouts, clipped elsewhere.

@@ -21,12 +21,15 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+    from opdkit.sampling.layer import GrowingLayer
+
     cache = DynamicCache(config=model.config)
-    if odd := {type(layer).__name__ for layer in cache.layers} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}:
+    if odd := {type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}:
         raise UserError(
             f"{type(model).__name__} keeps {', '.join(sorted(odd))} between tokens, not only attention keys and values, so rows cannot join "
             "and leave its batch. Use a transformer with full or sliding-window attention, or sample with vLLM"
         )
+    cache.layers = [layer if layer.is_sliding else GrowingLayer() for layer in cache.layers]
     return cache
 
 
@@ -34,18 +37,23 @@ def select(cache: DynamicCache, index: Tensor, trim: int = 0) -> None:
     """Keeps (or repeats) rows `index` [b], without the first `trim` columns, in place."""
     for layer in _layers(cache):
         columns = layer.get_seq_length() - trim
-        layer.keys, layer.values = (
-            states[:, :, max(0, states.shape[2] - columns) :].index_select(0, index) for states in (layer.keys, layer.values)
-        )
-        _count(layer, columns)
+        if layer.is_sliding:
+            held = min(columns, layer.keys.shape[2])
+            layer.keys, layer.values = (s[:, :, s.shape[2] - held :].index_select(0, index) for s in (layer.keys, layer.values))
+            layer.cumulative_length = columns  # all columns seen, of which the window's are held
+        else:
+            layer.take(index, columns)
 
 
 def join(first: DynamicCache, second: DynamicCache) -> None:
     """Appends the rows of `second` to `first`, in place; the shorter one is padded on the left."""
     for a, b in zip(_layers(first), _layers(second), strict=True):
-        columns = max(a.get_seq_length(), b.get_seq_length())
-        a.keys, a.values = _stack(a.keys, b.keys), _stack(a.values, b.values)
-        _count(a, columns)
+        keys, values = _stack(a.keys, b.keys), _stack(a.values, b.values)
+        if a.is_sliding:
+            a.keys, a.values = keys, values
+            a.cumulative_length = max(a.cumulative_length, b.cumulative_length)
+        else:
+            a.hold(keys, values)
 
 
 def pad_left(states: Tensor, columns: int, dim: int) -> Tensor:
@@ -75,9 +83,3 @@ def _layers(cache: DynamicCache) -> list[Any]:
 def _stack(a: Tensor, b: Tensor) -> Tensor:
     columns = max(a.shape[2], b.shape[2])
     return torch.cat([pad_left(a, columns, 2), pad_left(b, columns, 2)])
-
-
-def _count(layer: Any, columns: int) -> None:
-    """A sliding-window layer holds fewer columns than it has seen, and counts the latter."""
-    if layer.is_sliding:
-        layer.cumulative_length = columns

@@ -74,9 +74,7 @@ def test_a_teacher_like_the_old_student_is_grpo(a):
 
 
 def test_without_advantage_nothing_is_learnt():
-    out = on(
-        load("rlad"), ROWS, models={"teacher": [[-0.1, -0.1]] + [[-3.0] * 3]}, before=BEFORE, reward=[1.0, 1.0], group=[0, 0]
-    )
+    out = on(load("rlad"), ROWS, models={"teacher": [[-0.1, -0.1], [-3.0] * 3]}, before=BEFORE, reward=[1.0, 1.0], group=[0, 0])
     assert out.loss == 0 and (out.grad == 0).all()
 
 

@@ -1,0 +1,47 @@
+"""One layer's keys and values in a buffer with room to spare: a new token is written in place, where the stock layer copies all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 64  # free columns behind the last one of a fresh buffer
+
+
+class GrowingLayer(DynamicLayer):
+    """Full attention. `keys` and `values` [B, heads, C, width] are the filled columns of their buffers."""
+
+    buffers: tuple[Tensor, Tensor]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends columns; returns all of them."""
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.hold(key_states, value_states)
+            return key_states, value_states
+        start = self.keys.shape[2]
+        stop = start + key_states.shape[2]
+        if stop > self.buffers[0].shape[2]:
+            self.take(torch.arange(len(self.keys), device=self.device), start)
+        for buffer, states in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, start:stop] = states
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Takes these tensors as they are; the next update moves them to buffers with room."""
+        self.keys, self.values = self.buffers = (keys, values)
+
+    def take(self, index: Tensor, columns: int) -> None:
+        """Keeps (or repeats) rows `index` [b] and the last `columns` columns, in fresh buffers."""
+        self.buffers = (_gather(self.keys, index, columns), _gather(self.values, index, columns))
+        self.keys, self.values = (buffer[:, :, :columns] for buffer in self.buffers)
+
+
+def _gather(states: Tensor, index: Tensor, columns: int) -> Tensor:
+    buffer = states.new_empty(len(index), states.shape[1], columns + ROOM, states.shape[3])
+    torch.index_select(states[:, :, states.shape[2] - columns :], 0, index, out=buffer[:, :, :columns])
+    return buffer
