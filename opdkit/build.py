@@ -20,7 +20,7 @@ from opdkit.models import check_head, head_of, load_model, load_tokenizer, real_
 from opdkit.rewards import Reward, load_reward
 from opdkit.run import Data, Run
 from opdkit.sampling import HFSampler
-from opdkit.show import Evaluator, Screen
+from opdkit.show import Evaluator, Screen, Validator
 from opdkit.teachers import LocalModel, Routed, Scorer
 from opdkit.track import open_trackers, truncate_metrics
 from opdkit.train import checkpoint as checkpoints
@@ -91,7 +91,7 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False) -> tuple[
     recorder = Recorder(
         run.folder,
         open_trackers(run.folder, run.trackers, plain(run)),
-        lambda token: tokenizer.decode([token]),
+        lambda token: str(tokenizer.decode([token])),
         run.keep_samples,
         run.sample_every,
         Screen(run.steps, state.step),
@@ -116,11 +116,16 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False) -> tuple[
         seed=run.seed,
         reward=reward,
         curriculum=method.curriculum,
-        student_share=method.student_share,
         recompute_student=run.recompute_student,
         correct_sampling=run.correct_sampling,
+        dynamic_sampling=run.dynamic_sampling,
+        overlong_margin=run.overlong_margin,
         newlines=newlines(tokenizer) if "mark:newline" in needs.columns else frozenset(),
     )
+    if method.curriculum.validates:
+        job.validate = Validator(
+            job, make_prompts(run.evaluate.prompts, eval_rows, tokenizer) if run.evaluate and eval_rows else prompts
+        )
     if run.evaluate is not None and eval_rows is not None:
         held_out = make_prompts(run.evaluate.prompts, eval_rows, tokenizer)
         evaluator = Evaluator(run, sampler, held_out, reward, student)
@@ -288,8 +293,9 @@ def _fits(prompts: Prompts, model: Any, run: Run) -> None:
     longest = max(prompts, key=lambda p: len(p.tokens))
     if len(longest.tokens) > room:
         raise UserError(
-            f"prompt {longest.id} has {len(longest.tokens)} tokens; with max_completion_length={run.sampling.max_completion_length} only {room} fit "
-            f"the model's context of {limit}. Set data.max_prompt_length={max(room, 0)} to drop longer prompts, or lower max_completion_length"
+            f"prompt {longest.id} has {len(longest.tokens)} tokens; with max_completion_length={run.sampling.max_completion_length} only "
+            f"{room} fit the model's context of {limit}. Set data.max_prompt_length={max(room, 0)} to drop longer prompts, "
+            "or lower max_completion_length"
         )
 
 

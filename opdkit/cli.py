@@ -114,7 +114,9 @@ def _sampling_flags(sub: argparse.ArgumentParser) -> None:
 def _sampling(options: Any) -> Any:
     from opdkit.types import Sampling
 
-    return Sampling(options.temperature, options.top_p, max_completion_length=options.max_completion_length, num_generations=options.samples)
+    return Sampling(
+        options.temperature, options.top_p, max_completion_length=options.max_completion_length, num_generations=options.samples
+    )
 
 
 def _arguments(texts: Sequence[str]) -> dict[str, Any]:
@@ -137,7 +139,9 @@ def _train(options: Any) -> None:
     from opdkit.recipes import recipe
     from opdkit.run import load_run, make_run
 
-    flags = [f"{n}={getattr(options, n)}" for n in ("student", "teacher", "method", "data", "output", "reward") if getattr(options, n)]
+    flags = [
+        f"{n}={getattr(options, n)}" for n in ("student", "teacher", "method", "data", "output", "reward") if getattr(options, n)
+    ]
     settings = list(options.settings)
     if options.file and "=" in options.file:  # train --recipe gsm8k steps=10: the first setting stands where the file would
         settings.insert(0, options.file)

@@ -23,7 +23,9 @@ from opdkit.sampling import HFSampler
 from opdkit.types import Rollout, Sampling
 
 
-def open_sampler(model: Any, tokenizer: Any = None, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False) -> HFSampler:
+def open_sampler(
+    model: Any, tokenizer: Any = None, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False
+) -> HFSampler:
     """A sampler for a model by name, path, or as an object."""
     import torch
 
@@ -52,17 +54,25 @@ def eval_model(
     """Avg@k and Pass@k of a model on a data set, with 95 % confidence intervals over problems."""
     sampler = open_sampler(model, tokenizer, dtype)
     settings = data if isinstance(data, Data) else Data(data if isinstance(data, str) else "in memory")
-    rows = read_rows(settings, None if isinstance(data, (str, Data)) else data, seed)
+    rows = read_rows(settings, None if isinstance(data, (str, Data)) else [dict(row) for row in data], seed)
     scorer = load_reward(reward)
     if scorer is None:
         raise UserError("an evaluation needs a reward: math, exact, reasoning_gym, regex:PATTERN or file.py:function")
     chosen = replace(sampling or Sampling(), num_generations=num_generations)
     prompts = list(make_prompts(settings, rows, sampler.tokenizer))
-    return evaluate_model(sampler, prompts, scorer, chosen, ks=ks, seed=seed, name=name, keep=None if keep is None else Path(keep))
+    return evaluate_model(
+        sampler, prompts, scorer, chosen, ks=ks, seed=seed, name=name, keep=None if keep is None else Path(keep)
+    )
 
 
 def sample_model(
-    model: Any, prompts: Sequence[Any] | str | Data, sampling: Sampling | None = None, *, tokenizer: Any = None, dtype: str = "float32", seed: int = 0
+    model: Any,
+    prompts: Sequence[Any] | str | Data,
+    sampling: Sampling | None = None,
+    *,
+    tokenizer: Any = None,
+    dtype: str = "float32",
+    seed: int = 0,
 ) -> list[Rollout]:
     """Responses of a model to texts, rows or a data set."""
     sampler = open_sampler(model, tokenizer, dtype)
@@ -72,7 +82,19 @@ def sample_model(
     return sampler.sample(asked, sampling or Sampling(), seed=seed)
 
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "datasets", "pyarrow", "math-verify", "reasoning-gym", "vllm", "ray")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "peft",
+    "datasets",
+    "pyarrow",
+    "math-verify",
+    "reasoning-gym",
+    "vllm",
+    "ray",
+)
 
 
 def doctor() -> str:

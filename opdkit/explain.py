@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opdkit.curricula import Plain
 from opdkit.errors import UserError
 from opdkit.facts import Needs
 from opdkit.head import CHUNK_ENTRIES
@@ -53,10 +54,10 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
     lines += ["forward passes of a step, besides sampling", *(f"  {i}. {x}" for i, x in enumerate(passes(needs), 1))]
     if any(isinstance(t.loss, RolloutLoss) for t in made.objective.terms):
         lines.append("  the head is projected twice: a loss over whole rollouts needs all their log-probs first")
-    lines.append(f"memory of the loss: one chunk of the vocabulary, about {CHUNK_ENTRIES * 4 * CHUNK_COPIES / GIB:.1f} GiB at most; no [N, V] tensor")
-    if made.student_share < 1:
-        lines.append(f"responses: the student writes {made.student_share:.0%} of the batches, the others are read from the data")
-    if made.curriculum is not None:
+    lines.append(
+        f"memory of the loss: one chunk of the vocabulary, about {CHUNK_ENTRIES * 4 * CHUNK_COPIES / GIB:.1f} GiB at most; no [N, V] tensor"
+    )
+    if made.curriculum != Plain():
         lines.append(f"curriculum: {made.curriculum}")
     return "\n".join(lines)
 
@@ -75,7 +76,8 @@ def table() -> list[dict[str, str]]:
                 "method": name,
                 "idea": method.summary.partition(": ")[2] or method.summary,
                 "source": source_of(method),
-                "needs": ", ".join([*(["whole teacher"] if needs.whole("teacher") else []), *extra, *columns]) or "teacher log-probs",
+                "needs": ", ".join([*(["whole teacher"] if needs.whole("teacher") else []), *extra, *columns])
+                or "teacher log-probs",
                 "passes": str(1 + len(needs.models - {"student", "sampler", "live"}) + before),
             }
         )
@@ -105,7 +107,15 @@ def loads(run: Run) -> list[Load]:
     if run.lora is None:
         out = [Load("student", run.student, student, student * own * 4 / GIB, "weights, gradients and two AdamW moments")]
     else:
-        out = [Load("student", run.student, student, student * own / GIB, f"frozen weights; adapters of rank {run.lora.r} are small beside them")]
+        out = [
+            Load(
+                "student",
+                run.student,
+                student,
+                student * own / GIB,
+                f"frozen weights; adapters of rank {run.lora.r} are small beside them",
+            )
+        ]
     small = wide[run.teacher_dtype or run.dtype]
     teachers = {"teacher": run.teacher} if isinstance(run.teacher, str) else {f"teacher {k}": v for k, v in run.teacher.items()}
     others: dict[str, str] = {**teachers, **run.models}
@@ -116,7 +126,9 @@ def loads(run: Run) -> list[Load]:
         shared = name in held and role != "reference"
         held.add(name)
         count = parameter_count(name, run.trust_remote_code)
-        out.append(Load(role, name, count, 0.0 if shared else count * small / GIB, "loaded once, see above" if shared else "weights"))
+        out.append(
+            Load(role, name, count, 0.0 if shared else count * small / GIB, "loaded once, see above" if shared else "weights")
+        )
     return out
 
 
@@ -131,7 +143,9 @@ def dry_run(run: Run) -> str:
     lines += ["forward passes of a step, besides sampling", *(f"  {i}. {x}" for i, x in enumerate(passes(method.needs), 1))]
     rollouts = run.prompts_per_step * run.sampling.num_generations
     lines.append(f"rollouts per step: {rollouts}, at most {rollouts * run.sampling.max_completion_length:,} tokens")
-    lines.append(f"memory: about {total:.2f} GiB for weights, optimiser and one vocabulary chunk ({chunk:.2f} GiB), plus activations of")
+    lines.append(
+        f"memory: about {total:.2f} GiB for weights, optimiser and one vocabulary chunk ({chunk:.2f} GiB), plus activations of"
+    )
     lines.append(f"        {run.micro_batch_tokens:,} tokens per micro-batch and the sampler's key-value cache")
     return "\n".join(lines)
 

@@ -23,6 +23,7 @@ from opdkit.types import (
     LogpFact,
     TopFact,
     VocabularyFact,
+    log_probs,
 )
 
 Tensors = dict[Fact, Tensor]
@@ -182,7 +183,7 @@ def _read(fact: Fact, here: Live, made: Tensors, logps: dict[tuple[str, float], 
     def of(model: str, temperature: float = 1.0) -> Tensor:
         key = (model, temperature)
         if key not in logps:
-            logps[key] = torch.log_softmax(here.batch.source(model).logits(here.positions) / temperature, -1)
+            logps[key] = log_probs(here.batch.source(model).logits(here.positions), temperature)
         return logps[key]
 
     if isinstance(fact, LogpFact):

@@ -73,7 +73,7 @@ def distill(
     return execute(make_run(values), given, resume=resume, overwrite=overwrite)
 
 
-def execute(run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False) -> Result:  # noqa: B008
+def execute(run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False) -> Result:
     """Train a run from its first step, or from its newest checkpoint with `resume`."""
     if overwrite and not resume:
         clear(run.folder)

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from opdkit.address import is_address, load_address
-from opdkit.curricula import Curriculum
+from opdkit.curricula import Curriculum, Plain
 from opdkit.errors import UserError, nearest
 from opdkit.facts import Needs, needs
 from opdkit.methods import METHODS
@@ -18,11 +18,10 @@ from opdkit.objective import Loss, Objective, Term
 
 @dataclass(frozen=True)
 class Method:
-    """An objective with what lies outside it: who writes the responses, and a curriculum."""
+    """An objective with what lies outside it: its curriculum."""
 
     objective: Objective
-    student_share: float = 1.0  # share of the batches whose responses the student writes; the rest are read from the data
-    curriculum: Curriculum | None = None
+    curriculum: Curriculum = Plain()  # who writes the responses, to which prompts, what is remembered
     name: str = ""  # filled by `load`, as are the next three
     arguments: tuple[tuple[str, Any], ...] = ()
     summary: str = ""

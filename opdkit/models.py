@@ -14,7 +14,9 @@ from opdkit.errors import UserError, nearest
 from opdkit.head import Head
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+CausalLM = Any  # a transformers PreTrainedModel or a peft wrapper of one: they share no class, only their methods
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 AGREE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest logit: body and head against the whole model
@@ -25,12 +27,12 @@ PROBE = 8  # tokens read by `check_head`
 
 
 def load_model(
-    model: str | PreTrainedModel,
+    model: str | CausalLM,
     dtype: str = "float32",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
-) -> PreTrainedModel:
+) -> CausalLM:
     """A causal LM in eval mode from a folder or a hub name, its weights from safetensors only. A loaded model is returned as it is."""
     if not isinstance(model, str):
         return model
@@ -67,7 +69,7 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase, trust_remote_code: 
         return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
 
 
-def parameter_count(model: str | PreTrainedModel, trust_remote_code: bool = False) -> int:
+def parameter_count(model: str | CausalLM, trust_remote_code: bool = False) -> int:
     """Number of parameters, tied ones once. A folder or hub name is read for its configuration only: no weight is loaded."""
     if not isinstance(model, str):
         return sum(p.numel() for p in model.parameters())
@@ -121,7 +123,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def hidden_states(
-    model: PreTrainedModel,
+    model: CausalLM,
     input_ids: Tensor,  # [B, T]
     attention_mask: Tensor | None,  # [B, cached + T], 0 at padding; None: no padding on the left
     position_ids: Tensor | None = None,  # [B, T]; None: counted along the mask
@@ -140,9 +142,9 @@ def hidden_states(
     return output.last_hidden_state
 
 
-def head_of(model: PreTrainedModel, vocab: int | None = None) -> Head:
+def head_of(model: CausalLM, vocab: int | None = None) -> Head:
     """The model's head, sharing its weight. `vocab` keeps the first rows only: see `real_vocabulary`."""
-    linear: Any = model.get_output_embeddings()
+    linear = model.get_output_embeddings()
     if hasattr(linear, "modules_to_save"):  # peft trains a copy of the whole head
         linear = linear.original_module if linear.disable_adapters else linear.modules_to_save[linear.active_adapters[0]]
     if not isinstance(linear, nn.Linear) or linear.weight.shape != (linear.out_features, linear.in_features):
@@ -159,7 +161,7 @@ def head_of(model: PreTrainedModel, vocab: int | None = None) -> Head:
     return Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None), vocab)
 
 
-def check_head(model: PreTrainedModel) -> None:
+def check_head(model: CausalLM) -> None:
     """Refuses a model whose logits are not those of `hidden_states` and `head_of`: a few tokens are run through both."""
     head = head_of(model)
     weight = model.get_output_embeddings().weight
@@ -207,7 +209,7 @@ def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> st
     )
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def stop_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that end a response: the end-of-sequence ids of the generation settings (an id, a list or none) and of the tokenizer."""
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = declared if isinstance(declared, (list, tuple, set)) else [declared]

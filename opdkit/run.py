@@ -68,6 +68,8 @@ class Run:
     models: dict[str, str] = field(default_factory=dict)  # further models that the method names
     steps: int = 100
     prompts_per_step: int = 32
+    dynamic_sampling: bool = False  # DAPO: replace prompts whose responses are all right or all wrong
+    overlong_margin: int | None = None  # DAPO: tokens before max_completion_length over which the reward falls by 1
     sampling: Sampling = field(default_factory=Sampling)
     optim: Optim = field(default_factory=Optim)
     lora: Lora | None = None

@@ -10,12 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from opdkit.data import Prompts
+from opdkit.errors import UserError
 from opdkit.eval import EvalResult, evaluate_model
+from opdkit.facts import Needs
 from opdkit.progress import duration
 from opdkit.rewards import Reward
 from opdkit.run import Run
 from opdkit.sampling import HFSampler
+from opdkit.train.collect import given
+from opdkit.train.gather import gather
+from opdkit.train.job import Job
 from opdkit.train.student import Student
+from opdkit.types import LogpFact
 
 
 @dataclass
@@ -54,6 +60,27 @@ class Evaluator:
         low, high = result.avg_at_k.interval.low, result.avg_at_k.interval.high
         print(f"opdkit: {name} at step {step}: {result.avg_at_k.value:.3f} [{low:.3f}, {high:.3f}]", file=sys.stderr)
         return result
+
+
+@dataclass
+class Validator:
+    """Mean negative log-likelihood of the first held-out reference responses under the student, nats per token."""
+
+    job: Job
+    prompts: Prompts
+    count: int = 64
+
+    def __call__(self) -> float:
+        asked = [i for i in range(len(self.prompts)) if self.prompts.response_tokens(i)][: self.count]
+        if not asked:
+            raise UserError(
+                "this method adapts to the loss on held-out reference responses, and the data has none: add a column `response` to the "
+                "evaluation set, or to the training set where there is no evaluation"
+            )
+        rollouts = [given(replace(self.job, prompts=self.prompts), self.prompts[i], i, f"validation/{i}") for i in asked]
+        with self.job.student.autocast():
+            batch = gather(rollouts, Needs(frozenset({LogpFact("student")})), self.job.scorers, device=self.job.student.device)
+        return -batch["student"].logp[batch.mask].mean().item()
 
 
 @dataclass

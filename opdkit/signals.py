@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -388,7 +388,7 @@ def depends_on_sample(signal: Any) -> bool:
         return False
     if isinstance(signal, tuple):
         return any(map(depends_on_sample, signal))
-    inner = [getattr(signal, f.name) for f in fields(signal)] if isinstance(signal, Signal) else []
+    inner = list(vars(signal).values()) if isinstance(signal, Signal) else []
     parts = [x for x in inner if isinstance(x, (Signal, tuple))]
     own = isinstance(signal, Signal) and type(signal).__module__ not in (__name__, "opdkit.objective")
     return any(map(depends_on_sample, parts)) or (own and not parts)  # a user's own signal without parts may read anything

@@ -287,7 +287,7 @@ class Live:
         """[n, V]: log pi_s over the whole vocabulary, logits divided by `temperature`."""
         if temperature == 1.0:
             return self.logits - self.normaliser
-        return torch.log_softmax(self.logits / temperature, -1)
+        return log_probs(self.logits, temperature)
 
     def model_logps(self, model: str, temperature: float = 1.0) -> Tensor:
         """[n, V]: log-probs of another model in this process, no gradient; shared by all terms of a chunk."""
@@ -296,7 +296,7 @@ class Live:
             if self.parent is None:
                 with torch.no_grad():
                     logits = self.batch.source(model).logits(self.positions)
-                    self.others[key] = torch.log_softmax(logits / temperature, -1)
+                    self.others[key] = log_probs(logits, temperature)
             else:
                 parent, index = self.parent
                 self.others[key] = parent.model_logps(model, temperature)[index]
@@ -313,6 +313,15 @@ class Live:
     def select(self, index: Tensor) -> Live:
         """The pass at some of these positions."""
         return Live(self.batch, self.positions[index], self.logits[index], (self, index))
+
+
+def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """[..., V]: log-probs of logits divided by `temperature`.
+
+    The same operations for student and others: models that agree do so to the last bit, and |p_s - p_t| has no gradient of noise.
+    """
+    logits = logits if temperature == 1.0 else logits / temperature
+    return logits - torch.logsumexp(logits, -1, keepdim=True)
 
 
 def missing(fact: Fact, batch: Batch) -> str:

@@ -1,13 +1,18 @@
-"""The interface of a curriculum, and the one that changes nothing."""
+"""The interface of a curriculum, and the plain ones: every prompt as it is, written by the student or read from the data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
+
+from opdkit.errors import UserError
+from opdkit.maths import keyed_uniform
 from opdkit.types import Prompt, Rollout, Sampling
 
+Memory = dict[str, Any]  # what a curriculum learns in a run: plain JSON, saved in checkpoints
 Reference = Callable[[Prompt], "list[int] | None"]  # a prompt's reference response as token ids, where the data has one
 
 
@@ -20,39 +25,73 @@ class Ask:
 
 
 class Curriculum(Protocol):
-    """A frozen dataclass of settings. What it learns from run to run lives in a plain dict that checkpoints save."""
+    """A frozen dataclass of settings: who writes a step's responses, to which prompts, and what is remembered of them."""
 
-    def plan(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        reference: Reference,
-        step: int,
-        total_steps: int,
-        memory: dict[str, Any],
-    ) -> list[Ask]:
-        """What to sample at this step."""
+    validates: ClassVar[bool]  # whether `validated` wants the loss on held-out reference responses at every evaluation
+
+    def source(self, step: int, total_steps: int, seed: int, memory: Memory) -> str:
+        """Who writes this step's responses: "student", "data" or "replay"; the same draw in a resumed run."""
         ...
 
-    def observe(self, rollouts: Sequence[Rollout], memory: dict[str, Any]) -> dict[str, Any]:
+    def plan(
+        self, prompts: Sequence[Prompt], sampling: Sampling, reference: Reference, step: int, total_steps: int, memory: Memory
+    ) -> list[Ask]:
+        """What the student is asked."""
+        ...
+
+    def replay(self, count: int, step: int, seed: int, memory: Memory) -> list[Rollout]:
+        """`count` earlier responses."""
+        ...
+
+    def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
         """Memory after the step's rollouts have been scored."""
+        ...
+
+    def validated(self, loss: float, memory: Memory) -> Memory:
+        """Memory after an evaluation."""
         ...
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Every prompt as it is."""
+    """Every prompt as it is, every response written by the student."""
+
+    validates: ClassVar[bool] = False
+
+    def source(self, step: int, total_steps: int, seed: int, memory: Memory) -> str:
+        return "student"
 
     def plan(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        reference: Reference,
-        step: int,
-        total_steps: int,
-        memory: dict[str, Any],
+        self, prompts: Sequence[Prompt], sampling: Sampling, reference: Reference, step: int, total_steps: int, memory: Memory
     ) -> list[Ask]:
         return [Ask(tuple(prompts), sampling)]
 
-    def observe(self, rollouts: Sequence[Rollout], memory: dict[str, Any]) -> dict[str, Any]:
+    def replay(self, count: int, step: int, seed: int, memory: Memory) -> list[Rollout]:
+        raise UserError(f"{type(self).__name__} remembers no responses to replay")
+
+    def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
         return memory
+
+    def validated(self, loss: float, memory: Memory) -> Memory:
+        return memory
+
+
+@dataclass(frozen=True)
+class Mixed(Plain):
+    """The student writes `student_share` of the batches; the responses of the others are read from the data (GKD's lambda)."""
+
+    student_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.student_share <= 1:
+            raise ValueError(
+                f"student_share={self.student_share} must lie in [0, 1]: the share of batches that the student writes"
+            )
+
+    def source(self, step: int, total_steps: int, seed: int, memory: Memory) -> str:
+        return "student" if coin(step, seed) < self.student_share else "data"
+
+
+def coin(step: int, seed: int) -> float:
+    """The step's uniform draw in [0, 1) of who writes."""
+    return keyed_uniform(seed, step, "who writes", torch.zeros(1, dtype=torch.int64), 1, torch.float64).item()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from opdkit.curricula.base import Plain
+from opdkit.curricula.base import Memory, Plain
 from opdkit.types import Rollout
 
 
@@ -19,7 +18,7 @@ class PassRates(Plain):
 
     window: int = 8
 
-    def observe(self, rollouts: Sequence[Rollout], memory: dict[str, Any]) -> dict[str, Any]:
+    def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
         fresh: dict[str, list[bool]] = {}
         for rollout in rollouts:
             if rollout.correct is not None:

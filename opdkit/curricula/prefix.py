@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from opdkit.curricula.base import Ask, Plain, Reference
+from opdkit.curricula.base import Ask, Memory, Plain, Reference
 from opdkit.types import Prompt, Sampling
 
 
@@ -28,7 +27,7 @@ class TeacherPrefix(Plain):
         reference: Reference,
         step: int,
         total_steps: int,
-        memory: dict[str, Any],
+        memory: Memory,
     ) -> list[Ask]:
         asks = super().plan(prompts, sampling, reference, step, total_steps, memory)
         alpha = prefix_share(step, total_steps)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 
-from opdkit.curricula.base import Plain
+from opdkit.curricula.base import Memory, Plain, coin
 from opdkit.errors import UserError
 from opdkit.maths import keyed_uniform
 from opdkit.types import Rollout
 
 RAISE = 0.1  # added to the share of student text when the validation loss rises
-
-Memory = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,7 @@ class Replay(Plain):
     threshold: float = 0.0
     tolerance: float = 0.1
     capacity: int = 1000
+    validates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.schedule not in ("decreasing", "constant", "increasing"):
@@ -57,8 +56,7 @@ class Replay(Plain):
 
     def source(self, step: int, total_steps: int, seed: int, memory: Memory) -> str:
         """Who writes this step's batch; the same draw in a resumed run."""
-        u = keyed_uniform(seed, step, "who writes", torch.zeros(1, dtype=torch.int64), 1, torch.float64).item()
-        return self.choose(u, step, total_steps, memory)
+        return self.choose(coin(step, seed), step, total_steps, memory)
 
     def replay(self, count: int, step: int, seed: int, memory: Memory) -> list[Rollout]:
         """`count` different responses of the store, drawn at random."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opdkit.curricula.replay import Replay
+from opdkit.curricula import Plain, Replay
 from opdkit.losses import Divergence
 from opdkit.maths import SkewForward, SkewReverse
 from opdkit.method import Method
@@ -37,5 +37,5 @@ def distillm(
         raise ValueError(
             f"alpha={alpha} must lie in [0, 1): the share of the first model in the mixture; at 1 the divergence is zero"
         )
-    source = None if schedule is None else Replay(schedule, threshold, tolerance, capacity)
+    source = Plain() if schedule is None else Replay(schedule, threshold, tolerance, capacity)
     return Method(Objective(Divergence(kinds[kind](alpha))), curriculum=source)

@@ -87,4 +87,4 @@ def drift_gating(
             f"base={base} has a loss over whole rollouts, which cannot be weighted token by token: choose another base"
         )
     drift = BlockMean(LogRatio("live", "sampler"), Blocks(block, Mark("newline") if spans else None))
-    return Method(made.objective * MeanOne(Exp(-tau * abs(drift))), made.student_share, made.curriculum)
+    return Method(made.objective * MeanOne(Exp(-tau * abs(drift))), made.curriculum)

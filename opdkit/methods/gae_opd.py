@@ -25,9 +25,8 @@ class GAE(Signal):
     lam: float
 
     def value(self, batch: Batch) -> Tensor:
-        order = batch.mask.int().argsort(
-            dim=1, descending=True, stable=True
-        )  # trained tokens first: a tool's tokens take no time
+        # trained tokens first: a tool's tokens take no time
+        order = batch.mask.int().argsort(dim=1, descending=True, stable=True)
         r, v = (torch.where(batch.mask, s(batch), 0.0).gather(1, order) for s in (self.of, self.baseline))
         delta = r + self.discount * torch.nn.functional.pad(v[:, 1:], (0, 1)) - v
         return torch.zeros_like(delta).scatter(1, order, to_go(delta, self.discount * self.lam))

@@ -53,10 +53,12 @@ def kdrl(
 ) -> Objective:
     """KDRL: GRPO, which has no signal where a whole group fails, plus a KL to the teacher on the same rollouts.
 
-        -ratio A  +  beta_n * estimator of KL(pi_s || pi_t);  mean over all tokens;  beta_n from `beta` to `beta_min` in `steps` steps of the run
+        -ratio A  +  beta_n * estimator of KL(pi_s || pi_t),  mean over all tokens
 
-    k2 = r_t^2 / 2 has the gradient of KL(pi_s || pi_t), k3 that of KL(pi_t || pi_s); "topk" is the reverse KL over the teacher's top `k`,
-    both renormalised; "k1_credit" adds beta_n r_t to A inside the clipped loss: k2's gradient on fresh rollouts, clipped elsewhere.
+    beta_n falls in a straight line from `beta` to `beta_min` in `steps` steps of the run and stays there. k2 = r_t^2 / 2 has the gradient of
+    KL(pi_s || pi_t), k3 that of KL(pi_t || pi_s); "topk" is the reverse KL over the teacher's top `k`, both renormalised; "k1_credit" adds
+    beta_n r_t to A inside the clipped loss: k2's gradient on fresh rollouts, clipped elsewhere.
+
     `mask` "response" keeps the KL on wrong rollouts only, "group" on prompts that no rollout solved; its mean is over the kept tokens, with
     `masked_mean` "all" over all. `exclude_tokens`: ids without KL, for a teacher whose end-of-sequence token is another one.
 

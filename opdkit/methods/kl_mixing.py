@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from opdkit.curricula import Mixed
 from opdkit.losses import Divergence
 from opdkit.method import Method
 
@@ -22,4 +23,4 @@ def kl_mixing(lam: float = 0.25, prefix: str = "student") -> Method:
     if prefix not in ("student", "teacher"):
         raise ValueError(f"prefix={prefix!r} must be 'student' or 'teacher': who writes the responses")
     objective = Divergence("reverse_kl") * lam + Divergence("forward_kl") * (1 - lam)
-    return Method(objective, student_share=1.0 if prefix == "student" else 0.0)
+    return Method(objective, curriculum=Mixed(1.0 if prefix == "student" else 0.0))

@@ -64,7 +64,7 @@ def held_out(a: int, b: int) -> bool:
     return int.from_bytes(digest, "little") % HELD_OUT == 0
 
 
-def steps_of(a: int, b: int, rng: random.Random, forget: float = 0.0) -> str:
+def written(a: int, b: int, rng: random.Random, forget: float = 0.0) -> str:
     """The written sum; each carry is dropped with probability `forget`."""
     lines, total, carry = [], "", 0
     for place in range(DIGITS):
@@ -83,7 +83,7 @@ def problem(rng: random.Random, held: bool = False, forget: float = 0.0) -> Row:
     while True:
         a, b = rng.randrange(low, high), rng.randrange(low, high)
         if held_out(a, b) == held:
-            return {"prompt": f"{a}+{b}=", "response": steps_of(a, b, rng, forget), "answer": str(a + b)}
+            return {"prompt": f"{a}+{b}=", "response": written(a, b, rng, forget), "answer": str(a + b)}
 
 
 def problems(n: int, seed: int, held: bool = False, forget: float = 0.0) -> list[Row]:
@@ -121,7 +121,9 @@ def model(size: str, vocab_size: int, seed: int) -> Qwen3ForCausalLM:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     if size not in SIZES:
-        raise UserError(f"no model size {size!r}: the recipe trains one teacher and one smaller student; use 'teacher' or 'student'")
+        raise UserError(
+            f"no model size {size!r}: the recipe trains one teacher and one smaller student; use 'teacher' or 'student'"
+        )
     shape = SIZES[size]
     config = Qwen3Config(
         vocab_size=vocab_size,

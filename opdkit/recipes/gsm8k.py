@@ -20,7 +20,11 @@ def gsm8k() -> dict[str, Any]:
         "prompts_per_step": 64,
         "sampling": {"num_generations": 4, "max_completion_length": 512},
         "optim": {"learning_rate": 1e-5, "warmup_steps": 5},
-        "evaluate": {"data": {"source": "openai/gsm8k:main", "split": "test", "limit": 256, **reading}, "every": 25, "teacher": True},
+        "evaluate": {
+            "data": {"source": "openai/gsm8k:main", "split": "test", "limit": 256, **reading},
+            "every": 25,
+            "teacher": True,
+        },
         "dtype": "bfloat16",
         "gradient_checkpointing": True,
     }

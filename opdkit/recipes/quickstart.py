@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ OPD: dict[str, Any] = {
     "steps": 100,
     "prompts_per_step": 32,
     "sampling": {"num_generations": 4, "max_completion_length": 64},
-    "optim": {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 5, "betas": [0.9, 0.95]},
+    "optim": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 5, "betas": [0.9, 0.95]},
 }
 
 
@@ -38,7 +37,7 @@ def quickstart(out: Path, *, seed: int = 0, method: str = "opd") -> dict[str, An
     tokenizer = arithmetic.tokenizer()
     for size in ("teacher", "student"):
         folder = out / "models" / size
-        model = _show(size, lambda tick, size=size: arithmetic.start(size, tokenizer, seed, lambda step, loss: tick(step)))
+        model = _trained(size, tokenizer, seed)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     asked = OPD["steps"] * OPD["prompts_per_step"]
@@ -74,14 +73,13 @@ def quickstart(out: Path, *, seed: int = 0, method: str = "opd") -> dict[str, An
     return summary
 
 
-def _show(size: str, work: Callable[[Callable[[int], None]], Any]) -> Any:
-    """Training from scratch, with its progress."""
+def _trained(size: str, tokenizer: Any, seed: int) -> Any:
+    """A model trained from scratch, with its progress."""
     with progress(f"Training the {size}", total=arithmetic.SIZES[size].steps, unit="steps") as tick:
-        return work(tick)
+        return arithmetic.start(size, tokenizer, seed, lambda step, loss: tick(step))
 
 
 def _write(path: Path, rows: list[Row]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from opdkit.errors import UserError
+from opdkit.models import CausalLM
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import DynamicCache
 
 FREE_SHARE = 0.5  # of the accelerator's free memory goes to the cache
 CPU_BYTES = 2 << 30
 
 
-def new_cache(model: PreTrainedModel) -> DynamicCache:
+def new_cache(model: CausalLM) -> DynamicCache:
     """An empty cache; refused where a layer keeps something else than keys and values."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -29,7 +30,7 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
             f"{type(model).__name__} keeps {', '.join(sorted(odd))} between tokens, not only attention keys and values, so rows cannot join "
             "and leave its batch. Use a transformer with full or sliding-window attention, or sample with vLLM"
         )
-    cache.layers = [layer if layer.is_sliding else GrowingLayer() for layer in cache.layers]
+    cache.layers = [layer if isinstance(layer, DynamicSlidingWindowLayer) else GrowingLayer() for layer in cache.layers]
     return cache
 
 
@@ -66,9 +67,9 @@ def pad_left(states: Tensor, columns: int, dim: int) -> Tensor:
     return torch.cat([states.new_zeros(shape), states], dim)
 
 
-def tokens_that_fit(model: PreTrainedModel) -> int:
+def tokens_that_fit(model: CausalLM) -> int:
     """Cached tokens in half of the accelerator's free memory, or in 2 GiB of a CPU's."""
-    config: Any = model.config.get_text_config()
+    config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize

@@ -10,6 +10,8 @@ from torch import Tensor
 from opdkit.errors import UserError
 from opdkit.types import Sampling
 
+BLOCK = 512  # ids summed in float32 before the first float64
+NUCLEUS = 1024  # tokens among which the edge of top_p is first looked for
 _GAMMA, _MIX1, _MIX2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # splitmix64
 
 
@@ -34,50 +36,85 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
 
     logits [n, V]; uniform [n] float64 in [0, 1), one per row: token ids are walked in order until their probabilities exceed it.
     A row whose logits are not numbers gives a log-prob that is not finite.
+
+    Tokens are dropped by top_k, then top_p, then min_p, after the temperature: the order of transformers. vLLM applies min_p first,
+    which can move the edge of top_p and nothing else. Tokens that tie with the last one kept are kept, so no float noise decides.
     """
-    total = logits.logsumexp(-1, keepdim=True)
     if sampling.temperature == 0:
         token = logits.argmax(-1, keepdim=True)
-        logp = (logits.gather(-1, token) - total)[:, 0]
+        logp = _logp(logits, token)
         return token[:, 0], logp, torch.zeros_like(logp)
-    if sampling.plain:
-        token = _invert((logits - total).exp_(), uniform)
-        logp = (logits.gather(-1, token) - total)[:, 0]
-        return token[:, 0], logp, logp
-    kept = cut(logits / sampling.temperature, sampling)
-    normaliser = kept.logsumexp(-1, keepdim=True)
-    token = _invert((kept - normaliser).exp_(), uniform)
-    return token[:, 0], (logits.gather(-1, token) - total)[:, 0], (kept.gather(-1, token) - normaliser)[:, 0]
+    scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
+    probs = scaled.softmax(-1)
+    floor = _floor(scaled, sampling)
+    if floor is not None:
+        probs.masked_fill_(scaled < floor, 0.0)
+        probs /= probs.sum(-1, keepdim=True)
+    token = _invert(probs, uniform)
+    drawn_logp = probs.gather(-1, token).log()[:, 0]
+    return token[:, 0], drawn_logp if sampling.plain else _logp(logits, token), drawn_logp
 
 
-def cut(logits: Tensor, sampling: Sampling) -> Tensor:
-    """[n, V] with -inf at the tokens that top_k, then top_p, then min_p drop; `logits` are already divided by the temperature.
+def _logp(logits: Tensor, token: Tensor) -> Tensor:
+    return (logits.gather(-1, token) - logits.logsumexp(-1, keepdim=True))[:, 0]
 
-    This is the order of transformers; vLLM applies min_p first, which can move the edge of top_p and nothing else. top_p keeps the
-    most probable tokens until their mass reaches it. Tokens that tie with the last one kept are kept, so that float noise decides nothing.
-    """
-    floor = logits.new_full((len(logits), 1), -math.inf)
-    size = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+
+def _floor(logits: Tensor, sampling: Sampling) -> Tensor | None:
+    """[n, 1]: the lowest logit that is kept; None where nothing is cut."""
+    floors = []
     if sampling.top_p < 1:
-        highest = logits.topk(size).values
-        probs = highest.softmax(-1)
-        inside = probs.cumsum(-1) - probs < sampling.top_p
-        inside[:, 0] = True
-        floor = highest.masked_fill(~inside, math.inf).amin(-1, keepdim=True)
+        floors.append(_nucleus(logits, sampling))
     elif sampling.top_k:
-        floor = logits.topk(size).values[:, -1:]
+        floors.append(logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:])
     if sampling.min_p > 0:
-        floor = torch.maximum(floor, logits.amax(-1, keepdim=True) + math.log(sampling.min_p))
-    return logits.masked_fill(logits < floor, -math.inf)
+        floors.append(logits.amax(-1, keepdim=True) + math.log(sampling.min_p))
+    return torch.stack(floors).amax(0) if floors else None
+
+
+def _nucleus(logits: Tensor, sampling: Sampling) -> Tensor:
+    """[n, 1]: the lowest of the highest logits whose mass, of the top_k or of all, reaches top_p."""
+    limit = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    whole = logits.topk(limit).values if sampling.top_k else logits
+    normaliser = whole.logsumexp(-1, keepdim=True)
+    size = min(NUCLEUS, limit)
+    while True:  # most nuclei are small, and sorting a whole vocabulary is what costs
+        highest = logits.topk(size).values
+        probs = (highest - normaliser).exp()
+        before = probs.cumsum(-1) - probs
+        if size == limit or bool((before[:, -1] >= sampling.top_p).all()):
+            break
+        size = min(8 * size, limit)
+    inside = before < sampling.top_p
+    inside[:, 0] = True
+    return highest.masked_fill(~inside, math.inf).amin(-1, keepdim=True)
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
-    """[n, 1]: the first id at which the summed probabilities exceed the uniform; never one of probability 0."""
-    sums = probs.cumsum(-1, dtype=torch.float64)
+    """[n, 1]: the first id at which the summed probabilities exceed the uniform; never one of probability 0.
+
+    First a block of ids is found, then the id in it: sums in float64 over a whole vocabulary would cost more than all the rest.
+    """
+    size = probs.shape[-1]
+    if size <= BLOCK:
+        return _walk(probs, uniform[:, None])[0]
+    whole = size // BLOCK * BLOCK
+    blocks = probs[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
+    blocks = torch.cat([blocks, probs[:, whole:].sum(-1, keepdim=True)], -1)
+    block, rest = _walk(blocks, uniform[:, None])  # `rest` is the uniform of the second draw
+    ids = block * BLOCK + torch.arange(BLOCK, device=probs.device)
+    inside = torch.where(ids < size, probs.gather(-1, ids.clamp_max(size - 1)), 0.0)
+    return (block * BLOCK + _walk(inside, rest)[0]).clamp_max(size - 1)  # the clamp is for probabilities that are nan
+
+
+def _walk(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, 1] index drawn in proportion to the weights [n, k], and where in it the uniform [n, 1] falls, in [0, 1)."""
+    sums = weights.cumsum(-1, dtype=torch.float64)
     total = sums[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # the product with the uniform may round up to the total
-    point = torch.minimum(uniform[:, None] * total, below)
-    return torch.searchsorted(sums, point, right=True).clamp_max(probs.shape[-1] - 1)  # the clamp is for sums that are nan
+    point = torch.minimum(uniform * total, below)
+    index = torch.searchsorted(sums, point, right=True).clamp_max(weights.shape[-1] - 1)
+    width = weights.gather(-1, index).to(torch.float64)
+    return index, ((point - sums.gather(-1, index) + width) / width).clamp(0.0, 1.0)
 
 
 def row_uniform(keys: Tensor, seed: int, position: Tensor) -> Tensor:

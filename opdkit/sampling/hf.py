@@ -11,19 +11,19 @@ from torch import Tensor
 
 from opdkit.errors import UserError
 from opdkit.head import Head, chunk_rows, scan, slices
-from opdkit.models import evaluating, head_of, hidden_states, real_vocabulary, stop_ids
+from opdkit.models import CausalLM, evaluating, head_of, hidden_states, real_vocabulary, stop_ids
 from opdkit.sampling.cache import join, new_cache, pad_left, select, tokens_that_fit
 from opdkit.sampling.draws import check_sampling, choose, row_uniform
 from opdkit.types import Prompt, Rollout, Sampling, row_keys
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedTokenizerBase
 
 PREFILL_TOKENS = 1 << 14  # prompt tokens, with padding, in one forward pass
 REFILL_SHARE = 0.25  # of the row budget has to be free before waiting prompts join a running batch
 STOP_MARGIN = 4  # tokens decoded before the longest possible stop string: the rest of a split character, a leading space
 
-Progress = Callable[[int, int], None]  # (rollouts finished, rollouts in all)
+Progress = Callable[[int], object]  # called with the number of rollouts finished so far
 
 
 class HFSampler:
@@ -36,7 +36,7 @@ class HFSampler:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: CausalLM,
         tokenizer: PreTrainedTokenizerBase,
         *,
         head: Head | None = None,
@@ -44,7 +44,7 @@ class HFSampler:
     ):
         self.model, self.tokenizer, self.head, self.max_batch_tokens = model, tokenizer, head, max_batch_tokens
 
-    def sync(self, model: PreTrainedModel, version: int) -> None:
+    def sync(self, model: CausalLM, version: int) -> None:
         """After an optimiser step: the model in this process is the student itself, so there is nothing to copy."""
         if model is not self.model:
             raise ValueError("this sampler samples from another model than the one that was trained")
@@ -117,7 +117,7 @@ class HFSampler:
 DECODE: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
-def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, model: PreTrainedModel, head: Head) -> int:
+def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, model: CausalLM, head: Head) -> int:
     """Refuses prompts that cannot be sampled from; returns the tokens that the longest rollout may have."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     embedding: Any = model.get_input_embeddings()
@@ -194,7 +194,7 @@ class _Run:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: CausalLM,
         tokenizer: PreTrainedTokenizerBase,
         head: Head,
         prompts: Sequence[Prompt],
@@ -344,7 +344,7 @@ class _Run:
     def _tick(self, finished: int) -> None:
         self.finished += finished
         if self.progress is not None:
-            self.progress(self.finished, len(self.ids))
+            self.progress(self.finished)
 
     def _refuse(self, row: int) -> None:
         raise UserError(

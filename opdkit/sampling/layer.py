@@ -14,6 +14,8 @@ ROOM = 64  # free columns behind the last one of a fresh buffer
 class GrowingLayer(DynamicLayer):
     """Full attention. `keys` and `values` [B, heads, C, width] are the filled columns of their buffers."""
 
+    keys: Tensor
+    values: Tensor
     buffers: tuple[Tensor, Tensor]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

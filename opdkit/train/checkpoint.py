@@ -1,4 +1,4 @@
-"""Checkpoints: complete or not there. Hugging Face weights, optimiser, counters and random state, with a manifest of digests."""
+"""Checkpoints: complete or not there. Hugging Face weights, optimiser and counters, with a manifest of digests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,32 +29,60 @@ class State:
     memory: dict[str, Any] = field(default_factory=dict)  # what the curriculum remembers
     best: float | None = None  # best evaluation so far
     best_step: int | None = None
+    evaluated: int = -1  # step of the last evaluation, -1 before the first
     tokens: int = 0  # tokens sampled so far
 
 
 def save(folder: Path, state: State, student: Student, tokenizer: Any) -> Path:
-    """Write `checkpoint-N` beside its final place, then rename: a reader never sees half of one."""
-    final = folder / f"checkpoint-{state.step}"
-    partial = folder / f".partial-{state.step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    """Write `checkpoint-N`."""
+
+    def write(partial: Path) -> None:
         write_model(partial, student.model, tokenizer)
         state.updates = student.updates
         (partial / STATE).write_text(json.dumps(asdict(state), indent=1))
-        torch.save({"optimiser": student.optimiser.state_dict(), "rng": torch.get_rng_state()}, partial / OPTIMISER)
+        torch.save(student.optimiser.state_dict(), partial / OPTIMISER)
         _finish(partial)
-        if final.exists():  # the same step again, after an interruption between saving and the next step
-            shutil.rmtree(final)
+
+    final = folder / f"checkpoint-{state.step}"
+    put(final, write)
+    return final
+
+
+PARTIAL, REPLACED = ".partial-", ".replaced-"  # what is being written; the former one, for the moment of its replacement
+
+
+def put(final: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder beside its final place, then move it there: a reader never sees half of one, and a former one stays until then."""
+    folder = final.parent
+    partial, former = folder / (PARTIAL + final.name), folder / (REPLACED + final.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        if final.exists():
+            shutil.rmtree(former, ignore_errors=True)
+            os.replace(final, former)
         os.replace(partial, final)
         _sync(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+    except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError, as the writer likes
+        tidy(folder)
         raise UserError(
-            f"checkpoint {final} could not be written: {error}. Earlier checkpoints are untouched; free some space or choose another "
-            "output folder, then continue with --resume"
+            f"{final} could not be written ({type(error).__name__}: {error}). Earlier checkpoints are untouched; free some space or choose "
+            "another output folder, then continue with --resume"
         ) from error
-    return final
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what an interruption left half written; what it was about to replace returns to its place."""
+    for partial in folder.glob(PARTIAL + "*"):
+        shutil.rmtree(partial, ignore_errors=True)
+    for former in folder.glob(REPLACED + "*"):
+        final = folder / former.name.removeprefix(REPLACED)
+        if final.exists():
+            shutil.rmtree(former, ignore_errors=True)
+        else:
+            os.replace(former, final)
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -118,8 +147,7 @@ def verify(checkpoint: Path) -> None:
 
 def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint, verified; None where there is none."""
-    for partial in folder.glob(".partial-*"):
-        shutil.rmtree(partial, ignore_errors=True)
+    tidy(folder)
     found = checkpoints(folder)
     if not found:
         return None
@@ -128,10 +156,8 @@ def newest(folder: Path) -> Path | None:
 
 
 def restore(checkpoint: Path, student: Student) -> State:
-    """Optimiser, counters and random state; the weights were loaded with the model."""
-    saved = torch.load(checkpoint / OPTIMISER, map_location="cpu", weights_only=True)
-    student.optimiser.load_state_dict(saved["optimiser"])
-    torch.set_rng_state(saved["rng"])
+    """Optimiser and counters; the weights were loaded with the model."""
+    student.optimiser.load_state_dict(torch.load(checkpoint / OPTIMISER, map_location="cpu", weights_only=True))
     state = State(**json.loads((checkpoint / STATE).read_text()))
     student.updates = state.updates
     return state

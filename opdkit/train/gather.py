@@ -27,6 +27,7 @@ def gather(
     total_steps: int = 1,
     seed: int = 0,
     memory: Mapping[str, Any] | None = None,
+    policy_version: int = 0,
     recompute_student: bool = False,
     correct_sampling: bool = False,
     device: torch.device | str = "cpu",
@@ -34,8 +35,9 @@ def gather(
 ) -> Batch:
     """The facts that `needs` names. `scorers` hold "student" (as it is now) and every other model in this process.
 
-    The student's log-probs before the step are the sampler's where those are the plain softmax of the same weights; no other
-    forward pass of the student is made unless something else of it is read.
+    The student's log-probs before the step are the sampler's where those are the plain softmax of the same weights
+    (`policy_version` is the number of optimiser steps these have taken); no other forward pass of the student is made unless
+    something else of it is read.
     """
     batch = collate(rollouts, device, dtype, correct_sampling)
     batch.step, batch.total_steps, batch.seed = step, total_steps, seed
@@ -43,7 +45,8 @@ def gather(
     _columns(batch, rollouts, needs)
     layout, positions = Layout(rollouts, batch.shape[1]), flat_positions(batch.mask)
     written = all(len(r.logp) == len(r.tokens) for r in rollouts)  # false for responses read from data
-    if written and not recompute_student and not correct_sampling:
+    fresh = all(r.policy_version == policy_version for r in rollouts)  # false for replayed ones
+    if written and fresh and not recompute_student and not correct_sampling:
         batch.facts[LogpFact("student")] = batch.facts[LogpFact("sampler")]
     read = needs.facts - needs.of("live") | {as_student(fact) for fact in needs.of("live")}
     wanted = {fact for fact in read if fact not in batch.facts and not isinstance(fact, ColumnFact)}
@@ -68,7 +71,9 @@ def gather(
 def as_student(fact: Fact) -> Fact:
     """A fact of the live student, as one of the student before the step."""
     if not isinstance(fact, (LogpFact, EntropyFact)):
-        raise UserError(f"the objective reads {describe(fact)}: of the live student only log-probs and entropies of tokens can be read")
+        raise UserError(
+            f"the objective reads {describe(fact)}: of the live student only log-probs and entropies of tokens can be read"
+        )
     return replace(fact, model="student")
 
 
@@ -122,7 +127,9 @@ def _columns(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
         kind, _, name = column.partition(":")
         if kind == "memory":
             known = batch.memory.get(name, {})
-            facts[ColumnFact(column)] = torch.tensor([known.get(r.group, math.nan) for r in rollouts], dtype=batch.dtype, device=device)
+            facts[ColumnFact(column)] = torch.tensor(
+                [known.get(r.group, math.nan) for r in rollouts], dtype=batch.dtype, device=device
+            )
         if kind == "row":
             facts[ColumnFact(column)] = torch.tensor([_number(r, name) for r in rollouts], dtype=batch.dtype, device=device)
 
@@ -141,8 +148,8 @@ def _refuse_nan(fact: Fact, values: Tensor, batch: Batch, rollouts: Sequence[Rol
     if bool(bad.any()):
         row, position = bad.nonzero()[0].tolist()
         raise UserError(
-            f"{describe(fact)} is NaN at token {position} of rollout {rollouts[row].id}: the model's output is broken there (its files damaged, "
-            "its dtype too narrow?). Nothing was learnt from this step"
+            f"{describe(fact)} is NaN at token {position} of rollout {rollouts[row].id}: the model's output is broken there "
+            "(its files damaged, its dtype too narrow?). Nothing was learnt from this step"
         )
 
 

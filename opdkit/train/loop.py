@@ -2,89 +2,30 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from opdkit.curricula import Ask, Curriculum, Plain
 from opdkit.errors import UserError
-from opdkit.facts import Needs
 from opdkit.forward import Layout
 from opdkit.head import flat_positions, learn
 from opdkit.maths import keyed_uniform
-from opdkit.objective import Objective, Plan
-from opdkit.rewards import Reward, score
-from opdkit.teachers import Scorer
+from opdkit.objective import Plan
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
+from opdkit.train.collect import collect
 from opdkit.train.gather import gather, refresh
-from opdkit.train.record import Recorder, StepRecord
-from opdkit.train.settings import Checkpoint, Optim
-from opdkit.train.student import Student
-from opdkit.types import Batch, Prompt, Rollout, Sampling
-
-
-class Sampler(Protocol):
-    """Who writes the responses."""
-
-    def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, step: int, policy_version: int
-    ) -> list[Rollout]: ...
-
-    def sync(self, model: Any, version: int) -> None:
-        """Take over the student's weights after an optimiser step."""
-        ...
-
-
-class Questions(Protocol):
-    """The prompts of a data set (see `data.Prompts`)."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Prompt: ...
-    def response_tokens(self, index: int) -> list[int] | None: ...
-
-
-@dataclass
-class Job:
-    """A run with everything built: what `run.prepare` hands to `train`."""
-
-    objective: Objective
-    needs: Needs
-    student: Student
-    sampler: Sampler
-    scorers: Mapping[str, Scorer]  # "student" as it is now, and every model the objective reads
-    prompts: Questions
-    stream: Any  # data.PromptStream
-    sampling: Sampling
-    folder: Path
-    tokenizer: Any
-    recorder: Recorder
-    steps: int
-    prompts_per_step: int
-    optim: Optim
-    checkpoint: Checkpoint
-    micro_batch_tokens: int
-    seed: int = 0
-    reward: Reward | None = None
-    curriculum: Curriculum | None = None
-    student_share: float = 1.0
-    recompute_student: bool = False
-    correct_sampling: bool = False
-    newlines: frozenset[int] = frozenset()  # tokens whose text ends a line, where the objective reads their mark
-    evaluate: Callable[[int], float] | None = None  # step -> score
-    evaluate_every: int = 0
+from opdkit.train.job import Clock, Job
+from opdkit.train.record import StepRecord
+from opdkit.types import Batch, Rollout
 
 
 def train(job: Job, state: State) -> State:
     """From `state` to the last step. An error leaves the last complete step saved: nothing is lost but the step it happened in."""
     job.stream.load(state.stream or job.stream.state())
-    if job.evaluate is not None and state.step == 0:
+    if state.step == 0:
         _evaluate(job, state)
     while state.step < job.steps:
         before = replace(state, stream=job.stream.state())
@@ -97,7 +38,7 @@ def train(job: Job, state: State) -> State:
                 checkpoints.save(job.folder, before, job.student, job.tokenizer)
             raise
         last = state.step == job.steps
-        if job.evaluate is not None and (last or (job.evaluate_every and state.step % job.evaluate_every == 0)):
+        if last or (job.evaluate_every and state.step % job.evaluate_every == 0):
             _evaluate(job, state)
         if last or (job.checkpoint.every and state.step % job.checkpoint.every == 0):
             checkpoints.save(job.folder, state, job.student, job.tokenizer)
@@ -110,15 +51,7 @@ def _step(job: Job, state: State) -> None:
     clock = Clock(job.student.device)
     student, step = job.student, state.step
 
-    chosen = job.stream.take(min(job.prompts_per_step, len(job.prompts)))  # plan
-    prompts = {job.prompts[i].id: i for i in chosen}
-    with clock("sample"), student.autocast():  # sample
-        rollouts = _rollouts(job, state, prompts)
-    if job.newlines:
-        rollouts = [replace(r, marks={**r.marks, "newline": [t in job.newlines for t in r.tokens]}) for r in rollouts]
-    with clock("reward"):  # reward
-        if job.reward is not None:
-            rollouts = score(rollouts, job.reward)
+    rollouts = collect(job, state, clock)  # plan, sample, reward
     with clock("score"), student.autocast():  # gather facts
         batch = gather(
             rollouts,
@@ -128,6 +61,7 @@ def _step(job: Job, state: State) -> None:
             total_steps=job.steps,
             seed=job.seed,
             memory=state.memory,
+            policy_version=student.updates,
             recompute_student=job.recompute_student,
             correct_sampling=job.correct_sampling,
             device=student.device,
@@ -142,48 +76,11 @@ def _step(job: Job, state: State) -> None:
             _learn(job, plan, rollouts, record)  # learn per micro-batch, step
     job.sampler.sync(student.model, student.updates)  # sync
 
-    if job.curriculum is not None:  # observe
-        state.memory = job.curriculum.observe(rollouts, state.memory)
+    state.memory = job.curriculum.observe(rollouts, state.memory)  # observe
     state.step += 1
     state.stream = job.stream.state()
     state.tokens += sum(len(r.tokens) for r in rollouts)
     job.recorder.step(state.step, state.tokens, rollouts, batch, record, clock.seconds, student)  # record
-
-
-def _rollouts(job: Job, state: State, prompts: Mapping[str, int]) -> list[Rollout]:
-    """The step's responses: the student's, guided by the curriculum, or read from the data."""
-    step, batch = state.step, [job.prompts[i] for i in prompts.values()]
-    coin = keyed_uniform(job.seed, step, "who writes", torch.zeros(1, dtype=torch.int64), 1, torch.float64).item()
-    if coin >= job.student_share:
-        return [_given(job, prompt, prompts[prompt.id], step) for prompt in batch]
-
-    def reference(prompt: Prompt) -> list[int] | None:
-        return job.prompts.response_tokens(prompts[prompt.id])
-
-    curriculum = job.curriculum or Plain()
-    asks: list[Ask] = curriculum.plan(batch, job.sampling, reference, step, job.steps, state.memory)
-    version = job.student.updates
-    return [
-        rollout
-        for ask in asks
-        for rollout in job.sampler.sample(ask.prompts, ask.sampling, seed=job.seed, step=step, policy_version=version)
-    ]
-
-
-def _given(job: Job, prompt: Prompt, index: int, step: int) -> Rollout:
-    """A response read from the data."""
-    tokens = job.prompts.response_tokens(index)
-    if not tokens:
-        raise UserError(
-            f"row {prompt.id} has no reference response, and the method reads a share of its responses from the data: "
-            "add a column `response` (or `completion`, `solution`, assistant `messages`), or let the student write them all (lmbda=1)"
-        )
-    tokens = tokens[: job.sampling.max_completion_length]
-    trained = [True] * len(tokens)
-    text = str(prompt.row.get("response") or "")
-    return Rollout(
-        f"{step}/{prompt.id}/given", prompt.tokens, tokens, trained, [], [], prompt.id, finish="given", text=text, row=prompt.row
-    )
 
 
 def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> Iterator[Tensor | None]:
@@ -241,6 +138,8 @@ def _inputs_finite(batch: Batch, row: int) -> Tensor:
 
 def _evaluate(job: Job, state: State) -> None:
     """Score the student; remember the best."""
+    if job.validate is not None:
+        state.memory = job.curriculum.validated(job.validate(), state.memory)
     if job.evaluate is None:
         return
     value = job.evaluate(state.step)
@@ -249,19 +148,3 @@ def _evaluate(job: Job, state: State) -> None:
         if not (job.checkpoint.every and state.step % job.checkpoint.every == 0) and state.step != job.steps:
             checkpoints.save(job.folder, state, job.student, job.tokenizer)
             checkpoints.prune(job.folder, job.checkpoint.keep, state.best_step)
-
-
-class Clock:
-    """Seconds of each phase of a step."""
-
-    def __init__(self, device: torch.device):
-        self.seconds: dict[str, float] = {}
-        self.device = device
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

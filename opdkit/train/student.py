@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opdkit.errors import UserError
 from opdkit.head import Head
 from opdkit.models import head_of
 from opdkit.train.settings import Lora, Optim
+from opdkit.types import row_keys
 
 ADAPTER_SEED = 0x10A  # adapters start the same whatever was drawn before
 
@@ -50,6 +53,14 @@ class Student:
         """The context of every forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
 
+    @contextmanager
+    def learning(self, seed: int) -> Iterator[None]:
+        """Train mode, with dropout keyed by the seed and the optimiser step: a resumed run drops the same units."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(row_keys([f"dropout {seed} {self.updates}"])))
+            self.model.train()
+            yield
+
     def rate(self, update: int) -> float:
         """Learning rate of the optimiser step number `update`, from 0: linear warm-up, then the schedule."""
         warm, total = self.optim.warmup_steps, self.total_updates
@@ -67,9 +78,9 @@ class Student:
         """One optimiser step, gradients cleared."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate(self.updates)
+        self.updates += 1  # first: when the next line is interrupted, the weights are no longer those of the step before
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        self.updates += 1
 
 
 def with_adapters(model: Any, lora: Lora) -> Any:
@@ -80,4 +91,7 @@ def with_adapters(model: Any, lora: Lora) -> Any:
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(ADAPTER_SEED)
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:  # no such layers, a rank below 1 ...
+            raise UserError(f"lora: {error}") from error

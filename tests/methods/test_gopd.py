@@ -7,7 +7,7 @@ import torch
 
 from opdkit.method import load
 from opdkit.testing import evaluate, fabricate
-from tests.methods.toy import P_S, P_T, close, logits, numbers, tokens
+from tests.methods.toy import P_S, P_T, binary, close, logits, numbers, tokens
 
 P_REF = (0.4, 0.4, 0.2)
 OPD = (-0.916291, 0.510826, 0.405465)
@@ -81,11 +81,11 @@ def test_reference_that_is_the_teacher_or_the_student(scale):
 
 @pytest.mark.parametrize(("log_ratio", "weight"), [(0.5, 1.648721), (2, 5.0), (-1, 0.367879)])
 def test_truncated_weights(log_ratio, weight):
-    sampler = logits((0.5 * numbers(-log_ratio).exp().item(), 0.3, 0.2))
-    shift = sampler.logsumexp(-1).item()  # what softmax takes off again
-    models = {"teacher": logits(P_T), "reference": logits(P_REF)}
-    out = evaluate(load("exopd", rollout_cap=5.0), logits(P_S), tokens(0), models=models, sampler_logits=sampler)
-    assert close(out.terms[0].weight, [[min(weight * numbers(shift).exp().item(), 5.0)]], 5)
+    models = {"teacher": binary([-0.5]), "reference": binary([-2.0])}
+    sampler = binary([-1.5 - log_ratio])
+    out = evaluate(load("exopd", rollout_cap=5.0), binary([-1.5]), tokens(0), models=models, sampler_logits=sampler)
+    assert close(out.terms[0].weight, [[weight]])
+    assert close(out.loss, -weight * (1.0 + 0.25 * 1.5), 5)
 
 
 def test_rows_do_not_see_each_others_teacher():

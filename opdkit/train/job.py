@@ -1,0 +1,91 @@
+"""A run with everything built, and the small tools of its loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from opdkit.curricula import Curriculum, Plain
+from opdkit.facts import Needs
+from opdkit.objective import Objective
+from opdkit.rewards import Reward
+from opdkit.teachers import Scorer
+from opdkit.train.record import Recorder
+from opdkit.train.settings import Checkpoint, Optim
+from opdkit.train.student import Student
+from opdkit.types import Prompt, Rollout, Sampling
+
+
+class Sampler(Protocol):
+    """Who writes the responses."""
+
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, step: int, policy_version: int
+    ) -> list[Rollout]: ...
+
+    def sync(self, model: Any, version: int) -> None:
+        """Take over the student's weights after an optimiser step."""
+        ...
+
+
+class Questions(Protocol):
+    """The prompts of a data set (see `data.Prompts`)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Prompt: ...
+    def response_tokens(self, index: int) -> list[int] | None: ...
+
+
+@dataclass
+class Job:
+    """A run with everything built: what `run.prepare` hands to `train`."""
+
+    objective: Objective
+    needs: Needs
+    student: Student
+    sampler: Sampler
+    scorers: Mapping[str, Scorer]  # "student" as it is now, and every model the objective reads
+    prompts: Questions
+    stream: Any  # data.PromptStream
+    sampling: Sampling
+    folder: Path
+    tokenizer: Any
+    recorder: Recorder
+    steps: int
+    prompts_per_step: int
+    optim: Optim
+    checkpoint: Checkpoint
+    micro_batch_tokens: int
+    seed: int = 0
+    reward: Reward | None = None
+    curriculum: Curriculum = Plain()
+    dynamic_sampling: bool = False
+    overlong_margin: int | None = None
+    recompute_student: bool = False
+    correct_sampling: bool = False
+    newlines: frozenset[int] = frozenset()  # tokens whose text ends a line, where the objective reads their mark
+    evaluate: Callable[[int], float] | None = None  # step -> score
+    validate: Callable[[], float] | None = None  # loss on held-out reference responses, for curricula that want it
+    evaluate_every: int = 0
+
+
+class Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = {}
+        self.device = device
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
