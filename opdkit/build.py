@@ -314,3 +314,8 @@ def _device(name: str) -> str:
 def write_run(run: Run) -> None:
     """The resolved run: `opdkit train run.yaml` does the same again."""
     (run.folder / "run.yaml").write_text(run.yaml(), encoding="utf-8")
+
+
+def as_rows(prompts: Sequence[Any]) -> list[Row]:
+    """Texts or rows as rows."""
+    return [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]

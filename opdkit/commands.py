@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from opdkit.build import make_prompts, read_rows
+from opdkit.build import as_rows, make_prompts, read_rows
 from opdkit.errors import UserError
 from opdkit.eval import EvalResult, evaluate_model
 from opdkit.models import load_model, load_tokenizer
@@ -54,7 +54,7 @@ def eval_model(
     """Avg@k and Pass@k of a model on a data set, with 95 % confidence intervals over problems."""
     sampler = open_sampler(model, tokenizer, dtype)
     settings = data if isinstance(data, Data) else Data(data if isinstance(data, str) else "in memory")
-    rows = read_rows(settings, None if isinstance(data, (str, Data)) else [dict(row) for row in data], seed)
+    rows = read_rows(settings, None if isinstance(data, (str, Data)) else as_rows(data), seed)
     scorer = load_reward(reward)
     if scorer is None:
         raise UserError("an evaluation needs a reward: math, exact, reasoning_gym, regex:PATTERN or file.py:function")
@@ -77,7 +77,7 @@ def sample_model(
     """Responses of a model to texts, rows or a data set."""
     sampler = open_sampler(model, tokenizer, dtype)
     settings = prompts if isinstance(prompts, Data) else Data(prompts if isinstance(prompts, str) else "in memory")
-    given = None if isinstance(prompts, (str, Data)) else [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]
+    given = None if isinstance(prompts, (str, Data)) else as_rows(prompts)
     asked = list(make_prompts(settings, read_rows(settings, given, seed), sampler.tokenizer))
     return sampler.sample(asked, sampling or Sampling(), seed=seed)
 

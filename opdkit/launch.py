@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opdkit.build import Given, prepare
+from opdkit.build import Given, as_rows, prepare
+from opdkit.errors import UserError
 from opdkit.eval import EvalResult
 from opdkit.method import as_method
 from opdkit.report import write_report
@@ -16,7 +16,6 @@ from opdkit.run import Run, claim_folder, make_run, set_value
 from opdkit.track import read_lines
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.loop import train
-from opdkit.types import Row
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ def distill(
         None if isinstance(student, str) else student,
         None if isinstance(teacher, str) else teacher,
         tokenizer,
-        None if isinstance(prompts, str) else _rows(prompts),
-        None if eval_prompts is None or isinstance(eval_prompts, str) else _rows(eval_prompts),
+        None if isinstance(prompts, str) else as_rows(prompts),
+        None if eval_prompts is None or isinstance(eval_prompts, str) else as_rows(eval_prompts),
         None if isinstance(method, str) else as_method(method),
         reward if callable(reward) else None,
     )
@@ -75,33 +74,19 @@ def distill(
 
 def execute(run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False) -> Result:
     """Train a run from its first step, or from its newest checkpoint with `resume`."""
-    if overwrite and not resume:
-        clear(run.folder)
-    claim_folder(run.folder, resume)
+    if resume and overwrite:
+        raise UserError("resume continues the run in the output folder, overwrite replaces it: choose one of them")
+    claim_folder(run.folder, resume or overwrite)
     job, state = prepare(run, given, resume=resume)
     with job.recorder.trackers:
         train(job, state)
     final = run.folder / "model"
-    model = job.student.model
-    checkpoints.write_model(final, model.merge_and_unload() if run.lora else model, job.tokenizer)
+    model = job.student.model.merge_and_unload() if run.lora else job.student.model
+    checkpoints.put(final, lambda partial: checkpoints.write_model(partial, model, job.tokenizer))
     report = write_report(run.folder)
     evaluations = [EvalResult.from_dict(line) for line in read_lines(run.folder / "evals.jsonl")]
     return Result(final, run.folder, read_lines(run.folder / "metrics.jsonl"), evaluations, report)
 
 
-def clear(folder: Path) -> None:
-    """Remove an earlier run's files, and only those."""
-    if not (folder / "run.yaml").exists():
-        return
-    for path in [*checkpoints.checkpoints(folder), folder / "samples", folder / "model", *folder.glob(".partial-*")]:
-        shutil.rmtree(path, ignore_errors=True)
-    for name in ("run.yaml", "metrics.jsonl", "evals.jsonl", "report.html", "summary.json"):
-        (folder / name).unlink(missing_ok=True)
-
-
 def _label(model: Any) -> str:
     return model if isinstance(model, str) else str(getattr(getattr(model, "config", None), "_name_or_path", "") or "in memory")
-
-
-def _rows(prompts: Sequence[Any]) -> list[Row]:
-    return [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]

@@ -256,7 +256,10 @@ def test_a_token_with_another_id_is_named() -> None:
         return SimpleNamespace(get_vocab=lambda: ids, name_or_path="+".join(ids))
 
     message = same_tokenizer(with_vocab(a=0, b=1, c=2), with_vocab(a=0, c=1, b=2))
-    assert message == "the tokenizers 'a+b+c' and 'a+c+b' differ in 2 of 3 tokens: 'b' has id 1 in the first and has id 2 in the second"
+    assert (
+        message
+        == "the tokenizers 'a+b+c' and 'a+c+b' differ in 2 of 3 tokens: 'b' has id 1 in the first and has id 2 in the second"
+    )
 
 
 def test_an_added_token_makes_a_difference() -> None:

@@ -85,6 +85,15 @@ def tidy(folder: Path) -> None:
             os.replace(former, final)
 
 
+def clear(folder: Path) -> None:
+    """Remove an earlier run's files, and only those."""
+    tidy(folder)
+    for path in [*checkpoints(folder), folder / "samples", folder / "model"]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in ("run.yaml", "metrics.jsonl", "evals.jsonl", "report.html", "summary.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
     """Weights as safetensors (adapters alone, with LoRA), configuration and tokenizer: loads with plain from_pretrained."""
     model.save_pretrained(folder, safe_serialization=True)

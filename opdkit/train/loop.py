@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -23,27 +24,34 @@ from opdkit.types import Batch, Rollout
 
 
 def train(job: Job, state: State) -> State:
-    """From `state` to the last step. An error leaves the last complete step saved: nothing is lost but the step it happened in."""
+    """From `state` to the last step. An error before the weights move leaves the step before it saved: only its own step is lost."""
     job.stream.load(state.stream or job.stream.state())
-    if state.step == 0:
-        _evaluate(job, state)
-    while state.step < job.steps:
-        before = replace(state, stream=job.stream.state())
-        moved = job.student.updates
-        try:
-            _step(job, state)
-        except (Exception, KeyboardInterrupt):
-            if job.student.updates == moved and before.step > 0:  # the weights are still those of the step before
-                job.student.optimiser.zero_grad(set_to_none=True)
-                checkpoints.save(job.folder, before, job.student, job.tokenizer)
-            raise
-        last = state.step == job.steps
-        if last or (job.evaluate_every and state.step % job.evaluate_every == 0):
+    saved = state.step
+    while True:
+        with _kept(job, state):
             _evaluate(job, state)
-        if last or (job.checkpoint.every and state.step % job.checkpoint.every == 0):
+        last = state.step >= job.steps
+        due = last or state.step == state.best_step or (job.checkpoint.every and state.step % job.checkpoint.every == 0)
+        if due and state.step != saved:
             checkpoints.save(job.folder, state, job.student, job.tokenizer)
             checkpoints.prune(job.folder, job.checkpoint.keep, state.best_step)
-    return state
+        if last:
+            return state
+        with _kept(job, state):
+            _step(job, state)
+
+
+@contextmanager
+def _kept(job: Job, state: State) -> Iterator[None]:
+    """Work that may fail: if the weights have not moved by then, they are saved with the state from before."""
+    before, updates = replace(state), job.student.updates
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        if job.student.updates == updates and before.step > 0:
+            job.student.optimiser.zero_grad(set_to_none=True)
+            checkpoints.save(job.folder, before, job.student, job.tokenizer)
+        raise
 
 
 def _step(job: Job, state: State) -> None:
@@ -71,7 +79,8 @@ def _step(job: Job, state: State) -> None:
     with clock("learn"):
         for number, rows in enumerate(_optimiser_steps(job, rollouts, step)):
             if number and job.needs.of("live"):
-                refresh(batch, job.needs, job.scorers, rollouts)
+                with student.autocast():
+                    refresh(batch, job.needs, job.scorers, rollouts)
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record)  # learn per micro-batch, step
     job.sampler.sync(student.model, student.updates)  # sync
@@ -100,15 +109,15 @@ def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> Iterat
 def _learn(job: Job, plan: Plan, rollouts: Sequence[Rollout], record: StepRecord) -> None:
     """One optimiser step: gradients of every micro-batch, then AdamW, if they are finite."""
     student = job.student
-    student.model.train()
     layout = Layout(rollouts, plan.batch.shape[1])
-    for positions in layout.micro_batches(flat_positions(plan.selected), job.micro_batch_tokens):
-        with student.autocast():
-            learned = learn(plan, positions, layout.states(student.model, positions), student.head)
-        if not bool(learned.loss.isfinite()):
-            raise UserError(_not_finite(plan, positions, rollouts, learned.parts))
-        learned.loss.backward()
-        record.add(learned)
+    with student.learning(job.seed):
+        for positions in layout.micro_batches(flat_positions(plan.selected), job.micro_batch_tokens):
+            with student.autocast():
+                learned = learn(plan, positions, layout.states(student.model, positions), student.head)
+            if not bool(learned.loss.isfinite()):
+                raise UserError(_not_finite(plan, positions, rollouts, learned.parts))
+            learned.loss.backward()
+            record.add(learned)
     norm = student.gradient_norm()
     if not bool(norm.isfinite()):
         raise UserError(
@@ -137,14 +146,14 @@ def _inputs_finite(batch: Batch, row: int) -> Tensor:
 
 
 def _evaluate(job: Job, state: State) -> None:
-    """Score the student; remember the best."""
+    """Score the student where it is due: before the first step, every so many, after the last; remember the best."""
+    due = state.step in (0, job.steps) or (job.evaluate_every and state.step % job.evaluate_every == 0)
+    if not due or state.evaluated == state.step:
+        return
     if job.validate is not None:
         state.memory = job.curriculum.validated(job.validate(), state.memory)
-    if job.evaluate is None:
-        return
-    value = job.evaluate(state.step)
-    if state.step and (state.best is None or value > state.best):
-        state.best, state.best_step = value, state.step
-        if not (job.checkpoint.every and state.step % job.checkpoint.every == 0) and state.step != job.steps:
-            checkpoints.save(job.folder, state, job.student, job.tokenizer)
-            checkpoints.prune(job.folder, job.checkpoint.keep, state.best_step)
+    if job.evaluate is not None:
+        value = job.evaluate(state.step)
+        if state.step and (state.best is None or value > state.best):
+            state.best, state.best_step = value, state.step
+    state.evaluated = state.step

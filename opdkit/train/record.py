@@ -122,7 +122,7 @@ class Recorder:
                     "pieces": [self.token_text(t) for t in r.tokens],
                     "credit": _numbers(credits, b, n),
                     "weight": _numbers(part.weight, b, n),
-                    "logp": list(r.logp) or [None] * n,
+                    "logp": r.logp if r.logp else _numbers(None, b, n),
                     "teacher_logp": _numbers(teacher, b, n),
                     "reward": r.reward,
                     "finish": r.finish,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from opdkit.curricula.replay import Replay
+from opdkit.curricula import Plain, Replay
 from opdkit.errors import UserError
 from opdkit.losses import Divergence
 from opdkit.method import load
@@ -73,7 +73,7 @@ def test_agreement_is_zero(kind, alpha):
 def test_who_writes():
     method = load("distillm", schedule="constant", threshold=0.2, tolerance=0.3, capacity=64)
     assert method.curriculum == Replay("constant", 0.2, 0.3, 64)
-    assert load("distillm", schedule=None).curriculum is None
+    assert load("distillm", schedule=None).curriculum == Plain()
 
 
 @pytest.mark.parametrize("arguments", [{}, {"kind": "skew_reverse"}, {"alpha": 0.0}, {"schedule": None}])

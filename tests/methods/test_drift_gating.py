@@ -82,7 +82,7 @@ def test_every_term_of_the_base_keeps_its_weight_and_denominator():
     base, gated = load("scope"), load("drift_gating", base="scope")
     assert [t.denominator for t in gated.objective.terms] == [t.denominator for t in base.objective.terms] == ["own", "tokens"]
     assert load("drift_gating", base="tropd").curriculum == load("tropd").curriculum
-    assert load("drift_gating", base=load("kl_mixing", prefix="teacher")).student_share == 0
+    assert load("drift_gating", base=load("kl_mixing", prefix="teacher")).curriculum.student_share == 0
     assert load("drift_gating", clip=(0.2, 0.2)).objective.terms[0].loss == load("opd", clip=(0.2, 0.2)).objective.terms[0].loss
 
 

@@ -78,8 +78,8 @@ def test_temperature_divides_the_logits_of_both():
 
 
 def test_who_writes():
-    assert load("gkd").student_share == 1.0 and load("gkd", lmbda=0.25).student_share == 0.25
-    assert load("gkd", lmbda=0.0).student_share == 0.0
+    assert load("gkd").curriculum.student_share == 1.0 and load("gkd", lmbda=0.25).curriculum.student_share == 0.25
+    assert load("gkd", lmbda=0.0).curriculum.student_share == 0.0
     assert load("gkd", lmbda=0.3).objective == load("gkd").objective  # at a given prefix it does not matter
 
 

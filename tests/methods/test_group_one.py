@@ -102,5 +102,5 @@ def test_methods_are_values(name, arguments):
 def test_each_argument_makes_another_method():
     for name, others in ARGUMENTS.items():
         made = [load(name, **a) for a in ({}, *others)]
-        assert len({(m.objective, m.student_share) for m in made}) == len(made), name
+        assert len({(m.objective, m.curriculum) for m in made}) == len(made), name
         assert len({str(m) for m in made}) == len(made) - (name == "gkd"), name  # lmbda lies outside the formula

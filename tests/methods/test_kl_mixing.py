@@ -29,7 +29,7 @@ def test_mixture(lam, value, gradient):
 
 
 def test_prefix_says_who_writes():
-    assert load("kl_mixing").student_share == 1 and load("kl_mixing", prefix="teacher").student_share == 0
+    assert load("kl_mixing").curriculum.student_share == 1 and load("kl_mixing", prefix="teacher").curriculum.student_share == 0
 
 
 STUDENT = {(): 0.5, (0,): 0.5, (1,): torch.tensor(0.5, dtype=torch.float64).sigmoid().item()}  # prefix -> P(1)

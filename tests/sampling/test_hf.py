@@ -17,12 +17,13 @@ from opdkit.head import Head
 from opdkit.models import head_of
 from opdkit.sampling import HFSampler
 from opdkit.types import Prompt, Rollout, Sampling
-from tests.common.tiny import PAD, START, tiny_model, tiny_tokenizer
+from tests.common.tiny import START, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ["What is 12 plus 30?", "So", "Question: Tom has 3 apples and buys 4 more. How many?", "First, 3 + 4 = ", "user"]
 PROMPTS = [Prompt(f"p{i}", TOKENIZER(text)["input_ids"], {"answer": i}) for i, text in enumerate(TEXTS)]
 DRAWN = Sampling(max_completion_length=24, num_generations=3)
+STOPS = range(2, 30)
 GREEDY = Sampling(temperature=0, max_completion_length=30)
 
 
@@ -41,12 +42,17 @@ def of_tokens(logps: Tensor, tokens: list[int]) -> Tensor:
     return logps.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
 
 
-@contextmanager
-def stop_at(*ids: int) -> Iterator[Any]:
-    """A tokenizer whose only end-of-sequence token is the first of `ids`; a model declares the others."""
+def stopping_model(kind: str = "qwen3", **config: Any) -> Any:
+    """A model with so many end-of-sequence tokens that its rows end at all lengths."""
+    model = tiny_model(kind, **config)
+    model.generation_config.eos_token_id = list(STOPS)
+    return model
+
+
+def endless_tokenizer() -> Any:
     tokenizer = tiny_tokenizer()
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0]) if ids else None
-    yield tokenizer
+    tokenizer.eos_token = None
+    return tokenizer
 
 
 @dataclass
@@ -96,7 +102,7 @@ def test_greedy_is_generate_token_for_token(kind: str) -> None:
 
 
 def test_a_rollout_carries_its_provenance() -> None:
-    rollouts = HFSampler(tiny_model(), TOKENIZER).sample(PROMPTS, DRAWN, step=4, policy_version=9)
+    rollouts = HFSampler(stopping_model(), TOKENIZER).sample(PROMPTS, DRAWN, step=4, policy_version=9)
     assert [r.id for r in rollouts] == [f"4/p{i}/{c}" for i in range(5) for c in range(3)]
     for i, rollout in enumerate(rollouts):
         prompt = PROMPTS[i // 3]
@@ -104,15 +110,15 @@ def test_a_rollout_carries_its_provenance() -> None:
         assert rollout.policy_version == 9 and rollout.marks == {}
         assert rollout.trained == [True] * len(rollout.tokens)
         assert rollout.text == TOKENIZER.decode(rollout.tokens, skip_special_tokens=True)
-        assert rollout.finish == ("stop" if rollout.tokens[-1] == 2 else "length")
-        assert 2 not in rollout.tokens[:-1] and (rollout.finish == "stop" or len(rollout.tokens) == 24)
+        assert rollout.finish == ("stop" if rollout.tokens[-1] in STOPS else "length")
+        assert not set(STOPS) & set(rollout.tokens[:-1]) and (rollout.finish == "stop" or len(rollout.tokens) == 24)
     assert {r.finish for r in rollouts} == {"stop", "length"}
     assert [r.id for r in HFSampler(tiny_model(), TOKENIZER).sample(PROMPTS[:1], DRAWN, step=None)] == ["p0/0", "p0/1", "p0/2"]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma2", "granite", "cohere"])
 def test_recorded_log_probs_are_those_of_a_plain_forward_pass(kind: str) -> None:
-    model = tiny_model(kind, **({"sliding_window": 8} if kind == "gemma2" else {}))
+    model = stopping_model(kind, **({"sliding_window": 8} if kind == "gemma2" else {}))
     for rollout in HFSampler(model, TOKENIZER).sample(PROMPTS, DRAWN):
         assert torch.allclose(torch.tensor(rollout.logp), of_tokens(forward_logp(model, rollout), rollout.tokens), atol=1e-5)
         assert rollout.drawn_logp == rollout.logp
@@ -127,9 +133,10 @@ def test_log_probs_of_the_drawing_distribution() -> None:
         assert torch.allclose(torch.tensor(rollout.logp), of_tokens(logps, rollout.tokens), atol=1e-5)
         top = (logps / 0.7).topk(30).values.softmax(-1)
         top = top * (top.cumsum(-1) - top < 0.8) * (top >= 0.05 * top[:, :1])
-        expected = of_tokens((logps / 0.7).softmax(-1), rollout.tokens).log() - (
-            (logps / 0.7).softmax(-1).topk(30).values * (top > 0)
-        ).sum(-1).log()
+        expected = (
+            of_tokens((logps / 0.7).softmax(-1), rollout.tokens).log()
+            - ((logps / 0.7).softmax(-1).topk(30).values * (top > 0)).sum(-1).log()
+        )
         assert torch.allclose(torch.tensor(rollout.drawn_logp), expected, atol=1e-5)
 
 
@@ -150,7 +157,7 @@ def test_first_tokens_follow_the_models_probabilities() -> None:
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
 def test_a_rollout_depends_on_no_other(kind: str) -> None:
-    model = tiny_model(kind, **({"sliding_window": 8} if kind == "gemma2" else {}))
+    model = stopping_model(kind, **({"sliding_window": 8} if kind == "gemma2" else {}))
     sampling = replace(DRAWN, max_completion_length=40)
     together = written(HFSampler(model, TOKENIZER).sample(PROMPTS, sampling, seed=5))
     longest = max(len(p.tokens) for p in PROMPTS) + 40
@@ -173,7 +180,7 @@ def test_seed_and_step_give_other_rollouts() -> None:
 
 
 def test_each_prompt_is_prefilled_once_and_finished_rows_leave() -> None:
-    model = tiny_model()
+    model = stopping_model()
     with passes(model) as seen:
         rollouts = HFSampler(model, TOKENIZER).sample(PROMPTS, DRAWN)
     longest_prompt = max(len(p.tokens) for p in PROMPTS)
@@ -181,18 +188,18 @@ def test_each_prompt_is_prefilled_once_and_finished_rows_leave() -> None:
     sizes = [(len(r.prompt), len(r.tokens)) for r in rollouts]
     running = [[prompt + t for prompt, length in sizes if length > t] for t in range(1, DRAWN.max_completion_length)]
     # the step after t tokens: one row for each rollout longer than t, and no column that is padding for all of them
-    assert seen[1:] == [Pass(len(lengths), 1, max(lengths) - 1) for lengths in running]
+    assert seen[1:] == [Pass(len(lengths), 1, max(lengths) - 1) for lengths in running if lengths]
     assert len({p.rows for p in seen[1:]}) > 3
     assert seen[-1].cached < longest_prompt + DRAWN.max_completion_length - 2  # columns left with the longest prompt's rows
 
 
 def test_waiting_prompts_join_the_running_batch() -> None:
-    model, rows = tiny_model(), 4
+    model, rows = stopping_model(), 4
     prompts = [Prompt(f"{p.id}{i}", p.tokens) for i in range(4) for p in PROMPTS]
     longest = max(len(p.tokens) for p in PROMPTS) + 24
     with passes(model) as seen:
         rollouts = HFSampler(model, TOKENIZER, max_batch_tokens=rows * longest).sample(prompts, replace(DRAWN, num_generations=1))
-    steps = [p for p in seen if p.tokens == 1]
+    steps = [p for p in seen if p.cached]
     lengths = [len(r.tokens) for r in rollouts]
     assert max(p.rows for p in steps) == rows
     assert sum(p.rows for p in steps) == sum(lengths) - len(lengths)  # every row of every step writes a token that is kept
@@ -205,11 +212,10 @@ def test_waiting_prompts_join_the_running_batch() -> None:
 
 def test_the_token_that_pads_may_be_the_one_that_ends() -> None:
     """PITFALLS M1: the first end-of-sequence token is kept, and the one inside a prompt is attended to."""
-    with stop_at(2) as tokenizer:
-        tokenizer.pad_token = tokenizer.eos_token
-        prompts = [Prompt("a", [2, 50, 2, 60]), Prompt("b", [70])]
-        model = tiny_model(pad_token_id=2)
-        rollouts = HFSampler(model, tokenizer).sample(prompts, replace(DRAWN, num_generations=8))
+    tokenizer, model = tiny_tokenizer(), tiny_model(pad_token_id=2)
+    tokenizer.pad_token = tokenizer.eos_token
+    prompts = [Prompt("a", [2, 50, 2, 60]), Prompt("b", [70])]
+    rollouts = HFSampler(model, tokenizer).sample(prompts, replace(DRAWN, num_generations=20))
     assert any(r.finish == "stop" for r in rollouts)
     for rollout in rollouts:
         assert (rollout.finish == "stop") == (rollout.tokens[-1] == 2) and 2 not in rollout.tokens[:-1]
@@ -217,16 +223,14 @@ def test_the_token_that_pads_may_be_the_one_that_ends() -> None:
 
 
 def test_without_an_end_of_sequence_token_every_row_runs_to_the_limit() -> None:
-    model = tiny_model(eos_token_id=None)
-    with stop_at() as tokenizer:
-        rollouts = HFSampler(model, tokenizer).sample(PROMPTS, DRAWN)
+    rollouts = HFSampler(tiny_model(eos_token_id=None), endless_tokenizer()).sample(PROMPTS, replace(DRAWN, num_generations=20))
     assert {(len(r.tokens), r.finish) for r in rollouts} == {(24, "length")}
     assert any(2 in r.tokens for r in rollouts)
 
 
 def test_an_end_at_the_last_possible_token_is_a_stop() -> None:
-    model = tiny_model()
-    stopped = next(r for r in HFSampler(model, TOKENIZER).sample(PROMPTS, DRAWN) if r.finish == "stop")
+    model = stopping_model()
+    stopped = next(r for r in HFSampler(model, TOKENIZER).sample(PROMPTS, DRAWN) if len(r.tokens) > 4 and r.finish == "stop")
     exact = replace(DRAWN, max_completion_length=len(stopped.tokens))
     again = {r.id: r for r in HFSampler(model, TOKENIZER).sample(PROMPTS, exact)}[stopped.id]
     assert (again.tokens, again.finish) == (stopped.tokens, "stop")
@@ -256,11 +260,10 @@ def test_a_stop_string_ends_a_row_with_the_token_that_completes_it() -> None:
 def test_a_stop_string_over_several_tokens_and_of_several_bytes() -> None:
     bytes_of = TOKENIZER("é☃")["input_ids"]
     assert len(bytes_of) == 5
-    model = tiny_model(vocab_size=3 + 256 + 61)
+    model = tiny_model()
     model.generation_config.eos_token_id = None
-    with stop_at() as tokenizer:
-        sampler = HFSampler(Scripted(model, [7, 8, *bytes_of, 9, 9, 9]), tokenizer)
-        rollout = sampler.sample([Prompt("a", [5])], replace(GREEDY, stop=("é☃",)))[0]
+    sampler = HFSampler(Scripted(model, [7, 8, *bytes_of, 9, 9, 9]), endless_tokenizer())
+    rollout = sampler.sample([Prompt("a", [5])], replace(GREEDY, stop=("é☃",)))[0]
     assert rollout.tokens == [7, 8, *bytes_of]
     assert (rollout.finish, rollout.text) == ("stop", TOKENIZER.decode([7, 8]))
 
@@ -386,17 +389,25 @@ def test_no_prompts_give_no_rollouts() -> None:
 
 def test_progress_counts_finished_rollouts() -> None:
     seen: list[int] = []
-    HFSampler(tiny_model(), TOKENIZER).sample(PROMPTS, DRAWN, progress=seen.append)
+    HFSampler(stopping_model(), TOKENIZER).sample(PROMPTS, DRAWN, progress=seen.append)
     assert seen == sorted(seen) and seen[-1] == 15 and len(seen) > 3
 
 
 @pytest.mark.parametrize(
     ("prompts", "sampling", "message"),
     [
-        ([PROMPTS[1], Prompt("long", [5] * 4080)], DRAWN, r"prompt 'long' has 4080 tokens.*4104, but the model has 4096 positions"),
+        (
+            [PROMPTS[1], Prompt("long", [5] * 4080)],
+            DRAWN,
+            r"prompt 'long' has 4080 tokens.*4104, but the model has 4096 positions",
+        ),
         ([Prompt("none", [])], DRAWN, r"prompt 'none' has no tokens"),
         ([PROMPTS[0], PROMPTS[0]], DRAWN, r"two prompts have the id 'p0'.*num_generations"),
-        ([replace(PROMPTS[0], prefix=[5] * 25)], DRAWN, r"prefix of prompt 'p0' has 25 tokens, more than max_completion_length=24"),
+        (
+            [replace(PROMPTS[0], prefix=[5] * 25)],
+            DRAWN,
+            r"prefix of prompt 'p0' has 25 tokens, more than max_completion_length=24",
+        ),
         ([Prompt("far", [5, 320])], DRAWN, r"prompt 'far' holds token id 320.*another model's tokenizer"),
         (PROMPTS, replace(DRAWN, top_p=0.0), r"sampling: top_p=0.0"),
     ],
