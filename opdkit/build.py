@@ -13,22 +13,23 @@ import torch
 from opdkit.config import plain
 from opdkit.data import Prompts, PromptStream, load_rows
 from opdkit.errors import UserError
-from opdkit.facts import Needs
+from opdkit.facts import Needs, describe
 from opdkit.head import Head
 from opdkit.method import Method, as_method
 from opdkit.models import check_head, head_of, load_model, load_tokenizer, real_vocabulary, same_tokenizer
 from opdkit.rewards import Reward, load_reward
 from opdkit.run import Data, Run
 from opdkit.sampling import HFSampler
+from opdkit.sampling.draws import check_sampling
 from opdkit.show import Evaluator, Screen, Validator
-from opdkit.teachers import LocalModel, Routed, Scorer
+from opdkit.teachers import LocalModel, Routed, Scorer, route
 from opdkit.track import open_trackers, truncate_metrics
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
 from opdkit.train.loop import Job
 from opdkit.train.record import Recorder
 from opdkit.train.student import Student, with_adapters
-from opdkit.types import Row
+from opdkit.types import LogpFact, Row
 
 INTERNAL = frozenset({"student", "sampler", "live"})  # models that are the run itself
 
@@ -46,7 +47,7 @@ class Given:
     reward: Reward | None = None
 
 
-def prepare(run: Run, given: Given = Given(), *, resume: bool = False) -> tuple[Job, State]:
+def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False) -> tuple[Job, State]:
     """Check and build everything. What can be refused without a model is refused before one is loaded."""
     method = given.method or as_method(run.method_spec.name, **run.method_spec.arguments)
     needs = method.needs
@@ -54,6 +55,9 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False) -> tuple[
     _refuse(run, method, needs, reward, given)
     rows = read_rows(run.prompts, given.rows, run.seed)
     eval_rows = None if run.evaluate is None else read_rows(run.evaluate.prompts, given.eval_rows, run.seed)
+    if isinstance(run.teacher, dict) and "teacher" in needs.models:
+        for row in rows:
+            route(row["teacher"], run.teacher, f"row {row['id']}")
     checkpoint = checkpoints.newest(run.folder) if resume else None
 
     start = str(checkpoint) if checkpoint is not None else run.student
@@ -82,12 +86,11 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False) -> tuple[
     prompts = make_prompts(run.prompts, rows, tokenizer)
     _fits(prompts, base, run)
     state = State() if checkpoint is None else checkpoints.restore(checkpoint, student)
+    if overwrite:  # now that everything is known to load
+        checkpoints.clear(run.folder)
     write_run(run)
-    for name in ("metrics.jsonl", "evals.jsonl"):
-        if resume:
-            truncate_metrics(run.folder / name, state.step)
-        else:
-            (run.folder / name).unlink(missing_ok=True)
+    truncate_metrics(run.folder / "metrics.jsonl", state.step)
+    truncate_metrics(run.folder / "evals.jsonl", state.evaluated)
     recorder = Recorder(
         run.folder,
         open_trackers(run.folder, run.trackers, plain(run)),
@@ -130,9 +133,9 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False) -> tuple[
         held_out = make_prompts(run.evaluate.prompts, eval_rows, tokenizer)
         evaluator = Evaluator(run, sampler, held_out, reward, student)
         job.evaluate, job.evaluate_every = evaluator.student_score, run.evaluate.every
-        teacher = others.get("teacher")
-        if run.evaluate.teacher and state.step == 0 and isinstance(teacher, LocalModel):
-            evaluator.score(HFSampler(teacher.model, tokenizer, head=_cut(teacher, vocab).head), "teacher", 0)
+        if run.evaluate.teacher and state.evaluated < 0:
+            for name, teacher in teachers(scorers["teacher"]).items():
+                evaluator.score(HFSampler(teacher.model, tokenizer, head=teacher.head), name, 0)
     return job, state
 
 
@@ -149,6 +152,13 @@ def _refuse(run: Run, method: Method, needs: Needs, reward: Reward | None, given
     if missing:
         name = sorted(missing)[0]
         raise UserError(f"method {method.name or 'own'!r} reads a model called {name!r}: say which with models.{name}=MODEL")
+    unknown = needs.of("sampler") - {LogpFact("sampler")}
+    if unknown:
+        raise UserError(
+            f"method {method.name or 'own'!r} reads {', '.join(sorted(map(describe, unknown)))}: of the sampler only the log-probs of its own "
+            "tokens are recorded. Read the student instead"
+        )
+    check_sampling(run.sampling)
     if not run.sampling.plain and not run.correct_sampling and "sampler" in needs.models:
         print(
             "opdkit: tokens are not drawn from the plain softmax (temperature, top_p, top_k or min_p), so sampled-token estimators are "
@@ -172,7 +182,7 @@ class Models:
         run = self.run
         weights = "float32" if run.dtype == "bfloat16" and run.lora is None else run.dtype
         if run.lora is not None:
-            model = self.given.student if self.given.student is not None else self.load(run.student, weights)
+            model = self.given.student.to(self.device) if self.given.student is not None else self.load(run.student, weights)
             if resumed:
                 from peft import PeftModel
 
@@ -209,18 +219,18 @@ class Models:
         given = self.given.teacher
         if isinstance(self.run.teacher, str):
             return self.frozen(self.run.teacher, tokenizer, given)
-        routes = {k: self.frozen(v, tokenizer, (given or {}).get(k)) for k, v in self.run.teacher.items()}
-        return Routed(routes)
+        return Routed({k: self.frozen(v, tokenizer, (given or {}).get(k)) for k, v in self.run.teacher.items()})
 
     def frozen(self, name: str | None, tokenizer: Any, given: Any = None) -> LocalModel:
         """A frozen model, loaded once however many names it has."""
-        key = str(name) if given is None else f"given {id(given)}"
+        loaded = given is not None and not isinstance(given, str)  # of several teachers some may be given, others named
+        key = f"given {id(given)}" if loaded else str(name)
         if key not in self.loaded:
-            if given is None:
+            if loaded:
+                model = copy.deepcopy(given) if given is self.given.student else given.to(self.device)
+            else:
                 _same_tokenizer(str(name), tokenizer, self.run.trust_remote_code)
                 model = self.load(str(name), self.run.teacher_dtype or self.run.dtype)
-            else:
-                model = given if not isinstance(given, str) else self.load(given, self.run.teacher_dtype or self.run.dtype)
             model = model.eval().requires_grad_(False)
             check_head(model)
             self.loaded[key] = LocalModel(model, head_of(model))
@@ -231,9 +241,10 @@ class Models:
         if self.run.lora is not None:
             return LocalModel(student, head_of(student), around=student.disable_adapter)
         if self.given.student is not None:
-            return LocalModel(copy.deepcopy(self.given.student).eval().requires_grad_(False), head_of(self.given.student))
-        model = self.load(self.run.student, self.run.teacher_dtype or self.run.dtype).eval().requires_grad_(False)
-        return LocalModel(model, head_of(model))
+            model = copy.deepcopy(self.given.student)
+        else:
+            model = self.load(self.run.student, self.run.teacher_dtype or self.run.dtype)
+        return LocalModel(model.eval().requires_grad_(False), head_of(model))
 
 
 def _same_tokenizer(name: str, tokenizer: Any, trust_remote_code: bool) -> None:
@@ -243,6 +254,13 @@ def _same_tokenizer(name: str, tokenizer: Any, trust_remote_code: bool) -> None:
             f"the tokenizer of {name} is not the student's: {difference}. Token-level distillation compares distributions over the same ids; "
             "use a teacher of the student's family"
         )
+
+
+def teachers(scorer: Any) -> dict[str, LocalModel]:
+    """The teachers of a run by the name they are evaluated under."""
+    if isinstance(scorer, Routed):
+        return {f"teacher {k}": m for k, m in scorer.teachers.items()}
+    return {"teacher": scorer}
 
 
 def shared_vocabulary(heads: Sequence[Head], tokens: int) -> int | None:
@@ -308,6 +326,12 @@ def newlines(tokenizer: Any) -> frozenset[int]:
 def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device={name!r} cannot be used here ({str(error).splitlines()[0]}): auto takes a GPU where there is one"
+        ) from error
     return name
 
 

@@ -15,7 +15,11 @@ from opdkit.errors import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 for an error that the user can mend, 130 when interrupted."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if hasattr(options, "settings") and all("=" in text and not text.startswith("-") for text in rest):
+        options.settings += rest  # key=value after a flag
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if not hasattr(options, "run"):
         parser.print_help()
         return 0
@@ -146,6 +150,8 @@ def _train(options: Any) -> None:
     if options.file and "=" in options.file:  # train --recipe gsm8k steps=10: the first setting stands where the file would
         settings.insert(0, options.file)
         options.file = None
+    if options.recipe and options.file:
+        raise UserError(f"both the recipe {options.recipe} and the file {options.file} are given: choose one")
     if options.recipe:
         run = make_run(recipe(options.recipe), flags + settings)
     elif options.file:
@@ -165,7 +171,10 @@ def _eval(options: Any) -> None:
     from opdkit.commands import eval_model
     from opdkit.run import Data
 
-    ks = tuple(int(k) for k in options.k.split(","))
+    try:
+        ks = tuple(int(k) for k in options.k.split(","))
+    except ValueError:
+        raise UserError(f"--k {options.k} must be numbers, such as 1,4,8") from None
     data = Data(options.data, split=options.split, limit=options.limit, template=options.template)
     out = eval_model(
         options.model,

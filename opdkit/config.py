@@ -13,7 +13,7 @@ import yaml
 from opdkit.errors import UserError, nearest
 
 C = TypeVar("C")
-SHORT = {"data": "source"}  # groups that a single value may stand for, and the field it means
+SHORT = {"data": "source", "teacher": "default"}  # groups that a single value may stand for, and the field it means
 
 
 def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
@@ -148,7 +148,12 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[str, Any]]:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"{text!r} is not an override: write key=value, for example optim.learning_rate=1e-5")
-        pairs.append((key, yaml.safe_load(value) if value else ""))
+        try:
+            pairs.append((key, yaml.safe_load(value) if value else ""))
+        except yaml.YAMLError:
+            raise UserError(
+                f"{text!r}: the value is not valid YAML; put text with braces, brackets or colons in double quotes"
+            ) from None
     return pairs
 
 

@@ -77,7 +77,7 @@ def execute(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
     if resume and overwrite:
         raise UserError("resume continues the run in the output folder, overwrite replaces it: choose one of them")
     claim_folder(run.folder, resume or overwrite)
-    job, state = prepare(run, given, resume=resume)
+    job, state = prepare(run, given, resume=resume, overwrite=overwrite)
     with job.recorder.trackers:
         train(job, state)
     final = run.folder / "model"

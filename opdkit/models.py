@@ -170,6 +170,12 @@ def check_head(model: CausalLM) -> None:
     with evaluating(model), torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         logits = head.logits(hidden_states(model, ids, mask))
+    if not bool(expected.isfinite().all()):
+        raise UserError(
+            f"{model.config._name_or_path or type(model).__name__} gives logits that are not finite for the first {PROBE} tokens of its "
+            f"vocabulary: its files are damaged, or {weight.dtype} is too narrow for it. Nothing can be learnt with it: use other files, "
+            "or float32"
+        )
     allowed = AGREE.get(weight.dtype, AGREE_HALF) * max(1.0, float(expected.abs().max()))
     difference = float((logits - expected).abs().max()) if logits.shape == expected.shape else float("inf")
     if not difference <= allowed:

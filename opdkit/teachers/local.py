@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,12 +41,25 @@ class LocalModel:
         parts = layout.micro_batches(positions, self.micro_batch_tokens)
         with evaluating(self.model), torch.no_grad(), self.around():
             hidden = [layout.states(self.model, part) for part in parts]
+        for part, states in zip(parts, hidden):
+            self._refuse_broken(layout, part, states)
         index = torch.full((len(layout.rollouts) * layout.width,), -1, dtype=torch.int64, device=positions.device)
         if not parts:
             weight = self.head.weight
             return Source(torch.zeros(0, 0 if weight is None else weight.shape[1], device=positions.device), index, self.head)
         index[torch.cat(parts)] = torch.arange(len(positions), device=positions.device)
         return Source(torch.cat(hidden), index, self.head)
+
+    def _refuse_broken(self, layout: Layout, positions: Tensor, states: Tensor) -> None:
+        """Hidden states that are not numbers would spread into every weight of the student."""
+        bad = ~states.isfinite().all(-1)
+        if bool(bad.any()):
+            row, token = divmod(int(positions[bad.to(positions.device)].min()), layout.width)
+            raise UserError(
+                f"{self.model.config._name_or_path or type(self.model).__name__} gives hidden states that are not finite at token {token} of "
+                f"rollout {layout.rollouts[row].id}: its files are damaged, or its dtype is too narrow. Nothing was learnt from this step; "
+                "check the model, or load it in float32"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,12 +76,24 @@ class RoutedSource:
     def logits(self, positions: Tensor) -> Tensor:
         """[n, V] at flat positions [n]."""
         which = self.which[positions]
-        out = torch.empty(len(positions), self.vocabulary, device=positions.device)
-        for i, source in enumerate(self.sources):
-            mine = (which == i).nonzero()[:, 0]
-            if len(mine):
-                out[mine] = source.logits(positions[mine]).to(out.dtype)
-        return out
+        order = which.argsort(stable=True)
+        parts = [source.logits(positions[which == i]) for i, source in enumerate(self.sources)]
+        kept = [part for part in parts if len(part)] or parts[:1]
+        logits = torch.cat(kept)
+        return torch.empty_like(logits).index_copy_(0, order, logits)
+
+
+def route(name: str | None, known: Collection[str], who: str) -> str:
+    """The key of the teacher that serves a row, or rollout, called `who`."""
+    if name in known:
+        return str(name)
+    if "default" in known:
+        return "default"
+    said = "names no teacher" if name is None else f"names the teacher {name!r}{nearest(name, list(known))}"
+    raise UserError(
+        f"{who} {said}. The run has teachers for {', '.join(known)}, and none would score it: add that teacher to the run "
+        "(teacher.NAME=MODEL), or one called 'default'"
+    )
 
 
 @dataclass(frozen=True)
@@ -77,21 +102,9 @@ class Routed:
 
     teachers: Mapping[str, LocalModel]
 
-    def route(self, name: str | None, rollout: str) -> str:
-        """The key of the teacher that serves a row."""
-        if name in self.teachers:
-            return str(name)
-        if "default" in self.teachers:
-            return "default"
-        said = "names no teacher" if name is None else f"names the teacher {name!r}"
-        raise UserError(
-            f"rollout {rollout} {said}, and the run has {', '.join(self.teachers)}{nearest(str(name), list(self.teachers))}. "
-            "Add that teacher to the run, or one called 'default'"
-        )
-
     def source(self, layout: Layout, positions: Tensor) -> RoutedSource:
         keys = list(self.teachers)
-        routes = [keys.index(self.route(r.row.get("teacher"), r.id)) for r in layout.rollouts]
+        routes = [keys.index(route(r.row.get("teacher"), keys, f"rollout {r.id}")) for r in layout.rollouts]
         which = torch.tensor(routes, device=positions.device).repeat_interleave(layout.width)
         sources = [self.teachers[key].source(layout, positions[which[positions] == i]) for i, key in enumerate(keys)]
         return RoutedSource(sources, which)

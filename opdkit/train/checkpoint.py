@@ -87,6 +87,8 @@ def tidy(folder: Path) -> None:
 
 def clear(folder: Path) -> None:
     """Remove an earlier run's files, and only those."""
+    if not (folder / "run.yaml").exists():
+        return
     tidy(folder)
     for path in [*checkpoints(folder), folder / "samples", folder / "model"]:
         shutil.rmtree(path, ignore_errors=True)

@@ -37,7 +37,7 @@ def test_M2_a_teacher_one_position_off_is_seen():
     ids = torch.zeros(2, 5, dtype=torch.int64)
     for name in ("opd", "gkd", "vopd"):
         right, off = (evaluate(load(name), student, ids, models={"teacher": t}) for t in (student, student.roll(1, 1)))
-        assert right.loss == 0 and right.grad.norm() < 1e-15 and off.grad.norm() > 0.01
+        assert abs(right.loss) < 1e-15 and right.grad.norm() < 1e-15 and off.grad.norm() > 0.01
 
 
 @pytest.mark.parametrize("name", GROUP_ONE)

@@ -24,7 +24,7 @@ def test_K1_a_truncated_forward_kl_can_be_negative_and_still_learns():
     p, q = (0.6, 0.35, 0.03, 0.02), (0.5, 0.3, 0.12, 0.08)
     raw = run(Divergence("forward_kl", k=2), p, q)
     assert close(raw.loss, -0.137406) and close(raw.grad[0, 0], 0.8 * numbers(*p) - numbers(0.5, 0.3, 0, 0), 12)
-    assert raw.grad.norm() > 0.05  # a clamp at zero would leave none
+    assert raw.grad.norm() > 0.04  # a clamp at zero would leave none
     tail = run(Divergence("forward_kl", k=2, rest="tail"), p, q)
     assert close(tail.loss, 0.139853) and close(tail.loss, run(Divergence("forward_kl"), p, q).loss.item(), 12)
 
@@ -83,8 +83,8 @@ def test_K4_a_top_k_that_holds_all_mass_has_a_finite_tail(dtype, kind, sure):
 
 
 def test_K4_the_students_tail_has_a_floor_and_the_teachers_none():
-    nearly = torch.tensor([0.6, 0.4]).double().log() + math.log1p(-1e-12)
-    half = torch.tensor([0.3, 0.2]).double().log()
+    nearly = numbers(0.6, 0.4).log() + math.log1p(-1e-12)
+    half = numbers(0.3, 0.2).log()
     ls, lt = restrict(nearly, nearly - 1e-13, "tail")
     assert ls[-1] == lt[-1] == -math.inf  # nothing left on either side: no entry
     ls, lt = restrict(nearly, half, "tail")
@@ -128,7 +128,7 @@ def test_K6_padded_entries_have_no_value_and_no_gradient(kind, rest):
     padded = served([*NAMED, 0, 0], [*NAMED.values(), -math.inf, -math.inf], Divergence(kind, k=5, support="teacher", rest=rest))
     assert close(padded.loss, short.loss.item(), 12) and close(padded.grad, short.grad, 12)
     if rest == "renormalise":
-        assert padded.grad[0, 0] == 0
+        assert abs(padded.grad[0, 0]) < 1e-15
 
 
 def test_K6_with_the_naive_sum_token_zero_would_move():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from opdkit.curricula import TeacherPrefix
+from opdkit.curricula import Plain, TeacherPrefix
 from opdkit.curricula.prefix import prefix_share
 from opdkit.errors import UserError
 from opdkit.method import load
@@ -170,7 +170,8 @@ def test_schedule(step, alpha, length):
 
 
 def test_the_method_brings_its_curriculum():
-    assert load("tropd").curriculum == TeacherPrefix() and load("opd").curriculum is None
+    assert load("tropd").curriculum == TeacherPrefix()
+    assert load("opd").curriculum == Plain()
 
 
 @pytest.mark.parametrize("name", ["outliers", "outlier_gradient", "prefix"])
