@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from opdkit.config import plain
 from opdkit.data import Prompts, PromptStream, load_rows
-from opdkit.errors import UserError
+from opdkit.errors import UserError, nearest
 from opdkit.facts import Needs, describe
 from opdkit.head import Head
 from opdkit.method import Method, as_method
@@ -23,7 +23,7 @@ from opdkit.sampling import HFSampler
 from opdkit.sampling.draws import check_sampling
 from opdkit.show import Evaluator, Screen, Validator
 from opdkit.teachers import LocalModel, Routed, Scorer, route
-from opdkit.track import open_trackers, truncate_metrics
+from opdkit.track import BACKENDS, open_trackers, truncate_metrics
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
 from opdkit.train.loop import Job
@@ -45,6 +45,7 @@ class Given:
     eval_rows: Sequence[Row] | None = None
     method: Method | None = None
     reward: Reward | None = None
+    show: Callable[[int, Mapping[str, float]], None] | None = None  # is told of each step, instead of a line on the screen
 
 
 def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False) -> tuple[Job, State]:
@@ -52,12 +53,12 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
     method = given.method or as_method(run.method_spec.name, **run.method_spec.arguments)
     needs = method.needs
     reward = given.reward or load_reward(run.reward)
-    _refuse(run, method, needs, reward, given)
+    refuse(run, method, reward)
     rows = read_rows(run.prompts, given.rows, run.seed)
     eval_rows = None if run.evaluate is None else read_rows(run.evaluate.prompts, given.eval_rows, run.seed)
-    if isinstance(run.teacher, dict) and "teacher" in needs.models:
-        for row in rows:
-            route(row["teacher"], run.teacher, f"row {row['id']}")
+    several = run.teacher if isinstance(run.teacher, dict) and "teacher" in needs.models else {}
+    for row in rows if several else ():
+        route(row["teacher"], several, f"row {row['id']}")
     checkpoint = checkpoints.newest(run.folder) if resume else None
 
     start = str(checkpoint) if checkpoint is not None else run.student
@@ -88,7 +89,6 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
     state = State() if checkpoint is None else checkpoints.restore(checkpoint, student)
     if overwrite:  # now that everything is known to load
         checkpoints.clear(run.folder)
-    write_run(run)
     truncate_metrics(run.folder / "metrics.jsonl", state.step)
     truncate_metrics(run.folder / "evals.jsonl", state.evaluated)
     recorder = Recorder(
@@ -97,8 +97,10 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
         lambda token: str(tokenizer.decode([token])),
         run.keep_samples,
         run.sample_every,
-        Screen(run.steps, state.step),
+        given.show or Screen(run.steps, state.step, run.max_tokens, state.tokens),
+        (lambda rollout: route(rollout.row.get("teacher"), several, rollout.id)) if several else None,
     )
+    write_run(run)
     job = Job(
         objective=method.objective,
         needs=needs,
@@ -116,6 +118,7 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
         optim=run.optim,
         checkpoint=run.checkpoint,
         micro_batch_tokens=run.micro_batch_tokens,
+        max_tokens=run.max_tokens,
         seed=run.seed,
         reward=reward,
         curriculum=method.curriculum,
@@ -139,8 +142,12 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
     return job, state
 
 
-def _refuse(run: Run, method: Method, needs: Needs, reward: Reward | None, given: Given) -> None:
+def refuse(run: Run, method: Method, reward: Reward | None) -> None:
     """What cannot work, before any model is loaded."""
+    needs = method.needs
+    for tracker in run.trackers:
+        if tracker not in BACKENDS:
+            raise UserError(f"there is no tracker {tracker!r}{nearest(tracker, list(BACKENDS))}")
     if reward is None and needs.columns & {"reward", "correct"}:
         raise UserError(
             f"method {method.name or 'own'!r} reads whether a response is right, and the run has no reward: "

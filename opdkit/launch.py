@@ -16,6 +16,7 @@ from opdkit.run import Run, claim_folder, make_run, set_value
 from opdkit.track import read_lines
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.loop import train
+from opdkit.train.record import write_json
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,12 @@ def execute(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
     claim_folder(run.folder, resume or overwrite)
     job, state = prepare(run, given, resume=resume, overwrite=overwrite)
     with job.recorder.trackers:
-        train(job, state)
+        state = train(job, state)
     final = run.folder / "model"
     model = job.student.model.merge_and_unload() if run.lora else job.student.model
     checkpoints.put(final, lambda partial: checkpoints.write_model(partial, model, job.tokenizer))
+    done = {"method": run.method_spec.name, "steps": state.step, "tokens": state.tokens, "best": state.best, "best_step": state.best_step}
+    write_json(run.folder / "summary.json", done)
     report = write_report(run.folder)
     evaluations = [EvalResult.from_dict(line) for line in read_lines(run.folder / "evals.jsonl")]
     return Result(final, run.folder, read_lines(run.folder / "metrics.jsonl"), evaluations, report)

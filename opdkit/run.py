@@ -67,6 +67,7 @@ class Run:
     reference: str | None = None  # null: the student's initial weights
     models: dict[str, str] = field(default_factory=dict)  # further models that the method names
     steps: int = 100
+    max_tokens: int | None = None  # end at the first step by which the student has written so many, if `steps` do not end it first
     prompts_per_step: int = 32
     dynamic_sampling: bool = False  # DAPO: replace prompts whose responses are all right or all wrong
     overlong_margin: int | None = None  # DAPO: tokens before max_completion_length over which the reward falls by 1
@@ -89,6 +90,8 @@ class Run:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1, or null for no limit")
         if self.dtype not in ("float32", "bfloat16", "float64"):
             raise ValueError(f"dtype={self.dtype!r} must be float32, bfloat16 or float64")
         if self.steps < 1 or self.prompts_per_step < 1 or self.micro_batch_tokens < 1:

@@ -89,6 +89,8 @@ class Screen:
 
     steps: int
     first: int
+    max_tokens: int | None = None
+    first_tokens: int = 0
     every: float = 2.0
 
     def __post_init__(self) -> None:
@@ -99,8 +101,13 @@ class Screen:
         if now - self.last < self.every and step not in (self.first + 1, self.steps):
             return
         self.last = now
-        left = (now - self.start) / max(step - self.first, 1) * (self.steps - step)
+        done = (step - self.first) / (self.steps - self.first)
         words = [f"step {step}/{self.steps}"]
+        if self.max_tokens is not None:  # whichever ends first
+            tokens = metrics["tokens/sampled_so_far"]
+            done = max(done, (tokens - self.first_tokens) / (self.max_tokens - self.first_tokens))
+            words = [f"step {step}", f"{min(tokens / self.max_tokens, 1):.0%} of {self.max_tokens:,} tokens"]
+        left = (now - self.start) * max(1 / done - 1, 0)
         for label, key in (
             ("loss", "loss"),
             ("KL", "teacher_kl/sampled"),

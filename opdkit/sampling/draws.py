@@ -109,12 +109,10 @@ def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
 def _walk(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """[n, 1] index drawn in proportion to the weights [n, k], and where in it the uniform [n, 1] falls, in [0, 1)."""
     sums = weights.cumsum(-1, dtype=torch.float64)
-    total = sums[:, -1:]
-    below = torch.nextafter(total, torch.zeros_like(total))  # the product with the uniform may round up to the total
-    point = torch.minimum(uniform * total, below)
+    point = uniform * sums[:, -1:]  # below the total: a float64 under 1 is at most 1 - 2^-53, times it no product rounds up
     index = torch.searchsorted(sums, point, right=True).clamp_max(weights.shape[-1] - 1)
     width = weights.gather(-1, index).to(torch.float64)
-    return index, ((point - sums.gather(-1, index) + width) / width).clamp(0.0, 1.0)
+    return index, ((point - sums.gather(-1, index) + width) / width).clamp(0.0, 1 - 2.0**-53)
 
 
 def row_uniform(keys: Tensor, seed: int, position: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 1 << 14  # prompt tokens, with padding, in one forward pass
 REFILL_SHARE = 0.25  # of the row budget has to be free before waiting prompts join a running batch
-STOP_MARGIN = 4  # tokens decoded before the longest possible stop string: the rest of a split character, a leading space
+STOP_MARGIN = 4  # tokens decoded before those of a stop string: some decoders drop the space before the first token
 
 Progress = Callable[[int], object]  # called with the number of rollouts finished so far
 
@@ -69,7 +69,7 @@ class HFSampler:
             return []
         head = self.head or head_of(self.model, real_vocabulary(self.tokenizer))
         longest = check_prompts(prompts, sampling, self.model, head)
-        budget = self.max_batch_tokens or tokens_that_fit(self.model)
+        budget = tokens_that_fit(self.model) if self.max_batch_tokens is None else self.max_batch_tokens
         if budget < longest:
             raise UserError(
                 f"max_batch_tokens={budget} is less than one rollout may need ({longest} tokens: the longest prompt and "

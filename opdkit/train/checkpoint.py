@@ -30,7 +30,7 @@ class State:
     best: float | None = None  # best evaluation so far
     best_step: int | None = None
     evaluated: int = -1  # step of the last evaluation, -1 before the first
-    tokens: int = 0  # tokens sampled so far
+    tokens: int = 0  # that the student has written so far
 
 
 def save(folder: Path, state: State, student: Student, tokenizer: Any) -> Path:

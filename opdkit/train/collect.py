@@ -16,9 +16,9 @@ ROUNDS = 16  # of dynamic sampling, before it gives up
 
 
 def collect(job: Job, state: State, clock: Clock) -> list[Rollout]:
-    """The step's rollouts with their rewards and marks."""
-    wanted = min(job.prompts_per_step, len(job.prompts))
-    rollouts = _scored(job, state, clock, wanted)
+    """The step's rollouts with their rewards and marks; counts the tokens that the student writes, also of rollouts it drops."""
+    wanted, total_steps = min(job.prompts_per_step, len(job.prompts)), job.expected_steps(state)
+    rollouts = _scored(job, state, clock, total_steps, wanted)
     if job.dynamic_sampling:
         rollouts = informative(rollouts)
         rounds = 1
@@ -29,7 +29,7 @@ def collect(job: Job, state: State, clock: Clock) -> list[Rollout]:
                     "data is too easy or too hard for this student, or num_generations too small. Change one of them, or dynamic_sampling=false"
                 )
             known = {r.group for r in rollouts}
-            rollouts += [r for r in informative(_scored(job, state, clock, wanted)) if r.group not in known]
+            rollouts += [r for r in informative(_scored(job, state, clock, total_steps, wanted)) if r.group not in known]
             rounds += 1
         keep = list(dict.fromkeys(r.group for r in rollouts))[:wanted]
         rollouts = [r for r in rollouts if r.group in keep]
@@ -40,19 +40,19 @@ def collect(job: Job, state: State, clock: Clock) -> list[Rollout]:
     return rollouts
 
 
-def _scored(job: Job, state: State, clock: Clock, count: int) -> list[Rollout]:
+def _scored(job: Job, state: State, clock: Clock, total_steps: int, count: int) -> list[Rollout]:
     """Rollouts of the next prompts, with rewards."""
     prompts = {job.prompts[i].id: i for i in job.stream.take(count)}
     with clock("sample"), job.student.autocast():
-        rollouts = _written(job, state, prompts)
+        rollouts = _written(job, state, total_steps, prompts)
     with clock("reward"):
         return rollouts if job.reward is None else score(rollouts, job.reward)
 
 
-def _written(job: Job, state: State, prompts: Mapping[str, int]) -> list[Rollout]:
+def _written(job: Job, state: State, total_steps: int, prompts: Mapping[str, int]) -> list[Rollout]:
     """The responses: the student's, guided by the curriculum, its earlier ones, or those of the data."""
     step, batch = state.step, [job.prompts[i] for i in prompts.values()]
-    source = job.curriculum.source(step, job.steps, job.seed, state.memory)
+    source = job.curriculum.source(step, total_steps, job.seed, state.memory)
     if source == "data":
         return [given(job, prompt, prompts[prompt.id], f"{step}/{prompt.id}/given") for prompt in batch]
     if source == "replay":
@@ -61,13 +61,15 @@ def _written(job: Job, state: State, prompts: Mapping[str, int]) -> list[Rollout
     def reference(prompt: Prompt) -> list[int] | None:
         return job.prompts.response_tokens(prompts[prompt.id])
 
-    asks = job.curriculum.plan(batch, job.sampling, reference, step, job.steps, state.memory)
+    asks = job.curriculum.plan(batch, job.sampling, reference, step, total_steps, state.memory)
     version = job.student.updates
-    return [
+    rollouts = [
         rollout
         for ask in asks
         for rollout in job.sampler.sample(ask.prompts, ask.sampling, seed=job.seed, step=step, policy_version=version)
     ]
+    state.tokens += sum(len(r.tokens) - sum(r.marks.get("guided", ())) for r in rollouts)
+    return rollouts
 
 
 def given(job: Job, prompt: Prompt, index: int, id: str) -> Rollout:

@@ -153,9 +153,9 @@ def _refuse_nan(fact: Fact, values: Tensor, batch: Batch, rollouts: Sequence[Rol
         )
 
 
-def mean_gap(batch: Batch, a: str, b: str) -> float:
-    """Mean of log pi_a - log pi_b over the trained tokens, nats; NaN where one of them was not read."""
-    facts = batch.facts
-    if LogpFact(a) not in facts or LogpFact(b) not in facts or not bool(batch.mask.any()):
+def mean_gap(batch: Batch, a: str, b: str, where: Tensor | None = None) -> float:
+    """Mean of log pi_a - log pi_b over the trained tokens, or those of a mask [B, T], nats; NaN where one was not read."""
+    facts, mask = batch.facts, batch.mask if where is None else where
+    if LogpFact(a) not in facts or LogpFact(b) not in facts or not bool(mask.any()):
         return math.nan
-    return (facts[LogpFact(a)] - facts[LogpFact(b)])[batch.mask].mean().item()
+    return (facts[LogpFact(a)] - facts[LogpFact(b)])[mask].mean().item()

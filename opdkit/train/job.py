@@ -16,6 +16,7 @@ from opdkit.facts import Needs
 from opdkit.objective import Objective
 from opdkit.rewards import Reward
 from opdkit.teachers import Scorer
+from opdkit.train.checkpoint import State
 from opdkit.train.record import Recorder
 from opdkit.train.settings import Checkpoint, Optim
 from opdkit.train.student import Student
@@ -62,6 +63,7 @@ class Job:
     optim: Optim
     checkpoint: Checkpoint
     micro_batch_tokens: int
+    max_tokens: int | None = None  # that the student writes, after which the run ends
     seed: int = 0
     reward: Reward | None = None
     curriculum: Curriculum = Plain()
@@ -73,6 +75,16 @@ class Job:
     evaluate: Callable[[int], float] | None = None  # step -> score
     validate: Callable[[], float] | None = None  # loss on held-out reference responses, for curricula that want it
     evaluate_every: int = 0
+
+    def ended(self, state: State) -> bool:
+        """Whether the last step is done."""
+        return state.step >= self.steps or (self.max_tokens is not None and state.tokens >= self.max_tokens)
+
+    def expected_steps(self, state: State) -> int:
+        """Steps the run will have taken at its end: what schedules are laid out for. With `max_tokens`, by the tokens a step took so far."""
+        if self.max_tokens is None or not state.step or not state.tokens:
+            return self.steps
+        return min(self.steps, max(state.step + 1, round(state.step * self.max_tokens / state.tokens)))
 
 
 class Clock:

@@ -26,13 +26,13 @@ from opdkit.types import Batch, Rollout
 def train(job: Job, state: State) -> State:
     """From `state` to the last step. An error before the weights move leaves the step before it saved: only its own step is lost."""
     job.stream.load(state.stream or job.stream.state())
-    saved = state.step
+    saved = replace(state)  # as it was loaded: a new run has nothing to save yet, a resumed one only what it adds
     while True:
         with _kept(job, state):
             _evaluate(job, state)
-        last = state.step >= job.steps
+        last = job.ended(state)
         due = last or state.step == state.best_step or (job.checkpoint.every and state.step % job.checkpoint.every == 0)
-        if due and state.step != saved:
+        if due and state.step and state != saved:
             checkpoints.save(job.folder, state, job.student, job.tokenizer)
             checkpoints.prune(job.folder, job.checkpoint.keep, state.best_step)
         if last:
@@ -59,6 +59,8 @@ def _step(job: Job, state: State) -> None:
     clock = Clock(job.student.device)
     student, step = job.student, state.step
 
+    total = job.expected_steps(state)
+    student.total_updates = total * job.optim.passes * job.optim.minibatches
     rollouts = collect(job, state, clock)  # plan, sample, reward
     with clock("score"), student.autocast():  # gather facts
         batch = gather(
@@ -66,7 +68,7 @@ def _step(job: Job, state: State) -> None:
             job.needs,
             job.scorers,
             step=step,
-            total_steps=job.steps,
+            total_steps=total,
             seed=job.seed,
             memory=state.memory,
             policy_version=student.updates,
@@ -88,7 +90,6 @@ def _step(job: Job, state: State) -> None:
     state.memory = job.curriculum.observe(rollouts, state.memory)  # observe
     state.step += 1
     state.stream = job.stream.state()
-    state.tokens += sum(len(r.tokens) for r in rollouts)
     job.recorder.step(state.step, state.tokens, rollouts, batch, record, clock.seconds, student)  # record
 
 
@@ -147,7 +148,7 @@ def _inputs_finite(batch: Batch, row: int) -> Tensor:
 
 def _evaluate(job: Job, state: State) -> None:
     """Score the student where it is due: before the first step, every so many, after the last; remember the best."""
-    due = state.step in (0, job.steps) or (job.evaluate_every and state.step % job.evaluate_every == 0)
+    due = state.step == 0 or job.ended(state) or (job.evaluate_every and state.step % job.evaluate_every == 0)
     if not due or state.evaluated == state.step:
         return
     if job.validate is not None:

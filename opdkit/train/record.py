@@ -84,6 +84,7 @@ class Recorder:
     keep_samples: int = 8
     sample_every: int = 10
     show: Callable[[int, Mapping[str, float]], None] | None = None
+    route: Callable[[Rollout], str] | None = None  # where there are several teachers: the one that scores a rollout
 
     def step(
         self,
@@ -97,6 +98,8 @@ class Recorder:
     ) -> None:
         """Record step number `step` (from 1)."""
         metrics = record.metrics(batch) | rollout_metrics(rollouts) | speed(rollouts, record.positions, seconds)
+        if self.route is not None:
+            metrics |= teacher_metrics(batch, [self.route(r) for r in rollouts])
         metrics["tokens/sampled_so_far"] = tokens
         metrics["memory/peak_gib"] = peak_memory(student.device)
         self.trackers.log(step, metrics)
@@ -164,6 +167,18 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         out["sampling/log_ratio"] = sum(moved) / len(
             moved
         )  # mean log(drawn/plain): the bias of sampled-token estimators (0: none)
+    return out
+
+
+def teacher_metrics(batch: Batch, names: Sequence[str]) -> dict[str, float]:
+    """Of each of several teachers: its share of the trained tokens, and the mean of log pi_s - log pi_t on them, nats."""
+    out: dict[str, float] = {}
+    for name in sorted(set(names)):
+        mine = batch.mask & torch.tensor([n == name for n in names], device=batch.device)[:, None]
+        out[f"teacher_token_frac/{name}"] = int(mine.sum()) / max(int(batch.mask.sum()), 1)
+        gap = mean_gap(batch, "student", "teacher", mine)
+        if not math.isnan(gap):
+            out[f"teacher_kl/{name}"] = gap
     return out
 
 

@@ -90,6 +90,14 @@ def test_a_token_of_probability_zero_is_never_drawn(uniform: float, vocab: int) 
     assert logp.isfinite().all()
 
 
+def test_rounding_at_the_end_of_the_distribution_draws_no_dropped_token() -> None:
+    logits = some_logits(200, 40).float()
+    logits[:, 30:] = -math.inf
+    token, _, _ = choose(logits, Sampling(), torch.full((200,), 1 - 2**-53, dtype=torch.float64))
+    assert (logits.softmax(-1).double().sum(-1) > 1).any()
+    assert token.max() < 30
+
+
 def test_top_p_looks_further_where_the_distribution_is_flat() -> None:
     logits = some_logits(3, 4 * NUCLEUS, scale=0.1)
     logits[0, 7] = 20.0  # one row's nucleus is a single token, the others' are most of the vocabulary

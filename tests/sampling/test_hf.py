@@ -268,6 +268,20 @@ def test_a_stop_string_over_several_tokens_and_of_several_bytes() -> None:
     assert (rollout.finish, rollout.text) == ("stop", TOKENIZER.decode([7, 8]))
 
 
+def test_a_stop_string_that_begins_with_a_space_which_the_decoder_drops_at_the_start() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({f"▁w{i}": i for i in range(320)}, unk_token="▁w0"))
+    core.decoder = decoders.Metaspace()
+    tokenizer, model = PreTrainedTokenizerFast(tokenizer_object=core), tiny_model()
+    model.generation_config.eos_token_id = None
+    assert tokenizer.decode([7, 8]) == "w7 w8"
+    for stop, length, text in ((" ", 2, "w7"), (" w9", 3, "w7 w8")):
+        rollout = HFSampler(Scripted(model, [7, 8, 9, 9]), tokenizer).sample([Prompt("a", [5])], replace(GREEDY, stop=(stop,)))[0]
+        assert (rollout.tokens, rollout.text) == ([7, 8, 9][:length], text)
+
+
 class Scripted:
     """A model that writes a script: its logits at response position t are a spike at the t-th token (one-token prompts)."""
 

@@ -1,0 +1,159 @@
+"""Interrupted and resumed is the same run as one never interrupted, bit for bit (PITFALLS R1)."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opdkit import UserError, distill
+from opdkit.train import checkpoint as checkpoints
+from opdkit.track import read_lines
+from tests.end_to_end.conftest import Shop
+from tests.end_to_end.crash import MOMENTS, assert_same, in_child
+
+KILLED = -9
+STEPS = 6
+RUNS: dict[str, dict[str, Any]] = {
+    "opd": {"method": "opd"},
+    "several optimiser steps": {"method": {"name": "drift_gating"}, "optim": {"passes": 2, "minibatches": 2, "schedule": "cosine"}},
+    "curriculum with memory": {"method": "paced", "sampling": {"num_generations": 4}},
+    "replay": {"method": {"name": "distillm", "threshold": 0.7}},
+    "guided rollouts": {"method": "tropd"},
+    "adapters with dropout": {"method": "opd", "lora": {"r": 4, "dropout": 0.3}},
+}
+
+
+def values(shop: Shop, output: Path, **settings: Any) -> dict[str, Any]:
+    """A run that evaluates every second step, saves every third, and needs several micro-batches for a step."""
+    return shop.values(
+        output,
+        **{
+            "steps": STEPS,
+            "reward": shop.reward,
+            "evaluate": {"data": shop.data, "every": 2, "teacher": True},
+            "checkpoint": {"every": 3},
+            "micro_batch_tokens": 64,
+            "sample_every": 2,
+            **settings,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain run, never interrupted."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    assert in_child(values(shop, folder)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_twice_at_random_moments_and_resumed_is_the_run_that_was_never_killed(shop: Shop, tmp_path: Path, name: str) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"random moments from seed {seed}")
+    rng = random.Random(seed)
+    first, second = sorted(rng.randint(1, STEPS) for _ in range(2))
+    settings = RUNS[name]
+    assert in_child(values(shop, tmp_path / "whole", **settings)) == 0
+    for resume, step in ((False, first), (True, second)):
+        moment = rng.choice(MOMENTS)
+        moment = "before the optimiser" if name == "replay" and moment == "sampling" else moment  # a step may sample nothing
+        print(f"killed at step {step}, {moment}")
+        assert in_child(values(shop, tmp_path / "broken", **settings), resume=resume, moment=moment, step=step) == KILLED
+    assert in_child(values(shop, tmp_path / "broken", **settings), resume=True) == 0
+    assert_same(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_every_moment_of_a_step_can_be_the_last(shop: Shop, tmp_path: Path, unbroken: Path, moment: str) -> None:
+    assert in_child(values(shop, tmp_path / "run"), moment=moment, step=5) == KILLED
+    assert in_child(values(shop, tmp_path / "run"), resume=True) == 0
+    assert_same(tmp_path / "run", unbroken)
+
+
+def test_killed_while_a_checkpoint_is_written_falls_back_to_the_one_before(shop: Shop, tmp_path: Path, unbroken: Path) -> None:
+    run = values(shop, tmp_path / "run")
+    assert in_child(run, moment="writing a checkpoint", step=6) == KILLED
+    assert (tmp_path / "run" / ".partial-checkpoint-6").is_dir()
+    newest = checkpoints.newest(tmp_path / "run")
+    assert newest is not None and newest.name != "checkpoint-6"
+    assert not (tmp_path / "run" / ".partial-checkpoint-6").exists()
+    assert in_child(run, resume=True) == 0
+    assert_same(tmp_path / "run", unbroken)
+
+
+def test_killed_before_the_first_checkpoint_starts_again_and_repeats_no_line(shop: Shop, tmp_path: Path, unbroken: Path) -> None:
+    assert in_child(values(shop, tmp_path / "run"), moment="after recording", step=1) == KILLED
+    assert checkpoints.newest(tmp_path / "run") is None
+    assert in_child(values(shop, tmp_path / "run"), resume=True) == 0
+    assert_same(tmp_path / "run", unbroken)
+
+
+def test_a_finished_run_resumed_changes_nothing(shop: Shop, tmp_path: Path, unbroken: Path) -> None:
+    assert in_child(values(shop, tmp_path / "run")) == 0
+    assert in_child(values(shop, tmp_path / "run"), resume=True) == 0
+    assert_same(tmp_path / "run", unbroken)
+
+
+def train(shop: Shop, output: Path, reward: Any, **settings: Any) -> None:
+    """The run in this process, with a reward of one's own."""
+    given = values(shop, output, **settings)
+    del given["reward"]
+    distill(given.pop("student"), given.pop("teacher"), given.pop("data"), given.pop("method", "opd"), reward=reward, **given)
+
+
+def even(rollout: Any) -> float:
+    return float(sum(rollout.tokens) % 2 == 0)
+
+
+def failing(start: str, error: BaseException) -> Any:
+    """The reward, until a rollout's id starts so."""
+
+    def reward(rollout: Any) -> float:
+        if rollout.id.startswith(start):
+            raise error
+        return even(rollout)
+
+    return reward
+
+
+@pytest.fixture(scope="module")
+def whole(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(shop, folder, even)
+    return folder
+
+
+@pytest.mark.parametrize("error", [UserError("the judge is away"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_an_error_in_a_step_saves_the_step_before_it(shop: Shop, tmp_path: Path, whole: Path, error: BaseException) -> None:
+    """Rollouts of the sixth step are called 5/...; checkpoints are due every three steps."""
+    with pytest.raises(type(error)):
+        train(shop, tmp_path / "run", failing("5/", error))
+    newest = checkpoints.newest(tmp_path / "run")
+    assert newest is not None and newest.name == "checkpoint-5"
+    assert json.loads((newest / "trainer_state.json").read_text())["step"] == 5
+    train(shop, tmp_path / "run", even, resume=True)
+    assert_same(tmp_path / "run", whole)
+
+
+def test_an_error_in_an_evaluation_saves_its_step_and_evaluates_again(shop: Shop, tmp_path: Path, whole: Path) -> None:
+    asked = 0
+
+    def reward(rollout: Any) -> float:
+        nonlocal asked
+        asked += 1
+        if len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 4 and rollout.id.startswith("4/"):
+            raise UserError("the judge is away")
+        return even(rollout)
+
+    with pytest.raises(UserError, match="the judge is away"):
+        train(shop, tmp_path / "run", reward)
+    assert [(e["name"], e["step"]) for e in read_lines(tmp_path / "run" / "evals.jsonl")] == [("teacher", 0), ("student", 0), ("student", 2)]
+    newest = checkpoints.newest(tmp_path / "run")
+    assert newest is not None and newest.name == "checkpoint-4"
+    train(shop, tmp_path / "run", even, resume=True)
+    assert_same(tmp_path / "run", whole)

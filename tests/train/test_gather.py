@@ -1,0 +1,228 @@
+"""Facts from padded, batched, chunked passes are those of each row alone; what is masked, cut or of another tokenizer never leaks in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from opdkit import UserError, load
+from opdkit.facts import Needs
+from opdkit.forward import Layout
+from opdkit.head import flat_positions, learn
+from opdkit.maths import ReverseKL
+from opdkit.method import Method
+from opdkit.models import head_of
+from opdkit.objective import Objective
+from opdkit.signals import Entropy
+from opdkit.teachers import LocalModel
+from opdkit.train.gather import collate, gather
+from opdkit.train.record import rollout_metrics
+from opdkit.types import EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, Rollout
+from tests.common.tiny import tiny_model
+from tests.train.rows import naive_logps, rollouts
+
+FACTS: list[Fact] = [
+    LogpFact("student"),
+    LogpFact("teacher"),
+    EntropyFact("student"),
+    EntropyFact("teacher"),
+    LogpAtFact("teacher", "teacher", 3),
+    LogpAtFact("student", "teacher", 3),
+    GapFact(ReverseKL(), "student", "teacher"),
+]
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    """A student and a teacher in float64: what differs is wrong, not rounded."""
+    return {name: tiny_model(kind, seed=seed).double() for name, kind, seed in (("student", "qwen3", 1), ("teacher", "llama", 2))}
+
+
+def scorers(models: dict[str, Any], budget: int = 65536) -> dict[str, Any]:
+    return {name: LocalModel(model, head_of(model), budget) for name, model in models.items()}
+
+
+def facts(models: dict[str, Any], rows: list[Rollout], needs: list[Fact], budget: int = 65536) -> Any:
+    return gather(rows, Needs(frozenset(needs)), scorers(models, budget), recompute_student=True, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("budget", [1, 20, 65536], ids=lambda n: f"{n} tokens a pass")
+def test_facts_of_a_padded_batch_are_those_of_each_row_alone(models: dict[str, Any], budget: int) -> None:
+    rows = rollouts()
+    batch = facts(models, rows, FACTS, budget)
+    for b, row in enumerate(rows):
+        n = len(row.tokens)
+        if not n:
+            continue
+        said = {name: naive_logps(model, row) for name, model in models.items()}
+        chosen = torch.tensor(row.tokens)[:, None]
+        top = said["teacher"].topk(3, -1).indices
+        for name, logps in said.items():
+            torch.testing.assert_close(batch[name].logp[b, :n], logps.gather(-1, chosen)[:, 0], rtol=0, atol=1e-12)
+            torch.testing.assert_close(batch[name].entropy[b, :n], -(logps.exp() * logps).sum(-1), rtol=0, atol=1e-12)
+            torch.testing.assert_close(batch[name].at_top("teacher", 3)[b, :n], logps.gather(-1, top), rtol=0, atol=1e-12)
+        gap = (said["student"].exp() * (said["student"] - said["teacher"])).sum(-1)
+        torch.testing.assert_close(batch.read(FACTS[-1])[b, :n], gap, rtol=0, atol=1e-12)
+
+
+def test_the_samplers_log_probs_are_the_students_where_they_are_exact(models: dict[str, Any]) -> None:
+    rows = rollouts(policy_version=4)
+    needs = Needs(frozenset({LogpFact("student"), LogpFact("sampler")}))
+    assert gather(rows, needs, {}, policy_version=4)["student"].logp[0].tolist() == pytest.approx([-1, -1.1, -1.2, -1.3, -1.4, 0, 0, 0])
+    for settings in ({"policy_version": 5}, {"policy_version": 4, "recompute_student": True}, {"policy_version": 4, "correct_sampling": True}):
+        with pytest.raises(KeyError, match="student"):  # there it has to be asked, and no model is here
+            gather(rows, needs, {}, **settings)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------------------ layout
+
+
+def test_micro_batches_hold_every_position_once_and_keep_to_the_budget() -> None:
+    rows = rollouts(lengths=[(p, r) for p in (2, 9, 30) for r in (0, 1, 7, 20)])
+    layout = Layout(rows, 20)
+    mask = torch.arange(20)[None] < torch.tensor([len(r.tokens) for r in rows])[:, None]
+    mask[7, 3:] = False  # a row of which only the beginning is asked
+    positions = flat_positions(mask)
+    for budget in (1, 40, 100, 10_000):
+        parts = layout.micro_batches(positions, budget)
+        assert sorted(torch.cat(parts).tolist()) == positions.tolist()
+        for part in parts:
+            lengths = layout.lengths(part)
+            filled = int((lengths > 0).sum()) * int(lengths.max())
+            assert filled <= budget or int((lengths > 0).sum()) == 1
+        assert len(layout.micro_batches(positions, 10_000)) == 1
+
+
+def test_what_follows_the_last_selected_position_is_not_computed(models: dict[str, Any]) -> None:
+    """Three prompt tokens and five of response: the second response token is predicted from 3 + 1 tokens."""
+    rows = rollouts(lengths=[(3, 5), (2, 6)])
+    seen: list[tuple[int, ...]] = []
+    hook = models["student"].get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    states = Layout(rows, 6).states(models["student"], torch.tensor([0, 1]))
+    hook.remove()
+    assert seen == [(1, 4)]  # and the other row not at all
+    logits = head_of(models["student"]).logits(states)
+    torch.testing.assert_close(logits.log_softmax(-1), naive_logps(models["student"], rows[0])[:2], rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------- pitfalls
+
+
+def gradient(models: dict[str, Any], method: Method, rows: list[Rollout]) -> torch.Tensor:
+    """[weights]: the student's gradient of a method on these rollouts, through gather and learn."""
+    student = models["student"]
+    batch = gather(rows, method.needs, scorers(models), dtype=torch.float64)
+    plan = method.objective.plan(batch)
+    layout = Layout(rows, batch.shape[1])
+    student.zero_grad()
+    for positions in layout.micro_batches(flat_positions(plan.selected), 65536):
+        learn(plan, positions, layout.states(student, positions), head_of(student)).loss.backward()
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in student.parameters()])
+
+
+METHODS = ("opd", "iw_opd", "gkd", "vopd", "position_opd")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_m6_tokens_that_the_student_did_not_write_teach_nothing(models: dict[str, Any], name: str) -> None:
+    method = load(name)
+    tool = [replace(r, trained=[False] * len(r.tokens)) for r in rollouts()]
+    assert not gradient(models, method, tool).any()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_m6_a_tools_tokens_are_context_and_count_nowhere(models: dict[str, Any], name: str) -> None:
+    """Turn, tool output, turn: whatever was recorded of the tool's tokens, sums, shares and denominators see the student's alone.
+
+    The same trained tokens split in two rollouts, the second of which has the first and the tool's tokens as its prompt, have the same
+    credits at the same positions. For losses without sums along the row the gradient is the same.
+    """
+    (row,) = rollouts(lengths=[(3, 8)])
+    trained = [True] * 3 + [False] * 2 + [True] * 3
+    whole = replace(row, trained=trained)
+    garbage = replace(whole, logp=[lp if t else -50.0 for lp, t in zip(row.logp, trained)])
+    found = gradient(models, load(name), [whole])
+    assert found.any()
+    assert torch.equal(found, gradient(models, load(name), [garbage]))
+    if name in ("opd", "gkd", "vopd"):
+        first = replace(row, id="a", tokens=row.tokens[:3], trained=[True] * 3, logp=row.logp[:3])
+        second = replace(row, id="b", prompt=row.prompt + row.tokens[:5], tokens=row.tokens[5:], trained=[True] * 3, logp=row.logp[5:])
+        torch.testing.assert_close(found, gradient(models, load(name), [first, second]), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("pad", [0, 2])
+def test_m1_padding_that_is_the_end_of_sequence_neither_trains_nor_hides_a_token(models: dict[str, Any], pad: int) -> None:
+    """Id 2 ends a response, stands inside a prompt, and fills the table: only the ends that were written are trained."""
+    rows = [
+        Rollout("a", [2, 5, 2], [7, 2], [True, True], [-1.0, -2.0], [-1.0, -2.0], "a"),
+        Rollout("b", [2, 2, 2, 9], [8, 6, 3, 4], [True] * 4, [-1.0] * 4, [-1.0] * 4, "b", finish="length"),
+    ]
+    batch = facts(models, rows, [LogpFact("teacher")])
+    assert batch.mask.tolist() == [[True, True, False, False], [True] * 4]
+    for b, row in enumerate(rows):
+        expected = naive_logps(models["teacher"], row).gather(-1, torch.tensor(row.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(batch["teacher"].logp[b, : len(row.tokens)], expected, rtol=0, atol=1e-12)
+    assert collate(rows, "cpu", torch.float64).tokens[0, 2:].tolist() == [0, 0]  # never read: outside the mask
+    del pad
+
+
+def test_m8_the_last_token_of_a_cut_rollout_is_trained_and_the_share_of_such_is_reported() -> None:
+    rows = [replace(r, finish=f) for r, f in zip(rollouts(lengths=[(2, 4), (2, 3), (2, 4), (2, 4)]), ("length", "stop", "length", "stop"))]
+    assert collate(rows, "cpu", torch.float32).mask[0].tolist() == [True] * 4
+    assert rollout_metrics(rows)["completions/truncated_fraction"] == 0.5
+
+
+def test_m10_token_ids_reach_the_models_as_they_were_drawn(models: dict[str, Any]) -> None:
+    """Ids that no text would give back: a special token in the middle, bytes of a split character, a pair that merges when encoded."""
+    from tests.common.tiny import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    split = [tokenizer.convert_tokens_to_ids(c) for c in ("a", "n", "s")]
+    odd = [2, 1, 0, *split, 255, 130]
+    assert tokenizer(tokenizer.decode(odd))["input_ids"] != odd
+    row = Rollout("a", [1, 0, 2], odd, [True] * len(odd), [-1.0] * len(odd), [-1.0] * len(odd), "a")
+    seen: list[list[int]] = []
+    hooks = [
+        m.get_decoder().register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True)
+        for m in models.values()
+    ]
+    gradient(models, load("gkd"), [row])
+    for hook in hooks:
+        hook.remove()
+    assert seen == [[1, 0, 2, *odd[:-1]]] * 2  # teacher and student; the last token is predicted, never read
+
+
+def test_r6_a_model_that_is_nan_is_named_with_the_rollout(models: dict[str, Any]) -> None:
+    rows = rollouts()
+    broken = tiny_model("llama", seed=2).double()
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[rows[2].tokens[4]] = math.nan
+    with pytest.raises(UserError, match=r"not finite at token 5 of rollout 0/2/0.*Nothing was learnt"):
+        facts(models | {"teacher": broken}, rows, [LogpFact("teacher")])
+    with torch.no_grad():
+        broken = tiny_model("llama", seed=2).double()
+        broken.lm_head.weight[17] = math.nan
+    with pytest.raises(UserError, match=r"teacher log-prob of the sampled token is NaN at token 0 of rollout 0/0/0"):
+        facts(models | {"teacher": broken}, rows, [LogpFact("teacher")])
+
+
+def test_a_live_fact_begins_as_the_student_before_the_step(models: dict[str, Any]) -> None:
+    rows = rollouts()
+    method = Method(Objective(load("opd").objective.terms[0] * Entropy("live")))
+    batch = gather(rows, method.needs, scorers(models), dtype=torch.float64)
+    entropy = facts(models, rows, [EntropyFact("student")])["student"].entropy
+    assert torch.equal(batch["live"].entropy, entropy)
+
+
+def test_a_column_that_is_no_number_is_named(models: dict[str, Any]) -> None:
+    from opdkit.types import ColumnFact
+
+    rows = rollouts(row={"difficulty": "hard"})
+    with pytest.raises(UserError, match=r"the column 'difficulty' as a number; in the row of rollout 0/0/0 it is 'hard'"):
+        gather(rows, Needs(frozenset({ColumnFact("row:difficulty")})), scorers(models))
