@@ -8,11 +8,14 @@ Names are imported when first used, so that `import opdkit` stays light.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opdkit.commands import doctor, eval_model, sample_model
+    from opdkit.compare import compare
     from opdkit.errors import UserError
     from opdkit.explain import explain
     from opdkit.launch import distill, execute
@@ -36,6 +39,7 @@ _HOMES = {
     "eval_model": "commands",
     "sample_model": "commands",
     "doctor": "commands",
+    "compare": "compare",
     "explain": "explain",
     "write_report": "report",
     "UserError": "errors",
@@ -46,6 +50,7 @@ __all__ = [
     "Objective",
     "Run",
     "UserError",
+    "compare",
     "distill",
     "doctor",
     "eval_model",
@@ -68,3 +73,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+class _Package(ModuleType):
+    """`opdkit.compare`, `opdkit.explain` and `opdkit.methods` are the functions, also once the modules of those names are imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

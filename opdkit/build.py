@@ -19,7 +19,7 @@ from opdkit.method import Method, as_method
 from opdkit.models import check_head, head_of, load_model, load_tokenizer, real_vocabulary, same_tokenizer
 from opdkit.rewards import Reward, load_reward
 from opdkit.run import Data, Run
-from opdkit.sampling import HFSampler
+from opdkit.sampling import Guide, HFSampler
 from opdkit.sampling.draws import check_sampling
 from opdkit.show import Evaluator, Screen, Validator
 from opdkit.teachers import LocalModel, Routed, Scorer, route
@@ -84,6 +84,11 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
     scorers: dict[str, Scorer] = {"student": LocalModel(base, student.head), "live": LocalModel(base, student.head)}
     scorers |= {name: _cut(scorer, vocab) for name, scorer in others.items()}
     sampler = HFSampler(base, tokenizer, head=student.head)
+    writer = (
+        sampler
+        if not method.teacher_mix
+        else HFSampler(base, tokenizer, head=student.head, guide=guide(scorers, method.teacher_mix))
+    )
     prompts = make_prompts(run.prompts, rows, tokenizer)
     _fits(prompts, base, run)
     state = State() if checkpoint is None else checkpoints.restore(checkpoint, student)
@@ -105,7 +110,7 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
         objective=method.objective,
         needs=needs,
         student=student,
-        sampler=sampler,
+        sampler=writer,
         scorers=scorers,
         prompts=prompts,
         stream=PromptStream(len(prompts), seed=run.seed),
@@ -322,6 +327,16 @@ def _fits(prompts: Prompts, model: Any, run: Run) -> None:
             f"{room} fit the model's context of {limit}. Set data.max_prompt_length={max(room, 0)} to drop longer prompts, "
             "or lower max_completion_length"
         )
+
+
+def guide(scorers: Mapping[str, Scorer], share: float) -> Guide:
+    """The teacher as a second model in decoding."""
+    teacher = scorers["teacher"]
+    if not isinstance(teacher, LocalModel):
+        raise UserError(
+            "teacher_mix lets the teacher take part in decoding: it needs one teacher in this process, not several by route"
+        )
+    return Guide(teacher.model, teacher.head, share)
 
 
 def newlines(tokenizer: Any) -> frozenset[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from opdkit.head import Head, Source, slices
 from opdkit.head import chunk_rows as default_rows
 from opdkit.maths import divergence
-from opdkit.objective import Objective, RolloutLoss, TokenLoss, credit_of
+from opdkit.objective import Objective, RolloutLoss, Signal, TokenLoss, credit_of
 from opdkit.types import (
     Batch,
     ColumnFact,
@@ -120,6 +120,11 @@ class _Probe(Batch):
         self.asked.add(VocabularyFact(model))
         cells = self.tokens.numel()
         return Source(torch.zeros(cells, self.VOCABULARY), torch.arange(cells), Head())
+
+
+def per_rollout(signal: Signal) -> bool:
+    """Whether a signal is one number per rollout or step, not one per token: found by running it on made-up facts."""
+    return signal(_Probe()).shape[1] == 1
 
 
 def needs(objective: Objective) -> Needs:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from opdkit import compose
 from opdkit.address import is_address, load_address
 from opdkit.curricula import Curriculum, Plain
 from opdkit.errors import UserError, nearest
 from opdkit.facts import Needs, needs
 from opdkit.methods import METHODS
-from opdkit.objective import Loss, Objective, Term
+from opdkit.objective import Loss, Number, Objective, Signal, Term
 
 
 @dataclass(frozen=True)
 class Method:
-    """An objective with what lies outside it: its curriculum."""
+    """An objective with what lies outside it: its curriculum, and whether the teacher takes part in decoding."""
 
     objective: Objective
     curriculum: Curriculum = Plain()  # who writes the responses, to which prompts, what is remembered
+    teacher_mix: float = 0.0  # share of the teacher in the distribution that the student's tokens are drawn from
     name: str = ""  # filled by `load`, as are the next three
     arguments: tuple[tuple[str, Any], ...] = ()
     summary: str = ""
@@ -34,6 +37,71 @@ class Method:
 
     def __str__(self) -> str:
         return str(self.objective)
+
+    def __mul__(self, other: Method | Signal | Number) -> Method:
+        """Every term times a number, a signal, or another method's weight (`weight_of`); denominators stay, as does who writes."""
+        mine = spelled(self)
+        if isinstance(other, Method):
+            theirs = spelled(other)
+            by = compose.weight(other.objective, theirs)
+            made = compose.weigh(self.objective, mine, by, theirs)
+            keeps = compose.join(self.curriculum, compose.keeper(other.curriculum, theirs), (mine, theirs))
+            doc = f"{mine}, every term times the weight of {theirs}:\n\n    {by}"
+            return _composed(f"{compose.bracketed(mine)} * {compose.bracketed(theirs, True)}", doc, made, keeps, self, other)
+        if isinstance(other, Signal):
+            return replace(self, objective=compose.weigh(self.objective, mine, other, str(other)), name="own", arguments=())
+        if isinstance(other, (int, float)):
+            name = f"{other:g} * {compose.bracketed(mine, True)}"
+            return _composed(name, name, compose.scale(self.objective, other), self.curriculum, self)
+        return NotImplemented
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Method) -> Method:
+        """The terms of both."""
+        if not isinstance(other, Method):
+            return NotImplemented
+        names = spelled(self), spelled(other)
+        keeps = compose.join(self.curriculum, other.curriculum, names)
+        doc = f"The terms of {names[0]} and those of {names[1]}."
+        return _composed(" + ".join(names), doc, self.objective + other.objective, keeps, self, other)
+
+
+COMPOSED = ("objective", "curriculum", "name", "arguments", "summary", "doc")  # what composing methods fills in
+
+
+def _composed(name: str, doc: str, objective: Objective, curriculum: Curriculum, *of: Method) -> Method:
+    """A method made of others. What else these bring must not contradict each other."""
+    rest: dict[str, Any] = {}
+    for field in (f for f in fields(Method) if f.name not in COMPOSED):
+        given = {m: getattr(m, field.name) for m in of if getattr(m, field.name) != getattr(Method, field.name, None)}
+        if len(set(map(str, given.values()))) > 1:
+            raise UserError(f"{name}: the methods bring a different {field.name}, {' and '.join(map(str, given.values()))}: only one can hold")
+        rest |= {field.name: value for value in given.values()}
+    known = name if all(spelled(m) != "own" for m in of) else "own"
+    return Method(objective, curriculum, name=known, summary=doc.split("\n")[0], doc=doc, **rest)
+
+
+def spelled(method: Method) -> str:
+    """A method as an expression that `load` reads: its name and the arguments that are not at their default; else "own"."""
+    if not method.arguments:
+        return method.name or "own"
+    defaults = inspect.signature(function_of(method.name)).parameters
+    given = {k: v for k, v in method.arguments if v != defaults[k].default}
+    if any(not _plain(v) for v in given.values()):
+        return "own"
+    return f"{method.name}({', '.join(f'{k}={v!r}' for k, v in given.items())})" if given else method.name
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value can be written in an expression."""
+    return all(map(_plain, value)) if isinstance(value, tuple) else value is None or isinstance(value, (bool, int, float, str))
+
+
+def weight_of(method: str | Method | Objective | Term | Loss, **arguments: Any) -> Signal:
+    """What a method multiplies its loss by, as a signal: `load("tropd").objective * weight_of("iw_opd")`."""
+    made = as_method(method, **arguments)
+    return compose.weight(made.objective, spelled(made))
 
 
 def as_method(method: str | Method | Objective | Term | Loss, **arguments: Any) -> Method:
@@ -64,7 +132,14 @@ def function_of(name: str) -> Callable[..., Method | Objective]:
 
 
 def load(name: str, **arguments: Any) -> Method:
-    """A method by name, or `file.py:function` for one's own; its hyper-parameters are the function's arguments."""
+    """A method by name, or `file.py:function` for one's own; its hyper-parameters are the function's arguments.
+
+    Also an expression of these: `tropd(k=32) * iw_opd(gamma=1)` is tropd, every term times the weight of iw_opd; `0.5 * opd + gkd` a sum.
+    """
+    if compose.is_expression(name) and name not in METHODS and not _file(name):
+        if arguments:
+            raise UserError(f"arguments of {name!r} belong inside the expression: {compose.EXAMPLE}")
+        return compose.evaluate(name, load)
     function = function_of(name)
     signature = inspect.signature(function)
     for argument in arguments:
@@ -80,8 +155,15 @@ def load(name: str, **arguments: Any) -> Method:
         made = Method(Objective(made))
     if not isinstance(made, Method):
         raise UserError(f"{name} returned {type(made).__name__}: a method is a function that returns an Objective or a Method")
+    if name not in METHODS:
+        compose.refuse(made.objective, name)
     doc = inspect.getdoc(function) or ""
     return replace(made, name=name, arguments=tuple(bound.arguments.items()), summary=doc.split("\n")[0], doc=doc)
+
+
+def _file(name: str) -> bool:
+    """Whether a name is the address of a file that is there, whatever signs its path has."""
+    return is_address(name) and Path(name.rpartition(":")[0]).expanduser().is_file()
 
 
 def _frozen(value: Any) -> Any:

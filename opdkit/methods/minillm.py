@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opdkit import maths
 from opdkit.losses import Divergence, policy_gradient
+from opdkit.method import Method
 from opdkit.methods.opd import Clip
 from opdkit.objective import Const, Objective, Signal
 from opdkit.signals import Advantage, Ceiling, Floor, LogRatio, ToGo
@@ -51,15 +52,15 @@ def minillm(
     clip: Clip = (0.2, 0.2),
     dual_clip: float | None = None,
     rollout_cap: float | None = None,
-) -> Objective:
+) -> Method:
     """MiniLLM: KL(student || teacher) of whole sequences, so that a small student need not cover what it cannot represent.
 
         r_t = clip(log(pi_t/pi_s) / scale, +-clamp),  R_t = sum_k g^k r_{t+k} / (trained tokens from t on),  credit A = R whitened
         max(-A w, -A clip(w, 1 - low, 1 + high)),  w = pi_s / (a pi_t + (1 - a) pi_sampler)   +   single_step * KL(pi_s || pi_t)
 
     both over all trained tokens. The second term is the exact gradient of r_t itself; `exact` leaves r_t out of R_t, as the paper's
-    decomposition does and its code does not. `teacher_mix` a: the rollouts were drawn from a pi_t + (1 - a) pi_sampler, whose weight w is
-    at most 1/(1 - a) on fresh rollouts. `advantage` "std", "mean" or "rloo" adds that of the reward to A.
+    decomposition does and its code does not. `teacher_mix` a: tokens are drawn from a pi_t + (1 - a) pi_sampler, the teacher decoding
+    beside the student; w is at most 1/(1 - a) on fresh rollouts. `advantage` "std", "mean" or "rloo" adds that of the reward to A.
 
     Source: arXiv 2306.08543 and its code. Departures: a = 0, as the student draws alone (paper 0.2: the teacher takes part in decoding);
     statistics over trained tokens only (its code counts padding as zeros). Not offered: the pre-training term on a text corpus.
@@ -80,4 +81,6 @@ def minillm(
         credit = credit + Advantage(advantage)
     base = LogMixture("teacher", "sampler" if rollout_cap is None else "student", teacher_mix) if teacher_mix else None
     objective = Objective(policy_gradient(credit, clip, dual_clip, rollout_cap, base))
-    return objective + Divergence("reverse_kl") * single_step if single_step else objective
+    if single_step:
+        objective += Divergence("reverse_kl") * single_step
+    return Method(objective, teacher_mix=teacher_mix)

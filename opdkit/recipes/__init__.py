@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from opdkit.address import is_address, load_address
 from opdkit.config import plain
 from opdkit.errors import UserError, nearest
 
-RECIPES = {"gsm8k": "opdkit.recipes.gsm8k:gsm8k"}
+RECIPES = {"gsm8k": "opdkit.recipes.gsm8k:gsm8k", "quickstart": "opdkit.recipes.quickstart:recipe"}
+MAKERS = {"quickstart": "opdkit.recipes.quickstart:make"}  # of models and data that are on no hub
 
 
-def recipe(name: str) -> dict[str, Any]:
-    """The settings of a recipe by name, or of `file.py:function`, which returns a `Run` or a mapping."""
+def recipe(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """The settings of a recipe by name, or of `file.py:function`, which returns a `Run` or a mapping.
+
+    A recipe whose models and data are made for it (see `make`) has an argument `folder`: where they are.
+    """
     if is_address(name):
-        made = load_address(name)()
+        function = load_address(name)
     elif name in RECIPES:
-        module, _, function = RECIPES[name].partition(":")
-        made = getattr(import_module(module), function)()
+        function = _function(RECIPES[name])
     else:
         raise UserError(f"unknown recipe {name!r}{nearest(name, list(RECIPES))} (one's own: file.py:function)")
-    return dict(made) if isinstance(made, dict) else plain(made)
+    takes_folder = folder is not None and "folder" in inspect.signature(function).parameters
+    found = function(folder=folder) if takes_folder else function()
+    return dict(found) if isinstance(found, dict) else plain(found)
+
+
+def make(name: str, *folder: Path) -> None:
+    """The models and data of a built-in recipe that are on no hub, unless they are there already."""
+    if name in MAKERS:
+        _function(MAKERS[name])(*folder)
+
+
+def _function(place: str) -> Any:
+    module, _, function = place.partition(":")
+    return getattr(import_module(module), function)

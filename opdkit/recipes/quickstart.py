@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from opdkit.progress import progress
 from opdkit.recipes import arithmetic
 from opdkit.report import write_report
 from opdkit.run import claim_folder, make_run
+from opdkit.train import checkpoint as checkpoints
 from opdkit.train.record import write_json
 from opdkit.types import Row
 
@@ -24,6 +26,9 @@ OPD: dict[str, Any] = {
     "sampling": {"num_generations": 4, "max_completion_length": 64},
     "optim": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 5, "betas": [0.9, 0.95]},
 }
+GREEDY = {"temperature": 0.0, "max_completion_length": 64}
+REWARD = r"regex:=(\d+)$"
+WORLD = Path("runs/quickstart")
 
 
 def quickstart(out: Path, *, seed: int = 0, method: str = "opd") -> dict[str, Any]:
@@ -50,8 +55,8 @@ def quickstart(out: Path, *, seed: int = 0, method: str = "opd") -> dict[str, An
             "data": train,
             "method": method,
             "output": str(out),
-            "reward": r"regex:=(\d+)$",
-            "evaluate": {"data": test, "teacher": True, "sampling": {"temperature": 0.0, "max_completion_length": 64}},
+            "reward": REWARD,
+            "evaluate": {"data": test, "teacher": True, "sampling": GREEDY},
             "checkpoint": {"every": 0},
             "seed": seed,
             **OPD,
@@ -71,6 +76,35 @@ def quickstart(out: Path, *, seed: int = 0, method: str = "opd") -> dict[str, An
     print(json.dumps(summary))
     print(f"report  {report}\nmodel   {result.model}", file=sys.stderr)
     return summary
+
+
+def recipe(folder: Path = WORLD) -> dict[str, Any]:
+    """The quickstart's world as the settings of a run of half a minute, short enough that methods still differ at its end.
+
+    Its models and data are where `make` puts them in `folder`: one teacher and one student, so that seeds vary prompts and draws alone.
+    """
+    return {
+        "student": str(folder / "models" / "student"),
+        "teacher": str(folder / "models" / "teacher"),
+        "data": str(folder / "data" / "train.jsonl"),
+        "output": str(folder / "run"),
+        "reward": REWARD,
+        "evaluate": {"data": str(folder / "data" / "test.jsonl"), "every": 10, "teacher": True, "sampling": GREEDY},
+        **OPD,
+        "steps": 40,
+    }
+
+
+def make(folder: Path = WORLD) -> None:
+    """What `recipe` refers to, unless it is there already."""
+    tokenizer = arithmetic.tokenizer()
+    _write(folder / "data" / "train.jsonl", arithmetic.problems(8192, 1))
+    _write(folder / "data" / "test.jsonl", arithmetic.problems(256, 0, held=True))
+    for size in ("teacher", "student"):
+        place = folder / "models" / size
+        if not place.exists():
+            write = partial(checkpoints.write_model, model=_trained(size, tokenizer, 0), tokenizer=tokenizer)
+            checkpoints.put(place, write)
 
 
 def _trained(size: str, tokenizer: Any, seed: int) -> Any:

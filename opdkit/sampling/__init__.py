@@ -1,5 +1,5 @@
 """Who writes the responses: samplers turn prompts into rollouts."""
 
-from opdkit.sampling.hf import HFSampler
+from opdkit.sampling.hf import Guide, HFSampler
 
-__all__ = ["HFSampler"]
+__all__ = ["Guide", "HFSampler"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from opdkit.errors import UserError
 from opdkit.head import Head, chunk_rows, scan, slices
+from opdkit.maths import mixture
 from opdkit.models import CausalLM, evaluating, head_of, hidden_states, real_vocabulary, stop_ids
 from opdkit.sampling.cache import join, new_cache, pad_left, select, tokens_that_fit
 from opdkit.sampling.draws import check_sampling, choose, row_uniform
@@ -26,11 +28,21 @@ STOP_MARGIN = 4  # tokens decoded before those of a stop string: some decoders d
 Progress = Callable[[int], object]  # called with the number of rollouts finished so far
 
 
+@dataclass(frozen=True)
+class Guide:
+    """A second model that takes part in decoding: tokens are drawn from share * guide + (1 - share) * student (MiniLLM)."""
+
+    model: CausalLM
+    head: Head
+    share: float
+
+
 class HFSampler:
     """Samples from a causal LM in this process.
 
     `head` defaults to the model's own, cut to the tokenizer's real tokens, and no id beyond the cut is ever drawn. `max_batch_tokens`
     bounds the cache (rows x longest possible row); by default it fills half of the accelerator's free memory, or 2 GiB of a CPU's.
+    With a `guide`, tokens are drawn from its mixture with the model; `logp` stays the model's own.
     Draws are keyed by seed, rollout id and position: a rollout depends neither on the other prompts nor on the batch it was sampled in.
     """
 
@@ -41,8 +53,10 @@ class HFSampler:
         *,
         head: Head | None = None,
         max_batch_tokens: int | None = None,
+        guide: Guide | None = None,
     ):
         self.model, self.tokenizer, self.head, self.max_batch_tokens = model, tokenizer, head, max_batch_tokens
+        self.guide = guide
 
     def sync(self, model: CausalLM, version: int) -> None:
         """After an optimiser step: the model in this process is the student itself, so there is nothing to copy."""
@@ -77,8 +91,9 @@ class HFSampler:
             )
         names = [p.id if step is None else f"{step}/{p.id}" for p in prompts]
         ids = [f"{name}/{c}" for name in names for c in range(sampling.num_generations)]
-        with evaluating(self.model), torch.inference_mode():
-            run = _Run(self.model, self.tokenizer, head, prompts, sampling, ids, seed, progress)
+        guided = evaluating(self.guide.model) if self.guide is not None else nullcontext()
+        with evaluating(self.model), guided, torch.inference_mode():
+            run = _Run(self.model, self.tokenizer, head, prompts, sampling, ids, seed, progress, self.guide)
             run.sample(budget // longest, max(1, PREFILL_TOKENS // longest))
         return self._rollouts(prompts, sampling, run, policy_version)
 
@@ -162,7 +177,7 @@ class _Unit:
 class _Rows:
     """The running batch: row b is rollout `row[b]`; its columns end with the last token fed."""
 
-    cache: DynamicCache
+    caches: list[DynamicCache]  # the student's, and the guide's where there is one
     mask: Tensor  # [B, C] bool: the columns that hold a token, aligned on the right
     padded: bool  # whether any does not
     row: Tensor  # [B]
@@ -175,7 +190,8 @@ class _Rows:
         """Keeps rows `index`, without the columns that are padding for all of them."""
         self.length = self.length[index]
         trim = self.mask.shape[1] - int(self.length.max())
-        select(self.cache, index, trim)
+        for cache in self.caches:
+            select(cache, index, trim)
         self.mask = self.mask[index, trim:]
         self.padded = not bool(self.mask.all())
         self.row, self.count, self.token, self.tail = self.row[index], self.count[index], self.token[index], self.tail[index]
@@ -183,7 +199,8 @@ class _Rows:
     def join(self, other: _Rows) -> None:
         columns = max(self.mask.shape[1], other.mask.shape[1])
         self.padded = self.padded or other.padded or self.mask.shape != other.mask.shape
-        join(self.cache, other.cache)
+        for cache, more in zip(self.caches, other.caches):
+            join(cache, more)
         self.mask = torch.cat([pad_left(self.mask, columns, 1), pad_left(other.mask, columns, 1)])
         for name in ("row", "length", "count", "token", "tail"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
@@ -202,8 +219,11 @@ class _Run:
         ids: list[str],
         seed: int,
         progress: Progress | None,
+        guide: Guide | None = None,
     ):
         self.model, self.tokenizer, self.head, self.prompts = model, tokenizer, head, prompts
+        self.guide = guide
+        self.models = [model] if guide is None else [model, guide.model]
         self.sampling, self.ids, self.seed, self.progress = sampling, ids, seed, progress
         self.device = model.device
         self.keys = row_keys(ids, self.device)
@@ -247,9 +267,9 @@ class _Run:
         ids = torch.tensor([[0] * (width - len(text)) + text for text in texts], device=self.device)
         mask = torch.arange(width, device=self.device) >= width - lengths[:, None]
         padded = min(len(text) for text in texts) < width
-        cache = new_cache(self.model)
-        hidden = hidden_states(self.model, ids, mask if padded else None, past_key_values=cache)
-        self._record_prefixes(units, hidden)
+        caches = [new_cache(model) for model in self.models]
+        states = [hidden_states(m, ids, mask if padded else None, past_key_values=c) for m, c in zip(self.models, caches)]
+        self._record_prefixes(units, states[0])
         open_units = [i for i, unit in enumerate(units) if not self._complete(unit)]
         rows = torch.tensor([r for i in open_units for r in units[i].rows], dtype=torch.int64, device=self.device)
         if not len(rows):
@@ -257,23 +277,27 @@ class _Run:
         index = torch.tensor([i for i in open_units for _ in units[i].rows], device=self.device)
         given = torch.tensor([len(units[i].prompt.prefix) for i in open_units for _ in units[i].rows], device=self.device)
         tail = torch.full((len(rows), self.tail), -1, device=self.device)
-        select(cache, index)
-        batch = _Rows(cache, mask[index], padded, rows, lengths[index], given, torch.empty_like(rows), tail)
-        return self._draw(batch, hidden[index, -1])
+        for cache in caches:
+            select(cache, index)
+        batch = _Rows(caches, mask[index], padded, rows, lengths[index], given, torch.empty_like(rows), tail)
+        return self._draw(batch, [hidden[index, -1] for hidden in states])
 
     def _advance(self, batch: _Rows) -> _Rows | None:
         """Feeds the last tokens and draws the next ones."""
         batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.row), 1)], 1)
         mask = batch.mask if batch.padded else None
-        hidden = hidden_states(self.model, batch.token[:, None], mask, batch.length[:, None], batch.cache)
+        states = [
+            hidden_states(model, batch.token[:, None], mask, batch.length[:, None], cache)[:, -1]
+            for model, cache in zip(self.models, batch.caches)
+        ]
         batch.length = batch.length + 1
-        return self._draw(batch, hidden[:, -1])
+        return self._draw(batch, states)
 
-    def _draw(self, batch: _Rows, hidden: Tensor) -> _Rows | None:
-        """Draws a token for each row from hidden states [B, H], notes it, and lets the rows that it finishes leave."""
+    def _draw(self, batch: _Rows, states: list[Tensor]) -> _Rows | None:
+        """Draws a token for each row from hidden states [B, H] of each model, notes it, and lets the rows that it finishes leave."""
         uniform = row_uniform(self.keys[batch.row], self.seed, batch.count)
-        size = chunk_rows(self.head.size(hidden))
-        parts = [choose(self.head.logits(hidden[at]), self.sampling, uniform[at]) for at in slices(len(hidden), size)]
+        size = chunk_rows(self.head.size(states[0]))
+        parts = [self._choose([h[at] for h in states], uniform[at]) for at in slices(len(uniform), size)]
         token, logp, drawn_logp = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts))
         self.record.append((batch.row, token, logp, drawn_logp))
         batch.token, batch.count = token, batch.count + 1
@@ -294,6 +318,17 @@ class _Run:
             return None
         batch.select(index)
         return batch
+
+    def _choose(self, states: list[Tensor], uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, their log-probs under the student's plain softmax, and under what they are drawn from."""
+        logits = self.head.logits(states[0])
+        if self.guide is None:
+            return choose(logits, self.sampling, uniform)
+        own = logits.log_softmax(-1)
+        token, _, drawn = choose(
+            mixture(self.guide.head.logits(states[1]).log_softmax(-1), own, self.guide.share), self.sampling, uniform
+        )
+        return token, own.gather(-1, token[:, None])[:, 0], drawn
 
     def _wrote_stop(self, tail: Tensor) -> Tensor:
         """[B] bool: whether the last tokens drawn hold a stop string."""

@@ -54,10 +54,10 @@ class LocalModel:
         """Hidden states that are not numbers would spread into every weight of the student."""
         bad = ~states.isfinite().all(-1)
         if bool(bad.any()):
-            row, token = divmod(int(positions[bad.to(positions.device)].min()), layout.width)
+            row = int(positions[bad.to(positions.device)].min()) // layout.width  # attention spreads it over the whole row
             raise UserError(
-                f"{self.model.config._name_or_path or type(self.model).__name__} gives hidden states that are not finite at token {token} of "
-                f"rollout {layout.rollouts[row].id}: its files are damaged, or its dtype is too narrow. Nothing was learnt from this step; "
+                f"{self.model.config._name_or_path or type(self.model).__name__} gives hidden states that are not finite for rollout "
+                f"{layout.rollouts[row].id}: its files are damaged, or its dtype is too narrow. Nothing was learnt from this step; "
                 "check the model, or load it in float32"
             )
 

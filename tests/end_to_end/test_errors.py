@@ -80,8 +80,8 @@ def test_a_recipe_beside_a_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_settings_may_follow_a_flag(shop: Shop, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", f"--student={shop.student}", "steps=3", "--dry-run", f"--teacher={shop.teacher}", "data=d.jsonl", "method.k=3"]) == 2
-    refused(capsys, 2, "method 'opd': k chooses a top-k support")
+    code = main(["train", f"--student={shop.student}", "steps=3", "--dry-run", f"--teacher={shop.teacher}", "data=d.jsonl", "method.k=3"])
+    refused(capsys, code, "method 'opd': k chooses a top-k support")
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -142,7 +142,7 @@ def test_r6_a_teacher_that_is_nan_at_one_token_names_the_rollout(
     teacher = broken(tmp_path, lambda model: model.model.embed_tokens.weight.data[z].fill_(torch.nan))
     data = write_rows(tmp_path / "rows.jsonl", rows)
     code = shop.train(output, f"--method={method}", f"data={data}", "prompts_per_step=6", teacher=teacher)
-    refused(capsys, code, "not finite at token 0 of rollout 0/4/0", "Nothing was learnt from this step")
+    refused(capsys, code, "not finite for rollout 0/4/0", "Nothing was learnt from this step")
     assert files(output) == ["metrics.jsonl", "run.yaml"] and (output / "metrics.jsonl").read_text() == ""
 
 

@@ -153,7 +153,8 @@ def test_m6_a_tools_tokens_are_context_and_count_nowhere(models: dict[str, Any],
     if name in ("opd", "gkd", "vopd"):
         first = replace(row, id="a", tokens=row.tokens[:3], trained=[True] * 3, logp=row.logp[:3])
         second = replace(row, id="b", prompt=row.prompt + row.tokens[:5], tokens=row.tokens[5:], trained=[True] * 3, logp=row.logp[5:])
-        torch.testing.assert_close(found, gradient(models, load(name), [first, second]), rtol=1e-9, atol=1e-12)
+        apart = gradient(models, load(name), [first, second])
+        assert float((found - apart).abs().max() / found.abs().max()) < 1e-6  # norms of these models compute in float32
 
 
 @pytest.mark.parametrize("pad", [0, 2])
@@ -203,7 +204,7 @@ def test_r6_a_model_that_is_nan_is_named_with_the_rollout(models: dict[str, Any]
     broken = tiny_model("llama", seed=2).double()
     with torch.no_grad():
         broken.model.embed_tokens.weight[rows[2].tokens[4]] = math.nan
-    with pytest.raises(UserError, match=r"not finite at token 5 of rollout 0/2/0.*Nothing was learnt"):
+    with pytest.raises(UserError, match=r"not finite for rollout 0/2/0.*Nothing was learnt"):
         facts(models | {"teacher": broken}, rows, [LogpFact("teacher")])
     with torch.no_grad():
         broken = tiny_model("llama", seed=2).double()
