@@ -15,7 +15,7 @@ from opdkit.data import Prompts, PromptStream, load_rows
 from opdkit.errors import UserError, nearest
 from opdkit.facts import Needs, describe
 from opdkit.head import Head
-from opdkit.method import Method, as_method
+from opdkit.method import Method
 from opdkit.models import check_head, head_of, load_model, load_tokenizer, real_vocabulary, same_tokenizer
 from opdkit.rewards import Reward, load_reward
 from opdkit.run import Data, Run
@@ -50,7 +50,7 @@ class Given:
 
 def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False) -> tuple[Job, State]:
     """Check and build everything. What can be refused without a model is refused before one is loaded."""
-    method = given.method or as_method(run.method_spec.name, **run.method_spec.arguments)
+    method = given.method or run.method_spec.load()
     needs = method.needs
     reward = given.reward or load_reward(run.reward)
     refuse(run, method, reward)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--recipe", metavar="NAME", help="a built-in recipe, or file.py:function")
     for name in ("student", "teacher", "method", "data", "output", "reward"):
         sub.add_argument(f"--{name}", metavar=name.upper(), help=f"same as {name}=...")
+    sub.add_argument(
+        "--times",
+        action="append",
+        default=[],
+        metavar="METHOD",
+        help="multiply by this method's weight, such as iw_opd; repeatable",
+    )
     sub.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     sub.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
     sub.add_argument("--dry-run", action="store_true", help="print the resolved run, what it loads and the memory, and stop")
@@ -90,19 +99,33 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--samples", type=int, default=1, metavar="N", help="responses per prompt")
     _sampling_flags(sub)
 
+    sub = command("compare", _compare, "run methods under the same prompts, seeds and budget, and draw them side by side")
+    sub.add_argument(
+        "methods",
+        nargs="+",
+        metavar="METHOD",
+        help="tropd, tropd:k=32, file.py:function, 'tropd * iw_opd'; the first is the baseline",
+    )
+    sub.add_argument("--recipe", required=True, metavar="NAME", help="a built-in recipe, file.py:function, or a run's YAML file")
+    sub.add_argument("--seeds", type=int, default=3, metavar="N")
+    sub.add_argument(
+        "--out", default="runs/comparison", metavar="DIR", help="a comparison in it is continued (default: runs/comparison)"
+    )
+
     sub = command("report", _report, "write report.html of a run folder")
     sub.add_argument("folder")
 
     command("methods", _methods, "list every method with its source, what it needs and its cost")
 
+    named = "a name, file.py:function, or an expression in quotes: 'tropd * iw_opd(gamma=1)'"
     sub = command("explain", _explain, "print a method's formula, needs, forward passes and memory")
-    sub.add_argument("method")
+    sub.add_argument("method", help=named)
 
     sub = command("check", _check, "run the tests that every method must pass")
-    sub.add_argument("method", help="a name, or file.py:function")
+    sub.add_argument("method", help=named)
 
     command("doctor", _doctor, "show what this machine offers and which path each phase will take")
-    for name in ("train", "explain", "check"):  # settings and method arguments as key=value
+    for name in ("train", "explain", "check", "compare"):  # settings and method arguments as key=value
         commands.choices[name].add_argument("settings", nargs="*", metavar="key=value")
     return parser
 
@@ -140,12 +163,14 @@ def _quickstart(options: Any) -> None:
 
 def _train(options: Any) -> None:
     from opdkit.launch import execute
-    from opdkit.recipes import recipe
+    from opdkit.recipes import make, recipe
     from opdkit.run import load_run, make_run
 
     flags = [
         f"{n}={getattr(options, n)}" for n in ("student", "teacher", "method", "data", "output", "reward") if getattr(options, n)
     ]
+    if options.times:
+        flags.append(f"method.times={json.dumps(options.times)}")
     settings = list(options.settings)
     if options.file and "=" in options.file:  # train --recipe gsm8k steps=10: the first setting stands where the file would
         settings.insert(0, options.file)
@@ -154,6 +179,7 @@ def _train(options: Any) -> None:
         raise UserError(f"both the recipe {options.recipe} and the file {options.file} are given: choose one")
     if options.recipe:
         run = make_run(recipe(options.recipe), flags + settings)
+        make(options.recipe)
     elif options.file:
         run = load_run(options.file, flags + settings)
     else:
@@ -204,6 +230,23 @@ def _sample(options: Any) -> None:
     prompts = Data(options.data, limit=options.limit) if options.data else options.prompt
     for rollout in sample_model(options.model, prompts, _sampling(options), dtype=options.dtype, seed=options.seed):
         print(f"--- {rollout.id} ({len(rollout.tokens)} tokens, {rollout.finish})\n{rollout.text}")
+
+
+def _compare(options: Any) -> int:
+    from opdkit.compare import compare
+
+    texts = [*options.methods, *options.settings]
+    settings = [text for text in texts if re.match(r"[\w.]+=", text)]  # of a method's arguments, `:` or `(` comes first
+    methods = [text for text in texts if text not in settings]
+    try:
+        result = compare(methods, options.recipe, options.seeds, options.out, **_arguments(settings))
+    except KeyboardInterrupt:
+        print("opdkit: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    print(f"{result}\npage     {result.page}\nnumbers  {result.parquet}")
+    for (method, seed), reason in result.failed.items():
+        print(f"opdkit: {method} with seed {seed} failed: {reason}", file=sys.stderr)
+    return 1 if result.failed else 0
 
 
 def _report(options: Any) -> None:

@@ -7,22 +7,24 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 from opdkit.curricula import Curriculum, Mixed, PassRates, Plain
 from opdkit.curricula.base import Ask, Memory, Reference
 from opdkit.errors import UserError
 from opdkit.facts import per_rollout
 from opdkit.losses import Clipped
-from opdkit.methods.minillm import Whitened
 from opdkit.objective import Const, Number, Objective, Operation, RolloutLoss, Signal, credit_of
-from opdkit.signals import Ceiling, Exp, LogRatio, MeanOne, RowMean
+from opdkit.signals import Ceiling, Exp, Floor, LogRatio, MeanOne, RowMean, ToGo
 from opdkit.types import Prompt, Rollout, Sampling
 
 # ----------------------------------------------------------------------------------------------------------- weights
 
 
-AGAIN = "{name} already carries the weight of {source}: twice the same mask says nothing new, twice the same weight is its square. Leave one out"
+AGAIN = (
+    "{name} already carries the weight of {source}: twice the same mask says nothing new, twice the same weight is its square. "
+    "Leave one of them out"
+)
 
 
 def factors(signal: Signal) -> tuple[Signal, ...]:
@@ -52,9 +54,11 @@ def weight(objective: Objective, name: str) -> Signal:
         found = Const(1)
     layer = [f for f in factors(found) if _is_cap(f)]
     if isinstance(found, Const) or len(layer) == len(factors(found)):
-        several = "its terms are weighted each in its own way, which is their choice of loss, not a weight" if any(inside) else ""
+        why = "its loss is not multiplied by any signal"
+        if len(terms) > 1 and any(inside):
+            why = "its terms are weighted each in its own way, which chooses between losses"
         raise UserError(
-            f"{name} has no weight to multiply another method by: {several or 'its loss is not multiplied by any signal'}. "
+            f"{name} has no weight to multiply another method by: {why}. "
             f"Weights come from methods such as iw_opd, tip, paced, drift_gating, position_opd and scope; add {name} with + instead"
         )
     if layer or any(isinstance(term.loss, Clipped) for term in terms):
@@ -120,7 +124,7 @@ class Together:
     parts: tuple[Curriculum, ...]
 
     @property
-    def validates(self) -> bool:  # type: ignore[override]
+    def validates(self) -> bool:
         return any(part.validates for part in self.parts)
 
     @property
@@ -160,13 +164,14 @@ def join(a: Curriculum, b: Curriculum, names: tuple[str, str]) -> Curriculum:
             f"{names[0]} and {names[1]} cannot be combined: each brings its own curriculum, {' and '.join(map(str, parts))}, and only one "
             "can decide. Choose arguments that switch one of them off"
         )
-    other = next((part for part in writers if type(part).source is not Plain.source), None)  # type: ignore[attr-defined]
+    other = next((part for part in writers if type(part).source is not Plain.source), None)
     if other is not None and any(isinstance(part, PassRates) for part in parts):
         raise UserError(
             f"{names[0]} and {names[1]} cannot be combined: one weighs prompts by how often the student now solves them, and with {other} "
             "not every response is the student's own of this step. Let the student write every batch (lmbda=1, schedule=None)"
         )
-    return Together(parts) if len(parts) > 1 else parts[0] if parts else a
+    made = cast(Curriculum, Together(parts))  # whether it validates depends on its parts
+    return made if len(parts) > 1 else parts[0] if parts else a
 
 
 def keeper(curriculum: Curriculum, name: str) -> Curriculum:
@@ -203,6 +208,7 @@ def refuse(objective: Objective, name: str) -> None:
 
 
 OWN = ("student", "sampler", "live")  # models that are the student itself
+LINEAR = (ToGo, RowMean, Floor, Ceiling)  # of an estimator they are still one
 
 
 def addends(signal: Signal, by: float = 1.0) -> list[tuple[float, Signal]]:
@@ -223,13 +229,10 @@ def addends(signal: Signal, by: float = 1.0) -> list[tuple[float, Signal]]:
 
 def log_ratio(signal: Signal) -> tuple[float, LogRatio] | None:
     """c and log(other/student) where a signal is c times that, written either way round."""
-    parts = addends(signal)
-    if len(parts) != 1 or not isinstance(parts[0][1], LogRatio):
+    c, ratio = addends(signal)[0]
+    if not isinstance(ratio, LogRatio) or len(addends(signal)) > 1 or (ratio.a in OWN) == (ratio.b in OWN):
         return None
-    (c, ratio) = parts[0]
-    if ratio.a in OWN and ratio.b not in OWN:
-        return -c, LogRatio(ratio.b, ratio.a)
-    return (c, ratio) if ratio.b in OWN and ratio.a not in OWN else None
+    return (-c, LogRatio(ratio.b, ratio.a)) if ratio.a in OWN else (c, ratio)
 
 
 def wrong_estimator(credit: Signal, inside: bool = False) -> str:
@@ -253,6 +256,8 @@ def wrong_estimator(credit: Signal, inside: bool = False) -> str:
             deeper = next((w for f in factors(part) if (w := wrong_estimator(f, inside=True))), "")
             if deeper:
                 return deeper
+        elif isinstance(part, LINEAR) and (deeper := wrong_estimator(part.of, inside)):
+            return deeper
     return "k3" if any(c * straight.get(ratio, 0.0) < 0 for ratio, c in curved.items()) else ""
 
 
@@ -263,8 +268,8 @@ def _bare(signal: Signal) -> Signal:
 
 def standardised(credit: Signal) -> bool:
     """Whether a credit divides another model's log-ratio by its own statistics over the step."""
-    if isinstance(credit, Whitened):
-        return reads_other(credit.of)
+    if getattr(credit, "standardises", False):
+        return reads_other(credit)
     if isinstance(credit, MeanOne):
         return any(log_ratio(f) for _, part in addends(credit.of) for f in factors(part))
     return any(standardised(part) for part in parts_of(credit))
@@ -360,7 +365,10 @@ def bracketed(name: str, right: bool = False) -> str:
 
 def base_of(name: str) -> str | None:
     """The method that a product of methods multiplies, as text; None where the name is no such product."""
-    tree, addresses = parse(name)
+    try:
+        tree, addresses = parse(name)
+    except UserError:  # a path with signs in it
+        return None
     base = tree
     while isinstance(base, ast.BinOp) and isinstance(base.op, ast.Mult) and not isinstance(base.left, ast.Constant):
         base = base.left

@@ -115,15 +115,12 @@ def leaves(cls: Any, prefix: str = "") -> dict[str, str]:
 def override(values: dict[str, Any], cls: Any, key: str, value: Any) -> None:
     """Set one dotted key (or a last name that is unique) in a nested mapping, in place."""
     known = leaves(cls)
-    path = known.get(key)
-    if path is None:
-        root = known.get(key.split(".")[0])
-        parent = values
-        for name in (root or "").split("."):
-            parent = parent.get(name, {}) if isinstance(parent, dict) else {}
-        if root is None or not _free(cls, root):
-            raise UserError(f"unknown key {key!r}{nearest(key, list(known))}")
-        path = f"{root}.{key.partition('.')[2]}"
+    words = key.split(".")
+    heads = [".".join(words[:n]) for n in range(len(words), 0, -1)]
+    head = next((h for h in heads if h in known and (h == key or _free(cls, known[h]))), None)
+    if head is None:
+        raise UserError(f"unknown key {key!r}{nearest(key, list(known))}")
+    path = known[head] + key[len(head) :]
     *groups, last = path.split(".")
     inside = values
     for group in groups:
@@ -137,7 +134,7 @@ def _free(cls: Any, path: str) -> bool:
     """Whether keys below a path are free (a mapping) rather than declared."""
     hint: Any = cls
     for name in path.split("."):
-        hint = get_type_hints(hint)[name]
+        hint = get_type_hints(next(h for h in (hint, *get_args(hint)) if is_dataclass(h)))[name]
     return any(get_origin(h) is dict for h in (hint, *get_args(hint)))
 
 

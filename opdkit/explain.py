@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opdkit import compose
 from opdkit.curricula import Plain
 from opdkit.errors import UserError
 from opdkit.facts import Needs
@@ -25,6 +26,12 @@ def source_of(method: Method) -> str:
     """The paper a method is from."""
     found = re.search(r"arXiv[: ]?(\d{4}\.\d{5})", method.doc)
     return f"arXiv:{found[1]}" if found else ""
+
+
+def idea(method: Method) -> str:
+    """A method's summary without the name it begins with."""
+    name, _, rest = method.summary.partition(": ")
+    return rest if rest and len(name.split()) <= 3 else method.summary
 
 
 def passes(needs: Needs) -> list[str]:
@@ -52,6 +59,10 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
     needs = made.needs
     lines += ["reads", *(f"  {x}" for x in str(needs).split(", ")), ""]
     lines += ["forward passes of a step, besides sampling", *(f"  {i}. {x}" for i, x in enumerate(passes(needs), 1))]
+    base = compose.base_of(made.name)
+    if base is not None:
+        added = [x for x in passes(needs) if x not in passes(load(base).needs)]
+        lines.append(f"  new beside those of {base} alone: {'; '.join(added) or 'none'}")
     if any(isinstance(t.loss, RolloutLoss) for t in made.objective.terms):
         lines.append("  the head is projected twice: a loss over whole rollouts needs all their log-probs first")
     lines.append(
@@ -74,7 +85,7 @@ def table() -> list[dict[str, str]]:
         rows.append(
             {
                 "method": name,
-                "idea": method.summary.partition(": ")[2] or method.summary,
+                "idea": idea(method),
                 "source": source_of(method),
                 "needs": ", ".join([*(["whole teacher"] if needs.whole("teacher") else []), *extra, *columns])
                 or "teacher log-probs",
@@ -100,7 +111,7 @@ class Load:
 
 def loads(run: Run) -> list[Load]:
     """Every model a run will load, each checkpoint once."""
-    method = as_method(run.method_spec.name, **run.method_spec.arguments)
+    method = run.method_spec.load()
     wide = {"float32": 4, "bfloat16": 2, "float64": 8}
     own = wide[run.dtype] if run.dtype != "bfloat16" or run.lora else 4
     student = parameter_count(run.student, run.trust_remote_code)
@@ -134,7 +145,7 @@ def loads(run: Run) -> list[Load]:
 
 def dry_run(run: Run) -> str:
     """The resolved run, what will be loaded, and the memory it should take."""
-    method = as_method(run.method_spec.name, **run.method_spec.arguments)
+    method = run.method_spec.load()
     models = loads(run)
     chunk = CHUNK_ENTRIES * 4 * CHUNK_COPIES / GIB
     total = sum(m.gib for m in models) + chunk

@@ -125,9 +125,9 @@ def learn(plan: Plan, positions: Tensor, hidden: Tensor, head: Head, chunk: int 
         if slope is not None:
             total = total + (slope[at] * live.logp).sum()
         with torch.no_grad():
-            entropy.add_(_entropy(live).sum())
-            if ("teacher", 1.0) in live.others:
-                gap.add_((live.logp - live.others["teacher", 1.0].gather(-1, live.tokens[:, None])[:, 0]).sum())
+            entropy.add_(live.own.statistics()[1].sum())
+            if "teacher" in live.others:
+                gap.add_((live.logp - live.others["teacher"].at(live.tokens[:, None])[:, 0]).sum())
         return total
 
     size = chunk or chunk_rows(head.size(hidden))
@@ -145,13 +145,6 @@ def _weighted(loss: TokenLoss, live: Live, scale: Tensor) -> Tensor:
     if len(index) < len(scale):
         live, scale = live.select(index), scale[index]
     return (scale * loss.value(live)).sum()
-
-
-def _entropy(live: Live) -> Tensor:
-    """[n] nats, for the log."""
-    logits = live.logits.detach()
-    normaliser = live.normaliser.detach()
-    return normaliser[:, 0] - ((logits - normaliser).exp() * torch.nan_to_num(logits, neginf=0.0)).sum(-1)
 
 
 def _rollout_slope(

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from opdkit import maths
+from opdkit import kernels, maths
 from opdkit.maths import ForwardKL, Kind, ReverseKL, SkewForward, SkewReverse, kind_of
 from opdkit.objective import Const, Signal, Term, TokenLoss
 from opdkit.signals import Ceiling, Exp, LogRatio, Support, depends_on_sample
@@ -195,7 +195,7 @@ class Divergence(TokenLoss):
     def value(self, live: Live) -> Tensor:
         kind, where, t = kind_of(self.kind), self.where(), self.temperature
         if where.support == "full":
-            return maths.divergence(kind, live.logps(t), live.model_logps(self.teacher, t), self.cap)
+            return kernels.divergence(kind, live.own, live.vocabulary(self.teacher), t, self.cap)
         ids, lt = where.entries(live.read)
         return maths.divergence(kind, *where.pair(live.at(ids) / t, lt / t), self.cap)
 

@@ -44,15 +44,19 @@ class Method:
         if isinstance(other, Method):
             theirs = spelled(other)
             by = compose.weight(other.objective, theirs)
-            made = compose.weigh(self.objective, mine, by, theirs)
-            keeps = compose.join(self.curriculum, compose.keeper(other.curriculum, theirs), (mine, theirs))
+            name = f"{compose.bracketed(mine)} * {compose.bracketed(theirs, True)}"
             doc = f"{mine}, every term times the weight of {theirs}:\n\n    {by}"
-            return _composed(f"{compose.bracketed(mine)} * {compose.bracketed(theirs, True)}", doc, made, keeps, self, other)
+            return _composed(self, other, name, doc, compose.weigh(self.objective, mine, by, theirs), True)
         if isinstance(other, Signal):
-            return replace(self, objective=compose.weigh(self.objective, mine, other, str(other)), name="own", arguments=())
+            return _called(
+                replace(self, objective=compose.weigh(self.objective, mine, other, str(other))),
+                "own",
+                f"{mine}, every term times {other}.",
+            )
         if isinstance(other, (int, float)):
             name = f"{other:g} * {compose.bracketed(mine, True)}"
-            return _composed(name, name, compose.scale(self.objective, other), self.curriculum, self)
+            known = "own" if mine == "own" else name
+            return _called(replace(self, objective=compose.scale(self.objective, other)), known, f"{other:g} times {mine}.")
         return NotImplemented
 
     __rmul__ = __mul__
@@ -61,25 +65,31 @@ class Method:
         """The terms of both."""
         if not isinstance(other, Method):
             return NotImplemented
-        names = spelled(self), spelled(other)
-        keeps = compose.join(self.curriculum, other.curriculum, names)
-        doc = f"The terms of {names[0]} and those of {names[1]}."
-        return _composed(" + ".join(names), doc, self.objective + other.objective, keeps, self, other)
+        name = f"{spelled(self)} + {spelled(other)}"
+        return _composed(
+            self, other, name, f"The terms of {name.replace(' + ', ' and of ')}.", self.objective + other.objective, False
+        )
 
 
-COMPOSED = ("objective", "curriculum", "name", "arguments", "summary", "doc")  # what composing methods fills in
+COMPOSED = ("objective", "curriculum", "name", "arguments", "summary", "doc")  # what composing fills in
 
 
-def _composed(name: str, doc: str, objective: Objective, curriculum: Curriculum, *of: Method) -> Method:
-    """A method made of others. What else these bring must not contradict each other."""
-    rest: dict[str, Any] = {}
+def _composed(base: Method, other: Method, name: str, doc: str, objective: Objective, as_weight: bool) -> Method:
+    """Two methods as one. What else they bring must be the same; a weight may also bring nothing."""
+    names = spelled(base), spelled(other)
+    brought = compose.keeper(other.curriculum, names[1]) if as_weight else other.curriculum
     for field in (f for f in fields(Method) if f.name not in COMPOSED):
-        given = {m: getattr(m, field.name) for m in of if getattr(m, field.name) != getattr(Method, field.name, None)}
-        if len(set(map(str, given.values()))) > 1:
-            raise UserError(f"{name}: the methods bring a different {field.name}, {' and '.join(map(str, given.values()))}: only one can hold")
-        rest |= {field.name: value for value in given.values()}
-    known = name if all(spelled(m) != "own" for m in of) else "own"
-    return Method(objective, curriculum, name=known, summary=doc.split("\n")[0], doc=doc, **rest)
+        mine, theirs = getattr(base, field.name), getattr(other, field.name)
+        if mine != theirs and not (as_weight and theirs == field.default):
+            raise UserError(
+                f"{name}: {names[0]} has {field.name}={mine}, {names[1]} {field.name}={theirs}, and only one can hold"
+            )
+    made = replace(base, objective=objective, curriculum=compose.join(base.curriculum, brought, names))
+    return _called(made, "own" if "own" in names else name, doc)
+
+
+def _called(method: Method, name: str, doc: str) -> Method:
+    return replace(method, name=name, arguments=(), summary=doc.split("\n")[0], doc=doc)
 
 
 def spelled(method: Method) -> str:
@@ -131,7 +141,7 @@ def function_of(name: str) -> Callable[..., Method | Objective]:
     raise UserError(f"unknown method {name!r}{nearest(name, methods())} (one's own: file.py:function)")
 
 
-def load(name: str, **arguments: Any) -> Method:
+def load(name: str, /, **arguments: Any) -> Method:
     """A method by name, or `file.py:function` for one's own; its hyper-parameters are the function's arguments.
 
     Also an expression of these: `tropd(k=32) * iw_opd(gamma=1)` is tropd, every term times the weight of iw_opd; `0.5 * opd + gkd` a sum.
@@ -163,7 +173,8 @@ def load(name: str, **arguments: Any) -> Method:
 
 def _file(name: str) -> bool:
     """Whether a name is the address of a file that is there, whatever signs its path has."""
-    return is_address(name) and Path(name.rpartition(":")[0]).expanduser().is_file()
+    path, _, function = name.rpartition(":")
+    return is_address(name) and function.isidentifier() and Path(path).expanduser().is_file()
 
 
 def _frozen(value: Any) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from opdkit.config import build, override, parse_overrides, read_yaml, to_yaml
 from opdkit.errors import UserError
+from opdkit.method import Method, load
 from opdkit.train.settings import Checkpoint, Lora, Optim
 from opdkit.types import Sampling
 
@@ -47,10 +48,22 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method with arguments: name: opd, arguments: {k: 64}."""
+    """A method with arguments, times the weights of others: name: tropd, arguments: {k: 32}, times: [iw_opd, {name: paced, a: 2}]."""
 
-    name: str
+    name: str  # a name, file.py:function, or an expression such as "tropd(k=32) * iw_opd"
     arguments: dict[str, Any] = field(default_factory=dict)
+    times: tuple[str | MethodSpec, ...] = ()
+
+    def load(self) -> Method:
+        """The method itself."""
+        made = load(self.name, **self.arguments)
+        for other in self.times:
+            made = made * (load(other) if isinstance(other, str) else other.load())
+        return made
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{k}={v!r}" for k, v in self.arguments.items())
+        return " * ".join([f"{self.name}({given})" if given else self.name, *map(str, self.times)])
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,9 @@ class Run:
     reference: str | None = None  # null: the student's initial weights
     models: dict[str, str] = field(default_factory=dict)  # further models that the method names
     steps: int = 100
-    max_tokens: int | None = None  # end at the first step by which the student has written so many, if `steps` do not end it first
+    max_tokens: int | None = (
+        None  # end at the first step by which the student has written so many, if `steps` do not end it first
+    )
     prompts_per_step: int = 32
     dynamic_sampling: bool = False  # DAPO: replace prompts whose responses are all right or all wrong
     overlong_margin: int | None = None  # DAPO: tokens before max_completion_length over which the reward falls by 1
@@ -123,12 +138,18 @@ def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
     nested = copy.deepcopy(dict(values))
     for key, value in parse_overrides(overrides):
         set_value(nested, key, value)
-    method = nested.get("method")
-    if isinstance(method, dict):  # {name: tropd, k: 64}: what is not a field is an argument of the method
-        known = {"name", "arguments"}
-        arguments = {**(method.get("arguments") or {}), **{k: v for k, v in method.items() if k not in known}}
-        nested["method"] = {"name": method.get("name", "opd"), "arguments": arguments}
+    if isinstance(nested.get("method"), dict):
+        nested["method"] = _method(nested["method"])
     return build(Run, nested)
+
+
+def _method(given: Mapping[str, Any]) -> dict[str, Any]:
+    """{name: tropd, k: 64} as {name: tropd, arguments: {k: 64}}: what is not a field is an argument of the method."""
+    known = [f.name for f in fields(MethodSpec)]
+    arguments = {**(given.get("arguments") or {}), **{k: v for k, v in given.items() if k not in known}}
+    times = given.get("times") or []
+    times = [_method(t) if isinstance(t, Mapping) else t for t in (times if isinstance(times, (list, tuple)) else [times])]
+    return {"name": given.get("name", "opd"), "arguments": arguments, "times": times}
 
 
 def set_value(nested: dict[str, Any], key: str, value: Any) -> None:

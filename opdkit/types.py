@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from opdkit.kernels import Vocabulary
+
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
@@ -254,14 +256,14 @@ class Live:
     def __init__(self, batch: Batch, positions: Tensor, logits: Tensor, parent: tuple[Live, Tensor] | None = None):
         self.batch = batch
         self.positions = positions  # [n] indices into the flattened [B * T]
-        self.logits = logits  # [n, V]
         self.parent = parent
-        self.others: dict[tuple[str, float], Tensor] = {}
+        self.own = Vocabulary(logits, None if parent is None else (parent[0].own, parent[1]))
+        self.others: dict[str, Vocabulary] = {}
 
-    @cached_property
-    def normaliser(self) -> Tensor:
-        """[n, 1]: log sum exp of the logits."""
-        return torch.logsumexp(self.logits, -1, keepdim=True)
+    @property
+    def logits(self) -> Tensor:
+        """[n, V]."""
+        return self.own.logits
 
     @cached_property
     def logp(self) -> Tensor:
@@ -281,26 +283,25 @@ class Live:
 
     def at(self, ids: Tensor) -> Tensor:
         """[n, k]: log pi_s at token ids [n, k]."""
-        return self.logits.gather(-1, ids) - self.normaliser
+        return self.own.at(ids)
 
     def logps(self, temperature: float = 1.0) -> Tensor:
         """[n, V]: log pi_s over the whole vocabulary, logits divided by `temperature`."""
-        if temperature == 1.0:
-            return self.logits - self.normaliser
         return log_probs(self.logits, temperature)
 
     def model_logps(self, model: str, temperature: float = 1.0) -> Tensor:
-        """[n, V]: log-probs of another model in this process, no gradient; shared by all terms of a chunk."""
-        key = (model, temperature)
-        if key not in self.others:
+        """[n, V]: log-probs of another model in this process, no gradient."""
+        return log_probs(self.vocabulary(model).logits, temperature)
+
+    def vocabulary(self, model: str) -> Vocabulary:
+        """The whole vocabulary of another model in this process, no gradient; shared by all terms of a chunk."""
+        if model not in self.others:
             if self.parent is None:
-                with torch.no_grad():
-                    logits = self.batch.source(model).logits(self.positions)
-                    self.others[key] = log_probs(logits, temperature)
+                self.others[model] = Vocabulary(self.batch.source(model).logits(self.positions))
             else:
                 parent, index = self.parent
-                self.others[key] = parent.model_logps(model, temperature)[index]
-        return self.others[key]
+                self.others[model] = parent.vocabulary(model).select(index)
+        return self.others[model]
 
     def pick(self, signal: Any) -> Tensor:
         """[n]: a signal of the whole step, at these positions."""

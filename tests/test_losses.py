@@ -140,7 +140,12 @@ def test_names_in_the_log():
 
 def test_gap_and_divergence_agree():
     for kind in ("reverse_kl", "forward_kl", "jsd", "tv", "hellinger2", "chi2"):
-        for support, k, rest in (("full", None, "raw"), ("teacher", 2, "tail"), ("student", 2, "renormalise"), ("union", 1, "target")):
+        for support, k, rest in (
+            ("full", None, "raw"),
+            ("teacher", 2, "tail"),
+            ("student", 2, "renormalise"),
+            ("union", 1, "target"),
+        ):
             loss = evaluate(Divergence(kind, k, support, rest), S, tokens(0), models=T).loss
             gap = evaluate(Likelihood() * Gap(kind, support, k, rest), S, tokens(0), models=T).terms[0].weight
             assert close(gap, [[loss.item()]], 12)

@@ -188,7 +188,11 @@ def test_an_objective_prints_as_its_formula():
 
 def test_the_loss_is_the_sum_of_its_terms():
     s, t = logits((0.5, 0.3, 0.2), (0.1, 0.2, 0.7)), {"teacher": logits((0.2, 0.5, 0.3), (0.3, 0.3, 0.4))}
-    parts = [Divergence("jsd") * 2, (Likelihood() * (LogRatio("teacher", "student") > 0)).per("own"), Likelihood().per("row_sums")]
+    parts = [
+        Divergence("jsd") * 2,
+        (Likelihood() * (LogRatio("teacher", "student") > 0)).per("own"),
+        Likelihood().per("row_sums"),
+    ]
     whole, alone = evaluate(Objective(*parts), s, tokens(1, 2), models=t), [evaluate(p, s, tokens(1, 2), models=t) for p in parts]
     assert close(whole.loss, sum(x.loss for x in alone).item(), 12) and close(whole.grad, sum(x.grad for x in alone), 12)
     assert [x.value.item() for x in whole.terms] == pytest.approx([x.loss.item() for x in alone])

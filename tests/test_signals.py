@@ -61,7 +61,9 @@ def models(signal: Signal) -> torch.Tensor:
 
 def test_log_ratio_entropy_and_gaps():
     p, q = numbers(*P_S), numbers(*P_T)
-    assert close(models(LogRatio("teacher", "student")), [[math.log(0.4)]], 12) and close(models(Logp("teacher")), [[math.log(0.2)]])
+    assert close(models(LogRatio("teacher", "student")), [[math.log(0.4)]], 12) and close(
+        models(Logp("teacher")), [[math.log(0.2)]]
+    )
     assert close(models(Entropy("teacher")), [[-(q * q.log()).sum().item()]], 12)
     assert close(models(Gap()), [[0.223805]]) and close(models(Gap("forward_kl")), [[0.193794]])
     assert close(models(Gap("reverse_kl", "student", 2, "renormalise")), [[0.247591]])
@@ -70,9 +72,13 @@ def test_log_ratio_entropy_and_gaps():
 
 
 def test_an_absent_model_or_column_says_how_to_supply_it():
-    with pytest.raises(MissingFact, match="no scores of judge were gathered.*judge: MODEL"):
+    with pytest.raises(MissingFact, match=r"no scores of judge were gathered.*judge: MODEL"):
         LogRatio("judge", "x")(batch())
-    for signal, words in ((Reward(), "give the run a reward"), (Row("level"), "no such column"), (GroupMean(RowMean(SIGNAL)), "group")):
+    for signal, words in (
+        (Reward(), "give the run a reward"),
+        (Row("level"), "no such column"),
+        (GroupMean(RowMean(SIGNAL)), "group"),
+    ):
         with pytest.raises(MissingFact, match=words):
             signal(batch())
 
@@ -149,7 +155,9 @@ def test_schedules():
     def at(signal, step, total=5):
         return signal(batch(step=step, total_steps=total)).item()
 
-    assert [at(Progress(), s) for s in range(5)] == [0, 0.25, 0.5, 0.75, 1] and at(Progress(), 9) == 1 and at(Progress(), 0, 1) == 0
+    assert (
+        [at(Progress(), s) for s in range(5)] == [0, 0.25, 0.5, 0.75, 1] and at(Progress(), 9) == 1 and at(Progress(), 0, 1) == 0
+    )
     assert [at(Early(0.5), s, 4) for s in range(4)] == [True, True, False, False]
     assert sum(at(Early(0.1), s, 30) for s in range(30)) == 3 and at(Early(1.0), 29, 30) and not at(Early(0.0), 0, 30)
 
@@ -219,6 +227,8 @@ def test_credits_that_depend_on_the_sample(signal):
     assert depends_on_sample(signal)
 
 
-@pytest.mark.parametrize("signal", [Gap(), Entropy("teacher"), Const(1), Progress(), Wrapped(Gap()), Exp(Gap()) * 3 + Progress(), ToGo(Gap(), 0)])
+@pytest.mark.parametrize(
+    "signal", [Gap(), Entropy("teacher"), Const(1), Progress(), Wrapped(Gap()), Exp(Gap()) * 3 + Progress(), ToGo(Gap(), 0)]
+)
 def test_credits_that_do_not(signal):
     assert not depends_on_sample(signal)

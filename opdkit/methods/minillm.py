@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ class Whitened(Signal):
     """[B, T]: (of - mean) / sqrt(variance + 1e-8), both over the trained tokens of the step."""
 
     of: Signal
+    standardises: ClassVar[bool] = True  # MiniLLM's own; `compose.refuse` keeps it out of other credits
 
     def value(self, batch: Batch) -> Tensor:
         values = self.of(batch).expand(batch.shape)

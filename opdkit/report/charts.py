@@ -21,11 +21,12 @@ FEW = 12  # points that get a dot each
 
 @dataclass(frozen=True)
 class Line:
-    """A named curve; with `upto` the band between `values` and `upto`, in the first curve's colour."""
+    """A named curve, with the band `around` it; or with `upto` a band of its own between `values` and `upto`, in the first curve's colour."""
 
     name: str
     values: Values
     upto: Values = field(default_factory=list)
+    around: tuple[Sequence[float | None], Sequence[float | None]] = ((), ())  # low and high, at the steps of the values
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,22 @@ def line_chart(
     about: str = "",
     levels: Sequence[tuple[str, float]] = (),
     smooth: bool = True,
+    along: str = "step",
 ) -> dict[str, Any]:
-    """A chart for the template. `levels` are named horizontal lines, in the unit of the values."""
+    """A chart for the template. `levels` are named horizontal lines, in the unit of the values; `steps` count what `along` says."""
     x = Scale(steps[0], max(steps[-1], steps[0] + 1), LEFT, WIDTH - RIGHT)
     curves = [_curve(line, steps, smooth) for line in lines]
     y = _vertical(curves, [level for _, level in levels], unit)
     marks = y.ticks()
     return {
         "title": title,
+        "along": along,
         "unit": "log scale" if y.log and not unit else f"{unit}, log scale" if y.log else unit.replace("%", ""),
         "about": about,
         "warning": "",
         "curves": [_draw(curve, x, y, unit, index) for index, curve in enumerate(curves)],
         "levels": [{"name": name, "y": y(level)} for name, level in levels],
-        "xticks": [(x(t), f"{t:,.0f}") for t in x.ticks() if t == int(t)],
+        "xticks": [(x(t), f"{t:,.0f}" if along == "step" else number(t)) for t in x.ticks() if t == int(t)],
         "yticks": list(zip(map(y, marks), tick_labels(marks, unit, y.log))),
         "last": steps[-1],
         "data": {
@@ -91,6 +94,8 @@ class _Curve:
     smooth: list[float]
     upper: list[float]
     smooth_upper: list[float]
+    low: list[float]
+    high: list[float]
 
 
 def _curve(line: Line, steps: Sequence[int], smooth: bool) -> _Curve:
@@ -99,7 +104,9 @@ def _curve(line: Line, steps: Sequence[int], smooth: bool) -> _Curve:
     raw, upper = [value for _, value, _ in whole], [upto for _, _, upto in whole] if line.upto else []
     smooth_raw, smooth_upper = (smoothed(raw), smoothed(upper)) if smooth else (raw, upper)
     kept = thinned(raw)
-    values = ([values[i] for i in kept] if values else [] for values in (raw, smooth_raw, upper, smooth_upper))
+    around = [[v for v, value in zip(ends, line.values) if value is not None and v is not None] for ends in line.around]
+    around = [smoothed(ends) for ends in around] if smooth else around
+    values = ([values[i] for i in kept] if values else [] for values in (raw, smooth_raw, upper, smooth_upper, *around))
     return _Curve(line.name, [whole[i][0] for i in kept], *values)
 
 
@@ -137,7 +144,7 @@ def thinned(values: list[float], most: int = POINTS) -> list[int]:
 
 def _vertical(curves: Sequence[_Curve], levels: Sequence[float], unit: str) -> Scale:
     """The y axis: everything visible with a little air, zero included where it is near, logarithmic where sizes differ much."""
-    values = [v for c in curves for part in (c.raw, c.upper) for v in part] + list(levels)
+    values = [v for c in curves for part in (c.raw, c.upper, c.low, c.high) for v in part] + list(levels)
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     start, end = HEIGHT - BOTTOM, TOP
     common = sorted(values)[len(values) // 20 : -len(values) // 20]  # a warm-up or a spike does not decide
@@ -156,7 +163,17 @@ def _draw(curve: _Curve, x: Scale, y: Scale, unit: str, index: int) -> dict[str,
         [(x(step), y(value)) for step, value in zip(curve.steps, values)]
         for values in (curve.raw, curve.smooth, curve.smooth_upper)
     )
-    drawn: dict[str, Any] = {"name": curve.name, "color": index % 6, "band": "", "raw": "", "smooth": "", "dots": []}
+    drawn: dict[str, Any] = {
+        "name": curve.name,
+        "color": index % 6,
+        "dash": index >= 6,
+        "band": "",
+        "raw": "",
+        "smooth": "",
+        "dots": [],
+    }
+    low, high = ([(x(step), y(v)) for step, v in zip(curve.steps, ends)] for ends in (curve.low, curve.high))
+    drawn["around"] = _path(low + high[::-1]) + "Z" if low else ""
     last = [number(values[-1], unit) for values in (curve.raw, curve.upper) if values]
     if upper:
         return drawn | {"color": 0, "band": _path(smooth + upper[::-1]) + "Z", "value": " – ".join(last)}

@@ -73,7 +73,8 @@ def _fact(value: Any) -> str:
         head = str(value.get("name") or value.get("source") or "")
         named = value.get("arguments") or {} if head else value
         rest = ", ".join(f"{k}={_fact(v)}" for k, v in named.items())
-        return f"{head}({rest})" if head and rest else head or rest
+        times = [_fact(v) for v in value.get("times") or []]
+        return " * ".join([f"{head}({rest})" if head and rest else head or rest, *times])
     if isinstance(value, list):
         return ", ".join(map(_fact, value))
     return number(value) if isinstance(value, float) else str(value)

@@ -136,7 +136,7 @@ def _not_finite(plan: Plan, positions: Tensor, rollouts: Sequence[Rollout], part
     suspects = [b for b in rows if not bool(_inputs_finite(plan.batch, b))] or rows[:1]
     return (
         f"the loss of term {part.name} is not finite at rollout {rollouts[suspects[0]].id}: a model gave a token probability zero, or its "
-        f"output is broken. The optimiser was not moved. If the teacher rules tokens out, use a method that masks them (tropd, or a floor)"
+        f"output is broken. The optimiser was not moved. If the teacher rules tokens out, use a method that masks them, or floors its credits"
     )
 
 

@@ -51,7 +51,9 @@ def test_D3_what_both_rule_out_contributes_nothing(kind, low, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("support", [{}, {"support": "teacher", "k": 4}, {"support": "union", "k": 3}, {"support": "student", "k": 2}])
+@pytest.mark.parametrize(
+    "support", [{}, {"support": "teacher", "k": 4}, {"support": "union", "k": 3}, {"support": "student", "k": 2}]
+)
 def test_D3_a_token_that_only_the_teacher_rules_out_gives_no_nan(kind, support):
     teacher = torch.tensor([[[0.5, 1.5, -math.inf, -math.inf]]], dtype=torch.float64)
     out = evaluate(Divergence(kind, **support), S, tokens(0), models={"teacher": teacher})

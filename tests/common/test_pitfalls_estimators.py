@@ -64,7 +64,14 @@ def test_E3_no_method_credits_a_token_with_an_estimator_other_than_k1():
             assert str(K3) not in str(getattr(term.loss, "credit", ""))
 
 
-SAMPLE_BLIND = [Gap(), Gap("forward_kl"), Gap("reverse_kl", "student", 2), Gap("jsd", "union", 2), Entropy("student"), Gap() * 2 + 1]
+SAMPLE_BLIND = [
+    Gap(),
+    Gap("forward_kl"),
+    Gap("reverse_kl", "student", 2),
+    Gap("jsd", "union", 2),
+    Entropy("student"),
+    Gap() * 2 + 1,
+]
 
 
 @pytest.mark.parametrize("credit", SAMPLE_BLIND, ids=str)

@@ -84,7 +84,9 @@ LOSSES = [[-1.0], [-3.0] * 9]
 STEP = Case(torch.zeros(2, 9, dtype=torch.int64), ragged(LOSSES), mask_of(LOSSES))
 
 
-@pytest.mark.parametrize(("over", "value"), [("tokens", 2.8), ("own", 2.8), ("rows", 2.0), ("row_sums", 14.0), (9, 28 / 18), (100, 0.14)])
+@pytest.mark.parametrize(
+    ("over", "value"), [("tokens", 2.8), ("own", 2.8), ("rows", 2.0), ("row_sums", 14.0), (9, 28 / 18), (100, 0.14)]
+)
 def test_M4_denominators(over, value):
     objective = Objective(Likelihood().per(over))
     for parts in (None, [[0], [1]], [[1], [0]]):
@@ -92,7 +94,9 @@ def test_M4_denominators(over, value):
 
 
 @pytest.mark.parametrize("over", ["tokens", "own", "rows", "row_sums", 5])
-@pytest.mark.parametrize("loss", [Likelihood() * Entropy("student"), PolicyGradient(Advantage()) * 2, Divergence("jsd") * Exp(Entropy("teacher"))])
+@pytest.mark.parametrize(
+    "loss", [Likelihood() * Entropy("student"), PolicyGradient(Advantage()) * 2, Divergence("jsd") * Exp(Entropy("teacher"))]
+)
 def test_M4_micro_batches_do_not_change_the_gradient(loss, over):
     objective = Objective(loss.per(over))
     case = fabricate(objective)

@@ -41,7 +41,11 @@ def test_K1_with_the_tail_it_is_between_zero_and_the_whole(kind):
 
 @pytest.mark.parametrize(
     ("p", "raw", "full"),
-    [((0.4, 0.3, 0.2, 0.1), 0.0, 0.0), ((0.30, 0.28, 0.22, 0.20), -0.105623, 0.053975), ((0.26, 0.25, 0.245, 0.245), -0.157584, 0.111678)],
+    [
+        ((0.4, 0.3, 0.2, 0.1), 0.0, 0.0),
+        ((0.30, 0.28, 0.22, 0.20), -0.105623, 0.053975),
+        ((0.26, 0.25, 0.245, 0.245), -0.157584, 0.111678),
+    ],
 )
 def test_K2_the_raw_students_top_k_rewards_leaking(p, raw, full):
     q = (0.4, 0.3, 0.2, 0.1)
@@ -101,7 +105,10 @@ def served(ids, logps, loss) -> Evaluation:
     """The evaluation with the teacher's top-k as a server returns it."""
     batch = Batch(tokens(1), torch.ones(1, 1, dtype=torch.bool), dtype=torch.float64)
     k = loss.k
-    batch.facts = {TopFact("teacher", k): torch.tensor([[ids]]), LogpAtFact("teacher", "teacher", k): torch.tensor([[logps]]).double()}
+    batch.facts = {
+        TopFact("teacher", k): torch.tensor([[ids]]),
+        LogpAtFact("teacher", "teacher", k): torch.tensor([[logps]]).double(),
+    }
     z = STUDENT[None].clone().requires_grad_()
     value = loss.value(Live(batch, torch.tensor([0]), z)).sum()
     return Evaluation(value.detach(), torch.autograd.grad(value, z)[0], ())
@@ -139,7 +146,10 @@ def test_K6_with_the_naive_sum_token_zero_would_move():
 
 def test_K7_whose_top_k_is_named_and_matters():
     p, q = (0.4, 0.3, 0.2, 0.1), (0.1, 0.35, 0.15, 0.4)
-    losses = {s: run(Divergence("reverse_kl", k=2, support=s), p, q).loss.item() for s in ("teacher", "student", "union", "intersection")}
+    losses = {
+        s: run(Divergence("reverse_kl", k=2, support=s), p, q).loss.item()
+        for s in ("teacher", "student", "union", "intersection")
+    }
     entry = numbers(*p) * (numbers(*p) / numbers(*q)).log()
     sets = {"teacher": [3, 1], "student": [0, 1], "union": [0, 1, 3], "intersection": [1]}  # token 1, named twice, counts once
     for support, ids in sets.items():

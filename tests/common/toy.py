@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from opdkit import maths
 from opdkit.objective import Objective, RolloutLoss
 from opdkit.testing import Case
-from opdkit.types import ColumnFact, EntropyFact, Fact, GapFact, Live, LogpAtFact, LogpFact, TopFact, VocabularyFact
+from opdkit.types import ColumnFact, EntropyFact, Fact, GapFact, Live, LogpAtFact, LogpFact, TopFact
 
 # Two models over four tokens: their logits, probabilities, divergences, and the gradients with respect to the student's logits.
 Z_S, Z_T = (2.0, 1.0, 0.0, -1.0), (0.5, 1.5, 0.0, 0.5)

@@ -41,7 +41,13 @@ class Shop:
 
     def values(self, output: Path | str, **settings: Any) -> dict[str, Any]:
         """A quick run as nested values; a group of settings is merged with the quick one."""
-        out: dict[str, Any] = {"student": self.student, "teacher": self.teacher, "data": self.data, "output": str(output), **QUICK}
+        out: dict[str, Any] = {
+            "student": self.student,
+            "teacher": self.teacher,
+            "data": self.data,
+            "output": str(output),
+            **QUICK,
+        }
         for key, value in settings.items():
             out[key] = {**out[key], **value} if isinstance(value, dict) and isinstance(out.get(key), dict) else value
         return out
@@ -52,7 +58,11 @@ class Shop:
     def train(self, output: Path | str, *arguments: str, student: str | None = None, teacher: str | None = None) -> int:
         """`opdkit train` with the settings of a quick run; its exit code."""
         return train(
-            f"--student={student or self.student}", f"--teacher={teacher or self.teacher}", f"--data={self.data}", f"--output={output}", *arguments
+            f"--student={student or self.student}",
+            f"--teacher={teacher or self.teacher}",
+            f"--data={self.data}",
+            f"--output={output}",
+            *arguments,
         )
 
 
@@ -70,7 +80,8 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 def gsm8k_rows(n: int) -> list[dict[str, Any]]:
     """Rows with GSM8K's columns."""
     return [
-        {"question": f"Tom has {i} apples and buys {i + 1} more.", "answer": f"{i} + {i + 1} = {2 * i + 1}\n#### {2 * i + 1}"} for i in range(n)
+        {"question": f"Tom has {i} apples and buys {i + 1} more.", "answer": f"{i} + {i + 1} = {2 * i + 1}\n#### {2 * i + 1}"}
+        for i in range(n)
     ]
 
 

@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 
-MOMENTS = ("sampling", "rewarding", "between micro-batches", "before the optimiser", "after the optimiser", "before recording", "after recording")
+MOMENTS = (
+    "sampling",
+    "rewarding",
+    "between micro-batches",
+    "before the optimiser",
+    "after the optimiser",
+    "before recording",
+    "after recording",
+)
 NOT_COMPARED = ("report.html", "run.yaml", "manifest.json")  # hold timings, the folder's name, digests of a zip file
 
 
@@ -100,6 +108,8 @@ def _content(path: Path) -> Any:
     if path.name in ("metrics.jsonl", "evals.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return [{k: v for k, v in line.items() if not k.startswith((*TIMINGS, "seconds"))} for line in lines]
+    if path.name == "adapter_config.json":  # peft writes its set of layers in any order
+        return {k: sorted(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
     return path.read_bytes()
 
 

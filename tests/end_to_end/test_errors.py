@@ -13,7 +13,7 @@ from opdkit import build
 from opdkit.cli import main
 from opdkit.track import read_lines
 from opdkit.train import checkpoint as checkpoints
-from tests.common.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.common.tiny import TEXTS, save_tiny, tiny_model, tiny_tokenizer
 from tests.end_to_end.conftest import Shop, gsm8k_rows, train, write_rows
 from tests.end_to_end.crash import assert_same
 
@@ -51,10 +51,16 @@ def files(folder: Path) -> list[str]:
         (["data.template={prompt}: think"], ["not valid YAML", "double quotes"]),
         (["--method=tropdd"], ["unknown method 'tropdd'", "did you mean 'tropd'"]),
         (["--method=tropd", "method.kk=3"], ["method 'tropd' has no argument 'kk'", "did you mean 'k'"]),
-        (["--method=gkd", "method.lmbda=2"], ["method 'gkd'", "must lie in [0, 1]: the share of batches that the student writes"]),
+        (
+            ["--method=gkd", "method.lmbda=2"],
+            ["method 'gkd'", "must lie in [0, 1]: the share of batches that the student writes"],
+        ),
         (["--method=none.py:mine"], ["names the file none.py, which is not there"]),
         (["--recipe=gsm9k"], ["unknown recipe 'gsm9k'", "did you mean 'gsm8k'"]),
-        (["--method=scope"], ["method 'scope' reads whether a response is right, and the run has no reward", "set reward to math"]),
+        (
+            ["--method=scope"],
+            ["method 'scope' reads whether a response is right, and the run has no reward", "set reward to math"],
+        ),
         (["--reward=maths"], ["there is no reward 'maths'"]),
         (["evaluate.data=x.jsonl"], ["evaluates on held-out problems and has no reward"]),
         (["trackers=[tensorbored]"], ["tensorbored", "did you mean 'tensorboard'"]),
@@ -80,7 +86,9 @@ def test_a_recipe_beside_a_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_settings_may_follow_a_flag(shop: Shop, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["train", f"--student={shop.student}", "steps=3", "--dry-run", f"--teacher={shop.teacher}", "data=d.jsonl", "method.k=3"])
+    code = main(
+        ["train", f"--student={shop.student}", "steps=3", "--dry-run", f"--teacher={shop.teacher}", "data=d.jsonl", "method.k=3"]
+    )
     refused(capsys, code, "method 'opd': k chooses a top-k support")
 
 
@@ -90,7 +98,10 @@ def test_settings_may_follow_a_flag(shop: Shop, output: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"text": "What is 2 + 2?"}], ["row 0 has no prompt", "none of its columns (text) is a prompt", "columns={'prompt': 'my_column'}"]),
+        (
+            [{"text": "What is 2 + 2?"}],
+            ["row 0 has no prompt", "none of its columns (text) is a prompt", "columns={'prompt': 'my_column'}"],
+        ),
         ([], ["holds no rows", "check the path"]),
     ],
     ids=["missing column", "empty"],
@@ -110,24 +121,36 @@ def test_data_that_are_not_there(shop: Shop, output: Path, capsys: pytest.Captur
 
 def test_a_prompt_longer_than_the_model(shop: Shop, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = save_tiny(tmp_path / "short", "qwen3", max_position_embeddings=24)
-    refused(capsys, shop.train(output, student=short), "tokens; with max_completion_length=8 only 16 fit", "data.max_prompt_length=16")
+    refused(
+        capsys, shop.train(output, student=short), "tokens; with max_completion_length=8 only 16 fit", "data.max_prompt_length=16"
+    )
     assert files(output) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------- models
 
 
-def test_a_teacher_with_another_tokenizer(shop: Shop, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the same size, too: equal sizes are not equal tokenizers (V1)."""
-    other = save_tiny(tmp_path / "other", texts=["zebras zigzag", "quizzical quartz", "jazz buzz fizz"])
-    assert tiny_model().config.vocab_size == tiny_model(seed=1).config.vocab_size
-    refused(capsys, shop.train(output, teacher=other), "the tokenizer of", "is not the student's", "use a teacher of the student's family")
+def test_v1_a_teacher_with_another_tokenizer_of_the_same_size(
+    shop: Shop, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backwards = [text[::-1] for text in TEXTS]
+    assert len(tiny_tokenizer(backwards)) == len(tiny_tokenizer())
+    other = save_tiny(tmp_path / "other", texts=backwards)
+    refused(
+        capsys,
+        shop.train(output, teacher=other),
+        "the tokenizer of",
+        "is not the student's",
+        "use a teacher of the student's family",
+    )
     assert files(output) == []
 
 
 def test_r6_a_teacher_whose_weights_are_nan(shop: Shop, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = broken(tmp_path, lambda model: model.model.layers[0].mlp.up_proj.weight.data.fill_(torch.nan))
-    refused(capsys, shop.train(output, teacher=teacher), str(tmp_path / "teacher"), "logits that are not finite", "files are damaged")
+    refused(
+        capsys, shop.train(output, teacher=teacher), str(tmp_path / "teacher"), "logits that are not finite", "files are damaged"
+    )
     assert files(output) == []
 
 
@@ -230,7 +253,13 @@ def test_a_checkpoint_cut_short(shop: Shop, output: Path, capsys: pytest.Capture
     weights.write_bytes(weights.read_bytes()[:-100])
     capsys.readouterr()
     code = shop.train(output, "--resume", "steps=3")
-    refused(capsys, code, "checkpoint-2 is damaged", "model.safetensors has", "Delete that folder to continue from the checkpoint before it")
+    refused(
+        capsys,
+        code,
+        "checkpoint-2 is damaged",
+        "model.safetensors has",
+        "Delete that folder to continue from the checkpoint before it",
+    )
     for path in sorted((output / "checkpoint-2").iterdir()):
         path.unlink()
     (output / "checkpoint-2").rmdir()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from opdkit import UserError, distill
-from opdkit.train import checkpoint as checkpoints
 from opdkit.track import read_lines
+from opdkit.train import checkpoint as checkpoints
 from tests.end_to_end.conftest import Shop
 from tests.end_to_end.crash import MOMENTS, assert_same, in_child
 
@@ -19,7 +19,10 @@ KILLED = -9
 STEPS = 6
 RUNS: dict[str, dict[str, Any]] = {
     "opd": {"method": "opd"},
-    "several optimiser steps": {"method": {"name": "drift_gating"}, "optim": {"passes": 2, "minibatches": 2, "schedule": "cosine"}},
+    "several optimiser steps": {
+        "method": {"name": "drift_gating"},
+        "optim": {"passes": 2, "minibatches": 2, "schedule": "cosine"},
+    },
     "curriculum with memory": {"method": "paced", "sampling": {"num_generations": 4}},
     "replay": {"method": {"name": "distillm", "threshold": 0.7}},
     "guided rollouts": {"method": "tropd"},
@@ -52,7 +55,9 @@ def unbroken(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_killed_twice_at_random_moments_and_resumed_is_the_run_that_was_never_killed(shop: Shop, tmp_path: Path, name: str) -> None:
+def test_killed_twice_at_random_moments_and_resumed_is_the_run_that_was_never_killed(
+    shop: Shop, tmp_path: Path, name: str
+) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"random moments from seed {seed}")
     rng = random.Random(seed)
@@ -152,7 +157,11 @@ def test_an_error_in_an_evaluation_saves_its_step_and_evaluates_again(shop: Shop
 
     with pytest.raises(UserError, match="the judge is away"):
         train(shop, tmp_path / "run", reward)
-    assert [(e["name"], e["step"]) for e in read_lines(tmp_path / "run" / "evals.jsonl")] == [("teacher", 0), ("student", 0), ("student", 2)]
+    assert [(e["name"], e["step"]) for e in read_lines(tmp_path / "run" / "evals.jsonl")] == [
+        ("teacher", 0),
+        ("student", 0),
+        ("student", 2),
+    ]
     newest = checkpoints.newest(tmp_path / "run")
     assert newest is not None and newest.name == "checkpoint-4"
     train(shop, tmp_path / "run", even, resume=True)

@@ -104,7 +104,8 @@ def test_two_micro_batches_of_three_and_five_tokens_equal_one_of_eight():
     one, two = case.run(objective), case.run(objective, [[0], [1]])
     assert close(two.loss, one.loss.item(), 12) and close(two.grad, one.grad, 12)
     alone = [
-        evaluate(objective, student[[i], :n], case.tokens[[i], :n], models={"teacher": teacher[[i], :n]}) for i, n in enumerate((3, 5))
+        evaluate(objective, student[[i], :n], case.tokens[[i], :n], models={"teacher": teacher[[i], :n]})
+        for i, n in enumerate((3, 5))
     ]
     assert close(one.loss, (3 * alone[0].loss + 5 * alone[1].loss).item() / 8, 12)
 

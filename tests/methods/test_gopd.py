@@ -55,7 +55,9 @@ def test_at_one_it_is_opd_bit_for_bit_and_no_reference_is_read():
     assert "reference" in load("exopd").needs.models
 
 
-@pytest.mark.parametrize(("scale", "expected"), [(1.25, (0.408069, -0.252015, -0.156054)), (0.5, (0.222591, -0.157137, -0.065454))])
+@pytest.mark.parametrize(
+    ("scale", "expected"), [(1.25, (0.408069, -0.252015, -0.156054)), (0.5, (0.222591, -0.157137, -0.065454))]
+)
 def test_full_gradient(scale, expected):
     assert close(gradient(scale), expected)
     z = logits(P_S)[0, 0].requires_grad_()

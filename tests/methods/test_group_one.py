@@ -14,11 +14,22 @@ from opdkit.testing import KEYS, Case, check, fabricate
 from tests.common.toy import naive
 
 LAYER = [{"clip": (0.2, 0.2)}, {"clip": (0.1, 0.3), "dual_clip": 3.0}, {"rollout_cap": 1.1}]
-SUPPORTS = [{"support": s, "k": 5, "rest": r} for s in ("teacher", "student", "union") for r in ("renormalise", "raw", "target", "tail")]
+SUPPORTS = [
+    {"support": s, "k": 5, "rest": r} for s in ("teacher", "student", "union") for r in ("renormalise", "raw", "target", "tail")
+]
 KINDS = [{"kind": k} for k in ("forward_kl", "jsd", "skew_forward", "skew_reverse", "alpha", "hellinger2", "tv", "chi2")]
+OPD = [
+    {"support": "full"},
+    {"beta": 0.1},
+    {"beta": 0.0},
+    {"beta": 1.0},
+    {"beta": 0.5, "k": 5},
+    {"discount": 0.9},
+    {"discount": 1.0},
+]
+OPD.append({"kind": "forward_kl", "support": "teacher", "k": 5, "rest": "raw"})
 ARGUMENTS = {
-    "opd": [{"support": "full"}, {"beta": 0.1}, {"beta": 0.0}, {"beta": 1.0}, {"discount": 0.9}, {"discount": 1.0}]
-    + [*SUPPORTS, *KINDS, {"kind": "forward_kl", "support": "teacher", "k": 5, "rest": "raw"}, {"beta": 0.5, "k": 5}, *LAYER],
+    "opd": [*OPD, *SUPPORTS, *KINDS, *LAYER],
     "gkd": [{"beta": 0.0}, {"beta": 0.1}, {"beta": 1.0}, {"lmbda": 0.5}, {"temperature": 2.0}, {"normalised": True}],
     "gopd": [{"scale": 0.0}, {"scale": 0.5}, *LAYER],
     "exopd": [{"scale": 1.5}, *LAYER],

@@ -123,7 +123,9 @@ def two_steps(discount):
     for y in itertools.product((0, 1), repeat=2):
         at = [STEPS[()], STEPS[y[:1]]]
         student = torch.tensor([[[0.0, z] for z, _ in at]], dtype=torch.float64)
-        out = evaluate(load("opd", discount=discount), student, tokens(*y), models={"teacher": logits(*((1 - t, t) for _, t in at))})
+        out = evaluate(
+            load("opd", discount=discount), student, tokens(*y), models={"teacher": logits(*((1 - t, t) for _, t in at))}
+        )
         chance = student.softmax(-1)[0, torch.arange(2), torch.tensor(y)].prod()
         slope = 2 * chance * out.grad[0, :, 1]  # the mean over two tokens as a sum
         total[0] += slope[0]
@@ -239,7 +241,9 @@ def test_supports_are_different_losses():
     student, teacher = map(logits, AGAINST)
 
     def loss(support, k=2):
-        return evaluate(load("opd", support=support, k=k, rest="raw"), student, tokens(0), models={"teacher": teacher}).loss.item()
+        return evaluate(
+            load("opd", support=support, k=k, rest="raw"), student, tokens(0), models={"teacher": teacher}
+        ).loss.item()
 
     assert len({round(loss(s), 6) for s in ("teacher", "student", "union")}) == 3
     assert loss("union") == pytest.approx(loss("full", None))  # {0, 1} and {2, 3} are everything

@@ -16,7 +16,9 @@ def kept(lengths, width=None, step=0, total_steps=1, **arguments):
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
     z = torch.zeros(len(lengths), width, 2, dtype=torch.float64)
     where = {"step": step, "total_steps": total_steps}
-    return evaluate(load("position_opd", **arguments), z, torch.zeros_like(mask, dtype=torch.int64), mask, {"teacher": z}, **where)
+    return evaluate(
+        load("position_opd", **arguments), z, torch.zeros_like(mask, dtype=torch.int64), mask, {"teacher": z}, **where
+    )
 
 
 @pytest.mark.parametrize(("length", "count"), [(10, 3), (7, 3), (1, 1), (30, 9), (2, 1)])
@@ -31,6 +33,10 @@ def test_a_share_of_a_tenth_of_thirty_is_three():
     assert kept([30], share=0.1).terms[0].weight.sum() == 3  # 0.1 * 30 is a little more than 3 in floating point
 
 
+def test_at_least_one_token():
+    assert kept([10], share=0.0).terms[0].weight[0].nonzero().tolist() == [[0]]
+
+
 def test_rows_of_their_own_length_and_all_tokens_in_the_denominator():
     out = kept([10, 4, 0], width=12)
     assert out.terms[0].weight.sum(1).tolist() == [3, 2, 0] and out.terms[0].denominator == 14
@@ -40,7 +46,11 @@ def test_only_trained_tokens_count():
     z, mask = torch.zeros(1, 6, 2, dtype=torch.float64), torch.tensor([[False, True, False, True, True, True]])
     ids = torch.zeros(1, 6, dtype=torch.int64)
     first, last = (
-        evaluate(load("position_opd", part=p, share=0.5), z, ids, mask, {"teacher": z}).terms[0].weight[0].nonzero()[:, 0].tolist()
+        evaluate(load("position_opd", part=p, share=0.5), z, ids, mask, {"teacher": z})
+        .terms[0]
+        .weight[0]
+        .nonzero()[:, 0]
+        .tolist()
         for p in ("first", "last")
     )
     assert (first, last) == ([1, 3], [4, 5])

@@ -95,7 +95,10 @@ def test_all_correct_does_not_see_the_teacher():
     case = fabricate(load("scope").objective)
     correct = {**vars(case), "columns": case.columns | {"correct": [True] * 6}}
     other = {"teacher": torch.randn(case.student.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)}
-    a, b = type(case)(**correct).run(load("scope").objective), type(case)(**{**correct, "models": other}).run(load("scope").objective)
+    a, b = (
+        type(case)(**correct).run(load("scope").objective),
+        type(case)(**{**correct, "models": other}).run(load("scope").objective),
+    )
     assert torch.equal(a.loss, b.loss) and torch.equal(a.grad, b.grad) and a.terms[1].value == 0
 
 

@@ -1,0 +1,47 @@
+"""Which rollouts each optimiser step takes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from opdkit.train.loop import _optimiser_steps
+from opdkit.train.settings import Optim
+from opdkit.types import Rollout
+
+
+def job(passes: int, minibatches: int) -> Any:
+    return SimpleNamespace(optim=Optim(passes=passes, minibatches=minibatches), seed=0, student=SimpleNamespace(device="cpu"))
+
+
+def rollouts(prompts: int, generations: int) -> list[Rollout]:
+    return [Rollout(f"0/{p}/{g}", [1], [2], [True], [-1.0], [-1.0], str(p)) for p in range(prompts) for g in range(generations)]
+
+
+@pytest.mark.parametrize("minibatches", [2, 3, 5, 9])
+def test_every_pass_takes_every_rollout_once_and_keeps_a_prompts_together(minibatches: int) -> None:
+    rows = rollouts(5, 4)
+    steps = [part.tolist() for part in _optimiser_steps(job(2, minibatches), rows, step=3)]  # type: ignore[union-attr]
+    count = min(minibatches, 5)
+    assert len(steps) == 2 * count
+    for number in range(2):
+        mine = steps[number * count : (number + 1) * count]
+        assert sorted(b for part in mine for b in part) == list(range(20))
+        groups = [{rows[b].group for b in part} for part in mine]
+        assert sum(map(len, groups)) == 5  # no prompt in two parts
+        assert max(map(len, groups)) - min(map(len, groups)) <= 1
+    assert steps[:count] != steps[count:]  # another order in the second pass
+
+
+def test_the_order_is_the_same_in_a_resumed_run_and_another_at_another_step() -> None:
+    rows = rollouts(6, 1)
+    parts = [[part.tolist() for part in _optimiser_steps(job(1, 3), rows, step)] for step in (4, 4, 5)]  # type: ignore[union-attr]
+    assert parts[0] == parts[1] != parts[2]
+
+
+def test_one_minibatch_is_the_whole_batch() -> None:
+    assert list(_optimiser_steps(job(3, 1), rollouts(2, 2), step=0)) == [None, None, None]
+    assert torch.equal(next(_optimiser_steps(job(1, 2), rollouts(1, 2), step=0)), torch.tensor([0, 1]))  # type: ignore[arg-type]
