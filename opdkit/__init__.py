@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from opdkit.errors import UserError
     from opdkit.explain import explain
     from opdkit.launch import distill, execute
-    from opdkit.method import Method, load, methods
+    from opdkit.method import Method, load, methods, weight_of
     from opdkit.objective import Objective
     from opdkit.report import write_report
     from opdkit.run import Run, load_run, make_run
@@ -30,6 +30,7 @@ _HOMES = {
     "load": "method",
     "methods": "method",
     "Method": "method",
+    "weight_of": "method",
     "Objective": "objective",
     "Run": "run",
     "load_run": "run",
@@ -61,6 +62,7 @@ __all__ = [
     "make_run",
     "methods",
     "sample_model",
+    "weight_of",
     "write_report",
 ]
 

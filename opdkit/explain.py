@@ -11,15 +11,14 @@ from opdkit import compose
 from opdkit.curricula import Plain
 from opdkit.errors import UserError
 from opdkit.facts import Needs
-from opdkit.head import CHUNK_ENTRIES
+from opdkit.head import CHUNK_BYTES, CHUNK_ENTRIES
 from opdkit.method import Method, as_method, load, methods
 from opdkit.models import parameter_count
 from opdkit.objective import RolloutLoss
 from opdkit.run import Run
-from opdkit.types import LogpFact
+from opdkit.types import EntropyFact, LogpAtFact, LogpFact, TopFact
 
 GIB = 2**30
-CHUNK_COPIES = 6  # float32 tensors of one chunk alive at once: logits, log-probs, both models' probabilities, their gradients
 
 
 def source_of(method: Method) -> str:
@@ -66,11 +65,24 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
     if any(isinstance(t.loss, RolloutLoss) for t in made.objective.terms):
         lines.append("  the head is projected twice: a loss over whole rollouts needs all their log-probs first")
     lines.append(
-        f"memory of the loss: one chunk of the vocabulary, about {CHUNK_ENTRIES * 4 * CHUNK_COPIES / GIB:.1f} GiB at most; no [N, V] tensor"
+        f"memory of the loss: one chunk of the vocabulary, about {CHUNK_ENTRIES * CHUNK_BYTES / GIB:.1f} GiB at most; no [N, V] tensor"
     )
     if made.curriculum != Plain():
         lines.append(f"curriculum: {made.curriculum}")
     return "\n".join(lines)
+
+
+def of_teacher(needs: Needs) -> list[str]:
+    """What of the teacher is read, in a few words; what that includes is left out."""
+    facts = needs.of("teacher")
+    if needs.whole("teacher"):
+        return ["whole teacher"]
+    words = ["teacher entropy"] if EntropyFact("teacher") in facts else []
+    words += [f"teacher top {f.k}" for f in facts if isinstance(f, TopFact)]
+    words += [
+        f"teacher at the student's top {f.k}" for f in facts if isinstance(f, LogpAtFact) and f.owner != f.model == "teacher"
+    ]
+    return sorted(words) or ["teacher log-probs"] * bool(facts)
 
 
 def table() -> list[dict[str, str]]:
@@ -87,8 +99,7 @@ def table() -> list[dict[str, str]]:
                 "method": name,
                 "idea": idea(method),
                 "source": source_of(method),
-                "needs": ", ".join([*(["whole teacher"] if needs.whole("teacher") else []), *extra, *columns])
-                or "teacher log-probs",
+                "needs": ", ".join([*of_teacher(needs), *extra, *columns]),
                 "passes": str(1 + len(needs.models - {"student", "sampler", "live"}) + before),
             }
         )
@@ -147,7 +158,7 @@ def dry_run(run: Run) -> str:
     """The resolved run, what will be loaded, and the memory it should take."""
     method = run.method_spec.load()
     models = loads(run)
-    chunk = CHUNK_ENTRIES * 4 * CHUNK_COPIES / GIB
+    chunk = CHUNK_ENTRIES * CHUNK_BYTES / GIB
     total = sum(m.gib for m in models) + chunk
     lines = [run.yaml().rstrip(), "", f"objective: {method}", "", "models"]
     lines += [f"  {m.role:<12} {m.name}  {m.parameters / 1e6:,.1f}M parameters  {m.gib:.2f} GiB  ({m.of})" for m in models]

@@ -164,7 +164,7 @@ def supply(batch: Batch, wanted: Collection[Fact], positions: Tensor, chunk: int
     if not todo:
         return {}
     used = {m for f in todo for m in models_of(f) if m in sources}
-    size = chunk or default_rows(max(sources[m].vocabulary for m in used))
+    size = chunk or default_rows(max(sources[m].vocabulary for m in used), batch.device)
     parts: dict[Fact, list[Tensor]] = {f: [] for f in todo}
     with torch.no_grad():
         for at in list(slices(len(positions), size)) or [slice(0, 0)]:

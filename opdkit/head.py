@@ -16,7 +16,10 @@ from torch import Tensor
 from opdkit.objective import Part, Plan, RolloutLoss, TokenLoss
 from opdkit.types import Live
 
-CHUNK_ENTRIES = 1 << 25  # logits in one chunk: 128 MiB in float32
+CHUNK_ENTRIES = 1 << 24  # logits in one chunk, at least: 64 MiB in float32
+CHUNK_MOST = 1 << 28  # on a GPU
+CHUNK_BYTES = 24  # per entry: six float32 tensors of a chunk are alive at once
+CHUNK_PART = 8  # of a GPU's free memory that a chunk may take
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,13 @@ class Source:
             return self.head.logits(self.hidden[self.index[positions]])
 
 
-def chunk_rows(vocabulary: int, entries: int | None = None) -> int:
-    """Positions in one chunk."""
-    return max(1, (entries or CHUNK_ENTRIES) // vocabulary)
+def chunk_rows(vocabulary: int, device: torch.device | None = None) -> int:
+    """Positions in one chunk: a GPU takes as many as a part of its free memory holds, since small products leave it idle."""
+    entries = CHUNK_ENTRIES
+    if device is not None and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        entries = min(max(free // CHUNK_BYTES // CHUNK_PART, CHUNK_ENTRIES), CHUNK_MOST)
+    return max(1, entries // vocabulary)
 
 
 def slices(n: int, size: int) -> Iterator[slice]:
@@ -130,7 +137,7 @@ def learn(plan: Plan, positions: Tensor, hidden: Tensor, head: Head, chunk: int 
                 gap.add_((live.logp - live.others["teacher"].at(live.tokens[:, None])[:, 0]).sum())
         return total
 
-    size = chunk or chunk_rows(head.size(hidden))
+    size = chunk or chunk_rows(head.size(hidden), hidden.device)
     loss = _Pass.apply(hidden, head.weight, head.bias, head, size, run)
     if whole:  # the pass carried their slope; the value is what they said
         loss = loss + (sums.sum() - loss.detach())
@@ -236,7 +243,7 @@ def _padded(slope: Tensor, width: int) -> Tensor:
 
 def scan(hidden: Tensor, head: Head, read: Callable[[slice, Tensor], Tensor], chunk: int | None = None) -> Tensor:
     """[N, ...]: what `read` makes of each chunk's logits, no gradient."""
-    size = chunk or chunk_rows(head.size(hidden))
+    size = chunk or chunk_rows(head.size(hidden), hidden.device)
     with torch.no_grad():
         parts = [read(at, head.logits(hidden[at])) for at in slices(len(hidden), size)]
         return torch.cat(parts) if parts else read(slice(0, 0), head.logits(hidden[:0]))

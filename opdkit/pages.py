@@ -13,7 +13,7 @@ from pathlib import Path
 from opdkit import compose
 from opdkit.curricula import Plain
 from opdkit.errors import UserError
-from opdkit.explain import idea, passes, source_of, table
+from opdkit.explain import passes, table
 from opdkit.method import Method, function_of, load, methods
 from opdkit.objective import RolloutLoss
 
@@ -74,7 +74,8 @@ def render(method: Method, notes: str) -> str:
     parts = [
         f"# {method.name}",
         prose(method),
-        "\n".join([NOTES[0], "", notes, "", NOTES[1]]),
+        "## In practice",
+        "\n\n".join([NOTES[0], *([notes] if notes else []), NOTES[1]]),
         "## Arguments",
         arguments(method),
         "## As it prints",
@@ -135,6 +136,10 @@ def arguments(method: Method) -> str:
             "\n`clip` (low, high) is PPO's range of the ratio, `dual_clip` a bound on the loss of negative credits, and `rollout_cap` takes "
             "ratios to the trainer's own log-probs and truncates the trainer/sampler weight; `None` is off."
         )
+    name, default = method.arguments[0]
+    lines.append(
+        f"\nOn the command line `method.{name}={default}`, in a run's file `method: {{name: {method.name}, {name}: {default}}}`."
+    )
     return "\n".join(lines)
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from opdkit import UserError
+from opdkit import UserError, cli
 from opdkit.config import build, leaves, override, parse_overrides, plain, read_yaml, to_yaml
-from opdkit.recipes import RECIPES, recipe
 from opdkit.run import Data, Evaluate, MethodSpec, Run, load_run, make_run
 from opdkit.train.settings import Lora, Optim
 from opdkit.types import Sampling
@@ -198,27 +197,12 @@ def test_r4_defaults_are_those_of_the_dataclasses_wherever_a_run_comes_from(tmp_
     assert make_run({**LEAST, **groups}) == run  # a group that says nothing is the group's defaults
 
 
-def test_r4_recipes_say_what_they_change_and_leave_the_rest_to_the_defaults() -> None:
-    for name in RECIPES:
-        values = recipe(name)
-        run, known = make_run(values), leaves(Run)
-        for key in known.values():
-            inside: Any = values
-            for word in key.split("."):
-                inside = inside.get(word) if isinstance(inside, dict) else None
-            if (
-                inside is None
-                and key not in ("data", "evaluate")
-                and not key.startswith(("data.", "evaluate.", "lora.", "method."))
-            ):
-                assert _at(run, key) == _at(Run("s", "t", "d"), key), key
-
-
-def _at(run: Run, key: str) -> Any:
-    value: Any = run
-    for word in key.split("."):
-        value = getattr(value, word)
-    return value
+def test_r4_the_command_line_has_no_defaults_of_its_own() -> None:
+    options = cli._parser().parse_args(["train"])
+    assert {name for name, value in vars(options).items() if value and name != "run"} == set()
+    for command in ("eval", "sample"):
+        options = cli._parser().parse_args([command, "model", *(["--data=d"] if command == "eval" else [])])
+        assert cli._sampling(options) == Sampling()
 
 
 # --------------------------------------------------------------------------------------------------------------------- YAML

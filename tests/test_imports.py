@@ -19,8 +19,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = (  # a part imports itself and parts of layers above its own line here; nothing from its own layer or below
     ("errors", "progress"),
-    ("types", "maths", "address", "config", "track"),
-    ("objective", "kernels"),
+    ("maths", "address", "config", "track"),
+    ("kernels",),
+    ("types",),
+    ("objective",),
     ("signals", "head"),
     ("losses", "facts", "curricula", "rewards"),
     ("models", "data", "eval"),
@@ -29,7 +31,7 @@ LAYERS = (  # a part imports itself and parts of layers above its own line here;
     ("train", "testing"),
     ("run",),
     ("show", "explain"),
-    ("build",),
+    ("build", "pages"),
     ("launch", "commands"),
     ("recipes",),
     ("compare",),

@@ -42,7 +42,7 @@ def _entries(
     w = tl.load(y + row * y_row + at, mask=at < V, other=float("-inf")).to(REAL)
     ls = tl.where(x == float("-inf"), FLOOR, x / T - tl.load(lz + row))
     lt = tl.where(w == float("-inf"), FLOOR, w / T - tl.load(ly + row))
-    p, q = tl.exp(ls), tl.exp(lt)
+    p, q = tl.where(x == float("-inf"), 0.0, tl.exp(ls)), tl.exp(lt)
     if A == 0:
         value, slope = q * (lt - ls), -q
     elif A == 1:

@@ -158,11 +158,10 @@ def _value(form: Formula, ls: Tensor, lt: Tensor) -> Tensor:
 
 def _slope(form: Formula, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor]:
     """Slope and student probabilities [r, V]: see `formula`."""
-    gone = ls == -torch.inf if form.a == 0 else None  # elsewhere p = 0 does it
-    floor_(ls), floor_(lt)
-    p = ls.exp()
+    p = ls.exp()  # exactly 0 where the student rules an entry out, and so the slope
     if form.a == 0:
-        return lt.exp_().neg_().masked_fill_(gone, 0.0), p  # type: ignore[arg-type]
+        return lt.exp_().neg_().masked_fill_(ls == -torch.inf, 0.0), p
+    floor_(ls), floor_(lt)
     if form.a == 1:
         return ls.sub_(lt).mul_(p), p
     q = lt.exp_()

@@ -296,7 +296,7 @@ class _Run:
     def _draw(self, batch: _Rows, states: list[Tensor]) -> _Rows | None:
         """Draws a token for each row from hidden states [B, H] of each model, notes it, and lets the rows that it finishes leave."""
         uniform = row_uniform(self.keys[batch.row], self.seed, batch.count)
-        size = chunk_rows(self.head.size(states[0]))
+        size = chunk_rows(self.head.size(states[0]), self.device)
         parts = [self._choose([h[at] for h in states], uniform[at]) for at in slices(len(uniform), size)]
         token, logp, drawn_logp = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts))
         self.record.append((batch.row, token, logp, drawn_logp))
