@@ -89,7 +89,7 @@ def liger(x: Inputs) -> Tensor:
     if x.student.is_cuda:
         from liger_kernel.transformers import LigerFusedLinearJSD
 
-        return LigerFusedLinearJSD(jsd_beta=1.0)(x.student, x.weight, x.teacher, x.teacher_weight)
+        return LigerFusedLinearJSD(jsd_beta=1.0)(x.student, x.weight, x.teacher, x.teacher_weight, None)
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     labels = torch.zeros(len(x.student), dtype=torch.int64)
@@ -230,7 +230,9 @@ def measure(args: argparse.Namespace, v: int, n: int, h: int) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> Any:
     options = parser(__doc__)
     options.add_argument("--full", action="store_true", help="V in 32k, 152k; N in 2k, 8k, 32k; H in 1k, 2k, 4k")
-    options.add_argument("--shape", type=int, nargs=3, action="append", metavar=("V", "N", "H"), help="one point; may be repeated")
+    options.add_argument(
+        "--shape", type=int, nargs=3, action="append", metavar=("V", "N", "H"), help="one point; may be repeated"
+    )
     options.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     options.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     options.add_argument("--pairs", type=int, default=3)
@@ -273,7 +275,19 @@ def report(points: list[dict[str, Any]]) -> None:
                     f"{max(wrong['hidden_gradient'], wrong['head_gradient']):.1e}",
                 ]
             )
-    columns = ["V", "N", "H", "side", "seconds", "x floor", "x opdkit", "extra MiB", "less gradients", "value error", "gradient error"]
+    columns = [
+        "V",
+        "N",
+        "H",
+        "side",
+        "seconds",
+        "x floor",
+        "x opdkit",
+        "extra MiB",
+        "less gradients",
+        "value error",
+        "gradient error",
+    ]
     table(columns, rows)
 
 

@@ -19,7 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import apart, begin, parser, peak_memory, qwen3, questions, ratios, save, spread, stopping, synchronize, table, text, tokenizer
+from common import (
+    apart,
+    begin,
+    parser,
+    peak_memory,
+    qwen3,
+    questions,
+    ratios,
+    save,
+    spread,
+    stopping,
+    synchronize,
+    table,
+    text,
+    tokenizer,
+)
 
 PHASES = ("sample", "score", "learn")
 LEARNING_RATE = 1e-6  # small, so that lengths stay what they are
@@ -58,7 +73,10 @@ def world(args: argparse.Namespace) -> World:
     with torch.device(args.device):
         if args.size == "small":
             vocab = args.vocab
-            student, teacher = qwen3(96, 4, vocab, initial=0.08), qwen3(256, 6, vocab, initial=0.08)  # far apart, at 0.02 they are not
+            student, teacher = (
+                qwen3(96, 4, vocab, initial=0.08),
+                qwen3(256, 6, vocab, initial=0.08),
+            )  # far apart, at 0.02 they are not
         else:
             vocab = 151936
             student = qwen3(1024, 28, vocab, inner=3072, heads=16, kv_heads=8, head_dim=128)
@@ -277,9 +295,7 @@ def summary(blocks: list[Block]) -> dict[str, Any]:
         "tokens": tokens,
         "rollouts": sum(b.rollouts for b in blocks),
         "loss": sum(b.loss for b in blocks) / len(blocks),
-        "microseconds_per_token": {
-            phase: 1e6 * sum(b.phases[phase] for b in blocks) / tokens for phase in (*PHASES, "other")
-        },
+        "microseconds_per_token": {phase: 1e6 * sum(b.phases[phase] for b in blocks) / tokens for phase in (*PHASES, "other")},
     }
 
 

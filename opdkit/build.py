@@ -131,6 +131,7 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
         correct_sampling=run.correct_sampling,
         dynamic_sampling=run.dynamic_sampling,
         overlong_margin=run.overlong_margin,
+        term_gradients_every=run.term_gradients_every,
         newlines=newlines(tokenizer) if "mark:newline" in needs.columns else frozenset(),
     )
     if method.curriculum.validates:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opdkit import compose, recipes
+from opdkit.address import is_address
 from opdkit.build import Given, refuse
 from opdkit.config import plain, read_yaml, to_yaml
 from opdkit.errors import UserError
@@ -37,17 +38,7 @@ class Contender:
 
     label: str  # as `method.load` reads it
     method: Method
-
-    @property
-    def folder(self) -> str:
-        """A folder's name that stands for the method, its arguments and, of one's own, the code as it is now."""
-        slug = re.sub(r"[^\w.=-]+", "-", self.label).strip("-")[:60]
-        if slug == self.label:
-            return slug
-        digest = hashlib.sha256(self.label.encode())
-        for address in compose.ADDRESS.findall(self.label):
-            digest.update(Path(address.rpartition(":")[0]).expanduser().read_bytes())
-        return f"{slug}-{digest.hexdigest()[:8]}"
+    folder: str
 
 
 def contender(method: str | MethodSpec | Method) -> Contender:
@@ -65,7 +56,21 @@ def contender(method: str | MethodSpec | Method) -> Contender:
             "a method made of objects cannot be compared, because its runs could not be continued from their folders: write a function that "
             "returns it and name that, file.py:function"
         )
-    return Contender(text if label == "own" else label, made)
+    known = text if label == "own" else label
+    return Contender(known, made, _folder(known))
+
+
+def _folder(label: str) -> str:
+    """A folder's name that stands for a method, its arguments and, of one's own, the code as it is now."""
+    addresses = [label] if is_address(label) else compose.ADDRESS.findall(label)
+    short = label
+    for address in addresses:
+        short = short.replace(address, Path(address).name)
+    slug = re.sub(r"[^\w.=-]+", "-", short).strip("-")[:60]
+    if slug == label:
+        return slug
+    code = [Path(address.rpartition(":")[0]).expanduser().read_bytes() for address in addresses]
+    return f"{slug}-{hashlib.sha256(b''.join([label.encode(), *code])).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)

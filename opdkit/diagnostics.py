@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opdkit.maths import ReverseKL
 from opdkit.objective import Const, Plan
 from opdkit.types import Batch, EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, TopFact
-from opdkit.maths import ReverseKL
 
 QUANTILES = {"p01": 0.01, "p05": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99}
 TENTHS = 10  # parts of a response
@@ -62,8 +62,8 @@ def top_k(facts: dict[Fact, Tensor], mask: Tensor) -> dict[str, Tensor]:
         if isinstance(fact, LogpAtFact) and {fact.model, fact.owner} <= {"student", "teacher"}:
             out[f"mass/{fact.model}_on_{fact.owner}_top_{fact.k}"] = values[mask].exp().sum(-1).clamp_max(1.0).mean()
         if isinstance(fact, TopFact) and fact.model == "student" and (other := TopFact("teacher", fact.k)) in facts:
-            same = values[mask][..., :, None] == facts[other][mask][..., None, :]
-            out[f"overlap/top_{fact.k}"] = same.any(-1).double().mean()
+            both = torch.cat([values[mask], facts[other][mask]], -1).sort(-1).values
+            out[f"overlap/top_{fact.k}"] = (both[:, 1:] == both[:, :-1]).double().sum(-1).mean() / values.shape[-1]
     return out
 
 
@@ -78,7 +78,8 @@ def of_tokens(batch: Batch, entropy: Tensor, gap: Tensor) -> dict[str, Tensor]:
         ratio = facts[LogpFact("teacher")] - facts[LogpFact("student")]
     else:
         ratio = -gap
-    known = batch.mask & ~ratio.isnan()
+    own = batch.mask & ~batch.mark("guided")  # tokens that the student drew
+    known = own & ~ratio.isnan()
     if bool(known.any()):
         out |= {f"log_ratio/{name}": value for name, value in quantiles(ratio[known]).items()}
         out["trust/mean"] = trust(ratio[known])
@@ -86,10 +87,10 @@ def of_tokens(batch: Batch, entropy: Tensor, gap: Tensor) -> dict[str, Tensor]:
         out |= {f"drift/tenth_{i:02}": value for i, value in tenths if not bool(value.isnan())}
     apart = facts.get(GapFact(ReverseKL(), "student", "teacher"))
     unsure = facts.get(EntropyFact("student"), entropy)
-    known = batch.mask & ~unsure.isnan()
+    known = own & ~unsure.isnan()
     if apart is not None and bool(known.any()):
         out |= {f"quadrants/{name}": value for name, value in quadrants(unsure[known], apart[known]).items()}
-    return out | top_k(facts, batch.mask)
+    return out | top_k(facts, own)
 
 
 def of_weights(plan: Plan) -> dict[str, Tensor]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opdkit import kernels
 from opdkit.head import Head, Source, slices
 from opdkit.head import chunk_rows as default_rows
-from opdkit.maths import divergence
 from opdkit.objective import Objective, RolloutLoss, Signal, TokenLoss, credit_of
 from opdkit.types import (
     Batch,
@@ -23,7 +23,6 @@ from opdkit.types import (
     LogpFact,
     TopFact,
     VocabularyFact,
-    log_probs,
 )
 
 Tensors = dict[Fact, Tensor]
@@ -170,9 +169,8 @@ def supply(batch: Batch, wanted: Collection[Fact], positions: Tensor, chunk: int
         for at in list(slices(len(positions), size)) or [slice(0, 0)]:
             here = Live(batch, positions[at], torch.empty(0))
             made: Tensors = {}
-            logps: dict[tuple[str, float], Tensor] = {}
             for fact in todo:
-                made[fact] = _read(fact, here, made, logps)
+                made[fact] = _read(fact, here, made)
                 parts[fact].append(made[fact])
     return {f: _scatter(batch, positions, parts[f]) for f in todo}
 
@@ -182,28 +180,21 @@ def _held(batch: Batch, fact: Fact, model: str) -> bool:
     return isinstance(fact, LogpAtFact) and model == fact.owner != fact.model and TopFact(model, fact.k) in batch.facts
 
 
-def _read(fact: Fact, here: Live, made: Tensors, logps: dict[tuple[str, float], Tensor]) -> Tensor:
+def _read(fact: Fact, here: Live, made: Tensors) -> Tensor:
     """One fact at one chunk of positions."""
-
-    def of(model: str, temperature: float = 1.0) -> Tensor:
-        key = (model, temperature)
-        if key not in logps:
-            logps[key] = log_probs(here.batch.source(model).logits(here.positions), temperature)
-        return logps[key]
-
     if isinstance(fact, LogpFact):
-        return of(fact.model).gather(-1, here.tokens[:, None])[:, 0]
+        return here.vocabulary(fact.model).at(here.tokens[:, None])[:, 0]
     if isinstance(fact, EntropyFact):
-        lp = of(fact.model)
-        return -(lp.exp() * torch.nan_to_num(lp, neginf=0.0)).sum(-1)
+        return here.vocabulary(fact.model).statistics()[1]
     if isinstance(fact, TopFact):
-        lp = of(fact.model)
-        return lp.topk(min(fact.k, lp.shape[-1]), -1).indices
+        logits = here.vocabulary(fact.model).logits
+        return logits.topk(min(fact.k, logits.shape[-1]), -1).indices
     if isinstance(fact, LogpAtFact):
         ids = made[TopFact(fact.owner, fact.k)] if TopFact(fact.owner, fact.k) in made else here.read(TopFact(fact.owner, fact.k))
-        return of(fact.model).gather(-1, ids)
+        return here.vocabulary(fact.model).at(ids)
     if isinstance(fact, GapFact):
-        return divergence(fact.kind, of(fact.student, fact.temperature), of(fact.teacher, fact.temperature))  # type: ignore[arg-type]
+        student, teacher = here.vocabulary(fact.student), here.vocabulary(fact.teacher)
+        return kernels.divergence(fact.kind, student, teacher, fact.temperature)  # type: ignore[arg-type]
     raise TypeError(f"{fact} is not read off a vocabulary")
 
 

@@ -103,24 +103,35 @@ class Learned:
 
     loss: Tensor  # [] with gradient: its share of the step's loss
     parts: Tensor  # [number of terms]: each term's share of the loss
-    entropy: Tensor  # []: sum of the student's entropies at the positions seen, nats
-    gap: Tensor  # []: sum of log pi_s - log pi_t at the sampled tokens, where a term read the teacher's whole vocabulary; else 0
+    entropy: Tensor  # [N]: the student's entropies, nats
+    gap: Tensor  # [N]: log pi_s - log pi_t at the sampled tokens, where a term read the teacher's whole vocabulary; else NaN
+    slopes: Tensor  # [number of terms]: squared norm of each term's gradient in the logits, where asked for; else 0
     positions: int
 
 
-def learn(plan: Plan, positions: Tensor, hidden: Tensor, head: Head, chunk: int | None = None) -> Learned:
+def learn(
+    plan: Plan, positions: Tensor, hidden: Tensor, head: Head, chunk: int | None = None, term_gradients: bool = False
+) -> Learned:
     """All terms of an objective at flat positions [N], from the student's hidden states [N, H], in one chunked pass.
 
     The gradients with respect to the hidden states and the head are taken on the way: the pass projects each position once,
-    and its memory is that of one chunk. The head's gradient is summed in float32.
+    and its memory is that of one chunk. The head's gradient is summed in float32. `term_gradients` measures each term's gradient
+    with respect to the logits, which takes a further backward pass per term down to these, and no further.
     """
     linear = [(i, part) for i, part in enumerate(plan.parts) if isinstance(part.term.loss, TokenLoss)]
     whole = [(i, part) for i, part in enumerate(plan.parts) if isinstance(part.term.loss, RolloutLoss)]
     scales = torch.stack([part.scale.flatten()[positions] for _, part in linear]) if linear else None
     sums = torch.zeros(len(plan.parts), dtype=plan.batch.dtype, device=hidden.device)
-    entropy = torch.zeros((), dtype=plan.batch.dtype, device=hidden.device)
-    gap = torch.zeros_like(entropy)
+    slopes = torch.zeros_like(sums)
+    entropy = torch.zeros(len(positions), dtype=plan.batch.dtype, device=hidden.device)
+    gap = torch.full_like(entropy, torch.nan)
     slope = _rollout_slope(plan, whole, positions, hidden, head, chunk, sums) if whole else None
+
+    def measure(value: Tensor, logits: Tensor) -> Tensor | float:
+        """Sum of squares of the gradient with respect to the logits."""
+        if not term_gradients or not value.requires_grad:
+            return 0.0
+        return torch.autograd.grad(value, logits, retain_graph=True)[0].square().sum()
 
     def run(at: slice, logits: Tensor) -> Tensor:
         live = Live(plan.batch, positions[at], logits)
@@ -128,20 +139,24 @@ def learn(plan: Plan, positions: Tensor, hidden: Tensor, head: Head, chunk: int 
         for row, (i, part) in enumerate(linear):
             value = _weighted(part.term.loss, live, scales[row, at])  # type: ignore[arg-type, index]
             sums[i] += value.detach()
+            slopes[i] += measure(value, logits)
             total = total + value
         if slope is not None:
-            total = total + (slope[at] * live.logp).sum()
+            for (i, _), of_logp in zip(whole, slope):
+                value = (of_logp[at] * live.logp).sum()
+                slopes[i] += measure(value, logits)
+                total = total + value
         with torch.no_grad():
-            entropy.add_(live.own.statistics()[1].sum())
+            entropy[at] = live.own.statistics()[1]
             if "teacher" in live.others:
-                gap.add_((live.logp - live.others["teacher"].at(live.tokens[:, None])[:, 0]).sum())
+                gap[at] = live.logp - live.others["teacher"].at(live.tokens[:, None])[:, 0]
         return total
 
     size = chunk or chunk_rows(head.size(hidden), hidden.device)
     loss = _Pass.apply(hidden, head.weight, head.bias, head, size, run)
     if whole:  # the pass carried their slope; the value is what they said
         loss = loss + (sums.sum() - loss.detach())
-    return Learned(loss, sums, entropy, gap, len(positions))
+    return Learned(loss, sums, entropy, gap, slopes, len(positions))
 
 
 def _weighted(loss: TokenLoss, live: Live, scale: Tensor) -> Tensor:
@@ -157,16 +172,16 @@ def _weighted(loss: TokenLoss, live: Live, scale: Tensor) -> Tensor:
 def _rollout_slope(
     plan: Plan, whole: list[tuple[int, Part]], positions: Tensor, hidden: Tensor, head: Head, chunk: int | None, sums: Tensor
 ) -> Tensor:
-    """[N]: d loss / d logp of the terms over whole rollouts. They need all log-probs of a rollout first: one more projection."""
+    """[W, N]: d term / d logp of each term over whole rollouts. They need all log-probs of a rollout first: one more projection."""
     batch = plan.batch
     with torch.no_grad():
         numbers = torch.zeros(batch.tokens.numel(), dtype=batch.dtype, device=hidden.device)
         numbers[positions] = scan(hidden, head, lambda at, logits: Live(batch, positions[at], logits).logp, chunk).to(batch.dtype)
     rows = torch.unique(positions // batch.shape[1])
     logp = numbers.view(batch.shape)[rows].requires_grad_()
+    slope = numbers.new_zeros(len(whole), *batch.shape)
     with torch.enable_grad():
-        total = logp.new_zeros(())
-        for i, part in whole:
+        for row, (i, part) in enumerate(whole):
             mask, scale = plan.mask[rows], part.scale[rows]
             first = scale.gather(1, mask.long().argmax(1, keepdim=True))
             if bool((mask & ((scale - first).abs() > 0)).any()):
@@ -179,11 +194,9 @@ def _rollout_slope(
                 continue
             value = (first[keep, 0] * part.term.loss.value(logp[keep], mask[keep], rows[keep], batch)).sum()  # type: ignore[attr-defined]
             sums[i] += value.detach()
-            total = total + value
-        slope = torch.zeros_like(numbers).view(batch.shape)
-        if total.requires_grad:
-            slope[rows] = torch.autograd.grad(total, logp)[0]
-    return slope.flatten()[positions]
+            if value.requires_grad:
+                slope[row, rows] = torch.autograd.grad(value, logp)[0]
+    return slope.flatten(1)[:, positions]
 
 
 class _Pass(torch.autograd.Function):

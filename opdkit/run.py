@@ -101,6 +101,7 @@ class Run:
     trackers: tuple[str, ...] = ()
     keep_samples: int = 8  # rollouts written per recorded step
     sample_every: int = 10  # steps between recorded rollouts
+    term_gradients_every: int = 0  # steps between measurements of each term's gradient in the logits; 0: never
     trust_remote_code: bool = False
     seed: int = 0
 

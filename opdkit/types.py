@@ -257,7 +257,7 @@ class Live:
         self.batch = batch
         self.positions = positions  # [n] indices into the flattened [B * T]
         self.parent = parent
-        self.own = Vocabulary(logits, None if parent is None else (parent[0].own, parent[1]))
+        self.own: Vocabulary = Vocabulary(logits, None if parent is None else (parent[0].own, parent[1]))
         self.others: dict[str, Vocabulary] = {}
 
     @property
@@ -287,11 +287,11 @@ class Live:
 
     def logps(self, temperature: float = 1.0) -> Tensor:
         """[n, V]: log pi_s over the whole vocabulary, logits divided by `temperature`."""
-        return log_probs(self.logits, temperature)
+        return self.own.logps(temperature)
 
     def model_logps(self, model: str, temperature: float = 1.0) -> Tensor:
         """[n, V]: log-probs of another model in this process, no gradient."""
-        return log_probs(self.vocabulary(model).logits, temperature)
+        return self.vocabulary(model).logps(temperature)
 
     def vocabulary(self, model: str) -> Vocabulary:
         """The whole vocabulary of another model in this process, no gradient; shared by all terms of a chunk."""
@@ -314,15 +314,6 @@ class Live:
     def select(self, index: Tensor) -> Live:
         """The pass at some of these positions."""
         return Live(self.batch, self.positions[index], self.logits[index], (self, index))
-
-
-def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """[..., V]: log-probs of logits divided by `temperature`.
-
-    The same operations for student and others: models that agree do so to the last bit, and |p_s - p_t| has no gradient of noise.
-    """
-    logits = logits if temperature == 1.0 else logits / temperature
-    return logits - torch.logsumexp(logits, -1, keepdim=True)
 
 
 def missing(fact: Fact, batch: Batch) -> str:

@@ -193,7 +193,7 @@ def test_r4_defaults_are_those_of_the_dataclasses_wherever_a_run_comes_from(tmp_
     assert make_run({}, ["student=s", "teacher=t", "data=d.jsonl"]) == run
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(LEAST))
     assert load_run(tmp_path / "run.yaml") == run
-    groups = {"optim": {}, "sampling": {}, "checkpoint": {}}
+    groups: dict[str, Any] = {"optim": {}, "sampling": {}, "checkpoint": {}}
     assert make_run({**LEAST, **groups}) == run  # a group that says nothing is the group's defaults
 
 

@@ -23,8 +23,8 @@ LAYERS = (  # a part imports itself and parts of layers above its own line here;
     ("kernels",),
     ("types",),
     ("objective",),
-    ("signals", "head"),
-    ("losses", "facts", "curricula", "rewards"),
+    ("signals", "head", "diagnostics"),
+    ("losses", "facts", "curricula", "rewards", "diagnostics"),
     ("models", "data", "eval"),
     ("forward", "sampling", "compose"),
     ("teachers", "method", "report"),  # method: method.py and methods/

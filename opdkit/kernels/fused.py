@@ -137,4 +137,4 @@ def _launch(kernel: Any, x: Tensor, *arguments: Any, **settings: float) -> None:
     if len(x) > 0:
         real = tl.float64 if x.dtype == torch.float64 else tl.float32
         with torch.cuda.device_of(x):
-            kernel[len(x), triton.cdiv(x.shape[1], TILE)](*arguments, **settings, TILE=TILE, REAL=real)
+            kernel[len(x), triton.cdiv(x.shape[1], TILE)](*arguments, **settings, TILE=TILE, REAL=real, num_warps=8)

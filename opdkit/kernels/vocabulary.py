@@ -1,7 +1,7 @@
-"""One model's logits at a chunk of positions, and what losses read off them, in passes that keep nothing of size [n, V].
+"""One model's logits at a chunk of positions, and what losses read off them.
 
-A pass goes block by block, so that on a CPU its intermediate results stay in the cache. On a GPU the same sums are Triton kernels
-(`fused`), where Triton runs and the divergence has a formula; else a pass is one block.
+A pass goes block by block, so that on a CPU its intermediate results are small and stay in the cache. On a GPU the same sums are
+Triton kernels (`fused`), where Triton runs and the divergence has a formula; else a pass is one block.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,10 @@ LOWEST = -1e4  # stands for -inf below the highest logit of a row: its exponenti
 
 
 class Vocabulary:
-    """Logits [n, V] of one model. Only the live student's carry a gradient."""
+    """Logits [n, V] of one model. Only the live student's carry a gradient.
+
+    The operations are the same for student and others: models that agree do so to the last bit, and |p_s - p_t| has no gradient of noise.
+    """
 
     def __init__(self, logits: Tensor, parent: tuple[Vocabulary, Tensor] | None = None):
         self.logits = logits
@@ -47,6 +51,10 @@ class Vocabulary:
         """[n, k]: log-probs at ids [n, k]."""
         return _LogpAt.apply(self.logits, ids, self.statistics()[0])
 
+    def logps(self, temperature: float = 1.0) -> Tensor:
+        """[n, V]: log-probs of the logits over `temperature`."""
+        return _LogProbs.apply(self.logits, self.statistics(temperature)[0], temperature)
+
     def select(self, index: Tensor) -> Vocabulary:
         """Some of the positions."""
         return Vocabulary(self.logits[index], (self, index))
@@ -62,7 +70,8 @@ def divergence(
             f"student logits {list(z.shape)} and teacher logits {list(y.shape)} differ in shape: a divergence over the whole "
             "vocabulary compares the same ids on both sides"
         )
-    return _Divergence.apply(z, y.detach(), student.statistics(temperature)[0], teacher.statistics(temperature)[0], kind, temperature, cap)
+    normalisers = student.statistics(temperature)[0], teacher.statistics(temperature)[0]
+    return _Divergence.apply(z, y.detach(), *normalisers, Rule(kind, temperature, cap))
 
 
 # ---------------------------------------------------------------------------------------------------------------- passes
@@ -84,6 +93,22 @@ def statistics(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor
     return normaliser, entropy
 
 
+class _LogProbs(torch.autograd.Function):
+    """Log-probs [n, V] of logits [n, V] over a temperature, with normalisers [n, 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, normaliser: Tensor, temperature: float) -> Tensor:
+        logp = scaled(logits, temperature) - normaliser
+        ctx.save_for_backward(logp)
+        ctx.temperature = temperature
+        return logp
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (logp,) = ctx.saved_tensors
+        return logp.exp().mul_(-grad.sum(-1, keepdim=True)).add_(grad).div_(ctx.temperature), None, None
+
+
 class _LogpAt(torch.autograd.Function):
     """Log-probs [n, k] at ids [n, k] of logits [n, V] with normalisers [n, 1]."""
 
@@ -96,106 +121,97 @@ class _LogpAt(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, ids, normaliser = ctx.saved_tensors
         total = grad.sum(-1, keepdim=True)
-        out = torch.empty_like(logits)
+        gradient = torch.empty_like(logits)
         for at in blocks(logits):
-            torch.sub(logits[at], normaliser[at], out=out[at]).exp_().mul_(-total[at])
-        return out.scatter_add_(-1, ids, grad), None, None
+            torch.sub(logits[at], normaliser[at], out=gradient[at]).exp_().mul_(-total[at])
+        return gradient.scatter_add_(-1, ids, grad), None, None
 
 
 class _Divergence(torch.autograd.Function):
-    """Divergence [n] of logits z, y [n, V] with normalisers lz, ly [n, 1]. Nothing of size [n, V] is kept for the gradient."""
+    """Divergence [n] of logits z, y [n, V] with normalisers lz, ly [n, 1]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, y: Tensor, lz: Tensor, ly: Tensor, kind: Kind, temperature: float, cap: float | None
-    ) -> Tensor:
-        ctx.rule = kind, temperature, cap
-        form = formula(kind) if cap is None else None
-        kernels = None if form is None else fused(z.device.type)
-        if kernels is not None:
-            value, total = kernels.values(form, z, y, lz, ly, temperature)
-            ctx.save_for_backward(z, y, lz, ly, total)
-            return value
+    def forward(ctx: Any, z: Tensor, y: Tensor, lz: Tensor, ly: Tensor, rule: Rule) -> Tensor:
+        ctx.rule, ctx.gradient, ctx.total = rule, None, None
         ctx.save_for_backward(z, y, lz, ly)
-        value = z.new_empty(len(z))
-        for at in blocks(z):
-            ls, lt = logps(z[at], lz[at], temperature), logps(y[at], ly[at], temperature)
-            value[at] = maths.divergence(kind, ls, lt, cap) if form is None else _value(form, ls, lt)
+        if (kernels := rule.kernels(z)) is not None:
+            value, ctx.total = kernels.values(rule.formula, z, y, lz, ly, rule.temperature)
+        else:
+            ctx.gradient = torch.empty_like(z) if ctx.needs_input_grad[0] else None
+            value = _values(rule, z, y, lz, ly, ctx.gradient)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kind, temperature, cap = ctx.rule
-        z, y, lz, ly, *total = ctx.saved_tensors
-        form = formula(kind) if cap is None else None
-        nothing = (None,) * 6
-        if total:
-            return fused(z.device.type).gradients(form, z, y, lz, ly, temperature, total[0], grad), *nothing  # type: ignore[union-attr]
-        out = torch.empty_like(z)
-        for at in blocks(z):
-            ls, lt = logps(z[at], lz[at], temperature), logps(y[at], ly[at], temperature)
-            slope, p = _taken(kind, cap, ls, lt) if form is None else _slope(form, ls, lt)
-            slope.addcmul_(p, slope.sum(-1, keepdim=True), value=-1)
-            torch.mul(slope, grad[at, None] / temperature, out=out[at])
-        return out, *nothing
+        rule, (z, y, lz, ly) = ctx.rule, ctx.saved_tensors
+        if ctx.total is not None:
+            gradient = rule.kernels(z).gradients(rule.formula, z, y, lz, ly, rule.temperature, ctx.total, grad)
+        else:
+            gradient, ctx.gradient = ctx.gradient, None  # scaled in place: a second backward makes its own
+            if gradient is None:
+                gradient = torch.empty_like(z)
+                _values(rule, z, y, lz, ly, gradient)
+            gradient.mul_(grad[:, None] / rule.temperature)
+        return gradient, None, None, None, None
 
 
-# ------------------------------------------------------------------------------- one block: log-probs ls, lt are overwritten
+@dataclass(frozen=True)
+class Rule:
+    """Which divergence."""
+
+    kind: Kind
+    temperature: float
+    cap: float | None
+
+    @property
+    def formula(self) -> Formula | None:
+        return formula(self.kind) if self.cap is None else None
+
+    def kernels(self, logits: Tensor) -> ModuleType | None:
+        return None if self.formula is None else fused(logits.device.type)
 
 
-def _value(form: Formula, ls: Tensor, lt: Tensor) -> Tensor:
-    """[r]: see `formula`."""
-    floor_(ls), floor_(lt)
-    if form.a == 0:
-        return lt.exp().mul_(lt.sub_(ls)).sum(-1)
+def _values(rule: Rule, z: Tensor, y: Tensor, lz: Tensor, ly: Tensor, gradient: Tensor | None) -> Tensor:
+    """[n]: the divergences. `gradient` [n, V], if any, receives theirs with respect to the scaled logits."""
+    values, form = z.new_empty(len(z)), rule.formula
+    for at in blocks(z):
+        ls, lt = scaled(z[at], rule.temperature) - lz[at], scaled(y[at], rule.temperature) - ly[at]
+        values[at], slope, p = _taken(rule, ls, lt) if form is None else _derived(form, ls, lt)
+        if gradient is not None:
+            torch.addcmul(slope, p, slope.sum(-1, keepdim=True), value=-1, out=gradient[at])
+    return values
+
+
+def _derived(form: Formula, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value [r], slope and student probabilities [r, V] of log-probs [r, V], which are overwritten: see `formula`."""
+    p = ls.exp()  # exactly 0 where the student rules an entry out
+    gone = ls == -torch.inf if form.a == 0 else None
+    for x in (ls, lt):
+        x.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=maths.LOGP_FLOOR)  # `maths.finite`
     if form.a == 1:
-        return ls.exp().mul_(ls.sub_(lt)).sum(-1)
-    p, q = ls.exp(), lt.exp()
-    m = mixture(form, p, q).log_()
-    value = q.mul_(lt.sub_(m)).sum(-1) * form.t if form.t else 0.0
-    return value + p.mul_(ls.sub_(m)).sum(-1) * form.s if form.s else value  # type: ignore[return-value]
+        slope = ls.sub_(lt).mul_(p)
+        return slope.sum(-1), slope, p
+    q = lt.exp()
+    if gone is not None:
+        value = lt.sub_(ls).mul_(q).sum(-1)
+        return value, q.neg_().masked_fill_(gone, 0.0), p
+    mix = (p * (1 - form.a)).add_(q, alpha=form.a).clamp_min_(torch.finfo(p.dtype).tiny)  # both may have underflowed
+    m = mix.log()
+    slope = ls.sub_(m).mul_(p).mul_(form.s)
+    value = slope.sum(-1) + lt.sub_(m).mul_(q).sum(-1) * form.t
+    return value, slope.addcdiv_(q.mul_(p), mix, value=form.k) if form.k else slope, p
 
 
-def _slope(form: Formula, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and student probabilities [r, V]: see `formula`."""
-    p = ls.exp()  # exactly 0 where the student rules an entry out, and so the slope
-    if form.a == 0:
-        return lt.exp_().neg_().masked_fill_(ls == -torch.inf, 0.0), p
-    floor_(ls), floor_(lt)
-    if form.a == 1:
-        return ls.sub_(lt).mul_(p), p
-    q = lt.exp_()
-    mix = mixture(form, p, q)
-    if not form.s:
-        return q.mul_(p).div_(mix).mul_(form.k), p
-    slope = ls.sub_(mix.log()).mul_(p).mul_(form.s)
-    return (slope.addcdiv_(q.mul_(p), mix, value=form.k) if form.k else slope), p
-
-
-def mixture(form: Formula, p: Tensor, q: Tensor) -> Tensor:
-    """a q + (1 - a) p; at least the least normal number, as both may have underflowed."""
-    return (p * (1 - form.a)).add_(q, alpha=form.a).clamp_min_(torch.finfo(p.dtype).tiny)
-
-
-def _taken(kind: Kind, cap: float | None, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and student probabilities [r, V] of any divergence, by autograd."""
+def _taken(rule: Rule, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_derived`, for any divergence: by autograd."""
     with torch.enable_grad():
-        value = maths.divergence(kind, ls.requires_grad_(), lt, cap).sum()
-        slope = torch.autograd.grad(value, ls)[0] if value.requires_grad else torch.zeros_like(ls)
-    return slope, ls.detach().exp_()
+        value = maths.divergence(rule.kind, ls.requires_grad_(), lt, rule.cap)
+        slope = torch.autograd.grad(value.sum(), ls)[0] if value.requires_grad else torch.zeros_like(ls)
+    return value.detach(), slope, ls.detach().exp_()
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits / temperature
-
-
-def logps(logits: Tensor, normaliser: Tensor, temperature: float) -> Tensor:
-    return scaled(logits, temperature) - normaliser
-
-
-def floor_(logp: Tensor) -> Tensor:
-    """`maths.finite`, in place."""
-    return logp.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=maths.LOGP_FLOOR)
 
 
 def blocks(x: Tensor) -> Iterator[slice]:
@@ -217,6 +233,8 @@ def fused(device: str) -> ModuleType | None:
     try:
         fused.statistics(torch.zeros(1, 2, device=device), 1.0)
     except Exception as e:  # no C compiler for its launcher, a GPU it does not know: whatever it is, PyTorch's own kernels do it
-        warnings.warn(f"Triton is installed but does not run here, PyTorch's own kernels are used instead, slower: {e}", stacklevel=2)
+        warnings.warn(
+            f"Triton is installed but does not run here, PyTorch's own kernels are used instead, slower: {e}", stacklevel=2
+        )
         return None
     return fused

@@ -89,7 +89,7 @@ def recipe(folder: Path = WORLD) -> dict[str, Any]:
         "data": str(folder / "data" / "train.jsonl"),
         "output": str(folder / "run"),
         "reward": REWARD,
-        "evaluate": {"data": str(folder / "data" / "test.jsonl"), "every": 10, "teacher": True, "sampling": GREEDY},
+        "evaluate": {"data": str(folder / "data" / "test.jsonl"), "every": 5, "teacher": True, "sampling": GREEDY},
         **OPD,
         "steps": 40,
     }

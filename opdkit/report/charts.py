@@ -77,6 +77,7 @@ def line_chart(
         "last": steps[-1],
         "data": {
             "unit": unit,
+            "along": along,
             "x": [x.low, x.high, x.start, x.end],
             "y": [y.low, y.high, y.start, y.end, int(y.log)],
             **_hover(lines, steps),

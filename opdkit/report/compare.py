@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,12 @@ from opdkit.report.compare_data import (
 )
 from opdkit.report.html import GEOMETRY, TEMPLATES
 from opdkit.report.numbers import duration, number, ticks
+from opdkit.report.read import evenly
 from opdkit.report.results import ROW, span
 
 COLORS = 6  # after which they come again, dashed
+NAME = 30  # characters of a method's name beside its interval
+POINTS = 300  # token counts at which a chart can be read
 SEEDS_LISTED = 5  # more are given by their range
 PLOTS = (  # title, metric, unit, what it means
     ("KL to the teacher", KL, "nats per token", "Sampled estimate of KL(student ‖ teacher) on the training rollouts."),
@@ -57,7 +62,9 @@ def render(entries: Entries) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    entrants, plan = entries.entrants, entries.plan
+    names = without_folders([entrant.label for entrant in entries.entrants])
+    entrants = [replace(entrant, label=name) for entrant, name in zip(entries.entrants, names)]
+    plan = entries.plan
     ranked = standings(entrants)
     colors = {entrant.label: i for i, entrant in enumerate(entrants)}
     done, wanted = sum(len(entrant.runs) for entrant in entrants), len(entrants) * len(entries.seeds)
@@ -76,6 +83,12 @@ def render(entries: Entries) -> str:
         yaml=to_yaml(plan["run"]),
         geometry=GEOMETRY,
     )
+
+
+def without_folders(labels: Sequence[str]) -> list[str]:
+    """`own.py:mine` for `some/where/own.py:mine`, unless two methods would then have one name."""
+    short = [re.sub(r"[^\s*+(),]*/(?=[^/\s]+\.py:)", "", label) for label in labels]
+    return short if len(set(short)) == len(short) else list(labels)
 
 
 def key_figures(entrants: Sequence[Entrant], ranked: Sequence[Standing]) -> list[dict[str, str]]:
@@ -185,7 +198,7 @@ def difference_plot(ranked: Sequence[Standing], colors: dict[str, int]) -> list[
             f"Difference to {ranked[0].label}, percentage points",
             rows,
             colors,
-            lambda t: f"{100 * t:+.4g}",
+            lambda t: f"{100 * t:+.4g}" if t else "0",
             (-1.0, 1.0),
             zero=True,
         )
@@ -212,7 +225,7 @@ def _plot(
         "zero": axis(0.0) if zero else None,
         "rows": [
             {
-                "label": label,
+                "label": label if len(label) <= NAME else f"{label[: NAME - 1]}…",
                 "kind": f"c{colors[label] % COLORS}",
                 "y": ROW * i + 36,
                 "low": axis(e.interval.low),
@@ -247,7 +260,8 @@ def _chart(
     title: str, curves: dict[str, Curve], unit: str, about: str, levels: Sequence[tuple[str, float]] = ()
 ) -> dict[str, Any]:
     """A line per method, in the band of its seeds; all are read at the same token counts."""
-    grid = sorted({tokens for curve in curves.values() for tokens in curve.tokens})
+    every = sorted({tokens for curve in curves.values() for tokens in curve.tokens})
+    grid = [every[i] for i in evenly(len(every), POINTS)]
     lines = []
     for label, curve in curves.items():
         mean, low, high = curve.at(grid)

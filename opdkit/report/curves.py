@@ -48,9 +48,46 @@ PLOTS = (
     Plot("Learning", "Correct answers", ("correct/*",), "%", "Share of the training rollouts with a right answer."),
     Plot("Learning", "Gradient norm", ("grad_norm",), "", "Before clipping."),
     Plot("Learning", "Learning rate", ("learning_rate",), smooth=False),
+    Plot(
+        "Tokens",
+        "log(teacher / student)",
+        ("log_ratio/*",),
+        "nats",
+        "At the sampled tokens: what OPD credits them with. A long negative tail are tokens that the teacher would hardly write.",
+    ),
+    Plot(
+        "Tokens",
+        "Trusted tokens",
+        ("trust/*",),
+        "%",
+        "Mean of min(teacher / student, 1): how many of the student's tokens speculative sampling would accept from it.",
+    ),
+    Plot(
+        "Tokens",
+        "Sure or not, agreed or not",
+        ("quadrants/*",),
+        "%",
+        "Tokens by student entropy (from 0.5 nats: unsure) and KL to the teacher (from 0.1 nats: apart). Sure and apart: confident mistakes.",
+    ),
+    Plot("Tokens", "Mass on the top k", ("mass/*",), "%", "Probability that a model gives to its own top k or to the other's."),
+    Plot("Tokens", "Overlap of the top k", ("overlap/*",), "%", "Share of the student's top k that is in the teacher's."),
     Plot("Terms", "Loss per term", ("loss/*",)),
     Plot("Terms", "Mean weight per term", ("weight/*",), "", "Mean over the tokens that the term selects."),
     Plot("Terms", "Tokens per term", ("share/*",), "%", "Share of the trained tokens that the term selects."),
+    Plot(
+        "Terms",
+        "Effective tokens per term",
+        ("effective_tokens/*",),
+        "tokens",
+        "(sum of weights)² / sum of squares: as many equally weighted tokens would average as well.",
+    ),
+    Plot(
+        "Terms",
+        "Gradient per term",
+        ("term_gradient/*",),
+        "",
+        "Norm of each term's gradient in the student's logits, over the step.",
+    ),
     Plot(
         "Completions",
         "Length",
@@ -71,25 +108,58 @@ PLOTS = (
     Plot("Speed and memory", "Peak memory", ("memory/peak_gib",), "GiB", smooth=False),
 )
 OTHER = "More metrics"
+WEIGHTS, DRIFT = (
+    "weights/",
+    "drift/tenth_",
+)  # quantiles of a term's weights; mean size of the log-ratio in a tenth of the response
+BANDS = (("median", "p50", ""), ("5 to 95%", "p05", "p95"), ("1 to 99%", "p01", "p99"))
+PERIODS = {"start of the run": 0.0, "middle": 0.5, "end": 1.0}  # of a profile; each the mean over a fifth of the steps
+WORDS = ("quadrants/", "mass/", "overlap/")  # metrics whose names read as words
 PHASES = ("sample", "score", "learn", "reward")  # of a step; they have the same colour in every chart
 
 
 def chart_sections(run: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(section, charts) for everything in metrics.jsonl, each metric exactly once."""
+    """(section, charts) for everything in metrics.jsonl, each metric exactly once; weights that never differ are left out."""
     if not run.steps:
         return []
-    sections: dict[str, list[dict[str, Any]]] = {}
+    sections: dict[str, list[dict[str, Any]]] = {plot.section: [] for plot in PLOTS}  # in their order
     left = dict(run.metrics)
     for plot in PLOTS:
         found = {name: left.pop(name) for name in list(left) if any(_matches(name, key) for key in plot.keys)}
         if found:
             chart = line_chart(plot.title, run.steps, _lines(found), unit=plot.unit, about=plot.about, smooth=plot.smooth)
-            sections.setdefault(plot.section, []).append(chart | {"warning": _warning(run, list(found))})
+            sections[plot.section].append(chart | {"warning": _warning(run, list(found))})
+    for term in dict.fromkeys(name.removeprefix(WEIGHTS).rpartition("/")[0] for name in left if name.startswith(WEIGHTS)):
+        found = {name: left.pop(name) for name in list(left) if name.startswith(f"{WEIGHTS}{term}/")}
+        if len({v for line in found.values() for v in line if v is not None}) > 1:  # weights all the same need no chart
+            chart = line_chart(f"Weights of {term}", run.steps, _lines(found), about="Of the tokens that the term selects.")
+            sections["Terms"].append(chart | {"warning": _warning(run, list(found))})
+    drift = {name: left.pop(name) for name in sorted(left) if name.startswith(DRIFT)}
+    if drift:
+        sections["Tokens"].append(_profile(drift) | {"warning": _warning(run, list(drift))})
     for name, values in sorted(left.items()):
         sections.setdefault(OTHER, []).append(
             line_chart(name, run.steps, [Line(name, values)]) | {"warning": _warning(run, [name])}
         )
-    return list(sections.items())
+    return [(name, charts) for name, charts in sections.items() if charts]
+
+
+def _profile(drift: dict[str, Values]) -> dict[str, Any]:
+    """The mean size of the log-ratio by position in the response, early, midway and late in the run."""
+    several = len(next(iter(drift.values()))) >= len(PERIODS)
+    periods = PERIODS if several else {"mean": 0.0}
+    lines = [Line(period, [_mean_near(values, at) for values in drift.values()]) for period, at in periods.items()]
+    steps = [int(name.removeprefix(DRIFT)) for name in drift]
+    about = "Mean |log(teacher / student)| in each tenth of the responses. Rising: the student drifts away in their course."
+    return line_chart("Distance by position", steps, lines, unit="nats", about=about, smooth=False, along="tenth")
+
+
+def _mean_near(values: Values, at: float) -> float | None:
+    """Mean over the fifth of the steps that lies at a share of the run."""
+    width = max(1, len(values) // 5)
+    start = round(at * (len(values) - width))
+    known = [v for v in values[start : start + width] if v is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _warning(run: RunData, names: list[str]) -> str:
@@ -113,8 +183,17 @@ def _lines(found: dict[str, Values]) -> list[Line]:
     ends = [found.get(f"completions/{end}_length") for end in ("min", "max")]
     if "completions/mean_length" in found and ends[0] and ends[1]:
         return [Line("mean", found["completions/mean_length"]), Line("range", ends[0], ends[1])]
-    lines = [Line(name.split("/", 1)[-1].removesuffix("_length"), values) for name, values in found.items()]
+    by_end = {name.rpartition("/")[2]: values for name, values in found.items()}
+    if {end for _, *ends in BANDS for end in ends if end} <= set(by_end):
+        return [Line(name, by_end[low], by_end.get(high, [])) for name, low, high in BANDS]
+    lines = [Line(_short(name), values) for name, values in found.items()]
     return sorted(lines, key=lambda line: _order(line.name))
+
+
+def _short(name: str) -> str:
+    """What tells a metric from the others of its chart."""
+    short = name.split("/", 1)[-1].removesuffix("_length")
+    return short.replace("_", " ") if name.startswith(WORDS) else short
 
 
 def _order(name: str) -> tuple[int, str]:

@@ -75,6 +75,7 @@ class Job:
     evaluate: Callable[[int], float] | None = None  # step -> score
     validate: Callable[[], float] | None = None  # loss on held-out reference responses, for curricula that want it
     evaluate_every: int = 0
+    term_gradients_every: int = 0
 
     def ended(self, state: State) -> bool:
         """Whether the last step is done."""

@@ -77,7 +77,8 @@ def _step(job: Job, state: State) -> None:
             device=student.device,
             dtype=torch.promote_types(torch.float32, student.parameters[0].dtype),
         )
-    record = StepRecord(job.objective.names)
+    every = job.term_gradients_every
+    record = StepRecord(job.objective.names, bool(every) and step % every == 0)
     with clock("learn"):
         for number, rows in enumerate(_optimiser_steps(job, rollouts, step)):
             if number and job.needs.of("live"):
@@ -114,11 +115,12 @@ def _learn(job: Job, plan: Plan, rollouts: Sequence[Rollout], record: StepRecord
     with student.learning(job.seed):
         for positions in layout.micro_batches(flat_positions(plan.selected), job.micro_batch_tokens):
             with student.autocast():
-                learned = learn(plan, positions, layout.states(student.model, positions), student.head)
+                states = layout.states(student.model, positions)
+                learned = learn(plan, positions, states, student.head, term_gradients=record.term_gradients)
             if not bool(learned.loss.isfinite()):
                 raise UserError(_not_finite(plan, positions, rollouts, learned.parts))
             learned.loss.backward()
-            record.add(learned)
+            record.add(learned, positions)
     norm = student.gradient_norm()
     if not bool(norm.isfinite()):
         raise UserError(

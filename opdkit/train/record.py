@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opdkit import diagnostics
 from opdkit.head import Learned
 from opdkit.objective import Plan, credit_of
 from opdkit.track import Trackers
@@ -25,19 +26,25 @@ from opdkit.types import Batch, LogpFact, Rollout
 
 @dataclass
 class StepRecord:
-    """Sums over the micro-batches and optimiser steps of one step; read once at its end."""
+    """What the micro-batches and optimiser steps of one step leave; read once at its end."""
 
     names: tuple[str, ...]
+    term_gradients: bool = False  # whether they are measured in this step
     parts: list[Tensor] = field(default_factory=list)
     entropy: list[Tensor] = field(default_factory=list)
     gap: list[Tensor] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)
+    slopes: list[Tensor] = field(default_factory=list)
+    slope_norms: list[Tensor] = field(default_factory=list)
     positions: int = 0
     norms: list[Tensor] = field(default_factory=list)
     rate: float = 0.0
     plans: list[Plan] = field(default_factory=list)
 
-    def add(self, learned: Learned) -> None:
-        """A micro-batch."""
+    def add(self, learned: Learned, positions: Tensor) -> None:
+        """A micro-batch at flat positions [N]."""
+        self.seen.append(positions)
+        self.slopes.append(learned.slopes)
         self.parts.append(learned.parts)
         self.entropy.append(learned.entropy)
         self.gap.append(learned.gap)
@@ -45,6 +52,9 @@ class StepRecord:
 
     def close(self, plan: Plan, norm: Tensor, rate: float) -> None:
         """An optimiser step."""
+        if self.slopes:
+            self.slope_norms.append(torch.stack(self.slopes).sum(0).sqrt())
+            self.slopes.clear()
         self.plans.append(plan)
         self.norms.append(norm.detach())
         self.rate = rate
@@ -57,21 +67,38 @@ class StepRecord:
             parts = torch.stack(self.parts).sum(0) / steps
             out["loss"] = parts.sum().item()
             out |= {f"loss/{name}": value for name, value in zip(self.names, parts.tolist())}
-            out["entropy/student"] = (torch.stack(self.entropy).sum() / max(self.positions, 1)).item()
+            out["entropy/student"] = (torch.cat(self.entropy).sum() / max(self.positions, 1)).item()
         plan = self.plans[0]
         trained = max(int(plan.mask.sum()), 1)
         for part in plan.parts:
             on = part.weight[part.weight != 0]
             out[f"share/{part.name}"] = len(on) / trained
             out[f"weight/{part.name}"] = on.mean().item() if len(on) else 0.0
-        gap = mean_gap(batch, "student", "teacher")
-        if math.isnan(gap) and self.gap and bool(torch.stack(self.gap).any()):
-            gap = (torch.stack(self.gap).sum() / max(self.positions, 1)).item()
+        gap = mean_gap(batch, "student", "teacher", batch.mask & ~batch.mark("guided"))
+        if math.isnan(gap) and self.gap:
+            gap = torch.cat(self.gap).nanmean().item()
         if not math.isnan(gap):
             out["teacher_kl/sampled"] = gap  # one-sample estimate of KL(student || teacher), mean over tokens
+        out |= self.distributions(batch)
         out["grad_norm"] = torch.stack(self.norms).mean().item()
         out["learning_rate"] = self.rate
         return out
+
+    def distributions(self, batch: Batch) -> dict[str, float]:
+        """How tokens, weights and, where measured, the gradients of terms are distributed: see `opdkit.diagnostics`."""
+        found = diagnostics.of_weights(self.plans[0])
+        found |= diagnostics.of_tokens(batch, self.spread(batch, self.entropy), self.spread(batch, self.gap))
+        if self.term_gradients and self.slope_norms:
+            norms = torch.stack(self.slope_norms).mean(0)
+            found |= {f"term_gradient/{name}": norm for name, norm in zip(self.names, norms)}
+        return dict(zip(found, torch.stack([value.double() for value in found.values()]).tolist())) if found else {}
+
+    def spread(self, batch: Batch, values: Sequence[Tensor]) -> Tensor:
+        """[B, T]: numbers of micro-batches at their positions, as they were when first seen; NaN elsewhere."""
+        table = torch.full((batch.tokens.numel(),), torch.nan, dtype=batch.dtype, device=batch.device)
+        for positions, numbers in list(zip(self.seen, values))[::-1]:
+            table[positions] = numbers
+        return table.view(batch.shape)
 
 
 @dataclass

@@ -214,7 +214,12 @@ def test_r10_default_serves_the_others_and_a_checkpoint_under_two_names_is_loade
 ) -> None:
     loaded: list[str] = []
     real = build.load_model
-    monkeypatch.setattr(build, "load_model", lambda name, **settings: loaded.append(name) or real(name, **settings))
+
+    def load_model(name: str, **settings: Any) -> Any:
+        loaded.append(name)
+        return real(name, **settings)
+
+    monkeypatch.setattr(build, "load_model", load_model)
     data = routed(tmp_path, ["math", None, "poetry", "code"])
     teachers = f"{{math: {shop.teacher}, code: {shop.llama}, default: {shop.teacher}}}"
     assert shop.train(output, f"data={data}", f"teacher={teachers}", f"models.other={shop.teacher}", "prompts_per_step=4") == 0

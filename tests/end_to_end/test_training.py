@@ -53,7 +53,7 @@ def check_trained(folder: Path, start: str, steps: int) -> None:
     prompt = torch.tensor([[1, 40, 50, 60]])
     logits = []
     for path in (folder / f"checkpoint-{steps}", folder / "model"):
-        model = AutoModelForCausalLM.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path)
         assert model.generate(prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 7)
         logits.append(model(prompt).logits)
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)  # adapters beside the weights, or merged into them
@@ -273,10 +273,10 @@ def test_a_loaded_student_keeps_its_own_start_as_reference(shop: Shop, tmp_path:
 
     from opdkit import distill
 
-    given_models = [AutoModelForCausalLM.from_pretrained(path) for path in (shop.student, shop.teacher)]
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in (shop.student, shop.teacher))
     settings = {k: v for k, v in shop.values("").items() if k not in ("student", "teacher", "data", "output")} | {"steps": 4}
     tokenizer = AutoTokenizer.from_pretrained(shop.student)
-    distill(*given_models, shop.data, "exopd", tokenizer=tokenizer, output=str(tmp_path / "objects"), **settings)
+    distill(student, teacher, shop.data, "exopd", tokenizer=tokenizer, output=str(tmp_path / "objects"), **settings)
     distill(shop.student, shop.teacher, shop.data, "exopd", output=str(tmp_path / "paths"), **settings)
     assert difference(tmp_path / "objects", tmp_path / "paths") == 0
 

@@ -81,6 +81,18 @@ def _metrics(rng: np.random.Generator, step: int, steps: int) -> dict[str, float
         "seconds/step": total,
         "memory/peak_gib": 38.2 + 0.01 * (step > 3),
         "iw_opd/mean_weight": near(1.24, 0.02),
+        "trust/mean": min(1, near(0.95 - gap / 3, 0.01)),
+        "effective_tokens/PolicyGradient": near(12000, 0.05),
+        "term_gradient/PolicyGradient": near(0.02),
+        "mass/teacher_on_teacher_top_64": 0.99,
+    }
+    row |= {f"log_ratio/{q}": near(v * gap * 5) for q, v in zip(("p01", "p05", "p50", "p95", "p99"), (-3, -1, 0, 0.4, 0.8))}
+    row |= {f"weights/PolicyGradient/{q}": v for q, v in zip(("p01", "p05", "p50", "p95", "p99"), (1, 1.1, 1.25, 1.4, near(1.5)))}
+    row |= {f"weights/Divergence/{q}": 1.0 for q in ("p01", "p05", "p50", "p95", "p99")}
+    row |= {f"drift/tenth_{i:02}": near(gap * (0.5 + i / 10)) for i in range(1, 11)}
+    row |= {
+        f"quadrants/{kind}": share
+        for kind, share in zip(("unsure_apart", "unsure_agreed", "sure_apart", "sure_agreed"), (0.1, 0.1, 0.1, 0.7))
     }
     return row | {f"seconds/{name}": value for name, value in seconds.items()}
 

@@ -93,13 +93,33 @@ def test_every_metric_is_drawn_exactly_once_also_unknown_ones(folder):
     sections = dict(chart_sections(run))
     assert [c["title"] for c in sections["More metrics"]] == ["iw_opd/mean_weight"]
     # The standard deviation, and the least and greatest length, are ends of bands.
-    assert sum(len(c["curves"]) for charts in sections.values() for c in charts) == len(run.metrics) - 1
+    # Five quantiles are a line and two bands, twice; ten tenths a profile at three times; weights that never differ are not drawn.
+    drawn = sum(len(c["curves"]) for charts in sections.values() for c in charts)
+    assert drawn == len(run.metrics) - 1 - 2 * 2 - 7 - 5
     terms = {c["title"]: [k["name"] for k in c["curves"]] for c in sections["Terms"]}
     assert terms["Mean weight per term"] == ["Divergence", "PolicyGradient"]
     reward = next(c for c in sections["Learning"] if c["title"] == "Reward")
     mean, std = run.metrics["reward/mean"][0], run.metrics["reward/std"][0]
     band = reward["data"]["lines"][1]
     assert (band["y"][0], band["z"][0]) == pytest.approx((mean - std, mean + std), rel=1e-3)
+
+
+def test_what_tokens_do_is_drawn(folder):
+    run = read_run(folder)
+    tokens = {c["title"]: c for c in dict(chart_sections(run))["Tokens"]}
+    ratio = tokens["log(teacher / student)"]
+    assert [(k["name"], bool(k["band"])) for k in ratio["curves"]] == [("median", False), ("5 to 95%", True), ("1 to 99%", True)]
+    outer = ratio["data"]["lines"][2]
+    low, high = (run.metrics[f"log_ratio/{q}"][0] for q in ("p01", "p99"))
+    assert (outer["y"][0], outer["z"][0]) == pytest.approx((low, high), rel=1e-3)
+    profile = tokens["Distance by position"]
+    assert (profile["along"], profile["data"]["steps"]) == ("tenth", list(range(1, 11)))
+    early, _, late = (line["y"] for line in profile["data"]["lines"])
+    first = run.metrics["drift/tenth_01"]
+    assert (early[0], late[0]) == pytest.approx((sum(first[:12]) / 12, sum(first[-12:]) / 12), rel=1e-3)  # fifths of 60 steps
+    assert [k["name"] for k in tokens["Sure or not, agreed or not"]["curves"]][0] == "sure agreed"
+    titles = [c["title"] for c in dict(chart_sections(run))["Terms"]]
+    assert "Weights of PolicyGradient" in titles and "Weights of Divergence" not in titles
 
 
 def test_phases_account_for_the_step(folder):

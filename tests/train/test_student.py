@@ -60,9 +60,9 @@ def test_gradients_are_clipped_and_their_norm_is_that_before() -> None:
     student = Student(tiny_model(), Optim(max_grad_norm=1.0), 1.0, 1)
     for p in student.parameters:
         p.grad = torch.zeros_like(p)
-    student.parameters[0].grad.view(-1)[:2] = torch.tensor([3.0, 4.0])  # type: ignore[union-attr]
+    student.parameters[0].grad.view(-1)[:2] = torch.tensor([3.0, 4.0])
     assert student.gradient_norm().item() == pytest.approx(5.0)
-    assert student.parameters[0].grad.view(-1)[:2].tolist() == pytest.approx([0.6, 0.8], rel=1e-5)  # type: ignore[union-attr]
+    assert student.parameters[0].grad.view(-1)[:2].tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
 
 
 def test_dropout_is_keyed_by_seed_and_step_and_leaves_the_random_state_alone() -> None:
