@@ -1,8 +1,8 @@
 """How the cost of a training step grows with rollouts, length, vocabulary, group size and number of terms.
 
 One thing is varied at a time, on a tiny student and teacher whose responses all reach the limit. Sizes are visited in turn, round after round;
-an exponent is the slope of log(median seconds) over log(what is varied), of the whole step and of each phase; over the larger half of the sizes
-it is free of fixed costs. Long responses are a sweep of their own: there attention, which is quadratic, is the larger part of a tiny model.
+an exponent is the slope of log(median seconds) over log(what is varied), of the whole step and of each phase; between the two largest sizes
+fixed costs count least. Long responses are a sweep of their own: there attention, which is quadratic, is the larger part of a tiny model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import alternate, begin, parser, qwen3, questions, ratios, save, spread, stopping, synchronize, table, text, tokenizer
+from common import alternate, begin, parser, questions, qwen3, ratios, save, spread, stopping, synchronize, table, text, tokenizer
 
 from opdkit.build import Given, prepare
 from opdkit.losses import Divergence, PolicyGradient
@@ -94,7 +94,6 @@ def sweep(args: argparse.Namespace, title: str, name: str, values: Sequence[int]
         sides = {str(value): Steps(args, Path(folder), objective=BASE, **(base | {name: value})) for value in values}
         results = alternate(sides, args.rounds)
     medians = {phase: [statistics.median(r[phase] for r in results[str(v)]) for v in values] for phase in ("step", *PHASES)}
-    large = [i for i, v in enumerate(values) if v >= math.sqrt(values[0] * values[-1])]
     return {
         "vary": title,
         "fixed": {k: v for k, v in base.items() if k != name},
@@ -102,7 +101,7 @@ def sweep(args: argparse.Namespace, title: str, name: str, values: Sequence[int]
         "tokens": [side.tokens for side in sides.values()],
         "seconds": medians,
         "exponent": {phase: exponent(values, of) for phase, of in medians.items()},
-        "exponent_of_larger_half": exponent([values[i] for i in large], [medians["step"][i] for i in large]),
+        "exponent_at_the_end": exponent(values[-2:], medians["step"][-2:]),
     }
 
 
@@ -156,8 +155,8 @@ def report(sweeps: list[dict[str, Any]], counted: dict[str, Any]) -> None:
     for of in sweeps:
         for i, value in enumerate(of["values"]):
             rows.append([of["vary"], value, of["tokens"][i], *(f"{of['seconds'][p][i]:.3f}" for p in ("step", *PHASES))])
-        larger = f"larger half: {of['exponent_of_larger_half']:.2f}"
-        rows.append([of["vary"], "exponent", larger, *(f"{of['exponent'][p]:.2f}" for p in ("step", *PHASES))])
+        end = f"at the end: {of['exponent_at_the_end']:.2f}"
+        rows.append([of["vary"], "exponent", end, *(f"{of['exponent'][p]:.2f}" for p in ("step", *PHASES))])
     table(["vary", "value", "tokens", "step s", *PHASES], rows)
     print()
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import sys
@@ -105,7 +106,13 @@ class Plan:
 
     def budget(self, seed: int) -> int:
         """Tokens that the leader's student wrote with a seed."""
-        return read_lines(self.place(self.leader, seed) / "metrics.jsonl")[-1][TOKENS]
+        found = read_lines(self.place(self.leader, seed) / "metrics.jsonl")[-1][TOKENS]
+        if not found:
+            raise UserError(
+                f"the student wrote nothing with {self.leader.label}, so that it sets no budget for the others: in a new folder, name a "
+                "method first whose student writes, or set max_tokens=N for all"
+            )
+        return found
 
     def write(self, failed: Mapping[tuple[str, int], str]) -> None:
         """comparison.yaml: what the page shows of it, and what a later call must agree with."""
@@ -130,7 +137,9 @@ class Plan:
             ],
             "run": shared(self.base),
         }
-        (self.folder / PLAN).write_text(to_yaml(values), encoding="utf-8")
+        partial = self.folder / f"{PLAN}.tmp"
+        partial.write_text(to_yaml(values), encoding="utf-8")
+        os.replace(partial, self.folder / PLAN)
 
 
 def shared(base: Run) -> dict[str, Any]:
@@ -178,7 +187,7 @@ def compare(
         try:
             execute(run, Given(show=screen.step), resume=True)
         except UserError as error:
-            if who is plan.leader:
+            if who is plan.leader and plan.base.max_tokens is None:
                 raise UserError(
                     f"{who.label} with seed {seed}, from which the others take their budget, failed: {error}"
                 ) from error
@@ -350,7 +359,7 @@ class _Screen:
 def text_table(ranked: Sequence[Standing]) -> str:
     """The standings for a terminal."""
     first = ranked[0].label if ranked else ""
-    rows = [["method", "accuracy", "95%", f"difference to {first}", "95%", "by seed", "KL", "steps", "tokens"]]
+    rows = [["method", "accuracy", "95%", f"points to {first}", "95%", "by seed", "KL", "steps", "tokens"]]
     for s in ranked:
         d = s.difference
         change = [points(d.value), interval(d), per_seed(s)] if d else ["", "", ""]

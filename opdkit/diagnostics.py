@@ -22,8 +22,10 @@ def quantiles(values: Tensor) -> dict[str, Tensor]:
 
 
 def trust(log_ratio: Tensor) -> Tensor:
-    """[]: mean of min(pi_t / pi_s, 1) at sampled tokens, from log(teacher/student) [n]: the rate at which speculative sampling accepts
-    the student's tokens, an estimate of 1 - the total variation between the two."""
+    """[]: mean of min(pi_t / pi_s, 1) at tokens that the student drew, from log(teacher/student) [n].
+
+    The rate at which speculative sampling would accept them: an estimate of 1 - the total variation between the two.
+    """
     return log_ratio.clamp_max(0.0).exp().mean()
 
 
@@ -71,8 +73,11 @@ def top_k(facts: dict[Fact, Tensor], mask: Tensor) -> dict[str, Tensor]:
 
 
 def of_tokens(batch: Batch, entropy: Tensor, gap: Tensor) -> dict[str, Tensor]:
-    """What the facts of a step say. entropy and gap = log(student/teacher) [B, T] are those of the learning pass, NaN where it saw none;
-    facts, which cover all trained tokens, go before them."""
+    """What the facts of a step say of the tokens that the student drew.
+
+    entropy and gap = log(student/teacher) [B, T] are those of the learning pass, NaN where it saw none; facts, which cover all trained
+    tokens, go before them.
+    """
     facts, out = batch.facts, dict[str, Tensor]()
     if LogpFact("teacher") in facts and LogpFact("student") in facts:
         ratio = facts[LogpFact("teacher")] - facts[LogpFact("student")]

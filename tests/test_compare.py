@@ -321,6 +321,11 @@ def test_a_method_that_fails_does_not_stop_the_others(base: Run, tmp_path: Path)
     assert "no reference response" in out.page.read_text()
 
 
+def test_a_method_whose_student_writes_nothing_sets_no_budget(base: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sets no budget"):
+        compare(("gkd:lmbda=0.0", "opd"), replace(base, steps=1), seeds=1, out=tmp_path)
+
+
 def test_a_budget_in_tokens_holds_for_all(base: Run, tmp_path: Path) -> None:
     out = compare(("opd", "iw_opd"), base, seeds=1, out=tmp_path, max_tokens=50)
     assert all(50 <= s.tokens < 50 + 24 for s in out.standings)  # a step is at most 2 prompts x 2 responses x 6 tokens

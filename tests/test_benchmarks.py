@@ -1,0 +1,136 @@
+"""The benchmarks run, on tiny shapes: both sides do the same work, agree on the numbers, and leave the JSON that is documented."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = str(Path(__file__).parents[1] / "benchmarks")
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """A benchmark's module by name; its threads, and the names it imports, are put back."""
+    before, threads = set(sys.modules), torch.get_num_threads()
+    monkeypatch.syspath_prepend(FOLDER)
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(FOLDER):
+            del sys.modules[name]
+
+
+def written(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_alternation_takes_turns_and_drops_the_warm_up(benchmark):
+    calls = []
+    common = benchmark("common")
+    sides = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
+    assert common.alternate(sides, pairs=2, warmup=1) == {"a": [3, 5], "b": [4, 6]}
+    assert calls == list("ababab")
+
+
+def test_ratios_are_of_pairs(benchmark):
+    of = benchmark("common").ratios([2.0, 9.0, 40.0], [1.0, 3.0, 10.0])
+    assert of == {"median": 3.0, "q1": 2.5, "q3": 3.5, "min": 2.0, "max": 4.0, "n": 3}
+    with pytest.raises(ValueError):
+        benchmark("common").ratios([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("probability", [0.25, 0.02])
+def test_stop_tokens_come_at_the_rate_that_was_asked_for(benchmark, probability):
+    common = benchmark("common")
+    torch.manual_seed(0)
+    model = common.stopping(common.qwen3(32, 2, 64, initial=0.1), probability)
+    with torch.no_grad():
+        stop = model(torch.randint(2, 64, (8, 16))).logits.softmax(-1)[..., common.EOS]
+    assert stop.mean().item() == pytest.approx(probability, rel=0.15)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    endless = common.stopping(model, 0.0)
+    with torch.no_grad():
+        assert endless(torch.randint(2, 64, (2, 16))).logits.softmax(-1)[..., common.EOS].max() == 0
+
+
+def head_pass(benchmark, monkeypatch, folder, peer):
+    head = benchmark("head")
+    monkeypatch.setattr(head, "apart", lambda script, task, args: head.memory(task, args.device))  # a process takes seconds
+    head.main(["--shape", "300", "70", "16", "--peers", peer, "--pairs", "2", "--out", str(folder)])
+    (point,) = written(folder, "head")["points"]
+    assert (point["V"], point["N"], point["H"], point["left_out"]) == (300, 70, 16, {})
+    assert point["gradient_bytes"] == 4 * 16 * (300 + 70)
+    for side in ("opdkit", peer):
+        assert point[side]["relative_error"]["value"] < 1e-6
+        assert max(point[side]["relative_error"].values()) < 1e-5
+        assert point[side]["of_floor"]["n"] == 2 and point[side]["extra_bytes"] >= 0
+    assert point["opdkit"]["over_opdkit"]["median"] == 1.0
+
+
+def test_head_agrees_with_the_dense_pass(benchmark, monkeypatch, tmp_path):
+    head_pass(benchmark, monkeypatch, tmp_path, "dense")
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(("peer", "package"), [("trl", "trl"), ("liger", "liger_kernel")])
+def test_head_agrees_with_a_peer(benchmark, monkeypatch, tmp_path, peer, package):
+    pytest.importorskip(package)
+    head_pass(benchmark, monkeypatch, tmp_path, peer)
+
+
+def test_head_says_what_it_leaves_out(benchmark, monkeypatch, tmp_path):
+    head = benchmark("head")
+    monkeypatch.setattr(head, "apart", lambda *of: 0)
+    head.main(["--shape", "300", "70", "16", "--peers", "dense", "--limit", "1e-6", "--pairs", "1", "--out", str(tmp_path)])
+    (point,) = written(tmp_path, "head")["points"]
+    assert point["left_out"] == {"dense": "needs more than 1e-06 GiB"} and "dense" not in point
+
+
+def test_sampler_writes_what_generate_writes(benchmark, tmp_path):
+    small = "--hidden 32 --layers 2 --vocab 64 --rollouts 16 --rows 8 --num-generations 2 --length 16 --pairs 2".split()
+    benchmark("sampler").main([*small, "--out", str(tmp_path)])
+    result = written(tmp_path, "sampler")
+    assert result["checks"]["greedy_tokens_identical"] == 8 * 16
+    assert result["checks"]["largest_logp_difference"] < 1e-5
+    equal, few, all_ = result["cases"]
+    assert equal["opdkit"]["tokens"] == equal["generate"]["tokens"] == 2 * 8 * 16 and equal["mean_length"] == 16
+    assert (few["rows"], all_["rows"]) == (8, 16)
+    assert few["opdkit"]["tokens"] == all_["opdkit"]["tokens"]  # the same seeds: no rollout depends on its batch
+    assert few["ratio"]["generate"]["n"] == 2
+
+
+def test_scaling_fits_exponents(benchmark, tmp_path):
+    scaling = benchmark("scaling")
+    assert scaling.exponent([1, 10, 100], [3, 30, 300]) == pytest.approx(1)
+    assert scaling.exponent([2, 4, 8], [1, 4, 16]) == pytest.approx(2)
+    small = "--hidden 32 --rollouts 4 --length 4 --vocab 64 --most-tokens 64 --most-vocab 128 --rounds 1 --term-rounds 2".split()
+    scaling.main([*small, "--out", str(tmp_path)])
+    result = written(tmp_path, "scaling")
+    assert {s["vary"]: s["values"] for s in result["sweeps"]} == {
+        "rollouts": [1, 4, 16],
+        "length": [1, 4, 16],
+        "long responses": [4, 16],
+        "vocabulary": [32, 128],
+        "group": [1, 4],
+    }
+    assert result["sweeps"][0]["tokens"] == [4, 16, 64]
+    assert all(set(s["exponent"]) == {"step", "sample", "score", "learn"} for s in result["sweeps"])
+    first, second, third = result["terms"].values()
+    assert "over_previous" not in first and second["over_previous"]["step"]["n"] == third["over_previous"]["learn"]["n"] == 2
+
+
+@pytest.mark.peer
+def test_vs_trl_compares_equal_work(benchmark, tmp_path):
+    pytest.importorskip("trl")
+    small = "--rollouts 16 --length 12 --vocab 64 --steps 2 --pairs 2 --loss-tolerance 0.2 --no-memory".split()
+    benchmark("vs_trl").main([*small, "--out", str(tmp_path)])
+    result = written(tmp_path, "vs_trl")
+    assert result["ratio"]["n"] == 2
+    for side in ("opdkit", "trl"):
+        of = result[side]
+        assert of["rollouts"] == 2 * 2 * 16 and 2 * 2 * 16 < of["tokens"] < 2 * 2 * 16 * 12
+        assert set(of["microseconds_per_token"]) == {"sample", "score", "learn", "other"}
+        assert min(of["microseconds_per_token"].values()) > 0
