@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-slow test-peer lint clean
+.PHONY: install quickstart test test-slow test-peer bench lint clean
 
 install: .venv/installed
 
@@ -23,6 +23,10 @@ test-slow: install
 test-peer: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m peer
+
+bench: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
+	for name in vs_trl head sampler scaling; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 lint: install
 	$(BIN)/ruff check .

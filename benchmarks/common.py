@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # run from a checkout, installed or not
 
 PAD, EOS = 0, 1
 T = TypeVar("T")

@@ -170,7 +170,8 @@ def trl_blocks(args: argparse.Namespace, given: World, folder: Path, steps: int,
             return output
 
         def training_step(self, *of: Any, **named: Any) -> Any:
-            seen[-1]["loss"] = loss = super().training_step(*of, **named)
+            loss = super().training_step(*of, **named)
+            seen[-1]["loss"] = seen[-1].get("loss", 0.0) + loss  # of the micro-batches
             return loss
 
         def _get_last_hidden_state(self, model: Any, *of: Any, **named: Any) -> Any:
@@ -217,7 +218,8 @@ def trl_blocks(args: argparse.Namespace, given: World, folder: Path, steps: int,
 
     config = DistillationConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=args.rollouts,
+        per_device_train_batch_size=args.rollouts // args.trl_micro_batches,
+        gradient_accumulation_steps=args.trl_micro_batches,
         max_steps=steps * blocks,
         max_completion_length=args.length,
         beta=1.0,
@@ -317,11 +319,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--size", choices=("small", "qwen3"), help="default: small on the CPU, qwen3 on a GPU")
     options.add_argument("--rollouts", type=int, default=64)
-    options.add_argument("--length", type=int, default=64, help="most tokens of a response")
+    options.add_argument("--length", type=int, help="most tokens of a response; default: 64 for small models, else 256")
     options.add_argument("--mean-length", type=float, help="of a response that is not cut; default: 5/8 of the length")
     options.add_argument("--vocab", type=int, default=4096, help="of the small models")
     options.add_argument("--steps", type=int, default=2, help="of each side in one pair")
     options.add_argument("--pairs", type=int, default=9)
+    options.add_argument(
+        "--trl-micro-batches",
+        type=int,
+        help="into which TRL cuts the rollouts of a step; default: 4 (its fastest) for small models, else 1",
+    )
     options.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     options.add_argument("--loss-tolerance", type=float, default=0.03, help="relative difference of the mean losses")
     options.add_argument("--no-memory", action="store_true", help="leave the two processes out that measure memory")
@@ -329,6 +336,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = options.parse_args(argv)
     gpu = args.device.startswith("cuda")
     args.size = args.size or ("qwen3" if gpu else "small")
+    args.length = args.length or (64 if args.size == "small" else 256)
+    args.trl_micro_batches = args.trl_micro_batches or (4 if args.size == "small" else 1)
     args.bf16 = gpu if args.bf16 is None else args.bf16
     args.mean_length = args.mean_length or 0.625 * args.length
     return args
@@ -346,7 +355,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return said
     result = compare(args)
     if not args.no_memory:
-        kept = ("size", "rollouts", "length", "mean_length", "vocab", "bf16")
+        kept = ("size", "rollouts", "length", "mean_length", "vocab", "bf16", "trl_micro_batches")
         for side in ("opdkit", "trl"):
             task = {"side": side, "args": {k: getattr(args, k) for k in kept}}
             result[side]["memory"] = apart(__file__, task, args)

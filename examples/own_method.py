@@ -1,7 +1,7 @@
 """A method of one's own: no registration, no fork.
 
-    opdkit check examples/own_method.py:confident_opd
-    opdkit train --recipe gsm8k --method examples/own_method.py:confident_opd method.temperature=0.5
+opdkit check examples/own_method.py:confident_opd
+opdkit train --recipe gsm8k --method examples/own_method.py:confident_opd method.temperature=0.5
 """
 
 from opdkit.losses import PolicyGradient

@@ -1,6 +1,6 @@
 """Distil in three lines: any two models that share a tokenizer, any data set with prompts.
 
-    python examples/three_lines.py STUDENT TEACHER DATA
+python examples/three_lines.py STUDENT TEACHER DATA
 """
 
 import sys

@@ -41,7 +41,8 @@ def weight(objective: Objective, name: str) -> Signal:
     among themselves (SCOPE: right and wrong ones), each rollout's weight in its own term.
     """
     terms = objective.terms
-    inside = [factors(term.weight) for term in terms]
+    every = [factors(term.weight) for term in terms]
+    inside = [tuple(f for f in several if not _is_cap(f)) for several in every]
     shared = [f for f in inside[0] if all(f in others for others in inside[1:])]
     if len(terms) == 1 and shared:
         found = terms[0].weight
@@ -50,10 +51,6 @@ def weight(objective: Objective, name: str) -> Signal:
     elif _apart(inside):
         found = reduce(lambda a, b: a + b, (term.weight for term in terms))
     else:
-        shared = []
-        found = Const(1)
-    layer = [f for f in factors(found) if _is_cap(f)]
-    if isinstance(found, Const) or len(layer) == len(factors(found)):
         why = "its loss is not multiplied by any signal"
         if len(terms) > 1 and any(inside):
             why = "its terms are weighted each in its own way, which chooses between losses"
@@ -61,7 +58,7 @@ def weight(objective: Objective, name: str) -> Signal:
             f"{name} has no weight to multiply another method by: {why}. "
             f"Weights come from methods such as iw_opd, tip, paced, drift_gating, position_opd and scope; add {name} with + instead"
         )
-    if layer or any(isinstance(term.loss, Clipped) for term in terms):
+    if every != inside or any(isinstance(term.loss, Clipped) for term in terms):
         raise UserError(
             f"{name} gives clip, dual_clip or rollout_cap, which belong to its own loss, and only its weight is taken: give them to the "
             "method on the left, or leave them out"

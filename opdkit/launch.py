@@ -84,7 +84,13 @@ def execute(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
     final = run.folder / "model"
     model = job.student.model.merge_and_unload() if run.lora else job.student.model
     checkpoints.put(final, lambda partial: checkpoints.write_model(partial, model, job.tokenizer))
-    done = {"method": str(run.method_spec), "steps": state.step, "tokens": state.tokens, "best": state.best, "best_step": state.best_step}
+    done = {
+        "method": str(run.method_spec),
+        "steps": state.step,
+        "tokens": state.tokens,
+        "best": state.best,
+        "best_step": state.best_step,
+    }
     write_json(run.folder / "summary.json", done)
     report = write_report(run.folder)
     evaluations = [EvalResult.from_dict(line) for line in read_lines(run.folder / "evals.jsonl")]

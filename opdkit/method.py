@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
@@ -54,7 +55,7 @@ class Method:
                 f"{mine}, every term times {other}.",
             )
         if isinstance(other, (int, float)):
-            name = f"{other:g} * {compose.bracketed(mine, True)}"
+            name = f"{other!r} * {compose.bracketed(mine, True)}"
             known = "own" if mine == "own" else name
             return _called(replace(self, objective=compose.scale(self.objective, other)), known, f"{other:g} times {mine}.")
         return NotImplemented
@@ -165,7 +166,7 @@ def load(name: str, /, **arguments: Any) -> Method:
         made = Method(Objective(made))
     if not isinstance(made, Method):
         raise UserError(f"{name} returned {type(made).__name__}: a method is a function that returns an Objective or a Method")
-    if name not in METHODS:
+    if name not in METHODS and made.name in ("", "own"):  # else it is made of methods that have been looked at
         compose.refuse(made.objective, name)
     doc = inspect.getdoc(function) or ""
     return replace(made, name=name, arguments=tuple(bound.arguments.items()), summary=doc.split("\n")[0], doc=doc)
@@ -178,5 +179,7 @@ def _file(name: str) -> bool:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists from YAML as tuples: parts of a method are hashable."""
+    """Lists from YAML as tuples, as parts of a method are hashable; and 1e-3, which YAML reads as text, as a number."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
+        return float(value)
     return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -23,8 +23,10 @@ def benchmark(monkeypatch):
             del sys.modules[name]
 
 
-def written(folder: Path, name: str) -> dict:
-    return json.loads((folder / f"{name}.json").read_text())
+def run(module, options: str, folder: Path) -> dict:
+    """What the benchmark leaves in its JSON file."""
+    module.main([*options.split(), "--out", str(folder)])
+    return json.loads((folder / f"{module.__name__}.json").read_text())
 
 
 def test_alternation_takes_turns_and_drops_the_warm_up(benchmark):
@@ -59,8 +61,7 @@ def test_stop_tokens_come_at_the_rate_that_was_asked_for(benchmark, probability)
 def head_pass(benchmark, monkeypatch, folder, peer):
     head = benchmark("head")
     monkeypatch.setattr(head, "apart", lambda script, task, args: head.memory(task, args.device))  # a process takes seconds
-    head.main(["--shape", "300", "70", "16", "--peers", peer, "--pairs", "2", "--out", str(folder)])
-    (point,) = written(folder, "head")["points"]
+    (point,) = run(head, f"--shape 300 70 16 --peers {peer} --pairs 2", folder)["points"]
     assert (point["V"], point["N"], point["H"], point["left_out"]) == (300, 70, 16, {})
     assert point["gradient_bytes"] == 4 * 16 * (300 + 70)
     for side in ("opdkit", peer):
@@ -84,15 +85,13 @@ def test_head_agrees_with_a_peer(benchmark, monkeypatch, tmp_path, peer, package
 def test_head_says_what_it_leaves_out(benchmark, monkeypatch, tmp_path):
     head = benchmark("head")
     monkeypatch.setattr(head, "apart", lambda *of: 0)
-    head.main(["--shape", "300", "70", "16", "--peers", "dense", "--limit", "1e-6", "--pairs", "1", "--out", str(tmp_path)])
-    (point,) = written(tmp_path, "head")["points"]
+    (point,) = run(head, "--shape 300 70 16 --peers dense --limit 1e-6 --pairs 1", tmp_path)["points"]
     assert point["left_out"] == {"dense": "needs more than 1e-06 GiB"} and "dense" not in point
 
 
 def test_sampler_writes_what_generate_writes(benchmark, tmp_path):
-    small = "--hidden 32 --layers 2 --vocab 64 --rollouts 16 --rows 8 --num-generations 2 --length 16 --pairs 2".split()
-    benchmark("sampler").main([*small, "--out", str(tmp_path)])
-    result = written(tmp_path, "sampler")
+    small = "--hidden 32 --layers 2 --vocab 64 --rollouts 16 --rows 8 --num-generations 2 --length 16 --pairs 2"
+    result = run(benchmark("sampler"), small, tmp_path)
     assert result["checks"]["greedy_tokens_identical"] == 8 * 16
     assert result["checks"]["largest_logp_difference"] < 1e-5
     equal, few, all_ = result["cases"]
@@ -106,9 +105,8 @@ def test_scaling_fits_exponents(benchmark, tmp_path):
     scaling = benchmark("scaling")
     assert scaling.exponent([1, 10, 100], [3, 30, 300]) == pytest.approx(1)
     assert scaling.exponent([2, 4, 8], [1, 4, 16]) == pytest.approx(2)
-    small = "--hidden 32 --rollouts 4 --length 4 --vocab 64 --most-tokens 64 --most-vocab 128 --rounds 1 --term-rounds 2".split()
-    scaling.main([*small, "--out", str(tmp_path)])
-    result = written(tmp_path, "scaling")
+    small = "--hidden 32 --rollouts 4 --length 4 --vocab 64 --most-tokens 64 --most-vocab 128 --rounds 1 --term-rounds 2"
+    result = run(scaling, small, tmp_path)
     assert {s["vary"]: s["values"] for s in result["sweeps"]} == {
         "rollouts": [1, 4, 16],
         "length": [1, 4, 16],
@@ -125,9 +123,8 @@ def test_scaling_fits_exponents(benchmark, tmp_path):
 @pytest.mark.peer
 def test_vs_trl_compares_equal_work(benchmark, tmp_path):
     pytest.importorskip("trl")
-    small = "--rollouts 16 --length 12 --vocab 64 --steps 2 --pairs 2 --loss-tolerance 0.2 --no-memory".split()
-    benchmark("vs_trl").main([*small, "--out", str(tmp_path)])
-    result = written(tmp_path, "vs_trl")
+    small = "--rollouts 16 --length 12 --vocab 64 --steps 2 --pairs 2 --loss-tolerance 0.2 --no-memory"
+    result = run(benchmark("vs_trl"), small, tmp_path)
     assert result["ratio"]["n"] == 2
     for side in ("opdkit", "trl"):
         of = result[side]

@@ -220,6 +220,7 @@ def test_explain_says_when_a_weight_costs_no_forward_pass():
         ("opd * grpo(rollout_cap=5)", "not multiplied by any signal"),
         ("opd * iw_opd(clip=(0.2, 0.2))", "belong to its own loss"),
         ("opd * iw_opd(rollout_cap=5)", "belong to its own loss"),
+        ("gkd * scope(rollout_cap=5)", "belong to its own loss"),
         ("iw_opd * paced * iw_opd", "already carries the weight"),
         ("grpo(loss=gspo) * iw_opd", "no value per token"),
         ("gkd(lmbda=0.5) * paced", "student now solves"),
@@ -295,7 +296,9 @@ def test_credits_that_are_wrong_are_refused_in_ones_own_method(tmp_path, credit,
         assert len(check(load(address)).passed) == 14
 
 
-def test_minillm_whitens_by_its_own_definition():
+def test_minillm_whitens_by_its_own_definition(tmp_path):
+    (tmp_path / "mine.py").write_text("from opdkit import load\ndef method():\n    return 0.123456789 * load('minillm')\n")
+    assert load(f"{tmp_path}/mine.py:method").objective == load("0.123456789 * minillm").objective
     credit = load("minillm").objective.terms[0].loss.credit
     assert compose.standardised(credit) and len(check("minillm * paced").passed) == 14
 

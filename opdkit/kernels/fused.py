@@ -1,4 +1,7 @@
-"""The passes over [n, V] logits as Triton kernels: one program per row and tile of the vocabulary, their sums added in PyTorch."""
+"""The passes over [n, V] logits as Triton kernels: one program per row and tile of the vocabulary, their sums added in PyTorch.
+
+Logits are float32 or float64, as a head makes them.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from torch import Tensor
 from opdkit.kernels.formula import Formula
 from opdkit.maths import LOGP_FLOOR
 
-TILE = 4096  # entries of one program
+TILE = 2048  # entries of one program
 
 
 @triton.jit
-def _statistics(z, z_row, V, lse, entropy, T: tl.constexpr, TILE: tl.constexpr, REAL: tl.constexpr):
+def _statistics(z, z_row, V, lse, entropy, T: tl.constexpr, TILE: tl.constexpr):
     """Log sum exp of a tile of one row, and the entropy of the tile's softmax."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = part * TILE + tl.arange(0, TILE)
-    x = tl.load(z + row * z_row + at, mask=at < V, other=float("-inf")).to(REAL) / T
+    x = tl.load(z + row * z_row + at, mask=at < V, other=float("-inf")) / T
     top = tl.max(x, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp(x - top)
@@ -35,11 +38,11 @@ def _statistics(z, z_row, V, lse, entropy, T: tl.constexpr, TILE: tl.constexpr, 
 def _entries(
     z, z_row, y, y_row, lz, ly, row, at, V,
     T: tl.constexpr, A: tl.constexpr, TW: tl.constexpr, SW: tl.constexpr, K: tl.constexpr,
-    FLOOR: tl.constexpr, TINY: tl.constexpr, REAL: tl.constexpr,
+    FLOOR: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
     """Student probability, value and slope of each entry of a tile: see `formula`."""
-    x = tl.load(z + row * z_row + at, mask=at < V, other=float("-inf")).to(REAL)
-    w = tl.load(y + row * y_row + at, mask=at < V, other=float("-inf")).to(REAL)
+    x = tl.load(z + row * z_row + at, mask=at < V, other=float("-inf"))
+    w = tl.load(y + row * y_row + at, mask=at < V, other=float("-inf"))
     ls = tl.where(x == float("-inf"), FLOOR, x / T - tl.load(lz + row))
     lt = tl.where(w == float("-inf"), FLOOR, w / T - tl.load(ly + row))
     p, q = tl.where(x == float("-inf"), 0.0, tl.exp(ls)), tl.exp(lt)
@@ -53,7 +56,8 @@ def _entries(
         m = tl.log(mix)
         slope = SW * p * (ls - m)
         value = slope + TW * q * (lt - m)
-        slope += K * (p * q / mix)
+        if K != 0:
+            slope += K * (p * q / mix)
     return p, tl.where(at < V, value, 0.0), tl.where(x == float("-inf"), 0.0, slope)
 
 
@@ -61,12 +65,12 @@ def _entries(
 def _values(
     z, z_row, y, y_row, lz, ly, V, values, totals,
     T: tl.constexpr, A: tl.constexpr, TW: tl.constexpr, SW: tl.constexpr, K: tl.constexpr,
-    FLOOR: tl.constexpr, TINY: tl.constexpr, TILE: tl.constexpr, REAL: tl.constexpr,
+    FLOOR: tl.constexpr, TINY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Sums of value and slope over a tile of one row."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = part * TILE + tl.arange(0, TILE)
-    _, value, slope = _entries(z, z_row, y, y_row, lz, ly, row, at, V, T, A, TW, SW, K, FLOOR, TINY, REAL)
+    _, value, slope = _entries(z, z_row, y, y_row, lz, ly, row, at, V, T, A, TW, SW, K, FLOOR, TINY)
     cell = row * tl.num_programs(1) + part
     tl.store(values + cell, tl.sum(value, 0))
     tl.store(totals + cell, tl.sum(slope, 0))
@@ -76,12 +80,12 @@ def _values(
 def _gradients(
     z, z_row, y, y_row, lz, ly, V, totals, grad, out,
     T: tl.constexpr, A: tl.constexpr, TW: tl.constexpr, SW: tl.constexpr, K: tl.constexpr,
-    FLOOR: tl.constexpr, TINY: tl.constexpr, TILE: tl.constexpr, REAL: tl.constexpr,
+    FLOOR: tl.constexpr, TINY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradient with respect to a tile of one row of the student's logits."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = part * TILE + tl.arange(0, TILE)
-    p, _, slope = _entries(z, z_row, y, y_row, lz, ly, row, at, V, T, A, TW, SW, K, FLOOR, TINY, REAL)
+    p, _, slope = _entries(z, z_row, y, y_row, lz, ly, row, at, V, T, A, TW, SW, K, FLOOR, TINY)
     gradient = (slope - p * tl.load(totals + row)) * (tl.load(grad + row) / T)
     tl.store(out + row * V + at, gradient, mask=at < V)
 
@@ -135,6 +139,5 @@ def _partial(x: Tensor) -> Tensor:
 def _launch(kernel: Any, x: Tensor, *arguments: Any, **settings: float) -> None:
     """One program per row and tile of x [n, V]."""
     if len(x) > 0:
-        real = tl.float64 if x.dtype == torch.float64 else tl.float32
         with torch.cuda.device_of(x):
-            kernel[len(x), triton.cdiv(x.shape[1], TILE)](*arguments, **settings, TILE=TILE, REAL=real, num_warps=8)
+            kernel[len(x), triton.cdiv(x.shape[1], TILE)](*arguments, **settings, TILE=TILE, num_warps=8)

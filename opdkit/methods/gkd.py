@@ -21,4 +21,6 @@ def gkd(beta: float = 0.5, lmbda: float = 1.0, temperature: float = 1.0, normali
     Source: arXiv 2306.13649. Departures: lmbda 1 (TRL 0.5), temperature 1 (TRL samples at 0.9 and leaves the loss at 1); the
     denominator counts the tokens really trained on, over the whole optimiser step.
     """
+    if not 0 <= lmbda <= 1:
+        raise ValueError(f"lmbda={lmbda} must lie in [0, 1]: the share of batches that the student writes")
     return Method(Objective(Divergence(JSD(beta, normalised), temperature=temperature)), curriculum=Mixed(lmbda))
