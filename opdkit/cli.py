@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(options, "run"):
         parser.print_help()
         return 0
-    _quiet()
+    _environment()
     try:
         return options.run(options) or 0
     except UserError as error:
@@ -38,11 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _quiet() -> None:
-    """Loading bars of libraries say nothing about the run; explicit settings of the user stay."""
+def _environment() -> None:
+    """Defaults for the libraries, before they are loaded: no bars of their own, no spinning threads. What the user has set stays."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow a busy machine down tenfold
 
 
 # ---------------------------------------------------------------------------------------------------------------- parser

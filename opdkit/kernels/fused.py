@@ -58,7 +58,7 @@ def _entries(
         value = slope + TW * q * (lt - m)
         if K != 0:
             slope += K * (p * q / mix)
-    return p, tl.where(at < V, value, 0.0), tl.where(x == float("-inf"), 0.0, slope)
+    return p, value, tl.where(x == float("-inf"), 0.0, slope)  # beyond the vocabulary value is 0: both rule the entry out
 
 
 @triton.jit

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from opdkit.errors import UserError
-from opdkit.types import Rollout, Row
+from opdkit.types import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -90,12 +90,6 @@ def problems(n: int, seed: int, held: bool = False, forget: float = 0.0) -> list
     """n rows, the same for the same seed; `held` chooses the evaluation set, disjoint from training for any two seeds."""
     rng = random.Random(f"{seed}/{held}/{forget}")
     return [problem(rng, held, forget) for _ in range(n)]
-
-
-def reward(rollout: Rollout) -> float:
-    """1.0 where what follows the last `=` is the row's answer, else 0.0."""
-    _, equals, result = rollout.text.rpartition("=")
-    return float(bool(equals) and result.strip() == rollout.row["answer"])
 
 
 # --------------------------------------------------------------------------------------------------- tokenizer and models
