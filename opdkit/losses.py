@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opdkit import kernels, maths
 from opdkit.maths import ForwardKL, Kind, ReverseKL, SkewForward, SkewReverse, kind_of
-from opdkit.objective import Const, Signal, Term, TokenLoss
+from opdkit.objective import Const, Loss, Signal, Term, TokenLoss
 from opdkit.signals import Ceiling, Exp, LogRatio, Support, depends_on_sample
 from opdkit.types import Live, LogpAtFact, LogpFact, TopFact
 
@@ -37,19 +37,26 @@ class PolicyGradient(TokenLoss):
 
 
 @dataclass(frozen=True)
-class Clipped(TokenLoss):
-    """PPO's clipped policy gradient: max(-A r, -A clip(r, 1 - low, 1 + high)); with `dual`, at most -A dual where A < 0."""
+class Bounds(Loss):
+    """The settings of a clipped policy gradient; what it takes the ratio of is up to the loss."""
 
     credit: Signal
     low: float = 0.2
     high: float = 0.2
     dual: float | None = None
-    base: str | Signal = "sampler"
     name: ClassVar[str] = "policy_gradient"
 
     def __post_init__(self) -> None:
         refuse_constant(self.credit)
-        refuse_low_dual(self.dual)
+        if self.dual is not None and self.dual <= 1:
+            raise ValueError(f"dual_clip={self.dual} must be greater than 1: it bounds the loss of tokens with negative credit")
+
+
+@dataclass(frozen=True)
+class Clipped(Bounds, TokenLoss):
+    """PPO's clipped policy gradient: max(-A r, -A clip(r, 1 - low, 1 + high)); with `dual`, at most -A dual where A < 0."""
+
+    base: str | Signal = "sampler"
 
     def value(self, live: Live) -> Tensor:
         return clipped(ratio(live, self.base), live.pick(self.credit), self.low, self.high, self.dual)
@@ -131,12 +138,6 @@ def clipped(r: Tensor, credit: Tensor, low: float, high: float, dual: float | No
     """PPO's loss of a ratio: max(-A r, -A clip(r, 1 - low, 1 + high)); with `dual`, at most -A dual where A < 0."""
     loss = torch.maximum(-credit * r, -credit * r.clamp(1 - low, 1 + high))
     return loss if dual is None else torch.where(credit < 0, torch.minimum(loss, -credit * dual), loss)
-
-
-def refuse_low_dual(dual: float | None) -> None:
-    """A bound inside the clip range would cut what the clip lets through."""
-    if dual is not None and dual <= 1:
-        raise ValueError(f"dual_clip={dual} must be greater than 1: it bounds the loss of tokens with negative credit")
 
 
 def refuse_constant(credit: Signal) -> None:

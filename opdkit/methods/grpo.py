@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from opdkit.losses import Estimator, against, clipped, policy_gradient, ratio, refuse_low_dual
+from opdkit.losses import Bounds, Estimator, against, clipped, policy_gradient, ratio
 from opdkit.maths import row_mean
 from opdkit.methods.opd import Clip
 from opdkit.objective import Objective, RolloutLoss, Signal, TokenLoss
@@ -17,18 +17,10 @@ from opdkit.types import Batch, Live, LogpFact
 
 
 @dataclass(frozen=True)
-class SequenceClipped(RolloutLoss):
+class SequenceClipped(Bounds, RolloutLoss):
     """GSPO: PPO's clipped loss of one ratio per rollout, the geometric mean of its token ratios. The credit is one number per rollout."""
 
-    credit: Signal
-    low: float = 0.2
-    high: float = 0.2
-    dual: float | None = None
     base: str = "sampler"
-    name: ClassVar[str] = "policy_gradient"
-
-    def __post_init__(self) -> None:
-        refuse_low_dual(self.dual)
 
     def value(self, logp: Tensor, mask: Tensor, rows: Tensor, batch: Batch) -> Tensor:
         whole = row_mean(logp - batch.read(LogpFact(self.base))[rows], mask).exp()

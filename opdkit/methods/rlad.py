@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from opdkit.losses import Estimator, against, clipped, refuse_low_dual
+from opdkit.losses import Bounds, Estimator, against, clipped
 from opdkit.methods.grpo import grpo
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective, Signal, TokenLoss
+from opdkit.objective import Objective, TokenLoss
 from opdkit.signals import Advantage
 from opdkit.types import Live, LogpFact
 
 
 @dataclass(frozen=True)
-class TrustRatio(TokenLoss):
+class TrustRatio(Bounds, TokenLoss):
     """PPO's clipped loss of pi_s / (pi_base^a pi_teacher^(1 - a)); the teacher's log-ratio is clamped and has no gradient beyond."""
 
-    credit: Signal
+    base: str = "sampler"
     a: float = 0.5
     clamp: float = 1.0
-    low: float = 0.2
-    high: float = 0.2
-    dual: float | None = None
-    base: str = "sampler"
-    name: ClassVar[str] = "policy_gradient"
-
-    def __post_init__(self) -> None:
-        refuse_low_dual(self.dual)
 
     def value(self, live: Live) -> Tensor:
         moved = live.logp - live.read(LogpFact(self.base))
@@ -63,5 +54,5 @@ def rlad(
     if a == 1:
         return grpo(advantage, clip, "dapo", reference_kl, reference_estimator, dual_clip=dual_clip, rollout_cap=rollout_cap)
     (low, high), (base, weight) = clip or (math.inf, math.inf), against(rollout_cap)
-    objective = Objective(TrustRatio(Advantage(advantage), a, clamp, low, high, dual_clip, base) * weight)
+    objective = Objective(TrustRatio(Advantage(advantage), low, high, dual_clip, base, a, clamp) * weight)
     return objective + Estimator(reference_estimator, "reference") * reference_kl if reference_kl else objective
