@@ -202,7 +202,9 @@ def measure(args: argparse.Namespace, v: int, n: int, h: int) -> dict[str, Any]:
         passed(side, inputs(64, 8, 16, args.device, dtype))  # what is compiled or loaded once
     x = inputs(v, n, h, args.device, dtype)
     runs = {side: lambda side=side: timed(lambda: passed(side, x)) for side in sides}
-    seconds = alternate({"floor": lambda: timed(lambda: products(x)), **runs}, args.pairs, warmup=0)
+    seconds = alternate(
+        {"floor": lambda: timed(lambda: products(x)), **runs}, args.pairs, warmup=int(args.device.startswith("cuda"))
+    )
     wrong = errors(sides, x.top(ERROR_ROWS))
     result: dict[str, Any] = {
         "V": v,

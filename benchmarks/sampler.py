@@ -35,11 +35,12 @@ from common import (
     tokenizer,
 )
 
-from opdkit.forward import Layout
-from opdkit.head import flat_positions, scan
+from opdkit.facts import Needs
 from opdkit.models import head_of
 from opdkit.sampling import HFSampler
-from opdkit.types import Prompt, Rollout, Sampling
+from opdkit.teachers import LocalModel
+from opdkit.train.gather import gather
+from opdkit.types import LogpFact, Prompt, Rollout, Sampling
 
 LOGP_TOLERANCE = 1e-5
 
@@ -71,8 +72,9 @@ def generate(case: Case, tokenizer: Any, greedy: bool = False) -> list[list[int]
     """Responses by `generate`, batch after batch, each cut after its stop token."""
     n, device = case.sampling.num_generations, case.model.device
     out: list[list[int]] = []
-    for start in range(0, len(case.prompts), case.rows // n):
-        batch = {"input_ids": [p.tokens for p in case.prompts[start : start + case.rows // n]]}
+    size = max(1, case.rows // n)
+    for start in range(0, len(case.prompts), size):
+        batch = {"input_ids": [p.tokens for p in case.prompts[start : start + size]]}
         inputs = tokenizer.pad(batch, return_tensors="pt").to(device)
         draw: dict[str, Any] = (
             {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
@@ -111,23 +113,10 @@ def same_greedily(case: Case, tokenizer: Any) -> int:
 
 def scoring_error(case: Case, rollouts: list[Rollout]) -> float:
     """Largest difference between recorded log-probs and those of a forward pass over the whole text."""
-    width = max(len(r.tokens) for r in rollouts)
-    device = case.model.device
-    mask = torch.tensor([[t < len(r.tokens) for t in range(width)] for r in rollouts], device=device)
-    layout, positions = Layout(rollouts, width), flat_positions(mask)
-    tokens = torch.tensor([t for r in rollouts for t in r.tokens], device=device)
-    recorded = torch.tensor([p for r in rollouts for p in r.logp], device=device)
-    worst, done = 0.0, 0
-    with torch.no_grad():
-        for part in layout.micro_batches(positions, 16384):
-            states = layout.states(case.model, part)
-            at = torch.isin(positions, part)
-            scored = scan(
-                states, head_of(case.model), lambda at, logits, y=tokens[at]: logits.log_softmax(-1).gather(-1, y[at, None])[:, 0]
-            )
-            worst, done = max(worst, float((scored - recorded[at]).abs().max())), done + len(part)
-    assert done == len(tokens)
-    return worst
+    scorer = LocalModel(case.model, head_of(case.model))
+    needs = Needs(frozenset({LogpFact("student"), LogpFact("sampler")}))
+    batch = gather(rollouts, needs, {"student": scorer}, recompute_student=True, device=case.model.device)
+    return float((batch["student"].logp - batch["sampler"].logp)[batch.mask].abs().max())
 
 
 # ---------------------------------------------------------------------------------------------------------------- vLLM
@@ -139,16 +128,18 @@ class VLLM:
     def __init__(self, model: Any, tokenizer: Any, case: Case):
         from vllm import LLM
 
-        folder = tempfile.mkdtemp()
         plain = copy.deepcopy(model)
-        head = torch.nn.Linear(*reversed(plain.lm_head.weight.shape), bias=False, device="meta")
-        head.weight = plain.lm_head.weight
-        plain.set_output_embeddings(head)
-        plain.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        plain.lm_head.bias = None
+        self.folder = tempfile.TemporaryDirectory()
+        plain.save_pretrained(self.folder.name)
+        tokenizer.save_pretrained(self.folder.name)
         limit = max(len(p.tokens) for p in case.prompts) + case.sampling.max_completion_length
         self.engine = LLM(
-            folder, dtype=str(model.dtype).removeprefix("torch."), max_model_len=limit, gpu_memory_utilization=0.4, seed=0
+            self.folder.name,
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_model_len=limit,
+            gpu_memory_utilization=0.4,
+            seed=0,
         )
 
     def sample(self, case: Case, seed: int) -> int:

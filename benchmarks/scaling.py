@@ -68,7 +68,7 @@ class Steps:
         given = Given(student=student, teacher=teacher, tokenizer=tokenizer(vocab), rows=rows, method=as_method(objective))
         self.job, self.state = prepare(run, given)
         self.metrics: list[dict[str, float]] = []
-        self.job.recorder.show = lambda step, metrics: self.metrics.append(metrics)
+        self.job.recorder.show = lambda step, metrics: self.metrics.append(dict(metrics))
         self.device, self.tokens = args.device, rollouts * length
 
     def __call__(self) -> dict[str, float]:
@@ -127,7 +127,7 @@ def steps(first: int, last: int) -> list[int]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
-    options.add_argument("--hidden", type=int, default=64)
+    options.add_argument("--hidden", type=int, default=128)
     options.add_argument("--rollouts", type=int, default=64, help="where they are not varied")
     options.add_argument("--length", type=int, default=64, help="of every response, where it is not varied")
     options.add_argument("--vocab", type=int, default=1024, help="where it is not varied")

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from common import (
@@ -120,7 +121,7 @@ class Ours:
             self.job, self.state = prepare(
                 run, Given(student=copy.deepcopy(given.student), teacher=given.teacher, tokenizer=given.tokenizer, rows=rows)
             )
-        self.job.recorder.show = lambda step, metrics: self.metrics.append(metrics)
+        self.job.recorder.show = lambda step, metrics: self.metrics.append(dict(metrics))
         self.metrics: list[dict[str, float]] = []
         self.rollouts = args.rollouts
 
@@ -240,8 +241,7 @@ def trl_blocks(args: argparse.Namespace, given: World, folder: Path, steps: int,
         disable_tqdm=True,
         seed=args.seed,
     )
-    measured, ProfilingContext._log_metrics = ProfilingContext._log_metrics, note
-    try:
+    with patch.object(ProfilingContext, "_log_metrics", note), contextlib.redirect_stdout(io.StringIO()):
         trainer = Counted(
             model=copy.deepcopy(given.student),
             teacher_model=given.teacher,
@@ -251,10 +251,7 @@ def trl_blocks(args: argparse.Namespace, given: World, folder: Path, steps: int,
             callbacks=[Turns()],
         )
         between(0)
-        with contextlib.redirect_stdout(io.StringIO()):
-            trainer.train()
-    finally:
-        ProfilingContext._log_metrics = measured
+        trainer.train()
     return done
 
 
