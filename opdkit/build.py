@@ -14,6 +14,7 @@ from opdkit.config import plain
 from opdkit.data import Prompts, PromptStream, load_rows
 from opdkit.errors import UserError, nearest
 from opdkit.facts import Needs, describe
+from opdkit.forward import batch_tokens
 from opdkit.head import Head
 from opdkit.method import Method
 from opdkit.models import check_head, head_of, load_model, load_tokenizer, real_vocabulary, same_tokenizer
@@ -122,7 +123,7 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
         prompts_per_step=run.prompts_per_step,
         optim=run.optim,
         checkpoint=run.checkpoint,
-        micro_batch_tokens=run.micro_batch_tokens,
+        micro_batch_tokens=run.micro_batch_tokens or batch_tokens(student.device),
         max_tokens=run.max_tokens,
         seed=run.seed,
         reward=reward,

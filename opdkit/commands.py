@@ -117,7 +117,10 @@ def doctor() -> str:
         lines.append("gpu           none: everything runs on the CPU in float32")
     lines.append("sample        transformers model in process, key-value cache, prompts prefilled once per group")
     lines.append("score         hidden states of models in process; logits one chunk at a time")
-    lines.append(f"learn         chunked vocabulary pass; AdamW {'fused' if torch.cuda.is_available() else 'for each tensor'}")
+    kernels = (
+        "Triton kernels" if torch.cuda.is_available() and importlib.util.find_spec("triton") else "formulas in cache-sized blocks"
+    )
+    lines.append(f"learn         chunked vocabulary pass, divergences by {kernels}; fused AdamW")
     return "\n".join(lines)
 
 

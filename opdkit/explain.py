@@ -168,7 +168,9 @@ def dry_run(run: Run) -> str:
     lines.append(
         f"memory: about {total:.2f} GiB for weights, optimiser and one vocabulary chunk ({chunk:.2f} GiB), plus activations of"
     )
-    lines.append(f"        {run.micro_batch_tokens:,} tokens per micro-batch and the sampler's key-value cache")
+    lines.append(
+        f"        {run.micro_batch_tokens or '1024 (CPU) or 16384 (GPU)'} tokens per micro-batch and the sampler's key-value cache"
+    )
     return "\n".join(lines)
 
 

@@ -13,6 +13,11 @@ from opdkit.models import hidden_states
 from opdkit.types import Rollout
 
 
+def batch_tokens(device: torch.device) -> int:
+    """Padded tokens of one forward pass: enough to fill a GPU; on a CPU few, for rows of like length and products that stay in its cache."""
+    return 16384 if device.type == "cuda" else 1024
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the positions of a step lie: flat index b * width + t for response token t of rollout b."""

@@ -95,7 +95,9 @@ class Run:
     teacher_dtype: str | None = None  # null: as the student
     device: str = "auto"
     gradient_checkpointing: bool = False
-    micro_batch_tokens: int = 16384  # padded tokens of one forward pass with gradient; changes memory, never the gradient
+    micro_batch_tokens: int | None = (
+        None  # padded tokens of one forward pass; changes memory and speed, never the gradient (null: by device)
+    )
     recompute_student: bool = False  # score the rollouts with the trainer even where the sampler's own log-probs are exact
     correct_sampling: bool = False  # take ratios to the distribution tokens were drawn from (temperature, top_p ...)
     trackers: tuple[str, ...] = ()
@@ -110,7 +112,7 @@ class Run:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1, or null for no limit")
         if self.dtype not in ("float32", "bfloat16", "float64"):
             raise ValueError(f"dtype={self.dtype!r} must be float32, bfloat16 or float64")
-        if self.steps < 1 or self.prompts_per_step < 1 or self.micro_batch_tokens < 1:
+        if self.steps < 1 or self.prompts_per_step < 1 or (self.micro_batch_tokens or 1) < 1:
             raise ValueError("steps, prompts_per_step and micro_batch_tokens must be at least 1")
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opdkit.errors import UserError, nearest
-from opdkit.forward import Layout
+from opdkit.forward import Layout, batch_tokens
 from opdkit.head import Head, Source
 from opdkit.models import evaluating
 
@@ -33,12 +33,12 @@ class LocalModel:
 
     model: Any
     head: Head
-    micro_batch_tokens: int = 65536
+    micro_batch_tokens: int | None = None  # padded tokens of one pass; None: `forward.batch_tokens`
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def source(self, layout: Layout, positions: Tensor) -> Source:
         """Hidden states at flat positions [N]; the model's mode, gradients and random state are left as they were."""
-        parts = layout.micro_batches(positions, self.micro_batch_tokens)
+        parts = layout.micro_batches(positions, self.micro_batch_tokens or batch_tokens(positions.device))
         with evaluating(self.model), torch.no_grad(), self.around():
             hidden = [layout.states(self.model, part) for part in parts]
         for part, states in zip(parts, hidden):

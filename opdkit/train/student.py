@@ -37,8 +37,7 @@ class Student:
         decayed = [p for p in parameters if p.dim() >= 2]
         plain = [p for p in parameters if p.dim() < 2]  # norms and biases are not decayed
         groups = [{"params": decayed, "weight_decay": self.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        fused = bool(parameters) and parameters[0].is_cuda
-        self.optimiser = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.optim.betas, eps=self.optim.eps, fused=fused)
+        self.optimiser = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.optim.betas, eps=self.optim.eps, fused=True)
         self.parameters = parameters
 
     @property
