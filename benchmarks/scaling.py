@@ -25,7 +25,7 @@ from opdkit.method import as_method
 from opdkit.objective import Objective
 from opdkit.run import make_run
 from opdkit.signals import LogRatio
-from opdkit.train.loop import _step
+from opdkit.train.loop import train_step
 
 PHASES = ("sample", "score", "learn")
 BASE = Objective(Divergence("reverse_kl"))
@@ -74,7 +74,7 @@ class Steps:
     def __call__(self) -> dict[str, float]:
         """Seconds of one step and of its phases."""
         before, start = self.state.tokens, time.perf_counter()
-        _step(self.job, self.state)
+        train_step(self.job, self.state)
         synchronize(self.device)
         seconds = time.perf_counter() - start
         if self.state.tokens - before != self.tokens:

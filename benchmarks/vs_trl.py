@@ -126,12 +126,12 @@ class Ours:
         self.rollouts = args.rollouts
 
     def block(self, steps: int) -> Block:
-        from opdkit.train.loop import _step
+        from opdkit.train.loop import train_step
 
         self.metrics.clear()
         before, start = self.state.tokens, time.perf_counter()
         for _ in range(steps):
-            _step(self.job, self.state)
+            train_step(self.job, self.state)
         synchronize(str(self.job.student.device))
         seconds = time.perf_counter() - start
         phases = {phase: sum(m[f"seconds/{phase}"] for m in self.metrics) for phase in PHASES}

@@ -38,7 +38,7 @@ def train(job: Job, state: State) -> State:
         if last:
             return state
         with _kept(job, state):
-            _step(job, state)
+            train_step(job, state)
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def _kept(job: Job, state: State) -> Iterator[None]:
         raise
 
 
-def _step(job: Job, state: State) -> None:
+def train_step(job: Job, state: State) -> None:
     """One step: a batch of rollouts, and every optimiser step on it."""
     clock = Clock(job.student.device)
     student, step = job.student, state.step

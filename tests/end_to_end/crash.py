@@ -93,7 +93,7 @@ def _arm(moment: str, step: int) -> None:
     setattr(owner, name, deadly(getattr(owner, name), calls, after))
     if moment != "writing a checkpoint":  # a step that never gets to the moment (it samples nothing, selects nothing) ends here
         Recorder.step = deadly(Recorder.step, 1, True)  # type: ignore[method-assign]
-    loop._step = count(loop._step)
+    loop.train_step = count(loop.train_step)
 
 
 def left_by(folder: Path) -> dict[str, Any]:
