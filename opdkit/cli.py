@@ -43,7 +43,7 @@ def _environment() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow a busy machine down tenfold
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads: 1.4x faster when idle, 10x slower when busy
 
 
 # ---------------------------------------------------------------------------------------------------------------- parser
