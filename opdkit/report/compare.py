@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from opdkit.report.compare_data import (
     standings,
     teacher_accuracy,
 )
-from opdkit.report.html import GEOMETRY, TEMPLATES
+from opdkit.report.html import GEOMETRY, templates, write_whole
 from opdkit.report.numbers import duration, number, ticks
 from opdkit.report.read import evenly
 from opdkit.report.results import ROW, span
@@ -45,23 +44,13 @@ PLOTS = (  # title, metric, unit, what it means
 def write_page(entries: Entries) -> Path:
     """Make comparison.html from the runs that are finished; returns its path."""
     path = entries.folder / "comparison.html"
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(render(entries).encode("utf-8", errors="replace"))
-    os.replace(partial, path)
+    write_whole(path, render(entries))
     return path
 
 
 def render(entries: Entries) -> str:
     """The page as text."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     names = without_folders([entrant.label for entrant in entries.entrants])
     entrants = [replace(entrant, label=name) for entrant, name in zip(entries.entrants, names)]
     plan = entries.plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opdkit.report import results as res
 from opdkit.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
@@ -12,6 +12,9 @@ from opdkit.report.curves import chart_sections, time_shares
 from opdkit.report.numbers import duration, number
 from opdkit.report.read import RunData, read_run
 from opdkit.report.rollouts import sample_steps
+
+if TYPE_CHECKING:
+    import jinja2
 
 TEMPLATES = Path(__file__).parent
 GEOMETRY = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM}
@@ -24,23 +27,33 @@ def write_report(run_folder: Path) -> Path:
     """
     run = read_run(Path(run_folder))
     path = run.folder / "report.html"
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(render(run).encode("utf-8", errors="replace"))
-    os.replace(partial, path)
+    write_whole(path, render(run))
     return path
 
 
-def render(run: RunData) -> str:
-    """The page as text."""
+def write_whole(path: Path, page: str) -> None:
+    """A page that appears whole or not at all."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(page.encode("utf-8", errors="replace"))
+    os.replace(partial, path)
+
+
+def templates() -> jinja2.Environment:
+    """The report's templates; what they print is escaped."""
     import jinja2
 
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def render(run: RunData) -> str:
+    """The page as text."""
+    environment = templates()
     standings = res.standings(run.evals)
     return environment.get_template("report.html.j2").render(
         title=str(run.summary.get("title") or run.folder.resolve().name),
