@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from opdkit.errors import UserError
 from opdkit.head import Head, chunk_rows, scan, slices
 from opdkit.maths import mixture
 from opdkit.models import CausalLM, evaluating, head_of, hidden_states, real_vocabulary, stop_ids
+from opdkit.sampling.attention import decoding
 from opdkit.sampling.cache import join, new_cache, pad_left, select, tokens_that_fit
 from opdkit.sampling.draws import check_sampling, choose, row_uniform
 from opdkit.types import Prompt, Rollout, Sampling, row_keys
@@ -91,8 +92,12 @@ class HFSampler:
             )
         names = [p.id if step is None else f"{step}/{p.id}" for p in prompts]
         ids = [f"{name}/{c}" for name in names for c in range(sampling.num_generations)]
-        guided = evaluating(self.guide.model) if self.guide is not None else nullcontext()
-        with evaluating(self.model), guided, torch.inference_mode():
+        models = [self.model] if self.guide is None else [self.model, self.guide.model]
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(evaluating(model))
+                stack.enter_context(decoding(model))
+            stack.enter_context(torch.inference_mode())
             run = _Run(self.model, self.tokenizer, head, prompts, sampling, ids, seed, progress, self.guide)
             run.sample(budget // longest, max(1, PREFILL_TOKENS // longest))
         return self._rollouts(prompts, sampling, run, policy_version)
