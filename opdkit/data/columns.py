@@ -14,7 +14,7 @@ from opdkit.types import Row
 CANONICAL = ("prompt", "answer", "response", "teacher", "id")
 PROMPTS = ("prompt", "messages", "question", "problem", "query", "instruction")  # the first one that a row has
 ANSWERS = ("answer", "ground_truth", "final_answer", "reward_model.ground_truth")  # then a short "solution"
-RESPONSES = ("response", "completion", "output")  # then a worked "solution", then a worked "answer"
+RESPONSES = ("response", "completion", "output", "canonical_solution")  # then a worked "solution", then a worked "answer"
 TEACHERS = ("teacher_id", "opd_teacher", "teacher", "teacher_tag", "tag", "domain", "data_source", "dataset")
 NESTED_TEACHERS = tuple(f"{outer}.{name}" for outer in ("metadata", "extra_info") for name in TEACHERS[:4])
 IDS = ("id", "task_id", "question_id", "uuid", "uid")
@@ -42,6 +42,8 @@ def _normalise(row: Row, index: int, columns: dict[str, str], seen: set[str]) ->
     prompt, said = _prompt(row, named, index)
     answer, worked = _answer(row, named)
     response = named["response"] if "response" in named else _first(row, RESPONSES)
+    if response is None and row.get("test_list"):
+        response = row.get("code")  # MBPP
     teacher = named["teacher"] if "teacher" in named else _first(row, TEACHERS + NESTED_TEACHERS)
     id = named["id"] if "id" in named else _first(row, IDS)
     return {
@@ -104,7 +106,7 @@ def _named(row: Row, key: str, column: str, index: int) -> Any:
 
 def _prompt(row: Row, named: Row, index: int) -> tuple[str | list[dict[str, Any]], str | None]:
     """The prompt, and what the assistant said last where messages end with its turn."""
-    value = named["prompt"] if "prompt" in named else _first(row, PROMPTS)
+    value = named["prompt"] if "prompt" in named else _first(row, (*PROMPTS, "text") if row.get("test_list") else PROMPTS)  # MBPP
     if value in (None, "", []):
         empty = [column for column in PROMPTS if column in row]
         raise UserError(

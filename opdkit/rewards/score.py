@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from numbers import Real
+from typing import Any
 
 from opdkit.address import is_address, load_address
 from opdkit.errors import UserError, nearest
+from opdkit.rewards.code import Code
 from opdkit.rewards.exact import Exact
 from opdkit.rewards.gym import ReasoningGym
 from opdkit.rewards.math import Math
@@ -19,19 +21,27 @@ from opdkit.types import Rollout
 
 Reward = Callable[[Rollout], float]
 
-FORMS = ["math", "exact", "regex:PATTERN", "reasoning_gym", "file.py:function"]
+FORMS = ["math", "exact", "regex:PATTERN", "reasoning_gym", "code", "judge:URL", "file.py:function"]
 
 
 def load_reward(spec: str | Reward | None) -> Reward | None:
-    """`math`, `exact`, `regex:PATTERN`, `reasoning_gym` or `file.py:function`; a function is itself, None is no reward."""
+    """`math`, `exact`, `regex:PATTERN`, `reasoning_gym`, `code`, `judge:URL`, `file.py:function`; a function is itself, None no reward."""
     if spec is None or callable(spec):
         return spec
     if spec == "math":
         return _with_package("math", "math_verify", Math())
     if spec == "reasoning_gym":
         return _with_package("reasoning_gym", "reasoning_gym", ReasoningGym())
+    if spec == "code":
+        code = Code()
+        code.sandbox.check()
+        return code
     if spec == "exact":
         return Exact()
+    if spec.startswith("judge:"):
+        from opdkit.rewards.judge import load_judge
+
+        return load_judge(spec.removeprefix("judge:"))
     if spec.startswith("regex:"):
         return Pattern(spec.removeprefix("regex:"))
     if is_address(spec):
@@ -52,29 +62,45 @@ def score(rollouts: Sequence[Rollout], reward: Reward, *, workers: int = 0) -> l
     """The rollouts with `reward` and `correct` filled in.
 
     correct: reward > 0, or reward >= reward.correct_from where the reward says so (scores with partial credit).
-    workers: threads, for rewards that wait for something, such as a judge's answer; 0: none.
+    workers: threads, for rewards that wait for something, such as a judge's answer; 0: none. A reward with a method
+    `score_many(rollouts) -> list[float]` is handed all of them at once, and sees to its own threads.
     """
+    many = getattr(reward, "score_many", None)
+    if many is not None:
+        values = many(rollouts)
+        if len(values) != len(rollouts):
+            raise UserError(
+                f"the reward {_name(reward)} gave {len(values)} values for {len(rollouts)} rollouts: give one for each"
+            )
+        return [_filled(r, reward, value) for r, value in zip(rollouts, values)]
     if not workers:
         return [_scored(r, reward) for r in rollouts]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda r: _scored(r, reward), rollouts))
 
 
+def _name(reward: Reward) -> str:
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
 def _scored(rollout: Rollout, reward: Reward) -> Rollout:
-    name = getattr(reward, "__name__", type(reward).__name__)
     try:
         value = reward(rollout)
     except UserError as error:
         raise UserError(f"rollout {rollout.id!r}: {error}") from error
     except Exception as error:
         raise UserError(
-            f"the reward {name} failed on rollout {rollout.id!r} with {type(error).__name__}: {error}. A reward must give every "
-            f"response a number, also empty and cut ones; this one ends {rollout.text[-80:]!r}"
+            f"the reward {_name(reward)} failed on rollout {rollout.id!r} with {type(error).__name__}: {error}. A reward must "
+            f"give every response a number, also empty and cut ones; this one ends {rollout.text[-80:]!r}"
         ) from error
+    return _filled(rollout, reward, value)
+
+
+def _filled(rollout: Rollout, reward: Reward, value: Any) -> Rollout:
     if not isinstance(value, Real) or not math.isfinite(value):
         raise UserError(
-            f"the reward {name} returned {value!r} ({type(value).__name__}) for rollout {rollout.id!r}, "
+            f"the reward {_name(reward)} returned {value!r} ({type(value).__name__}) for rollout {rollout.id!r}, "
             "which cannot be averaged or compared: return a finite float, 1.0 for right and 0.0 for wrong"
         )
-    least = getattr(reward, "correct_from", None)
-    return replace(rollout, reward=float(value), correct=bool(value > 0 if least is None else value >= least))
+    number, least = float(value), getattr(reward, "correct_from", None)
+    return replace(rollout, reward=number, correct=bool(number > 0 if least is None else number >= least))

@@ -85,7 +85,7 @@ def test_a_rows_own_columns_stay():
         "canonical_solution": "  pass",
     }
     [out] = normalise([row])
-    assert out == {**row, "answer": None, "response": None, "teacher": None, "id": "HumanEval/0"}
+    assert out == {**row, "answer": None, "response": "  pass", "teacher": None, "id": "HumanEval/0"}
     assert "id" not in row
 
 

@@ -1,0 +1,61 @@
+"""The process of the tests: it calls the program and says, test by test, what passed."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+from remote import Channel, Gone, Peer, why
+
+MODULE = "tests"  # the module of the classes that tests define
+CONFINED, PASSED, FAILED = b"#", b".", b"!"
+
+
+def run_tests(case: dict[str, Any], confine: Callable[[dict[str, Any]], None]) -> None:
+    """The program answers on file 3. To file 4 goes a dot per test that passed, and what was wrong with the first that did not."""
+    channel = Channel(3)
+    confine(case)
+    if channel.receive() != "confined":
+        return
+    os.write(4, CONFINED)
+    random.seed(0)
+    wrong = ""
+    try:
+        names = _names(case, channel)
+        for test in case["tests"]:
+            try:
+                exec(compile(test, "tests.py", "exec", dont_inherit=True), names)
+                os.write(4, PASSED)
+            except BaseException as error:
+                wrong = wrong or f"{why(error)} in {test[:200]!r}"
+                if isinstance(error, Gone) or not case["partial"]:
+                    break
+    except BaseException as error:
+        wrong = why(error)
+    if wrong:
+        os.write(4, FAILED + wrong.encode("ascii", "backslashreplace"))
+
+
+def _names(case: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """What tests see: what is given before the program, then the program's names, then their own preparations."""
+    module = sys.modules[MODULE] = types.ModuleType(MODULE)
+    names, peer = vars(module), Peer(channel, classes=MODULE)
+    for source in case["before"]:
+        exec(compile(source, "before.py", "exec", dont_inherit=True), names)
+    for name in case["wanted"]:
+        names.pop(name, None)  # a stub of the prompt must not stand in for the program's function
+    state, given = channel.receive()
+    if state != "ready":
+        raise ProgramError(given)
+    names.update({name: peer.unpack(packed) for name, packed in given.items() if name in case["wanted"]})
+    for source in case["setup"]:
+        exec(compile(source, "setup.py", "exec", dont_inherit=True), names)
+    return names
+
+
+class ProgramError(Exception):
+    """The program failed before any test."""

@@ -1,0 +1,353 @@
+"""Tests in one process call a program in another: what crosses between them is plain data, never the program's own objects.
+
+A value that crosses is rebuilt from its exact built-in type, so a program cannot hand back something that equals everything.
+What is no plain data (an instance of the program's class, a function, a generator) stays where it is, and the other side holds
+a `Remote` of it. Operations on a Remote are carried out at home, except those that would tell the program what a test expects
+and let it answer: comparing or calculating with a value of the tests'.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import datetime
+import decimal
+import fractions
+import json
+import operator
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+MESSAGE = 16 << 20  # bytes
+
+
+class Gone(BaseException):
+    """The other process ended. Not an Exception: a test that expects one must not take it for that."""
+
+
+class Channel:
+    """JSON messages over a connected socket."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def send(self, message: Any) -> None:
+        data = json.dumps(message).encode()
+        if len(data) > MESSAGE:
+            raise ValueError(f"a value of {len(data)} bytes is too large to be handed over")
+        data = len(data).to_bytes(4, "little") + data
+        try:
+            while data:
+                data = data[os.write(self.fd, data) :]
+        except OSError:
+            raise Gone from None
+
+    def receive(self) -> Any:
+        size = int.from_bytes(self._read(4), "little")
+        if size > MESSAGE:
+            raise Gone
+        return json.loads(self._read(size))
+
+    def _read(self, size: int) -> bytes:
+        parts = []
+        while size:
+            try:
+                part = os.read(self.fd, min(size, 1 << 20))
+            except OSError:
+                raise Gone from None
+            if not part:
+                raise Gone
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------- plain
+
+Keep = Callable[[Any], Any]  # of a value that stays at home: what stands for it
+Find = Callable[[str, int], Any]  # the value that something stands for
+
+# Exact types that are rebuilt from a list: how they are taken apart, and made.
+PARTS: dict[type, tuple[Callable[[Any], list[Any]], Callable[..., Any]]] = {
+    list: (list, lambda *v: list(v)),
+    tuple: (list, lambda *v: v),
+    set: (list, lambda *v: set(v)),
+    frozenset: (list, lambda *v: frozenset(v)),
+    dict: (lambda d: [list(d), list(d.values())], lambda k, v: dict(zip(k, v))),
+    collections.OrderedDict: (lambda d: [list(d), list(d.values())], lambda k, v: collections.OrderedDict(zip(k, v))),
+    collections.Counter: (lambda d: [dict(d)], collections.Counter),
+    collections.deque: (lambda d: [list(d), d.maxlen], collections.deque),
+    range: (lambda r: [r.start, r.stop, r.step], range),
+    complex: (lambda c: [c.real, c.imag], complex),
+    bytes: (lambda b: [b.decode("latin-1")], lambda s: s.encode("latin-1")),
+    bytearray: (lambda b: [b.decode("latin-1")], lambda s: bytearray(s.encode("latin-1"))),
+    fractions.Fraction: (lambda f: [f.numerator, f.denominator], fractions.Fraction),
+    decimal.Decimal: (lambda d: [str(d)], decimal.Decimal),
+    datetime.date: (lambda d: [d.year, d.month, d.day], datetime.date),
+    datetime.time: (lambda t: [t.isoformat()], datetime.time.fromisoformat),
+    datetime.datetime: (lambda d: [d.isoformat()], datetime.datetime.fromisoformat),
+    datetime.timedelta: (lambda d: [d.days, d.seconds, d.microseconds], datetime.timedelta),
+}
+# What a class derived from one of these has of it.
+BASES: list[tuple[type, Callable[[Any], Any]]] = [
+    (int, int.__int__),
+    (float, float.__float__),
+    (str, str.__str__),
+    (tuple, tuple),
+    (dict, dict),
+    (list, list),
+    (set, set),
+]
+NAMED = {kind.__name__: make for kind, (_, make) in PARTS.items()}
+CLASSES = {value for value in vars(builtins).values() if type(value) is type}
+MUTABLE = (list, dict, set, bytearray, collections.OrderedDict, collections.Counter, collections.deque)
+
+
+def pack(value: Any, keep: Keep) -> Any:
+    """As JSON: what JSON has is itself, all else is a list that begins with its type's name."""
+    kind = type(value)
+    if kind in (type(None), bool, float, str):
+        return value
+    if kind is int:
+        return value if -(1 << 63) <= value < 1 << 63 else ["int", hex(value)]
+    if kind is type and value in CLASSES:
+        return ["type", value.__name__]
+    if kind in PARTS:
+        return [kind.__name__, *(pack(part, keep) for part in PARTS[kind][0](value))]
+    if kind.__module__ == "numpy" and hasattr(value, "dtype") and value.dtype.kind in "biufcUS":
+        return pack(value.item(), keep) if value.ndim == 0 else ["ndarray", value.dtype.str, pack(value.tolist(), keep)]
+    if isinstance(value, int | float | str | tuple) or kind.__module__ == "collections":
+        return pack(plain(value), keep)  # an IntEnum, a named tuple, a defaultdict
+    return keep(value)
+
+
+def plain(value: Any) -> Any:
+    """The built-in part of an instance of a derived class; the value itself where it has none."""
+    return next((take(value) for base, take in BASES if isinstance(value, base)), value)
+
+
+def unpack(packed: Any, find: Find) -> Any:
+    """The value that `pack` took apart; anything odd raises."""
+    if type(packed) is not list:
+        return packed
+    name: str = packed[0]
+    parts = packed[1:]
+    if name == "int":
+        return int(parts[0], 16)
+    if name == "type":
+        return _builtin(parts[0])
+    if name == "ndarray":
+        import numpy
+
+        return numpy.array(unpack(parts[1], find), dtype=numpy.dtype(parts[0]))
+    if name in NAMED:
+        return NAMED[name](*(unpack(part, find) for part in parts))
+    return find(name, int(parts[0]))
+
+
+def _builtin(name: str) -> type:
+    found = vars(builtins).get(name)
+    if not isinstance(found, type):
+        raise ValueError(f"there is no built-in class {name!r}")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- remote
+
+
+def _enter(value: Any) -> Any:
+    return value.__enter__()
+
+
+def _exit(value: Any) -> Any:
+    return value.__exit__(None, None, None)
+
+
+# Carried out at home: they tell the program an index or a key at most.
+UNARY: dict[str, Callable[..., Any]] = {
+    **{f"__{f.__name__}__": f for f in (len, iter, next, bool, str, repr, hash, float, int, complex, round, abs, bytes)},
+    **{f"__{name}__": getattr(operator, name) for name in ["index", "neg", "pos", "invert", "getitem", "setitem", "delitem"]},
+    "__reversed__": reversed,
+    "__enter__": _enter,
+    "__exit__": _exit,
+}
+# Only among values that are both the program's.
+ALIKE = "eq ne lt le gt ge add sub mul matmul truediv floordiv mod pow and or xor"
+BINARY: dict[str, Callable[..., Any]] = {f"__{name}__": getattr(operator, f"__{name}__") for name in ALIKE.split()}
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    **UNARY,
+    **BINARY,
+    "__getattr__": getattr,
+    "__setattr__": setattr,
+    "__plain__": plain,
+    "__instancecheck__": lambda kind, value: isinstance(value, kind),
+}
+
+
+class Remote:
+    """Something that lives in the other process."""
+
+    __slots__ = ("_remote_id", "_remote_peer")
+
+    def __init__(self, peer: Peer, id: int) -> None:
+        object.__setattr__(self, "_remote_peer", peer)
+        object.__setattr__(self, "_remote_id", id)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._remote_peer.ask("call", self, arguments, named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name not in ("__name__", "__doc__"):
+            raise AttributeError(name)  # copy, numpy and others probe for these
+        return _ask(self, "__getattr__", name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _ask(self, "__setattr__", name, value)
+
+    def __instancecheck__(self, value: Any) -> bool:
+        return isinstance(value, Remote) and _ask(self, "__instancecheck__", value) is True
+
+
+def _ask(remote: Remote, operation: str, *arguments: Any) -> Any:
+    return remote._remote_peer.ask("do", remote, [operation, *arguments], {})
+
+
+def _operation(name: str) -> Any:
+    if name in BINARY:
+
+        def binary(self: Remote, other: Any) -> Any:
+            if self is other and name == "__eq__":
+                return True
+            if isinstance(other, Remote):
+                return _ask(self, name, other)
+            if name in ("__eq__", "__ne__"):  # an instance of a class derived from list equals the list that it holds
+                held = _ask(self, "__plain__")
+                return NotImplemented if isinstance(held, Remote) else BINARY[name](held, other)
+            return NotImplemented
+
+        return binary
+    if name in ("__bool__", "__len__", "__str__", "__repr__", "__hash__", "__float__", "__int__", "__index__", "__complex__"):
+        return lambda self: _ask(self, name)
+    if name == "__exit__":
+        return lambda self, *error: _ask(self, name)
+    return lambda self, *arguments: _ask(self, name, *arguments)
+
+
+for _name in (*UNARY, *BINARY):
+    setattr(Remote, _name, _operation(_name))
+
+
+class Peer:
+    """One end of the channel. Each end holds what its side keeps, and asks the other to use what that side keeps.
+
+    classes: the module whose classes the other side may look into; None: it may look into everything, as tests may into a program.
+    A program that could look into what a test hands it, such as a generator's frame, would find what the test expects.
+    """
+
+    def __init__(self, channel: Channel, classes: str | None = None) -> None:
+        self.channel, self.classes = channel, classes
+        self.kept: list[Any] = []
+        self.numbers: dict[int, int] = {}  # id() of what is kept: its place
+        self.remotes: dict[int, Remote] = {}
+
+    def pack(self, value: Any) -> Any:
+        return pack(value, self._keep)
+
+    def unpack(self, packed: Any) -> Any:
+        return unpack(packed, self._find)
+
+    def ask(self, what: str, target: Remote, arguments: Any, named: dict[str, Any]) -> Any:
+        """Have the other side do something; meanwhile do what it asks."""
+        self.channel.send(
+            [what, target._remote_id, [self.pack(a) for a in arguments], {k: self.pack(v) for k, v in named.items()}]
+        )
+        while True:
+            kind, *rest = self.channel.receive()
+            if kind == "value":
+                value, changed = rest
+                given = _by_place(arguments, named)
+                for key, packed in changed:
+                    _refill(given[key], self.unpack(packed))
+                return self.unpack(value)
+            if kind == "error":
+                raise _error(*rest)
+            self.answer(kind, *rest)
+
+    def answer(self, what: str, target: int, arguments: list[Any], named: dict[str, Any]) -> None:
+        """Do what the other side asks for, and tell it what came of it."""
+        told = self._done(what, target, arguments, named)
+        try:
+            self.channel.send(told)
+        except (ValueError, RecursionError, MemoryError) as error:  # too large, or too deep
+            self.channel.send(["error", "ValueError", [str(error)]])
+
+    def _done(self, what: str, target: int, arguments: list[Any], named: dict[str, Any]) -> Any:
+        try:
+            values = [self.unpack(a) for a in arguments]
+            more = {k: self.unpack(v) for k, v in named.items()}
+            does = self.kept[target] if what == "call" else partial(self._do, self.kept[target])
+            result = self.pack(does(*values, **more))
+            before, after = _by_place(arguments, named), _by_place(values, more)
+            changed = [(k, self.pack(v)) for k, v in after.items() if isinstance(v, MUTABLE) and self.pack(v) != before[k]]
+            return ["value", result, changed]
+        except Exception as error:
+            kind = next(k.__name__ for k in type(error).__mro__ if vars(builtins).get(k.__name__) is k)
+            told = [a for a in error.args if a is None or type(a) in (bool, int, float, str)]
+            return ["error", kind, told if len(told) == len(error.args) else [str(error)]]
+
+    def _do(self, target: Any, operation: str, *arguments: Any) -> Any:
+        if operation.endswith("attr__") and self.classes is not None:
+            name = arguments[0]
+            if type(target).__module__ != self.classes or not isinstance(name, str) or name.startswith("_"):
+                raise AttributeError(f"the program may not use {name!r} of what a test gives it")
+        return OPERATIONS[operation](target, *arguments)
+
+    def _keep(self, value: Any) -> Any:
+        if isinstance(value, Remote):
+            return ["yours", value._remote_id]
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.kept)
+            self.kept.append(value)
+        return ["mine", self.numbers[id(value)]]
+
+    def _find(self, owner: str, number: int) -> Any:
+        if owner == "yours":
+            return self.kept[number]
+        if owner != "mine":
+            raise ValueError(f"no value is called {owner!r}")
+        return self.remotes.setdefault(number, Remote(self, number))
+
+
+def _by_place(arguments: Sequence[Any], named: dict[str, Any]) -> dict[int | str, Any]:
+    return dict([*enumerate(arguments), *named.items()])
+
+
+def _refill(value: Any, new: Any) -> None:
+    """What a call did to an argument is done to the caller's."""
+    if type(value) is not type(new):
+        return
+    if isinstance(value, list | bytearray):
+        value[:] = new
+    else:
+        value.clear()
+        (value.extend if isinstance(value, collections.deque) else value.update)(new)
+
+
+def _error(kind: str, arguments: list[Any]) -> Exception:
+    """The program's exception: of the nearest built-in class."""
+    try:
+        error = _builtin(kind)(*arguments)
+    except (TypeError, ValueError):  # such as UnicodeDecodeError, whose arguments must be of certain types
+        error = None
+    return error if isinstance(error, Exception) else Exception(*arguments)
+
+
+def why(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {error}"[:300].replace("\n", " ").encode("ascii", "backslashreplace").decode() or "?"
+
+
+sys.set_int_max_str_digits(0)  # a program may compute large numbers, and its time is limited
