@@ -1,34 +1,27 @@
-"""Models in this process: one, or several by route. They hand over hidden states, never logits."""
+"""A model in this process. It hands over hidden states, never logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from opdkit.errors import UserError, nearest
+from opdkit.errors import UserError
 from opdkit.forward import Layout, batch_tokens
 from opdkit.head import Head, Source
 from opdkit.models import evaluating
-
-
-class Scorer(Protocol):
-    """Anything that can say what a model thinks of the rollouts' tokens."""
-
-    def source(self, layout: Layout, positions: Tensor) -> Any:
-        """A `head.Source` (or one that answers like it) at flat positions [N]."""
-        ...
+from opdkit.teachers.offload import STUDENT_ADVICE, TEACHER_ADVICE, enough_memory
 
 
 @dataclass(frozen=True)
 class LocalModel:
     """A frozen Hugging Face model: a teacher, a reference, or the student as it is now.
 
-    `around` is a context for its passes, such as one that switches the student's adapters off.
+    `around` is a context for its passes, such as one that switches the student's adapters off, or `offload.Offloaded`.
     """
 
     model: Any
@@ -36,10 +29,20 @@ class LocalModel:
     micro_batch_tokens: int | None = None  # padded tokens of one pass; None: `forward.batch_tokens`
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
+    @property
+    def heads(self) -> list[Head]:
+        return [self.head]
+
+    def cut(self, vocab: int | None) -> LocalModel:
+        """The same model, its head kept to the first rows."""
+        return replace(self, head=replace(self.head, vocab=vocab))
+
     def source(self, layout: Layout, positions: Tensor) -> Source:
         """Hidden states at flat positions [N]; the model's mode, gradients and random state are left as they were."""
         parts = layout.micro_batches(positions, self.micro_batch_tokens or batch_tokens(positions.device))
-        with evaluating(self.model), torch.no_grad(), self.around():
+        advice = STUDENT_ADVICE if any(p.requires_grad for p in self.model.parameters()) else TEACHER_ADVICE
+        memory = enough_memory(f"{self.model.config._name_or_path or type(self.model).__name__} scored rollouts", advice)
+        with memory, evaluating(self.model), torch.no_grad(), self.around():
             hidden = [layout.states(self.model, part) for part in parts]
         for part, states in zip(parts, hidden):
             self._refuse_broken(layout, part, states)
@@ -60,51 +63,3 @@ class LocalModel:
                 f"{layout.rollouts[row].id}: its files are damaged, or its dtype is too narrow. Nothing was learnt from this step; "
                 "check the model, or load it in float32"
             )
-
-
-@dataclass(frozen=True)
-class RoutedSource:
-    """Several sources, each at its own positions."""
-
-    sources: Sequence[Source]
-    which: Tensor  # [B * T] index of the source
-
-    @property
-    def vocabulary(self) -> int:
-        return max(source.vocabulary for source in self.sources)
-
-    def logits(self, positions: Tensor) -> Tensor:
-        """[n, V] at flat positions [n]."""
-        which = self.which[positions]
-        order = which.argsort(stable=True)
-        parts = [source.logits(positions[which == i]) for i, source in enumerate(self.sources)]
-        kept = [part for part in parts if len(part)] or parts[:1]
-        logits = torch.cat(kept)
-        return torch.empty_like(logits).index_copy_(0, order, logits)
-
-
-def route(name: str | None, known: Collection[str], who: str) -> str:
-    """The key of the teacher that serves a row, or rollout, called `who`."""
-    if name in known:
-        return str(name)
-    if "default" in known:
-        return "default"
-    said = "names no teacher" if name is None else f"names the teacher {name!r}{nearest(name, list(known))}"
-    raise UserError(
-        f"{who} {said}. The run has teachers for {', '.join(known)}, and none would score it: add that teacher to the run "
-        "(teacher.NAME=MODEL), or one called 'default'"
-    )
-
-
-@dataclass(frozen=True)
-class Routed:
-    """Several teachers; a row is scored by the one that its `teacher` column names. "default" serves rows that name none."""
-
-    teachers: Mapping[str, LocalModel]
-
-    def source(self, layout: Layout, positions: Tensor) -> RoutedSource:
-        keys = list(self.teachers)
-        routes = [keys.index(route(r.row.get("teacher"), keys, f"rollout {r.id}")) for r in layout.rollouts]
-        which = torch.tensor(routes, device=positions.device).repeat_interleave(layout.width)
-        sources = [self.teachers[key].source(layout, positions[which[positions] == i]) for i, key in enumerate(keys)]
-        return RoutedSource(sources, which)

@@ -1,0 +1,84 @@
+"""The weighted mean of several teachers' distributions, as one teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdkit.errors import UserError, nearest
+from opdkit.forward import Layout
+from opdkit.head import Head
+from opdkit.teachers.base import Scorer, cut, heads_of
+from opdkit.types import Rollout
+
+
+@dataclass(frozen=True)
+class MixedSource:
+    """log sum_i w_i pi_i(v): normalised already, so it answers for logits."""
+
+    sources: Sequence[Any]
+    logw: Tensor  # [B * T, number of sources]: log-weights
+
+    @property
+    def vocabulary(self) -> int:
+        return max(source.vocabulary for source in self.sources)
+
+    def logits(self, positions: Tensor) -> Tensor:
+        """[n, V] log-probs at flat positions [n]; no gradient."""
+        total: Tensor | None = None
+        for i, source in enumerate(self.sources):  # one more [n, V] at a time, however many teachers
+            logps = source.logits(positions).log_softmax(-1)
+            logps += self.logw[positions, i, None].to(logps.dtype)
+            total = logps if total is None else torch.logaddexp(total, logps)
+        assert total is not None
+        return total
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Teachers in this process whose distributions are averaged; weights by name, or in a data column, or equal."""
+
+    teachers: Mapping[str, Scorer]
+    weights: Mapping[str, float] | str | None = None
+
+    @property
+    def heads(self) -> list[Head]:
+        return [head for teacher in self.teachers.values() for head in heads_of(teacher)]
+
+    def cut(self, vocab: int | None) -> Mixed:
+        """The same teachers, their heads kept to the first rows."""
+        return replace(self, teachers={name: cut(teacher, vocab) for name, teacher in self.teachers.items()})
+
+    def source(self, layout: Layout, positions: Tensor) -> MixedSource:
+        shares = torch.tensor([self.shares(r) for r in layout.rollouts], dtype=torch.float64, device=positions.device)
+        logw = shares.log().repeat_interleave(layout.width, 0)
+        return MixedSource([teacher.source(layout, positions) for teacher in self.teachers.values()], logw)
+
+    def shares(self, rollout: Rollout) -> list[float]:
+        """The weights of one rollout's teachers, summing to 1."""
+        if isinstance(self.weights, str):
+            given = rollout.row.get(self.weights)
+            if not isinstance(given, Mapping):
+                raise UserError(
+                    f"the mixture reads its weights from the column {self.weights!r}; in the row of rollout {rollout.id} it is {given!r}, "
+                    "not a mapping from teacher to weight"
+                )
+            if unknown := sorted(set(given) - set(self.teachers)):
+                raise UserError(
+                    f"the column {self.weights!r} of rollout {rollout.id} names {unknown[0]!r}{nearest(unknown[0], list(self.teachers))}; "
+                    f"the mixture's teachers are {', '.join(self.teachers)}"
+                )
+        else:
+            given = self.weights or dict.fromkeys(self.teachers, 1.0)
+        weights = [float(given.get(name) or 0.0) for name in self.teachers]
+        total = sum(weights)
+        if any(w < 0 for w in weights) or not 0 < total < math.inf:
+            raise UserError(
+                f"the mixture weights of rollout {rollout.id} are {weights}: none may be negative, and one must be positive"
+            )
+        return [w / total for w in weights]

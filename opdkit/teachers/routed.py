@@ -1,0 +1,115 @@
+"""Several teachers: each rollout is scored by the one that its row names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from opdkit.align import Pair
+from opdkit.errors import UserError, nearest
+from opdkit.facts import Tensors
+from opdkit.forward import Layout
+from opdkit.head import Head
+from opdkit.teachers.base import answers, cut, heads_of
+from opdkit.types import Fact, SpanFact, TopFact
+
+
+@dataclass(frozen=True)
+class RoutedSource:
+    """Several sources, each at its own positions."""
+
+    sources: Sequence[Any]
+    which: Tensor  # [B * T] index of the source
+
+    @property
+    def vocabulary(self) -> int:
+        return max(source.vocabulary for source in self.sources)
+
+    def logits(self, positions: Tensor) -> Tensor:
+        """[n, V] at flat positions [n]."""
+        which = self.which[positions]
+        order = which.argsort(stable=True)
+        parts = [source.logits(positions[which == i]) for i, source in enumerate(self.sources)]
+        kept = [part for part in parts if len(part)] or parts[:1]
+        logits = torch.cat(kept)
+        return torch.empty_like(logits).index_copy_(0, order, logits)
+
+    def read(self, fact: SpanFact, mask: Tensor) -> Tensor:
+        """[B, T]: a fact of each row's own source."""
+        parts = torch.stack([source.read(fact, mask).expand(mask.shape) for source in self.sources])
+        return parts.gather(0, self.which.view(1, *mask.shape))[0]
+
+    def pairs(self, positions: Tensor, fact: SpanFact, vocabulary: int) -> list[Pair]:
+        """The distributions of each source at its own positions; their vocabularies may differ."""
+        out = []
+        for i, source in enumerate(self.sources):
+            at = (self.which[positions] == i).nonzero()[:, 0]
+            found = source.pairs(positions[at], fact, vocabulary) if len(at) else []
+            out += [pair._replace(index=at if pair.index is None else at[pair.index]) for pair in found]
+        return out
+
+
+def route(name: str | None, known: Collection[str], who: str) -> str:
+    """The key of the teacher that serves a row, or rollout, called `who`."""
+    if name in known:
+        return str(name)
+    if "default" in known:
+        return "default"
+    said = "names no teacher" if name is None else f"names the teacher {name!r}{nearest(name, list(known))}"
+    raise UserError(
+        f"{who} {said}. The run has teachers for {', '.join(known)}, and none would score it: add that teacher to the run "
+        "(teacher.NAME=MODEL), or one called 'default'"
+    )
+
+
+@dataclass(frozen=True)
+class _Several:
+    teachers: Mapping[str, Any]
+
+    @property
+    def heads(self) -> list[Head]:
+        return [head for teacher in self.teachers.values() for head in heads_of(teacher)]
+
+    def cut(self, vocab: int | None) -> Self:
+        """The same teachers, their heads kept to the first rows."""
+        return replace(self, teachers={name: cut(teacher, vocab) for name, teacher in self.teachers.items()})
+
+
+@dataclass(frozen=True)
+class Routed(_Several):
+    """Several teachers; a row is scored by the one that its `teacher` column names. "default" serves rows that name none."""
+
+    def source(self, layout: Layout, positions: Tensor) -> RoutedSource:
+        which = routes(self.teachers, layout, positions.device)
+        sources = [t.source(layout, positions[which[positions] == i]) for i, t in enumerate(self.teachers.values())]
+        return RoutedSource(sources, which)
+
+
+@dataclass(frozen=True)
+class RoutedRemote(_Several):
+    """Several teachers by route, some of them elsewhere: they answer with numbers."""
+
+    def facts(self, wanted: Collection[Fact], layout: Layout, positions: Tensor, ids: Mapping[TopFact, Tensor]) -> Tensors:
+        which = routes(self.teachers, layout, positions.device)[positions]
+        made: Tensors = {}
+        for i, teacher in enumerate(self.teachers.values()):
+            at = (which == i).nonzero()[:, 0]
+            if not len(at):
+                continue
+            part = answers(teacher, wanted, layout, positions[at], {f: v[at] for f, v in ids.items()})
+            for fact, values in part.items():
+                if fact not in made:
+                    made[fact] = values.new_zeros(len(positions), *values.shape[1:])
+                made[fact][at] = values
+        return made
+
+
+def routes(teachers: Mapping[str, Any], layout: Layout, device: torch.device) -> Tensor:
+    """[B * T]: number of the teacher that serves each position."""
+    keys = list(teachers)
+    chosen = [keys.index(route(r.row.get("teacher"), keys, f"rollout {r.id}")) for r in layout.rollouts]
+    return torch.tensor(chosen, device=device).repeat_interleave(layout.width)

@@ -1,0 +1,362 @@
+"""The server behind `opdkit serve-teacher`: a local model that scores tokens over HTTP, exactly as it would in the training process."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdkit.errors import UserError
+from opdkit.forward import Layout, batch_tokens
+from opdkit.models import check_head, head_of, load_model, load_tokenizer, real_vocabulary
+from opdkit.teachers import scoring
+from opdkit.teachers.base import answers
+from opdkit.teachers.local import LocalModel
+from opdkit.teachers.prompt_logprobs import JSON_FLOOR
+from opdkit.types import LogpAtFact, LogpFact, Rollout, TopFact
+
+LARGEST_BODY = 1 << 30  # bytes of a request
+GRACE = 30.0  # seconds that a shutdown waits for what is under way
+JSON, BINARY = "application/json", "application/octet-stream"
+
+
+class BadRequest(Exception):
+    """A request that no repetition makes right."""
+
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
+class Service:
+    """One model, scored by one thread; each method answers one kind of request."""
+
+    local: LocalModel
+    tokenizer: Any
+    name: str
+    worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="score"))
+    waiting: list[tuple[Rollout, int, Future[Any]]] = field(default_factory=list)  # prompts for /v1/completions
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        model = self.local.model
+        self.fingerprint = scoring.model_digest(model)
+        self.limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.device = next(model.parameters()).device
+        self.budget = self.local.micro_batch_tokens or batch_tokens(self.device)
+        self.rows = self.local.head.size(torch.zeros(0))
+        self.ids = min(self.rows, model.get_input_embeddings().weight.shape[0])
+        known = real_vocabulary(self.tokenizer)
+        self.scored = self.local.cut(known if self.rows > known else None)  # rows that only pad the head are no tokens
+
+    # ------------------------------------------------------------------------------------------------------- answers
+
+    def models(self) -> dict[str, Any]:
+        about = {
+            "fingerprint": self.fingerprint,
+            "tokenizer": scoring.tokenizer_digest(self.tokenizer.get_vocab()),
+            "rows": self.rows,
+            "micro_batch_tokens": self.budget,
+        }
+        card = {"id": self.name, "object": "model", "owned_by": "opdkit", "max_model_len": self.limit, "opdkit": about}
+        return {"object": "list", "data": [card]}
+
+    def vocabulary(self) -> dict[str, Any]:
+        return {"name": self.name, "vocab": self.tokenizer.get_vocab()}
+
+    def score(self, body: bytes) -> bytes:
+        """Facts of rollouts, or hidden states where none is asked for; see `scoring`."""
+        try:
+            layout, positions, wanted, ids, vocab = scoring.unpack_request(body)
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadRequest(f"the body is no request for scores: {error}") from error
+        for rollout in layout.rollouts:
+            self.readable(rollout.prompt + rollout.tokens, f"rollout {rollout.id}", spare=0)
+        positions, local = positions.to(self.device), self.local.cut(vocab)
+
+        def run() -> dict[str, Tensor]:
+            if not wanted:
+                source = local.source(layout, positions)
+                return {"hidden": source.hidden[source.index[positions]]}
+            made = answers(local, wanted, layout, positions, {f: v.to(self.device) for f, v in ids.items()})
+            return {str(i): made[fact] for i, fact in enumerate(wanted)}
+
+        return scoring.pack(self.worker.submit(run).result(), {})
+
+    def completions(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The OpenAI form with vLLM's prompt_logprobs: prompts of token ids are scored, nothing is written."""
+        prompts, k = self._asked(given)
+        futures: list[Future[Any]] = [Future() for _ in prompts]
+        with self.lock:
+            for prompt, future in zip(prompts, futures):
+                self.waiting.append(
+                    (Rollout("prompt", prompt[:1], prompt[1:], [True] * (len(prompt) - 1), [], [], ""), k, future)
+                )
+        self.worker.submit(self._drain)
+        choices = [
+            {"index": i, "text": "", "logprobs": None, "finish_reason": "length", "prompt_logprobs": future.result()}
+            for i, future in enumerate(futures)
+        ]
+        usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": 0, "total_tokens": sum(map(len, prompts))}
+        return {"id": "cmpl-opdkit", "object": "text_completion", "model": self.name, "choices": choices, "usage": usage}
+
+    def _asked(self, given: Mapping[str, Any]) -> tuple[list[list[int]], int]:
+        """Prompts and the number of log-probs per token."""
+        if given.get("model", self.name) != self.name:
+            raise BadRequest(f"The model `{given['model']}` does not exist: this server has {self.name}", 404)
+        k, prompts = given.get("prompt_logprobs"), given.get("prompt")
+        if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k <= self.rows:
+            raise BadRequest(f"this server scores prompts: give prompt_logprobs, a number from 0 to {self.rows}")
+        if given.get("max_tokens", 16) not in (0, 1) or given.get("stream") or given.get("echo") or given.get("n", 1) != 1:
+            raise BadRequest("this server writes nothing: max_tokens must be 0 or 1, n 1, and stream and echo off")
+        if isinstance(prompts, list) and prompts and all(isinstance(t, int) for t in prompts):
+            prompts = [prompts]
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(p, list) and p for p in prompts):
+            raise BadRequest(
+                "prompt must be token ids, or a list of such lists: text would be tokenised anew, and not into the same tokens"
+            )
+        for prompt in prompts:
+            self.readable(prompt, "the prompt", spare=given.get("max_tokens", 16))
+        return prompts, k
+
+    def readable(self, tokens: Sequence[Any], who: str, spare: int) -> None:
+        if wrong := [t for t in tokens if not isinstance(t, int) or not 0 <= t < self.ids]:
+            raise BadRequest(f"Token id {wrong[0]} is out of vocabulary: {who} may hold 0 to {self.ids - 1}")
+        if self.limit is not None and len(tokens) + spare > self.limit:
+            raise BadRequest(f"This model's maximum context length is {self.limit} tokens. However, {who} has {len(tokens)}.")
+
+    def _drain(self) -> None:
+        """Scores every waiting prompt, as many in one pass as its tokens allow."""
+        with self.lock:
+            jobs, self.waiting = self.waiting, []
+        try:
+            for job, entries in zip(jobs, self._entries([r for r, _, _ in jobs], [k for _, k, _ in jobs]) if jobs else ()):
+                job[2].set_result(entries)
+        except Exception as error:
+            for _, _, future in jobs:
+                if not future.done():
+                    future.set_exception(error)
+
+    def _entries(self, rollouts: list[Rollout], ks: list[int]) -> list[list[dict[str, Any] | None]]:
+        """Per prompt and token: {id: {logprob, rank, decoded_token}} of the k most probable ids and the token's own."""
+        layout, deepest = Layout(rollouts, max(len(r.tokens) for r in rollouts)), max(ks)
+        at = [torch.arange(len(r.tokens)) + b * layout.width for b, r in enumerate(rollouts)]
+        positions = torch.cat(at).to(self.device)
+        own, top = LogpFact("m"), TopFact("m", deepest)
+        made: Any = {}
+        if len(positions):
+            made = answers(self.scored, [own, top, LogpAtFact("m", "m", deepest)] if deepest else [own], layout, positions, {})
+        logps, out, first = made.get(own, torch.zeros(0)).tolist(), [], 0
+        ids = made[top].tolist() if deepest and made else []
+        values = made[LogpAtFact("m", "m", deepest)].tolist() if deepest and made else []
+        for rollout, k in zip(rollouts, ks):
+            entries: list[dict[str, Any] | None] = [None]
+            for n, token in enumerate(rollout.tokens, first):
+                best = list(zip(ids[n][:k], values[n][:k])) if k else []
+                entry = {str(i): self._entry(i, v, rank) for rank, (i, v) in enumerate(best, 1)}
+                entry.setdefault(str(token), self._entry(token, logps[n], None))
+                entries.append(entry)
+            out.append(entries)
+            first += len(rollout.tokens)
+        return out
+
+    def _entry(self, id: int, logp: float, rank: int | None) -> dict[str, Any]:
+        return {"logprob": max(logp, JSON_FLOOR), "rank": rank, "decoded_token": self.tokenizer.decode([id])}
+
+
+# ----------------------------------------------------------------------------------------------------------------- http
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Reads a request, asks the service, writes the answer."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer's body would wait 40 ms for its headers' acknowledgement
+    service: Service
+    server: TeacherServer
+
+    def do_GET(self) -> None:
+        routes: dict[str, Callable[[], Any]] = {
+            "/health": dict,
+            "/v1/models": self.service.models,
+            "/tokenizer": self.service.vocabulary,
+            "/head": lambda: scoring.pack_head(self.service.local.head),
+        }
+        self.answer(routes)
+
+    def do_POST(self) -> None:
+        length = int(self.headers.get("Content-Length") or -1)
+        if not 0 <= length <= LARGEST_BODY:
+            self.close_connection = True
+            return self.write(413, _error(f"a request needs a Content-Length of at most {LARGEST_BODY} bytes", 413))
+        body = self.rfile.read(length)
+        routes: dict[str, Callable[[], Any]] = {
+            "/score": lambda: self.service.score(body),
+            "/v1/completions": lambda: self.service.completions(_json(body)),
+        }
+        return self.answer(routes)
+
+    def answer(self, routes: Mapping[str, Callable[[], Any]]) -> None:
+        path = self.path.partition("?")[0]
+        with self.server.working():
+            try:
+                if path not in routes:
+                    raise BadRequest(f"there is no {self.command} {path} here", 404)
+                self.write(200, routes[path]())
+            except BadRequest as error:
+                self.write(error.status, _error(str(error), error.status))
+            except UserError as error:  # of the model: it would say the same again
+                self.write(422, _error(str(error), 422))
+            except (BrokenPipeError, ConnectionResetError):
+                self.close_connection = True
+            except Exception as error:
+                print(f"opdkit: {self.command} {path} failed: {type(error).__name__}: {error}", file=sys.stderr)
+                self.write(500, _error(f"{type(error).__name__}: {error}", 500))
+
+    def write(self, status: int, value: Any) -> None:
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", BINARY if isinstance(value, bytes) else JSON)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header(scoring.FINGERPRINT, self.service.fingerprint)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Requests are not logged one by one."""
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except ValueError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadRequest("the body must be a JSON object")
+    return value
+
+
+def _error(message: str, status: int) -> dict[str, Any]:
+    return {"error": {"message": message, "code": status}}
+
+
+class TeacherServer(ThreadingHTTPServer):
+    """Counts what is under way, so that a shutdown can wait for it."""
+
+    daemon_threads = True
+    request_queue_size = 256  # a step's rollouts come all at once
+
+    def __init__(self, address: tuple[str, int], service: Service):
+        super().__init__(address, type("BoundHandler", (Handler,), {"service": service}))
+        self.busy, self.idle = 0, threading.Condition()
+
+    def working(self) -> _Working:
+        return _Working(self)
+
+    def drain(self, seconds: float = GRACE) -> None:
+        """Waits until every answer is written."""
+        with self.idle:
+            self.idle.wait_for(lambda: self.busy == 0, seconds)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no error."""
+
+
+@dataclass
+class _Working:
+    server: TeacherServer
+
+    def __enter__(self) -> None:
+        with self.server.idle:
+            self.server.busy += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.server.idle:
+            self.server.busy -= 1
+            self.server.idle.notify_all()
+
+
+# ---------------------------------------------------------------------------------------------------------------- command
+
+
+def make_server(
+    model: Any, tokenizer: Any, name: str, host: str = "127.0.0.1", port: int = 8000, max_batch_tokens: int | None = None
+) -> TeacherServer:
+    """A server for a loaded model; port 0 takes a free one. `serve_forever()` runs it."""
+    model = model.eval().requires_grad_(False)
+    check_head(model)
+    local = LocalModel(model, head_of(model), max_batch_tokens)
+    if len(model.get_output_embeddings().weight) < real_vocabulary(tokenizer):
+        raise UserError(
+            f"the head of {name} has fewer rows than its tokenizer has tokens: the checkpoint's parts do not belong together"
+        )
+    try:
+        return TeacherServer((host, port), Service(local, tokenizer, name))
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another with --port, or --port 0"
+        ) from error
+
+
+def serve(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: str = "float32",
+    device: str = "auto",
+    name: str | None = None,
+    max_batch_tokens: int | None = None,
+    allow_remote: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Serves a model until it is interrupted (Ctrl-C or SIGTERM); what is under way then is finished."""
+    if max_batch_tokens is not None and max_batch_tokens < 1:
+        raise UserError(f"max_batch_tokens={max_batch_tokens} must be at least 1")
+    if not _loopback(host):
+        if not allow_remote:
+            raise UserError(
+                f"--host {host} can be reached from other machines, and the server asks for no password: whoever reaches it can read the "
+                "model's head and use the machine. Keep it on 127.0.0.1 behind an SSH tunnel, or say --allow-remote on a network you trust"
+            )
+        print(f"opdkit: warning: {host} can be reached from other machines, and there is no authentication", file=sys.stderr)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    loaded = load_model(model, dtype, device, trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    server = make_server(loaded, tokenizer, name or model, host, port, max_batch_tokens)
+    where = f"http://{host if ':' not in host else f'[{host}]'}:{server.server_address[1]}"
+    print(f"serving {name or model} ({dtype}, {device}) at {where}\nopdkit train ... teacher={where}", flush=True)
+    run_until_stopped(server)
+
+
+def run_until_stopped(server: TeacherServer) -> None:
+    def stop(*_: object) -> None:
+        threading.Thread(target=server.shutdown, daemon=True).start()  # shutdown waits for the loop that this signal interrupted
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.serve_forever(poll_interval=0.1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        server.drain()
+        server.server_close()
+        print("stopped", flush=True)
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

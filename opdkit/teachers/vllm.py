@@ -1,0 +1,112 @@
+"""A teacher in a vLLM engine in this process: log-probs of the rollouts' tokens and of its own most probable ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdkit.errors import UserError
+from opdkit.facts import Needs, Tensors
+from opdkit.forward import Layout
+from opdkit.models import load_tokenizer, real_vocabulary, same_tokenizer
+from opdkit.sampling.vllm_engine import Engine, EngineSettings
+from opdkit.teachers.prompt_logprobs import read_fact, without_positions
+from opdkit.teachers.spec import Vllm, refuse_facts
+from opdkit.types import Fact, LogpAtFact, LogpFact, TopFact
+
+
+def open_teacher(spec: Vllm, method: Any, tokenizer: Any, model: str = "teacher", trust_remote_code: bool = False) -> VllmTeacher:
+    """The teacher, started with as many log-probs per token as the method reads. `tokenizer` is the student's."""
+    refuse_facts(method.name or "own", "a vllm teacher", [f for f in method.needs.of(model) if not _says(f, model)])
+    if difference := same_tokenizer(tokenizer, load_tokenizer(spec.model, trust_remote_code=trust_remote_code)):
+        raise UserError(
+            f"the tokenizer of {spec.model} is not the student's: {difference}. Token-level distillation compares distributions over the same "
+            "ids; use a teacher of the student's family"
+        )
+    settings = EngineSettings(
+        dtype=spec.dtype,
+        gpu_memory_utilization=spec.gpu_memory_utilization,
+        max_model_len=spec.max_model_len,
+        tensor_parallel_size=spec.tensor_parallel_size,
+        enforce_eager=spec.enforce_eager,
+    )
+    return VllmTeacher(spec.model, tokenizer, settings, k=deepest(method.needs, model), trust_remote_code=trust_remote_code)
+
+
+def _says(fact: Fact, model: str) -> bool:
+    """Whether the engine can say a fact that involves the teacher."""
+    if isinstance(fact, LogpAtFact):
+        return fact.owner == model  # another model's log-probs at this one's ids are that model's affair
+    return isinstance(fact, (LogpFact, TopFact))
+
+
+def deepest(needs: Needs, model: str) -> int:
+    """The most probable ids of a model that are read per token; 0: none."""
+    tops = [f.k for f in needs.of(model) if isinstance(f, TopFact) and f.model == model]
+    return max([*tops, *(f.k for f in needs.of(model) if isinstance(f, LogpAtFact) and f.owner == model)], default=0)
+
+
+@dataclass
+class VllmTeacher:
+    """Answers with numbers, in one batch per step. `k` is the depth that the engine is started for (vLLM's max_logprobs)."""
+
+    model: str
+    tokenizer: Any
+    settings: EngineSettings = EngineSettings()
+    k: int = 0
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = real_vocabulary(self.tokenizer)
+        self.engine = Engine(
+            self.model, self.settings, max_logprobs=max(1, min(self.k, self.tokens)), trust_remote_code=self.trust_remote_code
+        )
+        rows = self.engine.rows
+        if rows < self.tokens:
+            raise UserError(
+                f"the head of {self.model} has {rows} rows, fewer than the tokenizer's {self.tokens} tokens: it cannot score every token the "
+                "student may write. Use models of one family"
+            )
+        if rows > self.tokens:
+            self.engine.head(self.tokens)
+
+    def facts(self, wanted: Collection[Fact], layout: Layout, positions: Tensor, ids: Mapping[TopFact, Tensor]) -> Tensors:
+        """The wanted facts [N] or [N, k] at flat positions [N]. `ids` are not read: the engine knows its own most probable ones only."""
+        k = max((f.k for f in wanted if isinstance(f, (TopFact, LogpAtFact))), default=0)
+        if k > self.k:
+            raise ValueError(f"the engine was started for {self.k} log-probs per token, and {k} are asked for")
+        if not len(positions):
+            return {fact: without_positions(fact, positions.device) for fact in wanted}
+        rows, columns = positions.cpu() // layout.width, positions.cpu() % layout.width
+        index = [(rows == b).nonzero()[:, 0] for b in rows.unique().tolist()]
+        sequences, starts, names = [], [], []
+        for at in index:
+            rollout = layout.rollouts[int(rows[at[0]])]
+            starts.append(len(rollout.prompt) + int(columns[at].min()))
+            sequences.append((rollout.prompt + rollout.tokens)[: len(rollout.prompt) + int(columns[at].max()) + 1])
+            names.append(f"rollout {rollout.id} at {self.model}")
+            self._fits(len(sequences[-1]), names[-1])
+        self.engine.wake()
+        scored = self.engine.score(sequences, starts, min(k, self.tokens), names)
+        self.engine.sleep()
+        made: Tensors = {}
+        for fact in wanted:
+            values = torch.cat([read_fact(fact, s)[columns[at] - columns[at].min()] for s, at in zip(scored, index)])
+            made[fact] = torch.empty_like(values).index_copy_(0, torch.cat(index), values).to(positions.device)
+        return made
+
+    def _fits(self, length: int, who: str) -> None:
+        if length + 1 > self.engine.limit:
+            raise UserError(
+                f"{who}: {length} tokens and one more do not fit the teacher's context of {self.engine.limit}. Nothing is cut, as a cut "
+                f"context changes every score: raise teacher.max_model_len to at least {length + 1}, or lower max_completion_length or "
+                "data.max_prompt_length"
+            )
+
+    def close(self) -> None:
+        """Ends the engine and frees its memory."""
+        self.engine.close()
