@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-slow test-peer bench lint clean
+.PHONY: install install-vllm quickstart test test-slow test-peer test-vllm bench lint clean
 
 install: .venv/installed
 
@@ -16,6 +16,18 @@ quickstart: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# vLLM for a CPU, in an environment of its own; on a GPU `pip install vllm` beside opdkit does.
+install-vllm: .venv-vllm/installed
+
+.venv-vllm/installed: constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+test-vllm: install-vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m vllm
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
@@ -34,4 +46,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv quickstart build dist *.egg-info
+	rm -rf .venv .venv-vllm quickstart build dist *.egg-info

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from common import alternate, begin, parser, questions, qwen3, ratios, save, spread, stopping, synchronize, table, text, tokenizer
 
-from opdkit.build import Given, prepare
+from opdkit.build import prepare
+from opdkit.engines import Given
 from opdkit.losses import Divergence, PolicyGradient
 from opdkit.method import as_method
 from opdkit.objective import Objective

@@ -95,7 +95,8 @@ class Ours:
     """opdkit's loop, a few steps at a time."""
 
     def __init__(self, args: argparse.Namespace, given: World, folder: Path):
-        from opdkit.build import Given, prepare
+        from opdkit.build import prepare
+        from opdkit.engines import Given
         from opdkit.run import make_run
 
         run = make_run(

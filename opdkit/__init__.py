@@ -14,13 +14,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opdkit.commands import doctor, eval_model, sample_model
+    from opdkit.commands import eval_model, sample_model
+    from opdkit.doctor import doctor
     from opdkit.compare import compare
     from opdkit.errors import UserError
     from opdkit.explain import explain
     from opdkit.launch import distill, execute
     from opdkit.method import Method, load, methods, weight_of
     from opdkit.objective import Objective
+    from opdkit.offline import cache_teacher
     from opdkit.report import write_report
     from opdkit.run import Run, load_run, make_run
 
@@ -39,8 +41,9 @@ _HOMES = {
     "execute": "launch",
     "eval_model": "commands",
     "sample_model": "commands",
-    "doctor": "commands",
+    "doctor": "doctor",
     "compare": "compare",
+    "cache_teacher": "offline",
     "explain": "explain",
     "write_report": "report",
     "UserError": "errors",
@@ -51,6 +54,7 @@ __all__ = [
     "Objective",
     "Run",
     "UserError",
+    "cache_teacher",
     "compare",
     "distill",
     "doctor",

@@ -9,9 +9,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opdkit.errors import UserError
+
+if TYPE_CHECKING:
+    from opdkit.run import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,8 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "distil a teacher into a student")
     sub.add_argument("file", nargs="?", help="a run's YAML file")
     sub.add_argument("--recipe", metavar="NAME", help="a built-in recipe, or file.py:function")
-    for name in ("student", "teacher", "method", "data", "output", "reward"):
+    for name in ("student", "teacher", "sampler", "method", "data", "output", "reward"):
         sub.add_argument(f"--{name}", metavar=name.upper(), help=f"same as {name}=...")
+    sub.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank: same as lora.r=RANK")
     sub.add_argument(
         "--times",
         action="append",
@@ -77,8 +81,52 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     sub.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
-    sub.add_argument("--dry-run", action="store_true", help="print the resolved run, what it loads and the memory, and stop")
+    sub.add_argument(
+        "--dry-run", action="store_true", help="print the resolved run with its memory and time, load nothing, and stop"
+    )
+    dry = sub.add_argument_group("of a dry run", "what it is reckoned for; by default the device at hand")
+    dry.add_argument("--device", metavar="NAME", help="h100, h200, a100, a100-40gb, l40s, l4 or cpu")
+    dry.add_argument("--device-memory", metavar="80GB", help="of a device in no table, or instead of the table's")
+    dry.add_argument("--device-tflops", type=float, metavar="N", help="peak of its bfloat16 matrix products")
+    dry.add_argument("--device-bandwidth", metavar="3.35TB/s", help="peak of its memory")
+    dry.add_argument("--mfu", type=float, metavar="SHARE", help="of that peak, reached while learning (default: 0.4)")
+    dry.add_argument("--response-length", type=float, metavar="N", help="mean tokens of a response (default: half of the limit)")
+    dry.add_argument("--json", action="store_true", help="print it as JSON")
     sub.epilog = "further settings as key=value: optim.learning_rate=1e-5, num_generations=4, method.k=64"
+
+    sub = command(
+        "cache-teacher", _cache_teacher, "let the student write and the teacher score once, and store both: see lightning_opd"
+    )
+    sub.add_argument("file", nargs="?", help="a run's YAML file: its student, teacher, data, sampling and seed are taken")
+    sub.add_argument("--recipe", metavar="NAME", help="a built-in recipe, or file.py:function")
+    for name in ("student", "teacher", "data"):
+        sub.add_argument(f"--{name}", metavar=name.upper(), help=f"same as {name}=...")
+    sub.add_argument("--out", required=True, metavar="DIR", help="a cache in it is continued; damaged parts are written again")
+    sub.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="store the teacher's K most probable tokens too (default: 0)"
+    )
+    sub.add_argument("--num-generations", type=int, metavar="N", help="responses per prompt")
+    sub.add_argument(
+        "--sft-teacher", metavar="MODEL", help="who wrote what the student was fine-tuned on; warns where it is not the teacher"
+    )
+    sub.add_argument(
+        "--prompts-per-shard", type=int, default=256, metavar="N", help="what an interruption can lose (default: 256)"
+    )
+    sub.epilog = "further settings as key=value: max_completion_length=4096, temperature=0.8, seed=1"
+
+    sub = command(
+        "serve-teacher", _serve_teacher, "serve a local model that scores tokens over HTTP, for runs with teacher=http://..."
+    )
+    sub.add_argument("model")
+    sub.add_argument("--port", type=int, default=8000, help="0: a free one (default: 8000)")
+    sub.add_argument(
+        "--host", default="127.0.0.1", help="the server asks for no password: keep it on this machine (default: 127.0.0.1)"
+    )
+    sub.add_argument("--allow-remote", action="store_true", help="let --host be an address that other machines reach")
+    sub.add_argument("--name", help="what the model is called in answers (default: MODEL)")
+    sub.add_argument("--dtype", default="float32")
+    sub.add_argument("--device", default="auto")
+    sub.add_argument("--max-batch-tokens", type=int, metavar="N", help="padded tokens of one forward pass")
 
     sub = command("eval", _eval, "score a model on a data set: Avg@k and Pass@k with confidence intervals")
     sub.add_argument("model")
@@ -126,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("method", help=named)
 
     command("doctor", _doctor, "show what this machine offers and which path each phase will take")
-    for name in ("train", "explain", "check", "compare"):  # settings and method arguments as key=value
+    for name in ("train", "cache-teacher", "explain", "check", "compare"):  # settings and method arguments as key=value
         commands.choices[name].add_argument("settings", nargs="*", metavar="key=value")
     return parser
 
@@ -164,14 +212,44 @@ def _quickstart(options: Any) -> None:
 
 def _train(options: Any) -> None:
     from opdkit.launch import execute
+
+    flags = [f"method.times={json.dumps(options.times)}"] if options.times else []
+    flags += [f"lora.r={options.lora}"] if options.lora is not None else []
+    run = _run(options, ("student", "teacher", "sampler", "method", "data", "output", "reward"), flags)
+    if options.dry_run:
+        _dry_run(options, run)
+        return
+    for name in DRY:
+        if getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')} is about an estimate: add --dry-run, or leave it out")
+    result = execute(run, resume=options.resume, overwrite=options.overwrite)
+    print(f"model   {result.model}\nreport  {result.report}")
+
+
+DRY = ("device", "device_memory", "device_tflops", "device_bandwidth", "mfu", "response_length", "json")  # flags of a dry run
+
+
+def _dry_run(options: Any, run: Run) -> None:
+    from opdkit.plan import Rates, device_of, plan
+
+    device = device_of(
+        options.device,
+        memory=options.device_memory,
+        tflops=options.device_tflops,
+        bandwidth=options.device_bandwidth,
+        setting=run.device,
+    )
+    rates = Rates() if options.mfu is None else Rates(learn=options.mfu)
+    made = plan(run, device, rates=rates, response=options.response_length)
+    print(json.dumps(made.to_dict(), indent=2) if options.json else made)
+
+
+def _run(options: Any, names: Sequence[str], more: Sequence[str] = ()) -> Run:
+    """The run that a command's recipe or file, flags and settings describe."""
     from opdkit.recipes import make, recipe
     from opdkit.run import load_run, make_run
 
-    flags = [
-        f"{n}={getattr(options, n)}" for n in ("student", "teacher", "method", "data", "output", "reward") if getattr(options, n)
-    ]
-    if options.times:
-        flags.append(f"method.times={json.dumps(options.times)}")
+    flags = [*(f"{n}={getattr(options, n)}" for n in names if getattr(options, n)), *more]
     settings = list(options.settings)
     if options.file and "=" in options.file:  # train --recipe gsm8k steps=10: the first setting stands where the file would
         settings.insert(0, options.file)
@@ -181,17 +259,42 @@ def _train(options: Any) -> None:
     if options.recipe:
         run = make_run(recipe(options.recipe), flags + settings)
         make(options.recipe)
-    elif options.file:
-        run = load_run(options.file, flags + settings)
-    else:
-        run = make_run({}, flags + settings)
-    if options.dry_run:
-        from opdkit.explain import dry_run
+        return run
+    return load_run(options.file, flags + settings) if options.file else make_run({}, flags + settings)
 
-        print(dry_run(run))
-        return
-    result = execute(run, resume=options.resume, overwrite=options.overwrite)
-    print(f"model   {result.model}\nreport  {result.report}")
+
+def _cache_teacher(options: Any) -> int | None:
+    from opdkit.offline import cache_teacher
+
+    flags = [] if options.num_generations is None else [f"sampling.num_generations={options.num_generations}"]
+    run = _run(options, ("student", "teacher", "data"), flags)
+    try:
+        made = cache_teacher(
+            run, options.out, top_k=options.top_k, sft_teacher=options.sft_teacher, prompts_per_shard=options.prompts_per_shard
+        )
+    except KeyboardInterrupt:
+        print("opdkit: interrupted; every finished shard stays, and the same command continues with the next", file=sys.stderr)
+        return 130
+    size = sum((Path(options.out) / name).stat().st_size for name in made.entries)
+    print(f"rollouts  {made.rollouts:,} of {made.origin.prompts:,} prompts, {made.tokens:,} tokens")
+    print(f"cache     {options.out}, {size / 2**20:.1f} MiB, {size / max(made.tokens, 1):.1f} bytes per token")
+    print(f"train     opdkit train --method lightning_opd --student {run.student} --teacher cached:{options.out}")
+    return None
+
+
+def _serve_teacher(options: Any) -> None:
+    from opdkit.teachers.serve import serve
+
+    serve(
+        options.model,
+        host=options.host,
+        port=options.port,
+        dtype=options.dtype,
+        device=options.device,
+        name=options.name,
+        max_batch_tokens=options.max_batch_tokens,
+        allow_remote=options.allow_remote,
+    )
 
 
 def _eval(options: Any) -> None:
@@ -291,6 +394,6 @@ def _check(options: Any) -> int:
 
 
 def _doctor(options: Any) -> None:
-    from opdkit.commands import doctor
+    from opdkit.doctor import doctor
 
     print(doctor())

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
-import platform
-import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +51,9 @@ def eval_model(
     rows = read_rows(settings, None if isinstance(data, (str, Data)) else as_rows(data), seed)
     scorer = load_reward(reward)
     if scorer is None:
-        raise UserError("an evaluation needs a reward: math, exact, reasoning_gym, regex:PATTERN or file.py:function")
+        raise UserError(
+            "an evaluation needs a reward: math, code, exact, reasoning_gym, regex:PATTERN, judge:URL or file.py:function"
+        )
     chosen = replace(sampling or Sampling(), num_generations=num_generations)
     prompts = list(make_prompts(settings, rows, sampler.tokenizer))
     return evaluate_model(
@@ -80,53 +76,3 @@ def sample_model(
     given = None if isinstance(prompts, (str, Data)) else as_rows(prompts)
     asked = list(make_prompts(settings, read_rows(settings, given, seed), sampler.tokenizer))
     return sampler.sample(asked, sampling or Sampling(), seed=seed)
-
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "peft",
-    "datasets",
-    "pyarrow",
-    "math-verify",
-    "reasoning-gym",
-    "vllm",
-    "ray",
-)
-
-
-def doctor() -> str:
-    """What this machine offers, and which path each phase will take."""
-    import torch
-
-    lines = [f"python        {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"]
-    lines.append(f"memory        {_memory()}")
-    lines.append(f"disk          {shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
-    for package in PACKAGES:
-        try:
-            lines.append(f"{package:<13} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(f"{package:<13} not installed")
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(i)
-            lines.append(f"gpu {i}         {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-    else:
-        lines.append("gpu           none: everything runs on the CPU in float32")
-    lines.append("sample        transformers model in process, key-value cache, prompts prefilled once per group")
-    lines.append("score         hidden states of models in process; logits one chunk at a time")
-    kernels = (
-        "Triton kernels" if torch.cuda.is_available() and importlib.util.find_spec("triton") else "formulas in cache-sized blocks"
-    )
-    lines.append(f"learn         chunked vocabulary pass, divergences by {kernels}; fused AdamW")
-    return "\n".join(lines)
-
-
-def _memory() -> str:
-    if sys.platform != "linux":
-        return "unknown"
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    free = os.sysconf("SC_AVPHYS_PAGES")
-    return f"{pages * size / 2**30:.1f} GiB, {free * size / 2**30:.1f} GiB free"

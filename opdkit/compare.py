@@ -15,8 +15,9 @@ from typing import Any
 
 from opdkit import compose, recipes
 from opdkit.address import is_address
-from opdkit.build import Given, refuse
+from opdkit.build import refuse
 from opdkit.config import plain, read_yaml, to_yaml
+from opdkit.engines import Given
 from opdkit.errors import UserError
 from opdkit.launch import execute
 from opdkit.method import Method, as_method, spelled

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opdkit import kernels
+from opdkit.align import AlignedSource, Alignment
 from opdkit.head import Head, Source, slices
 from opdkit.head import chunk_rows as default_rows
 from opdkit.objective import Objective, RolloutLoss, Signal, TokenLoss, credit_of
@@ -21,8 +22,10 @@ from opdkit.types import (
     Live,
     LogpAtFact,
     LogpFact,
+    SpanFact,
     TopFact,
     VocabularyFact,
+    Watch,
 )
 
 Tensors = dict[Fact, Tensor]
@@ -53,10 +56,18 @@ class Needs:
 
     def whole(self, model: str) -> bool:
         """Whether the whole vocabulary of a model is read: then it must run in this process."""
-        return any(isinstance(fact, (VocabularyFact, GapFact)) for fact in self.of(model))
+        return any(isinstance(fact, (VocabularyFact, GapFact, SpanFact)) for fact in self.of(model))
+
+    def spans(self, model: str) -> bool:
+        """Whether spans of text are read of a model: then it may have a tokenizer of its own, if `ids` is empty."""
+        return any(isinstance(fact, SpanFact) for fact in self.of(model))
+
+    def ids(self, model: str) -> frozenset[Fact]:
+        """What is read of a model over the student's token ids: then it must have the student's tokenizer."""
+        return frozenset(fact for fact in self.of(model) if not isinstance(fact, SpanFact))
 
     def __str__(self) -> str:
-        return ", ".join(sorted(map(describe, self.facts))) or "nothing"
+        return ", ".join(sorted(set(map(describe, self.facts)))) or "nothing"
 
 
 def models_of(fact: Fact) -> tuple[str, ...]:
@@ -68,6 +79,15 @@ def models_of(fact: Fact) -> tuple[str, ...]:
     if isinstance(fact, LogpAtFact):
         return (fact.model, fact.owner)
     return (fact.model,)
+
+
+def watched(needs: Needs) -> Watch:
+    """What a sampler notes of the student so that no pass of it is needed; nothing where one is needed anyway."""
+    own = [f for f in needs.of("student") if isinstance(f, TopFact) or (isinstance(f, LogpAtFact) and f.owner == "student")]
+    tokens = {LogpFact("student"), EntropyFact("student")}
+    if needs.of("student") - set(own) - tokens:
+        return Watch()
+    return Watch(bool({EntropyFact("student"), EntropyFact("live")} & needs.facts), max((f.k for f in own), default=0))
 
 
 def describe(fact: Fact) -> str:
@@ -84,6 +104,14 @@ def describe(fact: Fact) -> str:
         return f"{fact.kind} of {fact.student} and {fact.teacher} over the whole vocabulary"
     if isinstance(fact, VocabularyFact):
         return f"{fact.model} over the whole vocabulary"
+    if isinstance(fact, SpanFact):
+        what = {
+            "tokens": f"spans of text that the {fact.model}'s tokens cover too",
+            "logp": f"{fact.model} log-probs of those spans",
+            "vocabulary": f"{fact.model} over the whole vocabulary of its own tokenizer",
+            "shared": f"whether the {fact.model} has the student's tokenizer",
+        }
+        return what[fact.what]
     return fact.name
 
 
@@ -109,16 +137,19 @@ class _Probe(Batch):
                 return torch.zeros(self.ROWS, dtype=torch.int64)
             values = torch.arange(self.ROWS, dtype=self.dtype)
             return values > 0 if fact.name == "correct" else values
+        if isinstance(fact, SpanFact) and fact.what != "logp":
+            return torch.ones(self.ROWS, 1, dtype=torch.bool) if fact.what == "shared" else torch.ones(shape, dtype=torch.int64)
         return torch.full(shape, 1.0 if isinstance(fact, (EntropyFact, GapFact)) else -1.0)
 
     def mark(self, name: str) -> Tensor:
         self.asked.add(ColumnFact(f"mark:{name}"))
         return torch.zeros_like(self.mask)
 
-    def source(self, model: str) -> Source:
-        self.asked.add(VocabularyFact(model))
-        cells = self.tokens.numel()
-        return Source(torch.zeros(cells, self.VOCABULARY), torch.arange(cells), Head())
+    def source(self, model: str, fact: Fact | None = None) -> AlignedSource:
+        self.asked.add(fact or VocabularyFact(model))
+        cells, ends = self.tokens.numel(), torch.arange(self.LENGTH).expand(self.ROWS, -1)
+        own = Alignment(self.tokens, ends, ends, torch.arange(self.VOCABULARY), shared=True)
+        return AlignedSource(Source(torch.zeros(cells, self.VOCABULARY), torch.arange(cells), Head()), own)
 
 
 def per_rollout(signal: Signal) -> bool:
@@ -159,9 +190,13 @@ def supply(batch: Batch, wanted: Collection[Fact], positions: Tensor, chunk: int
     wanted = set(wanted) | {TopFact(f.owner, f.k) for f in wanted if isinstance(f, LogpAtFact)}
     todo = [f for f in wanted if not isinstance(f, (ColumnFact, VocabularyFact)) and f not in batch.facts]
     todo = [f for f in todo if all(m in sources or _held(batch, f, m) for m in models_of(f))]
-    todo.sort(key=lambda f: (not isinstance(f, TopFact), describe(f)))  # ids before the log-probs at them
+    spans = [f for f in todo if isinstance(f, SpanFact)]
+    aligned = {f: sources[f.model].read(f, batch.mask) for f in spans if f.what != "vocabulary"}
+    todo = sorted(
+        (f for f in todo if f not in spans), key=lambda f: (not isinstance(f, TopFact), describe(f))
+    )  # ids before log-probs there
     if not todo:
-        return {}
+        return aligned
     used = {m for f in todo for m in models_of(f) if m in sources}
     size = chunk or default_rows(max(sources[m].vocabulary for m in used), batch.device)
     parts: dict[Fact, list[Tensor]] = {f: [] for f in todo}
@@ -172,7 +207,7 @@ def supply(batch: Batch, wanted: Collection[Fact], positions: Tensor, chunk: int
             for fact in todo:
                 made[fact] = _read(fact, here, made)
                 parts[fact].append(made[fact])
-    return {f: _scatter(batch, positions, parts[f]) for f in todo}
+    return aligned | {f: _scatter(batch, positions, parts[f]) for f in todo}
 
 
 def _held(batch: Batch, fact: Fact, model: str) -> bool:

@@ -6,6 +6,7 @@ with respect to the chunk's logits are taken there and then, and the logits are 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,16 @@ def slices(n: int, size: int) -> Iterator[slice]:
         yield slice(start, min(n, start + size))
 
 
+def cuts(joined: Tensor, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that part no position from the one it is joined to ([n] bool: to the one before): longer where they must be."""
+    starts = [*(~joined).nonzero()[:, 0].tolist(), len(joined)]
+    at = 0
+    while starts[at] < len(joined):
+        end = max(bisect_right(starts, starts[at] + size) - 1, at + 1)
+        yield slice(starts[at], starts[end])
+        at = end
+
+
 # ---------------------------------------------------------------------------------------------------------- learning pass
 
 
@@ -104,6 +115,7 @@ class Learned:
     loss: Tensor  # [] with gradient: its share of the step's loss
     parts: Tensor  # [number of terms]: each term's share of the loss
     entropy: Tensor  # [N]: the student's entropies, nats
+    logp: Tensor  # [N]: log pi_s of the sampled tokens
     gap: Tensor  # [N]: log pi_s - log pi_t at the sampled tokens, where a term read the teacher's whole vocabulary; else NaN
     slopes: Tensor  # [number of terms]: squared norm of each term's gradient in the logits, where asked for; else 0
     positions: int
@@ -124,6 +136,7 @@ def learn(
     sums = torch.zeros(len(plan.parts), dtype=plan.batch.dtype, device=hidden.device)
     slopes = torch.zeros_like(sums)
     entropy = torch.zeros(len(positions), dtype=plan.batch.dtype, device=hidden.device)
+    logp = torch.zeros_like(entropy)
     gap = torch.full_like(entropy, torch.nan)
     slope = _rollout_slope(plan, whole, positions, hidden, head, chunk, sums) if whole else None
 
@@ -148,15 +161,17 @@ def learn(
                 total = total + value
         with torch.no_grad():
             entropy[at] = live.own.statistics()[1]
+            logp[at] = live.logp
             if "teacher" in live.others:
-                gap[at] = live.logp - live.others["teacher"].at(live.tokens[:, None])[:, 0]
+                gap[at] = logp[at] - live.others["teacher"].at(live.tokens[:, None])[:, 0]
         return total
 
     size = chunk or chunk_rows(head.size(hidden), hidden.device)
-    loss = _Pass.apply(hidden, head.weight, head.bias, head, size, run)
+    chunks = slices(len(hidden), size) if plan.joined is None else cuts(plan.joined.flatten()[positions], size)
+    loss = _Pass.apply(hidden, head.weight, head.bias, head, chunks, run)
     if whole:  # the pass carried their slope; the value is what they said
         loss = loss + (sums.sum() - loss.detach())
-    return Learned(loss, sums, entropy, gap, slopes, len(positions))
+    return Learned(loss, sums, entropy, logp, gap, slopes, len(positions))
 
 
 def _weighted(loss: TokenLoss, live: Live, scale: Tensor) -> Tensor:
@@ -209,7 +224,7 @@ class _Pass(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         head: Head,
-        size: int,
+        chunks: Iterator[slice],
         run: Callable[[slice, Tensor], Tensor],
     ) -> Tensor:
         wide = torch.promote_types(torch.float32, hidden.dtype)
@@ -219,7 +234,7 @@ class _Pass(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if to_weight and weight is not None else None
         d_bias = torch.zeros(bias.shape, dtype=wide, device=hidden.device) if to_bias and bias is not None else None
         rows = head.size(hidden)
-        for at in slices(len(hidden), size):
+        for at in chunks:
             states = hidden[at].detach()
             product = head.product(states).detach().requires_grad_()
             with torch.enable_grad():

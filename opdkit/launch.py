@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opdkit.build import Given, as_rows, prepare
+from opdkit.build import as_rows, prepare
+from opdkit.engines import Given
 from opdkit.errors import UserError
 from opdkit.eval import EvalResult
 from opdkit.method import as_method
+from opdkit.quantize import merged
+from opdkit.plan import use_of
 from opdkit.report import write_report
 from opdkit.run import Run, claim_folder, make_run, set_value
 from opdkit.track import read_lines
@@ -79,10 +82,12 @@ def execute(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
         raise UserError("resume continues the run in the output folder, overwrite replaces it: choose one of them")
     claim_folder(run.folder, resume or overwrite)
     job, state = prepare(run, given, resume=resume, overwrite=overwrite)
+    if given.student is None and given.teacher is None and given.method is None:
+        job.recorder.use = use_of(run)
     with job.recorder.trackers:
         state = train(job, state)
     final = run.folder / "model"
-    model = job.student.model.merge_and_unload() if run.lora else job.student.model
+    model = merged(job.student.model) if run.lora else job.student.model
     checkpoints.put(final, lambda partial: checkpoints.write_model(partial, model, job.tokenizer))
     done = {
         "method": str(run.method_spec),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from opdkit.errors import UserError, nearest
 from opdkit.head import Head
+from opdkit.quantize import config_for, quantized, settle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,8 +33,12 @@ def load_model(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    quantize: str | None = None,
 ) -> CausalLM:
-    """A causal LM in eval mode from a folder or a hub name, its weights from safetensors only. A loaded model is returned as it is."""
+    """A causal LM in eval mode from a folder or a hub name, its weights from safetensors only. A loaded model is returned as it is.
+
+    `quantize` (8bit, 4bit) stores the linear layers of the body so, as they are read; all else, and every product, is of `dtype`.
+    """
     if not isinstance(model, str):
         return model
     if dtype not in DTYPES:
@@ -41,6 +46,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     settings: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if quantize is not None:
+        settings |= {"quantization_config": config_for(quantize, DTYPES[dtype]), "device_map": {"": str(device)}}
     with _teaching("model", model):
         pair: Any = AutoModelForCausalLM.from_pretrained(
             model,
@@ -56,6 +63,12 @@ def load_model(
             f"the checkpoint {model!r} has no weights for {len(missing)} tensors of {type(loaded).__name__}, for example {missing[0]}: "
             "they would stay random and the model would write noise. Use a complete checkpoint of a causal language model"
         )
+    held = quantized(loaded)
+    if quantize is not None and held != quantize:
+        raise UserError(
+            f"the checkpoint {model!r} is stored as {held} already: leave out quantize, or name the unquantised checkpoint"
+        )
+    settle(loaded)
     return loaded.to(device).eval()
 
 
@@ -147,7 +160,8 @@ def head_of(model: CausalLM, vocab: int | None = None) -> Head:
     linear = model.get_output_embeddings()
     if hasattr(linear, "modules_to_save"):  # peft trains a copy of the whole head
         linear = linear.original_module if linear.disable_adapters else linear.modules_to_save[linear.active_adapters[0]]
-    if not isinstance(linear, nn.Linear) or linear.weight.shape != (linear.out_features, linear.in_features):
+    plain = isinstance(linear, nn.Linear) and linear.weight.is_floating_point()  # 8-bit layers are linear layers too, of integers
+    if not plain or linear.weight.shape != (linear.out_features, linear.in_features):
         raise UserError(
             f"the head of {type(model).__name__} is a {type(linear).__name__}, not a plain linear layer, so its logits cannot be computed "
             "chunk by chunk. Leave lm_head out of adapters and quantisation (to train it under peft: modules_to_save=['lm_head'])"

@@ -12,7 +12,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, ClassVar, Union
 
 import torch
@@ -221,6 +221,14 @@ class TokenLoss(Loss):
     def value(self, live: Live) -> Tensor:
         """[n], differentiable in what it reads from `live` itself; `live.pick` and `live.read` carry no gradient."""
 
+    def defined(self, batch: Batch) -> Tensor | None:
+        """[B, T] or [B, 1] bool: where there is such a loss at all; elsewhere its weight is zero. None: everywhere."""
+        return None
+
+    def joined(self, batch: Batch) -> Tensor | None:
+        """[B, T] bool: tokens that go into the same chunk as the one before, for a loss that reads back (`live.back`). None: no token."""
+        return None
+
 
 class RolloutLoss(Loss):
     """A number to minimise for each rollout, any function of its log-probs."""
@@ -232,7 +240,7 @@ class RolloutLoss(Loss):
 
 # ---------------------------------------------------------------------------------------------------------------- terms
 
-DENOMINATORS = ("tokens", "own", "rows", "row_sums")
+DENOMINATORS = ("tokens", "own", "rows", "own_rows", "row_sums")
 
 
 @dataclass(frozen=True)
@@ -240,7 +248,8 @@ class Term:
     """loss * weight / denominator.
 
     denominator: "tokens" all trained tokens of the optimiser step; "own" those this term selects; "rows" mean over each
-    rollout's trained tokens, then over rollouts; "row_sums" sum over tokens, mean over rollouts; a number L: rollouts * L.
+    rollout's trained tokens, then over rollouts; "own_rows" the same over those of them that this term selects; "row_sums" sum over
+    tokens, mean over rollouts; a number L: rollouts * L.
     """
 
     loss: Loss
@@ -264,9 +273,11 @@ class Term:
         return replace(self, denominator=denominator)
 
     def weights(self, batch: Batch) -> Tensor:
-        """[B, T]: the product of the signals, zero outside the trained tokens."""
+        """[B, T]: the product of the signals, zero outside the trained tokens and where the loss is not defined."""
         weight = self.weight(batch).expand(batch.shape)
-        return torch.where(batch.mask, weight.to(batch.dtype), torch.zeros((), dtype=batch.dtype, device=batch.device))
+        defined = self.loss.defined(batch) if isinstance(self.loss, TokenLoss) else None
+        mask = batch.mask if defined is None else batch.mask & defined
+        return torch.where(mask, weight.to(batch.dtype), torch.zeros((), dtype=batch.dtype, device=batch.device))
 
     def count(self, mask: Tensor, weight: Tensor) -> Tensor:
         """[] or [B, 1]: what the weighted sum is divided by; at least one, so that nothing trained is a zero."""
@@ -278,6 +289,8 @@ class Term:
             count = (weight != 0).sum()
         elif self.denominator == "rows":
             count = lengths.clamp_min(1) * rows
+        elif self.denominator == "own_rows":
+            count = (weight != 0).sum(1, keepdim=True).clamp_min(1) * rows
         elif self.denominator == "row_sums":
             count = rows
         else:
@@ -368,5 +381,16 @@ class Plan:
 
     @property
     def selected(self) -> Tensor:
-        """[B, T] bool: positions that at least one term looks at. No other is projected on the vocabulary."""
-        return reduce(operator.or_, (part.weight != 0 for part in self.parts))
+        """[B, T] bool: positions that at least one term looks at, and what is joined to them. No other is projected on the vocabulary."""
+        chosen = reduce(operator.or_, (part.weight != 0 for part in self.parts))
+        if self.joined is None:
+            return chosen
+        together = (~self.joined).flatten().cumsum(0)  # a number for each token and what is joined to it
+        return torch.isin(together, together[chosen.flatten()]).view_as(chosen)
+
+    @cached_property
+    def joined(self) -> Tensor | None:
+        """[B, T] bool: tokens that go into the same chunk as the one before."""
+        losses = [part.term.loss for part in self.parts if isinstance(part.term.loss, TokenLoss)]
+        found = [joined for loss in losses if (joined := loss.joined(self.batch)) is not None]
+        return reduce(operator.or_, found) if found else None

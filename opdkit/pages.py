@@ -65,8 +65,8 @@ def arxiv(source: str) -> str:
 
 def render(method: Method, notes: str) -> str:
     """A method's page."""
-    needs, needed = method.needs, [f"- {x}" for x in str(method.needs).split(", ")]
-    cost = [f"{i}. {x}" for i, x in enumerate(passes(needs), 1)]
+    needed = [f"- {x}" for x in str(method.needs).split(", ")]
+    cost = [f"{i}. {x}" for i, x in enumerate(passes(method), 1)]
     if any(isinstance(term.loss, RolloutLoss) for term in method.objective.terms):
         cost.append("\nThe head is projected twice: a loss over whole rollouts needs all their log-probs first.")
     if method.curriculum != Plain():
@@ -137,6 +137,7 @@ def arguments(method: Method) -> str:
             "ratios to the trainer's own log-probs and truncates the trainer/sampler weight; `None` is off."
         )
     name, default = method.arguments[0]
+    default = list(default) if isinstance(default, tuple) else default  # as YAML writes several values
     lines.append(
         f"\nOn the command line `method.{name}={default}`, in a run's file `method: {{name: {method.name}, {name}: {default}}}`."
     )

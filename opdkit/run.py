@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from opdkit.config import build, override, parse_overrides, read_yaml, to_yaml
+from opdkit.config import build, override, parse_overrides, plain, read_yaml, to_yaml
 from opdkit.errors import UserError
 from opdkit.method import Method, load
+from opdkit.sampling.spec import KINDS as SAMPLERS
+from opdkit.sampling.spec import HfSettings, sampler_of
+from opdkit.sampling.spec import Spec as SamplerSpec
+from opdkit.teachers.spec import KINDS as TEACHERS
+from opdkit.teachers.spec import Cached, Routes, Spec, spec_of, teacher_of
 from opdkit.train.settings import Checkpoint, Lora, Optim
 from opdkit.types import Sampling
 
@@ -68,11 +73,15 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. `teacher` is a model, or several by route: each row is scored by the one its data column names."""
+    """One training run.
+
+    `teacher` is a model, a server (`server:URL`), a vLLM engine (`vllm:MODEL`), a cache (`cached:FOLDER`), or a group with `kind` and
+    that kind's settings (see `teachers.spec`); or several of these by route: each row is scored by the one its data column names.
+    """
 
     full_names: ClassVar[tuple[str, ...]] = ("evaluate",)  # its settings repeat others' names, so they are given in full
     student: str
-    teacher: str | dict[str, str]
+    teacher: str | dict[str, Any]
     data: str | Data
     method: str | MethodSpec = "opd"
     output: str = "runs/run"
@@ -84,8 +93,14 @@ class Run:
         None  # end at the first step by which the student has written so many, if `steps` do not end it first
     )
     prompts_per_step: int = 32
+    rollouts: str = (
+        "student"  # who writes them: student, anew at each step; or cache, all read from a folder of `opdkit cache-teacher`
+    )
     dynamic_sampling: bool = False  # DAPO: replace prompts whose responses are all right or all wrong
     overlong_margin: int | None = None  # DAPO: tokens before max_completion_length over which the reward falls by 1
+    sampler: str | dict[str, Any] = (
+        "hf"  # who writes: hf (in this process), vllm, server:URL, or a group with `kind` and settings
+    )
     sampling: Sampling = field(default_factory=Sampling)
     optim: Optim = field(default_factory=Optim)
     lora: Lora | None = None
@@ -98,7 +113,9 @@ class Run:
     micro_batch_tokens: int | None = (
         None  # padded tokens of one forward pass; changes memory and speed, never the gradient (null: by device)
     )
-    recompute_student: bool = False  # score the rollouts with the trainer even where the sampler's own log-probs are exact
+    recompute_student: bool | None = (
+        None  # score rollouts with the trainer, whatever the sampler said (null: where another engine sampled)
+    )
     correct_sampling: bool = False  # take ratios to the distribution tokens were drawn from (temperature, top_p ...)
     trackers: tuple[str, ...] = ()
     keep_samples: int = 8  # rollouts written per recorded step
@@ -114,10 +131,27 @@ class Run:
             raise ValueError(f"dtype={self.dtype!r} must be float32, bfloat16 or float64")
         if self.steps < 1 or self.prompts_per_step < 1 or (self.micro_batch_tokens or 1) < 1:
             raise ValueError("steps, prompts_per_step and micro_batch_tokens must be at least 1")
+        if self.rollouts not in ("student", "cache"):
+            raise ValueError(f"rollouts={self.rollouts!r} must be student or cache")
+        teacher_of(self.teacher)  # a wrong setting is an error here, before anything else is done
+        sampler_of(self.sampler)
 
     @property
     def prompts(self) -> Data:
         return Data(self.data) if isinstance(self.data, str) else self.data
+
+    @property
+    def teachers(self) -> Spec | Routes:
+        return teacher_of(self.teacher)
+
+    @property
+    def sampler_spec(self) -> SamplerSpec:
+        return sampler_of(self.sampler)
+
+    @property
+    def recomputes_student(self) -> bool:
+        """Whether the trainer scores the rollouts: another engine's log-probs are those of other arithmetic."""
+        return not isinstance(self.sampler_spec, HfSettings) if self.recompute_student is None else self.recompute_student
 
     @property
     def method_spec(self) -> MethodSpec:
@@ -136,6 +170,12 @@ class Run:
         return to_yaml(self)
 
 
+ENGINES: dict[str, tuple[Callable[[Any], Any], dict[str, type[Any]]]] = {
+    "teacher": (spec_of, TEACHERS),
+    "sampler": (sampler_of, SAMPLERS),
+}
+
+
 def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
     """A run from nested values and `key=value` texts (dotted, or a last name that is unique)."""
     nested = copy.deepcopy(dict(values))
@@ -143,6 +183,10 @@ def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
         set_value(nested, key, value)
     if isinstance(nested.get("method"), dict):
         nested["method"] = _method(nested["method"])
+    if "teacher" in nested and isinstance(teacher := teacher_of(nested["teacher"]), Cached):
+        data = nested.setdefault("data", teacher.folder)  # the prompts that it has scored
+        if isinstance(data, dict):
+            data.setdefault("source", teacher.folder)
     return build(Run, nested)
 
 
@@ -164,6 +208,12 @@ def set_value(nested: dict[str, Any], key: str, value: Any) -> None:
         nested["method"][name.removeprefix("arguments.")] = value
     elif key == "data" and isinstance(nested.get("data"), dict):
         nested["data"]["source"] = value  # another set, read the same way
+    elif name and isinstance(engine := nested.get(group, "hf" if group == "sampler" else None), str) and group in ENGINES:
+        parse, kinds = ENGINES[group]
+        spec = parse(engine)  # teacher.quantize=4bit after teacher=MODEL is a setting of its kind, teacher.math=MODEL a route
+        kind = next(kind for kind, cls in kinds.items() if isinstance(spec, cls))
+        route = group == "teacher" and name not in [f.name for f in fields(spec)]
+        nested[group] = {"default": engine, name: value} if route else {"kind": kind, **plain(spec), name: value}
     else:
         override(nested, Run, key, value)
 

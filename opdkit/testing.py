@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opdkit.facts import needs, supply
+from opdkit.align import AlignedSource, Alignment
+from opdkit.errors import UserError
+from opdkit.facts import Needs, describe, needs, supply
 from opdkit.head import Head, Source, flat_positions, learn
 from opdkit.method import Method, as_method, load
 from opdkit.objective import Loss, Objective, Term, credit_of
-from opdkit.types import Batch, ColumnFact, Fact, row_keys
+from opdkit.types import Batch, ColumnFact, Fact, SpanFact, row_keys
 
 AnyObjective = str | Method | Objective | Term | Loss
 
@@ -56,6 +58,7 @@ def evaluate(
     total_steps: int = 1,
     uniform: Tensor | None = None,
     seed: int = 0,
+    alignments: Mapping[str, Alignment] | None = None,
 ) -> Evaluation:
     """Loss, gradient and terms of an objective, from logits [B, T, V] and sampled tokens [B, T].
 
@@ -63,6 +66,9 @@ def evaluate(
     before_logits: the student before this step (default: student_logits); sampler_logits: the policy that sampled (default:
     before_logits). group, reward, correct [B]; correct defaults to reward > 0. marks: {"guided": [B, T]}. uniform [B, T] replaces the
     keyed draws. Vocabularies of different size are cut to the smallest: what is beyond only pads. Float64 in, float64 through.
+
+    A model with a tokenizer of its own has logits [B, U, V_t] at its own U tokens of the same text, and an `Alignment` under its name in
+    `alignments`. Without one its tokens are the student's; only `uld`, which pairs tokens by number, then takes any U and V_t.
     """
     case = Case(
         tokens=tokens,
@@ -74,6 +80,7 @@ def evaluate(
         columns={k: v for k, v in (("group", group), ("reward", reward), ("correct", correct)) if v is not None},
         marks=marks or {},
         settings={"step": step, "total_steps": total_steps, "uniform": uniform, "seed": seed},
+        alignments=alignments or {},
     )
     return case.run(as_method(method_or_objective).objective)
 
@@ -91,27 +98,51 @@ class Case:
     columns: Mapping[str, Any] = field(default_factory=dict)
     marks: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    alignments: Mapping[str, Alignment] = field(default_factory=dict)
 
     def batch(self, objective: Objective, chunk: int | None = None) -> Batch:
         """The facts of the objective's needs."""
         before = self.student if self.before is None else self.before.detach()
         sampler = before if self.sampler is None else self.sampler.detach()
         logits = {"live": self.student, "student": before, "sampler": sampler, **self.models}
-        vocabulary = min(x.shape[-1] for x in logits.values())
-        head, cells = Head(vocab=vocabulary), torch.arange(self.tokens.numel())
-        wide = torch.promote_types(self.student.dtype, torch.float32)
+        wanted, wide = needs(objective), torch.promote_types(self.student.dtype, torch.float32)
+        apart = {
+            name for name in self.models if name in self.alignments or _by_number(wanted, name)
+        }  # with vocabularies of their own
+        vocabulary = min(x.shape[-1] for name, x in logits.items() if name not in apart)
         mask = torch.ones_like(self.tokens, dtype=torch.bool) if self.mask is None else torch.as_tensor(self.mask).bool()
         batch = Batch(
             self.tokens,
             mask,
             _columns(self.columns, self.marks, wide),
-            {name: Source(x.to(wide).flatten(0, 1), cells, head) for name, x in logits.items()},
+            {name: _source(x.to(wide), None if name in apart else vocabulary) for name, x in logits.items()},
             dtype=wide,
             **self.settings,
         )
+        for name in (m for m in self.models if wanted.spans(m) or m in self.alignments):
+            alignment = self._alignment(name, wanted)
+            real = None if alignment.same is None else len(alignment.same)
+            own = batch.sources[name] if real is None else _source(self.models[name].to(wide), real)
+            batch.sources[name] = AlignedSource(own, alignment)
         positions = flat_positions(mask)
-        batch.facts.update(supply(batch, needs(objective).facts, positions, chunk))
+        batch.facts.update(supply(batch, wanted.facts, positions, chunk))
         return batch
+
+    def _alignment(self, name: str, wanted: Needs) -> Alignment:
+        """As given; else token by token."""
+        shape, other = self.tokens.shape, self.models[name].shape[:2]
+        if name in self.alignments:
+            if wanted.ids(name):
+                what = ", ".join(sorted(map(describe, wanted.ids(name))))
+                raise UserError(f"the objective reads {what}, but {name} has a tokenizer of its own: use gold or uld")
+            return self.alignments[name]
+        if not _by_number(wanted, name) and other != shape:
+            raise UserError(
+                f"{name} has {other[1]} tokens where the student has {shape[1]}: say which cover the same text with alignments={{{name!r}: "
+                "Alignment(tokens, student_ends, ends, same)}"
+            )
+        ends = [torch.arange(n).expand(len(self.tokens), -1) for n in (shape[1], other[1])]
+        return Alignment(torch.zeros(other, dtype=torch.int64), *ends, shared=other == shape)
 
     def run(self, objective: Objective, parts: Sequence[Sequence[int]] | None = None, chunk: int | None = None) -> Evaluation:
         """One optimiser step's loss and gradient, in micro-batches of rows `parts` (default one), `chunk` positions at a time."""
@@ -134,6 +165,20 @@ class Case:
             shown = None if credit is None else credit(batch).expand(batch.shape).to(batch.dtype)
             terms.append(TermOut(part.name, part.weight, shown, part.denominator, value))
         return Evaluation(loss.detach(), grad.to(self.student.dtype), tuple(terms))
+
+
+def _source(logits: Tensor, vocabulary: int | None) -> Source:
+    """Logits [B, T, V] as a model; entries beyond the vocabulary are cut."""
+    return Source(logits.flatten(0, 1), torch.arange(logits.shape[0] * logits.shape[1]), Head(vocab=vocabulary))
+
+
+def _by_number(wanted: Needs, model: str) -> bool:
+    """Whether a model is only compared token by token, by their numbers, whatever they are."""
+    return (
+        wanted.spans(model)
+        and not wanted.ids(model)
+        and {f.merge for f in wanted.of(model) if isinstance(f, SpanFact)} == {"index"}
+    )
 
 
 def _columns(columns: Mapping[str, Any], marks: Mapping[str, Any], dtype: torch.dtype) -> dict[Fact, Tensor]:
@@ -233,6 +278,7 @@ def fabricate(objective: Objective, seed: int = 0, agree: bool = False) -> Case:
     drift = 0.0 if agree else 0.2
     student, sampler = before + drift * logits(), before + drift * logits()
     models = {m: before if agree else logits() for m in sorted(wanted.models - {"student", "sampler", "live"})}
+    alignments: dict[str, Alignment] = {}
     columns: dict[str, Any] = {"group": [0, 0, 0, 1, 1, 1], "reward": [1.0, 0.0, 1.0, 0.0, 0.0, 1.0]}
     columns |= {name: torch.rand(rows, generator=g).double() for name in sorted(wanted.columns) if name.startswith("row:")}
     lengths = torch.tensor([7, 4, 1, 6, 7, 3])
@@ -244,9 +290,24 @@ def fabricate(objective: Objective, seed: int = 0, agree: bool = False) -> Case:
         if "mark:" in n
     }
     tokens = torch.randint(vocabulary, (rows, length), generator=g)
-    return Case(
-        tokens, student, mask, models, before, sampler, columns, marks, {"step": 3, "total_steps": 10, "seed": seed, "keys": KEYS}
-    )
+    for m in () if agree else (m for m in models if wanted.spans(m)):
+        alignments[m] = _fabricated(lengths, length, vocabulary, g)
+        models[m] = torch.randn(*alignments[m].tokens.shape, len(alignments[m].same), generator=g, dtype=torch.float64)  # type: ignore[arg-type]
+    settings = {"step": 3, "total_steps": 10, "seed": seed, "keys": KEYS}
+    return Case(tokens, student, mask, models, before, sampler, columns, marks, settings, alignments)
+
+
+def _fabricated(lengths: Tensor, length: int, vocabulary: int, g: torch.Generator) -> Alignment:
+    """Another tokenizer on rollouts of `lengths`, the last token of every other one an end of sequence: longer and shorter tokens, other ids."""
+    others, known = length + 2, vocabulary - 30
+    sizes = torch.randint(1, 4, (len(lengths), length), generator=g)
+    student = sizes.cumsum(1).masked_fill(torch.arange(length) >= (lengths - torch.arange(len(lengths)) % 2)[:, None], -1)
+    total = student.amax(1, keepdim=True)
+    ends = torch.randint(1, 4, (len(lengths), others), generator=g).cumsum(1).minimum(total)
+    ends = ends.masked_fill((torch.nn.functional.pad(ends, (1, 0))[:, :-1] >= total) | (total < 0), -1)
+    tokens = torch.randint(known, (len(lengths), others), generator=g)
+    same = torch.randperm(vocabulary, generator=g)[:known].masked_fill(torch.arange(known) % 3 == 0, -1)
+    return Alignment(tokens, student, ends, same)
 
 
 KEYS = row_keys(f"0/{i // 3}/{i % 3}" for i in range(6))
@@ -266,9 +327,14 @@ def _equal(a: Evaluation, b: Evaluation, tolerance: float = TOLERANCE) -> bool:
     return near and abs((a.loss - b.loss).item()) <= tolerance * max(1.0, abs(a.loss.item()))
 
 
-def _map(case: Case, change: Callable[[Tensor], Tensor], logits: Callable[[Tensor], Tensor] | None = None) -> Case:
-    """The case with every tensor of its rollouts changed; logits by their own function."""
-    wide = logits or change
+def _map(
+    case: Case,
+    change: Callable[[Tensor], Tensor],
+    logits: Callable[[Tensor], Tensor] | None = None,
+    ends: Callable[[Tensor], Tensor] | None = None,
+) -> Case:
+    """The case with every tensor of its rollouts changed; logits over the student's tokens, and ends of tokens, by their own functions."""
+    wide, end = logits or change, ends or change
     settings = dict(case.settings)
     if case.settings.get("uniform") is not None:
         settings["uniform"] = change(case.settings["uniform"])
@@ -276,12 +342,16 @@ def _map(case: Case, change: Callable[[Tensor], Tensor], logits: Callable[[Tenso
         change(case.tokens),
         wide(case.student),
         change(_mask(case)),
-        {k: wide(v) for k, v in case.models.items()},
+        {k: change(v) if k in case.alignments else wide(v) for k, v in case.models.items()},
         None if case.before is None else wide(case.before),
         None if case.sampler is None else wide(case.sampler),
         case.columns,
         {k: change(torch.as_tensor(v)) for k, v in case.marks.items()},
         settings,
+        {
+            k: replace(a, tokens=change(a.tokens), student_ends=end(a.student_ends), ends=end(a.ends))
+            for k, a in case.alignments.items()
+        },
     )
 
 
@@ -306,7 +376,7 @@ def _padding(case: Case, objective: Objective, base: Evaluation) -> bool:
     def wider(x: Tensor) -> Tensor:
         return torch.cat([x, x[:, :3]], 1)  # real values where the mask says nothing is
 
-    padded = _map(case, wider)
+    padded = _map(case, wider, ends=lambda x: torch.nn.functional.pad(x, (0, 3), value=-1))
     mask = _mask(padded).clone()
     mask[:, case.tokens.shape[1] :] = False
     out = _with_mask(padded, mask).run(objective)
@@ -328,7 +398,10 @@ def _poison(case: Case, objective: Objective, base: Evaluation) -> bool:
     def spoil(x: Tensor) -> Tensor:
         return torch.where(outside, torch.tensor(float("nan"), dtype=x.dtype), x)
 
-    return _equal(base, _map(case, lambda x: x, spoil).run(objective))
+    spoilt = _map(case, lambda x: x, spoil)
+    for name, a in spoilt.alignments.items():
+        spoilt.models[name][a.ends < 0] = float("nan")  # type: ignore[index]
+    return _equal(base, spoilt.run(objective))
 
 
 def _nothing(case: Case, objective: Objective) -> bool:

@@ -69,6 +69,24 @@ class Rollout:
     correct: bool | None = None
     marks: dict[str, list[bool]] = field(default_factory=dict)  # named sets of tokens, such as "guided"
     row: Row = field(default_factory=dict)
+    notes: Notes | None = field(default=None, compare=False, repr=False)  # what else the sampler saw at each token
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a sampler saw of its own distribution at each token of a rollout, where it was asked to look: see `Watch`."""
+
+    entropy: Tensor | None  # [T] nats
+    top: Tensor | None  # [T, k] int64: ids of the most probable tokens, most probable first
+    top_logp: Tensor | None  # [T, k]: their log-probs
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a sampler is to note at each token, under the plain softmax: no pass of the student has to find it out again."""
+
+    entropy: bool = False
+    top: int = 0  # how many of the most probable tokens, with their log-probs
 
 
 # ---------------------------------------------------------------------------------------------------------------- facts
@@ -129,7 +147,24 @@ class ColumnFact:
     name: str
 
 
-Fact = LogpFact | EntropyFact | TopFact | LogpAtFact | GapFact | VocabularyFact | ColumnFact
+@dataclass(frozen=True)
+class SpanFact:
+    """Of a model that may have a tokenizer of its own: it reads the same text, and spans of it are compared (see `opdkit.align`).
+
+    what: "tokens" [B, T] int, how many of the student's tokens make up the span that ends here, 0 where none ends; "logp" [B, T], the
+    model's log-prob of its own tokens of that span, without the one whose distribution is compared; "vocabulary", that distribution,
+    chunk by chunk; "shared" [B, 1] bool, whether the model has the student's tokenizer. merge: "bayesian", "observed" or "index". eos:
+    whether the ends of sequence are a span as well.
+    """
+
+    model: str
+    what: str
+    merge: str = ""
+    eos: bool = False
+    temperature: float = 1.0
+
+
+Fact = LogpFact | EntropyFact | TopFact | LogpAtFact | GapFact | VocabularyFact | SpanFact | ColumnFact
 
 
 class MissingFact(LookupError):
@@ -217,10 +252,10 @@ class Batch:
         """[B] numbers from a column of the data rows."""
         return self.read(ColumnFact(f"row:{name}"))
 
-    def source(self, model: str) -> Any:
-        """The whole vocabulary of a model in this process."""
+    def source(self, model: str, fact: Fact | None = None) -> Any:
+        """The whole vocabulary of a model in this process, read as `fact` (default: over the student's own ids)."""
         if model not in self.sources:
-            raise MissingFact(missing(VocabularyFact(model), self))
+            raise MissingFact(missing(fact or VocabularyFact(model), self))
         return self.sources[model]
 
 
@@ -314,6 +349,20 @@ class Live:
     def select(self, index: Tensor) -> Live:
         """The pass at some of these positions."""
         return Live(self.batch, self.positions[index], self.logits[index], (self, index))
+
+    def back(self, index: Tensor, steps: Tensor) -> Live:
+        """The pass `steps` [m] positions before those at `index` [m], selected or not.
+
+        They have to be in the same chunk: a loss that reads them says so (`TokenLoss.joined`).
+        """
+        chunk, at = self, index
+        while chunk.parent is not None:
+            chunk, inner = chunk.parent
+            at = inner[at]
+        at = at - steps
+        if bool((chunk.positions[at.clamp_min(0)] != self.positions[index] - steps).any()):
+            raise ValueError("a loss reads positions outside its chunk: it must name them in `joined`")
+        return chunk.select(at)
 
 
 def missing(fact: Fact, batch: Batch) -> str:

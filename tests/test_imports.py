@@ -19,28 +19,42 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = (  # a part imports itself and parts of layers above its own line here; nothing from its own layer or below
     ("errors", "progress"),
-    ("maths", "address", "config", "track"),
+    ("maths", "address", "config", "track", "identity", "quantize", "endpoint"),
     ("kernels",),
     ("types",),
     ("objective",),
     ("signals", "head", "diagnostics"),
+    ("align",),
     ("losses", "facts", "curricula", "rewards", "diagnostics"),
     ("models", "data", "eval"),
     ("forward", "sampling", "compose"),
     ("teachers", "method", "report"),  # method: method.py and methods/
     ("train", "testing"),
     ("run",),
-    ("show", "explain"),
+    ("engines", "show", "explain"),
     ("build", "pages"),
-    ("launch", "commands"),
+    ("plan",),
+    ("launch", "commands", "doctor", "offline"),
     ("recipes",),
     ("compare",),
     ("cli",),
     ("__main__",),
 )
-MATHEMATICS = ("types", "maths", "objective", "signals", "losses", "head", "facts", "compose", "method", "curricula", "testing")
+MATHEMATICS = ("types", "maths", "objective", "signals", "align", "losses", "head", "facts", "compose", "method", "curricula", "testing")
 ENGINES = ("teachers", "sampling", "rewards", "curricula", "data", "eval", "report", "train")
-HEAVY = ("transformers", "datasets", "peft", "vllm", "ray", "triton", "matplotlib", "math_verify", "reasoning_gym", "pyarrow")
+HEAVY = (
+    "transformers",
+    "datasets",
+    "peft",
+    "bitsandbytes",
+    "vllm",
+    "ray",
+    "triton",
+    "matplotlib",
+    "math_verify",
+    "reasoning_gym",
+    "pyarrow",
+)
 
 
 def part(module: str) -> str:
@@ -97,7 +111,8 @@ def test_engines_and_the_trainer_know_no_method_and_no_run() -> None:
 
 
 def test_methods_are_made_of_the_grammar_and_curricula() -> None:
-    below = {"errors", "address", "types", "maths", "objective", "signals", "losses", "head", "facts", "curricula", "compose"}
+    below = {"errors", "address", "types", "maths", "objective", "signals", "align", "losses", "head", "facts"}
+    below |= {"curricula", "compose"}
     assert {b for a, b in edges() if a == "method"} - {"method"} <= below
 
 

@@ -30,7 +30,7 @@ class Curriculum(Protocol):
     validates: ClassVar[bool]  # whether `validated` wants the loss on held-out reference responses at every evaluation
 
     def source(self, step: int, total_steps: int, seed: int, memory: Memory) -> str:
-        """Who writes this step's responses: "student", "data" or "replay"; the same draw in a resumed run."""
+        """Who writes this step's responses: "student", "data", "replay" or "cache"; the same draw in a resumed run."""
         ...
 
     def plan(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -73,7 +73,7 @@ class Replay(Plain):
         """Memory with what the student has just written; replayed responses and those of the data are not stored again."""
         store = memory.get("store", [])
         known = {row["id"] for row in store}
-        new = [asdict(r) for r in rollouts if r.finish != "given" and r.id not in known]
+        new = [asdict(replace(r, notes=None)) for r in rollouts if r.finish != "given" and r.id not in known]
         return {**memory, "store": [*store, *new][-self.capacity :]}
 
     def validated(self, loss: float, memory: Memory) -> Memory:

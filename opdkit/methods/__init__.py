@@ -27,4 +27,8 @@ METHODS: dict[str, str] = {
     "minillm": "opdkit.methods.minillm:minillm",
     "distillm": "opdkit.methods.distillm:distillm",
     "grpo": "opdkit.methods.grpo:grpo",
+    # group 3: teachers, self-distillation, curricula, agents
+    "lightning_opd": "opdkit.methods.lightning_opd:lightning_opd",
+    "uld": "opdkit.methods.uld:uld",
+    "gold": "opdkit.methods.gold:gold",
 }

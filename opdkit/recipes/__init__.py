@@ -11,7 +11,12 @@ from opdkit.address import is_address, load_address
 from opdkit.config import plain
 from opdkit.errors import UserError, nearest
 
-RECIPES = {"gsm8k": "opdkit.recipes.gsm8k:gsm8k", "quickstart": "opdkit.recipes.quickstart:recipe"}
+RECIPES = {
+    "gsm8k": "opdkit.recipes.gsm8k:gsm8k",
+    "quickstart": "opdkit.recipes.quickstart:recipe",
+    "qwen3_code": "opdkit.recipes.qwen3_code:qwen3_code",
+    "qwen3_math": "opdkit.recipes.qwen3_math:qwen3_math",
+}
 MAKERS = {"quickstart": "opdkit.recipes.quickstart:make"}  # of models and data that are on no hub
 
 

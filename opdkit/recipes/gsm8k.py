@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from opdkit.recipes.qwen3_math import BOXED
+
 
 def gsm8k() -> dict[str, Any]:
-    """Settings for one GPU with 80 GiB; every one can be overridden. The test split is evaluated before, during and after."""
-    template = "{prompt}\nReason step by step, and put your final answer within \\boxed{{}}."
-    reading = {"columns": {"prompt": "question"}, "template": template, "enable_thinking": False}
+    """Settings for one GPU with 24 GiB or more; every one can be overridden. Part of the test split is evaluated before, during and after.
+
+    Plain sampling (temperature 1, nothing cut), groups of 4; learning rates are the usual ones, 1e-6 for all weights and 1e-4 with LoRA.
+    Both models run without thinking.
+    """
+    reading = {"columns": {"prompt": "question"}, "template": BOXED, "enable_thinking": False, "max_prompt_length": 512}
     return {
         "student": "Qwen/Qwen3-0.6B",
         "teacher": "Qwen/Qwen3-4B",
@@ -19,11 +24,11 @@ def gsm8k() -> dict[str, Any]:
         "steps": 100,
         "prompts_per_step": 64,
         "sampling": {"num_generations": 4, "max_completion_length": 512},
-        "optim": {"learning_rate": 1e-5, "warmup_steps": 5},
+        "optim": {"warmup_steps": 5},
         "evaluate": {
             "data": {"source": "openai/gsm8k:main", "split": "test", "limit": 256, **reading},
             "every": 25,
-            "teacher": True,
+            "sampling": {"temperature": 0.0, "max_completion_length": 512},
         },
         "dtype": "bfloat16",
         "gradient_checkpointing": True,

@@ -104,6 +104,13 @@ PLOTS = (
     ),
     Plot("Completions", "Tokens trained", ("tokens/trained",), "tokens per step"),
     Plot("Speed and memory", "Throughput", ("tokens_per_second/*",), "tokens/s", "Of each phase, and of the whole step."),
+    Plot(
+        "Speed and memory",
+        "Utilisation",
+        ("mfu/*",),
+        "share",
+        "Model FLOPs over the device's peak; of a CPU the peak is a rule of thumb.",
+    ),
     Plot("Speed and memory", "Time", ("seconds/*",), "s", "Of each phase, and of the whole step."),
     Plot("Speed and memory", "Peak memory", ("memory/peak_gib",), "GiB", smooth=False),
 )

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from opdkit.errors import UserError
-from opdkit.head import Head, chunk_rows, scan, slices
+from opdkit.head import Head, chunk_rows, slices
+from opdkit.kernels import Vocabulary
 from opdkit.maths import mixture
 from opdkit.models import CausalLM, evaluating, head_of, hidden_states, real_vocabulary, stop_ids
 from opdkit.sampling.attention import decoding
 from opdkit.sampling.cache import join, new_cache, pad_left, select, tokens_that_fit
 from opdkit.sampling.draws import check_sampling, choose, row_uniform
-from opdkit.types import Prompt, Rollout, Sampling, row_keys
+from opdkit.types import Notes, Prompt, Rollout, Sampling, Watch, row_keys
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ class HFSampler:
 
     `head` defaults to the model's own, cut to the tokenizer's real tokens, and no id beyond the cut is ever drawn. `max_batch_tokens`
     bounds the cache (rows x longest possible row); by default it fills half of the accelerator's free memory, or 2 GiB of a CPU's.
-    With a `guide`, tokens are drawn from its mixture with the model; `logp` stays the model's own.
+    With a `guide`, tokens are drawn from its mixture with the model; `logp` stays the model's own, as does what is noted by `watch`.
     Draws are keyed by seed, rollout id and position: a rollout depends neither on the other prompts nor on the batch it was sampled in.
     """
 
@@ -55,9 +56,10 @@ class HFSampler:
         head: Head | None = None,
         max_batch_tokens: int | None = None,
         guide: Guide | None = None,
+        watch: Watch = Watch(),
     ):
         self.model, self.tokenizer, self.head, self.max_batch_tokens = model, tokenizer, head, max_batch_tokens
-        self.guide = guide
+        self.guide, self.watch = guide, watch
 
     def sync(self, model: CausalLM, version: int) -> None:
         """After an optimiser step: the model in this process is the student itself, so there is nothing to copy."""
@@ -98,16 +100,16 @@ class HFSampler:
                 stack.enter_context(evaluating(model))
                 stack.enter_context(decoding(model))
             stack.enter_context(torch.inference_mode())
-            run = _Run(self.model, self.tokenizer, head, prompts, sampling, ids, seed, progress, self.guide)
+            run = _Run(self.model, self.tokenizer, head, prompts, sampling, ids, seed, progress, self.guide, self.watch)
             run.sample(budget // longest, max(1, PREFILL_TOKENS // longest))
         return self._rollouts(prompts, sampling, run, policy_version)
 
     def _rollouts(self, prompts: Sequence[Prompt], sampling: Sampling, run: _Run, policy_version: int) -> list[Rollout]:
         responses = run.responses()
-        texts = self.tokenizer.batch_decode([tokens for tokens, _, _ in responses], **DECODE)
+        texts = self.tokenizer.batch_decode([tokens for tokens, *_ in responses], **DECODE)
         stopped = run.stopped.tolist()
         rollouts = []
-        for i, (tokens, logp, drawn_logp) in enumerate(responses):
+        for i, (tokens, logp, drawn_logp, notes) in enumerate(responses):
             prompt = prompts[i // sampling.num_generations]
             guided = len(prompt.prefix)
             rollouts.append(
@@ -124,6 +126,7 @@ class HFSampler:
                     text=self._cut(texts[i], prompt, sampling.stop) if stopped[i] else texts[i],
                     marks={"guided": [t < guided for t in range(len(tokens))]} if guided else {},
                     row=prompt.row,
+                    notes=notes,
                 )
             )
         return rollouts
@@ -225,9 +228,10 @@ class _Run:
         seed: int,
         progress: Progress | None,
         guide: Guide | None = None,
+        watch: Watch = Watch(),
     ):
         self.model, self.tokenizer, self.head, self.prompts = model, tokenizer, head, prompts
-        self.guide = guide
+        self.guide, self.watch = guide, watch
         self.models = [model] if guide is None else [model, guide.model]
         self.sampling, self.ids, self.seed, self.progress = sampling, ids, seed, progress
         self.device = model.device
@@ -237,7 +241,7 @@ class _Run:
         self.tail = max(len(s.encode()) for s in sampling.stop) + STOP_MARGIN if sampling.stop else 0
         self.stopped = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
         self.finished = 0
-        self.record: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # row, token, logp, drawn_logp of each step [B]
+        self.record: list[tuple[Tensor, ...]] = []  # row, token, logp, drawn_logp, what is watched: of each step [B] or [B, k]
 
     def sample(self, rows: int, prefill: int) -> None:
         """Runs to the end with at most `rows` rows at once and `prefill` prompts in one forward pass."""
@@ -303,8 +307,9 @@ class _Run:
         uniform = row_uniform(self.keys[batch.row], self.seed, batch.count)
         size = chunk_rows(self.head.size(states[0]), self.device)
         parts = [self._choose([h[at] for h in states], uniform[at]) for at in slices(len(uniform), size)]
-        token, logp, drawn_logp = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts))
-        self.record.append((batch.row, token, logp, drawn_logp))
+        drawn = parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts))
+        self.record.append((batch.row, *drawn))
+        token, logp = drawn[:2]
         batch.token, batch.count = token, batch.count + 1
         stopped = (token[:, None] == self.stops).any(1)
         if self.tail:
@@ -324,16 +329,26 @@ class _Run:
         batch.select(index)
         return batch
 
-    def _choose(self, states: list[Tensor], uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, their log-probs under the student's plain softmax, and under what they are drawn from."""
+    def _choose(self, states: list[Tensor], uniform: Tensor) -> tuple[Tensor, ...]:
+        """Tokens, their log-probs under the student's plain softmax, and under what they are drawn from; what is watched."""
         logits = self.head.logits(states[0])
         if self.guide is None:
-            return choose(logits, self.sampling, uniform)
+            return *choose(logits, self.sampling, uniform), *self._watched(logits)
         own = logits.log_softmax(-1)
         token, _, drawn = choose(
             mixture(self.guide.head.logits(states[1]).log_softmax(-1), own, self.guide.share), self.sampling, uniform
         )
-        return token, own.gather(-1, token[:, None])[:, 0], drawn
+        return token, own.gather(-1, token[:, None])[:, 0], drawn, *self._watched(logits)
+
+    def _watched(self, logits: Tensor) -> list[Tensor]:
+        """Entropy [n], top ids and their log-probs [n, k], those of them that are asked for."""
+        seen, own = [], Vocabulary(logits)
+        if self.watch.entropy:
+            seen.append(own.statistics()[1])
+        if self.watch.top:
+            ids = logits.topk(min(self.watch.top, logits.shape[-1]), -1).indices
+            seen += [ids, own.at(ids)]
+        return seen
 
     def _wrote_stop(self, tail: Tensor) -> Tensor:
         """[B] bool: whether the last tokens drawn hold a stop string."""
@@ -360,26 +375,40 @@ class _Run:
         states = torch.cat([hidden[i, -len(unit.prompt.prefix) - 1 : -1] for i, unit in guided])
         tokens = torch.tensor([t for _, unit in guided for t in unit.prompt.prefix], device=self.device)
 
-        def read(at: slice, logits: Tensor) -> Tensor:
-            return logits.gather(-1, tokens[at, None])[:, 0] - logits.logsumexp(-1)
-
-        start, logp = 0, scan(states, self.head, read)
+        size = chunk_rows(self.head.size(states), self.device)
+        parts = []
+        for at in slices(len(states), size):
+            logits = self.head.logits(states[at])
+            logp = logits.gather(-1, tokens[at, None])[:, 0] - logits.logsumexp(-1)
+            parts.append((logp, logp, *self._watched(logits)))
+        columns = [torch.cat(part) for part in zip(*parts)]
+        start, logp = 0, columns[0]
         for _, unit in guided:
             at = slice(start, start + len(unit.prompt.prefix))
             start = at.stop
             if not bool(logp[at].isfinite().all()):
                 self._refuse(unit.rows.start)
-            self.record += [(torch.full_like(tokens[at], row), tokens[at], logp[at], logp[at]) for row in unit.rows]
+            seen = [tokens[at], *(column[at] for column in columns)]
+            self.record += [(torch.full_like(tokens[at], row), *seen) for row in unit.rows]
 
     # ------------------------------------------------------------------------------------------------------- results
 
-    def responses(self) -> list[tuple[list[int], list[float], list[float]]]:
-        """Tokens, log-probs and log-probs of the drawing distribution of each rollout."""
+    def responses(self) -> list[tuple[list[int], list[float], list[float], Notes | None]]:
+        """Tokens, log-probs, log-probs of the drawing distribution, and what was watched of each rollout."""
         row, *columns = (torch.cat(column) for column in zip(*self.record))
         order = row.argsort(stable=True)  # stable: the tokens of a row stay in the order of their drawing
-        token, logp, drawn_logp = (column[order].tolist() for column in columns)
+        token, logp, drawn_logp = (column[order].tolist() for column in columns[:3])
+        seen = [column[order] for column in columns[3:]]
         ends = row.bincount(minlength=len(self.ids)).cumsum(0).tolist()
-        return [(token[a:b], logp[a:b], drawn_logp[a:b]) for a, b in zip([0, *ends], ends)]
+        spans = list(zip([0, *ends], ends))
+        return [(token[a:b], logp[a:b], drawn_logp[a:b], self._notes([s[a:b] for s in seen])) for a, b in spans]
+
+    def _notes(self, seen: list[Tensor]) -> Notes | None:
+        """What was watched of one rollout."""
+        if not seen:
+            return None
+        entropy = seen.pop(0) if self.watch.entropy else None
+        return Notes(entropy, *(seen if seen else (None, None)))
 
     def _tick(self, finished: int) -> None:
         self.finished += finished

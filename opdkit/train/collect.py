@@ -50,11 +50,14 @@ def _scored(job: Job, state: State, clock: Clock, total_steps: int, count: int) 
 
 
 def _written(job: Job, state: State, total_steps: int, prompts: Mapping[str, int]) -> list[Rollout]:
-    """The responses: the student's, guided by the curriculum, its earlier ones, or those of the data."""
+    """The responses: the student's, guided by the curriculum, its earlier ones, stored ones, or those of the data."""
     step, batch = state.step, [job.prompts[i] for i in prompts.values()]
     source = job.curriculum.source(step, total_steps, job.seed, state.memory)
     if source == "data":
         return [given(job, prompt, prompts[prompt.id], f"{step}/{prompt.id}/given") for prompt in batch]
+    if source == "cache":
+        assert job.stored is not None
+        return [rollout for prompt in batch for rollout in job.stored.rollouts(prompt)]
     if source == "replay":
         return job.curriculum.replay(len(batch) * job.sampling.num_generations, step, job.seed, state.memory)
 

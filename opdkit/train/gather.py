@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from opdkit.errors import UserError
-from opdkit.facts import Needs, describe, supply
+from opdkit.facts import Needs, Tensors, describe, models_of, supply
 from opdkit.forward import Layout
 from opdkit.head import flat_positions
-from opdkit.teachers import Scorer
-from opdkit.types import Batch, ColumnFact, EntropyFact, Fact, LogpFact, Rollout, VocabularyFact, row_keys
+from opdkit.teachers import Remote, Scorer
+from opdkit.teachers.base import at_others_ids, scattered
+from opdkit.types import Batch, ColumnFact, EntropyFact, Fact, LogpAtFact, LogpFact, Rollout, TopFact, VocabularyFact, row_keys
 
 
 def gather(
     rollouts: Sequence[Rollout],
     needs: Needs,
-    scorers: Mapping[str, Scorer],
+    scorers: Mapping[str, Scorer | Remote],
     *,
     step: int = 0,
     total_steps: int = 1,
@@ -48,24 +49,83 @@ def gather(
     fresh = all(r.policy_version == policy_version for r in rollouts)  # false for replayed ones
     if written and fresh and not recompute_student and not correct_sampling:
         batch.facts[LogpFact("student")] = batch.facts[LogpFact("sampler")]
+        _noted(batch, rollouts, needs)
     read = needs.facts - needs.of("live") | {as_student(fact) for fact in needs.of("live")}
-    wanted = {fact for fact in read if fact not in batch.facts and not isinstance(fact, ColumnFact)}
+    wanted: set[Fact] = {fact for fact in read if fact not in batch.facts and not isinstance(fact, ColumnFact)}
     if not written:
         wanted = {f for f in wanted if f != LogpFact("sampler")} | (
             {LogpFact("student")} if LogpFact("sampler") in wanted else set()
         )
-    for model in sorted({m for fact in wanted for m in Needs(frozenset({fact})).models}):
-        batch.sources[model] = scorers[model].source(layout, positions)
-    made = supply(batch, wanted, positions)
+    made = _ask(batch, wanted, scorers, layout, positions)
     if not written and LogpFact("sampler") in needs.facts:
         made[LogpFact("sampler")] = made[LogpFact("student")]  # the student might as well have written it: ratio 1
     for fact, values in made.items():
         _refuse_nan(fact, values, batch, rollouts)
-    batch.facts.update(made)
+    batch.facts |= made
     for fact in needs.of("live"):  # until the first optimiser step the live student is the student before it
         batch.facts[fact] = batch.facts[as_student(fact)]
-    batch.sources = {m: s for m, s in batch.sources.items() if VocabularyFact(m) in needs.facts}
+    batch.sources = {m: s for m, s in batch.sources.items() if VocabularyFact(m) in needs.facts or needs.spans(m)}
     return batch
+
+
+def _ask(batch: Batch, wanted: set[Fact], scorers: Mapping[str, Scorer | Remote], layout: Layout, positions: Tensor) -> Tensors:
+    """The wanted facts [B, T] or [B, T, k]: one pass over the models whose vocabulary is at hand, numbers from those elsewhere.
+
+    A model elsewhere is asked twice only where it is read at ids that another model names.
+    """
+    wanted = wanted | {TopFact(f.owner, f.k) for f in wanted if isinstance(f, LogpAtFact)} - set(batch.facts)
+    models = {
+        m for f in wanted for m in models_of(f) if not (isinstance(f, LogpAtFact) and m == f.owner != f.model and _held(batch, f))
+    }
+    remote = {m: s for m in models if isinstance(s := scorers[m], Remote) and not Needs(frozenset(wanted)).whole(m)}
+    asked = {m: [f for f in wanted if models_of(f)[0] == m] for m in remote}
+    made: Tensors = {}
+
+    def ask(model: str, facts: list[Fact]) -> None:
+        if facts:
+            ids = {f: v.flatten(0, 1)[positions] for f, v in (batch.facts | made).items() if isinstance(f, TopFact)}
+            for fact, values in remote[model].facts(facts, layout, positions, ids).items():
+                values = values.to(batch.dtype) if values.is_floating_point() else values
+                made[fact] = batch.facts[fact] = scattered(values, positions, batch)
+
+    for model in sorted(remote):
+        ask(model, [f for f in asked[model] if not at_others_ids(f)])
+    for model in sorted(models - set(remote)):
+        scorer: Any = scorers[model]
+        batch.sources[model] = scorer.source(layout, positions)
+    made |= supply(batch, wanted, positions)
+    for model in sorted(remote):
+        ask(model, [f for f in asked[model] if at_others_ids(f)])
+    return made
+
+
+def _held(batch: Batch, fact: LogpAtFact) -> bool:
+    """Whether the ids at which a model is read are known already."""
+    return TopFact(fact.owner, fact.k) in batch.facts
+
+
+def _noted(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
+    """What the sampler noted of its distribution is what the student thinks, while it has the same weights."""
+    notes = [r.notes for r in rollouts if r.notes is not None]
+    if not notes or len(notes) < len(rollouts):
+        return
+
+    def table(parts: list[Tensor]) -> Tensor:
+        values = torch.cat(parts).to(batch.device)
+        where = torch.tensor([[t < len(r.tokens) for t in range(batch.shape[1])] for r in rollouts], device=batch.device)
+        return scattered(values.to(batch.dtype) if values.is_floating_point() else values, flat_positions(where), batch)
+
+    entropies = [n.entropy for n in notes if n.entropy is not None]
+    if len(entropies) == len(notes):
+        batch.facts[EntropyFact("student")] = table(entropies)
+    tops = [(n.top, n.top_logp) for n in notes if n.top is not None and n.top_logp is not None]
+    if len(tops) < len(notes):
+        return
+    ids, logps = (table(list(parts)) for parts in zip(*tops))
+    read = [f for f in needs.of("student") if isinstance(f, TopFact) or (isinstance(f, LogpAtFact) and f.owner == "student")]
+    for k in {f.k for f in read if f.k <= ids.shape[-1]}:
+        batch.facts[TopFact("student", k)] = ids[..., :k]
+        batch.facts[LogpAtFact("student", "student", k)] = logps[..., :k]
 
 
 def as_student(fact: Fact) -> Fact:
@@ -77,7 +137,7 @@ def as_student(fact: Fact) -> Fact:
     return replace(fact, model="student")
 
 
-def refresh(batch: Batch, needs: Needs, scorers: Mapping[str, Scorer], rollouts: Sequence[Rollout]) -> None:
+def refresh(batch: Batch, needs: Needs, scorers: Mapping[str, Any], rollouts: Sequence[Rollout]) -> None:
     """Facts of the live student anew, after it has moved; the signals are computed again."""
     layout, positions = Layout(rollouts, batch.shape[1]), flat_positions(batch.mask)
     facts = needs.of("live")

@@ -15,7 +15,7 @@ from opdkit.curricula import Curriculum, Plain
 from opdkit.facts import Needs
 from opdkit.objective import Objective
 from opdkit.rewards import Reward
-from opdkit.teachers import Scorer
+from opdkit.teachers import Remote, Scorer
 from opdkit.train.checkpoint import State
 from opdkit.train.record import Recorder
 from opdkit.train.settings import Checkpoint, Optim
@@ -43,6 +43,12 @@ class Questions(Protocol):
     def response_tokens(self, index: int) -> list[int] | None: ...
 
 
+class Stored(Protocol):
+    """Rollouts written earlier (see `data.cache.Cache`)."""
+
+    def rollouts(self, prompt: Prompt) -> list[Rollout]: ...
+
+
 @dataclass
 class Job:
     """A run with everything built: what `run.prepare` hands to `train`."""
@@ -51,7 +57,7 @@ class Job:
     needs: Needs
     student: Student
     sampler: Sampler
-    scorers: Mapping[str, Scorer]  # "student" as it is now, and every model the objective reads
+    scorers: Mapping[str, Scorer | Remote]  # "student" as it is now, and every model the objective reads
     prompts: Questions
     stream: Any  # data.PromptStream
     sampling: Sampling
@@ -67,6 +73,7 @@ class Job:
     seed: int = 0
     reward: Reward | None = None
     curriculum: Curriculum = Plain()
+    stored: Stored | None = None  # where the curriculum reads its rollouts from a cache
     dynamic_sampling: bool = False
     overlong_margin: int | None = None
     recompute_student: bool = False

@@ -32,6 +32,7 @@ class StepRecord:
     term_gradients: bool = False  # whether they are measured in this step
     parts: list[Tensor] = field(default_factory=list)
     entropy: list[Tensor] = field(default_factory=list)
+    logp: list[Tensor] = field(default_factory=list)
     gap: list[Tensor] = field(default_factory=list)
     seen: list[Tensor] = field(default_factory=list)
     slopes: list[Tensor] = field(default_factory=list)
@@ -47,6 +48,7 @@ class StepRecord:
         self.slopes.append(learned.slopes)
         self.parts.append(learned.parts)
         self.entropy.append(learned.entropy)
+        self.logp.append(learned.logp)
         self.gap.append(learned.gap)
         self.positions += learned.positions
 
@@ -79,10 +81,19 @@ class StepRecord:
             gap = torch.cat(self.gap).nanmean().item()
         if not math.isnan(gap):
             out["teacher_kl/sampled"] = gap  # one-sample estimate of KL(student || teacher), mean over tokens
+        out |= self.mismatch(batch)
         out |= self.distributions(batch)
         out["grad_norm"] = torch.stack(self.norms).mean().item()
         out["learning_rate"] = self.rate
         return out
+
+    def mismatch(self, batch: Batch) -> dict[str, float]:
+        """How far what the sampler said of its tokens is from what the trainer says, nats; another engine rounds differently."""
+        if LogpFact("sampler") not in batch.facts or not self.logp:
+            return {}
+        apart = (self.spread(batch, self.logp) - batch["sampler"].logp).abs()
+        apart = apart[apart.isfinite()]
+        return {"sampling/mismatch": apart.mean().item(), "sampling/mismatch_max": apart.max().item()} if len(apart) else {}
 
     def distributions(self, batch: Batch) -> dict[str, float]:
         """How tokens, weights and, where measured, the gradients of terms are distributed: see `opdkit.diagnostics`."""
@@ -112,6 +123,9 @@ class Recorder:
     sample_every: int = 10
     show: Callable[[int, Mapping[str, float]], None] | None = None
     route: Callable[[Rollout], str] | None = None  # where there are several teachers: the one that scores a rollout
+    use: Callable[[Sequence[Rollout], Mapping[str, float]], dict[str, float]] | None = (
+        None  # of the device's arithmetic, by phase
+    )
 
     def step(
         self,
@@ -127,6 +141,8 @@ class Recorder:
         metrics = record.metrics(batch) | rollout_metrics(rollouts) | speed(rollouts, record.positions, seconds)
         if self.route is not None:
             metrics |= teacher_metrics(batch, [self.route(r) for r in rollouts])
+        if self.use is not None:
+            metrics |= self.use(rollouts, seconds)
         metrics["tokens/sampled_so_far"] = tokens
         metrics["memory/peak_gib"] = peak_memory(student.device)
         self.trackers.log(step, metrics)
@@ -221,7 +237,7 @@ def speed(rollouts: Sequence[Rollout], positions: int, seconds: Mapping[str, flo
     return out
 
 
-TIMINGS = ("seconds/", "tokens_per_second/", "memory/")  # metrics that differ between equal runs
+TIMINGS = ("seconds/", "tokens_per_second/", "mfu/", "memory/")  # metrics that differ between equal runs
 
 
 def peak_memory(device: torch.device) -> float:

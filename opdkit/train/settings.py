@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdkit.quantize import check_quantize
+
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -15,6 +17,10 @@ class Lora:
     alpha: int = 64
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
+    quantize: str | None = None  # 8bit or 4bit: how the frozen weights are stored (QLoRA)
+
+    def __post_init__(self) -> None:
+        check_quantize(self.quantize)
 
 
 @dataclass(frozen=True)

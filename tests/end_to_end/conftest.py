@@ -65,6 +65,17 @@ class Shop:
             *arguments,
         )
 
+    def cache(self, out: Path | str, *arguments: str) -> int:
+        """`opdkit cache-teacher`: six prompts in three files, two responses each, the teacher's top 4; its exit code."""
+        flags = [f"--student={self.student}", f"--teacher={self.teacher}", f"--data={self.data}", f"--out={out}"]
+        quick = ["--top-k=4", "--num-generations=2", "--prompts-per-shard=2", "max_completion_length=8", "device=cpu"]
+        return main(["cache-teacher", *flags, *quick, *arguments])
+
+    def offline(self, output: Path | str, cache: Path | str, *arguments: str) -> int:
+        """`opdkit train` with Lightning OPD on a cache; its exit code."""
+        flags = ["--method=lightning_opd", f"--student={self.student}", f"--teacher=cached:{cache}", f"--output={output}"]
+        return main(["train", *flags, "steps=2", "prompts_per_step=3", "learning_rate=1e-3", "device=cpu", *arguments])
+
 
 def train(*arguments: str) -> int:
     """`opdkit train`; later arguments win over the quick ones."""
@@ -97,3 +108,10 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
         write_rows(folder / "data.jsonl", gsm8k_rows(6)),
         f"{folder / 'reward.py'}:even",
     )
+
+
+@pytest.fixture(scope="session")
+def cache(shop: Shop) -> Path:
+    """A cache written in one go; not to be changed."""
+    assert shop.cache(shop.folder / "cache") == 0
+    return shop.folder / "cache"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from opdkit import build
+from opdkit import engines
 from opdkit.cli import main
 from opdkit.track import read_lines
 from opdkit.train import checkpoint as checkpoints
@@ -213,13 +213,13 @@ def test_r10_default_serves_the_others_and_a_checkpoint_under_two_names_is_loade
     shop: Shop, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
-    real = build.load_model
+    real = engines.load_model
 
     def load_model(name: str, **settings: Any) -> Any:
         loaded.append(name)
         return real(name, **settings)
 
-    monkeypatch.setattr(build, "load_model", load_model)
+    monkeypatch.setattr(engines, "load_model", load_model)
     data = routed(tmp_path, ["math", None, "poetry", "code"])
     teachers = f"{{math: {shop.teacher}, code: {shop.llama}, default: {shop.teacher}}}"
     assert shop.train(output, f"data={data}", f"teacher={teachers}", f"models.other={shop.teacher}", "prompts_per_step=4") == 0
@@ -236,7 +236,7 @@ def test_an_output_folder_that_cannot_be_written(
     """Refused before any model is loaded."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a_file").write_text("precious")
-    monkeypatch.setattr(build, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(engines, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     refused(capsys, shop.train(where), f"the output folder {where} cannot be written", "choose another with output=DIR")
     assert (tmp_path / "a_file").read_text() == "precious"
 

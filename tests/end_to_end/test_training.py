@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import torch
 
 from opdkit.build import prepare
 from opdkit.launch import execute
+from opdkit.plan import use_of
 from opdkit.run import Run, make_run
 from opdkit.track import read_lines
 from opdkit.train import loop
 from opdkit.train.collect import collect, given
 from opdkit.train.job import Clock
+from opdkit.train.loop import train_step
+from opdkit.types import Rollout
 from tests.end_to_end.conftest import Shop, gsm8k_rows, write_rows
 
 GROUP_ONE = ("opd", "gkd", "gopd", "exopd", "tropd", "iw_opd", "position_opd", "scope", "vopd")
@@ -353,3 +357,42 @@ def test_several_teachers_each_get_their_own_metrics(shop: Shop, tmp_path: Path)
     assert abs(first["teacher_kl/twin"]) < 1e-12 < 0.1 < min(first["teacher_kl/far"], first["teacher_kl/default"])
     whole = sum(fractions[name] * first[f"teacher_kl/{name}"] for name in fractions)
     assert first["teacher_kl/sampled"] == pytest.approx(whole)
+
+
+# ------------------------------------------------------------------------------------------------------------- what is logged
+
+
+def test_a_sampler_that_says_other_log_probs_than_the_trainer_shows(shop: Shop, tmp_path: Path) -> None:
+    """As another engine's do: the mean and the largest distance, for a method that reads no student log-prob as for one that does."""
+    for method in ("opd", "gkd"):
+        job, state = prepare(shop.run(tmp_path / method, method=method, recompute_student=True))
+        train_step(job, state)
+        honest = metrics(tmp_path / method)[-1]
+        assert honest["sampling/mismatch"] < 1e-5 and honest["sampling/mismatch_max"] < 1e-4
+        sample = job.sampler.sample
+
+        def lying(*args: Any, sample: Any = sample, **kwargs: Any) -> list[Rollout]:
+            return [replace(r, logp=[r.logp[0] - 0.5, *r.logp[1:]]) for r in sample(*args, **kwargs)]
+
+        job.sampler.sample = lying  # type: ignore[method-assign]
+        train_step(job, state)
+        told, rollouts = metrics(tmp_path / method)[-1], 4
+        tokens = told["completions/mean_length"] * rollouts
+        assert told["sampling/mismatch_max"] == pytest.approx(0.5, abs=1e-4)
+        assert told["sampling/mismatch"] == pytest.approx(0.5 * rollouts / tokens, abs=1e-4)
+
+
+def test_utilisation_is_operations_over_what_the_device_could_do(shop: Shop, tmp_path: Path) -> None:
+    """Twice the parameters of the bodies and heads for each token, at the least; no more than the padding of tiny models allows."""
+    run = shop.run(tmp_path / "run")
+    execute(run)
+    line = metrics(tmp_path / "run")[-1]
+    use = use_of(run)
+    assert use is not None
+    rollouts = [Rollout(f"{i}", [1] * 10, [2] * 8, [True] * 8, [], [], str(i // 2)) for i in range(4)]
+    shape = use.models[0].shaped
+    learned = use(rollouts, {"learn": 2.0})["mfu/learn"] * 2.0 * use.device.tflops32 * 1e12
+    tokens, matrices = 4 * 18, 6 * shape.active
+    attention = 12 * shape.layers * shape.queries * 4 * 18**2 / 2
+    assert learned == pytest.approx(tokens * matrices + attention + 6 * shape.head * 4 * 8, rel=1e-9)
+    assert 0 < line["mfu/learn"] < 1 and 0 < line["mfu/step"] < 1

@@ -1,0 +1,90 @@
+"""Which checkpoint and which tokenizer something was made with: digests that tell two of them apart without loading a weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SAMPLED = 4096  # bytes read of each tensor: training moves every entry of the tensors it moves, so the first ones tell
+VOLATILE = ("_name_or_path", "transformers_version")  # of config.json: they change when the same weights are saved again
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A model by the name it was given and, where its files are here, a digest of what it is."""
+
+    name: str
+    digest: str | None = None
+
+    def same(self, other: Identity) -> bool:
+        """Whether both are the same model: by digest where both have one, else by name."""
+        if self.digest is not None and other.digest is not None:
+            return self.digest == other.digest
+        return self.name == other.name
+
+    def __str__(self) -> str:
+        return self.name if self.digest is None else f"{self.name} ({self.digest[:12]})"
+
+
+def identify(model: str) -> Identity:
+    """The identity of a checkpoint: a folder, or a hub name whose files have been downloaded."""
+    folder = _folder(model)
+    return Identity(model, None if folder is None else checkpoint_digest(folder))
+
+
+def checkpoint_digest(folder: Path) -> str | None:
+    """sha256 over the configuration and, of each tensor, its name, dtype, shape and first 4 KiB; None where there are no safetensors.
+
+    How the tensors are spread over files does not matter. Reading takes milliseconds whatever the size of the model.
+    """
+    tensors = dict(entry for path in sorted(folder.glob("*.safetensors")) for entry in _tensors(path))
+    if not tensors:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*config.json")):
+        if path.name in ("config.json", "adapter_config.json"):
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            known = {key: value for key, value in settings.items() if key not in VOLATILE}
+            digest.update(json.dumps([path.name, known], sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name])
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """sha256 over every token with its id."""
+    ids = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def _tensors(path: Path) -> list[tuple[str, bytes]]:
+    """Each tensor of a safetensors file with what identifies it."""
+    out = []
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            file.seek(8 + size + start)
+            told = json.dumps([name, entry["dtype"], entry["shape"]]).encode()
+            out.append((name, told + file.read(min(end - start, SAMPLED))))
+    return out
+
+
+def _folder(model: str) -> Path | None:
+    """Where the files of a model are on this machine."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(model, "config.json", local_files_only=True)
+    except (OSError, ValueError):  # not downloaded, or no hub name: then its name is all that is known
+        return None
+    return None if found is None else Path(found).parent

@@ -1,0 +1,152 @@
+"""Responses from a vLLM engine, here or behind HTTP: what each rollout asks for, and how both of its log-probs are found."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from opdkit.errors import UserError
+from opdkit.head import Head
+from opdkit.sampling.finish import Response
+from opdkit.types import Prompt, Sampling
+
+COLDEST, HOTTEST = 0.01, 2.0  # temperatures between which vLLM samples
+
+
+@dataclass(frozen=True)
+class Request:
+    """Tokens to be continued, and how: settings named as vLLM and its server name them."""
+
+    tokens: list[int]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A continuation."""
+
+    tokens: list[int]
+    logp: list[float]  # under the distribution the tokens were drawn from; where greedy, under the plain softmax
+    stopped: bool  # by a stop token or a stop string, not by its length
+
+
+class Writer(Protocol):
+    """An engine that takes token ids and gives token ids."""
+
+    def draw(self, requests: Sequence[Request], tick: Callable[[int], None] | None) -> list[Drawn]:
+        """A continuation of each; `tick` hears how many are finished."""
+        ...
+
+    def score(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[list[float]]:
+        """Log-probs of sequence[start:] under the plain softmax."""
+        ...
+
+
+def respond(
+    writer: Writer,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    ids: Sequence[str],
+    stops: Collection[int],
+    seed: int,
+    progress: Callable[[int], object] | None = None,
+) -> list[Response]:
+    """The responses of rollouts `ids`, `num_generations` per prompt, prefixes included."""
+    n = sampling.num_generations
+    unfinished = [i for i in range(len(ids)) if not _complete(prompts[i // n], sampling, stops)]
+    given = len(ids) - len(unfinished)  # prefixes that are whole responses
+
+    def tick(drawn: int) -> None:
+        if progress is not None:
+            progress(given + drawn)
+
+    if given:
+        tick(0)
+    requests = [_request(prompts[i // n], sampling, stops, seed_of(seed, ids[i])) for i in unfinished]
+    drawn = dict(zip(unfinished, writer.draw(requests, tick) if requests else []))
+    parts = [
+        drawn.get(i, Drawn([], [], bool(p.prefix) and p.prefix[-1] in stops)) for i in range(len(ids)) for p in [prompts[i // n]]
+    ]
+    if sampling.plain or sampling.temperature == 0:
+        prefixes = _prefixes(writer, prompts)
+        before = [prefixes.get(i // n, []) for i in range(len(ids))]
+        plain = [part.logp for part in parts]
+    else:
+        whole = [prompts[i // n].tokens + prompts[i // n].prefix + part.tokens for i, part in enumerate(parts)]
+        scored = writer.score(whole, [len(prompts[i // n].tokens) for i in range(len(ids))])
+        split = [len(prompts[i // n].prefix) for i in range(len(ids))]
+        before, plain = [s[:g] for s, g in zip(scored, split)], [s[g:] for s, g in zip(scored, split)]
+    responses = []
+    for i, (part, guided, logp) in enumerate(zip(parts, before, plain)):
+        drawn_logp = [0.0] * len(part.logp) if sampling.temperature == 0 else part.logp
+        responses.append(Response(prompts[i // n].prefix + part.tokens, guided + logp, guided + drawn_logp, part.stopped))
+    return responses
+
+
+def _complete(prompt: Prompt, sampling: Sampling, stops: Collection[int]) -> bool:
+    """Whether the prefix is the whole response."""
+    return (bool(prompt.prefix) and prompt.prefix[-1] in stops) or len(prompt.prefix) >= sampling.max_completion_length
+
+
+def _prefixes(writer: Writer, prompts: Sequence[Prompt]) -> dict[int, list[float]]:
+    """By the prompt's number: log-probs of its prefix."""
+    guided = [i for i, prompt in enumerate(prompts) if prompt.prefix]
+    if not guided:
+        return {}
+    sequences = [prompts[i].tokens + prompts[i].prefix for i in guided]
+    return dict(zip(guided, writer.score(sequences, [len(prompts[i].tokens) for i in guided])))
+
+
+def _request(prompt: Prompt, sampling: Sampling, stops: Collection[int], seed: int) -> Request:
+    settings = {
+        "temperature": float(sampling.temperature),
+        "top_p": float(sampling.top_p),
+        "top_k": sampling.top_k,
+        "min_p": float(sampling.min_p),
+        "seed": seed,
+        "max_tokens": sampling.max_completion_length - len(prompt.prefix),
+        "stop": list(sampling.stop),
+        "stop_token_ids": sorted(stops),
+        "ignore_eos": True,  # the end-of-sequence tokens are among the stop tokens
+        "logprobs": 0,  # of the drawn token alone
+    }
+    return Request(prompt.tokens + prompt.prefix, settings)
+
+
+def seed_of(seed: int, id: str) -> int:
+    """A rollout's own seed, of 62 bits."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{id}".encode(), digest_size=8).digest(), "little") >> 2
+
+
+def check_engine(sampling: Sampling, longest: int, limit: int) -> None:
+    """Refuses what vLLM would change on its own, and rollouts longer than the engine reads."""
+    if 0 < sampling.temperature < COLDEST or sampling.temperature > HOTTEST:
+        raise UserError(
+            f"sampling.temperature={sampling.temperature} is outside what vLLM samples with ({COLDEST} to {HOTTEST}, or 0 for greedy): "
+            "choose one inside, or sample with the model in this process (sampler=hf)"
+        )
+    if longest + 1 > limit:
+        raise UserError(
+            f"a rollout may have {longest} tokens (the longest prompt and max_completion_length), and one more is needed to score it, but the "
+            f"engine reads {limit}: start it with max_model_len={longest + 1}, or lower max_completion_length or data.max_prompt_length"
+        )
+
+
+def ended(reason: str | None) -> bool:
+    """Whether a response stopped by itself; a reason that is none of a finished response is an error."""
+    if reason not in ("stop", "length"):
+        raise UserError(f"vLLM gave a response up ({reason}): look at its log. Nothing was learnt from this step")
+    return reason == "stop"
+
+
+def real_rows(head: Head) -> int:
+    """Rows of a head that stand for tokens."""
+    assert head.weight is not None
+    return len(head.weight) if head.vocab is None else min(head.vocab, len(head.weight))
+
+
+def padded(head: Head) -> bool:
+    """Whether a head has rows behind those."""
+    return head.weight is not None and real_rows(head) < len(head.weight)

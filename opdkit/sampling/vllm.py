@@ -1,0 +1,135 @@
+"""The sampler that runs vLLM in this process: the student's weights follow every optimiser step, and a probe makes sure that they do."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opdkit.head import Head
+from opdkit.models import CausalLM, head_of, real_vocabulary, stop_ids
+from opdkit.sampling.draws import check_sampling
+from opdkit.sampling.finish import finish, rollout_ids
+from opdkit.sampling.hf import Progress, check_prompts
+from opdkit.sampling.probe import Probe
+from opdkit.sampling.respond import Drawn, Request, check_engine, ended, padded, real_rows, respond
+from opdkit.sampling.vllm_engine import Engine, EngineSettings
+from opdkit.sampling.weights import adapter_rank, checkpoint_weights, engine_dtype, has_adapters, save_adapters
+from opdkit.types import Prompt, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class VllmSettings(EngineSettings):
+    """How the sampling engine is started, and how it follows the student."""
+
+    enable_lora: bool = False  # of a student with adapters send these alone; else the weights with the adapters added to them
+    sync_tolerance: float | None = None  # nats, between engine and trainer (see `probe`); null: by dtype
+
+
+class VllmSampler:
+    """Samples with a vLLM engine from the weights of `model`, a Hugging Face model that trains in this process.
+
+    The engine starts with random weights and takes the student's before the first rollout: were some of them left behind, the first probe
+    would show it. `sync` sends them again after an optimiser step. Draws are keyed by seed and rollout id; as batches of other shapes
+    round differently, a rollout is the same in other company up to near ties.
+
+    Both log-probs are exact. Of tokens drawn from the plain softmax they are vLLM's own; with temperature or cuts it gives those of the
+    drawing distribution, and the plain ones are read off a second pass over the finished responses.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: VllmSettings = VllmSettings(),
+        *,
+        head: Head | None = None,
+        trust_remote_code: bool = False,
+    ):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.head = head_of(model, real_vocabulary(tokenizer)) if head is None else head
+        self._files = tempfile.TemporaryDirectory(prefix="opdkit-vllm-")
+        self.engine = Engine(
+            write_configuration(model, tokenizer, Path(self._files.name) / "model"),
+            replace(settings, dtype=engine_dtype(model, settings.dtype)),
+            dummy=True,
+            lora_rank=adapter_rank(model) if settings.enable_lora else 0,
+            trust_remote_code=trust_remote_code,
+        )
+        if padded(self.head) or settings.enable_lora:
+            self.engine.head(real_rows(self.head))
+        self.probe = Probe(model, tokenizer, self.head, self.engine.dtype, self.engine.limit, settings.sync_tolerance)
+        self.version: int | None = None  # optimiser steps of the weights in the engine; None: none were sent yet
+
+    def sync(self, model: CausalLM, version: int) -> None:
+        """After an optimiser step: the engine takes the student's weights over, forgets what older ones computed, and is probed."""
+        if model is not self.model:
+            raise ValueError("this sampler samples from another model than the one that was trained")
+        self.engine.wake(partial(self._send, version))
+        logps = [scored.logp for scored in self.engine.score(self.probe.sequences, [1] * len(self.probe.sequences))]
+        self.probe.check(logps, version, "sending adapters" if self.settings.enable_lora else "sending weights")
+        self.version = version
+
+    def _send(self, version: int) -> None:
+        """The weights, or the adapters and once the weights below them."""
+        if not self.settings.enable_lora:
+            self.engine.load(checkpoint_weights(self.model))
+            return
+        if self.version is None or self.engine.dropped:
+            self.engine.load(checkpoint_weights(self.model, merged=False))
+        with tempfile.TemporaryDirectory(dir=self._files.name) as folder:
+            self.engine.load_adapters(save_adapters(self.model, Path(folder)), version)
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int = 0,
+        step: int | None = 0,
+        policy_version: int = 0,
+        progress: Progress | None = None,
+    ) -> list[Rollout]:
+        """All responses to the first prompt, then to the second, ...: see `HFSampler.sample`."""
+        check_sampling(sampling)
+        if not prompts:
+            return []
+        check_engine(sampling, check_prompts(prompts, sampling, self.model, self.head), self.engine.limit)
+        if self.version is None or self.engine.dropped:
+            self.sync(self.model, policy_version)
+        self.engine.wake()
+        ids = rollout_ids(prompts, sampling, step)
+        responses = respond(self, prompts, sampling, ids, stop_ids(self.model, self.tokenizer), seed, progress)
+        self.engine.sleep()
+        return finish(prompts, sampling, ids, responses, self.tokenizer, policy_version)
+
+    def draw(self, requests: Sequence[Request], tick: Callable[[int], None] | None) -> list[Drawn]:
+        """A continuation of each."""
+        params = [request.settings | {"detokenize": bool(request.settings["stop"])} for request in requests]
+        outputs = [output.outputs[0] for output in self.engine.run([r.tokens for r in requests], params, tick)]
+        return [Drawn(list(o.token_ids), list(o.logprobs.logprobs), ended(o.finish_reason)) for o in outputs]
+
+    def score(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[list[float]]:
+        """Log-probs of sequence[start:] under the plain softmax."""
+        return [scored.logp.tolist() for scored in self.engine.score(sequences, starts)]
+
+    def close(self) -> None:
+        """Ends the engine and frees its memory."""
+        self.engine.close()
+        self._files.cleanup()
+
+
+def write_configuration(model: CausalLM, tokenizer: Any, folder: Path) -> str:
+    """A checkpoint without weights, from which an engine learns the architecture."""
+    base = model.get_base_model() if has_adapters(model) else model
+    if not base.config.architectures:
+        base.config.architectures = [type(base).__name__]
+    base.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
