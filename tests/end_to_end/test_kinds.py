@@ -143,7 +143,7 @@ def test_a_method_trains_or_is_refused_before_anything_is_loaded(
     FOUND[method, kind] = found
     if found != "trains":
         assert method in found, "a refusal names the method"
-        assert re.search(r"\b(use|set|give|train|take|start|raise|rerun|choose)\b", found, re.I), (
+        assert re.search(r"\b(use|set|give|train|take|start|raise|rerun|choose|let)\b", found, re.I), (
             f"a refusal says what to do: {found}"
         )
     if not os.environ.get("OPDKIT_WRITE_TABLE"):
