@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -16,6 +17,30 @@ from opdkit.types import Rollout
 def batch_tokens(device: torch.device) -> int:
     """Padded tokens of one forward pass: enough to fill a GPU; on a CPU few, for rows of like length and products that stay in its cache."""
     return 16384 if device.type == "cuda" else 1024
+
+
+def pass_tokens(device: torch.device) -> int:
+    """Tokens whose processing takes as long as starting one more forward pass."""
+    return 256 if device.type == "cuda" else 64
+
+
+def grouped(lengths: Sequence[int], budget: int, each: int) -> list[slice]:
+    """The cheapest groups of rows, sorted longest first: a group is padded to its first, up to `budget` tokens, and costs `each` more.
+
+    best[i] = min over the end j of a group that starts at i: (j - i) lengths[i] + each + best[j].
+    """
+    n, width = len(lengths), np.asarray(lengths, dtype=np.float64)
+    best, end = np.zeros(n + 1), [0] * n
+    for i in range(n - 1, -1, -1):
+        ends = np.arange(i + 1, min(n, i + max(1, budget // lengths[i])) + 1)
+        cost = (ends - i) * width[i] + best[ends]
+        least = int(cost.argmin())
+        best[i], end[i] = cost[least] + each, ends[least]
+    groups, start = [], 0
+    while start < n:
+        groups.append(slice(start, end[start]))
+        start = end[start]
+    return groups
 
 
 @dataclass(frozen=True)
@@ -36,16 +61,11 @@ class Layout:
         """Flat positions, split so that each part's rollouts fill at most `budget` padded tokens; rollouts of like length together."""
         lengths = self.lengths(positions).tolist()
         order = sorted((b for b, n in enumerate(lengths) if n), key=lambda b: -lengths[b])
-        groups: list[list[int]] = []
-        for b in order:  # longest first: the first of a group sets its width
-            if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
-                groups[-1].append(b)
-            else:
-                groups.append([b])
+        groups = grouped([lengths[b] for b in order], budget, pass_tokens(positions.device))
         rows = positions // self.width
         part = torch.zeros(len(self.rollouts), dtype=torch.int64, device=positions.device)
         for i, group in enumerate(groups):
-            part[torch.tensor(group, device=part.device)] = i
+            part[torch.tensor(order[group], device=part.device)] = i
         return [positions[part[rows] == i] for i in range(len(groups))]
 
     def states(self, model: torch.nn.Module, positions: Tensor) -> Tensor:
