@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opdkit.commands import eval_model, sample_model
-    from opdkit.doctor import doctor
     from opdkit.compare import compare
+    from opdkit.doctor import doctor
     from opdkit.errors import UserError
     from opdkit.explain import explain
     from opdkit.launch import distill, execute

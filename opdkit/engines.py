@@ -113,6 +113,8 @@ class Models:
     def sampler(self, student: Student, watch: Watch, guide: Guide | None) -> Sampler:
         """Who writes the student's responses."""
         spec, trust = self.run.sampler_spec, self.run.trust_remote_code
+        if not isinstance(spec, HfSettings) and self.run.dtype == "bfloat16":
+            spec = replace(spec, dtype=spec.dtype or "bfloat16")  # of the products, whatever the weights that learn are kept in
         if isinstance(spec, VllmSettings):
             return VllmSampler(student.model, self.tokenizer, spec, head=student.head, trust_remote_code=trust)
         if isinstance(spec, ServerSettings):

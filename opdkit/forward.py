@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -59,14 +60,29 @@ class Layout:
 
     def micro_batches(self, positions: Tensor, budget: int) -> list[Tensor]:
         """Flat positions, split so that each part's rollouts fill at most `budget` padded tokens; rollouts of like length together."""
+        order, lengths = self._longest_first(positions)
+        return self._split(positions, order, grouped(lengths, budget, pass_tokens(positions.device)))
+
+    def portions(self, positions: Tensor, tokens: int) -> list[Tensor]:
+        """Flat positions, split so that each part's rollouts have about `tokens` tokens, padding not counted."""
+        order, lengths = self._longest_first(positions)
+        number = np.cumsum(lengths, dtype=np.int64) // tokens
+        cuts = [0, *((np.diff(number) != 0).nonzero()[0] + 1).tolist(), len(order)]
+        return self._split(positions, order, [slice(a, b) for a, b in pairwise(cuts) if b > a])
+
+    def _longest_first(self, positions: Tensor) -> tuple[list[int], list[int]]:
+        """Rollouts that have positions, and their lengths."""
         lengths = self.lengths(positions).tolist()
         order = sorted((b for b, n in enumerate(lengths) if n), key=lambda b: -lengths[b])
-        groups = grouped([lengths[b] for b in order], budget, pass_tokens(positions.device))
-        rows = positions // self.width
+        return order, [lengths[b] for b in order]
+
+    def _split(self, positions: Tensor, order: list[int], groups: Sequence[slice]) -> list[Tensor]:
+        """The positions of each group of rollouts."""
         part = torch.zeros(len(self.rollouts), dtype=torch.int64, device=positions.device)
         for i, group in enumerate(groups):
             part[torch.tensor(order[group], device=part.device)] = i
-        return [positions[part[rows] == i] for i in range(len(groups))]
+        mine = part[positions // self.width]
+        return [positions[mine == i] for i in range(len(groups))]
 
     def states(self, model: torch.nn.Module, positions: Tensor) -> Tensor:
         """[N, H]: the model's last hidden states that predict the tokens at flat positions [N], in one forward pass.

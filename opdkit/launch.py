@@ -12,8 +12,8 @@ from opdkit.engines import Given
 from opdkit.errors import UserError
 from opdkit.eval import EvalResult
 from opdkit.method import as_method
-from opdkit.quantize import merged
 from opdkit.plan import use_of
+from opdkit.quantize import merged
 from opdkit.report import write_report
 from opdkit.run import Run, claim_folder, make_run, set_value
 from opdkit.track import read_lines

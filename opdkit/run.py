@@ -212,8 +212,13 @@ def set_value(nested: dict[str, Any], key: str, value: Any) -> None:
         parse, kinds = ENGINES[group]
         spec = parse(engine)  # teacher.quantize=4bit after teacher=MODEL is a setting of its kind, teacher.math=MODEL a route
         kind = next(kind for kind, cls in kinds.items() if isinstance(spec, cls))
-        route = group == "teacher" and name not in [f.name for f in fields(spec)]
-        nested[group] = {"default": engine, name: value} if route else {"kind": kind, **plain(spec), name: value}
+        settings = [f.name for f in fields(spec)]
+        if name == "kind":  # of another kind, settings do not carry over, but a model's name
+            nested[group] = {"kind": value} | ({"model": spec.model} if "model" in settings and group == "teacher" else {})
+        elif group == "teacher" and name not in settings:
+            nested[group] = {"default": engine, name: value}
+        else:
+            nested[group] = {"kind": kind, **plain(spec), name: value}
     else:
         override(nested, Run, key, value)
 

@@ -21,7 +21,6 @@ from opdkit.progress import duration
 from opdkit.rewards import Reward, load_reward
 from opdkit.run import Run
 
-
 WIDE = 58  # of the names in the table of memory
 INSTALLED = ("math", "reasoning_gym", "code")  # rewards that need packages, or a sandbox
 
@@ -177,8 +176,8 @@ class Plan:
         d = self.device
         lines.append(
             f"assumed: peaks of {d.tflops:,.4g} TFLOP/s bfloat16, {d.tflops32:,.4g} float32, {d.bandwidth:.3g} TB/s; reached of these "
-            f"{rates.learn:.0%} in learn, {rates.score:.0%} elsewhere, {rates.read:.0%} of the bandwidth; to start kernels from Python "
-            f"{rates.launch * 1e3:g} ms per layer and decoding step"
+            f"{rates.learn:.0%} in learn, {rates.score:.0%} elsewhere, {rates.read:.0%} of the bandwidth; to start a layer's kernels "
+            f"{rates.launch * 1e3:g} ms in transformers, {rates.graph * 1e3:g} ms in vLLM"
         )
         return lines
 

@@ -20,6 +20,7 @@ from opdkit.plan.shapes import Shape
 from opdkit.run import Run
 from opdkit.sampling.cache import CPU_BYTES, FREE_SHARE
 from opdkit.sampling.server import ServerSettings
+from opdkit.sampling.spec import HfSettings
 from opdkit.sampling.vllm import VllmSettings
 from opdkit.train.settings import Lora
 from opdkit.types import ColumnFact, LogpAtFact, TopFact, VocabularyFact
@@ -114,7 +115,8 @@ def memory_of(run: Run, method: Method, models: Sequence[Held], step: Step, devi
     guide = next(held for held in models if held.role == "teacher") if method.teacher_mix else None
     if not reads_cache(method.curriculum):
         _sampling(out, run, models[0], guide, step)
-    rows = {"sample": out.rows, "score": step.positions, "learn": step.micro}  # that are projected at once
+    sampled = out.rows if isinstance(run.sampler_spec, HfSettings) else 0
+    rows = {"sample": sampled, "score": step.positions, "learn": step.micro}  # positions that are projected, at most
     out.part("one chunk of the vocabulary", {p: _chunk(out.free(p), n * shape.vocab, device) for p, n in rows.items() if n})
     return out
 
@@ -167,7 +169,7 @@ def layer_bytes(run: Run, shape: Shape) -> int:
     h, q, k, i = shape.hidden, shape.queries, shape.keys, shape.intermediate
     norm = int(shape.qk_norm)
     statistics = 4 * (2 + shape.heads + norm * (shape.heads + shape.kv_heads))
-    wide = WIDTH[run.dtype]
+    wide = WIDTH[run.dtype]  # where nothing is cast
     if run.lora is None:
         if run.dtype == "bfloat16":  # each product keeps a bfloat16 copy of its input
             return 26 * h + (4 + 6 * norm) * q + (4 + 6 * norm) * k + 8 * i + statistics
@@ -236,10 +238,9 @@ def cache_bytes(held: Held, run: Run) -> int:
 
 
 def _sampling(out: Memory, run: Run, student: Held, guide: Held | None, step: Step) -> None:
-    """The sampler: an engine of its own, or the student's key-value cache, as many rollouts at once as the free memory is shared out to."""
+    """The sampler: an engine of its own, or the student's key-value cache, with as many rollouts at once as half of the free memory holds."""
     spec, shape = run.sampler_spec, student.shaped
     if isinstance(spec, ServerSettings):
-        out.rows = min(step.rollouts, spec.concurrency)
         return
     if isinstance(spec, VllmSettings):
         width = 2 if (spec.dtype or student.dtype) != "float32" else 4

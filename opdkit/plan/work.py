@@ -25,7 +25,7 @@ from opdkit.sampling.vllm import VllmSettings
 from opdkit.types import VocabularyFact
 
 OPTIMISER = 10  # numbers read and written per parameter: gradient norm and clipping 3, AdamW 7
-MEAN_PROMPT = 200  # tokens, where no more are allowed for: a word problem in a chat template
+MEAN_PROMPT = 200  # tokens of a prompt: a word problem in a chat template
 
 
 @dataclass(frozen=True)

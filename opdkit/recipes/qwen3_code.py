@@ -11,7 +11,7 @@ HUMAN_EVAL = "Complete this function. Answer with the whole function in one ```p
 
 
 def qwen3_code() -> dict[str, Any]:
-    """Settings for one GPU with 80 GiB; every one can be overridden.
+    """Settings for one GPU with 80 GB; every one can be overridden.
 
     The prompt shows the first of MBPP's tests, since a program must know the function's name; the reward runs all of them. Programs of
     these sets take tens of lines, so 1024 tokens are enough without thinking. Learning rates are the usual ones, 1e-6 for all weights

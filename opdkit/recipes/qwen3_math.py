@@ -9,7 +9,7 @@ NO_THINKING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # how these cards
 
 
 def qwen3_math() -> dict[str, Any]:
-    """Settings for one GPU with 80 GiB; every one can be overridden.
+    """Settings for one GPU with 80 GB; every one can be overridden.
 
     Plain sampling (temperature 1, nothing cut), responses of 4096 tokens and 128 rollouts per step as in EOPD (arXiv 2603.07079, table of
     settings); groups of 4 prompts' answers as in Tinker's recipe, so that methods that compare them work too; about 150 steps as in the

@@ -99,7 +99,9 @@ class HFSampler:
             for model in models:
                 stack.enter_context(evaluating(model))
                 stack.enter_context(decoding(model))
-            stack.enter_context(torch.inference_mode())
+            stack.enter_context(
+                torch.no_grad()
+            )  # not inference_mode, under which autocast casts every weight anew for each token
             run = _Run(self.model, self.tokenizer, head, prompts, sampling, ids, seed, progress, self.guide, self.watch)
             run.sample(budget // longest, max(1, PREFILL_TOKENS // longest))
         return self._rollouts(prompts, sampling, run, policy_version)

@@ -61,9 +61,9 @@ def parse_prompt_logprobs(prompt_logprobs: Any, tokens: Sequence[int], start: in
 
 def _table(prompt_logprobs: Any, start: int) -> tuple[Tensor, Tensor]:
     """Ids [n, m] (-1 where an entry has fewer than m) and log-probs [n, m] (-inf there) of the entries from `start` on."""
-    if hasattr(prompt_logprobs, "start_indices"):  # FlatLogprobs
+    if hasattr(prompt_logprobs, "start_indices"):  # FlatLogprobs: the token in front, also where it is among the k
         bounds = list(zip(prompt_logprobs.start_indices, prompt_logprobs.end_indices))[start:]
-        rows = [(prompt_logprobs.token_ids[a:b], prompt_logprobs.logprobs[a:b]) for a, b in bounds]
+        rows = [_entry(dict(zip(prompt_logprobs.token_ids[a:b], prompt_logprobs.logprobs[a:b]))) for a, b in bounds]
     else:
         rows = [_entry(entry) for entry in prompt_logprobs[start:]]
     width = max((len(ids) for ids, _ in rows), default=0)

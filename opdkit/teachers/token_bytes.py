@@ -83,7 +83,9 @@ def same_tokens(student: TokenBytes, teacher: TokenBytes, eos: tuple[int | None,
     """
 
     def ordered(side: TokenBytes) -> list[int]:
-        return sorted((i for i, p in enumerate(side.pieces) if p and i not in eos_of(side)), key=lambda i: (i in side.fallback, i))
+        return sorted(
+            (i for i, p in enumerate(side.pieces) if p and i not in eos_of(side)), key=lambda i: (i in side.fallback, i)
+        )
 
     def eos_of(side: TokenBytes) -> tuple[int | None, ...]:
         return () if None in eos else (eos[side is teacher],)

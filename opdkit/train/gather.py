@@ -16,7 +16,21 @@ from opdkit.forward import Layout
 from opdkit.head import flat_positions
 from opdkit.teachers import Remote, Scorer
 from opdkit.teachers.base import at_others_ids, scattered
-from opdkit.types import Batch, ColumnFact, EntropyFact, Fact, LogpAtFact, LogpFact, Rollout, TopFact, VocabularyFact, row_keys
+from opdkit.types import (
+    Batch,
+    ColumnFact,
+    EntropyFact,
+    Fact,
+    LogpAtFact,
+    LogpFact,
+    Rollout,
+    SpanFact,
+    TopFact,
+    VocabularyFact,
+    row_keys,
+)
+
+HELD = 1 << 17  # input tokens whose hidden states are held at once where only numbers are read off them
 
 
 def gather(
@@ -90,10 +104,13 @@ def _ask(batch: Batch, wanted: set[Fact], scorers: Mapping[str, Scorer | Remote]
 
     for model in sorted(remote):
         ask(model, [f for f in asked[model] if not at_others_ids(f)])
-    for model in sorted(models - set(remote)):
-        scorer: Any = scorers[model]
-        batch.sources[model] = scorer.source(layout, positions)
-    made |= supply(batch, wanted, positions)
+    whole = any(isinstance(f, (VocabularyFact, SpanFact)) for f in wanted)
+    for part in [positions] if whole else layout.portions(positions, HELD) or [positions]:
+        for model in sorted(models - set(remote)):
+            scorer: Any = scorers[model]
+            batch.sources[model] = scorer.source(layout, part)
+        for fact, values in supply(batch, wanted, part).items():
+            made[fact] = values if fact not in made else made[fact] + values  # each is zero where the other is not
     for model in sorted(remote):
         ask(model, [f for f in asked[model] if at_others_ids(f)])
     return made

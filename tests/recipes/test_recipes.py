@@ -91,16 +91,19 @@ def test_a_response_ends_at_either_of_qwen3s_ends() -> None:
     assert stop_ids(model, tokenizer) == {tokenizer.eos_token_id, 5}
 
 
-@pytest.mark.parametrize(("name", "file", "answer"), [("qwen3_math", "aime24.jsonl", "204"), ("qwen3_math", "amc23.jsonl", "27")])
-def test_competition_problems_are_read_and_rewarded(name: str, file: str, answer: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "file", "answer"),
+    [("qwen3_math", "aime24.jsonl", "204"), ("qwen3_math", "amc23.jsonl", "27"), ("gsm8k", "gsm8k_test.jsonl", "18")],
+)
+def test_problems_are_read_and_rewarded(name: str, file: str, answer: str) -> None:
     if not (SHARED / file).exists():
         pytest.skip(f"{file} is not here")
     run = made(name, f"evaluate.data.source={SHARED / file}", "evaluate.data.split=null")
     assert run.evaluate is not None
     data, reward = run.evaluate.prompts, load_reward(run.reward)
-    rows = load_rows(data.source)
+    rows = load_rows(data.source, columns=data.columns)
     assert reward is not None and rows[0]["answer"] == answer and (file != "aime24.jsonl" or len(rows) == data.limit)
-    assert "put your final answer within \\boxed{}" in asked(data, rows)[0]
+    assert "put your final answer within \\boxed{}" in asked(data, rows[:1])[0]
 
     def score(text: str) -> float:
         return reward(Rollout("r", [], [], [], [], [], "g", text=text, row=rows[0]))
@@ -116,7 +119,7 @@ def test_human_eval_is_read_and_rewarded() -> None:
     assert run.evaluate is not None
     rows = load_rows(run.evaluate.prompts.source)
     assert len(rows) == run.evaluate.prompts.limit == 164
-    first = json.loads(gzip.open(file, "rt").readline())
+    first = json.loads(gzip.decompress(file.read_bytes()).splitlines()[0])
     assert first["prompt"].rstrip() in asked(run.evaluate.prompts, rows[:1])[0]
     try:
         reward = load_reward(run.reward)

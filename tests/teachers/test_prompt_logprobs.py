@@ -61,11 +61,15 @@ def json(rows: list[dict[int, float] | None]) -> Any:
 
 
 def flat(rows: list[dict[int, float] | None]) -> Any:
+    """The token is in front, and once more where it is among the k."""
     made = Flat()
-    for row in rows:
+    for token, row in zip(TOKENS, rows):
         made.start_indices.append(len(made.token_ids))
-        made.token_ids += list(row or {})
-        made.logprobs += list((row or {}).values())
+        if row:
+            k = max(map(len, filter(None, rows))) - 1
+            top = sorted(row, key=lambda i: -row[i])[:k]
+            made.token_ids += [token, *top]
+            made.logprobs += [row[token], *(row[i] for i in top)]
         made.end_indices.append(len(made.token_ids))
     return made
 

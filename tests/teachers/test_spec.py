@@ -34,6 +34,8 @@ def test_a_setting_of_a_teacher_given_as_text() -> None:
     assert make_run(base, ["teacher.math=x"]).teachers == Routes({"default": Local("m"), "math": Local("x")})
     assert make_run(base, ["sampler=vllm", "sampler.enforce_eager=true"]).sampler_spec == VllmSettings(enforce_eager=True)
     assert make_run(base, ["sampler.max_batch_tokens=99"]).sampler_spec == HfSettings(99)
+    assert make_run(base, ["sampler.kind=vllm", "sampler.max_num_seqs=9"]).sampler_spec == VllmSettings(max_num_seqs=9)
+    assert make_run(base, ["teacher.kind=vllm"]).teachers == Vllm(model="m")
     with pytest.raises(UserError, match="sampler"):
         make_run(base, ["sampler.max_batch_token=99"])
 

@@ -240,6 +240,27 @@ def test_a_column_that_is_no_number_is_named(models: dict[str, Any]) -> None:
         gather(rows, Needs(frozenset({ColumnFact("row:difficulty")})), scorers(models))
 
 
+def test_facts_are_the_same_in_portions(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only numbers are read, few hidden states are held at once."""
+    rows = rollouts()
+    whole = facts(models, rows, FACTS)
+    held: list[int] = []
+    source = LocalModel.source
+
+    def note(self: LocalModel, layout: Layout, positions: torch.Tensor) -> Any:
+        made = source(self, layout, positions)
+        held.append(len(made.hidden))
+        return made
+
+    monkeypatch.setattr(LocalModel, "source", note)
+    monkeypatch.setattr("opdkit.train.gather.HELD", 9)
+    parts = facts(models, rows, FACTS)
+    total = int(whole.mask.sum())
+    assert len(held) >= 4 and max(held) < total and sum(held) == 2 * total
+    for fact in FACTS:
+        torch.testing.assert_close(parts.read(fact), whole.read(fact), rtol=0, atol=1e-12)
+
+
 def test_groups_of_rows_are_the_cheapest_there_are() -> None:
     """Against every way to cut a short list, padding and passes counted."""
     from itertools import combinations, pairwise

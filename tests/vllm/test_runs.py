@@ -75,8 +75,8 @@ def follow(values: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
         for fact, values in own.facts.items():
             if isinstance(fact, (LogpFact, LogpAtFact)):
                 watch.see(str(fact), float((batch.facts[fact] - values)[mask].abs().max()))
-            if isinstance(fact, TopFact):
-                watch.see(str(fact), float((batch.facts[fact] != values)[mask].sum()))
+            if isinstance(fact, TopFact):  # ids whose log-probs are equal up to rounding may change places
+                assert float((batch.facts[fact] != values)[mask].double().mean()) < 0.02
         if LogpFact("sampler") in batch.facts and LogpFact("student") in own.facts:
             gap = (batch.facts[LogpFact("sampler")] - own.facts[LogpFact("student")])[mask]
             watch.see("sampler from student", float(gap.abs().max()))
@@ -155,7 +155,7 @@ def test_sampling_from_a_server(values: dict[str, Any], server: str, monkeypatch
 
 METHODS = [
     ("opd", {"LogpFact(model='teacher')"}),
-    ({"name": "opd", "k": 8, "support": "teacher"}, {"TopFact(model='teacher', k=8)"}),
+    ({"name": "opd", "k": 8, "support": "teacher"}, {"LogpAtFact(model='teacher', owner='teacher', k=8)"}),
 ]
 
 
