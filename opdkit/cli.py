@@ -134,6 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split")
     sub.add_argument("--limit", type=int)
     sub.add_argument("--template", help='what the model is asked, such as "{prompt}\\nPut your answer in \\\\boxed{{}}."')
+    sub.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    sub.add_argument(
+        "--thinking", choices=("on", "off"), help="enable_thinking of chat templates that know it (Qwen3), as in training"
+    )
     sub.add_argument("--reward", default="math")
     sub.add_argument("--k", default="1", help="Pass@k for these k, such as 1,4,8")
     sub.add_argument("--samples", type=int, default=1, metavar="N", help="responses per problem")
@@ -305,7 +309,15 @@ def _eval(options: Any) -> None:
         ks = tuple(int(k) for k in options.k.split(","))
     except ValueError:
         raise UserError(f"--k {options.k} must be numbers, such as 1,4,8") from None
-    data = Data(options.data, split=options.split, limit=options.limit, template=options.template)
+    thinking = None if options.thinking is None else options.thinking == "on"
+    data = Data(
+        options.data,
+        split=options.split,
+        limit=options.limit,
+        template=options.template,
+        system=options.system,
+        enable_thinking=thinking,
+    )
     out = eval_model(
         options.model,
         data,

@@ -98,6 +98,8 @@ def test_eval_prints_estimates_with_intervals_and_keeps_the_answers(
     assert [line.split()[0] for line in out.splitlines() if "@" in line] == ["Avg@2", "Pass@1", "Pass@2"]
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 6
     assert "--k 1,b must be numbers" in said(capsys, "eval", model, f"--data={data}", "--k=1,b", code=2)
+    for flag, name in (("--thinking=off", "enable_thinking"), ("--system=Be brief.", "system")):  # both reach the chat, which this model lacks
+        assert f"{name} is part of a chat" in said(capsys, "eval", model, f"--data={data}", flag, code=2)
     assert "Pass@4 cannot be estimated from 1 samples" in said(capsys, "eval", model, f"--data={data}", "--k=4", code=2)
 
 
