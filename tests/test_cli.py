@@ -11,6 +11,7 @@ import pytest
 import opdkit
 from opdkit import cli
 from opdkit.cli import main
+from opdkit.run import Data
 from tests.common.tiny import save_tiny
 
 
@@ -98,8 +99,6 @@ def test_eval_prints_estimates_with_intervals_and_keeps_the_answers(
     assert [line.split()[0] for line in out.splitlines() if "@" in line] == ["Avg@2", "Pass@1", "Pass@2"]
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 6
     assert "--k 1,b must be numbers" in said(capsys, "eval", model, f"--data={data}", "--k=1,b", code=2)
-    for flag, name in (("--thinking=off", "enable_thinking"), ("--system=Be brief.", "system")):  # both reach the chat, which this model lacks
-        assert f"{name} is part of a chat" in said(capsys, "eval", model, f"--data={data}", flag, code=2)
     assert "Pass@4 cannot be estimated from 1 samples" in said(capsys, "eval", model, f"--data={data}", "--k=4", code=2)
 
 
@@ -130,6 +129,19 @@ def test_the_run_in_a_file_may_be_changed_by_flags_and_settings(
     file.write_text(f"student: {model}\nteacher: {model}\ndata: {data}\nsteps: 3\nseed: 1\n")
     out = said(capsys, "train", str(file), "seed=5", "--dry-run", "steps=9", "--method=gkd")
     assert "steps: 9" in out and "seed: 5" in out and "method: gkd" in out
+
+
+def test_eval_asks_as_training_did(monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    asked: list[Data] = []
+
+    def note(model: str, data: Data, *_: object, **__: object) -> None:
+        asked.append(data)
+        raise opdkit.UserError("enough")
+
+    monkeypatch.setattr("opdkit.commands.eval_model", note)
+    assert main(["eval", "model", f"--data={data}", "--system=Be brief.", "--thinking=off"]) == 2
+    assert main(["eval", "model", f"--data={data}", "--thinking=on"]) == 2
+    assert [(d.system, d.enable_thinking) for d in asked] == [("Be brief.", False), (None, True)]
 
 
 def test_report_needs_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
