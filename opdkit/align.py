@@ -172,6 +172,8 @@ class AlignedSource:
         last, count, end, others = (x[whole] for x in spans)
         if fact.what == "tokens":
             return torch.zeros_like(mask, dtype=torch.int64).flatten().index_put((last,), count).view(mask.shape)
+        if fact.what == "single":
+            return torch.zeros_like(mask).flatten().index_put((last,), (count == 1) & (others == 1)).view(mask.shape)
         owner, back = countdown(others - 1)
         at = end[owner] - back + (fact.merge == "observed")
         logp = self._logp(at, fact.temperature).clamp_min(LOG_FLOOR)
@@ -236,8 +238,16 @@ class SpanLoss(TokenLoss):
             raise ValueError("student_temperature and teacher_temperature must be positive: they divide logits")
 
     @abstractmethod
-    def compare(self, p: Tensor, q: Tensor, match: Match | None) -> tuple[Tensor, Tensor]:
-        """[r] and slope [r, V_s] for p [r, V_s] of the student and q [r, V_t] of the teacher, neither normalised."""
+    def compare(self, p: Tensor, q: Tensor, match: Match | None, single: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[r] and slope [r, V_s] for p [r, V_s] of the student and q [r, V_t] of the teacher, neither normalised.
+
+        single [r] bool: spans of one token on both sides; None unless `parts`.
+        """
+
+    @property
+    def parts(self) -> bool:
+        """Whether spans of one token and longer ones are told apart."""
+        return False
 
     def _fact(self, what: str) -> SpanFact:
         return SpanFact(self.teacher, what, self.merge, self.eos, self.teacher_temperature if what == "logp" else 1.0)
@@ -246,9 +256,15 @@ class SpanLoss(TokenLoss):
         base, factor = self.merged(live)
         other, vocabulary = live.read(self._fact("logp")), self._fact("vocabulary")
         values, temperatures = factor.new_zeros(len(factor)), (self.student_temperature, self.teacher_temperature)
+        single = live.read(self._fact("single")) if self.parts else None
         for index, theirs, match in live.batch.source(self.teacher, vocabulary).pairs(live.positions, vocabulary, base.shape[-1]):
-            z, scale, factors = (base, factor, other) if index is None else (base[index], factor[index], other[index])
-            found = compare(self.compare, z, scale, theirs.logits, factors, match, temperatures)
+            at = slice(None) if index is None else index
+            ones = None if single is None else single[at]
+
+            def compared(p: Tensor, q: Tensor, rows: slice, match=match, ones=ones) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+                return self.compare(p, q, match, None if ones is None else ones[rows])
+
+            found = compare(compared, base[at], factor[at], theirs.logits, other[at], temperatures)
             values = found if index is None else values.index_add(0, index, found)
         return values
 
@@ -286,7 +302,7 @@ class RankDistance(SpanLoss):
 
     name: ClassVar[str] = "rank_distance"
 
-    def compare(self, p: Tensor, q: Tensor, match: Match | None) -> tuple[Tensor, Tensor]:
+    def compare(self, p: Tensor, q: Tensor, match: Match | None, single: Tensor | None) -> tuple[Tensor, Tensor]:
         return by_rank(p, q)
 
 
@@ -296,24 +312,48 @@ class HybridDistance(SpanLoss):
 
         w_m sum_{v in both} D(p(v), q(v)) + w_u sum_k |p^(k) - q^(k)|
 
-    `weights` are (w_m, w_u); None: the share of the teacher's tokens that the student has, and the rest.
+    `weights` are (w_m, w_u); None: the share of the teacher's tokens that the student has, and the rest. `longer`: how spans are compared
+    that are several tokens on a side, where the entry of a token stands for different texts: "token", as all others, or "rank", as if
+    no token were in both.
     """
 
     kind: Kind = JSD()
     weights: tuple[float, float] | None = None
+    longer: str = "token"
     name: ClassVar[str] = "hybrid_distance"
 
-    def compare(self, p: Tensor, q: Tensor, match: Match | None) -> tuple[Tensor, Tensor]:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.longer not in ("token", "rank"):
+            raise ValueError(f"longer={self.longer!r} must be 'token' or 'rank': how spans of several tokens are compared")
+
+    @property
+    def parts(self) -> bool:
+        return self.longer == "rank"
+
+    def compare(self, p: Tensor, q: Tensor, match: Match | None, single: Tensor | None) -> tuple[Tensor, Tensor]:
         if match is None:
             raise ValueError(
                 "which tokens the two vocabularies have in common is not known: give Alignment.same, the student's id of each of the teacher's"
             )
-        w, rest = self.weights or (match.share, 1 - match.share)
-        value, slope = p.new_zeros(len(p)), torch.zeros_like(p)
+        if single is None or bool(single.all()):
+            return self._hybrid(p, q, match)
+        value, slope = p.new_empty(len(p)), torch.empty_like(p)
+        value[single], slope[single] = self._hybrid(p[single], q[single], match)
+        rank, of = by_rank(p[~single], q[~single])
+        rest = self._weights(match)[1]
+        value[~single], slope[~single] = rest * rank, rest * of
+        return value, slope
+
+    def _weights(self, match: Match) -> tuple[float, float]:
+        return self.weights or (match.share, 1 - match.share)
+
+    def _hybrid(self, p: Tensor, q: Tensor, match: Match) -> tuple[Tensor, Tensor]:
+        (matched, rest), value, slope = self._weights(match), p.new_zeros(len(p)), torch.zeros_like(p)
         if len(match.student):
             part, of = by_token(self.kind, p[:, match.student], q[:, match.teacher])
-            value += w * part
-            slope[:, match.student] = w * of
+            value += matched * part
+            slope[:, match.student] = matched * of
         if len(match.student_rest) and len(match.teacher_rest):
             part, of = by_rank(p[:, match.student_rest], q[:, match.teacher_rest])
             value += rest * part

@@ -108,6 +108,7 @@ def describe(fact: Fact) -> str:
         what = {
             "tokens": f"spans of text that the {fact.model}'s tokens cover too",
             "logp": f"{fact.model} log-probs of those spans",
+            "single": f"which spans are one token on both sides, of the student and the {fact.model}",
             "vocabulary": f"{fact.model} over the whole vocabulary of its own tokenizer",
             "shared": f"whether the {fact.model} has the student's tokenizer",
         }
@@ -138,7 +139,8 @@ class _Probe(Batch):
             values = torch.arange(self.ROWS, dtype=self.dtype)
             return values > 0 if fact.name == "correct" else values
         if isinstance(fact, SpanFact) and fact.what != "logp":
-            return torch.ones(self.ROWS, 1, dtype=torch.bool) if fact.what == "shared" else torch.ones(shape, dtype=torch.int64)
+            kind = torch.int64 if fact.what == "tokens" else torch.bool
+            return torch.ones(self.ROWS, 1 if fact.what == "shared" else self.LENGTH, dtype=kind)
         return torch.full(shape, 1.0 if isinstance(fact, (EntropyFact, GapFact)) else -1.0)
 
     def mark(self, name: str) -> Tensor:

@@ -97,7 +97,7 @@ def test_every_byte_belongs_to_one_group_on_each_side(a, b, total):
 class Seen(SpanLoss):
     """Keeps what it is given to compare."""
 
-    def compare(self, p, q, match):
+    def compare(self, p, q, match, single):
         SEEN[:] = [(p.clone(), q.clone())]
         return p.sum(-1), torch.ones_like(p)
 

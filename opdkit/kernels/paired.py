@@ -43,25 +43,19 @@ class Match:
 
 
 class Comparison(Protocol):
-    """A number for p [r, V_s] and q [r, V_t]: value [r] and its slope [r, V_s] in p."""
+    """A number for p [r, V_s] and q [r, V_t] of rows `at`: value [r] and its slope [r, V_s] in p."""
 
-    def __call__(self, p: Tensor, q: Tensor, match: Match | None) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, p: Tensor, q: Tensor, at: slice) -> tuple[Tensor, Tensor]: ...
 
 
 def compare(
-    comparison: Comparison,
-    z: Tensor,
-    scale: Tensor,
-    y: Tensor,
-    other: Tensor,
-    match: Match | None,
-    temperatures: tuple[float, float],
+    comparison: Comparison, z: Tensor, scale: Tensor, y: Tensor, other: Tensor, temperatures: tuple[float, float]
 ) -> Tensor:
     """[n]: a comparison of exp(scale) softmax(z) and exp(other) softmax(y), for logits z [n, V_s], y [n, V_t] and log-factors [n].
 
     Logits are divided by `temperatures`, the student's and the teacher's. The gradient goes to z and scale.
     """
-    return _Compare.apply(z, scale, y.to(z.dtype), other.to(z.dtype), comparison, match, temperatures)
+    return _Compare.apply(z, scale, y.to(z.dtype), other.to(z.dtype), comparison, temperatures)
 
 
 class _Compare(torch.autograd.Function):
@@ -73,7 +67,6 @@ class _Compare(torch.autograd.Function):
         y: Tensor,
         other: Tensor,
         comparison: Comparison,
-        match: Match | None,
         temperatures: tuple[float, float],
     ) -> Tensor:
         values, to_z, to_scale = z.new_empty(len(z)), torch.empty_like(z), torch.empty_like(scale)
@@ -81,7 +74,7 @@ class _Compare(torch.autograd.Function):
             share = (z[at] / temperatures[0]).softmax(-1)
             p = share * scale[at, None].exp()
             q = (y[at] / temperatures[1]).softmax(-1) * other[at, None].exp()
-            values[at], slope = comparison(p, q, match)
+            values[at], slope = comparison(p, q, at)
             slope.mul_(p)
             to_scale[at] = slope.sum(-1)
             torch.addcmul(slope, share, to_scale[at, None], value=-1, out=to_z[at])
@@ -91,7 +84,7 @@ class _Compare(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         to_z, to_scale = ctx.saved_tensors
-        return to_z * grad[:, None], to_scale * grad, None, None, None, None, None
+        return to_z * grad[:, None], to_scale * grad, None, None, None, None
 
 
 def by_rank(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

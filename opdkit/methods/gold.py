@@ -16,6 +16,7 @@ def gold(
     merge: str = "observed",
     matched_weight: float | None = None,
     unmatched_weight: float | None = None,
+    longer: str = "token",
     distillation_weight: float = 1.0,
     crossentropy_weight: float = 0.0,
     student_temperature: float = 1.0,
@@ -43,14 +44,14 @@ def gold(
     """
     if merge not in ("bayesian", "observed"):
         raise ValueError(f"merge={merge!r} must be 'bayesian' or 'observed': what stands for a span of several tokens")
-    if not hybrid and (matched_weight, unmatched_weight) != (None, None):
-        raise ValueError("matched_weight and unmatched_weight are of the hybrid loss: set hybrid=True")
+    if not hybrid and (matched_weight, unmatched_weight, longer) != (None, None, "token"):
+        raise ValueError("matched_weight, unmatched_weight and longer are of the hybrid loss: set hybrid=True")
     if (matched_weight is None) != (unmatched_weight is None):
         raise ValueError("give both matched_weight and unmatched_weight, or neither: their default follows the two vocabularies")
     settings = merge, student_temperature, teacher_temperature, not skip_eos
     weights = None if matched_weight is None or unmatched_weight is None else (matched_weight, unmatched_weight)
     spans: SpanLoss = RankDistance(*settings, shared=False)
     if hybrid:
-        spans = HybridDistance(*settings, shared=False, kind=JSD(beta), weights=weights)
+        spans = HybridDistance(*settings, shared=False, kind=JSD(beta), weights=weights, longer=longer)
     terms = [spans.per("own_rows"), Term(SharedDivergence(JSD(beta), student_temperature, teacher_temperature))]
     return with_likelihood(terms, lmbda, distillation_weight, crossentropy_weight)

@@ -38,6 +38,12 @@ def decode_attention(
     return (scores.softmax(-1) @ value).reshape(rows, 1, heads, value.shape[-1]), None
 
 
+def spread(model: Any, mask: Tensor | None, cache: Any) -> Tensor | None:
+    """The mask [B, C] of one new token as this attention takes it, [B, 1, 1, C], where all layers see all columns: the model makes none."""
+    own = model.config.get_text_config()._attn_implementation == NAME
+    return mask[:, None, None] if own and mask is not None and not any(cache.is_sliding) else mask
+
+
 @contextmanager
 def decoding(model: Any) -> Iterator[None]:
     """The model with this attention, where it has the stock one and runs on a CPU."""

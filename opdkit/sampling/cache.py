@@ -46,6 +46,17 @@ def select(cache: DynamicCache, index: Tensor, trim: int = 0) -> None:
             layer.take(index, columns)
 
 
+def shrink(cache: DynamicCache, holes: Tensor, moved: Tensor, rows: int) -> None:
+    """Keeps the first `rows` rows, after rows `moved` [m] from behind have been written into `holes` [m] among them; in place."""
+    for layer in _layers(cache):
+        if len(holes):
+            layer.keys[holes], layer.values[holes] = layer.keys[moved], layer.values[moved]
+        if layer.is_sliding:
+            layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
+        else:
+            layer.narrow(rows)
+
+
 def join(first: DynamicCache, second: DynamicCache) -> None:
     """Appends the rows of `second` to `first`, in place; the shorter one is padded on the left."""
     for a, b in zip(_layers(first), _layers(second), strict=True):

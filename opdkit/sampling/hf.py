@@ -15,8 +15,8 @@ from opdkit.head import Head, chunk_rows, slices
 from opdkit.kernels import Vocabulary
 from opdkit.maths import mixture
 from opdkit.models import CausalLM, evaluating, head_of, hidden_states, real_vocabulary, stop_ids
-from opdkit.sampling.attention import decoding
-from opdkit.sampling.cache import join, new_cache, pad_left, select, tokens_that_fit
+from opdkit.sampling.attention import decoding, spread
+from opdkit.sampling.cache import join, new_cache, pad_left, select, shrink, tokens_that_fit
 from opdkit.sampling.draws import check_sampling, choose, row_uniform
 from opdkit.types import Notes, Prompt, Rollout, Sampling, Watch, row_keys
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 1 << 14  # prompt tokens, with padding, in one forward pass
 REFILL_SHARE = 0.25  # of the row budget has to be free before waiting prompts join a running batch
+TRIM_SHARE = 0.125  # of the columns have to be padding for all rows before they are cut off, which copies the cache
 STOP_MARGIN = 4  # tokens decoded before those of a stop string: some decoders drop the space before the first token
 
 Progress = Callable[[int], object]  # called with the number of rollouts finished so far
@@ -99,9 +100,8 @@ class HFSampler:
             for model in models:
                 stack.enter_context(evaluating(model))
                 stack.enter_context(decoding(model))
-            stack.enter_context(
-                torch.no_grad()
-            )  # not inference_mode, under which autocast casts every weight anew for each token
+            # inference_mode is a little faster, but under it autocast casts every weight anew for each token
+            stack.enter_context(torch.no_grad() if torch.is_autocast_enabled(self.model.device.type) else torch.inference_mode())
             run = _Run(self.model, self.tokenizer, head, prompts, sampling, ids, seed, progress, self.guide, self.watch)
             run.sample(budget // longest, max(1, PREFILL_TOKENS // longest))
         return self._rollouts(prompts, sampling, run, policy_version)
@@ -196,12 +196,24 @@ class _Rows:
     token: Tensor  # [B] the last one, not yet in the cache
     tail: Tensor  # [B, K] the last tokens drawn, -1 before the first; K = 0 without stop strings
 
-    def select(self, index: Tensor) -> None:
-        """Keeps rows `index`, without the columns that are padding for all of them."""
+    def keep(self, kept: Tensor) -> None:
+        """Lets the rows [B] that are not kept leave: rows from behind move into their places.
+
+        Columns that are padding for all rows by then go with them, once they are worth the copy.
+        """
+        rows = int(kept.sum())
+        index = torch.arange(rows, device=kept.device)
+        holes, moved = (~kept[:rows]).nonzero()[:, 0], rows + kept[rows:].nonzero()[:, 0]
+        index[holes] = moved
         self.length = self.length[index]
-        trim = self.mask.shape[1] - int(self.length.max())
+        columns = self.mask.shape[1]
+        trim = columns - int(self.length.max())
+        trim = trim if trim > TRIM_SHARE * columns else 0
         for cache in self.caches:
-            select(cache, index, trim)
+            if trim:
+                select(cache, index, trim)
+            else:
+                shrink(cache, holes, moved, rows)
         self.mask = self.mask[index, trim:]
         self.padded = not bool(self.mask.all())
         self.row, self.count, self.token, self.tail = self.row[index], self.count[index], self.token[index], self.tail[index]
@@ -298,7 +310,7 @@ class _Run:
         batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.row), 1)], 1)
         mask = batch.mask if batch.padded else None
         states = [
-            hidden_states(model, batch.token[:, None], mask, batch.length[:, None], cache)[:, -1]
+            hidden_states(model, batch.token[:, None], spread(model, mask, cache), batch.length[:, None], cache)[:, -1]
             for model, cache in zip(self.models, batch.caches)
         ]
         batch.length = batch.length + 1
@@ -324,11 +336,11 @@ class _Run:
         if bool(bad.any()):
             self._refuse(int(batch.row[bad][0]))
         self.stopped[batch.row[done]] = stopped[done]
-        index = (~done).nonzero()[:, 0]
-        self._tick(len(done) - len(index))
-        if not len(index):
+        left = int((~done).sum())
+        self._tick(len(done) - left)
+        if not left:
             return None
-        batch.select(index)
+        batch.keep(~done)
         return batch
 
     def _choose(self, states: list[Tensor], uniform: Tensor) -> tuple[Tensor, ...]:

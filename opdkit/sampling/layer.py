@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 64  # free columns behind the last one of a fresh buffer
+ROOM = 16  # free columns behind the last one of a fresh buffer
 
 
 class GrowingLayer(DynamicLayer):
@@ -36,6 +36,11 @@ class GrowingLayer(DynamicLayer):
     def hold(self, keys: Tensor, values: Tensor) -> None:
         """Takes these tensors as they are; the next update moves them to buffers with room."""
         self.keys, self.values = self.buffers = (keys, values)
+
+    def narrow(self, rows: int) -> None:
+        """Keeps the first rows; nothing is copied."""
+        self.keys, self.values = self.keys[:rows], self.values[:rows]
+        self.buffers = (self.buffers[0][:rows], self.buffers[1][:rows])
 
     def take(self, index: Tensor, columns: int) -> None:
         """Keeps (or repeats) rows `index` [b] and the last `columns` columns, in fresh buffers."""

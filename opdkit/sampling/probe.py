@@ -46,6 +46,7 @@ class Probe:
         longest = min(LENGTH, LENGTH if limit is None else limit - 1)
         texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
         self.sequences = [ids[:longest] for ids in texts if len(ids) > 1]
+        self.names = [f"probe {i} of the engine's weights" for i in range(len(self.sequences))]
         self.gap: float | None = None  # of the last check
         self._engine: Tensor | None = None  # log-probs at the last check
         self._trainer: Tensor | None = None

@@ -39,8 +39,8 @@ class Writer(Protocol):
         """A continuation of each; `tick` hears how many are finished."""
         ...
 
-    def score(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[list[float]]:
-        """Log-probs of sequence[start:] under the plain softmax."""
+    def score(self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str]) -> list[list[float]]:
+        """Log-probs of sequence[start:] under the plain softmax; `who` names each in errors."""
         ...
 
 
@@ -75,7 +75,7 @@ def respond(
         plain = [part.logp for part in parts]
     else:
         whole = [prompts[i // n].tokens + prompts[i // n].prefix + part.tokens for i, part in enumerate(parts)]
-        scored = writer.score(whole, [len(prompts[i // n].tokens) for i in range(len(ids))])
+        scored = writer.score(whole, [len(prompts[i // n].tokens) for i in range(len(ids))], [f"rollout {id}" for id in ids])
         split = [len(prompts[i // n].prefix) for i in range(len(ids))]
         before, plain = [s[:g] for s, g in zip(scored, split)], [s[g:] for s, g in zip(scored, split)]
     responses = []
@@ -96,7 +96,8 @@ def _prefixes(writer: Writer, prompts: Sequence[Prompt]) -> dict[int, list[float
     if not guided:
         return {}
     sequences = [prompts[i].tokens + prompts[i].prefix for i in guided]
-    return dict(zip(guided, writer.score(sequences, [len(prompts[i].tokens) for i in guided])))
+    names = [f"the prefix of prompt {prompts[i].id}" for i in guided]
+    return dict(zip(guided, writer.score(sequences, [len(prompts[i].tokens) for i in guided], names)))
 
 
 def _request(prompt: Prompt, sampling: Sampling, stops: Collection[int], seed: int) -> Request:

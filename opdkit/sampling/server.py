@@ -114,7 +114,7 @@ class ServerSampler:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         for probe, one in zip(self.probe, self.endpoint.each()):
-            logps = [torch.tensor(self._scores(one, s, 1)) for s in probe.sequences]
+            logps = [torch.tensor(self._scores(one, s, 1, who)) for s, who in zip(probe.sequences, probe.names)]
             probe.check(logps, version, f"sending {'adapters' if self.settings.enable_lora else 'weights'} to {one.urls[0]}")
         self.version = version
 
@@ -137,10 +137,9 @@ class ServerSampler:
 
     def _call(self, method: str, argument: Any) -> None:
         """A method of `vllm_worker.Weights` on every server."""
+        command = ADAPTERS if self.settings.enable_lora else COMMAND
         for one in self.endpoint.each():
-            _ask(
-                one, "/collective_rpc", {"method": method, "args": [argument]}, ADAPTERS if self.settings.enable_lora else COMMAND
-            )
+            _ask(one, "/collective_rpc", {"method": method, "args": [argument]}, command)
 
     # --------------------------------------------------------------------------------------------------------- sample
 
@@ -171,16 +170,13 @@ class ServerSampler:
         """A continuation of each."""
         return self.endpoint.map([partial(self._drawn, self.endpoint, request) for request in requests], tick)
 
-    def score(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[list[float]]:
+    def score(self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str]) -> list[list[float]]:
         """Log-probs of sequence[start:] under the plain softmax."""
-        return self.endpoint.map([partial(self._scores, self.endpoint, s, a) for s, a in zip(sequences, starts)])
+        return self.endpoint.map([partial(self._scores, self.endpoint, s, a, w) for s, a, w in zip(sequences, starts, who)])
 
     def _drawn(self, endpoint: Endpoint, request: Request) -> Drawn:
-        neutral = {
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-        }  # whatever the checkpoint would have
+        # whatever the checkpoint's own generation settings say
+        neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
         choice = self._complete(endpoint, request.tokens, request.settings | neutral | {"return_token_ids": True})
         tokens, logps = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not isinstance(tokens, list) or not isinstance(logps, list) or len(tokens) != len(logps):
@@ -190,9 +186,9 @@ class ServerSampler:
             )
         return Drawn(tokens, [float("nan") if x is None else x for x in logps], ended(choice.get("finish_reason")))
 
-    def _scores(self, endpoint: Endpoint, tokens: list[int], start: int) -> list[float]:
+    def _scores(self, endpoint: Endpoint, tokens: list[int], start: int, who: str) -> list[float]:
         choice = self._complete(endpoint, tokens, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0})
-        return parse_prompt_logprobs(choice.get("prompt_logprobs"), tokens, start, 0, "the sampling server").logp.tolist()
+        return parse_prompt_logprobs(choice.get("prompt_logprobs"), tokens, start, 0, f"{who} at {self.name}").logp.tolist()
 
     def _complete(self, endpoint: Endpoint, tokens: list[int], settings: dict[str, Any]) -> dict[str, Any]:
         choices = endpoint.post("/v1/completions", {"model": self.name, "prompt": tokens, **settings}).get("choices")
@@ -207,7 +203,7 @@ class ServerSampler:
             for one, probe in zip(self.endpoint.each(), self.probe):
                 prompt = probe.sequences[0]
                 drawn = self._drawn(one, Request(prompt, {"temperature": HOTTEST, "max_tokens": 8, "seed": 0, "logprobs": 0}))
-                plain = self._scores(one, prompt + drawn.tokens, len(prompt))
+                plain = self._scores(one, prompt + drawn.tokens, len(prompt), probe.names[0])
                 self.processed &= max(abs(a - b) for a, b in zip(drawn.logp, plain)) > SAME
         if not self.processed:
             raise UserError(

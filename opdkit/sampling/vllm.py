@@ -72,8 +72,10 @@ class VllmSampler:
         if model is not self.model:
             raise ValueError("this sampler samples from another model than the one that was trained")
         self.engine.wake(partial(self._send, version))
-        logps = [scored.logp for scored in self.engine.score(self.probe.sequences, [1] * len(self.probe.sequences))]
-        self.probe.check(logps, version, "sending adapters" if self.settings.enable_lora else "sending weights")
+        scored = self.engine.score(self.probe.sequences, [1] * len(self.probe.sequences), self.probe.names)
+        self.probe.check(
+            [s.logp for s in scored], version, "sending adapters" if self.settings.enable_lora else "sending weights"
+        )
         self.version = version
 
     def _send(self, version: int) -> None:
@@ -115,9 +117,9 @@ class VllmSampler:
         outputs = [output.outputs[0] for output in self.engine.run([r.tokens for r in requests], params, tick)]
         return [Drawn(list(o.token_ids), list(o.logprobs.logprobs), ended(o.finish_reason)) for o in outputs]
 
-    def score(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[list[float]]:
+    def score(self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str]) -> list[list[float]]:
         """Log-probs of sequence[start:] under the plain softmax."""
-        return [scored.logp.tolist() for scored in self.engine.score(sequences, starts)]
+        return [scored.logp.tolist() for scored in self.engine.score(sequences, starts, who)]
 
     def close(self) -> None:
         """Ends the engine and frees its memory."""

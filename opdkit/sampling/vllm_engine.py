@@ -98,10 +98,8 @@ class Engine:
         for name in ("kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens"):
             if (value := getattr(settings, name)) is not None:
                 extra[name] = value
-        if self.cpu:
-            extra["enable_chunked_prefill"] = (
-                False  # a prompt read in parts and a seed of its own end the engine on a CPU (vLLM 0.32)
-            )
+        if self.cpu:  # there a request with a seed ends the engine (vLLM 0.32) if its prompt is read in parts
+            extra["enable_chunked_prefill"] = False
         with _starting(), _teaching(model):
             self.llm = vllm.LLM(
                 model=model,
@@ -159,12 +157,14 @@ class Engine:
             raise
         return [done[i] for i in range(len(prompts))]
 
-    def score(self, sequences: Sequence[list[int]], starts: Sequence[int], k: int = 0, who: Sequence[str] = ()) -> list[Scored]:
-        """Log-probs of sequence[start:] under the plain softmax, and the k most probable ids; a token is drawn and dropped."""
+    def score(self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str], k: int = 0) -> list[Scored]:
+        """Log-probs of sequence[start:] under the plain softmax, and the k most probable ids; a token is drawn and dropped.
+
+        `who` names each in errors.
+        """
         params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k, "detokenize": False}
         outputs = self.run(sequences, [params] * len(sequences))
-        names = who or [f"sequence {i}" for i in range(len(sequences))]
-        return [parse_prompt_logprobs(o.prompt_logprobs, s, a, k, w) for o, s, a, w in zip(outputs, sequences, starts, names)]
+        return [parse_prompt_logprobs(o.prompt_logprobs, s, a, k, w) for o, s, a, w in zip(outputs, sequences, starts, who)]
 
     # -------------------------------------------------------------------------------------------------------- weights
 

@@ -15,24 +15,15 @@ from torch import Tensor
 class Weights:
     """Methods for `collective_rpc`. `self` is a vLLM worker."""
 
-    def opdkit_load(self, weights: Iterable[tuple[str, Tensor]]) -> int:
-        """New weights by their names in the checkpoint; the number that came."""
+    def opdkit_load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """New weights by their names in the checkpoint."""
         worker: Any = self
-        count = 0
-
-        def counted() -> Iterator[tuple[str, Tensor]]:
-            nonlocal count
-            for name, weight in weights:
-                count += 1
-                yield name, weight
-
-        worker.reload_weights(weights_iterator=counted())
+        worker.reload_weights(weights_iterator=weights)
         _pack_again(worker.get_model())
-        return count
 
-    def opdkit_load_folder(self, folder: str) -> int:
+    def opdkit_load_folder(self, folder: str) -> None:
         """The same from safetensors files."""
-        return self.opdkit_load(_read(Path(folder)))
+        self.opdkit_load(_read(Path(folder)))
 
     def opdkit_head(self, rows: int) -> int:
         """Logits of the first `rows` ids only, whose rows of the head stand for tokens, and without adapters of the head: opdkit has none, and

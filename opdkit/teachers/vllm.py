@@ -91,7 +91,7 @@ class VllmTeacher:
             names.append(f"rollout {rollout.id} at {self.model}")
             self._fits(len(sequences[-1]), names[-1])
         self.engine.wake()
-        scored = self.engine.score(sequences, starts, min(k, self.tokens), names)
+        scored = self.engine.score(sequences, starts, names, min(k, self.tokens))
         self.engine.sleep()
         made: Tensors = {}
         for fact in wanted:

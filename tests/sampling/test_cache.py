@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opdkit.models import hidden_states
-from opdkit.sampling.cache import join, new_cache, pad_left, select, tokens_that_fit
+from opdkit.sampling.cache import join, new_cache, pad_left, select, shrink, tokens_that_fit
 from opdkit.sampling.layer import ROOM
 from tests.common.tiny import tiny_model
 
@@ -39,6 +39,25 @@ def test_joined_rows_continue_like_separate_ones(kind: str, config: dict[str, in
     kept = hidden_states(model, token, None, torch.full((2, 1), length), caches[0])[:, 0]
     alone_again: Tensor = hidden_states(model, IDS[first : first + 1, : length + 1], None)[0, -1]
     assert torch.allclose(kept, alone_again.expand(2, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("grown", [0, 3], ids=["as prefilled", "with room"])
+@pytest.mark.parametrize(("kind", "config"), [("qwen3", {}), ("gemma2", {"sliding_window": 8})])
+@torch.inference_mode()
+def test_rows_that_move_into_free_places_go_on(kind: str, config: dict[str, int], grown: int) -> None:
+    """Of rows 0, 1, 2 the first leaves: row 2 takes its place, and nothing else is copied."""
+    model = tiny_model(kind, **config)
+    cache = new_cache(model)
+    hidden_states(model, IDS[:, :10], None, past_key_values=cache)
+    for t in range(10, 10 + grown):
+        hidden_states(model, IDS[:, t : t + 1], None, torch.full((3, 1), t), cache)
+    where = cache.layers[-1].keys.data_ptr()
+    shrink(cache, torch.tensor([0]), torch.tensor([2]), 2)
+    assert cache.layers[-1].keys.data_ptr() == where and cache.layers[-1].keys.shape[0] == 2
+    rows, length = torch.tensor([2, 1]), 10 + grown
+    for t in range(length, length + 2):
+        left = hidden_states(model, IDS[rows, t : t + 1], None, torch.full((2, 1), t), cache)[:, 0]
+    torch.testing.assert_close(left, hidden_states(model, IDS[rows, : length + 2], None)[:, -1], rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()

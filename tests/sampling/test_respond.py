@@ -33,6 +33,7 @@ class Played:
     drawn_logp: float = -0.25
     asked: list[Request] = field(default_factory=list)
     scored: list[list[int]] = field(default_factory=list)
+    named: list[str] = field(default_factory=list)
 
     def draw(self, requests: Sequence[Request], tick: Callable[[int], None] | None) -> list[Drawn]:
         self.asked += requests
@@ -40,7 +41,8 @@ class Played:
             tick(len(requests))
         return [Drawn([8, STOP], [self.drawn_logp] * 2, True) for _ in requests]
 
-    def score(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[list[float]]:
+    def score(self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str]) -> list[list[float]]:
+        self.named += who
         self.scored += sequences
         return [[-x - i / 10 for i, x in enumerate(s)][a:] for s, a in zip(sequences, starts)]
 
@@ -72,6 +74,7 @@ def test_plain_draws_have_one_log_prob_and_prefixes_are_scored_once_per_prompt()
     assert [r.tokens for r in responses[::2]] == [[8, STOP], [5, 6, 8, STOP], [7, STOP], [1, 2, 3, 4]]
     assert [r.stopped for r in responses[::2]] == [True, True, True, False]
     assert played.scored == [[3, 5, 6], [4, 7, STOP], [4, 1, 2, 3, 4]]
+    assert played.named == [f"the prefix of prompt {p}" for p in "bcd"]
     assert responses[2].logp == responses[2].drawn_logp == [-5.1, -6.2, -0.25, -0.25]
     assert responses[4].logp == [-7.1, -9.2]
 
@@ -85,6 +88,7 @@ def test_greedy_tokens_are_certain_where_they_are_drawn() -> None:
 def test_where_the_draw_is_cut_the_plain_log_probs_come_from_a_second_pass() -> None:
     played, responses, _ = ask(replace(PLAIN, temperature=0.7, num_generations=1))
     assert played.scored == [[1, 2, 8, STOP], [3, 5, 6, 8, STOP], [4, 7, STOP], [4, 1, 2, 3, 4]]
+    assert played.named == [f"rollout 3/{p}/0" for p in "abcd"]
     assert responses[0].logp == [-8.2, -9.3] and responses[0].drawn_logp == [-0.25, -0.25]
     assert responses[1].logp == [-5.1, -6.2, -8.3, -9.4] and responses[1].drawn_logp == [-5.1, -6.2, -0.25, -0.25]
     assert responses[2].drawn_logp == responses[2].logp == [-7.1, -9.2]

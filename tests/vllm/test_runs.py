@@ -1,8 +1,8 @@
 """Runs of ten steps with vLLM as sampler or as teacher: what the student learns from is what Hugging Face says, and the weights follow.
 
-At each step the facts are gathered twice, as the run does it and with both models of transformers in this process. Tolerances, float32:
-log-probs of one token differ by 1e-5 at most between the two implementations, 1e-4 is allowed; the gradient, which sums a few hundred of
-them with both signs, may differ by a thousandth of its norm.
+At each step the facts are gathered twice, as the run does it and with both models of transformers in this process. Tolerances, float32: the two
+implementations add up in other orders, which moved no log-prob by more than 6e-6 nats where this was written (other processors have other
+kernels; 1e-4 is allowed), and the gradient, which is linear in them, by 2e-6 of its norm (1e-4 is allowed).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.vllm.conftest import SMALL
 
 pytestmark = pytest.mark.vllm
 
-CLOSE, SHARE = 1e-4, 1e-3
+CLOSE, SHARE = 1e-4, 1e-4
 STEPS = 10
 
 
@@ -167,7 +167,7 @@ def test_a_teacher_in_a_vllm_engine(
         "kind": "vllm",
         "model": checkpoint(7),
         "max_model_len": 384,
-        "gpu_memory_utilization": 0.05,
+        "gpu_memory_utilization": 0.2,
         "enforce_eager": True,
     }
     job, watch = follow(values | {"teacher": teacher, "method": method}, checkpoint(7), monkeypatch)
