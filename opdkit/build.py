@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -83,9 +84,9 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
     scorers |= {name: cut(scorer, vocab) for name, scorer in others.items()}
     sampler = HFSampler(base, tokenizer, head=student.head)  # of evaluations
     mix = guide(scorers, method.teacher_mix) if method.teacher_mix else None
-    writer = models.sampler(student, watched(needs), mix) if stored is None else sampler  # which then writes nothing
     prompts = make_prompts(run.prompts, rows, tokenizer)
-    refuse_long(prompts, base, run.sampling if stored is None else stored.origin.sampling)
+    longest = refuse_long(prompts, base, run.sampling if stored is None else stored.origin.sampling)
+    writer = models.sampler(student, watched(needs), mix, longest) if stored is None else sampler  # which then writes nothing
     if stored is not None and given.student is None:
         for note in student_notes(stored, identify(run.student)):
             print(f"opdkit: {note}", file=sys.stderr)
@@ -248,11 +249,9 @@ def make_prompts(data: Data, rows: list[Row], tokenizer: Any) -> Prompts:
     return prompts
 
 
-def refuse_long(prompts: Prompts, model: Any, sampling: Sampling) -> None:
-    """Prompt and response must fit the model's context: a longer prompt would be cut or answered blindly."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is None:
-        return
+def refuse_long(prompts: Prompts, model: Any, sampling: Sampling) -> int:
+    """Tokens of the longest rollout there can be. It must fit the model's context: a longer prompt would be cut or answered blindly."""
+    limit = getattr(model.config, "max_position_embeddings", math.inf)
     room = limit - sampling.max_completion_length
     longest = max(prompts, key=lambda p: len(p.tokens))
     if len(longest.tokens) > room:
@@ -261,6 +260,7 @@ def refuse_long(prompts: Prompts, model: Any, sampling: Sampling) -> None:
             f"{room} fit the model's context of {limit}. Set data.max_prompt_length={max(room, 0)} to drop longer prompts, "
             "or lower max_completion_length"
         )
+    return len(longest.tokens) + sampling.max_completion_length
 
 
 def guide(scorers: Mapping[str, Scorer | Remote], share: float) -> Guide:

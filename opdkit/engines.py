@@ -110,12 +110,15 @@ class Models:
         check_head(model)
         return model
 
-    def sampler(self, student: Student, watch: Watch, guide: Guide | None) -> Sampler:
-        """Who writes the student's responses."""
+    def sampler(self, student: Student, watch: Watch, guide: Guide | None, longest: int) -> Sampler:
+        """Who writes the student's responses; a rollout has at most `longest` tokens."""
         spec, trust = self.run.sampler_spec, self.run.trust_remote_code
         if not isinstance(spec, HfSettings) and self.run.dtype == "bfloat16":
             spec = replace(spec, dtype=spec.dtype or "bfloat16")  # of the products, whatever the weights that learn are kept in
         if isinstance(spec, VllmSettings):
+            spec = replace(
+                spec, max_model_len=spec.max_model_len or longest + 1
+            )  # vLLM reserves for all the model's positions otherwise
             return VllmSampler(student.model, self.tokenizer, spec, head=student.head, trust_remote_code=trust)
         if isinstance(spec, ServerSettings):
             return ServerSampler(student.model, self.tokenizer, spec, head=student.head)

@@ -94,10 +94,10 @@ def _opened(run: Run, method: Method, prompts: Prompts, tokenizer: Any) -> tuple
     models = Models(run, device, Given(), tokenizer)
     models.reach(method)
     student: Any = models.frozen(Local(run.student, run.dtype))
-    refuse_long(prompts, student.model, run.sampling)
+    longest = refuse_long(prompts, student.model, run.sampling)
     teacher = models.teacher(method, stop_ids(student.model, tokenizer))
     vocab = shared_vocabulary([student.head, *heads_of(teacher)], real_vocabulary(tokenizer))
-    sampler = models.sampler(student.cut(vocab), Watch(), None)
+    sampler = models.sampler(student.cut(vocab), Watch(), None, longest)
     sampler.sync(student.model, 0)
     return sampler, cut(teacher, vocab), device
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opdkit.errors import UserError
-from opdkit.types import Prompt, Rollout, Sampling
+from opdkit.types import Notes, Prompt, Rollout, Sampling
 
 DECODE: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
@@ -21,6 +21,7 @@ class Response:
     logp: list[float]  # under the plain softmax
     drawn_logp: list[float]  # under the distribution the tokens were drawn from
     stopped: bool  # by a stop token or a stop string, not by its length
+    notes: Notes | None = None  # what was watched
 
 
 def rollout_ids(prompts: Sequence[Prompt], sampling: Sampling, step: int | None) -> list[str]:
@@ -59,6 +60,7 @@ def finish(
                 text=_cut(text, prompt, sampling.stop, tokenizer) if response.stopped else text,
                 marks={"guided": [t < guided for t in range(length)]} if guided else {},
                 row=prompt.row,
+                notes=response.notes,
             )
         )
     return rollouts

@@ -18,6 +18,7 @@ from opdkit.models import CausalLM, evaluating, head_of, hidden_states, real_voc
 from opdkit.sampling.attention import decoding, spread
 from opdkit.sampling.cache import join, new_cache, pad_left, select, shrink, tokens_that_fit
 from opdkit.sampling.draws import check_sampling, choose, row_uniform
+from opdkit.sampling.finish import DECODE, Response, finish, refuse_broken, rollout_ids
 from opdkit.types import Notes, Prompt, Rollout, Sampling, Watch, row_keys
 
 if TYPE_CHECKING:
@@ -93,8 +94,7 @@ class HFSampler:
                 f"max_batch_tokens={budget} is less than one rollout may need ({longest} tokens: the longest prompt and "
                 f"max_completion_length={sampling.max_completion_length}); raise it or shorten the rollouts"
             )
-        names = [p.id if step is None else f"{step}/{p.id}" for p in prompts]
-        ids = [f"{name}/{c}" for name in names for c in range(sampling.num_generations)]
+        ids = rollout_ids(prompts, sampling, step)
         models = [self.model] if self.guide is None else [self.model, self.guide.model]
         with ExitStack() as stack:
             for model in models:
@@ -104,42 +104,7 @@ class HFSampler:
             stack.enter_context(torch.no_grad() if torch.is_autocast_enabled(self.model.device.type) else torch.inference_mode())
             run = _Run(self.model, self.tokenizer, head, prompts, sampling, ids, seed, progress, self.guide, self.watch)
             run.sample(budget // longest, max(1, PREFILL_TOKENS // longest))
-        return self._rollouts(prompts, sampling, run, policy_version)
-
-    def _rollouts(self, prompts: Sequence[Prompt], sampling: Sampling, run: _Run, policy_version: int) -> list[Rollout]:
-        responses = run.responses()
-        texts = self.tokenizer.batch_decode([tokens for tokens, *_ in responses], **DECODE)
-        stopped = run.stopped.tolist()
-        rollouts = []
-        for i, (tokens, logp, drawn_logp, notes) in enumerate(responses):
-            prompt = prompts[i // sampling.num_generations]
-            guided = len(prompt.prefix)
-            rollouts.append(
-                Rollout(
-                    id=run.ids[i],
-                    prompt=prompt.tokens,
-                    tokens=tokens,
-                    trained=[True] * len(tokens),
-                    logp=logp,
-                    drawn_logp=drawn_logp,
-                    group=prompt.id,
-                    policy_version=policy_version,
-                    finish="stop" if stopped[i] else "length",
-                    text=self._cut(texts[i], prompt, sampling.stop) if stopped[i] else texts[i],
-                    marks={"guided": [t < guided for t in range(len(tokens))]} if guided else {},
-                    row=prompt.row,
-                    notes=notes,
-                )
-            )
-        return rollouts
-
-    def _cut(self, text: str, prompt: Prompt, stop: tuple[str, ...]) -> str:
-        """The text before the first stop string that the student wrote."""
-        start = len(self.tokenizer.decode(prompt.prefix, **DECODE)) if stop and prompt.prefix else 0
-        return text[: min((at for s in stop if (at := text.find(s, start)) >= 0), default=len(text))]
-
-
-DECODE: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return finish(prompts, sampling, ids, run.responses(), self.tokenizer, policy_version)
 
 
 def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, model: CausalLM, head: Head) -> int:
@@ -334,7 +299,7 @@ class _Run:
         if not bool((done | bad).any()):  # the one moment in a step when the host waits for the device
             return batch
         if bool(bad.any()):
-            self._refuse(int(batch.row[bad][0]))
+            refuse_broken(self.ids[int(batch.row[bad][0])])
         self.stopped[batch.row[done]] = stopped[done]
         left = int((~done).sum())
         self._tick(len(done) - left)
@@ -401,21 +366,24 @@ class _Run:
             at = slice(start, start + len(unit.prompt.prefix))
             start = at.stop
             if not bool(logp[at].isfinite().all()):
-                self._refuse(unit.rows.start)
+                refuse_broken(self.ids[unit.rows.start])
             seen = [tokens[at], *(column[at] for column in columns)]
             self.record += [(torch.full_like(tokens[at], row), *seen) for row in unit.rows]
 
     # ------------------------------------------------------------------------------------------------------- results
 
-    def responses(self) -> list[tuple[list[int], list[float], list[float], Notes | None]]:
-        """Tokens, log-probs, log-probs of the drawing distribution, and what was watched of each rollout."""
+    def responses(self) -> list[Response]:
+        """What was written after each prompt, and what was watched meanwhile."""
         row, *columns = (torch.cat(column) for column in zip(*self.record))
         order = row.argsort(stable=True)  # stable: the tokens of a row stay in the order of their drawing
         token, logp, drawn_logp = (column[order].tolist() for column in columns[:3])
         seen = [column[order] for column in columns[3:]]
         ends = row.bincount(minlength=len(self.ids)).cumsum(0).tolist()
-        spans = list(zip([0, *ends], ends))
-        return [(token[a:b], logp[a:b], drawn_logp[a:b], self._notes([s[a:b] for s in seen])) for a, b in spans]
+        spans = zip([0, *ends], ends, self.stopped.tolist())
+        return [
+            Response(token[a:b], logp[a:b], drawn_logp[a:b], stopped, self._notes([s[a:b] for s in seen]))
+            for a, b, stopped in spans
+        ]
 
     def _notes(self, seen: list[Tensor]) -> Notes | None:
         """What was watched of one rollout."""
@@ -428,9 +396,3 @@ class _Run:
         self.finished += finished
         if self.progress is not None:
             self.progress(self.finished)
-
-    def _refuse(self, row: int) -> None:
-        raise UserError(
-            f"the model's logits are not finite for rollout {self.ids[row]!r}: its weights hold nan or inf, or 16 bits overflowed. "
-            "Go back to an earlier checkpoint with a lower learning rate, or load the model with dtype float32"
-        )

@@ -20,7 +20,7 @@ from opdkit.head import Head, Source
 from opdkit.models import real_vocabulary, same_tokenizer
 from opdkit.teachers import scoring
 from opdkit.teachers.base import Remote, Scorer, at_others_ids
-from opdkit.teachers.prompt_logprobs import Scored
+from opdkit.teachers.prompt_logprobs import Scored, read_fact, without_positions
 from opdkit.teachers.spec import REMEDY, Server, refuse_facts
 from opdkit.teachers.wire import Ask, SGLang, Vllm, Wire, same_model
 from opdkit.types import Fact, GapFact, LogpAtFact, LogpFact, TopFact, VocabularyFact
@@ -120,7 +120,7 @@ class Served:
         for fact in wanted if answers else ():
             values = torch.cat([answer[fact] for answer in answers])
             made[fact] = torch.empty_like(values).index_copy_(0, torch.cat(index), values).to(positions.device)
-        return made or {f: _nothing(f, positions.device) for f in wanted}
+        return made or {f: without_positions(f, positions.device) for f in wanted}
 
     def _rollout(self, wanted: Collection[Fact], layout: Layout, b: int, t: Tensor, at: Mapping[LogpAtFact, Tensor]) -> Tensors:
         """The facts of one rollout at its response positions t [n]."""
@@ -141,7 +141,7 @@ class Served:
             scored = self.wire.scores(self.endpoint, self.model, ask, deepest)
             self._known(scored, ask)
             for fact in set(wanted) - set(at):
-                made[fact] = _read(fact, scored)[t - first]
+                made[fact] = read_fact(fact, scored)[t - first]
         for fact, ids in at.items():
             full = torch.tensor(tokens[start:])[:, None].expand(-1, ids.shape[1]).clone()
             full[t - first] = ids
@@ -155,22 +155,6 @@ class Served:
                 f"{ask.who}: among its most probable tokens is id {largest}, and the tokenizer has {self.tokens}: it is a padded row of the "
                 "teacher's head. Lower the method's k, or use `opdkit serve-teacher`, which cuts such rows"
             )
-
-
-def _read(fact: Fact, scored: Scored) -> Tensor:
-    if isinstance(fact, LogpFact):
-        return scored.logp
-    if isinstance(fact, TopFact):
-        return scored.top_ids[:, : fact.k]
-    assert isinstance(fact, LogpAtFact)
-    return scored.top_logp[:, : fact.k]
-
-
-def _nothing(fact: Fact, device: torch.device) -> Tensor:
-    """A fact at no position."""
-    kind = torch.int64 if isinstance(fact, TopFact) else torch.float32
-    shape = (0, fact.k) if isinstance(fact, (TopFact, LogpAtFact)) else (0,)
-    return torch.zeros(shape, dtype=kind, device=device)
 
 
 def _probe(served: Served, ones: Sequence[Endpoint], name: str, needs: Any, tokenizer: Any, model: str) -> None:
@@ -332,7 +316,7 @@ class Numbers(_Own):
         for number, fact in enumerate(sorted(wanted, key=repr) if parts else ()):
             values = torch.cat([answer[str(number)] for answer in answers])
             made[fact] = torch.empty_like(values).index_copy_(0, torch.cat(index), values).to(positions.device)
-        return made or {f: _nothing(f, positions.device) for f in wanted}
+        return made or {f: without_positions(f, positions.device) for f in wanted}
 
 
 @dataclass

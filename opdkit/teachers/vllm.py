@@ -27,14 +27,11 @@ def open_teacher(spec: Vllm, method: Any, tokenizer: Any, model: str = "teacher"
             f"the tokenizer of {spec.model} is not the student's: {difference}. Token-level distillation compares distributions over the same "
             "ids; use a teacher of the student's family"
         )
-    settings = EngineSettings(
-        dtype=spec.dtype,
-        gpu_memory_utilization=spec.gpu_memory_utilization,
-        max_model_len=spec.max_model_len,
-        tensor_parallel_size=spec.tensor_parallel_size,
-        enforce_eager=spec.enforce_eager,
-    )
-    return VllmTeacher(spec.model, tokenizer, settings, k=deepest(method.needs, model), trust_remote_code=trust_remote_code)
+    if spec.enable_sleep_mode and spec.sleep_level == 2:
+        raise UserError(
+            "teacher.sleep_level=2 drops weights that nobody sends again: use 1, which keeps them in the machine's memory meanwhile"
+        )
+    return VllmTeacher(spec.model, tokenizer, spec, k=deepest(method.needs, model), trust_remote_code=trust_remote_code)
 
 
 def _says(fact: Fact, model: str) -> bool:
