@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -34,8 +35,8 @@ class Alignment:
     """How another tokenizer divides the same responses.
 
     Ends are the byte of the UTF-8 text at which a token ends, counted from the start of the response; `EOS` at the end of sequence, which
-    is no text; `OUT` where a token is left out (padding). `same` holds for each of its tokens the id of the student's with the same text, -1 where there is none;
-    what a head has beyond that only pads it. `shared`: it is the student's tokenizer, on the student's very tokens.
+    is no text; `OUT` where a token is left out (padding). `same` holds for each of its tokens the id of the student's with the same text,
+    -1 where there is none; what a head has beyond that only pads it. `shared`: it is the student's tokenizer, on the student's very tokens.
     """
 
     tokens: Tensor  # [B, U] ids of the other tokenizer
@@ -57,9 +58,9 @@ class Spans(NamedTuple):
     """N spans: the flat index of the last token of each on either side, and how many tokens it has there."""
 
     last: Tensor  # [N] in [B * T]
-    count: Tensor
+    tokens: Tensor  # [N]
     other_last: Tensor  # [N] in [B * U]
-    other_count: Tensor
+    other_tokens: Tensor  # [N]
 
 
 def align(student_ends: Tensor, ends: Tensor) -> Spans:
@@ -117,7 +118,7 @@ def by_number(student_ends: Tensor, ends: Tensor) -> Spans:
 class Pair(NamedTuple):
     """The other model's distributions at some of the asked positions."""
 
-    index: Tensor | None  # [m] which of them; None: all
+    at: Tensor | None  # [m] which of them; None: all
     vocabulary: Vocabulary  # [m, V_t]
     match: Match | None
 
@@ -153,7 +154,7 @@ class AlignedSource:
             return [Pair(None, Vocabulary(self.logits(positions)), None)]
         spans = self._spans(fact)
         span = torch.searchsorted(spans.last, positions)
-        at = spans.other_last[span] - (spans.other_count[span] - 1 if fact.merge == "observed" else 0)
+        at = spans.other_last[span] - (spans.other_tokens[span] - 1 if fact.merge == "observed" else 0)
         return [Pair(None, Vocabulary(self.source.logits(at)), self._match(vocabulary))]
 
     def _match(self, vocabulary: int) -> Match | None:
@@ -168,7 +169,7 @@ class AlignedSource:
             return torch.full((len(mask), 1), self.alignment.shared, device=mask.device)
         spans = self._spans(fact)
         trained = torch.nn.functional.pad(mask.flatten().cumsum(0), (1, 0))
-        whole = trained[spans.last + 1] - trained[spans.last + 1 - spans.count] == spans.count
+        whole = trained[spans.last + 1] - trained[spans.last + 1 - spans.tokens] == spans.tokens
         last, count, end, others = (x[whole] for x in spans)
         if fact.what == "tokens":
             return torch.zeros_like(mask, dtype=torch.int64).flatten().index_put((last,), count).view(mask.shape)
@@ -238,10 +239,10 @@ class SpanLoss(TokenLoss):
             raise ValueError("student_temperature and teacher_temperature must be positive: they divide logits")
 
     @abstractmethod
-    def compare(self, p: Tensor, q: Tensor, match: Match | None, single: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[r] and slope [r, V_s] for p [r, V_s] of the student and q [r, V_t] of the teacher, neither normalised.
+    def compare(self, p: Tensor, q: Tensor, rows: slice, match: Match | None, single: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[r] and slope [r, V_s] for p [r, V_s] of the student and q [r, V_t] of the teacher, neither normalised: `rows` of n spans.
 
-        single [r] bool: spans of one token on both sides; None unless `parts`.
+        single [n] bool: spans of one token on both sides; None unless `parts`.
         """
 
     @property
@@ -259,11 +260,7 @@ class SpanLoss(TokenLoss):
         single = live.read(self._fact("single")) if self.parts else None
         for index, theirs, match in live.batch.source(self.teacher, vocabulary).pairs(live.positions, vocabulary, base.shape[-1]):
             at = slice(None) if index is None else index
-            ones = None if single is None else single[at]
-
-            def compared(p: Tensor, q: Tensor, rows: slice, match=match, ones=ones) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-                return self.compare(p, q, match, None if ones is None else ones[rows])
-
+            compared = partial(self.compare, match=match, single=None if single is None else single[at])
             found = compare(compared, base[at], factor[at], theirs.logits, other[at], temperatures)
             values = found if index is None else values.index_add(0, index, found)
         return values
@@ -302,7 +299,7 @@ class RankDistance(SpanLoss):
 
     name: ClassVar[str] = "rank_distance"
 
-    def compare(self, p: Tensor, q: Tensor, match: Match | None, single: Tensor | None) -> tuple[Tensor, Tensor]:
+    def compare(self, p: Tensor, q: Tensor, rows: slice, match: Match | None, single: Tensor | None) -> tuple[Tensor, Tensor]:
         return by_rank(p, q)
 
 
@@ -331,11 +328,12 @@ class HybridDistance(SpanLoss):
     def parts(self) -> bool:
         return self.longer == "rank"
 
-    def compare(self, p: Tensor, q: Tensor, match: Match | None, single: Tensor | None) -> tuple[Tensor, Tensor]:
+    def compare(self, p: Tensor, q: Tensor, rows: slice, match: Match | None, single: Tensor | None) -> tuple[Tensor, Tensor]:
         if match is None:
             raise ValueError(
                 "which tokens the two vocabularies have in common is not known: give Alignment.same, the student's id of each of the teacher's"
             )
+        single = None if single is None else single[rows]
         if single is None or bool(single.all()):
             return self._hybrid(p, q, match)
         value, slope = p.new_empty(len(p)), torch.empty_like(p)
@@ -375,9 +373,12 @@ class SharedDivergence(TokenLoss):
         return batch.read(SpanFact(self.teacher, "shared"))
 
     def value(self, live: Live) -> Tensor:
-        fact = SpanFact(self.teacher, "vocabulary")
-        values = live.logits.new_zeros(len(live.positions))
-        for index, vocabulary, _ in live.batch.source(self.teacher, fact).pairs(live.positions, fact, live.logits.shape[-1]):
+        fact, values = SpanFact(self.teacher, "vocabulary"), live.logits.new_zeros(len(live.positions))
+        if bool(self.defined(live.batch).all()):
+            pairs = [Pair(None, live.vocabulary(self.teacher, fact), None)]
+        else:
+            pairs = live.batch.source(self.teacher, fact).pairs(live.positions, fact, live.logits.shape[-1])
+        for index, vocabulary, _ in pairs:
             mine = live.own if index is None else live.own.select(index)
             found = kernels.divergence(
                 self.kind, cooled(mine, self.student_temperature), cooled(vocabulary, self.teacher_temperature)

@@ -193,7 +193,7 @@ def supply(batch: Batch, wanted: Collection[Fact], positions: Tensor, chunk: int
     todo = [f for f in wanted if not isinstance(f, (ColumnFact, VocabularyFact)) and f not in batch.facts]
     todo = [f for f in todo if all(m in sources or _held(batch, f, m) for m in models_of(f))]
     spans = [f for f in todo if isinstance(f, SpanFact)]
-    aligned = {f: sources[f.model].read(f, batch.mask) for f in spans if f.what != "vocabulary"}
+    aligned: Tensors = {f: sources[f.model].read(f, batch.mask) for f in spans if f.what != "vocabulary"}
     todo = sorted(
         (f for f in todo if f not in spans), key=lambda f: (not isinstance(f, TopFact), describe(f))
     )  # ids before log-probs there

@@ -141,8 +141,8 @@ class Case:
                 f"{name} has {other[1]} tokens where the student has {shape[1]}: say which cover the same text with alignments={{{name!r}: "
                 "Alignment(tokens, student_ends, ends, same)}"
             )
-        ends = [torch.arange(n).expand(len(self.tokens), -1) for n in (shape[1], other[1])]
-        return Alignment(torch.zeros(other, dtype=torch.int64), *ends, shared=other == shape)
+        mine, theirs = (torch.arange(n).expand(len(self.tokens), -1) for n in (shape[1], other[1]))
+        return Alignment(torch.zeros(other, dtype=torch.int64), mine, theirs, shared=other == shape)
 
     def run(self, objective: Objective, parts: Sequence[Sequence[int]] | None = None, chunk: int | None = None) -> Evaluation:
         """One optimiser step's loss and gradient, in micro-batches of rows `parts` (default one), `chunk` positions at a time."""
@@ -298,7 +298,7 @@ def fabricate(objective: Objective, seed: int = 0, agree: bool = False) -> Case:
 
 
 def _fabricated(lengths: Tensor, length: int, vocabulary: int, g: torch.Generator) -> Alignment:
-    """Another tokenizer on rollouts of `lengths`, the last token of every other one an end of sequence: longer and shorter tokens, other ids."""
+    """Another tokenizer on rollouts of `lengths`, every other one with an end of sequence: longer and shorter tokens, other ids."""
     others, known = length + 2, vocabulary - 30
     sizes = torch.randint(1, 4, (len(lengths), length), generator=g)
     student = sizes.cumsum(1).masked_fill(torch.arange(length) >= (lengths - torch.arange(len(lengths)) % 2)[:, None], -1)
@@ -400,7 +400,7 @@ def _poison(case: Case, objective: Objective, base: Evaluation) -> bool:
 
     spoilt = _map(case, lambda x: x, spoil)
     for name, a in spoilt.alignments.items():
-        spoilt.models[name][a.ends < 0] = float("nan")  # type: ignore[index]
+        spoilt.models[name][a.ends < 0] = float("nan")
     return _equal(base, spoilt.run(objective))
 
 

@@ -328,14 +328,14 @@ class Live:
         """[n, V]: log-probs of another model in this process, no gradient."""
         return self.vocabulary(model).logps(temperature)
 
-    def vocabulary(self, model: str) -> Vocabulary:
-        """The whole vocabulary of another model in this process, no gradient; shared by all terms of a chunk."""
+    def vocabulary(self, model: str, fact: Fact | None = None) -> Vocabulary:
+        """The whole vocabulary of another model in this process, no gradient; shared by all terms of a chunk. `fact`: see `Batch.source`."""
         if model not in self.others:
             if self.parent is None:
-                self.others[model] = Vocabulary(self.batch.source(model).logits(self.positions))
+                self.others[model] = Vocabulary(self.batch.source(model, fact).logits(self.positions))
             else:
                 parent, index = self.parent
-                self.others[model] = parent.vocabulary(model).select(index)
+                self.others[model] = parent.vocabulary(model, fact).select(index)
         return self.others[model]
 
     def pick(self, signal: Any) -> Tensor:

@@ -86,7 +86,9 @@ def test_every_byte_belongs_to_one_group_on_each_side(a, b, total):
     """Identity 8: two divisions of one text leave nothing over."""
     a, b = [*a, total], [*b, total]
     (found,) = groups([a], [b])
-    assert [k for mine, _ in found for k in mine] == list(range(len(a))) and [k for _, other in found for k in other] == list(range(len(b)))
+    assert [k for mine, _ in found for k in mine] == list(range(len(a))) and [k for _, other in found for k in other] == list(
+        range(len(b))
+    )
     assert all(a[mine[-1]] == b[other[-1]] for mine, other in found)
 
 
@@ -97,7 +99,7 @@ def test_every_byte_belongs_to_one_group_on_each_side(a, b, total):
 class Seen(SpanLoss):
     """Keeps what it is given to compare."""
 
-    def compare(self, p, q, match, single):
+    def compare(self, p, q, rows, match, single):
         SEEN[:] = [(p.clone(), q.clone())]
         return p.sum(-1), torch.ones_like(p)
 
@@ -148,7 +150,7 @@ def test_factors_have_a_floor():
 def test_chunks_do_not_part_a_span():
     joined = torch.tensor([False, True, True, False, False, True, False])  # spans of 3, 1, 2 and 1
     found = {size: [(at.start, at.stop) for at in cuts(joined, size)] for size in (1, 2, 3, 4, 5, 100)}
-    assert found[1] == found[2][:1] + [(3, 4), (4, 6), (6, 7)] == [(0, 3), (3, 4), (4, 6), (6, 7)]
+    assert found[1] == [*found[2][:1], (3, 4), (4, 6), (6, 7)] == [(0, 3), (3, 4), (4, 6), (6, 7)]
     assert found[3] == [(0, 3), (3, 6), (6, 7)] and found[4] == [(0, 4), (4, 7)] and found[100] == [(0, 7)]
     assert list(cuts(joined[:0], 3)) == []
 

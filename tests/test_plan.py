@@ -269,7 +269,7 @@ def test_a_large_run_by_hand() -> None:
     assert parts["teacher weights, bfloat16"] == dict.fromkeys(PHASES, 2 * large)
     assert parts["two moments of AdamW"] == dict.fromkeys(PHASES, 8 * small)
     assert parts["gradients"] == {"learn": 4 * small}
-    assert parts["hidden states of all scored tokens"] == {"score": 128 * 4096 * 4096 * 2}
+    assert parts["hidden states of scored tokens"] == {"score": (1 << 17) * 4096 * 2}
     between, layer = 16384 * 2048 * 4, 16384 * (26 * 2048 + 10 * 2048 + 10 * 1024 + 8 * 6144 + 4 * (2 + 16 + 16 + 8))
     assert parts["activations of 16,384 tokens, recomputed layer by layer"] == {"learn": 28 * between + layer + 3 * between}
     assert made.memory.total("learn") == sum(sizes.get("learn", 0) for sizes in parts.values())
@@ -289,7 +289,7 @@ def test_engines_servers_offload_and_sleep() -> None:
     sampler = {"kind": "vllm", "dtype": "bfloat16", "gpu_memory_utilization": 0.5}
     assert parts(sampler=sampler)["sampler's vLLM engine"] == dict.fromkeys(PHASES, round(0.5 * H100.memory))
     assert parts(sampler={**sampler, "enable_sleep_mode": True})["sampler's vLLM engine"] == {"sample": round(0.5 * H100.memory)}
-    assert "hidden states of all scored tokens" in parts(sampler=sampler, teacher="http://elsewhere:8000")  # the student's
+    assert "hidden states of scored tokens" in parts(sampler=sampler, teacher="http://elsewhere:8000")  # the student's
 
 
 def test_what_the_loss_reads_whole_is_held_while_learning() -> None:

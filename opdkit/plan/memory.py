@@ -15,15 +15,16 @@ from opdkit.facts import Needs
 from opdkit.head import CHUNK_BYTES, CHUNK_ENTRIES, CHUNK_MOST, CHUNK_PART
 from opdkit.method import Method
 from opdkit.plan.devices import GIB, Device
-from opdkit.plan.models import HERE, WIDTH, Held, student_dtype
+from opdkit.plan.models import HERE, WIDTH, Held, engine_width, student_dtype
 from opdkit.plan.shapes import Shape
 from opdkit.run import Run
 from opdkit.sampling.cache import CPU_BYTES, FREE_SHARE
 from opdkit.sampling.server import ServerSettings
 from opdkit.sampling.spec import HfSettings
 from opdkit.sampling.vllm import VllmSettings
+from opdkit.train.gather import HELD
 from opdkit.train.settings import Lora
-from opdkit.types import ColumnFact, LogpAtFact, TopFact, VocabularyFact
+from opdkit.types import ColumnFact, LogpAtFact, SpanFact, TopFact, VocabularyFact
 
 PHASES = ("sample", "score", "learn")
 LONGEST_PROMPT = 1024  # tokens, where data.max_prompt_length does not say
@@ -140,11 +141,14 @@ def _student(out: Memory, run: Run, shape: Shape, scores: bool) -> None:
         out.add("adapters", size)
     out.add("two moments of AdamW", 2 * size)
     out.add("gradients", size, ("learn",))
-    out.add("bfloat16 copies of what learns", copies(run, shape), ("score", "learn") if scores else ("learn",))
+    phases = ("sample", "score", "learn") if scores else ("sample", "learn")
+    out.add(
+        "bfloat16 copies of what learns", copies(run, shape), phases if isinstance(run.sampler_spec, HfSettings) else phases[1:]
+    )
 
 
 def copies(run: Run, shape: Shape) -> int:
-    """Bytes of the copies that autocast keeps of weights that learn until a pass is over, the head's apart; none in inference mode."""
+    """Bytes of the copies that autocast keeps of weights that learn until a pass is over, the head's apart."""
     if run.dtype != "bfloat16":
         return 0
     return 2 * (shape.active if run.lora is None else shape.adapters(run.lora))
@@ -214,11 +218,13 @@ def _fact_bytes(fact: object) -> int:
 
 
 def _scoring(out: Memory, needs: Needs, read: Sequence[Held], run: Run, step: Step) -> None:
-    """Hidden states of every model at all response tokens; those of one twice while its micro-batches are put together."""
-    states = [(held.kind, held.share * step.positions * held.shaped.hidden * WIDTH[held.dtype]) for held in read]
+    """Hidden states of every model, a portion at a time where only numbers are read; those of one twice while they are put together."""
+    whole = any(isinstance(fact, (VocabularyFact, SpanFact)) for fact in needs.facts)
+    at_once = step.positions if whole else min(step.positions, HELD)
+    states = [(held.kind, held.share * at_once * held.shaped.hidden * WIDTH[held.dtype]) for held in read]
     kept = sum(size for kind, size in states if VocabularyFact(kind) in needs.facts)
     out.add("hidden states that the loss reads", kept, ("score", "learn"))
-    out.add("hidden states of all scored tokens", sum(size for _, size in states) - kept, ("score",))
+    out.add("hidden states of scored tokens", sum(size for _, size in states) - kept, ("score",))
     out.add("hidden states being put together", max((size for _, size in states), default=0), ("score",))
     out.add("a pass without gradient", step.micro * max((_pass_bytes(held, run) for held in read), default=0), ("score",))
 
@@ -243,7 +249,7 @@ def _sampling(out: Memory, run: Run, student: Held, guide: Held | None, step: St
     if isinstance(spec, ServerSettings):
         return
     if isinstance(spec, VllmSettings):
-        width = 2 if (spec.dtype or student.dtype) != "float32" else 4
+        width = engine_width(run, spec, student)
         weights = shape.parameters * width
         whole = spec.gpu_memory_utilization * out.device.memory
         size = whole if spec.kv_cache_memory_bytes is None else weights + spec.kv_cache_memory_bytes

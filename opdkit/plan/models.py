@@ -10,6 +10,7 @@ from opdkit.method import Method
 from opdkit.plan.shapes import Shape, shape_of
 from opdkit.quantize import BYTES
 from opdkit.run import Run
+from opdkit.sampling.vllm import VllmSettings
 from opdkit.teachers.spec import Cached, Local, Mixture, Server, Spec, Vllm, specs
 
 WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes of a number
@@ -64,6 +65,11 @@ def stored(shape: Shape, dtype: str, quantize: str | None) -> int:
 def student_dtype(run: Run) -> str:
     """Of the weights: those that learn stay float32 under bfloat16 products, frozen ones below adapters do not."""
     return "float32" if run.dtype == "bfloat16" and run.lora is None else run.dtype
+
+
+def engine_width(run: Run, spec: VllmSettings, student: Held) -> int:
+    """Bytes of a number in the engine that samples: see `engines.Models.sampler`."""
+    return 4 if (spec.dtype or ("bfloat16" if run.dtype == "bfloat16" else student.dtype)) == "float32" else 2
 
 
 def models_of(run: Run, method: Method) -> list[Held]:

@@ -17,7 +17,7 @@ from opdkit.method import Method
 from opdkit.objective import RolloutLoss
 from opdkit.plan.devices import Device
 from opdkit.plan.memory import Step, cache_bytes, scored, trained, trained_width
-from opdkit.plan.models import ENGINE, WIDTH, Held
+from opdkit.plan.models import ENGINE, WIDTH, Held, engine_width
 from opdkit.plan.shapes import Shape
 from opdkit.run import Run
 from opdkit.sampling.server import ServerSettings
@@ -149,12 +149,11 @@ def sampling(run: Run, student: Held, load: Load, longest: int, rows: int, devic
     if isinstance(spec, ServerSettings):
         return Phase("sample", 0.0, prompts + decoding, "by servers, whose time is not counted")
     if isinstance(spec, VllmSettings):
-        width = 4 if (spec.dtype or student.dtype) == "float32" else 2
+        width = engine_width(run, spec, student)
         weight, cached, launch = width, 2 * shape.layers * shape.keys * width, rates.graph
     else:
         width = product_width(run, student)
-        weight = 8 if WIDTH[student.dtype] > width else width  # float32 ones are cast at every step: 4 read, 2 written, 2 read
-        cached, launch = cache_bytes(student, run), rates.launch
+        weight, cached, launch = width, cache_bytes(student, run), rates.launch
     steps = max(longest, load.written / rows)
     read = steps * weight * (shape.active + shape.head) + context * cached
     speed = peak(device, width)

@@ -49,7 +49,7 @@ class RoutedSource:
         for i, source in enumerate(self.sources):
             at = (self.which[positions] == i).nonzero()[:, 0]
             found = source.pairs(positions[at], fact, vocabulary) if len(at) else []
-            out += [pair._replace(index=at if pair.index is None else at[pair.index]) for pair in found]
+            out += [pair._replace(at=at if pair.at is None else at[pair.at]) for pair in found]
         return out
 
 

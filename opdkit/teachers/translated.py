@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -181,7 +180,8 @@ def common_ends(mine: np.ndarray, theirs: np.ndarray, text: bytes, read: bytes, 
 
 
 def common_bytes(a: bytes, b: bytes) -> int:
-    return len(a) if a == b else len(os.path.commonprefix([a, b]))
+    """Number of bytes with which both begin."""
+    return len(a) if a == b else next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def table(rows: Sequence[Any], width: int, fill: int, device: torch.device) -> Tensor:

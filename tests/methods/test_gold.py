@@ -88,7 +88,9 @@ def test_the_end_of_sequence_and_what_is_left_over():
     spans = alignment([3, 6, 7, -1], [3, 6, -1])
     out = evaluate("gold", student, tokens(0, 0, 0, 0), models={"teacher": teacher}, alignments=spans)
     assert out.terms[0].weight.tolist() == [[1, 1, 0, 0]] and (out.grad[:, 2:] == 0).all()
-    same = evaluate("gold", student[:, :2], tokens(0, 0), models={"teacher": teacher[:, :2]}, alignments=alignment([3, 6], [3, 6]))
+    same = evaluate(
+        "gold", student[:, :2], tokens(0, 0), models={"teacher": teacher[:, :2]}, alignments=alignment([3, 6], [3, 6])
+    )
     assert close(out.loss, same.loss.item(), 12)
     one = evaluate("gold", student[:, :2], tokens(0, 0), models={"teacher": teacher}, alignments=alignment([3, -1], [3, -1, -1]))
     assert one.loss > 0 and one.grad[:, 0].abs().sum() > 0  # an answer of one token teaches
@@ -182,7 +184,8 @@ def test_a_side_without_tokens_of_its_own(same):
     if max(same) < 0:
         assert close(out.loss, gold([P_S], [(0.4, 0.3, 0.2, 0.1)], alignment([1], [1]), (0,)).loss.item(), 12)
     else:
-        fixed = gold([P_S], [(0.4, 0.3, 0.2, 0.1)], alignment([1], [1], same=same), (0,), hybrid=True, matched_weight=0.75, unmatched_weight=9.0)
+        weights = {"matched_weight": 0.75, "unmatched_weight": 9.0}
+        fixed = gold([P_S], [(0.4, 0.3, 0.2, 0.1)], alignment([1], [1], same=same), (0,), hybrid=True, **weights)
         assert close(out.loss, fixed.loss.item(), 12)
 
 
@@ -203,7 +206,9 @@ def test_with_the_students_tokenizer_it_is_gkd(beta, hybrid):
     ours = evaluate(load("gold", beta=beta, hybrid=hybrid), student, ids, mask, {"teacher": teacher})
     gkd = evaluate(load("gkd", beta=beta), student, ids, mask, {"teacher": teacher})
     assert close(ours.loss, gkd.loss.item(), 12) and close(ours.grad, gkd.grad, 12) and gkd.grad.norm() > 1e-3
-    warm = evaluate(load("gold", beta=beta, student_temperature=2.0, teacher_temperature=2.0), student, ids, mask, {"teacher": teacher})
+    warm = evaluate(
+        load("gold", beta=beta, student_temperature=2.0, teacher_temperature=2.0), student, ids, mask, {"teacher": teacher}
+    )
     assert close(warm.grad, evaluate(load("gkd", beta=beta, temperature=2.0), student, ids, mask, {"teacher": teacher}).grad, 9)
 
 
@@ -244,12 +249,16 @@ def test_padding_of_another_vocabulary_is_cut():
 # ------------------------------------------------------------------------------------------------------------ as a method
 
 
-@pytest.mark.parametrize("arguments", [{}, {"hybrid": True}, {"merge": "bayesian"}, {"hybrid": True, "merge": "bayesian", "beta": 0}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"hybrid": True}, {"merge": "bayesian"}, {"hybrid": True, "merge": "bayesian", "beta": 0}]
+)
 def test_check_passes(arguments):
     assert len(check(load("gold", **arguments)).passed) == 14
 
 
-@pytest.mark.parametrize("expression", ["0.5 * gold + uld", "gold * position_opd(share=0.5)", "gold(hybrid=true) + gold(merge=bayesian)"])
+@pytest.mark.parametrize(
+    "expression", ["0.5 * gold + uld", "gold * position_opd(share=0.5)", "gold(hybrid=true) + gold(merge=bayesian)"]
+)
 def test_it_composes(expression):
     assert len(check(load(expression)).passed) == 14
 

@@ -135,7 +135,10 @@ def test_a_large_vocabulary_is_sorted_as_torch_sorts(dtype):
     a, b = (x.double().softmax(-1).sort(-1, descending=True).values for x in (leaf, teacher))
     loss = (torch.nn.functional.pad(a, (0, 10_000)) - b).abs().sum(-1).mean()
     (grad,) = torch.autograd.grad(loss, leaf)
-    assert close(out.loss.double(), loss.item(), 5) and (out.grad - grad).norm() < (1e-12 if dtype == torch.float64 else 2e-2) * grad.norm()
+    assert (
+        close(out.loss.double(), loss.item(), 5)
+        and (out.grad - grad).norm() < (1e-12 if dtype == torch.float64 else 2e-2) * grad.norm()
+    )
 
 
 def test_check_passes():
