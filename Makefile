@@ -27,7 +27,7 @@ install-vllm: .venv-vllm/installed
 	touch $@
 
 test-vllm: install-vllm
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m vllm tests/vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m vllm tests/vllm tests/end_to_end/test_kinds.py
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
