@@ -46,6 +46,7 @@ def passes(method: Method) -> list[str]:
     elsewhere = {"student", "sampler", "live"} | ({"teacher"} if stored else set())  # its numbers are stored with the rollouts
     for name in sorted(needs.models - elsewhere):
         whole = " (its whole vocabulary: in this process)" if needs.whole(name) else ""
+        whole = " (its whole vocabulary, over the same text in its own tokens: in this process)" if needs.spans(name) else whole
         lines.append(f"{name}, without gradient{whole}")
     lines.append("student, with gradient, at the positions that a term selects")
     return lines
@@ -81,7 +82,7 @@ def of_teacher(needs: Needs) -> list[str]:
     """What of the teacher is read, in a few words; what that includes is left out."""
     facts = needs.of("teacher")
     if needs.whole("teacher"):
-        return ["whole teacher"]
+        return ["whole teacher" if needs.ids("teacher") else "whole teacher of any tokenizer"]
     words = ["teacher entropy"] if EntropyFact("teacher") in facts else []
     words += [f"teacher top {f.k}" for f in facts if isinstance(f, TopFact)]
     words += [

@@ -40,6 +40,7 @@ def distill(
     method: Any = "opd",
     *,
     tokenizer: Any = None,
+    teacher_tokenizer: Any = None,
     reward: Any = None,
     eval_prompts: Any = None,
     overwrite: bool = False,
@@ -48,7 +49,8 @@ def distill(
 ) -> Result:
     """Distil a teacher into a student; returns the new model's path and the metrics.
 
-    student, teacher: names, paths or loaded models (teacher also {route: model}). prompts: a path, a hub name, a list of texts or of
+    student, teacher: names, paths or loaded models (teacher also {route: model}). tokenizer, teacher_tokenizer: of loaded models; a loaded
+    teacher has the student's unless its own is given. prompts: a path, a hub name, a list of texts or of
     rows. method: a name, `file.py:function`, a `Method` or an objective. settings: any of `Run`'s, dotted with `__` or by their last name
     where it is unique: steps=50, learning_rate=1e-5, num_generations=4, sampling__temperature=0.8.
     """
@@ -72,6 +74,7 @@ def distill(
         None if eval_prompts is None or isinstance(eval_prompts, str) else as_rows(eval_prompts),
         None if isinstance(method, str) else as_method(method),
         reward if callable(reward) else None,
+        teacher_tokenizer=teacher_tokenizer,
     )
     return execute(make_run(values), given, resume=resume, overwrite=overwrite)
 

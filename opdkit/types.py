@@ -153,8 +153,8 @@ class SpanFact:
 
     what: "tokens" [B, T] int, how many of the student's tokens make up the span that ends here, 0 where none ends; "logp" [B, T], the
     model's log-prob of its own tokens of that span, without the one whose distribution is compared; "vocabulary", that distribution,
-    chunk by chunk; "single" [B, T] bool, whether it is one token on both sides; "shared" [B, 1] bool, whether the model has the student's tokenizer. merge: "bayesian", "observed" or "index". eos:
-    whether the ends of sequence are a span as well.
+    chunk by chunk; "single" [B, T] bool, whether it is one token on both sides; "shared" [B, 1] bool, whether the model has the student's
+    tokenizer. merge: "bayesian", "observed" or "index". eos: whether the ends of sequence are a span as well.
     """
 
     model: str

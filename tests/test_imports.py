@@ -40,7 +40,20 @@ LAYERS = (  # a part imports itself and parts of layers above its own line here;
     ("cli",),
     ("__main__",),
 )
-MATHEMATICS = ("types", "maths", "objective", "signals", "align", "losses", "head", "facts", "compose", "method", "curricula", "testing")
+MATHEMATICS = (
+    "types",
+    "maths",
+    "objective",
+    "signals",
+    "align",
+    "losses",
+    "head",
+    "facts",
+    "compose",
+    "method",
+    "curricula",
+    "testing",
+)
 ENGINES = ("teachers", "sampling", "rewards", "curricula", "data", "eval", "report", "train")
 HEAVY = (
     "transformers",

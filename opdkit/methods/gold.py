@@ -30,17 +30,19 @@ def gold(
 
     P is the next-token distribution where the span is one token; for tokens y_i .. y_j `merge` "observed" takes p_i(.) times the
     probability of y_{i+1} .. y_j, "bayesian" p_j(.) times that of y_i .. y_{j-1}, whose entry at y_j is the probability of the whole span.
-    P is not normalised (so D_beta may be negative), its gradient goes through all factors, and the end of sequence is left out on both
-    sides. Weights: w_m is the share of the teacher's tokens that the student has and w_u the rest, or fixed by `matched_weight` and
-    `unmatched_weight`. D_beta is that of `gkd`, and a teacher with the student's own tokenizer is simply `gkd(beta)`. `lmbda` is the
-    share of batches that the student writes; the others are read from the data. `crossentropy_weight` adds -log pi_s of the text, the
-    student's own included.
+    P is not normalised (so D_beta may be negative) and its gradient goes through all factors. Weights: w_m is the share of the teacher's
+    tokens that the student has and w_u the rest, or `matched_weight` and `unmatched_weight`. `longer` "rank" compares spans of several
+    tokens by rank alone, with w_u: the entry of one token there stands for different texts on the two sides, and "token" teaches the
+    student to avoid the span. D_beta is that of `gkd`, and a teacher with the student's own tokenizer is simply `gkd(beta)`. `lmbda` is
+    the share of batches that the student writes; the others are read from the data. `skip_eos` leaves out the end of sequence.
+    `crossentropy_weight` adds -log pi_s of the text, the student's own included.
 
-    Source: TRL 1.16 (GOLDTrainer) and its authors' report; the loss by rank is from arXiv 2402.12030. Departures: logits are those that
-    predict each token (TRL's "observed" takes those that predict the next); tokens are the same where they stand for the same bytes
-    (TRL: the same spelling, so "Ġthe" is not "▁the"); the teacher's vocabulary ends with its tokenizer's last token; a token cut in the
-    middle of a character is left out. Not offered: its temperature .9 and top_p .95, settings of the run's sampling; extended=False, which
-    is `uld`.
+    Source: TRL 1.16 (GOLDTrainer) and its authors' report; the distance by rank is that of `uld`. Departures: logits are those that
+    predict each token (TRL's "observed" takes those that predict the next, so the two differ there alone); tokens are the same where they
+    stand for the same bytes (TRL: the same spelling, so "Ġthe" is not "▁the"), and so are the two ends of sequence; the teacher's
+    vocabulary ends with its tokenizer's last token, not with the padding of its matrix; what is no text, such as a character cut in the
+    middle, is left out. Ours: `longer`. Not offered: temperature .9 and top_p .95 are settings of the run's sampling, extended=False is
+    `uld`.
     """
     if merge not in ("bayesian", "observed"):
         raise ValueError(f"merge={merge!r} must be 'bayesian' or 'observed': what stands for a span of several tokens")

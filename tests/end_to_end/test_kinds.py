@@ -77,7 +77,13 @@ def teachers(shop: Shop, data: str, tmp_path_factory: pytest.TempPathFactory) ->
             "serve-teacher": f"server:{url}",
             "server": f"server:{vllm.url}",
             "sglang": f"server:{sglang.url}",
-            "vllm": {"kind": "vllm", "model": wide, "max_model_len": 128, "kv_cache_memory_bytes": 1 << 26, "enforce_eager": True},
+            "vllm": {
+                "kind": "vllm",
+                "model": wide,
+                "max_model_len": 128,
+                "kv_cache_memory_bytes": 1 << 26,
+                "enforce_eager": True,
+            },
             "cached": f"cached:{folder / 'cache'}",
         }
 

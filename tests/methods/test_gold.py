@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from opdkit.align import Alignment
+from opdkit.align import EOS, OUT, Alignment
 from opdkit.errors import UserError
 from opdkit.method import load
 from opdkit.testing import Case, check, evaluate
@@ -98,6 +98,25 @@ def test_the_end_of_sequence_and_what_is_left_over():
     assert none.loss == 0 and (none.grad == 0).all()
 
 
+def test_ends_of_sequence_are_a_span_where_they_are_asked_for():
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, 5, generator=g).double(), torch.randn(2, 3, 7, generator=g).double()
+    zeros = torch.zeros(2, 4, dtype=torch.int64)
+    ends, others = torch.tensor([[1, 3, 6, EOS], [2, 4, OUT, OUT]]), torch.tensor([[3, 6, EOS], [2, 4, OUT]])
+    spans = {"teacher": Alignment(zeros[:, :3], ends, others, torch.arange(7) - 2)}
+    mask = ends != OUT
+    text = Alignment(
+        zeros[:, :3], torch.tensor([[1, 3, 6, 7], [2, 4, -1, -1]]), torch.tensor([[3, 6, 7], [2, 4, -1]]), torch.arange(7) - 2
+    )
+    for name in ("uld", "gold", "gold(hybrid=true)"):
+        skipped = evaluate(name, student, zeros, mask, models={"teacher": teacher}, alignments=spans)
+        assert skipped.terms[0].weight[0, 3] == 0 and (skipped.grad[0, 3] == 0).all()
+        method = load("uld" if name == "uld" else "gold", **{"hybrid": True} if "hybrid" in name else {}, skip_eos=False)
+        kept = evaluate(method, student, zeros, mask, models={"teacher": teacher}, alignments=spans)
+        same = evaluate(name, student, zeros, mask, models={"teacher": teacher}, alignments={"teacher": text})
+        assert kept.loss == same.loss and torch.equal(kept.grad, same.grad) and kept.terms[0].weight[0, 3] == (name != "uld")
+
+
 def test_spans_with_tokens_the_student_did_not_choose_are_left_out():
     """A tool's token inside a span: the span is not trained, its text is still aligned."""
     g = torch.Generator().manual_seed(0)
@@ -175,6 +194,28 @@ def test_permuting_the_teachers_vocabulary_with_its_tokens_changes_nothing():
             alignments=alignment([2, 4, 9], [3, 9], [back[5], back[1]], same[order].tolist()),
         )
         assert close(base.loss, moved.loss.item(), 12) and close(base.grad, moved.grad, 12)
+
+
+def test_longer_spans_by_rank():
+    """The second span is one token on both sides and compared token by token; of the first, entries stand for different texts."""
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(1, 3, 5, generator=g).double(), torch.randn(1, 2, 7, generator=g).double()
+    same, ids = [2, -1, 0, 4, -1, -1, 3], tokens(4, 0, 1)
+    both, models = alignment([1, 3, 4], [3, 4], [5, 1], same), {"teacher": teacher}
+    ours = evaluate(load("gold", hybrid=True, longer="rank"), student, ids, models=models, alignments=both)
+    last = alignment([4], [4], [1], same)
+    single = evaluate(load("gold", hybrid=True), student[:, 2:], ids[:, 2:], models={"teacher": teacher[:, 1:]}, alignments=last)
+    first = alignment([1, 3], [3], [5])
+    rank = evaluate("gold", student[:, :2], ids[:, :2], models={"teacher": teacher[:, :1]}, alignments=first)
+    assert close(
+        ours.loss, ((single.loss + 3 / 7 * rank.loss) / 2).item(), 12
+    )  # 4 of the teacher's 7 tokens are the student's too
+    assert close(ours.grad, torch.cat([3 / 7 * rank.grad, single.grad], 1) / 2, 12)
+    fixed = load("gold", hybrid=True, longer="rank", matched_weight=1.0, unmatched_weight=2.0)
+    alone = evaluate(
+        fixed, student[:, :2], ids[:, :2], models={"teacher": teacher[:, :1]}, alignments=alignment([1, 3], [3], [5], same)
+    )
+    assert close(alone.loss, 2 * rank.loss.item(), 12)
 
 
 @pytest.mark.parametrize("same", [[-1, -1, -1, -1], [1, 0, 2, -1]], ids=["nothing in common", "all of the student's"])
@@ -287,6 +328,8 @@ def test_bad_arguments_are_explained():
         ({"beta": 1.5, "hybrid": True}, "must lie in"),
         ({"matched_weight": 1.0, "unmatched_weight": 1.0}, "set hybrid=True"),
         ({"matched_weight": 1.0, "hybrid": True}, "or neither"),
+        ({"longer": "rank"}, "set hybrid=True"),
+        ({"longer": "both", "hybrid": True}, "must be 'token' or 'rank'"),
         ({"teacher_temperature": -1.0}, "must be positive"),
     ):
         with pytest.raises(UserError, match=why):
