@@ -116,7 +116,7 @@ def test_a_chat_without_a_template_is_refused(shop: Shop, tmp_path: Path, capsys
 
 @pytest.mark.slow
 def test_the_example_raises_the_accuracy(tmp_path: Path) -> None:
-    """Measured: uld and gold from .45 to about .87, hybrid with longer spans by rank the same."""
+    """Measured: from .45 to .87 (uld), .84 (gold), .90 (hybrid, longer spans by rank), of 256 problems."""
     run = [sys.executable, "examples/two_tokenizers.py", str(tmp_path)]
     said = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     summary = json.loads(said.splitlines()[-1])
