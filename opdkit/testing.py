@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdkit.align import AlignedSource, Alignment
+from opdkit.align import EOS, OUT, AlignedSource, Alignment
 from opdkit.errors import UserError
 from opdkit.facts import Needs, describe, needs, supply
 from opdkit.head import Head, Source, flat_positions, learn
 from opdkit.method import Method, as_method, load
 from opdkit.objective import Loss, Objective, Term, credit_of
-from opdkit.types import Batch, ColumnFact, Fact, SpanFact, row_keys
+from opdkit.types import Batch, ColumnFact, Fact, row_keys
 
 AnyObjective = str | Method | Objective | Term | Loss
+Change = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,7 @@ class Case:
         sampler = before if self.sampler is None else self.sampler.detach()
         logits = {"live": self.student, "student": before, "sampler": sampler, **self.models}
         wanted, wide = needs(objective), torch.promote_types(self.student.dtype, torch.float32)
-        apart = {
-            name for name in self.models if name in self.alignments or _by_number(wanted, name)
-        }  # with vocabularies of their own
+        apart = {m for m in self.models if m in self.alignments or _by_number(wanted, m)}  # with vocabularies of their own
         vocabulary = min(x.shape[-1] for name, x in logits.items() if name not in apart)
         mask = torch.ones_like(self.tokens, dtype=torch.bool) if self.mask is None else torch.as_tensor(self.mask).bool()
         batch = Batch(
@@ -120,12 +119,10 @@ class Case:
             **self.settings,
         )
         for name in (m for m in self.models if wanted.spans(m) or m in self.alignments):
-            alignment = self._alignment(name, wanted)
-            real = None if alignment.same is None else len(alignment.same)
-            own = batch.sources[name] if real is None else _source(self.models[name].to(wide), real)
+            alignment, own = self._alignment(name, wanted), batch.sources[name]
+            own = own if alignment.same is None else replace(own, head=Head(vocab=len(alignment.same)))
             batch.sources[name] = AlignedSource(own, alignment)
-        positions = flat_positions(mask)
-        batch.facts.update(supply(batch, wanted.facts, positions, chunk))
+        batch.facts.update(supply(batch, wanted.facts, flat_positions(mask), chunk))
         return batch
 
     def _alignment(self, name: str, wanted: Needs) -> Alignment:
@@ -137,10 +134,8 @@ class Case:
                 raise UserError(f"the objective reads {what}, but {name} has a tokenizer of its own: use gold or uld")
             return self.alignments[name]
         if not _by_number(wanted, name) and other != shape:
-            raise UserError(
-                f"{name} has {other[1]} tokens where the student has {shape[1]}: say which cover the same text with alignments={{{name!r}: "
-                "Alignment(tokens, student_ends, ends, same)}"
-            )
+            asked = f"say which cover the same text with alignments={{{name!r}: Alignment(tokens, student_ends, ends, same)}}"
+            raise UserError(f"{name} has {other[1]} tokens where the student has {shape[1]}: {asked}")
         mine, theirs = (torch.arange(n).expand(len(self.tokens), -1) for n in (shape[1], other[1]))
         return Alignment(torch.zeros(other, dtype=torch.int64), mine, theirs, shared=other == shape)
 
@@ -174,11 +169,7 @@ def _source(logits: Tensor, vocabulary: int | None) -> Source:
 
 def _by_number(wanted: Needs, model: str) -> bool:
     """Whether a model is only compared token by token, by their numbers, whatever they are."""
-    return (
-        wanted.spans(model)
-        and not wanted.ids(model)
-        and {f.merge for f in wanted.of(model) if isinstance(f, SpanFact)} == {"index"}
-    )
+    return {getattr(fact, "merge", None) for fact in wanted.of(model)} == {"index"}
 
 
 def _columns(columns: Mapping[str, Any], marks: Mapping[str, Any], dtype: torch.dtype) -> dict[Fact, Tensor]:
@@ -278,7 +269,6 @@ def fabricate(objective: Objective, seed: int = 0, agree: bool = False) -> Case:
     drift = 0.0 if agree else 0.2
     student, sampler = before + drift * logits(), before + drift * logits()
     models = {m: before if agree else logits() for m in sorted(wanted.models - {"student", "sampler", "live"})}
-    alignments: dict[str, Alignment] = {}
     columns: dict[str, Any] = {"group": [0, 0, 0, 1, 1, 1], "reward": [1.0, 0.0, 1.0, 0.0, 0.0, 1.0]}
     columns |= {name: torch.rand(rows, generator=g).double() for name in sorted(wanted.columns) if name.startswith("row:")}
     lengths = torch.tensor([7, 4, 1, 6, 7, 3])
@@ -290,24 +280,25 @@ def fabricate(objective: Objective, seed: int = 0, agree: bool = False) -> Case:
         if "mark:" in n
     }
     tokens = torch.randint(vocabulary, (rows, length), generator=g)
-    for m in () if agree else (m for m in models if wanted.spans(m)):
-        alignments[m] = _fabricated(lengths, length, vocabulary, g)
-        models[m] = torch.randn(*alignments[m].tokens.shape, len(alignments[m].same), generator=g, dtype=torch.float64)  # type: ignore[arg-type]
+    alignments = {m: _fabricated(lengths, length, vocabulary, g) for m in models if wanted.spans(m) and not agree}
+    for m, a in alignments.items():
+        models[m] = torch.randn(*a.tokens.shape, len(a.same), generator=g, dtype=torch.float64)  # type: ignore[arg-type]
     settings = {"step": 3, "total_steps": 10, "seed": seed, "keys": KEYS}
     return Case(tokens, student, mask, models, before, sampler, columns, marks, settings, alignments)
 
 
 def _fabricated(lengths: Tensor, length: int, vocabulary: int, g: torch.Generator) -> Alignment:
     """Another tokenizer on rollouts of `lengths`, every other one with an end of sequence: longer and shorter tokens, other ids."""
-    others, known = length + 2, vocabulary - 30
-    sizes = torch.randint(1, 4, (len(lengths), length), generator=g)
-    student = sizes.cumsum(1).masked_fill(torch.arange(length) >= (lengths - torch.arange(len(lengths)) % 2)[:, None], -1)
-    total = student.amax(1, keepdim=True)
-    ends = torch.randint(1, 4, (len(lengths), others), generator=g).cumsum(1).minimum(total)
-    ends = ends.masked_fill((torch.nn.functional.pad(ends, (1, 0))[:, :-1] >= total) | (total < 0), -1)
-    tokens = torch.randint(known, (len(lengths), others), generator=g)
+    rows, others, known = len(lengths), length + 2, vocabulary - 30
+    closed, column = torch.arange(rows)[:, None] % 2 == 1, torch.arange(others)
+    written = column < (lengths[:, None] - closed.long())
+    mine = torch.randint(1, 4, (rows, others), generator=g).cumsum(1).where(written, torch.tensor(OUT))
+    theirs = torch.randint(1, 4, (rows, others), generator=g).cumsum(1).minimum(total := mine.amax(1, keepdim=True))
+    theirs[:, 1:] = theirs[:, 1:].where(theirs[:, :-1] < total, torch.tensor(OUT))
+    for ends in (mine, theirs):
+        ends[closed & (column == (ends >= 0).sum(1, keepdim=True))] = EOS
     same = torch.randperm(vocabulary, generator=g)[:known].masked_fill(torch.arange(known) % 3 == 0, -1)
-    return Alignment(tokens, student, ends, same)
+    return Alignment(torch.randint(known, (rows, others), generator=g), mine[:, :length], theirs, same)
 
 
 KEYS = row_keys(f"0/{i // 3}/{i % 3}" for i in range(6))
@@ -327,12 +318,7 @@ def _equal(a: Evaluation, b: Evaluation, tolerance: float = TOLERANCE) -> bool:
     return near and abs((a.loss - b.loss).item()) <= tolerance * max(1.0, abs(a.loss.item()))
 
 
-def _map(
-    case: Case,
-    change: Callable[[Tensor], Tensor],
-    logits: Callable[[Tensor], Tensor] | None = None,
-    ends: Callable[[Tensor], Tensor] | None = None,
-) -> Case:
+def _map(case: Case, change: Change, logits: Change | None = None, ends: Change | None = None) -> Case:
     """The case with every tensor of its rollouts changed; logits over the student's tokens, and ends of tokens, by their own functions."""
     wide, end = logits or change, ends or change
     settings = dict(case.settings)
@@ -348,10 +334,7 @@ def _map(
         case.columns,
         {k: change(torch.as_tensor(v)) for k, v in case.marks.items()},
         settings,
-        {
-            k: replace(a, tokens=change(a.tokens), student_ends=end(a.student_ends), ends=end(a.ends))
-            for k, a in case.alignments.items()
-        },
+        {k: Alignment(change(a.tokens), end(a.student_ends), end(a.ends), a.same) for k, a in case.alignments.items()},
     )
 
 
@@ -399,9 +382,8 @@ def _poison(case: Case, objective: Objective, base: Evaluation) -> bool:
         return torch.where(outside, torch.tensor(float("nan"), dtype=x.dtype), x)
 
     spoilt = _map(case, lambda x: x, spoil)
-    for name, a in spoilt.alignments.items():
-        spoilt.models[name][a.ends < 0] = float("nan")
-    return _equal(base, spoilt.run(objective))
+    away = {k: spoilt.models[k].masked_fill((a.ends == OUT)[..., None], float("nan")) for k, a in case.alignments.items()}
+    return _equal(base, Case(**{**vars(spoilt), "models": {**spoilt.models, **away}}).run(objective))
 
 
 def _nothing(case: Case, objective: Objective) -> bool:

@@ -64,11 +64,11 @@ def token_bytes(tokenizer: Any) -> TokenBytes:
                 f"the tokenizer {tokenizer.name_or_path!r} writes its token {name!r} differently behind other text, so its tokens cannot be "
                 "laid beside another tokenizer's. Use a teacher of the student's family"
             )
-        pieces[i] = _partial(name, tokenizer) if UNKNOWN in text else text[len(before) :].encode()
+        pieces[i] = _partial(name) if UNKNOWN in text else text[len(before) :].encode()
     return TokenBytes(pieces, frozenset(i for i, name in names.items() if HEX.fullmatch(name)))
 
 
-def _partial(name: str, tokenizer: Any) -> bytes:
+def _partial(name: str) -> bytes:
     if found := HEX.fullmatch(name):
         return bytes.fromhex(found[1])
     if all(c in ALPHABET for c in name):
@@ -82,21 +82,18 @@ def same_tokens(student: TokenBytes, teacher: TokenBytes, eos: tuple[int | None,
     The ends of sequence, student's and teacher's, correspond whatever their names.
     """
 
-    def ordered(side: TokenBytes) -> list[int]:
-        return sorted(
-            (i for i, p in enumerate(side.pieces) if p and i not in eos_of(side)), key=lambda i: (i in side.fallback, i)
-        )
+    mine, theirs = eos if None not in eos else (None, None)
 
-    def eos_of(side: TokenBytes) -> tuple[int | None, ...]:
-        return () if None in eos else (eos[side is teacher],)
+    def ordered(side: TokenBytes, end: int | None) -> list[int]:
+        return sorted((i for i, piece in enumerate(side.pieces) if piece and i != end), key=lambda i: (i in side.fallback, i))
 
     ids: dict[bytes, list[int]] = {}
-    for i in reversed(ordered(student)):
+    for i in reversed(ordered(student, mine)):
         ids.setdefault(student.pieces[i], []).append(i)
     same = torch.full((len(teacher.pieces),), -1, dtype=torch.int64)
-    for i in ordered(teacher):
+    for i in ordered(teacher, theirs):
         if found := ids.get(teacher.pieces[i]):
             same[i] = found.pop()
-    if eos[0] is not None and eos[1] is not None:
-        same[eos[1]] = eos[0]
+    if mine is not None and theirs is not None:
+        same[theirs] = mine
     return same

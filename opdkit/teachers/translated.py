@@ -15,7 +15,7 @@ from opdkit.align import EOS, OUT, AlignedSource, Alignment
 from opdkit.data import Prompts
 from opdkit.errors import UserError
 from opdkit.forward import Layout
-from opdkit.head import Head
+from opdkit.head import Head, flat_positions
 from opdkit.teachers.base import Scorer, cut, heads_of
 from opdkit.teachers.token_bytes import TokenBytes, same_tokens, token_bytes
 from opdkit.types import Rollout
@@ -23,7 +23,7 @@ from opdkit.types import Rollout
 
 @dataclass(frozen=True)
 class Familiar:
-    """A teacher with the student's tokenizer, for methods that take any: its spans are the tokens, without the end of sequence."""
+    """A teacher with the student's tokenizer, for methods that take any: its spans are the tokens."""
 
     scorer: Scorer
     stops: frozenset[int]  # ends of sequence
@@ -37,12 +37,11 @@ class Familiar:
 
     def source(self, layout: Layout, positions: Tensor) -> AlignedSource:
         """The teacher at the student's own tokens."""
-        source = self.scorer.source(layout, positions)
-        lengths = torch.tensor([len(written(r, self.stops)) for r in layout.rollouts], device=positions.device)
-        column = torch.arange(layout.width, device=positions.device)
-        whole = torch.tensor([len(r.tokens) for r in layout.rollouts], device=positions.device)
-        ends = torch.where(column < lengths[:, None], column + 1, torch.where(column < whole[:, None], EOS, OUT))
-        same = torch.arange(source.vocabulary, device=positions.device)
+        source, device = self.scorer.source(layout, positions), positions.device
+        lengths = [len(written(r, self.stops)) for r in layout.rollouts]
+        closed = [[EOS] * (len(r.tokens) - n) for r, n in zip(layout.rollouts, lengths)]
+        ends = table([[*range(1, n + 1), *end] for n, end in zip(lengths, closed)], layout.width, OUT, device)
+        same = torch.arange(source.vocabulary, device=device)
         return AlignedSource(source, Alignment(torch.zeros_like(ends), ends, ends, same, shared=True))
 
 
@@ -81,18 +80,18 @@ class Translated:
             if b in asked and rollout.group not in prompts:
                 prompts[rollout.group] = self.prompt(rollout)
             prompt = prompts.get(rollout.group, [])
-            read, *ends = self._read(bodies[b], texts[b], ids[b], bool(prompt), b in asked and bodies[b] != rollout.tokens)
+            closed = b in asked and len(bodies[b]) < len(rollout.tokens)
+            read, at, there = self._read(bodies[b], texts[b], ids[b], bool(prompt), closed)
             self._refuse_long(rollout, len(prompt) + len(read))
             rollouts.append(Rollout(rollout.id, prompt, read, [True] * len(read), [], [], rollout.group))
-            mine.append(ends[0])
-            other.append(ends[1])
+            mine.append(at)
+            other.append(there)
         self._refuse_foreign(texts, mine)
         width, device = max((len(r.tokens) for r in rollouts), default=0), positions.device
         tokens = table([r.tokens for r in rollouts], width, 0, device)
-        ends_there = table(other, width, OUT, device)
-        alignment = Alignment(tokens, table(mine, layout.width, OUT, device), ends_there, self.same.to(device))
-        wanted = (ends_there != OUT).flatten().nonzero()[:, 0]
-        return AlignedSource(self.scorer.source(Layout(rollouts, width), wanted), alignment)
+        ends = table(mine, layout.width, OUT, device), table(other, width, OUT, device)
+        source = self.scorer.source(Layout(rollouts, width), flat_positions(ends[1] != OUT))
+        return AlignedSource(source, Alignment(tokens, *ends, self.same.to(device)))
 
     def _read(
         self, body: list[int], text: str, ids: list[int], prompted: bool, closed: bool
@@ -139,9 +138,9 @@ def translated(scorer: Any, student: Any, tokenizer: Any, stops: Collection[int]
 
 def spoken(scorer: Any) -> tuple[Any, Any]:
     """The model behind a teacher, and its tokenizer where that is not the student's."""
-    return (
-        (scorer, None) if not isinstance(scorer, (Familiar, Translated)) else (scorer.scorer, getattr(scorer, "tokenizer", None))
-    )
+    if isinstance(scorer, Familiar):
+        return scorer.scorer, None
+    return (scorer.scorer, scorer.tokenizer) if isinstance(scorer, Translated) else (scorer, None)
 
 
 def refuse_chat(chat: bool, tokenizer: Any) -> None:

@@ -290,9 +290,16 @@ def test_padding_of_another_vocabulary_is_cut():
 # ------------------------------------------------------------------------------------------------------------ as a method
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, {"hybrid": True}, {"merge": "bayesian"}, {"hybrid": True, "merge": "bayesian", "beta": 0}]
+CHECKED = (
+    {},
+    {"hybrid": True},
+    {"merge": "bayesian", "skip_eos": False},
+    {"hybrid": True, "merge": "bayesian", "beta": 0},
+    {"hybrid": True, "longer": "rank", "skip_eos": False, "student_temperature": 1.5},
 )
+
+
+@pytest.mark.parametrize("arguments", CHECKED, ids=str)
 def test_check_passes(arguments):
     assert len(check(load("gold", **arguments)).passed) == 14
 

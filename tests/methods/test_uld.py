@@ -142,7 +142,8 @@ def test_a_large_vocabulary_is_sorted_as_torch_sorts(dtype):
 
 
 def test_check_passes():
-    assert len(check("uld").passed) == 14 and not check(load("uld", crossentropy_weight=0.5, lmbda=0.0)).failed
+    assert len(check("uld").passed) == 14
+    assert not check(load("uld", crossentropy_weight=0.5, lmbda=0.0)).failed and not check(load("uld", skip_eos=False)).failed
 
 
 def test_bad_arguments_are_explained():
