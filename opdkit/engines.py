@@ -54,9 +54,7 @@ class Models:
         self.run, self.device, self.given, self.tokenizer = run, device, given, tokenizer
         self.loaded: dict[str, LocalModel] = {}
         self.reached: dict[str, Scorer | Remote] = {}  # by the specification as text
-        self.tongues: dict[
-            str, Any
-        ] = {}  # by the specification as text: the teacher's tokenizer where it is not the student's, or None
+        self.tongues: dict[str, Any] = {}  # likewise: a teacher's tokenizer, None where it is the student's
 
     def load(self, name: str, dtype: str, quantize: str | None = None, advice: str = TEACHER_ADVICE) -> Any:
         with enough_memory(f"{name} was loaded", advice):
