@@ -11,7 +11,7 @@ import sys
 import time
 
 from opdkit.quantize import available
-from opdkit.rewards import sandbox
+from opdkit.rewards import workers
 
 PACKAGES = (
     "torch",
@@ -66,7 +66,7 @@ def doctor() -> str:
     kernels = "Triton kernels" if gpu and triton else "formulas in cache-sized blocks"
     lines.append(f"learn         one chunked pass over the vocabulary for all terms, divergences by {kernels}; fused AdamW")
     lines.append(f"quantize      {available()}")
-    lines += [f"{'code reward' if not i else '':<13} {line}" for i, line in enumerate(sandbox.protection())]
+    lines += [f"{'confinement' if not i else '':<13} {line}" for i, line in enumerate(workers.protection())]
     return "\n".join(lines)
 
 

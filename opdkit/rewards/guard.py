@@ -1,24 +1,18 @@
-"""Calls that a model's output can hang or crash, such as sympy on 9^9^9^9: made in another process, with a limit.
+"""Scorers of libraries, asked in a confined process about what a model wrote: it can hang them, crash them and be run by them.
 
-A signal would not do: it works only in the main thread, and not while Python is inside one long multiplication.
+A signal would not do against hanging: it works only in the main thread, and not while Python is inside one long multiplication.
 """
 
 from __future__ import annotations
 
-import atexit
-import os
 import pickle
-import subprocess
-import sys
-import threading
-from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from opdkit.rewards.workers import Jail, cores
+
 SECONDS = 5.0  # for one call
-START_SECONDS = 120.0  # to import sympy from a cold disk
-_WORKER = Path(__file__).with_name("worker.py")
+MOST = 8  # calls at once: each has a process of some 120 MiB
 
 
 @dataclass(frozen=True)
@@ -28,76 +22,28 @@ class Failed:
     why: str
 
 
-def guarded(function: str, *arguments: Any, seconds: float = SECONDS) -> Any:
-    """What `worker.py`'s function returns, or `Failed`. Threads may call it at once; each then has a process of its own."""
-    idle = _idle.setdefault(function, deque())
-    process = _take(function, idle)
-    answer = process.call(function, arguments, seconds)
-    if process.alive:
-        idle.append(process)
-    return answer
+@dataclass(frozen=True)
+class Guard:
+    """A library's scorer. library: math (math-verify) or gym (reasoning-gym). reward: whose name errors say; own: its class.
 
+    unprotected: score also where answers cannot be kept from writing files, the network and other processes.
+    """
 
-class _Process:
-    """One worker and its two pipes."""
+    library: str
+    reward: str
+    own: str
+    unprotected: bool = False
 
-    def __init__(self) -> None:
-        # By path and not as a module: neither opdkit nor torch is imported, and this folder's math.py does not hide Python's.
-        run = f"import runpy, sys; sys.path[:1] = []; runpy.run_path({str(_WORKER)!r}, run_name='__main__')"
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        self.owner = os.getpid()  # a fork must not talk through its parent's pipes
-        self.alive = True
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", run],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, **threads, "CUDA_VISIBLE_DEVICES": ""},
-        )
+    @staticmethod
+    def workers() -> int:
+        """Calls worth making at once."""
+        return min(cores(), MOST)
 
-    def call(self, function: str, arguments: tuple[Any, ...], seconds: float) -> Any:
-        """The result; a process that fails to give one in time is ended."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        timer = threading.Timer(seconds, self.end)
-        timer.start()
-        try:
-            pickle.dump((function, arguments), self.process.stdin)
-            self.process.stdin.flush()
-            good, value = pickle.load(self.process.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError):
-            self.end()
-            return Failed(f"no result within {seconds:g} s or in the memory allowed")
-        finally:
-            timer.cancel()
-            timer.join()  # it must not end the process during the next call
+    @property
+    def jail(self) -> Jail:
+        return Jail("scores", self.reward, self.own, (self.library,), unprotected=self.unprotected)
+
+    def __call__(self, *arguments: Any, seconds: float = SECONDS) -> Any:
+        """What the library's function in `jail/scores.py` returns, or `Failed`. Threads may call at once."""
+        good, value = self.jail.ask(pickle.dumps((arguments, seconds)).hex())
         return value if good else Failed(value)
-
-    def end(self) -> None:
-        self.alive = False
-        if self.owner == os.getpid():
-            self.process.kill()
-            self.process.wait()
-
-
-_idle: dict[str, deque[_Process]] = {}  # by function: each imports only what its function needs
-
-
-def _take(function: str, idle: deque[_Process]) -> _Process:
-    """An idle worker, or a new one that has answered once: its imports are not on the first call's clock."""
-    while idle:
-        process = idle.pop()
-        if process.owner == os.getpid() and process.process.poll() is None:
-            return process
-    process = _Process()
-    ready = process.call("ready", (function,), START_SECONDS)
-    if ready is not True:
-        process.end()
-        raise RuntimeError(f"the process that scores answers does not start: {ready}")
-    return process
-
-
-@atexit.register
-def _end() -> None:
-    for idle in _idle.values():
-        while idle:
-            idle.pop().end()

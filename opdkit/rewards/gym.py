@@ -8,7 +8,7 @@ from typing import Any
 
 from opdkit.errors import UserError
 from opdkit.rewards.extract import boxed, spoken, stated
-from opdkit.rewards.guard import Failed, guarded
+from opdkit.rewards.guard import Failed, Guard
 from opdkit.types import Rollout
 
 LONGEST = 20_000  # characters of an answer; the largest grids of the library's tasks are a tenth of this
@@ -18,21 +18,35 @@ LONGEST = 20_000  # characters of an answer; the largest grids of the library's 
 class ReasoningGym:
     """The scorer's value for the answer in <answer>, \\boxed, "answer: ..." or, without these, the whole response.
 
+    Scorers run in a confined process, and may evaluate arithmetic only: see docs/rewards.md.
     Many scorers pay a little for an answer of the right form, so a rollout is correct from `correct_from` on, not above 0.
     """
 
     correct_from: float = 0.99  # scorers give 1.0 for a right answer, some up to rounding
+    unprotected: bool = False  # score also on a machine that cannot confine the scorers
+
+    @property
+    def guard(self) -> Guard:
+        return Guard("gym", "reasoning_gym", "ReasoningGym", self.unprotected)
+
+    @property
+    def workers(self) -> int:
+        return self.guard.workers()
+
+    def check(self) -> None:
+        """Refuse a machine on which scorers cannot be confined, before a run begins."""
+        self.guard.jail.check()
 
     def __call__(self, rollout: Rollout) -> float:
         task, config, entry = _entry(rollout)
         said = answer_in(rollout.text)
         if not said or len(said) > LONGEST:
             return 0.0
-        value = guarded("gym", task, config, said, entry)
+        value = self.guard(task, config, entry, said)
         if not isinstance(value, Failed):
             return float(value)
         # A scorer that fails on what a model wrote says that it is wrong; one that fails on its own answer has a broken row.
-        own = None if entry["answer"] is None else guarded("gym", task, config, str(entry["answer"]), entry)
+        own = None if entry["answer"] is None else self.guard(task, config, entry, str(entry["answer"]))
         if isinstance(own, Failed):
             raise UserError(
                 f"reasoning-gym's scorer of {task!r} cannot read the row: {own.why}. Generate the row anew with load_rows"

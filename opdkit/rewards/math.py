@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from opdkit.rewards.extract import NUMBER, boxed, formula, hashed, last_number, spoken, stated, truth
-from opdkit.rewards.guard import guarded
+from opdkit.rewards.guard import Guard
 from opdkit.rewards.quantity import clean, quantity
 from opdkit.types import Rollout
 
@@ -20,23 +20,41 @@ class Math:
 
     The final answer is the first of these that a response has, the last one of its kind: \boxed{...}; a line `#### ...`; "the
     answer is ..."; and then the last number (the last formula or line, where the truth is not a number).
+    Expressions are compared by math-verify in a confined process: see docs/rewards.md. unprotected: also where none can be had.
     """
 
+    unprotected: bool = False
+
+    @property
+    def guard(self) -> Guard:
+        return Guard("math", "math", "Math", self.unprotected)
+
+    @property
+    def workers(self) -> int:
+        return self.guard.workers()
+
+    def check(self) -> None:
+        """Refuse a machine on which math-verify cannot be confined, before a run begins."""
+        self.guard.jail.check()
+
     def __call__(self, rollout: Rollout) -> float:
-        return float(right(rollout.text, truth(rollout, "math")))
+        return float(right(rollout.text, truth(rollout, "math"), self.guard))
 
 
-def right(text: str, answer: str) -> bool:
-    """Whether a response's final answer is the given one."""
+GUARD = Math().guard
+
+
+def right(text: str, answer: str, guard: Guard = GUARD) -> bool:
+    """Whether a response's final answer is the given one. guard: who compares expressions."""
     text, answer = spoken(text), boxed(answer) or answer
     marked = boxed(text) or hashed(text)
     if marked is not None:
-        return same(marked, answer)
+        return same(marked, answer, guard)
     numeric = quantity(answer) is not None
     said = stated(text)
     if said is None:
-        return same(number_in(text) if numeric else formula_in(text), answer)
-    return same(said, answer) or same((leading(said) or number_in(said)) if numeric else formula_in(said), answer)
+        return same(number_in(text) if numeric else formula_in(text), answer, guard)
+    return same(said, answer, guard) or same((leading(said) or number_in(said)) if numeric else formula_in(said), answer, guard)
 
 
 def number_in(text: str) -> str:
@@ -59,7 +77,7 @@ def formula_in(text: str) -> str:
     return found[0] if found else text.strip().rpartition("\n")[2]
 
 
-def same(said: str, answer: str) -> bool:
+def same(said: str, answer: str, guard: Guard = GUARD) -> bool:
     """Whether two answers mean the same: as text, as numbers, as a choice's letter, or as mathematics."""
     plain, wanted = _plain(said), _plain(answer)
     if not plain or plain == wanted:
@@ -70,7 +88,7 @@ def same(said: str, answer: str) -> bool:
     if re.fullmatch(r"[a-j]", wanted):
         return _letter(said) == wanted
     said, answer = said.strip(" $*_`"), answer.strip(" $*_`")
-    return max(len(said), len(answer)) <= LONGEST and _verified(said, answer)
+    return max(len(said), len(answer)) <= LONGEST and _verified(guard, said, answer)
 
 
 def _plain(text: str) -> str:
@@ -85,5 +103,5 @@ def _letter(said: str) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _verified(said: str, answer: str) -> bool:
-    return guarded("equal", answer, said) is True
+def _verified(guard: Guard, said: str, answer: str) -> bool:
+    return guard(answer, said) is True

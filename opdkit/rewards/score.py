@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 from opdkit.address import is_address, load_address
 from opdkit.errors import UserError, nearest
@@ -29,13 +29,11 @@ def load_reward(spec: str | Reward | None) -> Reward | None:
     if spec is None or callable(spec):
         return spec
     if spec == "math":
-        return _with_package("math", "math_verify", Math())
+        return _confined(_with_package("math", "math_verify", Math()))
     if spec == "reasoning_gym":
-        return _with_package("reasoning_gym", "reasoning_gym", ReasoningGym())
+        return _confined(_with_package("reasoning_gym", "reasoning_gym", ReasoningGym()))
     if spec == "code":
-        code = Code()
-        code.sandbox.check()
-        return code
+        return _confined(Code())
     if spec == "exact":
         return Exact()
     if spec.startswith("judge:"):
@@ -52,7 +50,16 @@ def load_reward(spec: str | Reward | None) -> Reward | None:
     raise UserError(f"there is no reward {spec!r}{nearest(spec, FORMS)}. A reward is one of {', '.join(FORMS)}")
 
 
-def _with_package(name: str, package: str, reward: Reward) -> Reward:
+Confined = TypeVar("Confined", Code, Math, ReasoningGym)
+
+
+def _confined(reward: Confined) -> Confined:
+    """Refused here, not in the middle of a run, where this machine cannot confine it."""
+    reward.check()
+    return reward
+
+
+def _with_package(name: str, package: str, reward: Confined) -> Confined:
     if importlib.util.find_spec(package) is None:
         raise UserError(f"the reward {name!r} needs the package {package}, which is not installed: pip install 'opdkit[rewards]'")
     return reward
@@ -62,8 +69,8 @@ def score(rollouts: Sequence[Rollout], reward: Reward, *, workers: int = 0) -> l
     """The rollouts with `reward` and `correct` filled in.
 
     correct: reward > 0, or reward >= reward.correct_from where the reward says so (scores with partial credit).
-    workers: threads, for rewards that wait for something, such as a judge's answer; 0: none. A reward with a method
-    `score_many(rollouts) -> list[float]` is handed all of them at once, and sees to its own threads.
+    workers: threads, for rewards that wait for something, such as another process; 0: as many as the reward's own `workers` says,
+    or none. A reward with a method `score_many(rollouts) -> list[float]` is handed all of them at once, and sees to its own threads.
     """
     many = getattr(reward, "score_many", None)
     if many is not None:
@@ -73,7 +80,8 @@ def score(rollouts: Sequence[Rollout], reward: Reward, *, workers: int = 0) -> l
                 f"the reward {_name(reward)} gave {len(values)} values for {len(rollouts)} rollouts: give one for each"
             )
         return [_filled(r, reward, value) for r, value in zip(rollouts, values)]
-    if not workers:
+    workers = min(workers or getattr(reward, "workers", 0), len(rollouts))
+    if workers <= 1:
         return [_scored(r, reward) for r in rollouts]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda r: _scored(r, reward), rollouts))

@@ -8,7 +8,6 @@ from opdkit.data import load_rows
 from opdkit.errors import UserError
 from opdkit.rewards import load_reward, score
 from opdkit.rewards.gym import ReasoningGym, answer_in
-from opdkit.rewards.worker import literal
 from opdkit.types import Rollout
 
 pytest.importorskip("reasoning_gym")
@@ -42,18 +41,6 @@ def test_nonsense_is_wrong_and_stops_nothing():
         [row] = load_rows(f"reasoning_gym:{task}?size=1&seed=1")
         for text in ("", "[[[", "{}", "9**9**9**9**9 ((", "None", "\x00"):
             assert ReasoningGym()(rollout(text, row)) < 0.5
-
-
-def test_a_models_text_is_never_run(tmp_path):
-    """Three scorers call eval on the answer."""
-    trap = tmp_path / "trap"
-    for task in ("binary_matrix", "string_insertion", "spiral_matrix"):
-        [row] = load_rows(f"reasoning_gym:{task}?size=1&seed=1")
-        ReasoningGym()(rollout(f"<answer>[open({str(trap)!r}, 'w')]</answer>", row))
-    assert not trap.exists()
-    assert literal("[1, (2, 'a')]") == [1, (2, "a")] and literal("0xff & (3 + 5*7)") == 38
-    with pytest.raises((ValueError, SyntaxError)):
-        literal("__import__('os')")
 
 
 def test_the_tasks_settings_reach_the_scorer_and_entries_of_files_work(tmp_path):

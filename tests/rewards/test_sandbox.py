@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from opdkit.errors import UserError
-from opdkit.rewards import sandbox
-from opdkit.rewards.sandbox import Calls, Limits, Prints, Sandbox, Verdict, protection
+from opdkit.rewards import sandbox, workers
+from opdkit.rewards.sandbox import Calls, Limits, Prints, Sandbox, Verdict
+from opdkit.rewards.workers import protection
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are confined by Linux")
 LAYERS = [(), ("landlock",), ("user",), ("landlock", "user")]  # what is left out
@@ -50,7 +51,7 @@ def run(case: Calls | Prints, *, without: tuple[str, ...] = (), seconds: int = 2
 
 
 def nothing_left(without: tuple[str, ...]) -> None:
-    for worker in sandbox._idle[without]:
+    for worker in Sandbox(without=without).programs.idle:
         assert worker.alive and len(descendants(worker.process.pid)) == 1  # the parent of programs
         assert os.listdir(worker.base) == ["readable"]
 
@@ -72,8 +73,8 @@ def sees(program: str, *, without: tuple[str, ...] = ()) -> object:
 def holds(what: str, without: tuple[str, ...] = ()) -> None:
     """Skip where this machine does not keep programs from something, and says so."""
     Sandbox(workers=1, without=without).check()
-    if not sandbox._idle[without][-1].held[what]:
-        pytest.skip(f"not enforced on this machine: {sandbox.HELD[what]}")
+    if not Sandbox(without=without).programs.idle[-1].held[what]:
+        pytest.skip(f"not enforced on this machine: {workers.HELD[what]}")
 
 
 def attempts(*lines: str) -> str:
@@ -501,8 +502,8 @@ def test_a_program_may_not_look_into_what_a_test_gives_it():
 def test_it_dies_with_the_process_that_asked():
     holds("reading")
     script = (
-        "from opdkit.rewards import sandbox\nfrom opdkit.rewards.sandbox import *\nbox = Sandbox(Limits(60), workers=1)\n"
-        "box.check()\nworker = sandbox._idle[()][0]\nprint(worker.process.pid, worker.base, flush=True)\n"
+        "from opdkit.rewards.sandbox import *\nbox = Sandbox(Limits(60), workers=1)\n"
+        "box.check()\nworker = Sandbox().programs.idle[0]\nprint(worker.process.pid, worker.base, flush=True)\n"
         "box.run([Calls(('open(\"started\", \"w\")\\nwhile True: pass',), ('f()',), ('f',))])"
     )
     asking = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -533,7 +534,7 @@ def until(true) -> None:
 
 def test_a_worker_that_dies_is_replaced():
     Sandbox(workers=1).check()
-    workers = list(sandbox._idle[()])
+    workers = list(Sandbox().programs.idle)
     for worker in workers:
         worker.process.kill()
         worker.process.wait()
@@ -557,7 +558,7 @@ def test_the_same_program_gives_the_same_answer():
 def test_protection_says_what_holds():
     lines = protection()
     assert "no network: no socket can be opened" in lines
-    assert len([line for line in lines if line.removeprefix("NOT enforced: ") in sandbox.HELD.values()]) == len(sandbox.HELD)
+    assert len([line for line in lines if line.removeprefix("NOT enforced: ") in workers.HELD.values()]) == len(workers.HELD)
 
 
 def test_limits_that_let_nothing_start():
@@ -578,5 +579,5 @@ def test_a_machine_that_cannot_confine_is_refused_unless_one_insists():
         True,
         False,
     ]
-    [worker] = sandbox._idle[without]
+    [worker] = Sandbox(without=without).programs.idle
     until(lambda: len([p for p in descendants(worker.process.pid) if alive(p)]) == 1)

@@ -21,6 +21,7 @@ FOLDER = 64 << 20  # bytes of all files in the folder
 FILES = 1000  # files in the folder
 OPEN = 64  # files open at once
 THREADS = 1000
+CONFINED = b"#"  # what a process says once it is confined
 
 # The system calls that a single-threaded or threaded Python makes; every other is refused. NAME:x86_64/aarch64
 SYSCALLS = """

@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from check import CONFINED
+from lock import CONFINED
 from remote import Channel, Peer, why
 
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

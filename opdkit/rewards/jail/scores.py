@@ -1,0 +1,123 @@
+"""Scores answers one by one with a library's own scorer: each in a confined process of its own, which then ends.
+
+What an answer could do to a scorer, such as replacing a function of it, ends with that process. What an answer could have done to the
+score itself is refused before: a library that evaluates an answer as Python gets to evaluate arithmetic only (`arithmetic.py`).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import pickle
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+
+from arithmetic import only_arithmetic
+from cell import Jail, begun, child, kill, read
+from lock import CONFINED
+
+LONGEST = 1 << 16  # bytes of a scorer's result
+MEMORY = 4096  # MiB of address space: 9^9^9^9 must fail, not fill the machine
+# Read and compared once at the start: libraries then have ready what they build at their first use, such as a parser's tables.
+SAMPLES = (
+    (r"\frac{3\sqrt{2}}{2}", r"\frac{3}{\sqrt{2}}"),
+    (r"(x-1)(x+1)", r"x^2-1"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)"),
+    (r"\{1, 2\}", r"1,2"),
+    (r"[0, 1) \cup (2, \infty)", r"x \ge 2"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
+    (r"\sin(x) + \log_2(8) - e^{2x}", r"2^{10} - |y| + 5!"),
+    (r"10\%", r"0.1"),
+)
+
+
+def equal(answer: str, said: str) -> bool:
+    """Whether two LaTeX expressions are the same, by math-verify."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # Only LaTeX, whole: the plain-number extraction would find the 5 in "5 or 6". Limits are this folder's business.
+    how = [LatexExtractionConfig()]
+    golds, tries = (parse(rf"\boxed{{{text}}}", how, parsing_timeout=None) for text in (answer, said))
+    return verify(golds, tries, timeout_seconds=None)
+
+
+@lru_cache(maxsize=64)
+def dataset(task: str, config: str) -> Any:
+    """A task of reasoning-gym, made of the row's settings alone. It scores an entry of its own: what that builds is there from then on."""
+    import reasoning_gym
+
+    made = reasoning_gym.create_dataset(task, **json.loads(config))
+    with suppress(Exception):
+        made.score_answer(made[0]["answer"], made[0])
+    return made
+
+
+def math(answer: str, said: str) -> Callable[[], bool]:
+    return lambda: equal(answer, said)
+
+
+def gym(task: str, config: dict[str, Any], entry: dict[str, Any], said: str) -> Callable[[], float]:
+    scorer = dataset(task, json.dumps(config))
+    return lambda: float(scorer.score_answer(said, entry))
+
+
+def warm(library: str) -> None:
+    """Import the library, and have it build what it builds once."""
+    logging.disable(logging.WARNING)  # math-verify warns that its own limits are off: ours hold
+    if library == "gym":
+        __import__("reasoning_gym")
+        return
+    for answer, said in SAMPLES:
+        equal(answer, said)
+
+
+class Work:
+    """What `__main__.py` is asked to do here. library: math (math-verify) or gym (reasoning-gym)."""
+
+    def __init__(self, jail: Jail, library: str) -> None:
+        prepare: dict[str, Callable[..., Callable[[], Any]]] = {"math": math, "gym": gym}
+        self.jail, self.prepare = jail, prepare[library]
+        warm(library)
+        gc.freeze()
+
+    def __call__(self, line: str) -> list[Any]:
+        """[True, the value], or [False, why there is none]."""
+        arguments, seconds = pickle.loads(bytes.fromhex(line))  # of our own making: opdkit sends a row's data and a text
+        try:
+            work = self.prepare(*arguments)
+        except Exception as error:
+            return [False, f"{type(error).__name__}: {error}"]
+        return self._score(work, seconds)
+
+    def _score(self, work: Callable[[], Any], seconds: float) -> list[Any]:
+        output, write = os.pipe()
+        with self.jail:
+            pid = child(lambda: self._confined(work, seconds), [write])
+            os.close(write)
+            try:
+                begun(output)
+                said, stopped = read(output, LONGEST, time.monotonic() + seconds, self.jail)
+            finally:
+                kill(pid)
+                os.waitpid(pid, 0)
+                os.close(output)
+        with suppress(ValueError):
+            good, value = json.loads(said)
+            if not stopped and (isinstance(value, bool | float) if good is True else isinstance(value, str)):
+                return [good is True, value]
+        return [False, f"no result within {seconds:g} s or in the memory allowed"]
+
+    def _confined(self, work: Callable[[], Any], seconds: float) -> None:
+        self.jail.lock({"seconds": int(seconds) + 1, "memory": MEMORY})
+        os.write(3, CONFINED)
+        only_arithmetic()
+        try:
+            result = [True, work()]
+        except Exception as error:
+            result = [False, f"{type(error).__name__}: {error}"[: LONGEST // 8]]
+        os.write(3, json.dumps(result).encode())
