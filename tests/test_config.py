@@ -90,6 +90,44 @@ def test_a_groups_own_rules_are_told_with_its_name() -> None:
         make_run({**LEAST, "steps": 0})
 
 
+INF, NAN = float("inf"), float("nan")
+NOT_TO_BE = {  # values with which a run would go on and learn nothing, or the reverse
+    "optim": {
+        "learning_rate": (-1e-5, 0, INF, NAN),
+        "warmup_steps": (-1,),
+        "weight_decay": (-0.1, INF, NAN),
+        "betas": ([-0.1, 0.9], [0.9, 1.0], [1.5, 0.9], [NAN, 0.9]),
+        "eps": (0, -1e-8, INF, NAN),
+        "max_grad_norm": (-1, -INF, INF, NAN),
+    },
+    "lora": {"r": (0, -4), "alpha": (0, -8), "dropout": (1, -0.1, NAN)},
+}
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"), [(g, n, v) for g, names in NOT_TO_BE.items() for n, values in names.items() for v in values]
+)
+def test_numbers_that_learn_nothing_or_the_reverse_are_refused(group: str, name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"^{group}: {name}=.* must be .*: .{{20}}"):
+        make_run({**LEAST, group: {name: value}})
+
+
+def test_bounds_that_are_values() -> None:
+    """0 / 1 as far as they mean something: no decay, no momentum, no warm-up, no dropout, no clipping."""
+    optim = {"weight_decay": 0, "betas": [0, 0], "warmup_steps": 0, "max_grad_norm": 0}
+    run = make_run({**LEAST, "optim": optim, "lora": {"r": 1, "alpha": 1, "dropout": 0}})
+    assert run.optim == Optim(weight_decay=0.0, betas=(0.0, 0.0), warmup_steps=0, max_grad_norm=0.0)
+
+
+@pytest.mark.parametrize("key", ["max_grad_norm", "optim.max_grad_norm"])
+@pytest.mark.parametrize(("text", "value"), [("null", None), ("0", 0.0), ("1e-1", 0.1)])
+def test_clipping_from_the_command_line_and_from_the_resolved_run(tmp_path: Path, key: str, text: str, value: Any) -> None:
+    run = make_run(LEAST, [f"{key}={text}"])
+    assert run.optim.max_grad_norm == value
+    (tmp_path / "run.yaml").write_text(run.yaml(), encoding="utf-8")
+    assert load_run(tmp_path / "run.yaml") == run
+
+
 # --------------------------------------------------------------------------------------------------------------- overrides
 
 

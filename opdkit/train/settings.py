@@ -2,11 +2,65 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from opdkit.quantize import check_quantize
 
 SCHEDULES = ("constant", "linear", "cosine")
+
+# With other numbers a run goes on, step by step, and learns nothing, or goes uphill: what will do, what it must be, what else happens.
+Rules = Mapping[str, tuple[Callable[[Any], bool], str, str]]
+LORA: Rules = {
+    "r": (lambda r: r >= 1, "at least 1", "it is the rank of the adapters, and without one nothing is learnt"),
+    "alpha": (
+        lambda a: a >= 1,
+        "at least 1",
+        "adapters are scaled by alpha / r; at 0 they get no gradient, and nothing is learnt",
+    ),
+    "dropout": (
+        lambda d: 0 <= d < 1,
+        "in [0, 1)",
+        "it is the share of an adapter's inputs that are dropped; at 1 nothing is learnt",
+    ),
+}
+OPTIM: Rules = {
+    "learning_rate": (
+        lambda rate: rate is None or 0 < rate < math.inf,
+        "positive and finite, or null for the usual one",
+        "at 0 nothing is learnt, and below it every step goes uphill, away from what the method teaches",
+    ),
+    "warmup_steps": (lambda n: n >= 0, "at least 0", "it is the number of optimiser steps over which the learning rate rises"),
+    "weight_decay": (
+        lambda decay: 0 <= decay < math.inf,
+        "at least 0 and finite",
+        "every step shrinks the weights by the share learning_rate * weight_decay, and a negative one makes them grow without end",
+    ),
+    "betas": (
+        lambda betas: all(0 <= beta < 1 for beta in betas),
+        "two numbers in [0, 1)",
+        "each is the share of AdamW's running mean that a step keeps; at 1 no gradient ever enters it, and nothing is learnt",
+    ),
+    "eps": (
+        lambda eps: 0 < eps < math.inf,
+        "positive and finite",
+        "AdamW divides by sqrt(v) + eps: at 0 a weight without gradient becomes 0/0, and below it a step can turn round",
+    ),
+    "max_grad_norm": (
+        lambda norm: norm is None or 0 <= norm < math.inf,
+        "positive and finite, or null (or 0) for no clipping",
+        "long gradients are multiplied by max_grad_norm / norm, and a negative one turns every such step uphill",
+    ),
+}
+
+
+def follow(rules: Rules, settings: object) -> None:
+    """A ValueError for the first setting that breaks its rule."""
+    for name, (good, must, otherwise) in rules.items():
+        if not good(value := getattr(settings, name)):
+            raise ValueError(f"{name}={value!r} must be {must}: {otherwise}")
 
 
 @dataclass(frozen=True)
@@ -21,6 +75,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         check_quantize(self.quantize)
+        follow(LORA, self)
 
 
 @dataclass(frozen=True)
@@ -33,7 +88,7 @@ class Optim:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0  # longer gradients are shortened to it; null or 0: none is
     passes: int = 1  # times a rollout batch is gone through
     minibatches: int = 1  # optimiser steps per pass
 
@@ -42,6 +97,7 @@ class Optim:
             raise ValueError(f"schedule={self.schedule!r} must be one of {', '.join(SCHEDULES)}")
         if self.passes < 1 or self.minibatches < 1:
             raise ValueError("passes and minibatches must be at least 1")
+        follow(OPTIM, self)
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,9 @@ class Student:
         return self.learning_rate * shape[self.optim.schedule]
 
     def gradient_norm(self) -> Tensor:
-        """[]: norm of all gradients before clipping; clips them to `max_grad_norm`."""
-        return torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.max_grad_norm)
+        """[]: norm of all gradients before clipping; clips them to `max_grad_norm`, where there is one."""
+        limit = self.optim.max_grad_norm or math.inf  # by which gradients are multiplied by 1: the same bits
+        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
 
     def step(self) -> None:
         """One optimiser step, gradients cleared."""

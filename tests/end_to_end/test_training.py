@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from opdkit.build import prepare
+from opdkit.cli import main
 from opdkit.launch import execute
 from opdkit.plan import use_of
 from opdkit.run import Run, make_run
@@ -130,6 +131,17 @@ def test_r5_a_teacher_that_is_the_student_teaches_nothing(shop: Shop, tmp_path: 
     assert shop.train(tmp_path / "run", f"--method={method}", f"data={plain}", "dtype=float64", teacher=shop.student) == 0
     first = metrics(tmp_path / "run")[0]
     assert first["grad_norm"] < 1e-12 and abs(first["loss"]) < 1e-12
+
+
+def test_without_clipping_the_norm_is_still_recorded(shop: Shop, tmp_path: Path) -> None:
+    """null and 0 are one run; a limit of a millionth changes what is learnt, not the norm it is recorded from."""
+    for limit in ("null", "0", "1e-6"):
+        assert shop.train(tmp_path / limit, f"max_grad_norm={limit}", "eps=1e-3", "keep_samples=0") == 0
+    none, zero, little = (metrics(tmp_path / limit) for limit in ("null", "0", "1e-6"))
+    assert none[0]["grad_norm"] == zero[0]["grad_norm"] == little[0]["grad_norm"] > 1e-3
+    assert none[1]["grad_norm"] == zero[1]["grad_norm"] != little[1]["grad_norm"]
+    assert main(["train", str(tmp_path / "null" / "run.yaml"), f"output={tmp_path / 'again'}"]) == 0
+    assert metrics(tmp_path / "again")[1]["grad_norm"] == none[1]["grad_norm"]
 
 
 # ------------------------------------------------------------------------------------------------- what must not matter

@@ -56,13 +56,16 @@ def test_only_matrices_are_decayed() -> None:
     assert student.updates == 1 and all(p.grad is None for p in student.parameters)
 
 
-def test_gradients_are_clipped_and_their_norm_is_that_before() -> None:
-    student = Student(tiny_model(), Optim(max_grad_norm=1.0), 1.0, 1)
+@pytest.mark.parametrize(("limit", "left"), [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0]), (None, [3.0, 4.0]), (0.0, [3.0, 4.0])])
+def test_gradients_are_clipped_and_their_norm_is_that_before(limit: float | None, left: list[float]) -> None:
+    """(3, 4) has the norm 5; without a limit it stays as it is, to the bit, and the norm is still known."""
+    student = Student(tiny_model(), Optim(max_grad_norm=limit), 1.0, 1)
     for p in student.parameters:
         p.grad = torch.zeros_like(p)
     student.parameters[0].grad.view(-1)[:2] = torch.tensor([3.0, 4.0])
     assert student.gradient_norm().item() == pytest.approx(5.0)
-    assert student.parameters[0].grad.view(-1)[:2].tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
+    now = student.parameters[0].grad.view(-1)[:2].tolist()
+    assert now == (pytest.approx(left, rel=1e-5) if limit == 1.0 else left)
 
 
 def test_dropout_is_keyed_by_seed_and_step_and_leaves_the_random_state_alone() -> None:
