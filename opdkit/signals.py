@@ -13,6 +13,7 @@ from opdkit.maths import (
     Kind,
     divergence,
     group_index,
+    group_means,
     group_softmax,
     keyed_uniform,
     kind_of,
@@ -209,6 +210,7 @@ class Advantage(Signal):
     """[B, 1]: reward against the other rollouts of its prompt.
 
     std: (R - mean) / (sample std + 1e-6); mean: R - mean; rloo: R - mean of the others. A group of one keeps (R - 0) / 1 under std.
+    Equal rewards have exactly 0.
     """
 
     normalise: str = "std"
@@ -219,15 +221,15 @@ class Advantage(Signal):
 
     def value(self, batch: Batch) -> Tensor:
         reward = batch.reward.to(batch.dtype)
-        index, n = group_index(batch.group)
-        zeros = torch.zeros(n, dtype=reward.dtype, device=reward.device)
-        count = zeros.index_add(0, index, torch.ones_like(reward))[index]
-        centred = reward - zeros.index_add(0, index, reward)[index] / count
+        least, mean, count = group_means(reward, batch.group)
+        centred = reward - least - mean
         if self.normalise == "mean":
             return centred[:, None]
         if self.normalise == "rloo":
             return (centred * count / (count - 1).clamp_min(1))[:, None]
-        spread = (zeros.index_add(0, index, centred.square())[index] / (count - 1).clamp_min(1)).sqrt()
+        index, n = group_index(batch.group)
+        squares = torch.zeros(n, dtype=reward.dtype, device=reward.device).index_add(0, index, centred.square())[index]
+        spread = (squares / (count - 1).clamp_min(1)).sqrt()
         return torch.where(count > 1, centred / (spread + 1e-6), reward)[:, None]
 
 
@@ -319,10 +321,8 @@ class GroupMean(Signal):
 
     def value(self, batch: Batch) -> Tensor:
         values = self.of(batch).to(batch.dtype).expand(len(batch.tokens), 1)
-        index, n = group_index(batch.group)
-        total = torch.zeros(n, 1, dtype=values.dtype, device=values.device)
-        count = total.index_add(0, index, torch.ones_like(values))
-        return (total.index_add(0, index, values) / count)[index]
+        least, mean, _ = group_means(values[:, 0], batch.group)
+        return (least + mean)[:, None]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from opdkit.maths import (
     ReverseKL,
     SkewForward,
     SkewReverse,
+    deviations,
     divergence,
+    group_means,
     group_softmax,
     k1,
     k2,
@@ -217,6 +219,58 @@ def test_group_softmax():
     assert close(group_softmax(logits + 1e4, among, group), share, 9)  # a constant changes nothing, and nothing overflows
     spoilt = torch.where(among, logits, math.inf)
     assert close(group_softmax(spoilt, among, group), share, 12)  # what is not among them is not read
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+UNEVEN = torch.tensor([5] * 16 + [2] * 32 + [9] + [4] * 3)  # groups of 16, 32, 1 and 3
+EQUAL = [0.7] * 16 + [0.96] * 32 + [1e-3] + [-1 / 3] * 3  # their plain means round: in float32 all but that of the one
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_values_are_their_own_mean_in_groups_of_any_size(dtype):
+    values = torch.tensor(EQUAL, dtype=dtype)
+    shuffled = torch.randperm(len(values), generator=torch.Generator().manual_seed(1))
+    for order in (torch.arange(len(values)), shuffled):
+        least, mean, count = group_means(values[order], UNEVEN[order])
+        assert torch.equal(least + mean, values[order]) and (values[order] - least - mean == 0).all()
+        assert count.tolist() == [{5: 16, 2: 32, 9: 1, 4: 3}[g] for g in UNEVEN[order].tolist()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_group_means_are_the_means(dtype):
+    """Against a loop in float64; the error is that of adding up to 32 numbers below 3 in this dtype."""
+    values = torch.randn(len(UNEVEN), dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    least, mean, _ = group_means(values, UNEVEN)
+    naive = torch.stack([values.double()[g == UNEVEN].mean() for g in UNEVEN])
+    assert ((least + mean).double() - naive).abs().max() < 32 * torch.finfo(dtype).eps
+    assert torch.equal(least, torch.stack([values[g == UNEVEN].min() for g in UNEVEN]))
+
+
+def test_a_value_that_is_hardly_another_deviates_by_no_more_than_it_does():
+    """Fifteen of 0.7 and one a rounding u above it: u (1 - 1/16) and -u / 16, where a rounded mean would say u or 0."""
+    values = torch.tensor([0.7] * 16)
+    values[3] = torch.nextafter(values[3], torch.tensor(1.0))
+    least, mean, _ = group_means(values, torch.zeros(16))
+    u = (values[3] - values[0]).item()
+    assert (values - least - mean).tolist() == [u * 15 / 16 if i == 3 else -u / 16 for i in range(16)]
+
+
+def test_an_infinite_value_spoils_its_own_group_only():
+    values, group = numbers(-math.inf, 1.0, math.nan, 1.0, 2.0, 4.0), torch.tensor([0, 0, 1, 1, 2, 2])
+    least, mean, _ = group_means(values, group)
+    assert close((least + mean)[4:], [3.0, 3.0], 12) and (least + mean)[:2].tolist() == [-math.inf] * 2
+    assert (least + mean)[2:4].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_deviations_of_what_is_selected(dtype):
+    values = torch.full((7, 11), 0.7, dtype=dtype)
+    mask = torch.rand(7, 11, generator=torch.Generator().manual_seed(3)) < 0.8
+    values[~mask] = math.nan
+    assert (deviations(values, mask)[mask] == 0).all()
+    few = torch.tensor([[1.0, 2.0, math.nan, 6.0]], dtype=dtype)
+    assert deviations(few, ~few.isnan())[~few.isnan()].tolist() == [-2, -1, 3]
+    assert deviations(few, few > 9).shape == few.shape  # none is selected
 
 
 # ---------------------------------------------------------------------------------------------------------- keyed draws

@@ -109,6 +109,25 @@ def test_advantages():
         Advantage("zscore")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["std", "mean", "rloo"])
+def test_equal_rewards_have_no_advantage(kind, dtype):
+    """Groups of 16, 32, 2 and 1 in turns. The last keeps its reward under std."""
+    reward = [0.7] * 16 + [0.96] * 32 + [0.1] * 2 + [0.3]
+    group, order = [3] * 16 + [1] * 32 + [8] * 2 + [2], torch.randperm(51, generator=torch.Generator().manual_seed(4))
+    columns = {"reward": torch.tensor(reward, dtype=dtype)[order], "group": torch.tensor(group)[order]}
+    here = batch(torch.ones(51, 1, dtype=torch.bool), torch.zeros(51, 1), columns=columns)
+    here.dtype = dtype
+    out = Advantage(kind)(here)[:, 0]
+    alone = order == 50
+    assert (
+        out.dtype == dtype
+        and (out[~alone] == 0).all()
+        and out[alone].item() == (columns["reward"][alone] if kind == "std" else 0)
+    )
+    assert torch.equal(GroupMean(Reward())(here)[:, 0], columns["reward"])  # a baseline of one's own is as exact
+
+
 def test_pass_rates():
     six = torch.ones(6, 1, dtype=torch.float64)
     columns = {"correct": [True, False, False, True, True, False], "group": GROUPS}

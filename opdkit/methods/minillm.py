@@ -24,8 +24,7 @@ class Whitened(Signal):
     standardises: ClassVar[bool] = True  # MiniLLM's own; `compose.refuse` keeps it out of other credits
 
     def value(self, batch: Batch) -> Tensor:
-        values = self.of(batch).expand(batch.shape)
-        centred = values - maths.masked_mean(values, batch.mask)
+        centred = maths.deviations(self.of(batch).expand(batch.shape), batch.mask)
         return centred / (maths.masked_mean(centred.square(), batch.mask) + 1e-8).sqrt()
 
 

@@ -42,6 +42,42 @@ def test_equal_rewards_teach_nothing(loss):
     assert out.loss == 0 and (out.grad == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("advantage", ["std", "mean", "rloo"])
+@pytest.mark.parametrize(
+    "method", [("grpo", {"loss": loss}) for loss in LOSSES] + [("kdrl", {"beta": 0.0}), ("rlad", {})], ids=str
+)
+def test_equal_rewards_teach_nothing_whatever_they_are(method, advantage, dtype):
+    """Sixteen times 0.7 and 32 times 0.96, whose means round in float32, beside a prompt that has something to teach."""
+    name, arguments = method
+    reward, group = [0.7] * 16 + [0.96] * 32 + [1.0, 0.0], [0] * 16 + [1] * 32 + [2] * 2
+    torch.manual_seed(5)
+    student, before, teacher = (torch.randn(50, 3, 8).to(dtype) for _ in range(3))
+    ids, mask = torch.randint(8, (50, 3)), torch.rand(50, 3) < 0.8
+    mask[:, 0] = True
+    out = evaluate(
+        load(name, advantage=advantage, **arguments),
+        student,
+        ids,
+        mask,
+        models={"teacher": teacher},
+        before_logits=before,
+        reward=reward,
+        group=group,
+    )
+    assert (out.grad[:48] == 0).all() and (out.grad[48:] != 0).any()
+    alone = evaluate(
+        load(name, advantage=advantage, **arguments),
+        student[:16],
+        ids[:16],
+        models={"teacher": teacher[:16]},
+        before_logits=before[:16],
+        reward=reward[:16],
+        group=group[:16],
+    )
+    assert alone.loss == 0 and (alone.grad == 0).all()
+
+
 @pytest.mark.parametrize(("loss", "value"), [("grpo", 0.0), ("dapo", 1 / 3), ("dr_grpo", 0.125)])
 def test_reductions_on_fresh_rollouts(loss, value):
     """-1 on two tokens, +1 on four: 0 as a mean of rollouts, 2/6 as a mean of tokens, 2/(2 * 8) over a fixed length."""

@@ -52,6 +52,17 @@ def test_whitening_counts_trained_tokens_only():
     assert close(theirs[:4], [-0.189050, -0.362244, 2.150290, -0.045128])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whitening_leaves_nothing_of_equal_returns(dtype):
+    """Of four alike the teacher is sure: log 4 / 0.5 meets the clamp at every token. The mean of 45 times 0.96 rounds."""
+    ids = torch.arange(45).view(9, 5) % 4
+    student, teacher = torch.zeros(9, 5, 4, dtype=dtype), 30 * torch.nn.functional.one_hot(ids, 4).to(dtype)
+    out = evaluate(
+        load("minillm", discount=0.0, clamp=0.96, length_norm=False, single_step=0.0), student, ids, models={"teacher": teacher}
+    )
+    assert (out.terms[0].credit == 0).all() and out.loss == 0 and (out.grad == 0).all()
+
+
 def test_clamp_bounds_the_scaled_gap():
     assert close(credit(scale=0.5, clamp=0.5, discount=0.0, whiten=False, length_norm=False), [0.4, -0.5, 0.5])
 
