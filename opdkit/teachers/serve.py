@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +26,10 @@ from opdkit.teachers.prompt_logprobs import JSON_FLOOR
 from opdkit.types import LogpAtFact, LogpFact, Rollout, TopFact
 
 LARGEST_BODY = 1 << 30  # bytes of a request
+LARGEST_TABLE = 1 << 30  # bytes of all that one request asks for, before it is sent
+CELL = 16  # bytes of one number in it: itself, and as much on the way
+MOST_ENTRIES = 1 << 22  # log-probs of one /v1/completions answer: some 400 bytes each
+PIECE = 1 << 20  # bytes of it read at once
 GRACE = 30.0  # seconds that a shutdown waits for what is under way
 JSON, BINARY = "application/json", "application/octet-stream"
 
@@ -78,11 +82,17 @@ class Service:
     def score(self, body: bytes) -> bytes:
         """Facts of rollouts, or hidden states where none is asked for; see `scoring`."""
         try:
-            layout, positions, wanted, ids, vocab = scoring.unpack_request(body)
-        except (ValueError, KeyError, TypeError) as error:
+            layout, positions, wanted, ids, vocab = scoring.unpack_request(body, self.rows)
+        except (ValueError, RecursionError) as error:  # RecursionError: JSON of a thousand brackets
             raise BadRequest(f"the body is no request for scores: {error}") from error
+        cells = len(layout.rollouts) * layout.width * (1 + sum(getattr(fact, "k", 1) for fact in (*wanted, *ids)))
+        if cells * CELL > LARGEST_TABLE:
+            raise BadRequest(
+                f"{len(layout.rollouts)} rollouts, the longest of {layout.width} tokens, with all that is asked of them would fill "
+                f"{cells * CELL / 2**30:.1f} GiB: ask about fewer of them, or for a smaller k, at once"
+            )
         for rollout in layout.rollouts:
-            self.readable(rollout.prompt + rollout.tokens, f"rollout {rollout.id}", spare=0)
+            self.readable(rollout.prompt + rollout.tokens, f"rollout {scoring.shown(rollout.id)}", 0, self.ids)
         positions, local = positions.to(self.device), self.local.cut(vocab)
 
         def run() -> dict[str, Tensor]:
@@ -116,9 +126,17 @@ class Service:
         if given.get("model", self.name) != self.name:
             raise BadRequest(f"The model `{given['model']}` does not exist: this server has {self.name}", 404)
         k, prompts = given.get("prompt_logprobs"), given.get("prompt")
-        if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k <= self.rows:
-            raise BadRequest(f"this server scores prompts: give prompt_logprobs, a number from 0 to {self.rows}")
-        if given.get("max_tokens", 16) not in (0, 1) or given.get("stream") or given.get("echo") or given.get("n", 1) != 1:
+        if type(k) is not int or not 0 <= k <= self.rows:
+            raise BadRequest(f"this server scores prompts: give prompt_logprobs, a whole number from 0 to {self.rows}")
+        spare, n = given.get("max_tokens", 16), given.get("n", 1)
+        if (
+            type(spare) is not int
+            or spare not in (0, 1)
+            or given.get("stream")
+            or given.get("echo")
+            or type(n) is not int
+            or n != 1
+        ):
             raise BadRequest("this server writes nothing: max_tokens must be 0 or 1, n 1, and stream and echo off")
         if isinstance(prompts, list) and prompts and all(isinstance(t, int) for t in prompts):
             prompts = [prompts]
@@ -126,13 +144,18 @@ class Service:
             raise BadRequest(
                 "prompt must be token ids, or a list of such lists: text would be tokenised anew, and not into the same tokens"
             )
+        if (entries := sum(map(len, prompts)) * max(k, 1)) > MOST_ENTRIES:
+            raise BadRequest(
+                f"{sum(map(len, prompts))} tokens with prompt_logprobs={k} are {entries} log-probs, and an answer holds at most "
+                f"{MOST_ENTRIES}: ask about fewer tokens, or for fewer log-probs, at once"
+            )
         for prompt in prompts:
-            self.readable(prompt, "the prompt", spare=given.get("max_tokens", 16))
+            self.readable(prompt, "the prompt", spare, min(self.ids, self.scored.head.size(torch.zeros(0))))
         return prompts, k
 
-    def readable(self, tokens: Sequence[Any], who: str, spare: int) -> None:
-        if wrong := [t for t in tokens if not isinstance(t, int) or not 0 <= t < self.ids]:
-            raise BadRequest(f"Token id {wrong[0]} is out of vocabulary: {who} may hold 0 to {self.ids - 1}")
+    def readable(self, tokens: Sequence[Any], who: str, spare: int, ids: int) -> None:
+        if wrong := [t for t in tokens if type(t) is not int or not 0 <= t < ids]:
+            raise BadRequest(f"Token id {scoring.shown(wrong[0])} is out of vocabulary: {who} may hold 0 to {ids - 1}")
         if self.limit is not None and len(tokens) + spare > self.limit:
             raise BadRequest(f"This model's maximum context length is {self.limit} tokens. However, {who} has {len(tokens)}.")
 
@@ -141,8 +164,9 @@ class Service:
         with self.lock:
             jobs, self.waiting = self.waiting, []
         try:
-            for job, entries in zip(jobs, self._entries([r for r, _, _ in jobs], [k for _, k, _ in jobs]) if jobs else ()):
-                job[2].set_result(entries)
+            for part in _together([(len(r.tokens), k) for r, k, _ in jobs]):
+                for job, entries in zip(jobs[part], self._entries([r for r, _, _ in jobs[part]], [k for _, k, _ in jobs[part]])):
+                    job[2].set_result(entries)
         except Exception as error:
             for _, _, future in jobs:
                 if not future.done():
@@ -175,6 +199,18 @@ class Service:
         return {"logprob": max(logp, JSON_FLOOR), "rank": rank, "decoded_token": self.tokenizer.decode([id])}
 
 
+def _together(sizes: Sequence[tuple[int, int]]) -> Iterator[slice]:
+    """Prompts, by their tokens and log-probs per token, in turns: each is as long and as deep as its longest and deepest, in a table."""
+    start, longest, deepest = 0, 1, 1
+    for at, (tokens, k) in enumerate(sizes):
+        longest, deepest = max(longest, tokens), max(deepest, k)
+        if at > start and (at + 1 - start) * longest * deepest > MOST_ENTRIES:
+            yield slice(start, at)
+            start, longest, deepest = at, max(tokens, 1), max(k, 1)
+    if start < len(sizes):
+        yield slice(start, len(sizes))
+
+
 # ----------------------------------------------------------------------------------------------------------------- http
 
 
@@ -196,16 +232,30 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(routes)
 
     def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length") or -1)
-        if not 0 <= length <= LARGEST_BODY:
+        try:
+            body = self.body()
+        except BadRequest as error:  # where the next request begins is not known
             self.close_connection = True
-            return self.write(413, _error(f"a request needs a Content-Length of at most {LARGEST_BODY} bytes", 413))
-        body = self.rfile.read(length)
+            return self.write(error.status, _error(str(error), error.status))
         routes: dict[str, Callable[[], Any]] = {
             "/score": lambda: self.service.score(body),
             "/v1/completions": lambda: self.service.completions(_json(body)),
         }
         return self.answer(routes)
+
+    def body(self) -> bytes:
+        """What the headers announce, piece by piece: memory is taken for bytes that have come."""
+        said = self.headers.get("Content-Length", "")
+        if said and not (said.isascii() and said.isdecimal()):
+            raise BadRequest(f"Content-Length: {scoring.shown(said)} is no number of bytes")
+        if not 0 < len(said) <= 12 or int(said) > LARGEST_BODY:
+            raise BadRequest(f"a request needs a Content-Length of at most {LARGEST_BODY} bytes", 413)
+        came = bytearray()
+        while len(came) < int(said):
+            if not (piece := self.rfile.read(min(PIECE, int(said) - len(came)))):
+                raise BadRequest(f"the body ends after {len(came)} of the {said} bytes that Content-Length announces")
+            came += piece
+        return bytes(came)
 
     def answer(self, routes: Mapping[str, Callable[[], Any]]) -> None:
         path = self.path.partition("?")[0]
@@ -240,7 +290,7 @@ class Handler(BaseHTTPRequestHandler):
 def _json(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise BadRequest("the body must be a JSON object")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import signal
 import socket
 import threading
@@ -14,7 +16,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import pytest
+import safetensors.torch
 import torch
 
 from opdkit import UserError, endpoint
@@ -22,9 +26,10 @@ from opdkit.cli import main
 from opdkit.endpoint import Endpoint, Refused
 from opdkit.engines import shared_vocabulary
 from opdkit.facts import Needs
+from opdkit.forward import Layout
 from opdkit.maths import JSD, ReverseKL
 from opdkit.models import head_of, real_vocabulary
-from opdkit.teachers import LocalModel, Routed, scoring, server
+from opdkit.teachers import LocalModel, Routed, scoring, serve, server
 from opdkit.teachers.base import cut, heads_of
 from opdkit.teachers.serve import Service, TeacherServer, make_server
 from opdkit.teachers.spec import Server
@@ -200,6 +205,179 @@ def test_other_paths_and_bodies() -> None:
             with pytest.raises(Refused) as caught:
                 client.request(method, path, body, lambda response: response.content)
             assert caught.value.status == status
+
+
+def int64(*values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def fact(name: str, **values: Any) -> dict[str, Any]:
+    return {"fact": name, "model": "teacher", **values}
+
+
+TOP = fact("TopFact", k=3)
+TOO_MUCH: dict[str, tuple[dict[str, Any], str]] = {  # what is changed in a good request of three rollouts, and what is said
+    "a response of 10^9 tokens": ({"responses": int64(10**9, 4, 3)}, "add up to 1000000014, and 19 tokens are given"),
+    "a prompt of 2^62 tokens": ({"prompts": int64(2**62, 3, 2)}, "add up to 4611686018427387921, and 19 tokens"),
+    "lengths that cancel": ({"prompts": int64(2**63 - 1, 3, 2), "responses": int64(5, -(2**63), 3)}, "a length is -92233720368"),
+    "a negative length": ({"responses": int64(5, -4, 11)}, "a length is -4: prompts and responses have at least one token"),
+    "a prompt of nothing": ({"prompts": int64(0, 3, 4)}, "a length is 0"),
+    "a token too many": ({"tokens": torch.ones(20, dtype=torch.int64)}, "add up to 19, and 20 tokens are given"),
+    "lengths of other rollouts": ({"prompts": int64(2, 3)}, "3 rollouts, 2 lengths of prompts and 3 of responses"),
+    "no lengths": ({"prompts": None}, "no tensor 'prompts'"),
+    "lengths that are fractions": ({"responses": torch.tensor([5.0, 4.0, 3.0])}, "'responses' is torch.float32 [3], where int64"),
+    "truths for tokens": ({"tokens": torch.ones(19, dtype=torch.bool)}, "'tokens' is torch.bool [19], where int64, one row"),
+    "lengths in a table": ({"prompts": int64([2, 3, 2])}, "'prompts' is torch.int64 [1, 3], where int64, one row"),
+    "a single number": ({"positions": torch.tensor(3)}, "'positions' is torch.int64 [], where int64, one row"),
+    "an id too large": ({"tokens": int64(*[5] * 18, 320)}, "Token id 320 is out of vocabulary"),
+    "a negative id": ({"tokens": int64(-1, *[5] * 18)}, "Token id -1 is out of vocabulary"),
+    "an id behind the rows kept": ({"tokens": int64(*[5] * 18, 319), "vocab": 300}, "Token id 319 is out of vocabulary"),
+    "a position far away": ({"positions": int64(0, 10**15)}, "position 1000000000000000 is in no response: there are 15 in 5"),
+    "a position before the first": ({"positions": int64(-1, 0)}, "position -1 is in no response"),
+    "a position behind a response": ({"positions": int64(0, 9)}, "position 9 is in no response"),
+    "a position twice": ({"positions": int64(0, 1, 1)}, "a position is asked about more than once"),
+    "more entries than the vocabulary": (
+        {"facts": [fact("TopFact", k=321)]},
+        "k=321, which must be a whole number from 1 to 320",
+    ),
+    "10^12 entries": ({"facts": [fact("LogpAtFact", owner="teacher", k=10**12)]}, "LogpAtFact has k=1000000000000, which"),
+    "fewer than none": ({"facts": [fact("TopFact", k=-1)]}, "k=-1, which must be a whole number"),
+    "a truth for a number": ({"facts": [fact("TopFact", k=True)]}, "k=True, which must be a whole number"),
+    "a fraction": ({"facts": [fact("TopFact", k=3.0)]}, "k=3.0, which must be a whole number"),
+    "more rows than there are": ({"vocab": 10**9}, "vocab=1000000000 must be null or a whole number from 1 to 320"),
+    "rows that are none": ({"vocab": False}, "vocab=False must be null"),
+    "a fact that is none": ({"facts": [{"fact": ["LogpFact"]}]}, "['LogpFact'] is not a fact"),
+    "a fact with more": ({"facts": [fact("LogpFact", k=3)]}, "LogpFact is given by model, not by ['k', 'model']"),
+    "a model that is no name": ({"facts": [{"fact": "LogpFact", "model": []}]}, "model=[], which must be a name"),
+    "a fact in no list": ({"facts": TOP}, "'facts' is {'fact': 'TopFact'"),
+    "two models": ({"facts": [TOP, {"fact": "LogpFact", "model": "other"}]}, "facts of 2 models"),
+    "names that are numbers": ({"rollouts": [1, 2, 3]}, "'rollouts' is [1, 2, 3], where a list of str is expected"),
+    "a name too few": ({"rollouts": ["a", "b"]}, "2 rollouts, 3 lengths of prompts"),
+    "ids that are not given": ({"ids 0": None}, "no tensor 'ids 0'"),
+    "ids that are not said": ({"ids": []}, "the top 4 ids of 'student' are not given"),
+    "fewer ids than positions": (
+        {"ids 0": torch.ones(2, 4, dtype=torch.int64)},
+        "'ids 0' is torch.int64 [2, 4], where int64, [12, 4]",
+    ),
+    "ids too large": ({"ids 0": torch.full((12, 4), 320)}, "'ids 0' holds ids that are not from 0 to 319"),
+    "its own ids": ({"ids": [fact("TopFact", k=4)]}, "only the top ids of other models can be"),
+    "other settings": ({"settings": "[]"}, "its settings are no mapping"),
+    "settings a thousand deep": ({"settings": "[" * 10**5}, "the body is no request for scores"),
+}
+
+
+def request(**changed: Any) -> bytes:
+    """Three rollouts of 2 + 5, 3 + 4 and 2 + 3 tokens, every fact at every position; then what is changed."""
+    rows = rollouts(lengths=((2, 5), (3, 4), (2, 3)))
+    layout, at = Layout(rows, 5), int64(*range(5), *range(5, 9), *range(10, 13))
+    ids = {TopFact("student", 4): torch.arange(48).view(12, 4)}
+    tensors, settings = scoring.unpack(scoring.pack_request(layout, at, NUMBERS, ids, None))
+    whole = changed.pop("settings", None)
+    for name, value in changed.items():
+        (settings if name in ("rollouts", "facts", "ids", "vocab") else tensors)[name] = value
+    given = {name: t for name, t in tensors.items() if t is not None}
+    return scoring.pack(given, settings) if whole is None else safetensors.torch.save(given, {"settings": whole})
+
+
+def test_what_a_request_says_must_be_what_it_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is refused before anything is scored and without the memory it speaks of; the server goes on and says the same as before."""
+    with serving(tiny_model("llama", seed=2)) as (one,):
+        service, client = one.RequestHandlerClass.service, Endpoint([url(one)], retries=0)
+
+        def ask(body: bytes) -> bytes:
+            return client.request("POST", "/score", body, lambda response: response.content)
+
+        good = ask(request())
+        assert len(scoring.unpack(good)[0]) == len(NUMBERS)
+        peak, scored = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+        with monkeypatch.context() as patch:
+            patch.setattr(service.worker, "submit", lambda *work: scored.append(work))
+            for name, (changed, words) in TOO_MUCH.items():
+                with pytest.raises(Refused) as caught:
+                    ask(request(**changed))
+                assert caught.value.status == 400 and words in caught.value.message, (name, caught.value.message)
+        assert scored == []
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + (64 << 10)  # KiB; the first one alone speaks of 20 GiB
+        assert ask(request()) == good
+
+
+def test_more_than_a_gibibyte_at_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table has a row for each rollout, as wide as the longest: 3 x 5 x (1 + 1 + 1 + 3 + 3 + 4 + 4) numbers of 16 bytes."""
+    with serving(tiny_model("llama", seed=2)) as (one,):
+        for least, status in ((4080, 200), (4079, 400)):
+            monkeypatch.setattr(serve, "LARGEST_TABLE", least)
+            answer = httpx2.post(f"{url(one)}/score", content=request())
+            assert answer.status_code == status
+        assert "3 rollouts, the longest of 5 tokens" in answer.text and "a smaller k" in answer.text
+
+
+DEEP = b'{"prompt": ' + b"[" * 10**5
+BODIES: dict[str, tuple[dict[str, Any] | bytes, str]] = {
+    "truths": ({"prompt": [True, 6]}, "Token id True is out of vocabulary"),
+    "fractions": ({"prompt": [5.0, 6.0]}, "prompt must be token ids"),
+    "negative": ({"prompt": [5, -6]}, "Token id -6 is out of vocabulary"),
+    "huge": ({"prompt": [5, 10**40]}, f"Token id {10**40} is out of vocabulary"),
+    "nested": ({"prompt": [[5, [6]]]}, "Token id [6] is out of vocabulary"),
+    "mixed": ({"prompt": [5, [6]]}, "prompt must be token ids"),
+    "rows that pad": ({"prompt": [5, 350]}, "Token id 350 is out of vocabulary: the prompt may hold 0 to 319"),
+    "all of them everywhere": (
+        {"prompt": [[5] * 999] * 99, "prompt_logprobs": 384},
+        "98901 tokens with prompt_logprobs=384 are 37977984",
+    ),
+    "more than there are": ({"prompt": [5, 6], "prompt_logprobs": 385}, "a whole number from 0 to 384"),
+    "a truth": ({"prompt": [5, 6], "prompt_logprobs": True}, "a whole number from 0 to 384"),
+    "a fraction": ({"prompt": [5, 6], "prompt_logprobs": 1.0}, "a whole number from 0 to 384"),
+    "a truth of tokens": ({"prompt": [5, 6], "max_tokens": True}, "this server writes nothing"),
+    "a fraction of answers": ({"prompt": [5, 6], "n": 1.0}, "this server writes nothing"),
+    "10^9 answers": ({"prompt": [5, 6], "n": 10**9}, "this server writes nothing"),
+    "brackets": (DEEP, "the body is not JSON"),
+    "digits": (b'{"prompt": [' + b"1" * 5000 + b"]}", "the body is not JSON"),
+}
+
+
+def test_completions_that_say_what_cannot_be() -> None:
+    """The head has 384 rows and the tokenizer 320 tokens. What is good is answered as before."""
+    with serving(tiny_model("llama", vocab_size=384, seed=2)) as (one,):
+        where = f"{url(one)}/v1/completions"
+        ask = {"max_tokens": 1, "prompt_logprobs": 2, "prompt": [5, 6, 7]}
+        good = httpx2.post(where, json=ask).json()["choices"]
+        for name, (body, words) in BODIES.items():
+            answer = httpx2.post(where, content=body if isinstance(body, bytes) else json.dumps({**ask, **body}).encode())
+            assert answer.status_code == 400 and words in answer.json()["error"]["message"], (name, answer.text)
+        assert httpx2.post(where, json=ask).json()["choices"] == good
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "words"),
+    [
+        ("Content-Length: many", 400, "Content-Length: 'many' is no number"),
+        ("Content-Length: -5", 400, "'-5' is no number"),
+        ("Content-Length: 1e3", 400, "'1e3' is no number"),
+        ("Content-Length: 1000", 400, "the body ends after 4 of the 1000 bytes"),
+        ("Content-Length: 1073741825", 413, "at most 1073741824 bytes"),
+        (f"Content-Length: {'9' * 5000}", 413, "at most 1073741824 bytes"),
+        ("Accept: */*", 413, "a request needs a Content-Length"),
+    ],
+)
+def test_bodies_of_another_length_than_is_said(headers: str, status: int, words: str) -> None:
+    with serving(tiny_model("llama")) as (one,):
+        with socket.create_connection(one.server_address[:2], timeout=60) as raw:
+            raw.sendall(f"POST /score HTTP/1.1\r\nHost: here\r\n{headers}\r\n\r\njunk".encode())
+            raw.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: raw.recv(1 << 16), b"")).decode()  # to the end: the connection is closed
+        assert (
+            answer.startswith(f"HTTP/1.1 {status} ") and words in json.loads(answer.partition("\r\n\r\n")[2])["error"]["message"]
+        )
+        assert Endpoint([url(one)], retries=0).get("/health") == {}
+
+
+def test_prompts_wait_for_a_table_that_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 24 cells: 2 x 4 x 2, then 1 x 12 x 2, then 2 x 3 x 4. One that is more by itself is alone."""
+    monkeypatch.setattr(serve, "MOST_ENTRIES", 24)
+    sizes = [(4, 2), (3, 0), (12, 2), (3, 4), (0, 0), (1, 4), (50, 1), (2, 2)]
+    parts = [range(*part.indices(len(sizes))) for part in serve._together(sizes)]
+    assert parts == [range(2), range(2, 3), range(3, 5), range(5, 6), range(6, 7), range(7, 8)]
+    assert list(serve._together([])) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------- refusals
