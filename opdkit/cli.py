@@ -8,17 +8,19 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opdkit.errors import UserError
+from opdkit.interrupt import status, stoppable
 
 if TYPE_CHECKING:
     from opdkit.run import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 for an error that the user can mend, 130 when interrupted."""
+    """Run one command; 0 on success, 2 for an error that the user can mend, 128 + its number for a signal (Ctrl-C: 130)."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if hasattr(options, "settings") and all("=" in text and not text.startswith("-") for text in rest):
@@ -30,15 +32,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     _environment()
     try:
-        return options.run(options) or 0
+        with stoppable():
+            return options.run(options) or 0
     except UserError as error:
         print(f"opdkit: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("opdkit: interrupted; continue with --resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        return _interrupted(stop, "continue with --resume")
     except BrokenPipeError:
         return 0
+
+
+def _interrupted(stop: KeyboardInterrupt, then: str) -> int:
+    """Says how to go on, where somebody is left to read it, and returns the exit status."""
+    with suppress(OSError):  # SIGHUP: the terminal is gone
+        print(f"opdkit: interrupted; {then}", file=sys.stderr)
+    return status(stop)
 
 
 def _environment() -> None:
@@ -276,9 +285,8 @@ def _cache_teacher(options: Any) -> int | None:
         made = cache_teacher(
             run, options.out, top_k=options.top_k, sft_teacher=options.sft_teacher, prompts_per_shard=options.prompts_per_shard
         )
-    except KeyboardInterrupt:
-        print("opdkit: interrupted; every finished shard stays, and the same command continues with the next", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        return _interrupted(stop, "every finished shard stays, and the same command continues with the next")
     size = sum((Path(options.out) / name).stat().st_size for name in made.entries)
     print(f"rollouts  {made.rollouts:,} of {made.origin.prompts:,} prompts, {made.tokens:,} tokens")
     print(f"cache     {options.out}, {size / 2**20:.1f} MiB, {size / max(made.tokens, 1):.1f} bytes per token")
@@ -356,9 +364,8 @@ def _compare(options: Any) -> int:
     methods = [text for text in texts if text not in settings]
     try:
         result = compare(methods, options.recipe, options.seeds, options.out, **_arguments(settings))
-    except KeyboardInterrupt:
-        print("opdkit: interrupted; the same command continues", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        return _interrupted(stop, "the same command continues")
     print(f"{result}\npage     {result.page}\nnumbers  {result.parquet}")
     for (method, seed), reason in result.failed.items():
         print(f"opdkit: {method} with seed {seed} failed: {reason}", file=sys.stderr)

@@ -11,6 +11,7 @@ from opdkit.build import as_rows, prepare
 from opdkit.engines import Given
 from opdkit.errors import UserError
 from opdkit.eval import EvalResult
+from opdkit.interrupt import stoppable
 from opdkit.method import as_method
 from opdkit.plan import use_of
 from opdkit.quantize import merged
@@ -53,6 +54,10 @@ def distill(
     teacher has the student's unless its own is given. prompts: a path, a hub name, a list of texts or of
     rows. method: a name, `file.py:function`, a `Method` or an objective. settings: any of `Run`'s, dotted with `__` or by their last name
     where it is unique: steps=50, learning_rate=1e-5, num_generations=4, sampling__temperature=0.8.
+
+    Called in the main thread, it turns SIGTERM and SIGHUP into an exception that is both KeyboardInterrupt and SystemExit, as long as it runs
+    and where the program has not decided on that signal: as with Ctrl-C the run is saved, and `resume=True` continues it. A handler of
+    one's own, or SIG_IGN, stays: to save the run, let the handler raise KeyboardInterrupt.
     """
     values: dict[str, Any] = {
         "student": _label(student),
@@ -80,7 +85,12 @@ def distill(
 
 
 def execute(run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False) -> Result:
-    """Train a run from its first step, or from its newest checkpoint with `resume`."""
+    """Train a run from its first step, or from its newest checkpoint with `resume`. SIGTERM and SIGHUP end it as Ctrl-C does."""
+    with stoppable():
+        return _execute(run, given, resume, overwrite)
+
+
+def _execute(run: Run, given: Given, resume: bool, overwrite: bool) -> Result:
     if resume and overwrite:
         raise UserError("resume continues the run in the output folder, overwrite replaces it: choose one of them")
     claim_folder(run.folder, resume or overwrite)

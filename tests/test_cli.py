@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import opdkit
 from opdkit import cli
 from opdkit.cli import main
+from opdkit.interrupt import Stopped
 from opdkit.run import Data
 from tests.common.tiny import save_tiny
 
@@ -153,12 +155,21 @@ def test_doctor_names_the_paths_taken(capsys: pytest.CaptureFixture[str]) -> Non
     assert {"python", "torch", "gpu", "sample", "score", "learn"} <= {line.split()[0] for line in out.splitlines()}
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (BrokenPipeError(), 0), (opdkit.UserError("no"), 2)])
+ENDS = [
+    (KeyboardInterrupt(), 130),
+    (Stopped(signal.SIGTERM), 143),
+    (Stopped(signal.SIGHUP), 129),
+    (BrokenPipeError(), 0),
+    (opdkit.UserError("no"), 2),
+]
+
+
+@pytest.mark.parametrize(("error", "code"), ENDS)
 def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int) -> None:
     def fails(options: object) -> None:
         raise error
 
     monkeypatch.setattr(cli, "_doctor", fails)
     assert main(["doctor"]) == code
-    if code == 130:
+    if code > 128:
         assert "continue with --resume" in capsys.readouterr().err

@@ -18,7 +18,7 @@ ROOT = Path(opdkit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = (  # a part imports itself and parts of layers above its own line here; nothing from its own layer or below
-    ("errors", "progress"),
+    ("errors", "progress", "interrupt"),
     ("maths", "address", "config", "track", "identity", "quantize", "endpoint"),
     ("kernels",),
     ("types",),

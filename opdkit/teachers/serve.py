@@ -18,6 +18,7 @@ from torch import Tensor
 
 from opdkit.errors import UserError
 from opdkit.forward import Layout, batch_tokens
+from opdkit.interrupt import SIGNALS
 from opdkit.models import check_head, head_of, load_model, load_tokenizer, real_vocabulary
 from opdkit.teachers import scoring
 from opdkit.teachers.base import answers
@@ -371,7 +372,7 @@ def serve(
     allow_remote: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Serves a model until it is interrupted (Ctrl-C or SIGTERM); what is under way then is finished."""
+    """Serves a model until it is interrupted (Ctrl-C, SIGTERM or SIGHUP); what is under way then is finished."""
     if max_batch_tokens is not None and max_batch_tokens < 1:
         raise UserError(f"max_batch_tokens={max_batch_tokens} must be at least 1")
     if not _loopback(host):
@@ -394,7 +395,8 @@ def run_until_stopped(server: TeacherServer) -> None:
     def stop(*_: object) -> None:
         threading.Thread(target=server.shutdown, daemon=True).start()  # shutdown waits for the loop that this signal interrupted
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    numbers = {signal.SIGINT, *(s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN)}  # under nohup SIGHUP is ignored
+    before = {s: signal.signal(s, stop) for s in numbers}
     try:
         server.serve_forever(poll_interval=0.1)
     finally:

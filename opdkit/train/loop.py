@@ -12,6 +12,7 @@ from torch import Tensor
 from opdkit.errors import UserError
 from opdkit.forward import Layout
 from opdkit.head import flat_positions, learn
+from opdkit.interrupt import held
 from opdkit.maths import keyed_uniform
 from opdkit.objective import Plan
 from opdkit.train import checkpoint as checkpoints
@@ -33,8 +34,9 @@ def train(job: Job, state: State) -> State:
         last = job.ended(state)
         due = last or state.step == state.best_step or (job.checkpoint.every and state.step % job.checkpoint.every == 0)
         if due and state.step and state != saved:
-            checkpoints.save(job.folder, state, job.student, job.tokenizer)
-            checkpoints.prune(job.folder, job.checkpoint.keep, state.best_step)
+            with held():
+                checkpoints.save(job.folder, state, job.student, job.tokenizer)
+                checkpoints.prune(job.folder, job.checkpoint.keep, state.best_step)
         if last:
             return state
         with _kept(job, state):
@@ -50,7 +52,8 @@ def _kept(job: Job, state: State) -> Iterator[None]:
     except (Exception, KeyboardInterrupt):
         if job.student.updates == updates and before.step > 0:
             job.student.optimiser.zero_grad(set_to_none=True)
-            checkpoints.save(job.folder, before, job.student, job.tokenizer)
+            with held():
+                checkpoints.save(job.folder, before, job.student, job.tokenizer)
         raise
 
 

@@ -438,10 +438,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGHUP], ids=["term", "hup"])
+def ending(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A signal as a program finds it, whatever runs these tests."""
+    before = signal.signal(request.param, signal.SIG_DFL)
+    yield request.param
+    signal.signal(request.param, before)
+
+
 def test_the_command_serves_until_it_is_told_to_stop(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, ending: int
 ) -> None:
-    """SIGTERM while a request is under way: it is answered, and the exit code is 0."""
+    """A signal while a request is under way: it is answered, and the exit code is 0."""
     monkeypatch.setattr(endpoint, "BACKOFF", 0.02)
     entered, stopping = threading.Event(), threading.Event()
     score, drain = Service.completions, TeacherServer.drain
@@ -466,7 +474,7 @@ def test_the_command_serves_until_it_is_told_to_stop(
 
     with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(visit)
-        pool.submit(lambda: entered.wait(10) and os.kill(os.getpid(), signal.SIGTERM))
+        pool.submit(lambda: entered.wait(10) and os.kill(os.getpid(), ending))
         assert main(["serve-teacher", model, "--port", str(port), "--name", "big"]) == 0
     assert list(answer.result()["choices"][0]["prompt_logprobs"][1]) == ["6"]
     out = capsys.readouterr().out
