@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-vllm quickstart test test-slow test-peer test-vllm bench lint clean
+.PHONY: install install-vllm quickstart test test-kernels test-slow test-peer test-vllm bench lint clean
 
 install: .venv/installed
 
@@ -16,6 +16,10 @@ quickstart: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# With the arithmetic of other processors, one after another: about eight times as long.
+test-kernels: install
+	tests/kernels.sh $(ARGS)
 
 # vLLM for a CPU, in an environment of its own; on a GPU `pip install vllm` beside opdkit does.
 install-vllm: .venv-vllm/installed

@@ -23,6 +23,7 @@ from opdkit.models import (
     same_tokenizer,
     stop_ids,
 )
+from tests.common.rounding import FORWARD
 from tests.common.tiny import END, VOCAB, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 100, 7, 300, 12, 9], [42, 3, 3, 250, 1, 2]])
@@ -59,7 +60,7 @@ def lora(model: Any, **settings: Any) -> Any:
 @torch.no_grad()
 def test_hidden_states_and_head_give_the_models_own_logits(kind: str, config: dict[str, Any]) -> None:
     model = tiny_model(kind, **config)
-    assert torch.allclose(split_logits(model), model(IDS).logits, atol=1e-5)
+    assert torch.allclose(split_logits(model), model(IDS).logits, atol=FORWARD)
     check_head(model)
 
 
@@ -70,7 +71,7 @@ def test_a_head_with_a_bias() -> None:
     config = PhiConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
     model = PhiForCausalLM(config).eval()
     model.lm_head.bias.uniform_(-1, 1)
-    assert torch.allclose(split_logits(model), model(IDS).logits, atol=1e-5)
+    assert torch.allclose(split_logits(model), model(IDS).logits, atol=FORWARD)
     check_head(model)
 
 
@@ -78,7 +79,7 @@ def test_a_head_with_a_bias() -> None:
 def test_vocab_keeps_the_first_rows() -> None:
     model = tiny_model()
     hidden = hidden_states(model, IDS, ONES)
-    assert torch.allclose(head_of(model, 40).logits(hidden), model(IDS).logits[..., :40], atol=1e-5)
+    assert torch.allclose(head_of(model, 40).logits(hidden), model(IDS).logits[..., :40], atol=FORWARD)
 
 
 def test_a_model_that_does_something_else_with_its_logits_is_refused() -> None:
@@ -99,10 +100,10 @@ def test_adapters_in_the_body_are_part_of_the_hidden_states() -> None:
     plain = tiny_model()(IDS).logits
     model = lora(tiny_model())
     assert not torch.allclose(model(IDS).logits, plain, atol=1e-2)
-    assert torch.allclose(split_logits(model), model(IDS).logits, atol=1e-5)
+    assert torch.allclose(split_logits(model), model(IDS).logits, atol=FORWARD)
     check_head(model)
     with model.disable_adapter():
-        assert torch.allclose(split_logits(model), plain, atol=1e-5)
+        assert torch.allclose(split_logits(model), plain, atol=FORWARD)
 
 
 @torch.no_grad()
@@ -111,9 +112,9 @@ def test_a_head_trained_whole_beside_adapters() -> None:
     trained = model.get_output_embeddings().modules_to_save["default"].weight
     trained += torch.randn_like(trained)
     assert head_of(model).weight is trained
-    assert torch.allclose(split_logits(model), model(IDS).logits, atol=1e-5)
+    assert torch.allclose(split_logits(model), model(IDS).logits, atol=FORWARD)
     with model.disable_adapter():
-        assert torch.allclose(split_logits(model), tiny_model()(IDS).logits, atol=1e-5)
+        assert torch.allclose(split_logits(model), tiny_model()(IDS).logits, atol=FORWARD)
 
 
 def test_adapters_on_the_head_are_refused() -> None:
@@ -128,7 +129,7 @@ def test_padding_on_the_left_changes_nothing() -> None:
     model = tiny_model()
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), IDS], 1)
     mask = torch.cat([torch.zeros(2, 3, dtype=torch.int64), ONES], 1)
-    assert torch.allclose(hidden_states(model, padded, mask)[:, 3:], hidden_states(model, IDS, None), atol=1e-5)
+    assert torch.allclose(hidden_states(model, padded, mask)[:, 3:], hidden_states(model, IDS, None), atol=FORWARD)
 
 
 @torch.no_grad()
@@ -140,7 +141,7 @@ def test_a_cache_continues_where_it_ended() -> None:
     hidden_states(model, padded[:, :4], mask[:, :4], past_key_values=cache)
     rest = hidden_states(model, padded[:, 4:], mask, past_key_values=cache)
     assert cache.get_seq_length() == 7
-    assert torch.allclose(rest, hidden_states(model, IDS, None)[:, 3:], atol=1e-5)
+    assert torch.allclose(rest, hidden_states(model, IDS, None)[:, 3:], atol=FORWARD)
 
 
 def test_gradient_checkpointing_gives_the_same_gradient() -> None:
@@ -178,7 +179,7 @@ def test_a_checkpoint_loads_with_the_asked_dtype(checkpoint: str) -> None:
     model = load_model(checkpoint)
     assert torch.equal(model(IDS).logits, expected) and not model.training
     assert load_model(checkpoint, dtype="bfloat16").lm_head.weight.dtype == torch.bfloat16
-    assert torch.allclose(load_model(checkpoint, dtype="float64")(IDS).logits, expected.double(), atol=1e-4)
+    assert torch.allclose(load_model(checkpoint, dtype="float64")(IDS).logits, expected.double(), atol=FORWARD)
     assert load_model(checkpoint, attn_implementation="eager").config._attn_implementation == "eager"
     assert load_model(model) is model
 

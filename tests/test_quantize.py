@@ -23,6 +23,7 @@ from opdkit.track import read_lines
 from opdkit.train import loop
 from opdkit.train.settings import Lora, Optim
 from opdkit.train.student import Student, with_adapters
+from tests.common.rounding import FORWARD, forward_rounding
 from tests.common.tiny import save_tiny, tiny_tokenizer
 
 pytest.importorskip("bitsandbytes", reason="quantisation is an extra: pip install 'opdkit[quantize]'")
@@ -76,7 +77,7 @@ def test_scores_are_near_those_of_the_whole_model(checkpoint: str, bits: str, na
 @pytest.mark.parametrize("bits", QUANTIZE)
 def test_a_quantised_model_is_the_plain_one_of_its_rounded_weights(checkpoint: str, bits: str) -> None:
     model = load_model(checkpoint, quantize=bits)
-    torch.testing.assert_close(logps(model), logps(whole(model, checkpoint)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logps(model), logps(whole(model, checkpoint)), rtol=0, atol=FORWARD)
 
 
 def test_weights_are_rounded_as_the_formats_say(checkpoint: str) -> None:
@@ -101,7 +102,7 @@ def test_a_token_is_scored_alike_whatever_is_beside_it(checkpoint: str, bits: st
     model = load_model(checkpoint, quantize=bits)
     with torch.no_grad():
         model.get_input_embeddings().weight[3] = 100.0 * torch.eye(64)[5]  # a token of the second row
-    torch.testing.assert_close(logps(model)[:1], logps(model, IDS[:1]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logps(model)[:1], logps(model, IDS[:1]), rtol=0, atol=FORWARD)
 
 
 @pytest.mark.parametrize("bits", QUANTIZE)
@@ -111,7 +112,7 @@ def test_training_and_sampling_see_one_distribution(checkpoint: str, bits: str) 
     with torch.inference_mode():
         assert torch.equal(logps(model), sampled)
     trained = model.train()(IDS).logits.log_softmax(-1)
-    torch.testing.assert_close(trained, sampled, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trained, sampled, rtol=0, atol=FORWARD)
 
 
 # ------------------------------------------------------------------------------------------------------ heads and memory
@@ -190,23 +191,29 @@ def test_merged_is_a_plain_model_of_the_function_that_was_trained(checkpoint: st
     assert (trained - logps(load_model(checkpoint, quantize=bits))).abs().max() > 0.1
     plain = merged(model)
     assert quantized(plain) is None and all(type(layer) is nn.Linear for layer in body(plain).values())
-    torch.testing.assert_close(logps(plain), trained, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logps(plain), trained, rtol=0, atol=forward_rounding(plain, IDS))
 
 
 @pytest.mark.parametrize("some", [False, True], ids=["all", "beside quantised ones"])
 def test_adapters_on_whole_weights_are_merged_too(checkpoint: str, some: bool) -> None:
+    """Adapters of the size of the weights: far larger ones, such as all ones, would swamp them and amplify roundings a thousandfold."""
     from transformers import AutoModelForCausalLM
 
     config = quantize.config_for("4bit", torch.float32)
     config.llm_int8_skip_modules = ["lm_head", "q_proj"]
     mixed = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config, device_map={"": "cpu"})
     quantize.settle(mixed)
-    model = with_adapters(mixed if some else load_model(checkpoint), Lora(r=4))
+    base = mixed if some else load_model(checkpoint)
+    start = logps(base)
+    model = with_adapters(base, Lora(r=4))
+    torch.manual_seed(0)
     for name, p in model.named_parameters():
         if "lora_B" in name:
-            nn.init.ones_(p)
+            nn.init.normal_(p, std=0.1)
     trained = logps(model)
-    torch.testing.assert_close(logps(merged(model)), trained, rtol=0, atol=1e-4)
+    assert (trained - start).abs().max() > 0.1
+    plain = merged(model)
+    torch.testing.assert_close(logps(plain), trained, rtol=0, atol=forward_rounding(plain, IDS))
 
 
 # -------------------------------------------------------------------------------------------------------------- whole runs
@@ -239,11 +246,9 @@ def files(folder: Path, names: str) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob(names))}
 
 
-@pytest.mark.parametrize(
-    ("bits", "dtype", "apart"), [("8bit", "float32", 1e-4), ("4bit", "float32", 1e-4), ("4bit", "bfloat16", 0.1)]
-)
+@pytest.mark.parametrize(("bits", "dtype"), [("8bit", "float32"), ("4bit", "float32"), ("4bit", "bfloat16")])
 def test_a_qlora_run_learns_and_leaves_a_plain_model(
-    tmp_path: Path, checkpoint: str, teacher: str, bits: str, dtype: str, apart: float
+    tmp_path: Path, checkpoint: str, teacher: str, bits: str, dtype: str
 ) -> None:
     start = files(Path(checkpoint), "*.safetensors")
     run, given = a_run(
@@ -261,6 +266,7 @@ def test_a_qlora_run_learns_and_leaves_a_plain_model(
     from peft import PeftModel
 
     trained = PeftModel.from_pretrained(load_model(checkpoint, dtype, quantize=bits), last)
+    apart = forward_rounding(model, IDS, getattr(torch, dtype))
     torch.testing.assert_close(logps(model), logps(trained), rtol=0, atol=apart)
 
 

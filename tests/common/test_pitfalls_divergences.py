@@ -112,7 +112,7 @@ def test_V2_rows_that_only_pad_the_vocabulary_are_cut():
         plain = evaluate(load(name), S, tokens(1), models=T)
         for student, teacher in ((padded, T["teacher"]), (S, torch.nn.functional.pad(T["teacher"], (0, 3)))):
             out = evaluate(load(name), student, tokens(1), models={"teacher": teacher})
-            assert torch.equal(out.loss, plain.loss) and torch.equal(out.grad[..., :4], plain.grad)
+            assert close(out.loss, plain.loss.item(), 12) and close(out.grad[..., :4], plain.grad, 12)
             assert (out.grad[..., 4:] == 0).all()
 
 

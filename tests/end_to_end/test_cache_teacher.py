@@ -22,13 +22,13 @@ from opdkit.data import Prompts, load_rows
 from opdkit.data.cache import open_cache, read_manifest
 from opdkit.models import load_model, load_tokenizer
 from opdkit.types import Prompt, Rollout
+from tests.common.rounding import FORWARD
 from tests.end_to_end.conftest import Shop
 from tests.end_to_end.test_errors import refused
 from tests.train.rows import naive_logps
 
 KILLED = -9
 ROUNDING = 2**-11  # of float16, relative
-NOISE = 1e-5  # of a forward pass in another order, nats
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -53,11 +53,11 @@ def test_what_is_stored_is_what_the_models_say(shop: Shop, cache: Path) -> None:
     for rollout in made:
         for model, logp in ((student, rollout.logp), (teacher, found.scores(rollout).logp)):
             exact = naive_logps(model, rollout)[torch.arange(len(rollout.tokens)), torch.tensor(rollout.tokens)]
-            assert (torch.as_tensor(logp).float() - exact).abs().le(exact.abs() * ROUNDING + NOISE).all()
+            assert (torch.as_tensor(logp).float() - exact).abs().le(exact.abs() * ROUNDING + FORWARD).all()
         scores, exact = found.scores(rollout), naive_logps(teacher, rollout).topk(4)
         assert torch.equal(torch.as_tensor(scores.top_ids).long(), exact.indices)
         at = torch.as_tensor(scores.top_logp).float()
-        assert (at - exact.values).abs().le(exact.values.abs() * ROUNDING + NOISE).all()
+        assert (at - exact.values).abs().le(exact.values.abs() * ROUNDING + FORWARD).all()
 
 
 def test_a_response_that_was_cut_stays_cut(shop: Shop, cache: Path) -> None:

@@ -22,6 +22,7 @@ from opdkit.train.collect import collect, given
 from opdkit.train.job import Clock
 from opdkit.train.loop import train_step
 from opdkit.types import Rollout
+from tests.common.rounding import FORWARD
 from tests.end_to_end.conftest import Shop, gsm8k_rows, write_rows
 
 GROUP_ONE = ("opd", "gkd", "gopd", "exopd", "tropd", "iw_opd", "position_opd", "scope", "vopd")
@@ -61,9 +62,9 @@ def check_trained(folder: Path, start: str, steps: int) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(path)
         assert model.generate(prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 7)
         logits.append(model(prompt).logits)
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)  # adapters beside the weights, or merged into them
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=FORWARD)  # adapters beside the weights, or merged into them
     before = AutoModelForCausalLM.from_pretrained(start)(prompt).logits
-    assert (logits[1] - before).abs().max().item() > 1e-4
+    assert (logits[1] - before).abs().max().item() > 10 * FORWARD
 
 
 # ------------------------------------------------------------------------------------------------------------ every method
@@ -380,7 +381,7 @@ def test_a_sampler_that_says_other_log_probs_than_the_trainer_shows(shop: Shop, 
         job, state = prepare(shop.run(tmp_path / method, method=method, recompute_student=True))
         train_step(job, state)
         honest = metrics(tmp_path / method)[-1]
-        assert honest["sampling/mismatch"] < 1e-5 and honest["sampling/mismatch_max"] < 1e-4
+        assert honest["sampling/mismatch"] <= honest["sampling/mismatch_max"] < FORWARD
         sample = job.sampler.sample
 
         def lying(*args: Any, sample: Any = sample, **kwargs: Any) -> list[Rollout]:
@@ -390,8 +391,8 @@ def test_a_sampler_that_says_other_log_probs_than_the_trainer_shows(shop: Shop, 
         train_step(job, state)
         told, rollouts = metrics(tmp_path / method)[-1], 4
         tokens = told["completions/mean_length"] * rollouts
-        assert told["sampling/mismatch_max"] == pytest.approx(0.5, abs=1e-4)
-        assert told["sampling/mismatch"] == pytest.approx(0.5 * rollouts / tokens, abs=1e-4)
+        assert told["sampling/mismatch_max"] == pytest.approx(0.5, abs=FORWARD)
+        assert told["sampling/mismatch"] == pytest.approx(0.5 * rollouts / tokens, abs=FORWARD)
 
 
 def test_utilisation_is_operations_over_what_the_device_could_do(shop: Shop, tmp_path: Path) -> None:

@@ -49,7 +49,10 @@ def test_extended_uld():
 @pytest.mark.parametrize("merge", ["bayesian", "observed"])
 @pytest.mark.parametrize("hybrid", [False, True])
 def test_the_gradient_goes_through_all_factors(merge, hybrid):
-    """Against the formula written out, with spans of several tokens on both sides; and each of the rows has some."""
+    """Against the formula written out, with spans of several tokens on both sides; and each of the rows has some.
+
+    But a base whose ranks all lie on one side of the teacher's: its probabilities sum to 1 however they move.
+    """
     g = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(1, 6, 5, generator=g).double(), torch.randn(1, 5, 7, generator=g).double()
     ids, others = [4, 0, 3, 3, 1, 2], [6, 2, 0, 5, 1]
@@ -78,7 +81,8 @@ def test_the_gradient_goes_through_all_factors(merge, hybrid):
         total = total + (3 / 7 if hybrid else 1) * (rank[0] - rank[1]).abs().sum()
     (grad,) = torch.autograd.grad(total / 3, leaf)
     assert close(out.loss, (total / 3).item(), 9) and close(out.grad, grad, 9)
-    assert (out.grad.abs().sum(-1) > 0).all()
+    factors = [0, 1, 3, 5] if merge == "bayesian" else [1, 2, 4, 5]
+    assert (out.grad[0, range(6) if hybrid else factors].abs().sum(-1) > 1e-4).all()
 
 
 def test_the_end_of_sequence_and_what_is_left_over():
@@ -114,7 +118,11 @@ def test_ends_of_sequence_are_a_span_where_they_are_asked_for():
         method = load("uld" if name == "uld" else "gold", **{"hybrid": True} if "hybrid" in name else {}, skip_eos=False)
         kept = evaluate(method, student, zeros, mask, models={"teacher": teacher}, alignments=spans)
         same = evaluate(name, student, zeros, mask, models={"teacher": teacher}, alignments={"teacher": text})
-        assert kept.loss == same.loss and torch.equal(kept.grad, same.grad) and kept.terms[0].weight[0, 3] == (name != "uld")
+        assert (
+            close(kept.loss, same.loss.item(), 12)
+            and close(kept.grad, same.grad, 12)
+            and kept.terms[0].weight[0, 3] == (name != "uld")
+        )
 
 
 def test_spans_with_tokens_the_student_did_not_choose_are_left_out():
@@ -123,9 +131,9 @@ def test_spans_with_tokens_the_student_did_not_choose_are_left_out():
     student, teacher = torch.randn(1, 5, 5, generator=g).double(), torch.randn(1, 3, 7, generator=g).double()
     spans = alignment([1, 3, 5, 7, 9], [3, 7, 9])
     mask = torch.tensor([[True, True, False, True, True]])
-    out = evaluate("gold", student, tokens(*[0] * 5), mask, models={"teacher": teacher}, alignments=spans)
+    out = evaluate(load("gold", merge="bayesian"), student, tokens(*[0] * 5), mask, models={"teacher": teacher}, alignments=spans)
     assert out.terms[0].weight.tolist() == [[0, 1, 0, 0, 1]] and (out.grad[0, [2, 3]] == 0).all()
-    assert out.grad[0, 0].abs().sum() > 0  # the first token of the first span is read, though its own weight is zero
+    assert out.grad[0, 0].abs().sum() > 0.01  # the first token of the first span is read, though its own weight is zero
 
 
 def test_mean_over_spans_then_over_rollouts():

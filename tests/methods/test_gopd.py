@@ -98,7 +98,7 @@ def test_rows_do_not_see_each_others_teacher():
     other = a.models | {"teacher": b.models["teacher"]}
     mixed = a.models | {"teacher": torch.where(domain, a.models["teacher"], b.models["teacher"])}
     grads = [type(a)(**{**vars(a), "models": m}).run(objective).grad for m in (a.models, other, mixed)]
-    assert torch.equal(grads[2], torch.where(domain, grads[0], grads[1])) and not torch.equal(grads[0], grads[1])
+    assert close(grads[2], torch.where(domain, grads[0], grads[1]), 12) and not torch.equal(grads[0], grads[1])
 
 
 def test_exopd_is_gopd_at_its_scale():

@@ -74,9 +74,9 @@ def test_tokens_that_are_not_trained_spend_nothing():
         return evaluate(load("iw_opd"), logits, ids, torch.tensor([mask]), {"teacher": teacher}).terms[0].weight[0]
 
     three = weights((0.2, -0.3, 0.5), [True] * 3)
-    assert torch.equal(weights((0.2, -0.3, 0.5, 9.0), [True] * 3 + [False])[:3], three)  # padding
+    assert close(weights((0.2, -0.3, 0.5, 9.0), [True] * 3 + [False])[:3], three, 12)  # padding
     hole = weights((0.2, 9.0, -0.3, 0.5), [True, False, True, True])  # a tool's token
-    assert torch.equal(hole[[0, 2, 3]], three) and hole[1] == 0
+    assert close(hole[[0, 2, 3]], three, 12) and hole[1] == 0
 
 
 def test_weights_are_of_the_rollout_alone():
@@ -84,7 +84,7 @@ def test_weights_are_of_the_rollout_alone():
     together = run(gaps).terms[0].weight
     for row, weight in zip(gaps, together):
         assert close(weight[: len(row)], run([row]).terms[0].weight[0], 12)
-    assert torch.equal(run(gaps[::-1]).terms[0].weight, together.flip(0))
+    assert close(run(gaps[::-1]).terms[0].weight, together.flip(0), 12)
 
 
 def test_the_gap_is_that_before_the_step():

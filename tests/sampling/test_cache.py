@@ -9,6 +9,7 @@ from torch import Tensor
 from opdkit.models import hidden_states
 from opdkit.sampling.cache import join, new_cache, pad_left, select, shrink, tokens_that_fit
 from opdkit.sampling.layer import ROOM
+from tests.common.rounding import FORWARD
 from tests.common.tiny import tiny_model
 
 IDS = torch.randint(3, 320, (3, 90), generator=torch.Generator().manual_seed(0))
@@ -30,7 +31,7 @@ def test_joined_rows_continue_like_separate_ones(kind: str, config: dict[str, in
         token = IDS[torch.arange(2), length - 1]
         joined = hidden_states(model, token[:, None], mask, length[:, None] - 1, caches[0])[:, 0]
         alone = [hidden_states(model, IDS[row : row + 1, : int(length[row])], None)[0, -1] for row in range(2)]
-        assert torch.allclose(joined, torch.stack(alone), atol=1e-5)
+        assert torch.allclose(joined, torch.stack(alone), atol=FORWARD)
     first = int(lengths[0] > lengths[1])  # the shorter row stays, twice, without the columns that only the other one used
     select(caches[0], torch.tensor([first, first]), columns - min(lengths))
     length = min(lengths) + 3
@@ -38,7 +39,7 @@ def test_joined_rows_continue_like_separate_ones(kind: str, config: dict[str, in
     token = IDS[first, length].expand(2, 1)
     kept = hidden_states(model, token, None, torch.full((2, 1), length), caches[0])[:, 0]
     alone_again: Tensor = hidden_states(model, IDS[first : first + 1, : length + 1], None)[0, -1]
-    assert torch.allclose(kept, alone_again.expand(2, -1), atol=1e-5)
+    assert torch.allclose(kept, alone_again.expand(2, -1), atol=FORWARD)
 
 
 @pytest.mark.parametrize("grown", [0, 3], ids=["as prefilled", "with room"])
@@ -57,7 +58,7 @@ def test_rows_that_move_into_free_places_go_on(kind: str, config: dict[str, int]
     rows, length = torch.tensor([2, 1]), 10 + grown
     for t in range(length, length + 2):
         left = hidden_states(model, IDS[rows, t : t + 1], None, torch.full((2, 1), t), cache)[:, 0]
-    torch.testing.assert_close(left, hidden_states(model, IDS[rows, : length + 2], None)[:, -1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(left, hidden_states(model, IDS[rows, : length + 2], None)[:, -1], rtol=0, atol=FORWARD)
 
 
 @torch.inference_mode()
@@ -69,7 +70,7 @@ def test_tokens_are_written_in_place_until_the_room_is_used() -> None:
         hidden = hidden_states(model, IDS[:, t : t + 1], None, torch.full((3, 1), t), cache)
         steps.append(cache.layers[0].keys.data_ptr())
     assert len(set(steps[:ROOM])) == 1 and steps[ROOM] != steps[0]
-    assert torch.allclose(hidden[:, 0], hidden_states(model, IDS[:, : 11 + ROOM], None)[:, -1], atol=1e-5)
+    assert torch.allclose(hidden[:, 0], hidden_states(model, IDS[:, : 11 + ROOM], None)[:, -1], atol=FORWARD)
 
 
 def test_two_gibibytes_of_a_cpu_hold_the_keys_and_values() -> None:

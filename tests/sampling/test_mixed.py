@@ -7,6 +7,7 @@ import torch
 from opdkit.models import head_of
 from opdkit.sampling import Guide, HFSampler
 from opdkit.types import Prompt, Sampling
+from tests.common.rounding import FORWARD
 from tests.common.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -30,9 +31,9 @@ def logps(model, rollout):
 def test_recorded_log_probs_are_the_students_and_the_mixtures():
     for rollout in rollouts(0.3):
         own, other = logps(STUDENT, rollout), logps(TEACHER, rollout)
-        assert torch.allclose(torch.tensor(rollout.logp), own, atol=1e-4)
+        assert torch.allclose(torch.tensor(rollout.logp), own, atol=FORWARD)
         mixed = (0.3 * other.exp() + 0.7 * own.exp()).log()
-        assert torch.allclose(torch.tensor(rollout.drawn_logp), mixed, atol=1e-4)
+        assert torch.allclose(torch.tensor(rollout.drawn_logp), mixed, atol=FORWARD)
 
 
 def test_the_ends_are_the_models_themselves():

@@ -11,6 +11,7 @@ import torch
 from opdkit.errors import UserError
 from opdkit.models import head_of
 from opdkit.sampling.probe import TOLERANCE, Probe
+from tests.common.rounding import FORWARD
 from tests.common.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -40,15 +41,15 @@ def moved(model: Any, size: float) -> Any:
 def test_expected_log_probs_are_those_of_the_whole_model_cut_to_the_real_tokens() -> None:
     model = tiny_model(vocab_size=352)
     made = probe(model)
-    torch.testing.assert_close(made.expected(), torch.cat(says(model, made)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(made.expected(), torch.cat(says(model, made)), atol=FORWARD, rtol=0)
 
 
 def test_an_engine_with_the_same_weights_passes() -> None:
     model = tiny_model()
     made = probe(model)
     for version in range(3):
-        assert made.check(says(moved(model, 1e-3), made), version, "sending weights") < 1e-6
-    assert made.gap is not None and made.gap < 1e-6
+        assert made.check(says(moved(model, 1e-3), made), version, "sending weights") < FORWARD
+    assert made.gap is not None and made.gap < FORWARD
 
 
 def test_other_weights_do_not() -> None:

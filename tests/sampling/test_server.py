@@ -18,6 +18,7 @@ from opdkit.sampling.server import ServerSampler, ServerSettings
 from opdkit.sampling.vllm_worker import _read
 from opdkit.types import Prompt, Sampling
 from tests.common.fake_server import Answer, FakeServer
+from tests.common.rounding import FORWARD
 from tests.common.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -89,7 +90,7 @@ def test_every_server_has_the_weights_before_the_first_rollout(student: Any, ser
         (r.id, r.tokens, r.text, r.finish, r.marks) for r in theirs
     ]
     for a, b in zip(rollouts, theirs):
-        torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=FORWARD, rtol=0)
     for server in servers:
         assert [path for path, _ in server.calls] == ["/collective_rpc", "/reset_prefix_cache"]
     assert sampler.version == 0 and list(sampler.folder.iterdir()) == []

@@ -35,6 +35,7 @@ from opdkit.teachers.serve import Service, TeacherServer, make_server
 from opdkit.teachers.spec import Server
 from opdkit.train.gather import gather
 from opdkit.types import EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, TopFact, VocabularyFact
+from tests.common.rounding import FORWARD
 from tests.common.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.train.rows import naive_logps, rollouts
 
@@ -91,7 +92,7 @@ def test_every_fact_is_the_local_teachers_to_the_bit(kind: str, dtype: torch.dty
             numbers = gathered(NUMBERS, opened(NUMBERS, one, two), student)
             whole = gathered(WHOLE, opened(WHOLE, one, two), student)
         for fact in NUMBERS:
-            torch.testing.assert_close(numbers[fact], local[fact], rtol=0, atol=1e-6)
+            torch.testing.assert_close(numbers[fact], local[fact], rtol=0, atol=FORWARD)
         for fact in WHOLE:
             assert torch.equal(whole[fact], local[fact]), fact
 
@@ -111,7 +112,7 @@ def test_rows_that_only_pad_the_teachers_head_are_cut() -> None:
         given = gathered(WHOLE, whole, student, vocab)
         answer = Endpoint([url(one)]).post("/v1/completions", {"prompt": [5, 6], "max_tokens": 1, "prompt_logprobs": 384})
     for fact in NUMBERS:
-        torch.testing.assert_close(numbers[fact], expected[fact], rtol=0, atol=1e-6)
+        torch.testing.assert_close(numbers[fact], expected[fact], rtol=0, atol=FORWARD)
     assert all(torch.equal(given[fact], expected[fact]) for fact in WHOLE)
     entry = answer["choices"][0]["prompt_logprobs"][1]
     assert len(entry) == known and sum(torch.tensor([e["logprob"] for e in entry.values()]).exp()) == pytest.approx(1, abs=1e-5)
@@ -169,7 +170,7 @@ def test_completions_have_vllms_form_whatever_comes_together() -> None:
                 assert set(map(int, entry)) == {token, *best}
                 assert [entry[str(i)]["rank"] for i in best] == [1, 2]
                 for i, said in entry.items():
-                    assert said["logprob"] == pytest.approx(logps[int(i)].item(), abs=1e-5)
+                    assert said["logprob"] == pytest.approx(logps[int(i)].item(), abs=FORWARD)
                     assert said["decoded_token"] == tokenizer.decode([int(i)])
 
 

@@ -20,6 +20,7 @@ from opdkit.teachers.spec import Server
 from opdkit.train.gather import collate, gather
 from opdkit.types import EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, Rollout, TopFact, VocabularyFact
 from tests.common.fake_server import FakeServer, Fault
+from tests.common.rounding import FORWARD
 from tests.common.tiny import tiny_model, tiny_tokenizer
 from tests.train.rows import rollouts
 
@@ -72,7 +73,7 @@ def test_numbers_are_those_of_a_teacher_in_this_process(
         assert len(one.requests) > probed[0] and len(two.requests) > probed[1]
     expected = facts_of(models, LocalModel(models["teacher"], head_of(models["teacher"])), (*OWN, AT))
     for fact in (*OWN, AT):
-        torch.testing.assert_close(given.read(fact), expected.read(fact), rtol=0, atol=2e-6)
+        torch.testing.assert_close(given.read(fact), expected.read(fact), rtol=0, atol=FORWARD)
     assert given["teacher"].logp[3].abs().sum() == 0 and given["teacher"].logp[2, 3:5].abs().sum() == 0
 
 
@@ -109,7 +110,7 @@ def test_routed_with_a_teacher_in_this_process(models: dict[str, Any], tokenizer
     for b, scorer in enumerate((models["teacher"], models["other"], models["teacher"])):
         alone = gather(named, needs, {"teacher": LocalModel(scorer, head_of(scorer))})
         for fact in OWN:
-            torch.testing.assert_close(given.read(fact)[b], alone.read(fact)[b], rtol=0, atol=2e-6)
+            torch.testing.assert_close(given.read(fact)[b], alone.read(fact)[b], rtol=0, atol=FORWARD)
 
 
 # ----------------------------------------------------------------------------------------------------------- at the start

@@ -23,6 +23,7 @@ from opdkit.teachers.base import Remote, answers
 from opdkit.teachers.spec import Vllm
 from opdkit.teachers.vllm import VllmTeacher, deepest, open_teacher
 from opdkit.types import EntropyFact, Fact, LogpAtFact, LogpFact, TopFact
+from tests.common.rounding import FORWARD
 from tests.common.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.train.rows import rollouts
 
@@ -76,7 +77,7 @@ def test_answers_are_those_of_the_model_in_this_process(model: Any) -> None:
     theirs = answers(LocalModel(model, head_of(model)), OWN, layout, positions, {})
     assert isinstance(made, Remote) and ours.keys() == set(OWN)
     for fact in OWN:
-        torch.testing.assert_close(ours[fact], theirs[fact], atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours[fact], theirs[fact], atol=FORWARD, rtol=0)
     asked = [f"rollout 0/{b}/0 at M" for b in (0, 1, 2, 4)]
     assert made.engine.calls == ["wake", (5, asked), "sleep"]  # type: ignore[attr-defined]
 
