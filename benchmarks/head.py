@@ -21,10 +21,10 @@ import torch
 from common import alternate, apart, begin, parser, peak_memory, ratios, save, spread, synchronize, table, text
 from torch import Tensor
 
-from opdkit.head import Head, Source, chunk_rows, learn, slices
-from opdkit.losses import Divergence
-from opdkit.objective import Objective
-from opdkit.types import Batch
+from opdkit.objective.batch import Batch
+from opdkit.objective.grammar import Objective
+from opdkit.objective.head import Head, Source, chunk_rows, learn, slices
+from opdkit.objective.losses import Divergence
 
 ERROR_ROWS = 128
 BLOCK = 1 << 14  # vocabulary rows in float64 at a time

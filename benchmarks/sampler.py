@@ -35,12 +35,13 @@ from common import (
     tokenizer,
 )
 
-from opdkit.facts import Needs
-from opdkit.models import head_of
+from opdkit.models.body import head_of
+from opdkit.objective.facts import LogpFact
+from opdkit.objective.needs import Needs
 from opdkit.sampling import HFSampler
 from opdkit.teachers import LocalModel
 from opdkit.train.gather import gather
-from opdkit.types import LogpFact, Prompt, Rollout, Sampling
+from opdkit.types import Prompt, Rollout, Sampling
 
 LOGP_TOLERANCE = 1e-5
 

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from common import alternate, begin, parser, questions, qwen3, ratios, save, spread, stopping, synchronize, table, text, tokenizer
 
-from opdkit.build import prepare
-from opdkit.engines import Given
-from opdkit.losses import Divergence, PolicyGradient
-from opdkit.method import as_method
-from opdkit.objective import Objective
-from opdkit.run import make_run
-from opdkit.signals import LogRatio
+from opdkit.methods.method import as_method
+from opdkit.objective.grammar import Objective
+from opdkit.objective.losses import Divergence, PolicyGradient
+from opdkit.objective.signals import LogRatio
+from opdkit.run.build import prepare
+from opdkit.run.open import Given
+from opdkit.run.settings import make_run
 from opdkit.train.loop import train_step
 
 PHASES = ("sample", "score", "learn")

@@ -95,9 +95,9 @@ class Ours:
     """opdkit's loop, a few steps at a time."""
 
     def __init__(self, args: argparse.Namespace, given: World, folder: Path):
-        from opdkit.build import prepare
-        from opdkit.engines import Given
-        from opdkit.run import make_run
+        from opdkit.run.build import prepare
+        from opdkit.run.open import Given
+        from opdkit.run.settings import make_run
 
         run = make_run(
             {

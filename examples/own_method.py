@@ -4,9 +4,7 @@ opdkit check examples/own_method.py:confident_opd
 opdkit train --recipe gsm8k --method examples/own_method.py:confident_opd method.temperature=0.5
 """
 
-from opdkit.losses import PolicyGradient
-from opdkit.objective import Objective
-from opdkit.signals import Entropy, Exp, LogRatio, MeanOne
+from opdkit.objective import Entropy, Exp, LogRatio, MeanOne, Objective, PolicyGradient
 
 
 def confident_opd(temperature: float = 1.0) -> Objective:

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import opdkit
-from opdkit.progress import progress
+from opdkit.base.progress import progress
 from opdkit.recipes import arithmetic
 
 HYBRID = "gold(lmbda=1.0, hybrid=true, longer=rank, matched_weight=1.0, unmatched_weight=1.0)"

@@ -14,39 +14,39 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opdkit.commands import eval_model, sample_model
-    from opdkit.compare import compare
-    from opdkit.doctor import doctor
-    from opdkit.errors import UserError
-    from opdkit.explain import explain
-    from opdkit.launch import distill, execute
-    from opdkit.method import Method, load, methods, weight_of
-    from opdkit.objective import Objective
-    from opdkit.offline import cache_teacher
+    from opdkit.base.errors import UserError
+    from opdkit.methods.explain import explain
+    from opdkit.methods.method import Method, load, methods, weight_of
+    from opdkit.objective.grammar import Objective
     from opdkit.report import write_report
-    from opdkit.run import Run, load_run, make_run
+    from opdkit.run.cache_teacher import cache_teacher
+    from opdkit.run.commands import eval_model, sample_model
+    from opdkit.run.doctor import doctor
+    from opdkit.run.launch import distill, execute
+    from opdkit.run.settings import Run, load_run, make_run
+    from opdkit.study.compare import compare
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "method",
-    "methods": "method",
-    "Method": "method",
-    "weight_of": "method",
-    "Objective": "objective",
-    "Run": "run",
-    "load_run": "run",
-    "make_run": "run",
-    "distill": "launch",
-    "execute": "launch",
-    "eval_model": "commands",
-    "sample_model": "commands",
-    "doctor": "doctor",
-    "compare": "compare",
-    "cache_teacher": "offline",
-    "explain": "explain",
+    "load": "methods.method",
+    "methods": "methods.method",
+    "Method": "methods.method",
+    "weight_of": "methods.method",
+    "Objective": "objective.grammar",
+    "Run": "run.settings",
+    "load_run": "run.settings",
+    "make_run": "run.settings",
+    "distill": "run.launch",
+    "execute": "run.launch",
+    "eval_model": "run.commands",
+    "sample_model": "run.commands",
+    "doctor": "run.doctor",
+    "compare": "study.compare",
+    "cache_teacher": "run.cache_teacher",
+    "explain": "methods.explain",
     "write_report": "report",
-    "UserError": "errors",
+    "UserError": "base.errors",
 }
 
 __all__ = [
@@ -82,7 +82,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`opdkit.compare`, `opdkit.explain` and `opdkit.methods` are the functions, also once the modules of those names are imported."""
+    """`opdkit.methods` is the function, also once the folder of that name is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

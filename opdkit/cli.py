@@ -12,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opdkit.errors import UserError
-from opdkit.interrupt import status, stoppable
+from opdkit.base.errors import UserError
+from opdkit.base.interrupt import status, stoppable
 
 if TYPE_CHECKING:
-    from opdkit.run import Run
+    from opdkit.run.settings import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -209,7 +209,7 @@ def _sampling(options: Any) -> Any:
 
 
 def _arguments(texts: Sequence[str]) -> dict[str, Any]:
-    from opdkit.config import parse_overrides
+    from opdkit.base.config import parse_overrides
 
     return dict(parse_overrides(texts))
 
@@ -224,7 +224,7 @@ def _quickstart(options: Any) -> None:
 
 
 def _train(options: Any) -> None:
-    from opdkit.launch import execute
+    from opdkit.run.launch import execute
 
     flags = [f"method.times={json.dumps(options.times)}"] if options.times else []
     flags += [f"lora.r={options.lora}"] if options.lora is not None else []
@@ -243,7 +243,7 @@ DRY = ("device", "device_memory", "device_tflops", "device_bandwidth", "mfu", "r
 
 
 def _dry_run(options: Any, run: Run) -> None:
-    from opdkit.plan import Rates, device_of, plan
+    from opdkit.run.plan import Rates, device_of, plan
 
     device = device_of(
         options.device,
@@ -260,7 +260,7 @@ def _dry_run(options: Any, run: Run) -> None:
 def _run(options: Any, names: Sequence[str], more: Sequence[str] = ()) -> Run:
     """The run that a command's recipe or file, flags and settings describe."""
     from opdkit.recipes import make, recipe
-    from opdkit.run import load_run, make_run
+    from opdkit.run.settings import load_run, make_run
 
     flags = [*(f"{n}={getattr(options, n)}" for n in names if getattr(options, n)), *more]
     settings = list(options.settings)
@@ -277,7 +277,7 @@ def _run(options: Any, names: Sequence[str], more: Sequence[str] = ()) -> Run:
 
 
 def _cache_teacher(options: Any) -> int | None:
-    from opdkit.offline import cache_teacher
+    from opdkit.run.cache_teacher import cache_teacher
 
     flags = [] if options.num_generations is None else [f"sampling.num_generations={options.num_generations}"]
     run = _run(options, ("student", "teacher", "data"), flags)
@@ -310,8 +310,8 @@ def _serve_teacher(options: Any) -> None:
 
 
 def _eval(options: Any) -> None:
-    from opdkit.commands import eval_model
-    from opdkit.run import Data
+    from opdkit.run.commands import eval_model
+    from opdkit.run.settings import Data
 
     try:
         ks = tuple(int(k) for k in options.k.split(","))
@@ -346,8 +346,8 @@ def _eval(options: Any) -> None:
 
 
 def _sample(options: Any) -> None:
-    from opdkit.commands import sample_model
-    from opdkit.run import Data
+    from opdkit.run.commands import sample_model
+    from opdkit.run.settings import Data
 
     if not options.prompt and not options.data:
         raise UserError("there is nothing to answer: give a prompt, or --data FILE")
@@ -357,7 +357,7 @@ def _sample(options: Any) -> None:
 
 
 def _compare(options: Any) -> int:
-    from opdkit.compare import compare
+    from opdkit.study.compare import compare
 
     texts = [*options.methods, *options.settings]
     settings = [text for text in texts if re.match(r"[\w.]+=", text)]  # of a method's arguments, `:` or `(` comes first
@@ -373,8 +373,8 @@ def _compare(options: Any) -> int:
 
 
 def _report(options: Any) -> None:
-    from opdkit.explain import need_folder
     from opdkit.report import write_report
+    from opdkit.report.read import need_folder
 
     print(write_report(need_folder(options.folder)))
 
@@ -383,7 +383,7 @@ def _methods(options: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from opdkit.explain import table
+    from opdkit.methods.explain import table
 
     shown = Table(box=None, pad_edge=False)
     for column in ("method", "idea", "source", "needs", "passes"):
@@ -395,13 +395,13 @@ def _methods(options: Any) -> None:
 
 
 def _explain(options: Any) -> None:
-    from opdkit.explain import explain
+    from opdkit.methods.explain import explain
 
     print(explain(options.method, **_arguments(options.settings)))
 
 
 def _check(options: Any) -> int:
-    from opdkit.method import load
+    from opdkit.methods.method import load
     from opdkit.testing import CheckFailed, check
 
     try:
@@ -413,6 +413,6 @@ def _check(options: Any) -> int:
 
 
 def _doctor(options: Any) -> None:
-    from opdkit.doctor import doctor
+    from opdkit.run.doctor import doctor
 
     print(doctor())

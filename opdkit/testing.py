@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdkit.align import EOS, OUT, AlignedSource, Alignment
-from opdkit.errors import UserError
-from opdkit.facts import Needs, describe, needs, supply
-from opdkit.head import Head, Source, flat_positions, learn
-from opdkit.method import Method, as_method, load
-from opdkit.objective import Loss, Objective, Term, credit_of
-from opdkit.types import Batch, ColumnFact, Fact, row_keys
+from opdkit.base.errors import UserError
+from opdkit.methods.method import Method, as_method, load
+from opdkit.objective.alignment import EOS, OUT, AlignedSource, Alignment
+from opdkit.objective.batch import Batch
+from opdkit.objective.facts import ColumnFact, Fact
+from opdkit.objective.grammar import Loss, Objective, Term, credit_of
+from opdkit.objective.head import Head, Source, flat_positions, learn
+from opdkit.objective.needs import Needs, describe, needs
+from opdkit.objective.supply import supply
+from opdkit.types import row_keys
 
 AnyObjective = str | Method | Objective | Term | Loss
 Change = Callable[[Tensor], Tensor]

@@ -47,7 +47,7 @@ else
 fi
 # The copies that this plugin makes take memory, which one test measures.
 suite "sums in another order" OMP_NUM_THREADS=1 -- -p tests.common.other_order \
-    --deselect tests/test_plan.py::test_the_peak_of_a_learning_pass_is_below_the_estimate_and_near_it "$@"
+    --deselect tests/run/test_plan.py::test_the_peak_of_a_learning_pass_is_below_the_estimate_and_near_it "$@"
 
 printf '\n%s\n' "With the kernels of:" && printf '  %s\n' "${summary[@]}"
 exit $failed

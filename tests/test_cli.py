@@ -11,9 +11,9 @@ import pytest
 
 import opdkit
 from opdkit import cli
+from opdkit.base.interrupt import Stopped
 from opdkit.cli import main
-from opdkit.interrupt import Stopped
-from opdkit.run import Data
+from opdkit.run.settings import Data
 from tests.common.tiny import save_tiny
 
 
@@ -70,7 +70,7 @@ def test_check_passes_and_fails(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert main(["check", "opd"]) == 0
     capsys.readouterr()
     (tmp_path / "wrong.py").write_text(
-        "from dataclasses import dataclass\nfrom opdkit.losses import PolicyGradient\nfrom opdkit.objective import Objective, Signal\n"
+        "from dataclasses import dataclass\nfrom opdkit.objective import Objective, PolicyGradient, Signal\n"
         "import torch\n@dataclass(frozen=True)\nclass Noise(Signal):\n    def value(self, batch):\n        return torch.rand(batch.shape)\n"
         "def noisy():\n    return Objective(PolicyGradient(Noise()))\n"
     )
@@ -140,7 +140,7 @@ def test_eval_asks_as_training_did(monkeypatch: pytest.MonkeyPatch, data: str) -
         asked.append(data)
         raise opdkit.UserError("enough")
 
-    monkeypatch.setattr("opdkit.commands.eval_model", note)
+    monkeypatch.setattr("opdkit.run.commands.eval_model", note)
     assert main(["eval", "model", f"--data={data}", "--system=Be brief.", "--thinking=off"]) == 2
     assert main(["eval", "model", f"--data={data}", "--thinking=on"]) == 2
     assert [(d.system, d.enable_thinking) for d in asked] == [("Be brief.", False), (None, True)]

@@ -1,4 +1,4 @@
-"""Who imports whom: downwards only, the loop knows no method, and `import opdkit` stays light."""
+"""Who imports whom: rooms downwards only, the loop knows no method, and `import opdkit` stays light."""
 
 from __future__ import annotations
 
@@ -8,52 +8,39 @@ import subprocess
 import sys
 import time
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import opdkit
+import opdkit.objective
 
 ROOT = Path(opdkit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-LAYERS = (  # a part imports itself and parts of layers above its own line here; nothing from its own layer or below
-    ("errors", "progress", "interrupt"),
-    ("maths", "address", "config", "track", "identity", "quantize", "endpoint"),
-    ("kernels",),
-    ("types",),
-    ("objective",),
-    ("signals", "head", "diagnostics"),
-    ("align",),
-    ("losses", "facts", "curricula", "rewards", "diagnostics"),
-    ("models", "data", "eval"),
-    ("forward", "sampling", "compose"),
-    ("teachers", "method", "report"),  # method: method.py and methods/
-    ("train", "testing"),
-    ("run",),
-    ("engines", "show", "explain"),
-    ("build", "pages"),
-    ("plan",),
-    ("launch", "commands", "doctor", "offline"),
-    ("recipes",),
-    ("compare",),
-    ("cli",),
-    ("__main__",),
-)
-MATHEMATICS = (
-    "types",
-    "maths",
-    "objective",
-    "signals",
-    "align",
-    "losses",
-    "head",
-    "facts",
-    "compose",
-    "method",
-    "curricula",
-    "testing",
-)
+LAYERS = {  # each room and the rooms that it may import, all of them above it here
+    "base": "",
+    "types": "",
+    "objective": "base types",
+    "curricula": "base types objective",
+    "methods": "base objective curricula",
+    "models": "base types objective",
+    "rewards": "base types models",
+    "data": "base types models rewards",
+    "sampling": "base types objective models",
+    "teachers": "base types objective curricula models data",
+    "eval": "base types rewards",
+    "report": "base eval",
+    "train": "base types objective curricula models rewards teachers",
+    "run": "base types objective curricula methods models rewards data sampling teachers eval report train",
+    "recipes": "base types methods report train run",
+    "study": "base methods rewards eval report train run recipes",
+    "testing": "base types objective methods",
+    "cli": "base types methods teachers report run recipes study testing",
+    "__main__": "cli",
+}
+MATHEMATICS = ("types", "objective", "curricula", "methods", "testing")
 ENGINES = ("teachers", "sampling", "rewards", "curricula", "data", "eval", "report", "train")
 HEAVY = (
     "transformers",
@@ -71,8 +58,8 @@ HEAVY = (
 
 
 def part(module: str) -> str:
-    """opdkit.methods.opd -> method; opdkit.train.loop -> train."""
-    return module.split(".")[1].replace("methods", "method")
+    """opdkit.train.loop -> train."""
+    return module.split(".")[1]
 
 
 @cache
@@ -93,7 +80,7 @@ def imports(path: Path) -> list[tuple[str, bool]]:
             found += [(alias.name, at_once) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            whole = node.module == "opdkit"  # from opdkit import maths
+            whole = node.module == "opdkit"  # from opdkit import recipes
             found += [(f"opdkit.{alias.name}" if whole else str(node.module), at_once) for alias in node.names]
     return found
 
@@ -109,24 +96,58 @@ def edges() -> set[tuple[str, str]]:
     }
 
 
-def test_every_part_has_a_layer() -> None:
-    parts = {part(".".join(("opdkit", *p.relative_to(ROOT).with_suffix("").parts))) for p in FILES} - {"__init__"}
-    assert parts == {name for layer in LAYERS for name in layer}
+def rooms() -> set[str]:
+    """Folders and files directly in the package."""
+    return {part(".".join(("opdkit", *p.relative_to(ROOT).with_suffix("").parts))) for p in FILES} - {"__init__"}
+
+
+def test_every_room_has_a_line() -> None:
+    assert rooms() == set(LAYERS)
 
 
 def test_imports_go_down() -> None:
-    depth = {name: n for n, layer in enumerate(LAYERS) for name in layer}
-    assert sorted((a, b) for a, b in edges() if a != b and depth[a] <= depth[b]) == []
+    above: list[str] = []
+    for room, below in LAYERS.items():
+        assert set(below.split()) <= set(above), room
+        above.append(room)
+    assert sorted((a, b) for a, b in edges() if a != b and b not in LAYERS[a].split()) == []
+
+
+def test_readme_names_every_room() -> None:
+    """Once each, in the order in which they stand on each other, with the question that the room answers."""
+    text = (ROOT.parent / "README.md").read_text(encoding="utf-8").partition("## Reading the code")[2].partition("\n## ")[0]
+    named = re.findall(r"^\| `([\w./]+)` \| \S.* \|$", text, re.M)
+    assert [name.removesuffix(".py").removesuffix("/") for name in named] == [room for room in LAYERS if room != "__main__"]
+    assert all((ROOT / name).exists() for name in named)
+
+
+def test_few_files_lie_beside_the_rooms() -> None:
+    assert len(list(ROOT.glob("*.py"))) <= 6
+
+
+def test_tests_lie_in_the_rooms_that_they_are_about() -> None:
+    folders = {path.parent.name for path in (ROOT.parent / "tests").glob("*/test_*.py")}
+    assert folders - {"common", "end_to_end", "vllm"} <= rooms()
+
+
+def test_one_import_line_gives_what_methods_are_made_of() -> None:
+    """Every class of the grammar, of signals, losses and facts that has a public name."""
+    made = {
+        name
+        for file in ("grammar", "signals", "losses", "spans", "facts")
+        for name, value in vars(import_module(f"opdkit.objective.{file}")).items()
+        if isinstance(value, type) and value.__module__ == f"opdkit.objective.{file}" and not name.startswith("_")
+    }
+    assert made <= set(opdkit.objective.__all__)
+    assert all(getattr(opdkit.objective, name) is not None for name in opdkit.objective.__all__)
 
 
 def test_engines_and_the_trainer_know_no_method_and_no_run() -> None:
-    assert sorted((a, b) for a, b in edges() if a in ENGINES and b in ("method", "run", "recipes", "testing")) == []
+    assert sorted((a, b) for a, b in edges() if a in ENGINES and b in ("methods", "run", "recipes", "study", "testing")) == []
 
 
 def test_methods_are_made_of_the_grammar_and_curricula() -> None:
-    below = {"errors", "address", "types", "maths", "objective", "signals", "align", "losses", "head", "facts"}
-    below |= {"curricula", "compose"}
-    assert {b for a, b in edges() if a == "method"} - {"method"} <= below
+    assert {b for a, b in edges() if a == "methods"} - {"methods"} <= {"base", "types", "objective", "curricula"}
 
 
 def test_nothing_but_the_command_line_stands_on_testing() -> None:
@@ -134,11 +155,12 @@ def test_nothing_but_the_command_line_stands_on_testing() -> None:
 
 
 def test_the_mathematics_needs_torch_alone() -> None:
-    """It installs, and its formulas can be checked, where nothing else is."""
+    """It installs, and its formulas can be checked, where nothing else is; kernels may take a faster way where there is one."""
     for path in FILES:
-        if (path.parent == ROOT and path.stem in MATHEMATICS) or path.parent.name in ("methods", "curricula"):
+        if path.relative_to(ROOT).with_suffix("").parts[0] in MATHEMATICS:
+            faster = {"numpy", "triton"} if path.parent.name == "kernels" else set()
             outside = {name.split(".")[0] for name, _ in imports(path)} - set(sys.stdlib_module_names) - {"opdkit"}
-            assert outside <= {"torch"}, path
+            assert outside <= {"torch"} | faster, path
 
 
 def test_heavy_packages_are_imported_where_they_are_used() -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from opdkit.losses import Divergence, Likelihood, PolicyGradient
-from opdkit.objective import Objective, RolloutLoss, Signal, TokenLoss
-from opdkit.signals import Correct, Draw, Entropy, Exp, LogRatio, Mark, Progress, Reward
+from opdkit.objective.facts import ColumnFact, LogpFact
+from opdkit.objective.grammar import Objective, RolloutLoss, Signal, TokenLoss
+from opdkit.objective.losses import Divergence, Likelihood, PolicyGradient
+from opdkit.objective.signals import Correct, Draw, Entropy, Exp, LogRatio, Mark, Progress, Reward
 from opdkit.testing import CheckFailed, check, evaluate, fabricate
-from opdkit.types import ColumnFact, LogpFact
 from tests.methods.toy import P_S, P_T, binary, close, logits, tokens
 
 CREDIT = LogRatio("teacher", "student")

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from opdkit.errors import UserError
-from opdkit.maths import keyed_uniform
+from opdkit.base.errors import UserError
+from opdkit.objective.maths import keyed_uniform
 from opdkit.types import Prompt, Rollout, Sampling
 
 Memory = dict[str, Any]  # what a curriculum learns in a run: plain JSON, saved in checkpoints

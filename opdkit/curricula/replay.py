@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
+from opdkit.base.errors import UserError
 from opdkit.curricula.base import Memory, Plain, coin
-from opdkit.errors import UserError
-from opdkit.maths import keyed_uniform
+from opdkit.objective.maths import keyed_uniform
 from opdkit.types import Rollout
 
 RAISE = 0.1  # added to the share of student text when the validation loss rises

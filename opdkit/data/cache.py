@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from opdkit.base.errors import UserError
+from opdkit.base.progress import progress
 from opdkit.data.prompts import Prompts
 from opdkit.data.shards import GROUP, PARTIAL, Scored, Shard, file_digest, sync
-from opdkit.errors import UserError
-from opdkit.identity import Identity, tokenizer_digest
-from opdkit.progress import progress
+from opdkit.models.identity import Identity, tokenizer_digest
 from opdkit.types import Prompt, Rollout, Row, Sampling
 
 KIND, FORMAT, MANIFEST = "opdkit cache", 1, "manifest.json"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from opdkit.errors import UserError, nearest
+from opdkit.base.errors import UserError, nearest
 from opdkit.rewards.extract import boxed
 from opdkit.types import Row
 

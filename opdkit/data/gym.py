@@ -7,7 +7,7 @@ import json
 from typing import Any
 from urllib.parse import parse_qsl
 
-from opdkit.errors import UserError, nearest
+from opdkit.base.errors import UserError, nearest
 from opdkit.types import Row
 
 PREFIX = "reasoning_gym:"

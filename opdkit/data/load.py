@@ -12,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from opdkit.base.errors import UserError, nearest
 from opdkit.data.columns import normalise
 from opdkit.data.gym import PREFIX, gym_rows
-from opdkit.errors import UserError, nearest
 from opdkit.types import Row
 
 if TYPE_CHECKING:

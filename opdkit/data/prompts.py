@@ -10,9 +10,9 @@ from typing import Any, overload
 
 from jinja2 import TemplateError
 
+from opdkit.base.errors import UserError, nearest
+from opdkit.base.progress import progress
 from opdkit.data.columns import text
-from opdkit.errors import UserError, nearest
-from opdkit.progress import progress
 from opdkit.types import Prompt, Row
 
 MANY = 20_000  # prompts whose tokenising takes long enough to show progress (about 8000 per second)

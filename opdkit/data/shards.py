@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.types import Rollout
 
 GROUP = 16  # rollouts in a row group: what is decoded to read one of them

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's step, 2^64 / golden ratio
 _MASK = (1 << 64) - 1

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.eval.stats import Estimate, Interval, estimate, pass_at_k, problem_means
 
 if TYPE_CHECKING:

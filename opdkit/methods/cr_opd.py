@@ -8,12 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from opdkit.losses import policy_gradient
-from opdkit.maths import finite, normalise
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective, Signal, TokenLoss
-from opdkit.signals import LogRatio
-from opdkit.types import Batch, Live, LogpAtFact, TopFact
+from opdkit.objective import Batch, Live, LogpAtFact, LogRatio, Objective, Signal, TokenLoss, TopFact, policy_gradient
+from opdkit.objective.maths import finite, normalise
 
 
 def destinations(facts: Batch | Live, k: int, eps: float) -> Tensor:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from opdkit.curricula import Plain, Replay
-from opdkit.losses import Divergence
-from opdkit.maths import SkewForward, SkewReverse
-from opdkit.method import Method
-from opdkit.objective import Objective
+from opdkit.methods.method import Method
+from opdkit.objective import Divergence, Objective, SkewForward, SkewReverse
 
 
 def distillm(

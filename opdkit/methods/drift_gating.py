@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdkit.method import Method, as_method
+from opdkit.methods.method import Method, as_method
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective, RolloutLoss, Signal
-from opdkit.signals import Exp, LogRatio, Mark, MeanOne
-from opdkit.types import Batch
+from opdkit.objective import Batch, Exp, LogRatio, Mark, MeanOne, Objective, RolloutLoss, Signal
 
 
 @dataclass(frozen=True)

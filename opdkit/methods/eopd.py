@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from opdkit.losses import Divergence, policy_gradient
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective
-from opdkit.signals import Entropy, LogRatio
+from opdkit.objective import Divergence, Entropy, LogRatio, Objective, policy_gradient
 
 
 def eopd(

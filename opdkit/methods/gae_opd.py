@@ -7,12 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdkit.losses import policy_gradient
-from opdkit.maths import to_go
 from opdkit.methods.opd import Clip
-from opdkit.objective import Const, Objective, Signal
-from opdkit.signals import Gap, LogRatio
-from opdkit.types import Batch
+from opdkit.objective import Batch, Const, Gap, LogRatio, Objective, Signal, policy_gradient
+from opdkit.objective.maths import to_go
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from opdkit.curricula import Mixed
-from opdkit.losses import Divergence
-from opdkit.maths import JSD
-from opdkit.method import Method
-from opdkit.objective import Objective
+from opdkit.methods.method import Method
+from opdkit.objective import JSD, Divergence, Objective
 
 
 def gkd(beta: float = 0.5, lmbda: float = 1.0, temperature: float = 1.0, normalised: bool = False) -> Method:

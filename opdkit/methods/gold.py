@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from opdkit.align import HybridDistance, RankDistance, SharedDivergence, SpanLoss
-from opdkit.maths import JSD
-from opdkit.method import Method
+from opdkit.methods.method import Method
 from opdkit.methods.uld import with_likelihood
-from opdkit.objective import Term
+from opdkit.objective import JSD, HybridDistance, RankDistance, SharedDivergence, SpanLoss, Term
 
 
 def gold(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from opdkit.losses import policy_gradient
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective, Signal
-from opdkit.signals import LogRatio
+from opdkit.objective import LogRatio, Objective, Signal, policy_gradient
 
 
 def gopd(scale: float = 1.0, clip: Clip = None, dual_clip: float | None = None, rollout_cap: float | None = None) -> Objective:

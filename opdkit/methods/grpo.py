@@ -8,12 +8,28 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from opdkit.losses import Bounds, Estimator, against, clipped, policy_gradient, ratio
-from opdkit.maths import row_mean
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective, RolloutLoss, Signal, TokenLoss
-from opdkit.signals import Advantage, Ceiling, Exp, LogRatio, RowMean
-from opdkit.types import Batch, Live, LogpFact
+from opdkit.objective import (
+    Advantage,
+    Batch,
+    Bounds,
+    Ceiling,
+    Estimator,
+    Exp,
+    Live,
+    LogpFact,
+    LogRatio,
+    Objective,
+    RolloutLoss,
+    RowMean,
+    Signal,
+    TokenLoss,
+    against,
+    clipped,
+    policy_gradient,
+    ratio,
+)
+from opdkit.objective.maths import row_mean
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,7 @@ def grpo(
 
         A = (R - mean) / (std + 1e-6),  r_t = pi_s/pi_sampler,  PPO's loss max(-A r, -A clip(r, 1 - low, 1 + high))  [+ reference_kl * k3]
         grpo    mean over each rollout's tokens, then over rollouts
-        dapo    mean over all tokens; the paper has clip=(0.2, 0.28) (its sampling and overlong rules: `curricula.dapo`)
+        dapo    mean over all tokens; the paper has clip=(0.2, 0.28) (its sampling and overlong rules: `train.collect.filters`)
         dr_grpo sum over tokens / (rollouts * max_completion_length); Dr. GRPO also has advantage="mean"
         gspo    one ratio per rollout, exp(mean log r_t); the paper has clip=(3e-4, 4e-4)
         cispo   -clip(r_t) A log pi_s, clip without gradient, mean over all tokens; clip=(1, 4) is the paper's upper cap only, here at 5

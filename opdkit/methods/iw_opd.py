@@ -7,11 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdkit.losses import policy_gradient
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective, Signal
-from opdkit.signals import LogRatio, MeanOne
-from opdkit.types import Batch
+from opdkit.objective import Batch, LogRatio, MeanOne, Objective, Signal, policy_gradient
 
 
 @dataclass(frozen=True)

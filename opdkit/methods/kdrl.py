@@ -7,11 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdkit.losses import Divergence, Estimator, policy_gradient
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective, Signal
-from opdkit.signals import Advantage, Correct, GroupMean, LogRatio, MeanOne
-from opdkit.types import Batch
+from opdkit.objective import (
+    Advantage,
+    Batch,
+    Correct,
+    Divergence,
+    Estimator,
+    GroupMean,
+    LogRatio,
+    MeanOne,
+    Objective,
+    Signal,
+    policy_gradient,
+)
 
 
 @dataclass(frozen=True)

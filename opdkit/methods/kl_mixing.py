@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from opdkit.curricula import Mixed
-from opdkit.losses import Divergence
-from opdkit.method import Method
+from opdkit.methods.method import Method
+from opdkit.objective import Divergence
 
 
 def kl_mixing(lam: float = 0.25, prefix: str = "student") -> Method:

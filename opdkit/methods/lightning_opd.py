@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from opdkit.curricula import Cached
-from opdkit.losses import policy_gradient
-from opdkit.method import Method
+from opdkit.methods.method import Method
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective
-from opdkit.signals import LogRatio
+from opdkit.objective import LogRatio, Objective, policy_gradient
 
 
 def lightning_opd(

@@ -7,13 +7,23 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from opdkit import maths
-from opdkit.losses import Divergence, policy_gradient
-from opdkit.method import Method
+from opdkit.methods.method import Method
 from opdkit.methods.opd import Clip
-from opdkit.objective import Const, Objective, Signal
-from opdkit.signals import Advantage, Ceiling, Floor, LogRatio, ToGo
-from opdkit.types import Batch, LogpFact
+from opdkit.objective import (
+    Advantage,
+    Batch,
+    Ceiling,
+    Const,
+    Divergence,
+    Floor,
+    LogpFact,
+    LogRatio,
+    Objective,
+    Signal,
+    ToGo,
+    maths,
+    policy_gradient,
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,7 @@ class Whitened(Signal):
     """[B, T]: (of - mean) / sqrt(variance + 1e-8), both over the trained tokens of the step."""
 
     of: Signal
-    standardises: ClassVar[bool] = True  # MiniLLM's own; `compose.refuse` keeps it out of other credits
+    standardises: ClassVar[bool] = True  # MiniLLM's own; `objective.credits.refuse` keeps it out of other credits
 
     def value(self, batch: Batch) -> Tensor:
         centred = maths.deviations(self.of(batch).expand(batch.shape), batch.mask)

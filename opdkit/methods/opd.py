@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from opdkit.losses import Divergence, policy_gradient
-from opdkit.maths import JSD, Kind
-from opdkit.objective import Objective, Term
-from opdkit.signals import LogRatio, ToGo
+from opdkit.objective import JSD, Divergence, Kind, LogRatio, Objective, Term, ToGo, policy_gradient
 
 Clip = tuple[float, float] | None
 

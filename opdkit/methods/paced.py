@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 
 from opdkit.curricula import PassRates
-from opdkit.losses import Divergence
-from opdkit.maths import Kind
-from opdkit.method import Method
-from opdkit.objective import Objective, Signal
-from opdkit.signals import Early, PassRate
-from opdkit.types import Batch
+from opdkit.methods.method import Method
+from opdkit.objective import Batch, Divergence, Early, Kind, Objective, PassRate, Signal
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdkit.losses import policy_gradient
 from opdkit.methods.opd import Clip
-from opdkit.objective import Const, Objective, Signal
-from opdkit.signals import LogRatio, Progress
-from opdkit.types import Batch
+from opdkit.objective import Batch, Const, LogRatio, Objective, Progress, Signal, policy_gradient
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 
-from opdkit.losses import policy_gradient
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective
-from opdkit.signals import Early, Entropy, Floor, LogRatio, Quantile
+from opdkit.objective import Early, Entropy, Floor, LogRatio, Objective, Quantile, policy_gradient
 
 
 def reopold(

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from opdkit.losses import Bounds, Estimator, against, clipped
 from opdkit.methods.grpo import grpo
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective, TokenLoss
-from opdkit.signals import Advantage
-from opdkit.types import Live, LogpFact
+from opdkit.objective import Advantage, Bounds, Estimator, Live, LogpFact, Objective, TokenLoss, against, clipped
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from opdkit.losses import Likelihood, policy_gradient
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective
-from opdkit.signals import Correct, GroupShare, Logp, LogRatio, RowMean
+from opdkit.objective import Correct, GroupShare, Likelihood, Logp, LogRatio, Objective, RowMean, policy_gradient
 
 
 def scope(

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdkit.losses import Divergence
-from opdkit.maths import masked_quantile
-from opdkit.objective import Const, Objective, Signal
-from opdkit.signals import Entropy, Gap, Quantile, uniform
-from opdkit.types import Batch
+from opdkit.objective import Batch, Const, Divergence, Entropy, Gap, Objective, Quantile, Signal, uniform
+from opdkit.objective.maths import masked_quantile
 
 
 @dataclass(frozen=True)

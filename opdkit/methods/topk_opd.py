@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from opdkit.losses import Divergence
-from opdkit.maths import Kind, ReverseKL
-from opdkit.objective import Objective
+from opdkit.objective import Divergence, Kind, Objective, ReverseKL
 
 
 @dataclass(frozen=True)

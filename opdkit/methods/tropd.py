@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from opdkit.curricula import TeacherPrefix
-from opdkit.losses import Divergence, Likelihood, policy_gradient
-from opdkit.method import Method
+from opdkit.methods.method import Method
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective
-from opdkit.signals import Draw, Exp, Floor, Gap, LogRatio, Mark
+from opdkit.objective import Divergence, Draw, Exp, Floor, Gap, Likelihood, LogRatio, Mark, Objective, policy_gradient
 
 
 def tropd(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opdkit.align import RankDistance
 from opdkit.curricula import Mixed
-from opdkit.losses import Likelihood
-from opdkit.method import Method
-from opdkit.objective import Objective, Term
+from opdkit.methods.method import Method
+from opdkit.objective import Likelihood, Objective, RankDistance, Term
 
 
 def uld(

@@ -9,12 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdkit.losses import policy_gradient
-from opdkit.maths import group_index
 from opdkit.methods.opd import Clip
-from opdkit.objective import Const, Objective, Signal
-from opdkit.signals import Logp, LogRatio, RowMean, uniform
-from opdkit.types import Batch
+from opdkit.objective import Batch, Const, Logp, LogRatio, Objective, RowMean, Signal, policy_gradient, uniform
+from opdkit.objective.maths import group_index
 
 SHARES = {"both": (0.5, 0.5), "correct_up": (1.0, 0.0), "incorrect_down": (0.0, 1.0)}  # of the shift: right up, wrong down
 FAILED = -100.0  # log-prob that stands for a score the teacher did not give

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from opdkit.losses import policy_gradient
 from opdkit.methods.opd import Clip
-from opdkit.objective import Objective
-from opdkit.signals import Gap, LogRatio
+from opdkit.objective import Gap, LogRatio, Objective, policy_gradient
 
 
 def vopd(k: int | None = None, clip: Clip = None, dual_clip: float | None = None, rollout_cap: float | None = None) -> Objective:

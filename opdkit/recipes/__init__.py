@@ -7,9 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from opdkit.address import is_address, load_address
-from opdkit.config import plain
-from opdkit.errors import UserError, nearest
+from opdkit.base.address import is_address, load_address
+from opdkit.base.config import plain
+from opdkit.base.errors import UserError, nearest
 
 RECIPES = {
     "gsm8k": "opdkit.recipes.gsm8k:gsm8k",

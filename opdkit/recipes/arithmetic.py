@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.types import Row
 
 if TYPE_CHECKING:

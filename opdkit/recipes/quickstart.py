@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opdkit.launch import execute
-from opdkit.method import as_method
-from opdkit.progress import progress
+from opdkit.base.files import write_json
+from opdkit.base.progress import progress
+from opdkit.methods.method import as_method
 from opdkit.recipes import arithmetic
 from opdkit.report import write_report
-from opdkit.run import claim_folder, make_run
+from opdkit.run.launch import execute
+from opdkit.run.settings import claim_folder, make_run
 from opdkit.train import checkpoint as checkpoints
-from opdkit.train.record import write_json
 from opdkit.types import Row
 
 HELD_OUT = 512  # problems of the evaluation

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opdkit.base.files import write_whole
 from opdkit.report import results as res
 from opdkit.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 from opdkit.report.curves import chart_sections, time_shares
@@ -29,13 +29,6 @@ def write_report(run_folder: Path) -> Path:
     path = run.folder / "report.html"
     write_whole(path, render(run))
     return path
-
-
-def write_whole(path: Path, page: str) -> None:
-    """A page that appears whole or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(page.encode("utf-8", errors="replace"))
-    os.replace(partial, path)
 
 
 def templates() -> jinja2.Environment:

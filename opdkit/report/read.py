@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
+from opdkit.base.files import read_lines
 from opdkit.eval.evaluate import EvalResult
-from opdkit.track import read_lines
 
 STEPS_SHOWN = 6  # sample files shown, spread evenly over the run
 ROLLOUTS_SHOWN = 3  # of each
@@ -99,3 +99,11 @@ def evenly(n: int, most: int) -> list[int]:
     if n <= most:
         return list(range(n))
     return sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})
+
+
+def need_folder(path: str | Path) -> Path:
+    """A run folder that is there."""
+    folder = Path(path)
+    if not (folder / "metrics.jsonl").exists() and not (folder / "run.yaml").exists():
+        raise UserError(f"{folder} is not a run folder: it has neither run.yaml nor metrics.jsonl")
+    return folder

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from opdkit.errors import UserError
-from opdkit.progress import progress
+from opdkit.base.errors import UserError
+from opdkit.base.progress import progress
 from opdkit.rewards.sandbox import Calls, Limits, Prints, Sandbox, Verdict
 from opdkit.types import Rollout, Row
 

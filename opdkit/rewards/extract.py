@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.types import Rollout
 
 TAIL = 4_000  # characters at the end in which an answer without a box is sought

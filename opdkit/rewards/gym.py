@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.rewards.extract import boxed, spoken, stated
 from opdkit.rewards.guard import Failed, Guard
 from opdkit.types import Rollout

@@ -16,10 +16,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from opdkit.config import build, read_yaml
-from opdkit.endpoint import Endpoint, Refused
-from opdkit.errors import UserError
-from opdkit.progress import progress
+from opdkit.base.config import build, read_yaml
+from opdkit.base.errors import UserError
+from opdkit.base.progress import progress
+from opdkit.models.engines.endpoint import Endpoint, Refused
 from opdkit.types import Rollout
 
 RUBRICS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.rewards.extract import truth
 from opdkit.rewards.quantity import quantity
 from opdkit.types import Rollout

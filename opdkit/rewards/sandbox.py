@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.rewards.workers import Jail, cores
 
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any, TypeVar
 
-from opdkit.address import is_address, load_address
-from opdkit.errors import UserError, nearest
+from opdkit.base.address import is_address, load_address
+from opdkit.base.errors import UserError, nearest
 from opdkit.rewards.code import Code
 from opdkit.rewards.exact import Exact
 from opdkit.rewards.gym import ReasoningGym

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 
 _JAIL = Path(__file__).with_name("jail")
 NEEDED = ("network", "processes", "writing")  # without these nothing of a model's is dealt with, unless its owner says so

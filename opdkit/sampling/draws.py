@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.types import Sampling
 
 BLOCK = 512  # ids summed in float32 before the first float64

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.types import Notes, Prompt, Rollout, Sampling
 
 DECODE: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}

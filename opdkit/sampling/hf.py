@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from opdkit.errors import UserError
-from opdkit.head import Head, chunk_rows, slices
-from opdkit.kernels import Vocabulary
-from opdkit.maths import mixture
-from opdkit.models import CausalLM, evaluating, head_of, hidden_states, real_vocabulary, stop_ids
+from opdkit.base.errors import UserError
+from opdkit.models.body import head_of, hidden_states
+from opdkit.models.load import CausalLM, evaluating
+from opdkit.models.tokenizers import real_vocabulary, stop_ids
+from opdkit.objective.head import Head, chunk_rows, slices
+from opdkit.objective.kernels import Vocabulary
+from opdkit.objective.maths import mixture
 from opdkit.sampling.attention import decoding, spread
-from opdkit.sampling.cache import join, new_cache, pad_left, select, shrink, tokens_that_fit
 from opdkit.sampling.draws import check_sampling, choose, row_uniform
 from opdkit.sampling.finish import DECODE, Response, finish, refuse_broken, rollout_ids
+from opdkit.sampling.kv_cache import join, new_cache, pad_left, select, shrink, tokens_that_fit
 from opdkit.types import Notes, Prompt, Rollout, Sampling, Watch, row_keys
 
 if TYPE_CHECKING:

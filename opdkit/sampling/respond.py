@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from opdkit.errors import UserError
-from opdkit.head import Head
+from opdkit.base.errors import UserError
+from opdkit.objective.head import Head
 from opdkit.sampling.finish import Response
 from opdkit.types import Prompt, Sampling
 

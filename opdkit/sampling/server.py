@@ -14,24 +14,26 @@ from urllib.parse import urlsplit
 
 import torch
 
-from opdkit.endpoint import Endpoint
-from opdkit.errors import UserError
-from opdkit.head import Head
-from opdkit.models import CausalLM, head_of, real_vocabulary, stop_ids
+from opdkit.base.errors import UserError
+from opdkit.models.body import head_of
+from opdkit.models.engines.endpoint import Endpoint
+from opdkit.models.engines.probe import Probe
+from opdkit.models.engines.prompt_logprobs import parse_prompt_logprobs
+from opdkit.models.engines.weights import DTYPES, adapter_rank, checkpoint_weights, engine_dtype, save_adapters, save_weights
+from opdkit.models.load import CausalLM
+from opdkit.models.tokenizers import real_vocabulary, stop_ids
+from opdkit.objective.head import Head
 from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.finish import finish, rollout_ids
 from opdkit.sampling.hf import Progress, check_prompts
-from opdkit.sampling.probe import Probe
-from opdkit.sampling.prompt_logprobs import parse_prompt_logprobs
 from opdkit.sampling.respond import HOTTEST, Drawn, Request, check_engine, ended, padded, real_rows, respond
-from opdkit.sampling.weights import DTYPES, adapter_rank, checkpoint_weights, engine_dtype, save_adapters, save_weights
 from opdkit.types import Prompt, Rollout, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COMMAND = (
-    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls opdkit.sampling.vllm_worker.Weights "
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls opdkit.models.engines.vllm_worker.Weights "
     "--logprobs-mode processed_logprobs --host 127.0.0.1"
 )
 ADAPTERS = f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 {COMMAND} --enable-lora --max-lora-rank RANK"

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opdkit.config import build
-from opdkit.errors import UserError, nearest
+from opdkit.base.config import build
+from opdkit.base.errors import UserError, nearest
 from opdkit.sampling.server import ServerSettings
 from opdkit.sampling.vllm import VllmSettings
 

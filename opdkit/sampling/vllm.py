@@ -9,15 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opdkit.head import Head
-from opdkit.models import CausalLM, head_of, real_vocabulary, stop_ids
+from opdkit.models.body import head_of
+from opdkit.models.engines.probe import Probe
+from opdkit.models.engines.vllm_engine import Engine, EngineSettings
+from opdkit.models.engines.weights import adapter_rank, checkpoint_weights, engine_dtype, has_adapters, save_adapters
+from opdkit.models.load import CausalLM
+from opdkit.models.tokenizers import real_vocabulary, stop_ids
+from opdkit.objective.head import Head
 from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.finish import finish, rollout_ids
 from opdkit.sampling.hf import Progress, check_prompts
-from opdkit.sampling.probe import Probe
 from opdkit.sampling.respond import Drawn, Request, check_engine, ended, padded, real_rows, respond
-from opdkit.sampling.vllm_engine import Engine, EngineSettings
-from opdkit.sampling.weights import adapter_rank, checkpoint_weights, engine_dtype, has_adapters, save_adapters
 from opdkit.types import Prompt, Rollout, Sampling
 
 if TYPE_CHECKING:

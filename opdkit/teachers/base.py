@@ -8,10 +8,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from opdkit.facts import Tensors, models_of, supply
-from opdkit.forward import Layout
-from opdkit.head import Head
-from opdkit.types import Batch, Fact, LogpAtFact, TopFact
+from opdkit.models.layout import Layout
+from opdkit.objective.batch import Batch
+from opdkit.objective.facts import Fact, LogpAtFact, TopFact
+from opdkit.objective.head import Head
+from opdkit.objective.needs import models_of
+from opdkit.objective.supply import Tensors, supply
 
 
 class Scorer(Protocol):

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opdkit.base.errors import UserError
 from opdkit.curricula.cached import reads_cache
 from opdkit.data.cache import Cache, open_cache, refuse_tokenizer
 from opdkit.data.shards import Scored
-from opdkit.errors import UserError
-from opdkit.facts import Tensors
-from opdkit.forward import Layout
-from opdkit.teachers.spec import Cached, refuse_facts
-from opdkit.types import Fact, LogpAtFact, LogpFact, TopFact
+from opdkit.models.layout import Layout
+from opdkit.objective.facts import Fact, LogpAtFact, LogpFact, TopFact
+from opdkit.objective.supply import Tensors
+from opdkit.teachers.kinds import Cached, refuse_facts
 
 REMEDY = "use a teacher in this process (teacher=MODEL), which costs its forward pass"
 NOTHING = Scored(np.zeros(0), np.zeros((0, 0), dtype=np.int64), np.zeros((0, 0)))  # of a step without tokens

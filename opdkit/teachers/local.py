@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdkit.errors import UserError
-from opdkit.forward import Layout, batch_tokens
-from opdkit.head import Head, Source
-from opdkit.models import evaluating
-from opdkit.teachers.offload import STUDENT_ADVICE, TEACHER_ADVICE, enough_memory
+from opdkit.base.errors import UserError
+from opdkit.models.layout import Layout, batch_tokens
+from opdkit.models.load import evaluating
+from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE, enough_memory
+from opdkit.objective.head import Head, Source
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LocalModel:
 
     model: Any
     head: Head
-    micro_batch_tokens: int | None = None  # padded tokens of one pass; None: `forward.batch_tokens`
+    micro_batch_tokens: int | None = None  # padded tokens of one pass; None: `models.layout.batch_tokens`
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property

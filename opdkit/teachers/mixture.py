@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdkit.errors import UserError, nearest
-from opdkit.forward import Layout
-from opdkit.head import Head
+from opdkit.base.errors import UserError, nearest
+from opdkit.models.layout import Layout
+from opdkit.objective.head import Head
 from opdkit.teachers.base import Scorer, cut, heads_of
 from opdkit.types import Rollout
 

@@ -9,13 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from opdkit.align import Pair
-from opdkit.errors import UserError, nearest
-from opdkit.facts import Tensors
-from opdkit.forward import Layout
-from opdkit.head import Head
+from opdkit.base.errors import UserError, nearest
+from opdkit.models.layout import Layout
+from opdkit.objective.alignment import Pair
+from opdkit.objective.facts import Fact, SpanFact, TopFact
+from opdkit.objective.head import Head
+from opdkit.objective.supply import Tensors
 from opdkit.teachers.base import answers, cut, heads_of
-from opdkit.types import Fact, SpanFact, TopFact
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdkit.errors import UserError
-from opdkit.forward import Layout, batch_tokens
-from opdkit.interrupt import SIGNALS
-from opdkit.models import check_head, head_of, load_model, load_tokenizer, real_vocabulary
-from opdkit.teachers import scoring
+from opdkit.base.errors import UserError
+from opdkit.base.interrupt import SIGNALS
+from opdkit.models.body import check_head, head_of
+from opdkit.models.layout import Layout, batch_tokens
+from opdkit.models.load import load_model, load_tokenizer
+from opdkit.models.tokenizers import real_vocabulary
+from opdkit.objective.facts import LogpAtFact, LogpFact, TopFact
+from opdkit.teachers import protocol
 from opdkit.teachers.base import answers
 from opdkit.teachers.local import LocalModel
-from opdkit.teachers.prompt_logprobs import JSON_FLOOR
-from opdkit.types import LogpAtFact, LogpFact, Rollout, TopFact
+from opdkit.teachers.scored_facts import JSON_FLOOR
+from opdkit.types import Rollout
 
 LARGEST_BODY = 1 << 30  # bytes of a request
 LARGEST_TABLE = 1 << 30  # bytes of all that one request asks for, before it is sent
@@ -56,7 +59,7 @@ class Service:
 
     def __post_init__(self) -> None:
         model = self.local.model
-        self.fingerprint = scoring.model_digest(model)
+        self.fingerprint = protocol.model_digest(model)
         self.limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.device = next(model.parameters()).device
         self.budget = self.local.micro_batch_tokens or batch_tokens(self.device)
@@ -70,7 +73,7 @@ class Service:
     def models(self) -> dict[str, Any]:
         about = {
             "fingerprint": self.fingerprint,
-            "tokenizer": scoring.tokenizer_digest(self.tokenizer.get_vocab()),
+            "tokenizer": protocol.tokenizer_digest(self.tokenizer.get_vocab()),
             "rows": self.rows,
             "micro_batch_tokens": self.budget,
         }
@@ -83,7 +86,7 @@ class Service:
     def score(self, body: bytes) -> bytes:
         """Facts of rollouts, or hidden states where none is asked for; see `scoring`."""
         try:
-            layout, positions, wanted, ids, vocab = scoring.unpack_request(body, self.rows)
+            layout, positions, wanted, ids, vocab = protocol.unpack_request(body, self.rows)
         except (ValueError, RecursionError) as error:  # RecursionError: JSON of a thousand brackets
             raise BadRequest(f"the body is no request for scores: {error}") from error
         cells = len(layout.rollouts) * layout.width * (1 + sum(getattr(fact, "k", 1) for fact in (*wanted, *ids)))
@@ -93,7 +96,7 @@ class Service:
                 f"{cells * CELL / 2**30:.1f} GiB: ask about fewer of them, or for a smaller k, at once"
             )
         for rollout in layout.rollouts:
-            self.readable(rollout.prompt + rollout.tokens, f"rollout {scoring.shown(rollout.id)}", 0, self.ids)
+            self.readable(rollout.prompt + rollout.tokens, f"rollout {protocol.shown(rollout.id)}", 0, self.ids)
         positions, local = positions.to(self.device), self.local.cut(vocab)
 
         def run() -> dict[str, Tensor]:
@@ -103,7 +106,7 @@ class Service:
             made = answers(local, wanted, layout, positions, {f: v.to(self.device) for f, v in ids.items()})
             return {str(i): made[fact] for i, fact in enumerate(wanted)}
 
-        return scoring.pack(self.worker.submit(run).result(), {})
+        return protocol.pack(self.worker.submit(run).result(), {})
 
     def completions(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The OpenAI form with vLLM's prompt_logprobs: prompts of token ids are scored, nothing is written."""
@@ -156,7 +159,7 @@ class Service:
 
     def readable(self, tokens: Sequence[Any], who: str, spare: int, ids: int) -> None:
         if wrong := [t for t in tokens if type(t) is not int or not 0 <= t < ids]:
-            raise BadRequest(f"Token id {scoring.shown(wrong[0])} is out of vocabulary: {who} may hold 0 to {ids - 1}")
+            raise BadRequest(f"Token id {protocol.shown(wrong[0])} is out of vocabulary: {who} may hold 0 to {ids - 1}")
         if self.limit is not None and len(tokens) + spare > self.limit:
             raise BadRequest(f"This model's maximum context length is {self.limit} tokens. However, {who} has {len(tokens)}.")
 
@@ -228,7 +231,7 @@ class Handler(BaseHTTPRequestHandler):
             "/health": dict,
             "/v1/models": self.service.models,
             "/tokenizer": self.service.vocabulary,
-            "/head": lambda: scoring.pack_head(self.service.local.head),
+            "/head": lambda: protocol.pack_head(self.service.local.head),
         }
         self.answer(routes)
 
@@ -248,7 +251,7 @@ class Handler(BaseHTTPRequestHandler):
         """What the headers announce, piece by piece: memory is taken for bytes that have come."""
         said = self.headers.get("Content-Length", "")
         if said and not (said.isascii() and said.isdecimal()):
-            raise BadRequest(f"Content-Length: {scoring.shown(said)} is no number of bytes")
+            raise BadRequest(f"Content-Length: {protocol.shown(said)} is no number of bytes")
         if not 0 < len(said) <= 12 or int(said) > LARGEST_BODY:
             raise BadRequest(f"a request needs a Content-Length of at most {LARGEST_BODY} bytes", 413)
         came = bytearray()
@@ -280,7 +283,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", BINARY if isinstance(value, bytes) else JSON)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header(scoring.FINGERPRINT, self.service.fingerprint)
+        self.send_header(protocol.FINGERPRINT, self.service.fingerprint)
         self.end_headers()
         self.wfile.write(body)
 

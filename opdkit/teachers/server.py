@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdkit.endpoint import Endpoint, Refused
-from opdkit.errors import UserError
-from opdkit.facts import Tensors, models_of
-from opdkit.forward import Layout
-from opdkit.head import Head, Source
-from opdkit.models import real_vocabulary, same_tokenizer
-from opdkit.teachers import scoring
+from opdkit.base.errors import UserError
+from opdkit.models.engines.endpoint import Endpoint, Refused
+from opdkit.models.layout import Layout
+from opdkit.models.tokenizers import real_vocabulary, same_tokenizer
+from opdkit.objective.facts import Fact, GapFact, LogpAtFact, LogpFact, TopFact, VocabularyFact
+from opdkit.objective.head import Head, Source
+from opdkit.objective.needs import models_of
+from opdkit.objective.supply import Tensors
+from opdkit.teachers import protocol
 from opdkit.teachers.base import Remote, Scorer, at_others_ids
-from opdkit.teachers.prompt_logprobs import Scored, read_fact, without_positions
-from opdkit.teachers.spec import REMEDY, Server, refuse_facts
-from opdkit.teachers.wire import Ask, SGLang, Vllm, Wire, same_model
-from opdkit.types import Fact, GapFact, LogpAtFact, LogpFact, TopFact, VocabularyFact
+from opdkit.teachers.kinds import REMEDY, Server, refuse_facts
+from opdkit.teachers.scored_facts import Scored, read_fact, without_positions
+from opdkit.teachers.vllm_sglang import Ask, SGLang, Vllm, Wire, same_model
 
 PROBE = "The sum of 12 and 30 is 42. Let x = f(y) / 2; naïve café, 你好, привет!"  # what every server reads at the start
 PROBE_TOKENS = 48
@@ -44,7 +45,7 @@ def open_teacher(spec: Server, method: Any, tokenizer: Any, model: str = "teache
     about = [card.get("opdkit") for card in cards.values()]
     needs = method.needs
     if all(about):
-        beyond = [f for f in needs.of(model) if not isinstance(f, (*scoring.FACTS.values(), GapFact, VocabularyFact))]
+        beyond = [f for f in needs.of(model) if not isinstance(f, (*protocol.FACTS.values(), GapFact, VocabularyFact))]
         refuse_facts(method.name or "own", "a server", beyond, "use a teacher in this process (teacher=MODEL)")
         return _own(endpoint, names[0], about, needs, tokenizer, model)
     if any(about):
@@ -234,7 +235,7 @@ def _own(endpoint: Endpoint, name: str, about: Sequence[Any], needs: Any, tokeni
         raise UserError(
             f"the teacher's servers all call their model {name!r}, but their weights differ: start them from the same checkpoint"
         )
-    if first["tokenizer"] != scoring.tokenizer_digest(tokenizer.get_vocab()):
+    if first["tokenizer"] != protocol.tokenizer_digest(tokenizer.get_vocab()):
         theirs = endpoint.get("/tokenizer")
         there: Any = SimpleNamespace(get_vocab=lambda: theirs["vocab"], name_or_path=theirs["name"])
         raise UserError(
@@ -243,7 +244,7 @@ def _own(endpoint: Endpoint, name: str, about: Sequence[Any], needs: Any, tokeni
     known = real_vocabulary(tokenizer)
     common = (endpoint, name, first["fingerprint"], first["micro_batch_tokens"])
     if needs.whole(model):
-        body = endpoint.request("GET", "/head", None, lambda response: scoring.unpack_head(response.content))
+        body = endpoint.request("GET", "/head", None, lambda response: protocol.unpack_head(response.content))
         return HiddenStates(*common, body)
     if first["rows"] < known:
         raise UserError(f"the head of the teacher's server has {first['rows']} rows, fewer than the tokenizer's {known} tokens")
@@ -268,15 +269,15 @@ class _Own:
         vocab: int | None,
     ) -> list[dict[str, Tensor]]:
         calls = [
-            partial(self._post, _ids(layout, part), scoring.pack_request(layout, part, wanted, at, vocab), len(part))
+            partial(self._post, _ids(layout, part), protocol.pack_request(layout, part, wanted, at, vocab), len(part))
             for part, at in zip(parts, ids)
         ]
         return self.endpoint.map(calls)
 
     def _post(self, who: str, body: bytes, n: int) -> dict[str, Tensor]:
         def read(response: Any) -> dict[str, Tensor]:
-            same_model(response.headers.get(scoring.FINGERPRINT), self.fingerprint, who)
-            tensors, _ = scoring.unpack(response.content)
+            same_model(response.headers.get(protocol.FINGERPRINT), self.fingerprint, who)
+            tensors, _ = protocol.unpack(response.content)
             if any(len(t) != n for t in tensors.values()):
                 raise ValueError(f"{n} positions were asked about and {[len(t) for t in tensors.values()]} came back")
             return tensors
@@ -335,7 +336,7 @@ class HiddenStates(_Own):
 
     def source(self, layout: Layout, positions: Tensor) -> Source:
         """Hidden states at flat positions [N]."""
-        self.head = scoring.head_on(self.head, positions.device)
+        self.head = protocol.head_on(self.head, positions.device)
         parts = layout.micro_batches(positions.cpu(), self.micro_batch_tokens)
         answers = self._ask(layout, parts, (), [{}] * len(parts), None)
         index = torch.full((len(layout.rollouts) * layout.width,), -1, dtype=torch.int64, device=positions.device)

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdkit.errors import UserError
-from opdkit.facts import Needs, Tensors
-from opdkit.forward import Layout
-from opdkit.models import load_tokenizer, real_vocabulary, same_tokenizer
-from opdkit.sampling.vllm_engine import Engine, EngineSettings
-from opdkit.teachers.prompt_logprobs import read_fact, without_positions
-from opdkit.teachers.spec import Vllm, refuse_facts
-from opdkit.types import Fact, LogpAtFact, LogpFact, TopFact
+from opdkit.base.errors import UserError
+from opdkit.models.engines.vllm_engine import Engine, EngineSettings
+from opdkit.models.layout import Layout
+from opdkit.models.load import load_tokenizer
+from opdkit.models.tokenizers import real_vocabulary, same_tokenizer
+from opdkit.objective.facts import Fact, LogpAtFact, LogpFact, TopFact
+from opdkit.objective.needs import Needs
+from opdkit.objective.supply import Tensors
+from opdkit.teachers.kinds import Vllm, refuse_facts
+from opdkit.teachers.scored_facts import read_fact, without_positions
 
 
 def open_teacher(spec: Vllm, method: Any, tokenizer: Any, model: str = "teacher", trust_remote_code: bool = False) -> VllmTeacher:

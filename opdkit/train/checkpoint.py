@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.train.student import Student
 
 MANIFEST, STATE, OPTIMISER = "manifest.json", "trainer_state.json", "optimizer.pt"

@@ -10,25 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdkit.errors import UserError
-from opdkit.facts import Needs, Tensors, describe, models_of, supply
-from opdkit.forward import Layout
-from opdkit.head import flat_positions
+from opdkit.base.errors import UserError
+from opdkit.models.layout import Layout
+from opdkit.objective.batch import Batch
+from opdkit.objective.facts import ColumnFact, EntropyFact, Fact, LogpAtFact, LogpFact, SpanFact, TopFact, VocabularyFact
+from opdkit.objective.head import flat_positions
+from opdkit.objective.needs import Needs, describe, models_of
+from opdkit.objective.supply import Tensors, supply
 from opdkit.teachers import Remote, Scorer
 from opdkit.teachers.base import at_others_ids, scattered
-from opdkit.types import (
-    Batch,
-    ColumnFact,
-    EntropyFact,
-    Fact,
-    LogpAtFact,
-    LogpFact,
-    Rollout,
-    SpanFact,
-    TopFact,
-    VocabularyFact,
-    row_keys,
-)
+from opdkit.types import Rollout, row_keys
 
 HELD = 1 << 17  # input tokens whose hidden states are held at once where only numbers are read off them
 

@@ -1,57 +1,28 @@
-"""A run with everything built, and the small tools of its loop."""
+"""A run with everything built."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from opdkit.curricula import Curriculum, Plain
-from opdkit.facts import Needs
-from opdkit.objective import Objective
+from opdkit.objective.grammar import Objective
+from opdkit.objective.needs import Needs
 from opdkit.rewards import Reward
 from opdkit.teachers import Remote, Scorer
 from opdkit.train.checkpoint import State
+from opdkit.train.collect.collector import Questions, Sampler, Stored
 from opdkit.train.record import Recorder
 from opdkit.train.settings import Checkpoint, Optim
 from opdkit.train.student import Student
-from opdkit.types import Prompt, Rollout, Sampling
-
-
-class Sampler(Protocol):
-    """Who writes the responses."""
-
-    def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, step: int, policy_version: int
-    ) -> list[Rollout]: ...
-
-    def sync(self, model: Any, version: int) -> None:
-        """Take over the student's weights after an optimiser step."""
-        ...
-
-
-class Questions(Protocol):
-    """The prompts of a data set (see `data.Prompts`)."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Prompt: ...
-    def response_tokens(self, index: int) -> list[int] | None: ...
-
-
-class Stored(Protocol):
-    """Rollouts written earlier (see `data.cache.Cache`)."""
-
-    def rollouts(self, prompt: Prompt) -> list[Rollout]: ...
+from opdkit.types import Sampling
 
 
 @dataclass
 class Job:
-    """A run with everything built: what `run.prepare` hands to `train`."""
+    """A run with everything built: what `run.build.prepare` hands to `train`."""
 
     objective: Objective
     needs: Needs
@@ -93,19 +64,3 @@ class Job:
         if self.max_tokens is None or not state.step or not state.tokens:
             return self.steps
         return min(self.steps, max(state.step + 1, round(state.step * self.max_tokens / state.tokens)))
-
-
-class Clock:
-    """Seconds of each phase of a step."""
-
-    def __init__(self, device: torch.device):
-        self.seconds: dict[str, float] = {}
-        self.device = device
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

@@ -9,19 +9,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opdkit.errors import UserError
-from opdkit.forward import Layout
-from opdkit.head import flat_positions, learn
-from opdkit.interrupt import held
-from opdkit.maths import keyed_uniform
-from opdkit.objective import Plan
+from opdkit.base.clock import Clock
+from opdkit.base.errors import UserError
+from opdkit.base.interrupt import held
+from opdkit.models.layout import Layout
+from opdkit.objective.batch import Batch
+from opdkit.objective.grammar import Plan
+from opdkit.objective.head import flat_positions, learn
+from opdkit.objective.maths import keyed_uniform
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
-from opdkit.train.collect import collect
+from opdkit.train.collect.collect import collect
 from opdkit.train.gather import gather, refresh
-from opdkit.train.job import Clock, Job
+from opdkit.train.job import Job
 from opdkit.train.record import StepRecord
-from opdkit.types import Batch, Rollout
+from opdkit.types import Rollout
 
 
 def train(job: Job, state: State) -> State:

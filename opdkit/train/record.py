@@ -10,18 +10,19 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from opdkit import diagnostics
-from opdkit.head import Learned
-from opdkit.objective import Plan, credit_of
-from opdkit.track import Trackers
+from opdkit.objective.batch import Batch
+from opdkit.objective.facts import LogpFact
+from opdkit.objective.grammar import Plan, credit_of
+from opdkit.objective.head import Learned
+from opdkit.train import diagnostics
 from opdkit.train.gather import mean_gap
 from opdkit.train.student import Student
-from opdkit.types import Batch, LogpFact, Rollout
+from opdkit.train.track import Trackers
+from opdkit.types import Rollout
 
 
 @dataclass
@@ -96,7 +97,7 @@ class StepRecord:
         return {"sampling/mismatch": apart.mean().item(), "sampling/mismatch_max": apart.max().item()} if len(apart) else {}
 
     def distributions(self, batch: Batch) -> dict[str, float]:
-        """How tokens, weights and, where measured, the gradients of terms are distributed: see `opdkit.diagnostics`."""
+        """How tokens, weights and, where measured, the gradients of terms are distributed: see `opdkit.train.diagnostics`."""
         found = diagnostics.of_weights(self.plans[0])
         found |= diagnostics.of_tokens(batch, self.spread(batch, self.entropy), self.spread(batch, self.gap))
         if self.term_gradients and self.slope_norms:
@@ -246,10 +247,3 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opdkit.quantize import check_quantize
+from opdkit.models.quantize import check_quantize
 
 SCHEDULES = ("constant", "linear", "cosine")
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdkit.errors import UserError
-from opdkit.head import Head
-from opdkit.models import head_of
+from opdkit.base.errors import UserError
+from opdkit.models.body import head_of
+from opdkit.objective.head import Head
 from opdkit.train.settings import Lora, Optim
 from opdkit.types import row_keys
 

@@ -38,7 +38,7 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def permuted(x: Tensor, dims: Any) -> Tensor:
-    for dim in range(x.dim()) if not dims else dims:
+    for dim in dims or range(x.dim()):
         x = x.index_select(dim, order(x.shape[dim])) if x.dim() else x
     return x
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from opdkit.losses import Divergence, Estimator, PolicyGradient
-from opdkit.method import load, methods
 from opdkit.methods.grpo import grpo
-from opdkit.objective import Objective, Signal, Term, TokenLoss
-from opdkit.signals import Advantage, Entropy, Exp, Gap, LogRatio, MeanOne
+from opdkit.methods.method import load, methods
+from opdkit.objective.facts import LogpFact
+from opdkit.objective.grammar import Objective, Signal, Term, TokenLoss
+from opdkit.objective.losses import Divergence, Estimator, PolicyGradient
+from opdkit.objective.signals import Advantage, Entropy, Exp, Gap, LogRatio, MeanOne
 from opdkit.testing import evaluate, fabricate
-from opdkit.types import LogpFact
 from tests.common.toy import FORWARD_GRAD, REVERSE, REVERSE_GRAD, Z_S, Z_T, P, Q
 from tests.methods.toy import close, expected, numbers, reverse_kl_gradient
 

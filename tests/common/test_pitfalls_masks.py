@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opdkit.losses import Divergence, Likelihood, PolicyGradient
-from opdkit.method import load
 from opdkit.methods.grpo import SequenceClipped
-from opdkit.objective import Objective, Term
-from opdkit.signals import Advantage, Entropy, Exp, LogRatio, MeanOne
+from opdkit.methods.method import load
+from opdkit.objective.facts import LogpFact
+from opdkit.objective.grammar import Objective, Term
+from opdkit.objective.losses import Divergence, Likelihood, PolicyGradient
+from opdkit.objective.signals import Advantage, Entropy, Exp, LogRatio, MeanOne
 from opdkit.testing import Case, evaluate, fabricate
-from opdkit.types import LogpFact, Rollout
+from opdkit.types import Rollout
 from tests.common.toy import P, Q
 from tests.methods.ragged import mask_of, on, ragged, slopes
 from tests.methods.toy import close, logits, numbers

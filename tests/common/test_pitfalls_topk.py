@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 
-from opdkit.losses import Divergence
-from opdkit.maths import KINDS, left_over, restrict
-from opdkit.objective import Objective
-from opdkit.signals import Support
+from opdkit.objective.batch import Batch, Live
+from opdkit.objective.facts import LogpAtFact, TopFact
+from opdkit.objective.grammar import Objective
+from opdkit.objective.losses import Divergence
+from opdkit.objective.maths import KINDS, left_over, restrict
+from opdkit.objective.signals import Support
 from opdkit.testing import Case, Evaluation, evaluate
-from opdkit.types import Batch, Live, LogpAtFact, TopFact
 from tests.methods.toy import close, logits, numbers, tokens
 
 

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from opdkit.objective import Objective, RolloutLoss
+from opdkit.objective.batch import Live
+from opdkit.objective.facts import ColumnFact, EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, TopFact
+from opdkit.objective.grammar import Objective, RolloutLoss
 from opdkit.testing import Case
-from opdkit.types import ColumnFact, EntropyFact, Fact, GapFact, Live, LogpAtFact, LogpFact, TopFact
 
 # Two models over four tokens: their logits, probabilities, divergences, and the gradients with respect to the student's logits.
 Z_S, Z_T = (2.0, 1.0, 0.0, -1.0), (0.5, 1.5, 0.0, 0.5)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from opdkit.base.errors import UserError
 from opdkit.curricula.replay import Replay
-from opdkit.errors import UserError
 from opdkit.types import Rollout
 
 

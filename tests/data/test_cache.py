@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from opdkit.base.errors import UserError
 from opdkit.data import shards
 from opdkit.data.cache import (
     CachedPrompts,
@@ -26,8 +27,7 @@ from opdkit.data.cache import (
     verified,
 )
 from opdkit.data.shards import Scored, write_shard
-from opdkit.errors import UserError
-from opdkit.identity import Identity, tokenizer_digest
+from opdkit.models.identity import Identity, tokenizer_digest
 from opdkit.types import Prompt, Rollout, Sampling
 from tests.common.tiny import tiny_tokenizer
 

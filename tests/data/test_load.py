@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from opdkit.base.errors import UserError
 from opdkit.data import load_rows
 from opdkit.data.columns import CANONICAL, normalise
-from opdkit.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 CHAT = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from opdkit.base.errors import UserError
 from opdkit.data import Prompts, load_rows
-from opdkit.errors import UserError
 from tests.common.tiny import END, tiny_tokenizer
 
 ROWS = load_rows(

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from opdkit.base.errors import UserError
 from opdkit.data import PromptStream
 from opdkit.data.stream import permutation
-from opdkit.errors import UserError
 
 
 def test_each_once_per_epoch_in_another_order():

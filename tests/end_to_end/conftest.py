@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from opdkit.cli import main
-from opdkit.run import Run, make_run
+from opdkit.run.settings import Run, make_run
 from tests.common.tiny import save_tiny
 
 REWARD = '''

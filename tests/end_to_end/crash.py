@@ -28,7 +28,7 @@ NOT_COMPARED = ("report.html", "run.yaml", "manifest.json")  # hold timings, the
 def in_child(values: dict[str, Any], *, resume: bool = False, moment: str = "", step: int = 0) -> int:
     """Trains in a forked process; its exit code, -9 where it killed itself at the moment of the step (counted from 1)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "opdkit.launch", "transformers.models.qwen3.modeling_qwen3", "peft"])
+    context.set_forkserver_preload([__name__, "opdkit.run.launch", "transformers.models.qwen3.modeling_qwen3", "peft"])
     child = context.Process(target=_train, args=(values, resume, moment, step))
     child.start()
     child.join()
@@ -37,8 +37,8 @@ def in_child(values: dict[str, Any], *, resume: bool = False, moment: str = "", 
 
 
 def _train(values: dict[str, Any], resume: bool, moment: str, step: int) -> None:
-    from opdkit.launch import execute
-    from opdkit.run import make_run
+    from opdkit.run.launch import execute
+    from opdkit.run.settings import make_run
 
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -50,7 +50,8 @@ def _train(values: dict[str, Any], resume: bool, moment: str, step: int) -> None
 def _arm(moment: str, step: int) -> None:
     """Kills this process at a moment of a step."""
     from opdkit.sampling import hf
-    from opdkit.train import checkpoint, collect, loop
+    from opdkit.train import checkpoint, loop
+    from opdkit.train.collect import collect
     from opdkit.train.record import Recorder
     from opdkit.train.student import Student
 

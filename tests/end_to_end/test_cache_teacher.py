@@ -20,7 +20,7 @@ import torch
 from opdkit.cli import main
 from opdkit.data import Prompts, load_rows
 from opdkit.data.cache import open_cache, read_manifest
-from opdkit.models import load_model, load_tokenizer
+from opdkit.models.load import load_model, load_tokenizer
 from opdkit.types import Prompt, Rollout
 from tests.common.rounding import FORWARD
 from tests.end_to_end.conftest import Shop
@@ -93,7 +93,9 @@ def test_a_file_of_a_run_will_do(shop: Shop, cache: Path, tmp_path: Path) -> Non
 def in_child(shop: Shop, out: Path, moment: str = "") -> int:
     """The command in a forked process; its exit code, -9 where it killed itself at the moment."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "opdkit.offline", "transformers.models.qwen3.modeling_qwen3", "pyarrow.parquet"])
+    context.set_forkserver_preload(
+        [__name__, "opdkit.run.cache_teacher", "transformers.models.qwen3.modeling_qwen3", "pyarrow.parquet"]
+    )
     child = context.Process(target=_cache, args=(shop, out, moment))
     child.start()
     child.join()

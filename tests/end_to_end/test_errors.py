@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from opdkit import engines
+from opdkit.base.files import read_lines
 from opdkit.cli import main
-from opdkit.track import read_lines
+from opdkit.run import open as engines
 from opdkit.train import checkpoint as checkpoints
 from tests.common.tiny import TEXTS, save_tiny, tiny_model, tiny_tokenizer
 from tests.end_to_end.conftest import Shop, gsm8k_rows, train, write_rows
@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_names_term_and_rollout(
     shop: Shop, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.py").write_text(
-        "from opdkit.losses import PolicyGradient\nfrom opdkit.objective import Objective\nfrom opdkit.signals import LogRatio\n"
+        "from opdkit.objective import LogRatio, Objective, PolicyGradient\n"
         "def infinite():\n    credit = LogRatio('teacher', 'student')\n    return Objective(PolicyGradient(credit / (credit - credit)))\n"
     )
     code = shop.train(output, f"--method={tmp_path / 'mine.py'}:infinite")

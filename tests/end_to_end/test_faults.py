@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from opdkit import UserError, endpoint
-from opdkit.launch import execute
-from opdkit.models import load_model, load_tokenizer
+from opdkit import UserError
+from opdkit.models.engines import endpoint
+from opdkit.models.load import load_model, load_tokenizer
+from opdkit.run.launch import execute
 from opdkit.teachers.serve import Service, TeacherServer, make_server
 from opdkit.train import checkpoint as checkpoints
 from tests.common.fake_server import FakeServer, Fault

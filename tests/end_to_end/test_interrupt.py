@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from opdkit import distill
-from opdkit.interrupt import SIGNALS, Stopped, held, status, stoppable
-from opdkit.run import make_run
+from opdkit.base.interrupt import SIGNALS, Stopped, held, status, stoppable
+from opdkit.run.settings import make_run
 from opdkit.train import checkpoint as checkpoints
 from tests.end_to_end.conftest import Shop
 from tests.end_to_end.crash import assert_same, in_child

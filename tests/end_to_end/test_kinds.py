@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from opdkit import UserError, engines, methods
-from opdkit.build import prepare
-from opdkit.launch import claim_folder
-from opdkit.models import load_model, load_tokenizer
-from opdkit.offline import cache_teacher
-from opdkit.run import make_run
+from opdkit import UserError, methods
+from opdkit.models.load import load_model, load_tokenizer
+from opdkit.run import open as engines
+from opdkit.run.build import prepare
+from opdkit.run.cache_teacher import cache_teacher
+from opdkit.run.launch import claim_folder
+from opdkit.run.settings import make_run
 from opdkit.teachers.serve import make_server
 from opdkit.train.loop import train_step
 from tests.common.fake_server import FakeServer

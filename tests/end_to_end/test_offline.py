@@ -9,19 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from opdkit import build
+from opdkit.base.files import read_lines
 from opdkit.data.cache import open_cache
-from opdkit.facts import Needs, Tensors
-from opdkit.models import load_model
-from opdkit.run import make_run
+from opdkit.models.load import load_model
+from opdkit.objective.facts import LogpFact
+from opdkit.objective.needs import Needs
+from opdkit.objective.supply import Tensors
+from opdkit.run import build
+from opdkit.run.settings import make_run
 from opdkit.sampling import HFSampler
 from opdkit.teachers.base import answers
 from opdkit.teachers.cached import CachedTeacher
-from opdkit.track import read_lines
 from opdkit.train.gather import gather
 from opdkit.train.loop import train_step
 from opdkit.train.student import Student
-from opdkit.types import LogpFact, Rollout
+from opdkit.types import Rollout
 from tests.common.tiny import TEXTS, save_tiny
 from tests.end_to_end.conftest import Shop, gsm8k_rows, write_rows
 from tests.end_to_end.crash import assert_same, in_child
@@ -40,7 +42,9 @@ def test_it_trains_with_neither_teacher_nor_sampler(
 
     loaded = []
     monkeypatch.setattr(HFSampler, "sample", never)
-    monkeypatch.setattr("opdkit.engines.load_model", lambda name, **settings: loaded.append(name) or load_model(name, **settings))
+    monkeypatch.setattr(
+        "opdkit.run.open.load_model", lambda name, **settings: loaded.append(name) or load_model(name, **settings)
+    )
     assert shop.offline(tmp_path / "run", cache, "steps=6", "prompts_per_step=6") == 0
     assert loaded == [shop.student]
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")

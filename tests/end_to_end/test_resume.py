@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from opdkit import UserError, distill
-from opdkit.track import read_lines
+from opdkit.base.files import read_lines
 from opdkit.train import checkpoint as checkpoints
 from tests.end_to_end.conftest import Shop
 from tests.end_to_end.crash import MOMENTS, assert_same, in_child

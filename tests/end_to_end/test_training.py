@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from opdkit.build import prepare
+from opdkit.base.clock import Clock
+from opdkit.base.files import read_lines
 from opdkit.cli import main
-from opdkit.launch import execute
-from opdkit.plan import use_of
-from opdkit.run import Run, make_run
-from opdkit.track import read_lines
+from opdkit.run.build import prepare
+from opdkit.run.launch import execute
+from opdkit.run.plan import use_of
+from opdkit.run.settings import Run, make_run
 from opdkit.train import loop
-from opdkit.train.collect import collect, given
-from opdkit.train.job import Clock
+from opdkit.train.collect.collect import collect
+from opdkit.train.collect.sources import given
 from opdkit.train.loop import train_step
 from opdkit.types import Rollout
 from tests.common.rounding import FORWARD
@@ -102,7 +103,7 @@ def test_ten_steps_on_gsm8k(shop: Shop, tmp_path: Path, method: str, family: str
 
 def test_a_method_in_ones_own_file_trains(shop: Shop, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from opdkit.losses import PolicyGradient\nfrom opdkit.objective import Objective\nfrom opdkit.signals import LogRatio\n"
+        "from opdkit.objective import LogRatio, Objective, PolicyGradient\n"
         "def gentle(slope: float = 1.0):\n    return Objective(PolicyGradient(LogRatio('teacher', 'student')) * slope)\n"
     )
     mine = f"--method={tmp_path / 'mine.py'}:gentle"

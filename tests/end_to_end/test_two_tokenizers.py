@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import opdkit
-from opdkit import engines
-from opdkit.models import load_model, load_tokenizer
-from opdkit.track import read_lines
+from opdkit.base.files import read_lines
+from opdkit.models.load import load_model, load_tokenizer
+from opdkit.run import open as engines
 from tests.common.tiny import tiny_model
 from tests.common.tongues import OTHER, sentencepiece
 from tests.end_to_end.conftest import Shop, write_rows

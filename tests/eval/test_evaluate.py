@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.eval import EvalResult, evaluate_model
 from opdkit.types import Prompt, Rollout, Sampling
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.method import load
+from opdkit.base.errors import UserError
+from opdkit.methods.method import load
 from opdkit.testing import check, evaluate
 from tests.methods.toy import P_S, P_T, close, expected, logits, numbers, reverse_kl_gradient, tokens
 

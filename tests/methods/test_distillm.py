@@ -6,10 +6,10 @@ import math
 
 import pytest
 
+from opdkit.base.errors import UserError
 from opdkit.curricula import Plain, Replay
-from opdkit.errors import UserError
-from opdkit.losses import Divergence
-from opdkit.method import load
+from opdkit.methods.method import load
+from opdkit.objective import Divergence
 from opdkit.testing import check, evaluate
 from tests.methods.toy import P_S, P_T, close, logits, numbers, tokens
 

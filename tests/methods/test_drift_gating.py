@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.method import load
+from opdkit.base.errors import UserError
 from opdkit.methods.drift_gating import Blocks
-from opdkit.objective import Objective, RolloutLoss, TokenLoss
-from opdkit.signals import Mark
+from opdkit.methods.method import load
+from opdkit.objective import Batch, ColumnFact, Mark, Objective, RolloutLoss, TokenLoss
 from opdkit.testing import check, evaluate
-from opdkit.types import Batch, ColumnFact
 from tests.methods.toy import P_S, P_T, binary, close, logits
 
 DRIFT = (0.1, 0.3, -0.2, -0.2, 0.05, -0.6)

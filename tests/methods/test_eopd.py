@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import opdkit.testing as testing
-from opdkit.method import load
+from opdkit.methods.method import load
 from opdkit.objective import Objective
 from opdkit.testing import evaluate
 from tests.methods.toy import P_S, P_T, close, expected, logits, numbers, reverse_kl_gradient, tokens

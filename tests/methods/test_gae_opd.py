@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.method import load
+from opdkit.base.errors import UserError
 from opdkit.methods.gae_opd import GAE
-from opdkit.objective import Signal
+from opdkit.methods.method import load
+from opdkit.objective import Batch, Signal
 from opdkit.testing import check, evaluate
-from opdkit.types import Batch
 from tests.methods.toy import P_S, P_T, close, logits, reverse_kl_gradient, tokens
 
 R, V = (-0.2, 0.1, -0.4), (-0.5, -0.3, -0.4)

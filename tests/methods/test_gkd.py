@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.method import load
+from opdkit.base.errors import UserError
+from opdkit.methods.method import load
 from opdkit.testing import Case, evaluate
 from tests.methods.toy import P_S, P_T, close, logits, tokens
 

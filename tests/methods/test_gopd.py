@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkit.method import load
+from opdkit.methods.method import load
 from opdkit.testing import evaluate, fabricate
 from tests.methods.toy import P_S, P_T, binary, close, logits, numbers, tokens
 

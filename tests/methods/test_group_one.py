@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from opdkit.method import load
 from opdkit.methods import METHODS
+from opdkit.methods.method import load
 from opdkit.testing import KEYS, Case, check, fabricate
 from tests.common.toy import naive
 

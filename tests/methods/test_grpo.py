@@ -7,11 +7,9 @@ import math
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.losses import policy_gradient
-from opdkit.method import load
-from opdkit.objective import Objective
-from opdkit.signals import LogRatio
+from opdkit.base.errors import UserError
+from opdkit.methods.method import load
+from opdkit.objective import LogRatio, Objective, policy_gradient
 from opdkit.testing import check, evaluate
 from tests.methods.ragged import LEVEL, on, ragged, shifted, slopes
 from tests.methods.toy import P_S, P_T, close, expected, logits, numbers, reverse_kl_gradient, tokens

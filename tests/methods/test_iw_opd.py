@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkit.method import load
+from opdkit.methods.method import load
 from opdkit.testing import evaluate, fabricate
 from tests.methods.ragged import on, shifted
 from tests.methods.toy import close, numbers

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.maths import k1
-from opdkit.method import load
+from opdkit.base.errors import UserError
+from opdkit.methods.method import load
+from opdkit.objective.maths import k1
 from opdkit.testing import check, evaluate
 from tests.methods.ragged import LEVEL, on, shifted, slopes
 from tests.methods.toy import P_S, P_T, close, logits, numbers, reverse_kl_gradient, tokens

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from opdkit.base.errors import UserError
 from opdkit.curricula import Cached
-from opdkit.errors import UserError
-from opdkit.method import load
+from opdkit.methods.method import load
 from opdkit.testing import evaluate
 from tests.methods.ragged import on, slopes
 from tests.methods.toy import P_S, P_T, binary, close, expected, logits, numbers, tokens

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.method import load
+from opdkit.base.errors import UserError
+from opdkit.methods.method import load
 from opdkit.testing import check, evaluate
 from tests.methods.ragged import LEVEL, mask_of, on, shifted, slopes
 from tests.methods.toy import P_S, P_T, close, logits, numbers, reverse_kl_gradient, tokens

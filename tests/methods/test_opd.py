@@ -8,13 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.losses import Candidates, Estimator, PolicyGradient
-from opdkit.method import load
-from opdkit.objective import TokenLoss
-from opdkit.signals import LogRatio
+from opdkit.base.errors import UserError
+from opdkit.methods.method import load
+from opdkit.objective import Candidates, Estimator, LogpFact, LogRatio, PolicyGradient, TokenLoss
 from opdkit.testing import evaluate
-from opdkit.types import LogpFact
 from tests.methods.toy import P_S, P_T, binary, close, expected, logits, numbers, reverse_kl_gradient, tokens
 
 S, T = logits(P_S), {"teacher": logits(P_T)}

@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.method import load
+from opdkit.base.errors import UserError
+from opdkit.methods.method import load
 from opdkit.methods.paced import Frontier
-from opdkit.objective import Const, Objective
+from opdkit.objective import Batch, Const, Objective
 from opdkit.testing import Case, check, evaluate
-from opdkit.types import Batch
 from tests.methods.toy import P_S, P_T, at_distance, close, logits, numbers
 
 PASSES = (0, 1, 2, 4, 6, 8)  # of 8

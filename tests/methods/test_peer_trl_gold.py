@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opdkit.align import EOS, OUT, Alignment
-from opdkit.method import load
+from opdkit.methods.method import load
+from opdkit.objective.alignment import EOS, OUT, Alignment
 from opdkit.testing import evaluate
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opdkit.method import load
+from opdkit.methods.method import load
 from opdkit.testing import evaluate
 from tests.methods.ragged import on
 from tests.methods.toy import close, numbers

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opdkit.method import load
+from opdkit.methods.method import load
 from opdkit.testing import evaluate
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.method import load
+from opdkit.base.errors import UserError
+from opdkit.methods.method import load
 from opdkit.testing import evaluate, fabricate
 from tests.methods.toy import close
 

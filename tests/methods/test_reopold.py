@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.maths import masked_quantile, mixture
-from opdkit.method import load
+from opdkit.base.errors import UserError
+from opdkit.methods.method import load
+from opdkit.objective.maths import masked_quantile, mixture
 from opdkit.testing import check, evaluate
 from tests.methods.toy import binary, close, numbers, tokens, with_entropy
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.method import load
+from opdkit.base.errors import UserError
+from opdkit.methods.method import load
 from opdkit.testing import check
 from tests.methods.ragged import on, slopes
 from tests.methods.toy import close

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.method import load
+from opdkit.base.errors import UserError
+from opdkit.methods.method import load
 from opdkit.testing import evaluate, fabricate
 from tests.methods.ragged import on
 from tests.methods.toy import close, numbers

@@ -5,14 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.maths import ReverseKL
-from opdkit.method import load
+from opdkit.base.errors import UserError
+from opdkit.methods.method import load
 from opdkit.methods.tip import Highest, Race, Spread
-from opdkit.objective import Const
-from opdkit.signals import Entropy, Gap
+from opdkit.objective import Batch, Const, Entropy, EntropyFact, Gap, GapFact, ReverseKL
 from opdkit.testing import check, evaluate
-from opdkit.types import Batch, EntropyFact, GapFact
 from tests.methods.toy import at_distance, close, numbers, with_entropy
 
 ENTROPIES, GAPS = (0.1, 2.0, 0.05, 1.0, 0.4, 0.02), (0.0, 0.1, 1.5, 0.7, 0.05, 0.3)

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
+from opdkit.base.errors import UserError
 from opdkit.curricula import Plain, TeacherPrefix
 from opdkit.curricula.prefix import prefix_share
-from opdkit.errors import UserError
-from opdkit.method import load
+from opdkit.methods.method import load
 from opdkit.testing import evaluate
 from tests.methods.toy import P_S, P_T, close, logits, numbers, tokens
 

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from opdkit.align import Alignment
-from opdkit.errors import UserError
-from opdkit.method import load
+from opdkit.base.errors import UserError
+from opdkit.methods.method import load
+from opdkit.objective.alignment import Alignment
 from opdkit.testing import check, evaluate
 from tests.methods.toy import P_S, close, logits, numbers, tokens
 

@@ -7,12 +7,10 @@ import math
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.losses import policy_gradient
-from opdkit.method import load
+from opdkit.base.errors import UserError
+from opdkit.methods.method import load
 from opdkit.methods.uni_opd import Balanced, Lot, MarginMask, gap
-from opdkit.objective import Const
-from opdkit.signals import LogRatio
+from opdkit.objective import Const, LogRatio, policy_gradient
 from opdkit.testing import check
 from tests.methods.ragged import LEVEL, on, shifted
 from tests.methods.toy import close

@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkit.losses import PolicyGradient
-from opdkit.method import load
-from opdkit.objective import Objective
-from opdkit.signals import LogRatio
+from opdkit.methods.method import load
+from opdkit.objective import LogRatio, Objective, PolicyGradient
 from opdkit.testing import evaluate
 from tests.methods.toy import P_S, P_T, close, expected, logits, numbers, reverse_kl_gradient, tokens
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.recipes import arithmetic, quickstart
 from opdkit.rewards import load_reward
 from opdkit.types import Rollout

@@ -11,10 +11,10 @@ import pytest
 
 from opdkit.cli import main
 from opdkit.data import Prompts, load_rows
-from opdkit.models import stop_ids
+from opdkit.models.tokenizers import stop_ids
 from opdkit.recipes import RECIPES, recipe
 from opdkit.rewards import load_reward
-from opdkit.run import Data, Run, make_run
+from opdkit.run.settings import Data, Run, make_run
 from opdkit.types import Rollout
 from tests.common.tiny import save_tiny, tiny_model, tiny_tokenizer
 

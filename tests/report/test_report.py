@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.eval.evaluate import EvalResult
 from opdkit.report import write_report
 from opdkit.report.curves import chart_sections, time_shares

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from opdkit.base.errors import UserError
 from opdkit.data import load_rows
-from opdkit.errors import UserError
 from opdkit.rewards import load_reward, score
 from opdkit.rewards.code import Code, case
 from opdkit.rewards.sandbox import Limits

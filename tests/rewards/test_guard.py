@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from opdkit.base.errors import UserError
 from opdkit.data import load_rows
-from opdkit.errors import UserError
 from opdkit.rewards import load_reward, score, workers
 from opdkit.rewards.gym import ReasoningGym
 from opdkit.rewards.math import Math, right

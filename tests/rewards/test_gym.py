@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from opdkit.base.errors import UserError
 from opdkit.data import load_rows
-from opdkit.errors import UserError
 from opdkit.rewards import load_reward, score
 from opdkit.rewards.gym import ReasoningGym, answer_in
 from opdkit.types import Rollout

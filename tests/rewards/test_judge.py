@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from opdkit import UserError, endpoint
+from opdkit import UserError
+from opdkit.models.engines import endpoint
 from opdkit.rewards import load_reward, score
 from opdkit.rewards.judge import Grades, Judge, read_verdict
 from opdkit.types import Rollout

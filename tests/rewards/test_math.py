@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.rewards.extract import boxed, hashed, last_number, spoken, stated
 from opdkit.rewards.guard import Failed
 from opdkit.rewards.math import GUARD, Math, right

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.rewards import sandbox, workers
 from opdkit.rewards.sandbox import Calls, Limits, Prints, Sandbox, Verdict
 from opdkit.rewards.workers import protection

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.sampling.draws import BLOCK, NUCLEUS, check_sampling, choose, row_uniform
 from opdkit.types import Sampling, row_keys
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from opdkit.errors import UserError
-from opdkit.head import Head
-from opdkit.models import head_of
+from opdkit.base.errors import UserError
+from opdkit.models.body import head_of
+from opdkit.objective.head import Head
 from opdkit.sampling import HFSampler
 from opdkit.types import Prompt, Rollout, Sampling
 from tests.common.rounding import FORWARD, forward_rounding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from opdkit.models import head_of
+from opdkit.models.body import head_of
 from opdkit.sampling import Guide, HFSampler
 from opdkit.types import Prompt, Sampling
 from tests.common.rounding import FORWARD

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from opdkit.errors import UserError
-from opdkit.head import Head
+from opdkit.base.errors import UserError
+from opdkit.objective.head import Head
 from opdkit.sampling import HFSampler
 from opdkit.sampling.finish import Response, finish, rollout_ids
 from opdkit.sampling.respond import Drawn, Request, check_engine, ended, padded, real_rows, respond, seed_of

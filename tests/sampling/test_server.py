@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
+from opdkit.models.engines.vllm_worker import _read
 from opdkit.sampling import HFSampler
 from opdkit.sampling.server import ServerSampler, ServerSettings
-from opdkit.sampling.vllm_worker import _read
 from opdkit.types import Prompt, Sampling
 from tests.common.fake_server import Answer, FakeServer
 from tests.common.rounding import FORWARD

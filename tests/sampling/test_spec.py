@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from opdkit import UserError
-from opdkit.run import make_run
+from opdkit.run.settings import make_run
 from opdkit.sampling.server import ServerSettings
 from opdkit.sampling.spec import HfSettings, sampler_of
 from opdkit.sampling.vllm import VllmSettings

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from opdkit import load
-from opdkit.facts import watched
-from opdkit.models import head_of
+from opdkit.models.body import head_of
+from opdkit.objective.facts import EntropyFact, LogpAtFact, LogpFact, TopFact
+from opdkit.objective.needs import watched
 from opdkit.sampling import HFSampler
 from opdkit.teachers import LocalModel
 from opdkit.train.gather import gather
-from opdkit.types import EntropyFact, LogpAtFact, LogpFact, TopFact, Watch
+from opdkit.types import Watch
 from tests.common.rounding import FORWARD
 from tests.common.tiny import VOCAB, tiny_model, tiny_tokenizer
 from tests.sampling.test_hf import DRAWN, PROMPTS, TOKENIZER, forward_logp, stopping_model

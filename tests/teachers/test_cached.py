@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from opdkit.base.errors import UserError
 from opdkit.data.cache import open_cache
-from opdkit.errors import UserError
-from opdkit.facts import Needs
-from opdkit.forward import Layout
-from opdkit.identity import tokenizer_digest
-from opdkit.method import load
+from opdkit.methods.method import load
+from opdkit.models.identity import tokenizer_digest
+from opdkit.models.layout import Layout
+from opdkit.objective.facts import EntropyFact, LogpAtFact, LogpFact, TopFact
+from opdkit.objective.needs import Needs
 from opdkit.teachers.cached import CachedTeacher, open_teacher
-from opdkit.teachers.spec import Cached
+from opdkit.teachers.kinds import Cached
 from opdkit.train.gather import gather
-from opdkit.types import EntropyFact, LogpAtFact, LogpFact, Rollout, TopFact
+from opdkit.types import Rollout
 from tests.common.tiny import tiny_tokenizer
 from tests.data.test_cache import ORIGIN, prompt, stored, write
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from opdkit import UserError
-from opdkit.facts import Needs
-from opdkit.forward import Layout
-from opdkit.head import flat_positions
-from opdkit.maths import ReverseKL
-from opdkit.models import head_of
+from opdkit.models.body import head_of
+from opdkit.models.layout import Layout
+from opdkit.objective.facts import EntropyFact, Fact, GapFact, LogpFact, TopFact
+from opdkit.objective.head import flat_positions
+from opdkit.objective.maths import ReverseKL
+from opdkit.objective.needs import Needs
 from opdkit.teachers import LocalModel, Routed, route
 from opdkit.train.gather import collate, gather
 from opdkit.train.settings import Lora
 from opdkit.train.student import with_adapters
-from opdkit.types import EntropyFact, Fact, GapFact, LogpFact, TopFact
 from tests.common.tiny import tiny_model
 from tests.train.rows import naive_logps, rollouts
 

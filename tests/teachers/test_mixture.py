@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from opdkit import UserError
-from opdkit.facts import Needs, Tensors
-from opdkit.forward import Layout
-from opdkit.head import flat_positions
-from opdkit.models import head_of
+from opdkit.models.body import head_of
+from opdkit.models.layout import Layout
+from opdkit.objective.facts import EntropyFact, Fact, LogpAtFact, LogpFact, TopFact
+from opdkit.objective.head import flat_positions
+from opdkit.objective.needs import Needs
+from opdkit.objective.supply import Tensors
 from opdkit.teachers import LocalModel, Mixed, RoutedRemote
 from opdkit.teachers.base import answers
 from opdkit.train.gather import collate, gather
-from opdkit.types import EntropyFact, Fact, LogpAtFact, LogpFact, TopFact
 from tests.common.tiny import tiny_model
 from tests.train.rows import naive_logps, rollouts
 

@@ -21,20 +21,22 @@ import pytest
 import safetensors.torch
 import torch
 
-from opdkit import UserError, endpoint
+from opdkit import UserError
 from opdkit.cli import main
-from opdkit.endpoint import Endpoint, Refused
-from opdkit.engines import shared_vocabulary
-from opdkit.facts import Needs
-from opdkit.forward import Layout
-from opdkit.maths import JSD, ReverseKL
-from opdkit.models import head_of, real_vocabulary
-from opdkit.teachers import LocalModel, Routed, scoring, serve, server
+from opdkit.models.body import head_of
+from opdkit.models.engines import endpoint
+from opdkit.models.engines.endpoint import Endpoint, Refused
+from opdkit.models.layout import Layout
+from opdkit.models.tokenizers import real_vocabulary
+from opdkit.objective.facts import EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, TopFact, VocabularyFact
+from opdkit.objective.maths import JSD, ReverseKL
+from opdkit.objective.needs import Needs
+from opdkit.run.open import shared_vocabulary
+from opdkit.teachers import LocalModel, Routed, protocol, serve, server
 from opdkit.teachers.base import cut, heads_of
+from opdkit.teachers.kinds import Server
 from opdkit.teachers.serve import Service, TeacherServer, make_server
-from opdkit.teachers.spec import Server
 from opdkit.train.gather import gather
-from opdkit.types import EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, TopFact, VocabularyFact
 from tests.common.rounding import FORWARD
 from tests.common.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.train.rows import naive_logps, rollouts
@@ -272,12 +274,12 @@ def request(**changed: Any) -> bytes:
     rows = rollouts(lengths=((2, 5), (3, 4), (2, 3)))
     layout, at = Layout(rows, 5), int64(*range(5), *range(5, 9), *range(10, 13))
     ids = {TopFact("student", 4): torch.arange(48).view(12, 4)}
-    tensors, settings = scoring.unpack(scoring.pack_request(layout, at, NUMBERS, ids, None))
+    tensors, settings = protocol.unpack(protocol.pack_request(layout, at, NUMBERS, ids, None))
     whole = changed.pop("settings", None)
     for name, value in changed.items():
         (settings if name in ("rollouts", "facts", "ids", "vocab") else tensors)[name] = value
     given = {name: t for name, t in tensors.items() if t is not None}
-    return scoring.pack(given, settings) if whole is None else safetensors.torch.save(given, {"settings": whole})
+    return protocol.pack(given, settings) if whole is None else safetensors.torch.save(given, {"settings": whole})
 
 
 def test_what_a_request_says_must_be_what_it_carries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +291,7 @@ def test_what_a_request_says_must_be_what_it_carries(monkeypatch: pytest.MonkeyP
             return client.request("POST", "/score", body, lambda response: response.content)
 
         good = ask(request())
-        assert len(scoring.unpack(good)[0]) == len(NUMBERS)
+        assert len(protocol.unpack(good)[0]) == len(NUMBERS)
         peak, scored = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
         with monkeypatch.context() as patch:
             patch.setattr(service.worker, "submit", lambda *work: scored.append(work))
@@ -422,12 +424,12 @@ def test_hidden_states_that_are_no_numbers_name_their_rollout() -> None:
 
 
 def test_a_body_cut_short_is_broken_not_believed() -> None:
-    body = scoring.pack({"x": torch.arange(3)}, {"a": 1})
-    tensors, settings = scoring.unpack(body)
+    body = protocol.pack({"x": torch.arange(3)}, {"a": 1})
+    tensors, settings = protocol.unpack(body)
     assert tensors["x"].tolist() == [0, 1, 2] and settings == {"a": 1}
     for cut_short in (body[:-1], body[:20], b""):
         with pytest.raises(ValueError, match="not a safetensors body"):
-            scoring.unpack(cut_short)
+            protocol.unpack(cut_short)
 
 
 # ----------------------------------------------------------------------------------------------------------- command line

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from opdkit import UserError
-from opdkit.facts import Needs
-from opdkit.forward import Layout
-from opdkit.head import flat_positions
-from opdkit.maths import ReverseKL
-from opdkit.models import head_of
-from opdkit.teachers import LocalModel, RoutedRemote, server, wire
-from opdkit.teachers.spec import Server
+from opdkit.models.body import head_of
+from opdkit.models.layout import Layout
+from opdkit.objective.facts import EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, TopFact, VocabularyFact
+from opdkit.objective.head import flat_positions
+from opdkit.objective.maths import ReverseKL
+from opdkit.objective.needs import Needs
+from opdkit.teachers import LocalModel, RoutedRemote, server, vllm_sglang
+from opdkit.teachers.kinds import Server
 from opdkit.train.gather import collate, gather
-from opdkit.types import EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, Rollout, TopFact, VocabularyFact
+from opdkit.types import Rollout
 from tests.common.fake_server import FakeServer, Fault
 from tests.common.rounding import FORWARD
 from tests.common.tiny import tiny_model, tiny_tokenizer
@@ -62,7 +63,7 @@ def test_numbers_are_those_of_a_teacher_in_this_process(
     kind: str, models: dict[str, Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also at the student's most probable ids, which SGLang is asked about in spans of tokens."""
-    monkeypatch.setattr(wire, "SPAN", 3)
+    monkeypatch.setattr(vllm_sglang, "SPAN", 3)
     with (
         FakeServer(models["teacher"], tokenizer, kind, at_ids=True) as one,
         FakeServer(models["teacher"], tokenizer, kind, at_ids=True) as two,
@@ -206,7 +207,7 @@ def test_two_servers_with_different_weights_under_one_name(models: dict[str, Any
 def test_a_tokenizer_that_cannot_be_compared_is_said(
     models: dict[str, Any], tokenizer: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire.Vllm, "texts", lambda *_: {})
+    monkeypatch.setattr(vllm_sglang.Vllm, "texts", lambda *_: {})
     with FakeServer(models["teacher"], tokenizer) as fake:
         opened(tokenizer, fake.url)
         assert f"{fake.url} does not say its tokens' texts" in capsys.readouterr().err

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from opdkit import UserError
-from opdkit.facts import Needs
-from opdkit.forward import Layout
-from opdkit.method import load
-from opdkit.models import head_of
-from opdkit.sampling.prompt_logprobs import Scored
-from opdkit.sampling.vllm_engine import EngineSettings
+from opdkit.methods.method import load
+from opdkit.models.body import head_of
+from opdkit.models.engines.prompt_logprobs import Scored
+from opdkit.models.engines.vllm_engine import EngineSettings
+from opdkit.models.layout import Layout
+from opdkit.objective.facts import EntropyFact, Fact, LogpAtFact, LogpFact, TopFact
+from opdkit.objective.needs import Needs
 from opdkit.teachers import LocalModel
 from opdkit.teachers.base import Remote, answers
-from opdkit.teachers.spec import Vllm
+from opdkit.teachers.kinds import Vllm
 from opdkit.teachers.vllm import VllmTeacher, deepest, open_teacher
-from opdkit.types import EntropyFact, Fact, LogpAtFact, LogpFact, TopFact
 from tests.common.rounding import FORWARD
 from tests.common.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.train.rows import rollouts

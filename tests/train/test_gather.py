@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from opdkit import UserError, load
-from opdkit.facts import Needs
-from opdkit.forward import Layout, grouped, pass_tokens
-from opdkit.head import flat_positions, learn
-from opdkit.maths import ReverseKL
-from opdkit.method import Method
-from opdkit.models import head_of
-from opdkit.objective import Objective
-from opdkit.signals import Entropy
+from opdkit.methods.method import Method
+from opdkit.models.body import head_of
+from opdkit.models.layout import Layout, grouped, pass_tokens
+from opdkit.objective.facts import EntropyFact, Fact, GapFact, LogpAtFact, LogpFact
+from opdkit.objective.grammar import Objective
+from opdkit.objective.head import flat_positions, learn
+from opdkit.objective.maths import ReverseKL
+from opdkit.objective.needs import Needs
+from opdkit.objective.signals import Entropy
 from opdkit.teachers import LocalModel
 from opdkit.train.gather import collate, gather
 from opdkit.train.record import rollout_metrics
-from opdkit.types import EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, Rollout
+from opdkit.types import Rollout
 from tests.common.tiny import tiny_model
 from tests.train.rows import naive_logps, rollouts
 
@@ -233,7 +234,7 @@ def test_a_live_fact_begins_as_the_student_before_the_step(models: dict[str, Any
 
 
 def test_a_column_that_is_no_number_is_named(models: dict[str, Any]) -> None:
-    from opdkit.types import ColumnFact
+    from opdkit.objective.facts import ColumnFact
 
     rows = rollouts(row={"difficulty": "hard"})
     with pytest.raises(UserError, match=r"the column 'difficulty' as a number; in the row of rollout 0/0/0 it is 'hard'"):

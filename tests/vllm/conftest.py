@@ -112,5 +112,5 @@ def serve(tokenizer: Any) -> Iterator[Callable[..., str]]:
 @pytest.fixture(scope="session")
 def server(serve: Callable[..., str], checkpoint: Callable[..., str]) -> str:
     """A server with random weights, as one that is sent the student's is started."""
-    extension = ("--worker-extension-cls", "opdkit.sampling.vllm_worker.Weights", "--load-format", "dummy")
+    extension = ("--worker-extension-cls", "opdkit.models.engines.vllm_worker.Weights", "--load-format", "dummy")
     return serve(checkpoint(0), *extension, "--logprobs-mode", "processed_logprobs", "--enable-lora", "--max-lora-rank", "8")

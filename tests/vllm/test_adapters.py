@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
 from opdkit.sampling import HFSampler
 from opdkit.sampling.vllm import VllmSampler
 from opdkit.train.settings import Lora

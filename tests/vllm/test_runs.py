@@ -16,16 +16,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from opdkit.build import prepare
-from opdkit.forward import Layout
-from opdkit.head import flat_positions, learn
-from opdkit.models import head_of, load_model, real_vocabulary
-from opdkit.run import make_run
+from opdkit.models.body import head_of
+from opdkit.models.layout import Layout
+from opdkit.models.load import load_model
+from opdkit.models.tokenizers import real_vocabulary
+from opdkit.objective.batch import Batch
+from opdkit.objective.facts import LogpAtFact, LogpFact, TopFact
+from opdkit.objective.head import flat_positions, learn
+from opdkit.run.build import prepare
+from opdkit.run.settings import make_run
 from opdkit.teachers import LocalModel
 from opdkit.train import loop
 from opdkit.train.gather import gather
 from opdkit.train.job import Job
-from opdkit.types import Batch, LogpAtFact, LogpFact, TopFact
 from tests.vllm.conftest import SMALL
 
 pytestmark = pytest.mark.vllm

@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from opdkit.errors import UserError
-from opdkit.models import head_of, real_vocabulary
-from opdkit.sampling import HFSampler, vllm_worker
+from opdkit.base.errors import UserError
+from opdkit.models.body import head_of
+from opdkit.models.engines import vllm_worker
+from opdkit.models.tokenizers import real_vocabulary
+from opdkit.sampling import HFSampler
 from opdkit.sampling.draws import _floor
 from opdkit.sampling.vllm import VllmSampler
 from opdkit.types import Prompt, Rollout, Sampling

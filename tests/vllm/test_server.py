@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from opdkit.endpoint import Endpoint
-from opdkit.errors import UserError
+from opdkit.base.errors import UserError
+from opdkit.models.engines.endpoint import Endpoint
 from opdkit.sampling import HFSampler
 from opdkit.sampling.server import ServerSampler, ServerSettings
 from opdkit.types import Prompt, Sampling

@@ -1,0 +1,80 @@
+"""Several curricula at once, where they do not contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import cast
+
+from opdkit.base.errors import UserError
+from opdkit.curricula import Curriculum, Mixed, PassRates, Plain
+from opdkit.curricula.base import Ask, Memory, Reference
+from opdkit.types import Prompt, Rollout, Sampling
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several curricula: the one that decides who writes does so, each remembers what it needs."""
+
+    parts: tuple[Curriculum, ...]
+
+    @property
+    def validates(self) -> bool:
+        return any(part.validates for part in self.parts)
+
+    @property
+    def writer(self) -> Curriculum:
+        return next((part for part in self.parts if writes(part)), Plain())
+
+    def source(self, step: int, total_steps: int, seed: int, memory: Memory) -> str:
+        return self.writer.source(step, total_steps, seed, memory)
+
+    def plan(
+        self, prompts: Sequence[Prompt], sampling: Sampling, reference: Reference, step: int, total_steps: int, memory: Memory
+    ) -> list[Ask]:
+        return self.writer.plan(prompts, sampling, reference, step, total_steps, memory)
+
+    def replay(self, count: int, step: int, seed: int, memory: Memory) -> list[Rollout]:
+        return self.writer.replay(count, step, seed, memory)
+
+    def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
+        return reduce(lambda known, part: part.observe(rollouts, known), self.parts, memory)
+
+    def validated(self, loss: float, memory: Memory) -> Memory:
+        return reduce(lambda known, part: part.validated(loss, known), self.parts, memory)
+
+
+def writes(curriculum: Curriculum) -> bool:
+    """Whether it decides who writes the responses or to which prompts; others only remember."""
+    return any(getattr(type(curriculum), n) is not getattr(Plain, n) for n in ("source", "plan", "replay"))
+
+
+def join(a: Curriculum, b: Curriculum, names: tuple[str, str]) -> Curriculum:
+    """Both curricula at once, where they do not contradict each other."""
+    every = [part for c in (a, b) for part in (c.parts if isinstance(c, Together) else (c,))]
+    parts = tuple(dict.fromkeys(part for part in every if part not in (Plain(), Mixed(1.0))))
+    writers = [part for part in parts if writes(part)]
+    if len(writers) > 1 or len({type(part) for part in parts}) < len(parts):
+        raise UserError(
+            f"{names[0]} and {names[1]} cannot be combined: each brings its own curriculum, {' and '.join(map(str, parts))}, and only one "
+            "can decide. Choose arguments that switch one of them off"
+        )
+    other = next((part for part in writers if type(part).source is not Plain.source), None)
+    if other is not None and any(isinstance(part, PassRates) for part in parts):
+        raise UserError(
+            f"{names[0]} and {names[1]} cannot be combined: one weighs prompts by how often the student now solves them, and with {other} "
+            "not every response is the student's own of this step. Let the student write every batch (lmbda=1, schedule=None)"
+        )
+    made = cast(Curriculum, Together(parts))  # whether it validates depends on its parts
+    return made if len(parts) > 1 else parts[0] if parts else a
+
+
+def keeper(curriculum: Curriculum, name: str) -> Curriculum:
+    """What a weight brings along: memory, but not a decision about who writes, which is that of the method it multiplies."""
+    if curriculum != Mixed(1.0) and writes(curriculum):
+        raise UserError(
+            f"{name} as a weight would also bring its curriculum {curriculum}, which decides who writes the responses; that is for the "
+            "method on the left to say. Use it there, or as a weight without that curriculum"
+        )
+    return curriculum

@@ -1,5 +1,0 @@
-"""The arithmetic over whole vocabularies: softmax statistics, log-probs and divergences of [n, V] logits, with their gradients."""
-
-from opdkit.kernels.vocabulary import Vocabulary, divergence
-
-__all__ = ["Vocabulary", "divergence"]

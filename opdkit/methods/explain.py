@@ -1,0 +1,109 @@
+"""What a method will do, before anything is loaded: formula, needs, forward passes, memory of its loss."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from opdkit.curricula import Plain, reads_cache
+from opdkit.methods import expression
+from opdkit.methods.method import Method, as_method, load, methods
+from opdkit.objective.facts import EntropyFact, LogpAtFact, LogpFact, TopFact
+from opdkit.objective.grammar import RolloutLoss
+from opdkit.objective.head import CHUNK_BYTES, CHUNK_ENTRIES
+from opdkit.objective.needs import Needs
+
+GIB = 2**30
+
+
+def source_of(method: Method) -> str:
+    """The paper a method is from."""
+    found = re.search(r"arXiv[: ]?(\d{4}\.\d{5})", method.doc)
+    return f"arXiv:{found[1]}" if found else ""
+
+
+def idea(method: Method) -> str:
+    """A method's summary without the name it begins with."""
+    name, _, rest = method.summary.partition(": ")
+    return rest if rest and len(name.split()) <= 3 else method.summary
+
+
+def reads_student(needs: Needs) -> bool:
+    """Whether a pass of the student before the step is needed: more is read of it than its sampler notes (see `objective.needs.watched`)."""
+    noted = {f for f in needs.of("student") if isinstance(f, TopFact) or (isinstance(f, LogpAtFact) and f.owner == "student")}
+    return bool(needs.of("student") - noted - {LogpFact("student"), EntropyFact("student")})
+
+
+def passes(method: Method) -> list[str]:
+    """The forward passes of one step, besides sampling."""
+    lines, needs, stored = [], method.needs, reads_cache(method.curriculum)
+    if reads_student(needs):
+        lines.append("student, without gradient, before the step (it reads more than the sampler notes)")
+    elif stored and needs.of("student"):
+        lines.append("student, without gradient, before the step (it did not write these rollouts as it is now)")
+    elsewhere = {"student", "sampler", "live"} | ({"teacher"} if stored else set())  # its numbers are stored with the rollouts
+    for name in sorted(needs.models - elsewhere):
+        whole = " (its whole vocabulary: in this process)" if needs.whole(name) else ""
+        whole = " (its whole vocabulary, over the same text in its own tokens: in this process)" if needs.spans(name) else whole
+        lines.append(f"{name}, without gradient{whole}")
+    lines.append("student, with gradient, at the positions that a term selects")
+    return lines
+
+
+def explain(method: str | Method | Any, **arguments: Any) -> str:
+    """A method's formula, needs and cost, in words."""
+    made = as_method(method, **arguments)
+    lines = [made.name or "objective", "=" * len(made.name or "objective"), ""]
+    if made.doc:
+        lines += [made.doc, ""]
+    lines += ["prints as", f"  {made}", ""]
+    if made.arguments:
+        lines += ["arguments", *(f"  {k} = {v!r}" for k, v in made.arguments), ""]
+    needs = made.needs
+    lines += ["reads", *(f"  {x}" for x in str(needs).split(", ")), ""]
+    lines += ["forward passes of a step, besides sampling", *(f"  {i}. {x}" for i, x in enumerate(passes(made), 1))]
+    base = expression.base_of(made.name)
+    if base is not None:
+        added = [x for x in passes(made) if x not in passes(load(base))]
+        lines.append(f"  new beside those of {base} alone: {'; '.join(added) or 'none'}")
+    if any(isinstance(t.loss, RolloutLoss) for t in made.objective.terms):
+        lines.append("  the head is projected twice: a loss over whole rollouts needs all their log-probs first")
+    lines.append(
+        f"memory of the loss: one chunk of the vocabulary, about {CHUNK_ENTRIES * CHUNK_BYTES / GIB:.1f} GiB at most; no [N, V] tensor"
+    )
+    if made.curriculum != Plain():
+        lines.append(f"curriculum: {made.curriculum}")
+    return "\n".join(lines)
+
+
+def of_teacher(needs: Needs) -> list[str]:
+    """What of the teacher is read, in a few words; what that includes is left out."""
+    facts = needs.of("teacher")
+    if needs.whole("teacher"):
+        return ["whole teacher" if needs.ids("teacher") else "whole teacher of any tokenizer"]
+    words = ["teacher entropy"] if EntropyFact("teacher") in facts else []
+    words += [f"teacher top {f.k}" for f in facts if isinstance(f, TopFact)]
+    words += [
+        f"teacher at the student's top {f.k}" for f in facts if isinstance(f, LogpAtFact) and f.owner != f.model == "teacher"
+    ]
+    return sorted(words) or ["teacher log-probs"] * bool(facts)
+
+
+def table() -> list[dict[str, str]]:
+    """Every built-in method with its source, what it needs and its cost."""
+    rows = []
+    for name in methods():
+        method = load(name)
+        needs = method.needs
+        extra = sorted(needs.models - {"student", "sampler", "live", "teacher"})
+        columns = sorted(c for c in needs.columns if c in ("reward", "correct"))
+        rows.append(
+            {
+                "method": name,
+                "idea": idea(method),
+                "source": source_of(method),
+                "needs": ", ".join([*of_teacher(needs), *extra, *columns]),
+                "passes": str(len(passes(method))),
+            }
+        )
+    return rows

@@ -1,0 +1,1 @@
+"""What computes: Hugging Face models in this process, engines elsewhere."""

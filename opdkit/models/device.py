@@ -1,0 +1,19 @@
+"""The device that a run's models are on."""
+
+from __future__ import annotations
+
+import torch
+
+from opdkit.base.errors import UserError
+
+
+def device_of(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device={name!r} cannot be used here ({str(error).splitlines()[0]}): auto takes a GPU where there is one"
+        ) from error
+    return name

@@ -1,0 +1,101 @@
+"""The algebra of objectives: the weight of one, one times a weight or a number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+from opdkit.base.errors import UserError
+from opdkit.objective.grammar import Const, Number, Objective, Operation, RolloutLoss, Signal
+from opdkit.objective.losses import Clipped
+from opdkit.objective.needs import per_rollout
+from opdkit.objective.signals import Ceiling, Exp, LogRatio, RowMean
+
+AGAIN = (
+    "{name} already carries the weight of {source}: twice the same mask says nothing new, twice the same weight is its square. "
+    "Leave one of them out"
+)
+
+
+def factors(signal: Signal) -> tuple[Signal, ...]:
+    """What a product multiplies, numbers left out."""
+    if isinstance(signal, Operation) and signal.name == "*":
+        return tuple(f for part in signal.of for f in factors(part))
+    return () if isinstance(signal, Const) else (signal,)
+
+
+def weight(objective: Objective, name: str) -> Signal:
+    """The weight of a method: what its loss is multiplied by, which can multiply another method's loss as well.
+
+    One term: its weight. Several: the factors that all of them have; where they have none in common but divide the rollouts
+    among themselves (SCOPE: right and wrong ones), each rollout's weight in its own term.
+    """
+    terms = objective.terms
+    every = [factors(term.weight) for term in terms]
+    inside = [tuple(f for f in several if not _is_cap(f)) for several in every]
+    shared = [f for f in inside[0] if all(f in others for others in inside[1:])]
+    if len(terms) == 1 and shared:
+        found = terms[0].weight
+    elif shared:
+        found = reduce(lambda a, b: a * b, shared)
+    elif _apart(inside):
+        found = reduce(lambda a, b: a + b, (term.weight for term in terms))
+    else:
+        why = "its loss is not multiplied by any signal"
+        if len(terms) > 1 and any(inside):
+            why = "its terms are weighted each in its own way, which chooses between losses"
+        raise UserError(
+            f"{name} has no weight to multiply another method by: {why}. "
+            f"Weights come from methods such as iw_opd, tip, paced, drift_gating, position_opd and scope; add {name} with + instead"
+        )
+    if every != inside or any(isinstance(term.loss, Clipped) for term in terms):
+        raise UserError(
+            f"{name} gives clip, dual_clip or rollout_cap, which belong to its own loss, and only its weight is taken: give them to the "
+            "method on the left, or leave them out"
+        )
+    return found
+
+
+def _is_cap(factor: Signal) -> bool:
+    """The truncated trainer/sampler weight that `rollout_cap` puts on a policy gradient."""
+    moved = LogRatio("student", "sampler")
+    return isinstance(factor, Ceiling) and factor.of in (Exp(moved), Exp(RowMean(moved)))
+
+
+def _apart(inside: Sequence[tuple[Signal, ...]]) -> bool:
+    """Whether every two terms look at different rollouts: one has a signal per rollout and the other its opposite."""
+
+    def opposite(a: tuple[Signal, ...], b: tuple[Signal, ...]) -> bool:
+        return any(~f in b and per_rollout(f) for f in a)
+
+    pairs = [(a, b) for i, a in enumerate(inside) for b in inside[:i]]
+    return bool(pairs) and all(opposite(a, b) or opposite(b, a) for a, b in pairs)
+
+
+def weigh(objective: Objective, name: str, by: Signal, source: str) -> Objective:
+    """Every term of `objective` times the signal `by` of `source`; denominators stay as they are."""
+    for term in objective.terms:
+        if isinstance(term.loss, RolloutLoss) and not per_rollout(by):
+            raise UserError(
+                f"{name} has a loss over whole rollouts ({term.loss}), which has no value per token that {source} could weigh: "
+                "use a weight per rollout (paced, scope), or a loss over tokens"
+            )
+        if set(factors(by)) & set(factors(term.weight)):
+            raise UserError(AGAIN.format(name=name, source=source))
+    try:
+        own = weight(objective, name)
+    except UserError:
+        own = Const(1)
+    if own == by:
+        raise UserError(AGAIN.format(name=name, source=source))
+    return objective * by
+
+
+def scale(objective: Objective, number: Number) -> Objective:
+    """A multiple of every term."""
+    if not 0 < number < float("inf"):
+        raise UserError(
+            f"a method times {number:g}: a method can be multiplied by a positive number only. 0 trains nothing, and a negative number "
+            "drives the student away from what the method teaches"
+        )
+    return objective * number

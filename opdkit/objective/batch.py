@@ -1,0 +1,223 @@
+"""The facts of one step and the live student: what signals and losses are handed.
+
+Shapes: B rollouts, T response positions (column 0 is the first response token; rows are padded on the right),
+V vocabulary entries. Log-probabilities, entropies and divergences are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opdkit.objective.facts import HOW, ColumnFact, EntropyFact, Fact, LogpAtFact, LogpFact, MissingFact, TopFact, VocabularyFact
+from opdkit.objective.kernels import Vocabulary
+from opdkit.types import Row
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+
+class Batch:
+    """Facts about the rollouts of one step, none with a gradient. Reading an absent one raises `MissingFact`.
+
+    `sources` hold the whole vocabulary of the models in this process (see `head.Source`); all else is a tensor.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,  # [B, T] int64
+        mask: Tensor,  # [B, T] bool: the trained tokens
+        facts: Mapping[Fact, Tensor] | None = None,
+        sources: Mapping[str, Any] | None = None,
+        keys: Tensor | None = None,  # [B] int64: hash of each rollout's id
+        step: int = 0,
+        total_steps: int = 1,
+        seed: int = 0,
+        uniform: Tensor | None = None,  # [B, T]: replaces the keyed draws
+        memory: Mapping[str, Any] | None = None,
+        rows: Sequence[Row] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.tokens, self.mask = tokens, mask
+        self.facts: dict[Fact, Tensor] = dict(facts or {})
+        self.sources: dict[str, Any] = dict(sources or {})
+        self.keys = torch.arange(len(tokens), device=tokens.device) if keys is None else keys
+        self.step, self.total_steps, self.seed = step, total_steps, seed
+        self.uniform = uniform
+        self.memory = dict(memory or {})
+        self.rows = rows
+        self.dtype = dtype
+        self.signals: dict[Hashable, Tensor] = {}  # values of the step's signals, each computed once
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tokens.shape
+
+    def read(self, fact: Fact) -> Tensor:
+        """The tensor of a fact, detached."""
+        if fact not in self.facts:
+            raise MissingFact(missing(fact, self))
+        return self.facts[fact]
+
+    def __getitem__(self, model: str) -> Scores:
+        return Scores(self, model)
+
+    @property
+    def reward(self) -> Tensor:
+        """[B] float."""
+        return self.read(ColumnFact("reward"))
+
+    @property
+    def correct(self) -> Tensor:
+        """[B] bool."""
+        return self.read(ColumnFact("correct"))
+
+    @property
+    def group(self) -> Tensor:
+        """[B] int64: equal where the prompt is the same."""
+        return self.read(ColumnFact("group"))
+
+    def mark(self, name: str) -> Tensor:
+        """[B, T] bool: the tokens that carry a mark; none where no rollout of the step has it."""
+        return self.facts.get(ColumnFact(f"mark:{name}"), torch.zeros_like(self.mask))
+
+    def column(self, name: str) -> Tensor:
+        """[B] numbers from a column of the data rows."""
+        return self.read(ColumnFact(f"row:{name}"))
+
+    def source(self, model: str, fact: Fact | None = None) -> Any:
+        """The whole vocabulary of a model in this process, read as `fact` (default: over the student's own ids)."""
+        if model not in self.sources:
+            raise MissingFact(missing(fact or VocabularyFact(model), self))
+        return self.sources[model]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model (student, sampler, teacher, reference, any other name) says of the step's tokens."""
+
+    batch: Batch
+    model: str
+
+    @property
+    def logp(self) -> Tensor:
+        """[B, T]: log-prob of the sampled tokens."""
+        return self.batch.read(LogpFact(self.model))
+
+    @property
+    def entropy(self) -> Tensor:
+        """[B, T] nats, over the whole vocabulary."""
+        return self.batch.read(EntropyFact(self.model))
+
+    def top(self, k: int) -> Tensor:
+        """[B, T, k] ids of the model's most probable tokens."""
+        return self.batch.read(TopFact(self.model, k))
+
+    def at_top(self, owner: str, k: int) -> Tensor:
+        """[B, T, k]: this model's log-probs at the top-k ids of `owner`."""
+        return self.batch.read(LogpAtFact(self.model, owner, k))
+
+
+class Live:
+    """The student's forward pass at n selected positions: the only thing with a gradient. Exists inside one chunk of the head's pass."""
+
+    def __init__(self, batch: Batch, positions: Tensor, logits: Tensor, parent: tuple[Live, Tensor] | None = None):
+        self.batch = batch
+        self.positions = positions  # [n] indices into the flattened [B * T]
+        self.parent = parent
+        self.own: Vocabulary = Vocabulary(logits, None if parent is None else (parent[0].own, parent[1]))
+        self.others: dict[str, Vocabulary] = {}
+
+    @property
+    def logits(self) -> Tensor:
+        """[n, V]."""
+        return self.own.logits
+
+    @cached_property
+    def logp(self) -> Tensor:
+        """[n]: log pi_s of the sampled token."""
+        return self.at(self.tokens[:, None])[:, 0]
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """[n]: the sampled tokens."""
+        return self.batch.tokens.flatten()[self.positions]
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """[n] nats."""
+        logps = self.logps()
+        return -(logps.exp() * torch.nan_to_num(logps, neginf=0.0)).sum(-1)
+
+    def at(self, ids: Tensor) -> Tensor:
+        """[n, k]: log pi_s at token ids [n, k]."""
+        return self.own.at(ids)
+
+    def logps(self, temperature: float = 1.0) -> Tensor:
+        """[n, V]: log pi_s over the whole vocabulary, logits divided by `temperature`."""
+        return self.own.logps(temperature)
+
+    def model_logps(self, model: str, temperature: float = 1.0) -> Tensor:
+        """[n, V]: log-probs of another model in this process, no gradient."""
+        return self.vocabulary(model).logps(temperature)
+
+    def vocabulary(self, model: str, fact: Fact | None = None) -> Vocabulary:
+        """The whole vocabulary of another model in this process, no gradient; shared by all terms of a chunk. `fact`: see `Batch.source`."""
+        if model not in self.others:
+            if self.parent is None:
+                self.others[model] = Vocabulary(self.batch.source(model, fact).logits(self.positions))
+            else:
+                parent, index = self.parent
+                self.others[model] = parent.vocabulary(model, fact).select(index)
+        return self.others[model]
+
+    def pick(self, signal: Any) -> Tensor:
+        """[n]: a signal of the whole step, at these positions."""
+        return signal(self.batch).expand(self.batch.shape).flatten()[self.positions]
+
+    def read(self, fact: Fact) -> Tensor:
+        """[n] or [n, k]: a fact [B, T] or [B, T, k] at these positions."""
+        return self.batch.read(fact).flatten(0, 1)[self.positions]
+
+    def select(self, index: Tensor) -> Live:
+        """The pass at some of these positions."""
+        return Live(self.batch, self.positions[index], self.logits[index], (self, index))
+
+    def back(self, index: Tensor, steps: Tensor) -> Live:
+        """The pass `steps` [m] positions before those at `index` [m], selected or not.
+
+        They have to be in the same chunk: a loss that reads them says so (`TokenLoss.joined`).
+        """
+        chunk, at = self, index
+        while chunk.parent is not None:
+            chunk, inner = chunk.parent
+            at = inner[at]
+        at = at - steps
+        if bool((chunk.positions[at.clamp_min(0)] != self.positions[index] - steps).any()):
+            raise ValueError("a loss reads positions outside its chunk: it must name them in `joined`")
+        return chunk.select(at)
+
+
+def missing(fact: Fact, batch: Batch) -> str:
+    """Why a fact is not there and what to do."""
+    if isinstance(fact, ColumnFact):
+        kind, _, _ = fact.name.partition(":")
+        return f"the objective reads {fact.name!r}, which this batch does not have: {HOW.get(kind, 'supply it')}"
+    models = {getattr(fact, name) for name in ("model", "owner", "student", "teacher") if hasattr(fact, name)}
+    known = {m for f in batch.facts for m in [getattr(f, "model", None)] if m} | set(batch.sources)
+    absent = sorted(models - known)
+    if absent:
+        return (
+            f"the objective reads {fact}, but no scores of {', '.join(absent)} were gathered: "
+            f"give the run that model (for example {absent[0]}: MODEL), or pass models={{{absent[0]!r}: logits}} to evaluate"
+        )
+    return f"the objective reads {fact}, which its model cannot supply: use a model in this process, or another support"

@@ -1,0 +1,396 @@
+"""The grammar: an objective is a sum of terms, each a loss times signals, over a denominator.
+
+    loss = sum over terms of  sum_positions loss(live student) * signal * signal ...  /  denominator of the term
+
+Signals are expressions over the facts of a step (no gradient), written like arithmetic. A loss is the only thing that
+touches the live student. Everything here is a frozen dataclass: hashable, comparable, printed as its formula.
+"""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cached_property, reduce
+from typing import Any, ClassVar, Union
+
+import torch
+from torch import Tensor
+
+from opdkit.objective.batch import Batch, Live
+
+Number = Union[int, float]  # noqa: UP007 (evaluated at run time)
+
+
+# --------------------------------------------------------------------------------------------------------------- signals
+
+
+class Signal(ABC):
+    """An expression over the facts of a step: `signal(batch)` is [B, T], [B, 1] or [1, 1], computed once per step.
+
+    A subclass is a frozen dataclass with `value(batch)`; it reads other signals by calling them on the batch.
+    """
+
+    @abstractmethod
+    def value(self, batch: Batch) -> Tensor: ...
+
+    def __call__(self, batch: Batch) -> Tensor:
+        if self not in batch.signals:
+            with torch.no_grad():
+                batch.signals[self] = self.value(batch)
+        return batch.signals[self]
+
+    def __hash__(self) -> int:  # replaced by dataclass; keeps the abstract class hashable for type checkers
+        return id(self)
+
+    def __add__(self, other: Signal | Number) -> Signal:
+        return Operation("+", (self, lift(other)))
+
+    def __radd__(self, other: Number) -> Signal:
+        return Operation("+", (lift(other), self))
+
+    def __sub__(self, other: Signal | Number) -> Signal:
+        return Operation("-", (self, lift(other)))
+
+    def __rsub__(self, other: Number) -> Signal:
+        return Operation("-", (lift(other), self))
+
+    def __mul__(self, other: Signal | Number) -> Signal:
+        if not isinstance(other, (Signal, int, float)):
+            return NotImplemented  # a loss or a term: it knows how to take a signal
+        return Operation("*", (self, lift(other)))
+
+    def __rmul__(self, other: Number) -> Signal:
+        return Operation("*", (lift(other), self))
+
+    def __truediv__(self, other: Signal | Number) -> Signal:
+        return Operation("/", (self, lift(other)))
+
+    def __rtruediv__(self, other: Number) -> Signal:
+        return Operation("/", (lift(other), self))
+
+    def __neg__(self) -> Signal:
+        return Operation("negative", (self,))
+
+    def __abs__(self) -> Signal:
+        return Operation("abs", (self,))
+
+    def __invert__(self) -> Signal:
+        return Operation("not", (self,))
+
+    def __and__(self, other: Signal) -> Signal:
+        return Operation("and", (self, other))
+
+    def __or__(self, other: Signal) -> Signal:
+        return Operation("or", (self, other))
+
+    def __gt__(self, other: Signal | Number) -> Signal:
+        return Operation(">", (self, lift(other)))
+
+    def __ge__(self, other: Signal | Number) -> Signal:
+        return Operation(">=", (self, lift(other)))
+
+    def __lt__(self, other: Signal | Number) -> Signal:
+        return Operation("<", (self, lift(other)))
+
+    def __le__(self, other: Signal | Number) -> Signal:
+        return Operation("<=", (self, lift(other)))
+
+    def __str__(self) -> str:
+        return spell(self)
+
+
+@dataclass(frozen=True)
+class Const(Signal):
+    """A number."""
+
+    number: Number
+
+    def value(self, batch: Batch) -> Tensor:
+        return torch.full((1, 1), float(self.number), dtype=batch.dtype, device=batch.device)
+
+    def __str__(self) -> str:
+        return f"{self.number:g}"
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a * b with 0 * inf = 0: a token that one factor excludes is out, whatever the other says of it."""
+    a, b = torch.broadcast_tensors(a, b)
+    return torch.where((a == 0) | (b == 0), torch.zeros((), dtype=torch.result_type(a, b), device=a.device), a * b)
+
+
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": _product,
+    "/": operator.truediv,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+    "and": operator.and_,
+    "or": operator.or_,
+    "not": operator.inv,
+    "negative": operator.neg,
+    "abs": operator.abs,
+}
+
+LOGIC = ("and", "or", "not")
+RANK = {"+": 2, "-": 2, "*": 3, "/": 3, "negative": 4, "not": 4, "and": 1, "or": 1}  # how tightly each binds, for printing
+
+
+@dataclass(frozen=True)
+class Operation(Signal):
+    """Arithmetic, comparison or logic of signals, element by element."""
+
+    name: str
+    of: tuple[Signal, ...]
+
+    def value(self, batch: Batch) -> Tensor:
+        values = [signal(batch) for signal in self.of]
+        if self.name not in LOGIC:  # true counts as 1
+            values = [v.to(batch.dtype) if v.dtype == torch.bool else v for v in values]
+        return OPERATIONS[self.name](*values)
+
+    def __str__(self) -> str:
+        if self.name == "abs":
+            return f"|{self.of[0]}|"
+        rank = RANK.get(self.name, 0)
+        left = [self._inside(s, rank) for s in self.of[:-1]]
+        right = self._inside(self.of[-1], rank + (self.name in ("-", "/", "negative", "not")))
+        sign = {"and": "&", "or": "|", "not": "~", "negative": "-"}.get(self.name, self.name)
+        return f"{left[0]} {sign} {right}" if left else sign + right
+
+    @staticmethod
+    def _inside(part: Signal, rank: int) -> str:
+        loose = isinstance(part, Operation) and part.name != "abs" and RANK.get(part.name, 0) < rank
+        return f"({part})" if loose else str(part)
+
+
+def lift(value: Signal | Number) -> Signal:
+    """A number as a signal."""
+    if isinstance(value, Signal):
+        return value
+    if isinstance(value, (int, float)):
+        return Const(value)
+    raise TypeError(f"{value!r} is neither a signal nor a number")
+
+
+def spell(part: Any) -> str:
+    """`Name(value, field=value)`: a part as one would write it, fields at their default left out."""
+    words = []
+    for f in fields(part):
+        value = getattr(part, f.name)
+        default = f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else MISSING
+        if default is not MISSING and value == default:
+            continue
+        text = str(value)
+        words.append(text if default is MISSING else f"{f.name}={text}")
+    return f"{type(part).__name__}({', '.join(words)})"
+
+
+# ---------------------------------------------------------------------------------------------------------------- losses
+
+
+class Loss(ABC):
+    """What a term minimises. Subclasses are frozen dataclasses."""
+
+    name: ClassVar[str] = ""  # in logs and reports; the class's own name where empty
+
+    def __mul__(self, weight: Signal | Number) -> Term:
+        return Term(self) * weight
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Loss | Term | Objective) -> Objective:
+        return Objective(self) + other
+
+    def per(self, denominator: str | int) -> Term:
+        """This loss, unweighted, over another denominator."""
+        return Term(self).per(denominator)
+
+    def __str__(self) -> str:
+        return spell(self)
+
+
+class TokenLoss(Loss):
+    """A number to minimise at each selected position."""
+
+    @abstractmethod
+    def value(self, live: Live) -> Tensor:
+        """[n], differentiable in what it reads from `live` itself; `live.pick` and `live.read` carry no gradient."""
+
+    def defined(self, batch: Batch) -> Tensor | None:
+        """[B, T] or [B, 1] bool: where there is such a loss at all; elsewhere its weight is zero. None: everywhere."""
+        return None
+
+    def joined(self, batch: Batch) -> Tensor | None:
+        """[B, T] bool: tokens that go into the same chunk as the one before, for a loss that reads back (`live.back`). None: no token."""
+        return None
+
+
+class RolloutLoss(Loss):
+    """A number to minimise for each rollout, any function of its log-probs."""
+
+    @abstractmethod
+    def value(self, logp: Tensor, mask: Tensor, rows: Tensor, batch: Batch) -> Tensor:
+        """[R] from the live log-probs [R, T] of rollouts `rows` [R] (indices into the batch); `mask` [R, T] says where."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- terms
+
+DENOMINATORS = ("tokens", "own", "rows", "own_rows", "row_sums")
+
+
+@dataclass(frozen=True)
+class Term:
+    """loss * weight / denominator.
+
+    denominator: "tokens" all trained tokens of the optimiser step; "own" those this term selects; "rows" mean over each
+    rollout's trained tokens, then over rollouts; "own_rows" the same over those of them that this term selects; "row_sums" sum over
+    tokens, mean over rollouts; a number L: rollouts * L.
+    """
+
+    loss: Loss
+    weight: Signal = field(default_factory=lambda: Const(1))
+    denominator: str | int = "tokens"
+
+    def __post_init__(self) -> None:
+        if not (self.denominator in DENOMINATORS or (isinstance(self.denominator, int) and self.denominator > 0)):
+            raise ValueError(f"denominator {self.denominator!r} must be one of {', '.join(DENOMINATORS)} or a positive length")
+
+    def __mul__(self, weight: Signal | Number) -> Term:
+        first = isinstance(self.weight, Const) and self.weight.number == 1
+        return replace(self, weight=lift(weight) if first else self.weight * weight)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Loss | Term | Objective) -> Objective:
+        return Objective(self) + other
+
+    def per(self, denominator: str | int) -> Term:
+        return replace(self, denominator=denominator)
+
+    def weights(self, batch: Batch) -> Tensor:
+        """[B, T]: the product of the signals, zero outside the trained tokens and where the loss is not defined."""
+        weight = self.weight(batch).expand(batch.shape)
+        defined = self.loss.defined(batch) if isinstance(self.loss, TokenLoss) else None
+        mask = batch.mask if defined is None else batch.mask & defined
+        return torch.where(mask, weight.to(batch.dtype), torch.zeros((), dtype=batch.dtype, device=batch.device))
+
+    def count(self, mask: Tensor, weight: Tensor) -> Tensor:
+        """[] or [B, 1]: what the weighted sum is divided by; at least one, so that nothing trained is a zero."""
+        lengths = mask.sum(1, keepdim=True)
+        rows = (lengths > 0).sum()
+        if self.denominator == "tokens":
+            count = lengths.sum()
+        elif self.denominator == "own":
+            count = (weight != 0).sum()
+        elif self.denominator == "rows":
+            count = lengths.clamp_min(1) * rows
+        elif self.denominator == "own_rows":
+            count = (weight != 0).sum(1, keepdim=True).clamp_min(1) * rows
+        elif self.denominator == "row_sums":
+            count = rows
+        else:
+            count = rows * int(self.denominator)
+        return count.clamp_min(1).to(weight.dtype)
+
+    def __str__(self) -> str:
+        one = isinstance(self.weight, Const) and self.weight.number == 1
+        weight = "" if one else f" * {Operation._inside(self.weight, RANK['*'])}"
+        return f"{self.loss}{weight}" + ("" if self.denominator == "tokens" else f" per {self.denominator}")
+
+
+@dataclass(frozen=True, init=False)
+class Objective:
+    """A sum of terms; what a training step minimises."""
+
+    terms: tuple[Term, ...]
+
+    def __init__(self, *parts: Loss | Term | Objective):
+        terms: list[Term] = []
+        for part in parts:
+            if isinstance(part, Objective):
+                terms.extend(part.terms)
+            elif isinstance(part, (Loss, Term)):
+                terms.append(part if isinstance(part, Term) else Term(part))
+            else:
+                raise TypeError(f"an objective is a sum of losses and terms, not {type(part).__name__}")
+        object.__setattr__(self, "terms", tuple(terms))
+
+    def __add__(self, other: Loss | Term | Objective) -> Objective:
+        return Objective(self, other)
+
+    def __mul__(self, weight: Signal | Number) -> Objective:
+        """Every term times a signal or number."""
+        return Objective(*(term * weight for term in self.terms))
+
+    __rmul__ = __mul__
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name per term, unique: its loss, numbered where a loss comes twice."""
+        base = [term.loss.name or type(term.loss).__name__ for term in self.terms]
+        return tuple(n if base.count(n) == 1 else f"{n}_{base[: i + 1].count(n)}" for i, n in enumerate(base))
+
+    def plan(self, batch: Batch, rows: Tensor | None = None) -> Plan:
+        """Weights and denominators of one optimiser step: signals over the whole batch, counts over `rows` [R] (default all)."""
+        mask = batch.mask
+        if rows is not None:
+            inside = torch.zeros(len(mask), dtype=torch.bool, device=mask.device).index_fill(0, rows, True)
+            mask = mask & inside[:, None]
+        parts = []
+        for name, term in zip(self.names, self.terms):
+            weight = torch.where(mask, term.weights(batch), 0.0)
+            parts.append(Part(name, term, weight, term.count(mask, weight)))
+        return Plan(batch, mask, tuple(parts))
+
+    def __str__(self) -> str:
+        return "\n  + ".join(str(term) for term in self.terms)
+
+
+def credit_of(loss: Loss) -> Signal | None:
+    """What a loss credits each sampled token with, for losses that push on the sampled token."""
+    return getattr(loss, "credit", None)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A term with its numbers for one optimiser step."""
+
+    name: str
+    term: Term
+    weight: Tensor  # [B, T], zero where the term does not look
+    denominator: Tensor  # [] or [B, 1]
+
+    @property
+    def scale(self) -> Tensor:
+        """[B, T]: what a position's loss is multiplied by."""
+        return self.weight / self.denominator
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one optimiser step will do, before any backward."""
+
+    batch: Batch
+    mask: Tensor  # [B, T]: the trained tokens of this optimiser step
+    parts: tuple[Part, ...]
+
+    @property
+    def selected(self) -> Tensor:
+        """[B, T] bool: positions that at least one term looks at, and what is joined to them. No other is projected on the vocabulary."""
+        chosen = reduce(operator.or_, (part.weight != 0 for part in self.parts))
+        if self.joined is None:
+            return chosen
+        together = (~self.joined).flatten().cumsum(0)  # a number for each token and what is joined to it
+        return torch.isin(together, together[chosen.flatten()]).view_as(chosen)
+
+    @cached_property
+    def joined(self) -> Tensor | None:
+        """[B, T] bool: tokens that go into the same chunk as the one before."""
+        losses = [part.term.loss for part in self.parts if isinstance(part.term.loss, TokenLoss)]
+        found = [joined for loss in losses if (joined := loss.joined(self.batch)) is not None]
+        return reduce(operator.or_, found) if found else None

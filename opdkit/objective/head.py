@@ -1,0 +1,282 @@
+"""The one pass over the vocabulary: `[chunk, V]` logits live here and nowhere else.
+
+A head turns hidden states into logits. A chunk of positions is projected, every loss of the objective and its gradient
+with respect to the chunk's logits are taken there and then, and the logits are dropped: nothing is projected twice.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdkit.objective.batch import Live
+from opdkit.objective.grammar import Part, Plan, RolloutLoss, TokenLoss
+
+CHUNK_ENTRIES = 1 << 24  # logits in one chunk, at least: 64 MiB in float32
+CHUNK_MOST = 1 << 28  # on a GPU
+CHUNK_BYTES = 24  # per entry: six float32 tensors of a chunk are alive at once
+CHUNK_PART = 8  # of a GPU's free memory that a chunk may take
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head: hidden states [n, H] to logits [n, V], float32 (float64 if the hidden states are).
+
+    logits = cap(scale * (hidden @ weight.T + bias)), cut to the first `vocab` rows: rows that only pad the matrix
+    to a round size are removed, never filled. Without a weight the hidden states are the logits (used by `evaluate`).
+    """
+
+    weight: Tensor | None = None  # [V', H]
+    bias: Tensor | None = None  # [V']
+    scale: float = 1.0
+    softcap: float | None = None  # c * tanh(x / c), as in Gemma 2
+    vocab: int | None = None  # rows kept
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """What follows the matrix product."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """[n, V]: the matrix product, with bias, of the rows that are kept."""
+        if self.weight is None:
+            return hidden[..., : self.vocab]
+        bias = None if self.bias is None else self.bias[: self.vocab]
+        return torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight[: self.vocab], bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.finish(self.product(hidden))
+
+    def size(self, hidden: Tensor) -> int:
+        """Number of vocabulary entries."""
+        rows = hidden.shape[-1] if self.weight is None else len(self.weight)
+        return rows if self.vocab is None else min(rows, self.vocab)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The whole vocabulary of one model at the step's positions: hidden states and head, logits only chunk by chunk."""
+
+    hidden: Tensor  # [M, H]
+    index: Tensor  # [B * T] row of `hidden` for each position, -1 where there is none
+    head: Head
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of vocabulary entries."""
+        return self.head.size(self.hidden)
+
+    def logits(self, positions: Tensor) -> Tensor:
+        """[n, V] at flat positions [n]; no gradient."""
+        with torch.no_grad():
+            return self.head.logits(self.hidden[self.index[positions]])
+
+
+def chunk_rows(vocabulary: int, device: torch.device | None = None) -> int:
+    """Positions in one chunk: a GPU takes as many as a part of its free memory holds, since small products leave it idle."""
+    entries = CHUNK_ENTRIES
+    if device is not None and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        entries = min(max(free // CHUNK_BYTES // CHUNK_PART, CHUNK_ENTRIES), CHUNK_MOST)
+    return max(1, entries // vocabulary)
+
+
+def slices(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(n, start + size))
+
+
+def cuts(joined: Tensor, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that part no position from the one it is joined to ([n] bool: to the one before): longer where they must be."""
+    starts = [*(~joined).nonzero()[:, 0].tolist(), len(joined)]
+    at = 0
+    while starts[at] < len(joined):
+        end = max(bisect_right(starts, starts[at] + size) - 1, at + 1)
+        yield slice(starts[at], starts[end])
+        at = end
+
+
+# ---------------------------------------------------------------------------------------------------------- learning pass
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One micro-batch of one optimiser step."""
+
+    loss: Tensor  # [] with gradient: its share of the step's loss
+    parts: Tensor  # [number of terms]: each term's share of the loss
+    entropy: Tensor  # [N]: the student's entropies, nats
+    logp: Tensor  # [N]: log pi_s of the sampled tokens
+    gap: Tensor  # [N]: log pi_s - log pi_t at the sampled tokens, where a term read the teacher's whole vocabulary; else NaN
+    slopes: Tensor  # [number of terms]: squared norm of each term's gradient in the logits, where asked for; else 0
+    positions: int
+
+
+def learn(
+    plan: Plan, positions: Tensor, hidden: Tensor, head: Head, chunk: int | None = None, term_gradients: bool = False
+) -> Learned:
+    """All terms of an objective at flat positions [N], from the student's hidden states [N, H], in one chunked pass.
+
+    The gradients with respect to the hidden states and the head are taken on the way: the pass projects each position once,
+    and its memory is that of one chunk. The head's gradient is summed in float32. `term_gradients` measures each term's gradient
+    with respect to the logits, which takes a further backward pass per term down to these, and no further.
+    """
+    linear = [(i, part) for i, part in enumerate(plan.parts) if isinstance(part.term.loss, TokenLoss)]
+    whole = [(i, part) for i, part in enumerate(plan.parts) if isinstance(part.term.loss, RolloutLoss)]
+    scales = torch.stack([part.scale.flatten()[positions] for _, part in linear]) if linear else None
+    sums = torch.zeros(len(plan.parts), dtype=plan.batch.dtype, device=hidden.device)
+    slopes = torch.zeros_like(sums)
+    entropy = torch.zeros(len(positions), dtype=plan.batch.dtype, device=hidden.device)
+    logp = torch.zeros_like(entropy)
+    gap = torch.full_like(entropy, torch.nan)
+    slope = _rollout_slope(plan, whole, positions, hidden, head, chunk, sums) if whole else None
+
+    def measure(value: Tensor, logits: Tensor) -> Tensor | float:
+        """Sum of squares of the gradient with respect to the logits."""
+        if not term_gradients or not value.requires_grad:
+            return 0.0
+        return torch.autograd.grad(value, logits, retain_graph=True)[0].square().sum()
+
+    def run(at: slice, logits: Tensor) -> Tensor:
+        live = Live(plan.batch, positions[at], logits)
+        total = logits.new_zeros(())
+        for row, (i, part) in enumerate(linear):
+            value = _weighted(part.term.loss, live, scales[row, at])  # type: ignore[arg-type, index]
+            sums[i] += value.detach()
+            slopes[i] += measure(value, logits)
+            total = total + value
+        if slope is not None:
+            for (i, _), of_logp in zip(whole, slope):
+                value = (of_logp[at] * live.logp).sum()
+                slopes[i] += measure(value, logits)
+                total = total + value
+        with torch.no_grad():
+            entropy[at] = live.own.statistics()[1]
+            logp[at] = live.logp
+            if "teacher" in live.others:
+                gap[at] = logp[at] - live.others["teacher"].at(live.tokens[:, None])[:, 0]
+        return total
+
+    size = chunk or chunk_rows(head.size(hidden), hidden.device)
+    chunks = slices(len(hidden), size) if plan.joined is None else cuts(plan.joined.flatten()[positions], size)
+    loss = _Pass.apply(hidden, head.weight, head.bias, head, chunks, run)
+    if whole:  # the pass carried their slope; the value is what they said
+        loss = loss + (sums.sum() - loss.detach())
+    return Learned(loss, sums, entropy, logp, gap, slopes, len(positions))
+
+
+def _weighted(loss: TokenLoss, live: Live, scale: Tensor) -> Tensor:
+    """Sum of scale * loss over the positions that the term looks at: select, then compute."""
+    index = scale.nonzero()[:, 0]
+    if len(index) == 0:
+        return live.logits.new_zeros(())
+    if len(index) < len(scale):
+        live, scale = live.select(index), scale[index]
+    return (scale * loss.value(live)).sum()
+
+
+def _rollout_slope(
+    plan: Plan, whole: list[tuple[int, Part]], positions: Tensor, hidden: Tensor, head: Head, chunk: int | None, sums: Tensor
+) -> Tensor:
+    """[W, N]: d term / d logp of each term over whole rollouts. They need all log-probs of a rollout first: one more projection."""
+    batch = plan.batch
+    with torch.no_grad():
+        numbers = torch.zeros(batch.tokens.numel(), dtype=batch.dtype, device=hidden.device)
+        numbers[positions] = scan(hidden, head, lambda at, logits: Live(batch, positions[at], logits).logp, chunk).to(batch.dtype)
+    rows = torch.unique(positions // batch.shape[1])
+    logp = numbers.view(batch.shape)[rows].requires_grad_()
+    slope = numbers.new_zeros(len(whole), *batch.shape)
+    with torch.enable_grad():
+        for row, (i, part) in enumerate(whole):
+            mask, scale = plan.mask[rows], part.scale[rows]
+            first = scale.gather(1, mask.long().argmax(1, keepdim=True))
+            if bool((mask & ((scale - first).abs() > 0)).any()):
+                raise ValueError(
+                    f"{part.term} weighs the tokens of a rollout differently, but its loss is one number per rollout: "
+                    "use a signal per rollout, such as RowMean(...)"
+                )
+            keep = first[:, 0] != 0
+            if not bool(keep.any()):
+                continue
+            value = (first[keep, 0] * part.term.loss.value(logp[keep], mask[keep], rows[keep], batch)).sum()  # type: ignore[attr-defined]
+            sums[i] += value.detach()
+            if value.requires_grad:
+                slope[row, rows] = torch.autograd.grad(value, logp)[0]
+    return slope.flatten(1)[:, positions]
+
+
+class _Pass(torch.autograd.Function):
+    """sum over chunks of run(chunk, logits), with the gradients taken chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        head: Head,
+        chunks: Iterator[slice],
+        run: Callable[[slice, Tensor], Tensor],
+    ) -> Tensor:
+        wide = torch.promote_types(torch.float32, hidden.dtype)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.zeros_like(hidden) if to_hidden else None
+        d_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if to_weight and weight is not None else None
+        d_bias = torch.zeros(bias.shape, dtype=wide, device=hidden.device) if to_bias and bias is not None else None
+        rows = head.size(hidden)
+        for at in chunks:
+            states = hidden[at].detach()
+            product = head.product(states).detach().requires_grad_()
+            with torch.enable_grad():
+                value = run(at, head.finish(product))
+            total += value.detach()
+            if not value.requires_grad:
+                continue
+            (slope,) = torch.autograd.grad(value, product)
+            if d_hidden is not None:
+                d_hidden[at] = slope @ weight[:rows] if weight is not None else _padded(slope, hidden.shape[-1])
+            if d_weight is not None:
+                d_weight[:rows].addmm_(slope.T.to(wide), states.to(wide))
+            if d_bias is not None:
+                d_bias[:rows] += slope.sum(0, dtype=wide)
+        ctx.gradients = (
+            d_hidden,
+            d_weight if d_weight is None else d_weight.to(weight.dtype),  # type: ignore[union-attr]
+            d_bias if d_bias is None else d_bias.to(bias.dtype),  # type: ignore[union-attr]
+        )
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients), None, None, None
+
+
+def _padded(slope: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(slope, (0, width - slope.shape[-1]))
+
+
+# -------------------------------------------------------------------------------------------------------- no-gradient pass
+
+
+def scan(hidden: Tensor, head: Head, read: Callable[[slice, Tensor], Tensor], chunk: int | None = None) -> Tensor:
+    """[N, ...]: what `read` makes of each chunk's logits, no gradient."""
+    size = chunk or chunk_rows(head.size(hidden), hidden.device)
+    with torch.no_grad():
+        parts = [read(at, head.logits(hidden[at])) for at in slices(len(hidden), size)]
+        return torch.cat(parts) if parts else read(slice(0, 0), head.logits(hidden[:0]))
+
+
+def flat_positions(mask: Tensor) -> Tensor:
+    """[N]: indices of a mask [B, T] into the flattened positions, row by row."""
+    return mask.flatten().nonzero()[:, 0]

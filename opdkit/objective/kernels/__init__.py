@@ -1,0 +1,5 @@
+"""The arithmetic over whole vocabularies: softmax statistics, log-probs and divergences of [n, V] logits, with their gradients."""
+
+from opdkit.objective.kernels.vocabulary import Vocabulary, divergence
+
+__all__ = ["Vocabulary", "divergence"]

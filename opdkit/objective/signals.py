@@ -1,0 +1,395 @@
+"""The vocabulary of signals: what a formula can say of a step's tokens and rollouts, without gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdkit.objective.batch import Batch
+from opdkit.objective.facts import ColumnFact, EntropyFact, GapFact, LogpAtFact, LogpFact, MissingFact, TopFact
+from opdkit.objective.grammar import Signal
+from opdkit.objective.maths import (
+    Kind,
+    divergence,
+    group_index,
+    group_means,
+    group_softmax,
+    keyed_uniform,
+    kind_of,
+    masked_mean,
+    masked_quantile,
+    restrict,
+    row_mean,
+    to_go,
+)
+
+# -------------------------------------------------------------------------------------------------------- what models say
+
+
+@dataclass(frozen=True)
+class Logp(Signal):
+    """[B, T]: log pi_model(y_t)."""
+
+    model: str
+
+    def value(self, batch: Batch) -> Tensor:
+        return batch.read(LogpFact(self.model))
+
+    def __str__(self) -> str:
+        return f"log {self.model}"
+
+
+@dataclass(frozen=True)
+class LogRatio(Signal):
+    """[B, T]: log pi_a(y_t) - log pi_b(y_t), nats."""
+
+    a: str
+    b: str
+
+    def value(self, batch: Batch) -> Tensor:
+        return batch.read(LogpFact(self.a)) - batch.read(LogpFact(self.b))
+
+    def __str__(self) -> str:
+        return f"log({self.a}/{self.b})"
+
+
+@dataclass(frozen=True)
+class Entropy(Signal):
+    """[B, T] nats, over the whole vocabulary."""
+
+    model: str
+
+    def value(self, batch: Batch) -> Tensor:
+        return batch.read(EntropyFact(self.model))
+
+
+@dataclass(frozen=True)
+class Support:
+    """Which vocabulary entries a divergence sums over, and what becomes of the rest.
+
+    support: "teacher" or "student" (its k most probable tokens before this step), "union" or "intersection" of both, "full".
+    rest: see `maths.restrict`. Log-probs are those of the whole vocabulary before `rest` is applied.
+    """
+
+    support: str = "full"
+    k: int | None = None
+    rest: str = "raw"
+    student: str = "student"
+    teacher: str = "teacher"
+
+    def __post_init__(self) -> None:
+        if self.support not in ("full", "teacher", "student", "union", "intersection"):
+            raise ValueError(f"support={self.support!r} must be one of full, teacher, student, union, intersection")
+        if (self.support == "full") != (self.k is None):
+            raise ValueError(f"support={self.support!r} with k={self.k}: a top-k support needs k, the full vocabulary takes none")
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"k={self.k} must be at least 1")
+        if self.rest not in ("raw", "renormalise", "target", "tail"):
+            raise ValueError(f"rest={self.rest!r} must be one of raw, renormalise, target, tail")
+
+    def owners(self) -> tuple[str, ...]:
+        """The models whose top-k make the support."""
+        both = (self.student, self.teacher)
+        return {"full": (), "teacher": (self.teacher,), "student": (self.student,), "intersection": (self.student,)}.get(
+            self.support, both
+        )
+
+    def entries(self, read: Any) -> tuple[Tensor, Tensor]:
+        """ids [..., K] and the teacher's log-probs there, -inf where an entry is absent; `read` supplies facts."""
+        k = self.k or 0
+        ids = torch.cat([read(TopFact(owner, k)) for owner in self.owners()], -1)
+        lt = torch.cat([read(LogpAtFact(self.teacher, owner, k)) for owner in self.owners()], -1)
+        absent = torch.zeros_like(lt, dtype=torch.bool)
+        if self.support == "teacher":
+            absent = lt == -math.inf  # the teacher named fewer than k tokens
+        elif self.support == "union":  # an id named by both counts once
+            own, other = ids.split(ids.shape[-1] // 2, -1)
+            again = (other[..., :, None] == own[..., None, :]).any(-1)
+            absent = torch.cat([torch.zeros_like(again), again | (lt[..., own.shape[-1] :] == -math.inf)], -1)
+        elif self.support == "intersection":
+            absent = ~(ids[..., :, None] == read(TopFact(self.teacher, k))[..., None, :]).any(-1)
+        return ids, torch.where(absent, ABSENT, lt)
+
+    def pair(self, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs of both on the support, absent entries -inf on both sides, the rest treated."""
+        absent = lt == ABSENT
+        ls, lt = (x.masked_fill(absent, -math.inf) for x in (ls, lt))
+        return restrict(ls, lt, self.rest)
+
+
+ABSENT = math.inf  # marks an entry outside the support until both sides are masked; a log-prob is never +inf
+
+
+@dataclass(frozen=True)
+class Gap(Signal):
+    """[B, T] nats: a divergence between student and teacher before this step. It does not depend on the sampled token."""
+
+    kind: str | Kind = "reverse_kl"
+    support: str = "full"
+    k: int | None = None
+    rest: str = "raw"
+    student: str = "student"
+    teacher: str = "teacher"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", kind_of(self.kind))
+        self.where()
+
+    def where(self) -> Support:
+        return Support(self.support, self.k, self.rest, self.student, self.teacher)
+
+    def value(self, batch: Batch) -> Tensor:
+        kind, where = kind_of(self.kind), self.where()
+        if where.support == "full":
+            return batch.read(GapFact(kind, self.student, self.teacher))
+        _, lt = where.entries(batch.read)
+        ls = torch.cat([batch.read(LogpAtFact(self.student, owner, self.k or 0)) for owner in where.owners()], -1)
+        return divergence(kind, *where.pair(ls, lt))
+
+
+# ------------------------------------------------------------------------------------------------ what is known of rollouts
+
+
+@dataclass(frozen=True)
+class Reward(Signal):
+    """[B, 1]."""
+
+    def value(self, batch: Batch) -> Tensor:
+        return batch.reward.to(batch.dtype)[:, None]
+
+
+@dataclass(frozen=True)
+class Correct(Signal):
+    """[B, 1] bool."""
+
+    def value(self, batch: Batch) -> Tensor:
+        return batch.correct.bool()[:, None]
+
+
+@dataclass(frozen=True)
+class PassRate(Signal):
+    """[B, 1] in [0, 1]: how often the student solves a rollout's prompt.
+
+    What memory holds of the prompt (kept by `curricula.PassRates`), else the share of correct ones among its rollouts of this step.
+    """
+
+    def value(self, batch: Batch) -> Tensor:
+        now = GroupMean(Correct())(batch)
+        try:
+            known = batch.read(ColumnFact("memory:pass_rate"))[:, None]  # [B, 1], NaN where the prompt is new
+        except MissingFact:  # nothing is remembered yet
+            return now
+        return torch.where(known.isnan(), now, known.to(now.dtype))
+
+
+@dataclass(frozen=True)
+class Mark(Signal):
+    """[B, T] bool: the tokens with a mark, such as "guided" (a teacher's prefix)."""
+
+    name: str
+
+    def value(self, batch: Batch) -> Tensor:
+        return batch.mark(self.name)
+
+
+@dataclass(frozen=True)
+class Row(Signal):
+    """[B, 1]: a numeric column of the data."""
+
+    name: str
+
+    def value(self, batch: Batch) -> Tensor:
+        return batch.column(self.name).to(batch.dtype)[:, None]
+
+
+@dataclass(frozen=True)
+class Advantage(Signal):
+    """[B, 1]: reward against the other rollouts of its prompt.
+
+    std: (R - mean) / (sample std + 1e-6); mean: R - mean; rloo: R - mean of the others. A group of one keeps (R - 0) / 1 under std.
+    Equal rewards have exactly 0.
+    """
+
+    normalise: str = "std"
+
+    def __post_init__(self) -> None:
+        if self.normalise not in ("std", "mean", "rloo"):
+            raise ValueError(f"normalise={self.normalise!r} must be one of std, mean, rloo")
+
+    def value(self, batch: Batch) -> Tensor:
+        reward = batch.reward.to(batch.dtype)
+        least, mean, count = group_means(reward, batch.group)
+        centred = reward - least - mean
+        if self.normalise == "mean":
+            return centred[:, None]
+        if self.normalise == "rloo":
+            return (centred * count / (count - 1).clamp_min(1))[:, None]
+        index, n = group_index(batch.group)
+        squares = torch.zeros(n, dtype=reward.dtype, device=reward.device).index_add(0, index, centred.square())[index]
+        spread = (squares / (count - 1).clamp_min(1)).sqrt()
+        return torch.where(count > 1, centred / (spread + 1e-6), reward)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------- functions
+
+
+@dataclass(frozen=True)
+class Exp(Signal):
+    """exp of a signal."""
+
+    of: Signal
+
+    def value(self, batch: Batch) -> Tensor:
+        return self.of(batch).exp()
+
+    def __str__(self) -> str:
+        return f"exp({self.of})"
+
+
+@dataclass(frozen=True)
+class Floor(Signal):
+    """A signal, at least `at`."""
+
+    of: Signal
+    at: float
+
+    def value(self, batch: Batch) -> Tensor:
+        return self.of(batch).clamp_min(self.at)
+
+
+@dataclass(frozen=True)
+class Ceiling(Signal):
+    """A signal, at most `at`."""
+
+    of: Signal
+    at: float
+
+    def value(self, batch: Batch) -> Tensor:
+        return self.of(batch).clamp_max(self.at)
+
+
+@dataclass(frozen=True)
+class Draw(Signal):
+    """[B, T] bool: true with probability min(of, 1). Keyed by (seed, step, rollout, position) and its own formula."""
+
+    of: Signal
+
+    def value(self, batch: Batch) -> Tensor:
+        return uniform(batch, str(self)) < self.of(batch)
+
+    def __str__(self) -> str:
+        return f"Draw({self.of})"
+
+
+def uniform(batch: Batch, formula: str) -> Tensor:
+    """[B, T] uniform draws in [0, 1) for the formula that asks."""
+    if batch.uniform is not None:
+        return batch.uniform
+    return keyed_uniform(batch.seed, batch.step, formula, batch.keys, batch.shape[1], batch.dtype)
+
+
+@dataclass(frozen=True)
+class ToGo(Signal):
+    """[B, T]: the discounted sum of a signal over the trained tokens from each position to the end of its response."""
+
+    of: Signal
+    discount: float = 1.0
+
+    def value(self, batch: Batch) -> Tensor:
+        values = torch.where(batch.mask, self.of(batch), 0.0)
+        return torch.where(batch.mask, to_go(values, self.discount), 0.0)
+
+
+@dataclass(frozen=True)
+class RowMean(Signal):
+    """[B, 1]: mean of a signal over a rollout's trained tokens."""
+
+    of: Signal
+
+    def value(self, batch: Batch) -> Tensor:
+        return row_mean(self.of(batch).expand(batch.shape), batch.mask)
+
+
+@dataclass(frozen=True)
+class GroupMean(Signal):
+    """[B, 1]: mean of a signal [B, 1] over the rollouts of each prompt, such as a pass rate, GroupMean(Correct())."""
+
+    of: Signal
+
+    def value(self, batch: Batch) -> Tensor:
+        values = self.of(batch).to(batch.dtype).expand(len(batch.tokens), 1)
+        least, mean, _ = group_means(values[:, 0], batch.group)
+        return (least + mean)[:, None]
+
+
+@dataclass(frozen=True)
+class MeanOne(Signal):
+    """A signal divided by its mean over the trained tokens of the step; 0 where that mean is 0."""
+
+    of: Signal
+
+    def value(self, batch: Batch) -> Tensor:
+        values = self.of(batch).expand(batch.shape).to(batch.dtype)
+        mean = masked_mean(values, batch.mask)
+        return torch.where(mean == 0, torch.zeros_like(values), values / torch.where(mean == 0, 1.0, mean))
+
+
+@dataclass(frozen=True)
+class Quantile(Signal):
+    """[1, 1]: the quantile of a signal over the trained tokens of the step; 0 its least, 1 its greatest, linear in between."""
+
+    of: Signal
+    at: float
+
+    def value(self, batch: Batch) -> Tensor:
+        return masked_quantile(self.of(batch).expand(batch.shape), batch.mask, self.at).view(1, 1)
+
+
+@dataclass(frozen=True)
+class GroupShare(Signal):
+    """[B, 1]: softmax of `logits` [B, 1] over the rollouts of a prompt for which `among` holds, times their number (mean 1)."""
+
+    logits: Signal
+    among: Signal
+
+    def value(self, batch: Batch) -> Tensor:
+        logits = self.logits(batch).expand(len(batch.tokens), 1)[:, 0]
+        return group_softmax(logits, self.among(batch)[:, 0].bool(), batch.group)[:, None]
+
+
+@dataclass(frozen=True)
+class Progress(Signal):
+    """[1, 1]: share of the run that is done, 0 at the first step and 1 at the last."""
+
+    def value(self, batch: Batch) -> Tensor:
+        share = min(max(batch.step / max(batch.total_steps - 1, 1), 0.0), 1.0)
+        return torch.full((1, 1), share, dtype=batch.dtype, device=batch.device)
+
+
+@dataclass(frozen=True)
+class Early(Signal):
+    """[1, 1] bool: whether this step is among the first `share` of the run's steps; 1: always, 0: never."""
+
+    share: float
+
+    def value(self, batch: Batch) -> Tensor:
+        early = batch.step < self.share * batch.total_steps - 1e-9  # 0.1 * 30 is a little more than 3
+        return torch.full((1, 1), early, device=batch.device)
+
+
+def depends_on_sample(signal: Any) -> bool:
+    """Whether a signal changes with the sampled token. One that does not carries no gradient on average as a credit."""
+    if isinstance(signal, (Logp, LogRatio, Reward, Correct, Mark, Row, Advantage)):
+        return True
+    if isinstance(signal, (Gap, Entropy, Progress)):
+        return False
+    if isinstance(signal, tuple):
+        return any(map(depends_on_sample, signal))
+    inner = list(vars(signal).values()) if isinstance(signal, Signal) else []
+    parts = [x for x in inner if isinstance(x, (Signal, tuple))]
+    own = isinstance(signal, Signal) and type(signal).__module__ not in (__name__, "opdkit.objective.grammar")
+    return any(map(depends_on_sample, parts)) or (own and not parts)  # a user's own signal without parts may read anything

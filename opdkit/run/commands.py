@@ -1,0 +1,78 @@
+"""What the command line does, as functions for a notebook: evaluate and sample a model, look at a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from opdkit.base.errors import UserError
+from opdkit.eval import EvalResult, evaluate_model
+from opdkit.models.load import load_model, load_tokenizer
+from opdkit.rewards import load_reward
+from opdkit.run.prompts import as_rows, make_prompts, read_rows
+from opdkit.run.settings import Data
+from opdkit.sampling import HFSampler
+from opdkit.types import Rollout, Sampling
+
+
+def open_sampler(
+    model: Any, tokenizer: Any = None, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False
+) -> HFSampler:
+    """A sampler for a model by name, path, or as an object."""
+    import torch
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    named = tokenizer if tokenizer is not None else model
+    if not isinstance(named, str) and not hasattr(named, "decode"):
+        raise UserError("a loaded model comes without its tokenizer: pass tokenizer=")
+    return HFSampler(loaded, load_tokenizer(named, trust_remote_code=trust_remote_code))
+
+
+def eval_model(
+    model: Any,
+    data: str | Data | Sequence[Any],
+    reward: Any = "math",
+    *,
+    sampling: Sampling | None = None,
+    num_generations: int = 1,
+    ks: Sequence[int] = (1,),
+    tokenizer: Any = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    keep: str | Path | None = None,
+    name: str = "eval",
+) -> EvalResult:
+    """Avg@k and Pass@k of a model on a data set, with 95 % confidence intervals over problems."""
+    sampler = open_sampler(model, tokenizer, dtype)
+    settings = data if isinstance(data, Data) else Data(data if isinstance(data, str) else "in memory")
+    rows = read_rows(settings, None if isinstance(data, (str, Data)) else as_rows(data), seed)
+    scorer = load_reward(reward)
+    if scorer is None:
+        raise UserError(
+            "an evaluation needs a reward: math, code, exact, reasoning_gym, regex:PATTERN, judge:URL or file.py:function"
+        )
+    chosen = replace(sampling or Sampling(), num_generations=num_generations)
+    prompts = list(make_prompts(settings, rows, sampler.tokenizer))
+    return evaluate_model(
+        sampler, prompts, scorer, chosen, ks=ks, seed=seed, name=name, keep=None if keep is None else Path(keep)
+    )
+
+
+def sample_model(
+    model: Any,
+    prompts: Sequence[Any] | str | Data,
+    sampling: Sampling | None = None,
+    *,
+    tokenizer: Any = None,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> list[Rollout]:
+    """Responses of a model to texts, rows or a data set."""
+    sampler = open_sampler(model, tokenizer, dtype)
+    settings = prompts if isinstance(prompts, Data) else Data(prompts if isinstance(prompts, str) else "in memory")
+    given = None if isinstance(prompts, (str, Data)) else as_rows(prompts)
+    asked = list(make_prompts(settings, read_rows(settings, given, seed), sampler.tokenizer))
+    return sampler.sample(asked, sampling or Sampling(), seed=seed)

@@ -1,0 +1,119 @@
+"""Train a run: `distill` from Python, `execute` from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opdkit.base.errors import UserError
+from opdkit.base.files import read_lines, write_json
+from opdkit.base.interrupt import stoppable
+from opdkit.eval import EvalResult
+from opdkit.methods.method import as_method
+from opdkit.models.quantize import merged
+from opdkit.report import write_report
+from opdkit.run.build import prepare
+from opdkit.run.open import Given
+from opdkit.run.plan import use_of
+from opdkit.run.prompts import as_rows
+from opdkit.run.settings import Run, claim_folder, make_run, set_value
+from opdkit.train import checkpoint as checkpoints
+from opdkit.train.loop import train
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves."""
+
+    model: Path  # loads with plain from_pretrained; adapters are merged in
+    folder: Path
+    metrics: list[dict[str, Any]]  # one entry per step
+    evaluations: list[EvalResult]
+    report: Path
+
+
+def distill(
+    student: Any,
+    teacher: Any,
+    prompts: Any,
+    method: Any = "opd",
+    *,
+    tokenizer: Any = None,
+    teacher_tokenizer: Any = None,
+    reward: Any = None,
+    eval_prompts: Any = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    **settings: Any,
+) -> Result:
+    """Distil a teacher into a student; returns the new model's path and the metrics.
+
+    student, teacher: names, paths or loaded models (teacher also {route: model}). tokenizer, teacher_tokenizer: of loaded models; a loaded
+    teacher has the student's unless its own is given. prompts: a path, a hub name, a list of texts or of
+    rows. method: a name, `file.py:function`, a `Method` or an objective. settings: any of `Run`'s, dotted with `__` or by their last name
+    where it is unique: steps=50, learning_rate=1e-5, num_generations=4, sampling__temperature=0.8.
+
+    Called in the main thread, it turns SIGTERM and SIGHUP into an exception that is both KeyboardInterrupt and SystemExit, as long as it runs
+    and where the program has not decided on that signal: as with Ctrl-C the run is saved, and `resume=True` continues it. A handler of
+    one's own, or SIG_IGN, stays: to save the run, let the handler raise KeyboardInterrupt.
+    """
+    values: dict[str, Any] = {
+        "student": _label(student),
+        "teacher": {k: _label(v) for k, v in teacher.items()} if isinstance(teacher, Mapping) else _label(teacher),
+        "data": prompts if isinstance(prompts, str) else "in memory",
+        "method": method if isinstance(method, str) else "own",
+    }
+    if eval_prompts is not None:
+        values["evaluate"] = {"data": {"source": eval_prompts if isinstance(eval_prompts, str) else "in memory"}}
+    if isinstance(reward, str):
+        values["reward"] = reward
+    for key, value in settings.items():
+        set_value(values, key.replace("__", "."), value)
+    given = Given(
+        None if isinstance(student, str) else student,
+        None if isinstance(teacher, str) else teacher,
+        tokenizer,
+        None if isinstance(prompts, str) else as_rows(prompts),
+        None if eval_prompts is None or isinstance(eval_prompts, str) else as_rows(eval_prompts),
+        None if isinstance(method, str) else as_method(method),
+        reward if callable(reward) else None,
+        teacher_tokenizer=teacher_tokenizer,
+    )
+    return execute(make_run(values), given, resume=resume, overwrite=overwrite)
+
+
+def execute(run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False) -> Result:
+    """Train a run from its first step, or from its newest checkpoint with `resume`. SIGTERM and SIGHUP end it as Ctrl-C does."""
+    with stoppable():
+        return _execute(run, given, resume, overwrite)
+
+
+def _execute(run: Run, given: Given, resume: bool, overwrite: bool) -> Result:
+    if resume and overwrite:
+        raise UserError("resume continues the run in the output folder, overwrite replaces it: choose one of them")
+    claim_folder(run.folder, resume or overwrite)
+    job, state = prepare(run, given, resume=resume, overwrite=overwrite)
+    if given.student is None and given.teacher is None and given.method is None:
+        job.recorder.use = use_of(run)
+    with job.recorder.trackers:
+        state = train(job, state)
+    final = run.folder / "model"
+    model = merged(job.student.model) if run.lora else job.student.model
+    checkpoints.put(final, lambda partial: checkpoints.write_model(partial, model, job.tokenizer))
+    done = {
+        "method": str(run.method_spec),
+        "steps": state.step,
+        "tokens": state.tokens,
+        "best": state.best,
+        "best_step": state.best_step,
+    }
+    write_json(run.folder / "summary.json", done)
+    report = write_report(run.folder)
+    evaluations = [EvalResult.from_dict(line) for line in read_lines(run.folder / "evals.jsonl")]
+    return Result(final, run.folder, read_lines(run.folder / "metrics.jsonl"), evaluations, report)
+
+
+def _label(model: Any) -> str:
+    return model if isinstance(model, str) else str(getattr(getattr(model, "config", None), "_name_or_path", "") or "in memory")

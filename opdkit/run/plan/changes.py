@@ -1,0 +1,75 @@
+"""What would make a run that does not fit smaller: settings, each tried alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from opdkit.base.config import plain
+from opdkit.base.errors import UserError
+from opdkit.methods.method import Method
+from opdkit.run.plan.memory import Memory, Step
+from opdkit.run.settings import Run
+from opdkit.sampling.vllm import VllmSettings
+from opdkit.teachers.kinds import Local, refuse, spec_of
+from opdkit.train.settings import Lora
+
+WORTH = 0.99  # of the peak: what lowers it by less is not told
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting, and the peak with it alone."""
+
+    setting: str
+    peak: int
+    fits: bool
+
+
+def changes(run: Run, method: Method, step: Step, memory_with: Callable[[Run], Memory]) -> list[Change]:
+    """Those that lower the peak, the best first."""
+    before = memory_with(run).peak[0]
+    tried = [(setting, memory_with(other)) for setting, other in _others(run, method, step)]
+    out = [Change(setting, memory.peak[0], memory.fits) for setting, memory in tried if memory.peak[0] < WORTH * before]
+    return sorted(out, key=lambda change: change.peak)
+
+
+def _others(run: Run, method: Method, step: Step) -> Iterator[tuple[str, Run]]:
+    if run.lora is None:
+        yield "lora.r=32", replace(run, lora=Lora())
+    if run.lora is None or run.lora.quantize is None:
+        yield "lora.quantize=4bit", replace(run, lora=replace(run.lora or Lora(), quantize="4bit"))
+    if run.dtype == "float32":
+        yield "dtype=bfloat16", replace(run, dtype="bfloat16")
+    if not run.gradient_checkpointing:
+        yield "gradient_checkpointing=true", replace(run, gradient_checkpointing=True)
+    if step.micro > step.longest:
+        yield f"micro_batch_tokens={step.longest}", replace(run, micro_batch_tokens=step.longest)
+    if run.prompts_per_step > 1:
+        half = run.prompts_per_step // 2
+        yield f"prompts_per_step={half}", replace(run, prompts_per_step=half)
+    sampler = run.sampler_spec
+    if isinstance(sampler, VllmSettings) and not sampler.enable_sleep_mode:
+        asleep = plain(replace(sampler, enable_sleep_mode=True)) | {"kind": "vllm"}
+        yield "sampler.enable_sleep_mode=true", replace(run, sampler=asleep)
+    if isinstance(run.teachers, Local):
+        yield from _teachers(run, run.teachers, method)
+
+
+def _teachers(run: Run, teacher: Local, method: Method) -> Iterator[tuple[str, Run]]:
+    def other(**settings: str | bool) -> Run:
+        return replace(run, teacher=plain(replace(teacher, **settings)) | {"kind": "local"})  # type: ignore[arg-type]
+
+    if (teacher.dtype or run.teacher_dtype or run.dtype) == "float32":
+        yield "teacher_dtype=bfloat16", other(dtype="bfloat16")
+    if teacher.quantize is None:
+        yield "teacher.quantize=4bit", other(quantize="4bit")
+    if not teacher.offload and not method.teacher_mix:
+        yield "teacher.offload=true", other(offload=True)
+    server = "http://HOST:8000"
+    try:
+        refuse(method.name, spec_of(server), method.needs)
+    except UserError:
+        return  # it reads what a server cannot say
+    evaluate = None if run.evaluate is None else replace(run.evaluate, teacher=False)
+    yield f"teacher={server}, on its own device", replace(run, teacher=server, evaluate=evaluate)

@@ -1,0 +1,270 @@
+"""Bytes on the device by part and phase, as the engines allocate them: weights, optimiser, activations, caches, hidden states.
+
+Weights, gradients, optimiser and held tensors follow from the shapes. Activations are what autograd keeps of transformers' Qwen3 layers
+(norms in float32, fused attention that keeps no scores); other gated decoders keep about as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from opdkit.curricula import reads_cache
+from opdkit.methods.explain import reads_student
+from opdkit.methods.method import Method
+from opdkit.objective.facts import ColumnFact, LogpAtFact, SpanFact, TopFact, VocabularyFact
+from opdkit.objective.head import CHUNK_BYTES, CHUNK_ENTRIES, CHUNK_MOST, CHUNK_PART
+from opdkit.objective.needs import Needs
+from opdkit.run.plan.devices import GIB, Device
+from opdkit.run.plan.models import HERE, WIDTH, Held, engine_width, student_dtype
+from opdkit.run.plan.shapes import Shape
+from opdkit.run.settings import Run
+from opdkit.sampling.kv_cache import CPU_BYTES, FREE_SHARE
+from opdkit.sampling.server import ServerSettings
+from opdkit.sampling.spec import HfSettings
+from opdkit.sampling.vllm import VllmSettings
+from opdkit.train.gather import HELD
+from opdkit.train.settings import Lora
+
+PHASES = ("sample", "score", "learn")
+LONGEST_PROMPT = 1024  # tokens, where data.max_prompt_length does not say
+CONTEXT = GIB  # of a GPU: its context, kernels, and what the allocator cannot use
+USABLE = 0.95  # of a device
+
+
+@dataclass(frozen=True)
+class Step:
+    """Sizes of one step at the longest prompts and responses that the run allows."""
+
+    prompts: int
+    rollouts: int
+    prompt: int  # tokens
+    response: int
+    micro: int  # padded tokens of the largest forward pass
+
+    @property
+    def longest(self) -> int:
+        return self.prompt + self.response
+
+    @property
+    def positions(self) -> int:
+        return self.rollouts * self.response
+
+
+def step_of(run: Run, device: Device) -> Step:
+    prompt = run.prompts.max_prompt_length or LONGEST_PROMPT
+    response = run.sampling.max_completion_length
+    rollouts = run.prompts_per_step * run.sampling.num_generations
+    budget = run.micro_batch_tokens or (16384 if device.gpu else 1024)
+    micro = min(max(budget, prompt + response), rollouts * (prompt + response))
+    return Step(run.prompts_per_step, rollouts, prompt, response, micro)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes in the phases in which they are held."""
+
+    name: str
+    bytes: dict[str, int]
+
+
+@dataclass
+class Memory:
+    """What a step holds."""
+
+    device: Device
+    parts: list[Part] = field(default_factory=list)
+    rows: int = 0  # rollouts that are sampled at once
+
+    def add(self, name: str, size: float, phases: Iterable[str] = PHASES) -> None:
+        self.part(name, dict.fromkeys(phases, size))
+
+    def part(self, name: str, sizes: Mapping[str, float]) -> None:
+        if any(sizes.values()):
+            self.parts.append(Part(name, {phase: round(size) for phase, size in sizes.items()}))
+
+    def total(self, phase: str) -> int:
+        return sum(part.bytes.get(phase, 0) for part in self.parts)
+
+    def free(self, phase: str) -> int:
+        return max(0, self.device.memory - self.total(phase))
+
+    @property
+    def peak(self) -> tuple[int, str]:
+        """Bytes of the phase that takes most, and its name."""
+        return max((self.total(phase), phase) for phase in PHASES)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak[0] <= USABLE * self.device.memory
+
+
+def memory_of(run: Run, method: Method, models: Sequence[Held], step: Step, device: Device) -> Memory:
+    """All parts of a step's memory."""
+    needs, shape, out = method.needs, models[0].shaped, Memory(device)
+    if device.gpu:
+        out.add("GPU context", CONTEXT)
+    for held in models:
+        waits = held.weights - held.shaped.head * WIDTH[held.dtype] if held.offload and held.weights and device.gpu else 0
+        out.part(f"{held.role} weights, {held.numbers}", {p: held.weights - (waits if p != "score" else 0) for p in PHASES})
+        out.add(f"{held.role}'s vLLM engine", held.engine * device.memory)
+    read = scored(run, method, models)
+    _student(out, run, shape, models[0] in read)
+    out.add("facts of the tokens", sum(map(_fact_bytes, needs.facts)) * step.positions, ("score", "learn"))
+    _scoring(out, needs, read, run, step)
+    _learning(out, run, shape, step)
+    guide = next(held for held in models if held.role == "teacher") if method.teacher_mix else None
+    if not reads_cache(method.curriculum):
+        _sampling(out, run, models[0], guide, step)
+    sampled = out.rows if isinstance(run.sampler_spec, HfSettings) else 0
+    rows = {"sample": sampled, "score": step.positions, "learn": step.micro}  # positions that are projected, at most
+    out.part("one chunk of the vocabulary", {p: _chunk(out.free(p), n * shape.vocab, device) for p, n in rows.items() if n})
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------- student
+
+
+def trained(shape: Shape, lora: Lora | None) -> int:
+    """Parameters that learn."""
+    return shape.parameters if lora is None else shape.adapters(lora)
+
+
+def trained_width(run: Run) -> int:
+    """Bytes of one parameter that learns: adapters of 16-bit weights are float32."""
+    return 8 if run.dtype == "float64" else 4
+
+
+def _student(out: Memory, run: Run, shape: Shape, scores: bool) -> None:
+    size = trained(shape, run.lora) * trained_width(run)
+    if run.lora is not None:
+        out.add("adapters", size)
+    out.add("two moments of AdamW", 2 * size)
+    out.add("gradients", size, ("learn",))
+    phases = ("sample", "score", "learn") if scores else ("sample", "learn")
+    out.add(
+        "bfloat16 copies of what learns", copies(run, shape), phases if isinstance(run.sampler_spec, HfSettings) else phases[1:]
+    )
+
+
+def copies(run: Run, shape: Shape) -> int:
+    """Bytes of the copies that autocast keeps of weights that learn until a pass is over, the head's apart."""
+    if run.dtype != "bfloat16":
+        return 0
+    return 2 * (shape.active if run.lora is None else shape.adapters(run.lora))
+
+
+def activations(run: Run, shape: Shape, tokens: int) -> int:
+    """Bytes that autograd keeps for one forward pass of the student, the head apart."""
+    layer, between = tokens * layer_bytes(run, shape), tokens * shape.hidden * hidden_width(run)
+    layers = layer * shape.layers
+    if run.gradient_checkpointing:  # the inputs of all layers, and one layer at a time computed again
+        layers = between * shape.layers + layer
+    return layers + 3 * between  # the last norm, and its result
+
+
+def hidden_width(run: Run) -> int:
+    """Bytes of a number between the student's layers."""
+    return WIDTH[student_dtype(run)]
+
+
+def layer_bytes(run: Run, shape: Shape) -> int:
+    """Bytes per token that one layer keeps. q, k, i: widths of queries, of keys, of the feed-forward layer."""
+    h, q, k, i = shape.hidden, shape.queries, shape.keys, shape.intermediate
+    norm = int(shape.qk_norm)
+    statistics = 4 * (2 + shape.heads + norm * (shape.heads + shape.kv_heads))
+    wide = WIDTH[run.dtype]  # where nothing is cast
+    if run.lora is None:
+        if run.dtype == "bfloat16":  # each product keeps a bfloat16 copy of its input
+            return 26 * h + (4 + 6 * norm) * q + (4 + 6 * norm) * k + 8 * i + statistics
+        return wide * (6 * h + (2 + 2 * norm) * q + (2 + 2 * norm) * k + 4 * i) + statistics
+    r, adapted = run.lora.r, shape.adapted(run.lora)
+    each = len(adapted) / shape.layers
+    inputs = sum(x.inputs for x in adapted) / shape.layers
+    if run.dtype == "bfloat16":  # frozen weights keep no input, adapters a bfloat16 copy each
+        return round(8 * h + (4 + 4 * norm) * q + (4 + 4 * norm) * k + 6 * i + 2 * (inputs + r * each)) + statistics
+    names = {x.name.rpartition(".")[2] for x in adapted}
+    shared = (
+        h * bool(names & {"q_proj", "k_proj", "v_proj"}) + h * bool(names & {"gate_proj", "up_proj"}) + i * ("down_proj" in names)
+    )
+    return round(wide * (2 * h + (2 + norm) * q + (2 + norm) * k + 3 * i + shared + r * each)) + statistics
+
+
+def _learning(out: Memory, run: Run, shape: Shape, step: Step) -> None:
+    how = "recomputed layer by layer" if run.gradient_checkpointing else "no checkpointing"
+    out.add(f"activations of {step.micro:,} tokens, {how}", activations(run, shape, step.micro), ("learn",))
+    states = 3 * step.micro * shape.hidden * hidden_width(run)  # at the positions, their gradient, and that of all tokens
+    head = 0 if run.lora else 2 * shape.head * trained_width(run)  # its gradient, and the embedding's, before they are added up
+    cast = 2 * shape.head if run.dtype == "bfloat16" and run.lora is None else 0
+    out.add("hidden states and head of a micro-batch", states + head + cast, ("learn",))
+
+
+# ----------------------------------------------------------------------------------------------------------------- scoring
+
+
+def scored(run: Run, method: Method, models: Sequence[Held]) -> list[Held]:
+    """The models in this process that make a forward pass over all rollouts before the step."""
+    needs = method.needs
+    again = run.recomputes_student or run.correct_sampling or reads_cache(method.curriculum)  # nothing noted can be used
+    student = models[:1] if reads_student(needs) or (again and needs.of("student")) else []
+    return [*student, *(held for held in models[1:] if held.where == HERE and held.kind in needs.models)]
+
+
+def _fact_bytes(fact: object) -> int:
+    """Bytes per token of a fact that is kept."""
+    if isinstance(fact, (ColumnFact, VocabularyFact)):
+        return 0
+    return 8 * fact.k if isinstance(fact, TopFact) else 4 * fact.k if isinstance(fact, LogpAtFact) else 4
+
+
+def _scoring(out: Memory, needs: Needs, read: Sequence[Held], run: Run, step: Step) -> None:
+    """Hidden states of every model, a portion at a time where only numbers are read; those of one twice while they are put together."""
+    whole = any(isinstance(fact, (VocabularyFact, SpanFact)) for fact in needs.facts)
+    at_once = step.positions if whole else min(step.positions, HELD)
+    states = [(held.kind, held.share * at_once * held.shaped.hidden * WIDTH[held.dtype]) for held in read]
+    kept = sum(size for kind, size in states if VocabularyFact(kind) in needs.facts)
+    out.add("hidden states that the loss reads", kept, ("score", "learn"))
+    out.add("hidden states of scored tokens", sum(size for _, size in states) - kept, ("score",))
+    out.add("hidden states being put together", max((size for _, size in states), default=0), ("score",))
+    out.add("a pass without gradient", step.micro * max((_pass_bytes(held, run) for held in read), default=0), ("score",))
+
+
+def _pass_bytes(held: Held, run: Run) -> int:
+    """Bytes per token of the tensors of one layer that are alive at once, no gradient."""
+    outer, inner = WIDTH[held.dtype], min(WIDTH[held.dtype], WIDTH[run.dtype])
+    return 2 * held.shaped.hidden * outer + (held.shaped.hidden + 3 * held.shaped.intermediate) * inner
+
+
+# ---------------------------------------------------------------------------------------------------------------- sampling
+
+
+def cache_bytes(held: Held, run: Run) -> int:
+    """Bytes of one cached token: float32 weights keep float32 keys (after their norm and rotation), values in the products' type."""
+    return held.shaped.layers * held.shaped.keys * (WIDTH[held.dtype] + min(WIDTH[held.dtype], WIDTH[run.dtype]))
+
+
+def _sampling(out: Memory, run: Run, student: Held, guide: Held | None, step: Step) -> None:
+    """The sampler: an engine of its own, or the student's key-value cache, with as many rollouts at once as half of the free memory holds."""
+    spec, shape = run.sampler_spec, student.shaped
+    if isinstance(spec, ServerSettings):
+        return
+    if isinstance(spec, VllmSettings):
+        width = engine_width(run, spec, student)
+        weights = shape.parameters * width
+        whole = spec.gpu_memory_utilization * out.device.memory
+        size = whole if spec.kv_cache_memory_bytes is None else weights + spec.kv_cache_memory_bytes
+        out.add("sampler's vLLM engine", max(size, weights), ("sample",) if spec.enable_sleep_mode else PHASES)
+        fitting = int(max(0, size - weights)) // (2 * shape.layers * shape.keys * width * step.longest)
+        out.rows = max(1, min(step.rollouts, spec.max_num_seqs, fitting))
+        return
+    planned = 2 * shape.layers * shape.keys * WIDTH[student.dtype]  # as the sampler counts
+    room = FREE_SHARE * out.free("sample") if out.device.gpu else CPU_BYTES
+    fitting = (spec.max_batch_tokens or int(room / planned)) // step.longest
+    out.rows = max(1, min(step.rollouts, fitting))
+    size = out.rows * step.longest * sum(cache_bytes(held, run) for held in (student, guide) if held is not None)
+    out.add(f"key-value cache of {out.rows} rollouts at once", size, ("sample",))
+
+
+def _chunk(free: int, entries: int, device: Device) -> int:
+    most = min(max(free // CHUNK_BYTES // CHUNK_PART, CHUNK_ENTRIES), CHUNK_MOST) if device.gpu else CHUNK_ENTRIES
+    return min(most, entries) * CHUNK_BYTES

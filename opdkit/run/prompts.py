@@ -1,0 +1,62 @@
+"""A run's questions: rows that are read, rows as prompts, and rollouts that a cache holds already."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from opdkit.base.errors import UserError
+from opdkit.curricula import Cached, reads_cache, together
+from opdkit.data import Prompts, load_rows
+from opdkit.data.cache import Cache, CachedPrompts, is_cache, open_cache
+from opdkit.methods.method import Method
+from opdkit.run.settings import Data, Run
+from opdkit.teachers.kinds import Cached as CachedSpec
+from opdkit.types import Row
+
+
+def from_cache(method: Method, run: Run) -> Method:
+    """The method, with its rollouts taken from a cache where the run says so."""
+    if run.rollouts == "student":
+        return method
+    names = method.name or "own", "rollouts=cache"
+    return replace(method, curriculum=together.join(method.curriculum, Cached(), names))
+
+
+def stored_rollouts(run: Run, method: Method) -> Cache | None:
+    """The cache that a method's rollouts are read from: the teacher's, or with a live teacher the data's."""
+    if not reads_cache(method.curriculum):
+        return None
+    source = run.teachers.folder if isinstance(run.teachers, CachedSpec) else run.prompts.source
+    if not isinstance(run.teachers, CachedSpec) and not is_cache(source):
+        raise UserError(
+            f"method {method.name or 'own'!r} takes its rollouts from a folder that `opdkit cache-teacher` wrote, and the data {source} are "
+            "none: write one, then set teacher=cached:FOLDER and leave data out (or data=FOLDER, with a live teacher)"
+        )
+    return open_cache(source)
+
+
+def read_rows(data: Data, rows: Sequence[Row] | None, seed: int) -> list[Row]:
+    if rows is None and is_cache(data.source):
+        return open_cache(data.source).rows[: data.limit]
+    return load_rows(
+        data.source if rows is None else rows, split=data.split, limit=data.limit, seed=seed, columns=data.columns or None
+    )
+
+
+def make_prompts(data: Data, rows: list[Row], tokenizer: Any) -> Prompts:
+    written: dict[str, Any] = {name: getattr(data, name) for name in ("template", "system", "chat", "enable_thinking")}
+    if is_cache(data.source):
+        prompts: Prompts = CachedPrompts(open_cache(data.source), rows, tokenizer, data.max_prompt_length, **written)
+    else:
+        prompts = Prompts(rows, tokenizer, max_prompt_length=data.max_prompt_length, **written)
+    if prompts.dropped:
+        print(f"opdkit: {prompts.report()}", file=sys.stderr)
+    return prompts
+
+
+def as_rows(prompts: Sequence[Any]) -> list[Row]:
+    """Texts or rows as rows."""
+    return [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]

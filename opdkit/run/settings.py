@@ -1,0 +1,245 @@
+"""What a person chooses: method, models, data, engines and optimiser, as one frozen value that YAML can hold."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from opdkit.base.config import build, override, parse_overrides, plain, read_yaml, to_yaml
+from opdkit.base.errors import UserError
+from opdkit.methods.method import Method, load
+from opdkit.sampling.spec import KINDS as SAMPLERS
+from opdkit.sampling.spec import HfSettings, sampler_of
+from opdkit.sampling.spec import Spec as SamplerSpec
+from opdkit.teachers.kinds import KINDS as TEACHERS
+from opdkit.teachers.kinds import Cached, Routes, Spec, spec_of, teacher_of
+from opdkit.train.settings import Checkpoint, Lora, Optim
+from opdkit.types import Sampling
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prompts: a JSONL, JSON or Parquet file, a saved data set, a hub name, or reasoning_gym:TASK."""
+
+    source: str
+    split: str | None = None
+    limit: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)  # canonical name -> the data's own, such as {prompt: problem}
+    template: str | None = None  # "{prompt}" and any column, for example "{prompt}\nAnswer in \\boxed{{}}."
+    system: str | None = None
+    chat: bool | None = None  # null: use the tokenizer's chat template where it has one
+    enable_thinking: bool | None = None
+    max_prompt_length: int | None = None  # longer prompts are reported and dropped, never cut
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Held-out problems, sampled during training and at its ends."""
+
+    data: str | Data
+    every: int = 0  # steps; 0: only before and after
+    sampling: Sampling | None = None  # null: the run's, with num_generations
+    num_generations: int = 1
+    ks: tuple[int, ...] = (1,)  # Pass@k
+    teacher: bool = False  # evaluate the teacher too, once
+
+    @property
+    def prompts(self) -> Data:
+        return Data(self.data) if isinstance(self.data, str) else self.data
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method with arguments, times the weights of others: name: tropd, arguments: {k: 32}, times: [iw_opd, {name: paced, a: 2}]."""
+
+    name: str  # a name, file.py:function, or an expression such as "tropd(k=32) * iw_opd"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    times: tuple[str | MethodSpec, ...] = ()
+
+    def load(self) -> Method:
+        """The method itself."""
+        made = load(self.name, **self.arguments)
+        for other in self.times:
+            made = made * (load(other) if isinstance(other, str) else other.load())
+        return made
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{k}={v!r}" for k, v in self.arguments.items())
+        return " * ".join([f"{self.name}({given})" if given else self.name, *map(str, self.times)])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    `teacher` is a model, a server (`server:URL`), a vLLM engine (`vllm:MODEL`), a cache (`cached:FOLDER`), or a group with `kind` and
+    that kind's settings (see `teachers.kinds`); or several of these by route: each row is scored by the one its data column names.
+    """
+
+    full_names: ClassVar[tuple[str, ...]] = ("evaluate",)  # its settings repeat others' names, so they are given in full
+    student: str
+    teacher: str | dict[str, Any]
+    data: str | Data
+    method: str | MethodSpec = "opd"
+    output: str = "runs/run"
+    reward: str | None = None
+    reference: str | None = None  # null: the student's initial weights
+    models: dict[str, str] = field(default_factory=dict)  # further models that the method names
+    steps: int = 100
+    max_tokens: int | None = (
+        None  # end at the first step by which the student has written so many, if `steps` do not end it first
+    )
+    prompts_per_step: int = 32
+    rollouts: str = (
+        "student"  # who writes them: student, anew at each step; or cache, all read from a folder of `opdkit cache-teacher`
+    )
+    dynamic_sampling: bool = False  # DAPO: replace prompts whose responses are all right or all wrong
+    overlong_margin: int | None = None  # DAPO: tokens before max_completion_length over which the reward falls by 1
+    sampler: str | dict[str, Any] = (
+        "hf"  # who writes: hf (in this process), vllm, server:URL, or a group with `kind` and settings
+    )
+    sampling: Sampling = field(default_factory=Sampling)
+    optim: Optim = field(default_factory=Optim)
+    lora: Lora | None = None
+    evaluate: Evaluate | None = None
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    dtype: str = "float32"  # of the student's matrix products: float32, or bfloat16 with float32 weights
+    teacher_dtype: str | None = None  # null: as the student
+    device: str = "auto"
+    gradient_checkpointing: bool = False
+    micro_batch_tokens: int | None = (
+        None  # padded tokens of one forward pass; changes memory and speed, never the gradient (null: by device)
+    )
+    recompute_student: bool | None = (
+        None  # score rollouts with the trainer, whatever the sampler said (null: where another engine sampled)
+    )
+    correct_sampling: bool = False  # take ratios to the distribution tokens were drawn from (temperature, top_p ...)
+    trackers: tuple[str, ...] = ()
+    keep_samples: int = 8  # rollouts written per recorded step
+    sample_every: int = 10  # steps between recorded rollouts
+    term_gradients_every: int = 0  # steps between measurements of each term's gradient in the logits; 0: never
+    trust_remote_code: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1, or null for no limit")
+        if self.dtype not in ("float32", "bfloat16", "float64"):
+            raise ValueError(f"dtype={self.dtype!r} must be float32, bfloat16 or float64")
+        if self.steps < 1 or self.prompts_per_step < 1 or (self.micro_batch_tokens or 1) < 1:
+            raise ValueError("steps, prompts_per_step and micro_batch_tokens must be at least 1")
+        if self.rollouts not in ("student", "cache"):
+            raise ValueError(f"rollouts={self.rollouts!r} must be student or cache")
+        teacher_of(self.teacher)  # a wrong setting is an error here, before anything else is done
+        sampler_of(self.sampler)
+
+    @property
+    def prompts(self) -> Data:
+        return Data(self.data) if isinstance(self.data, str) else self.data
+
+    @property
+    def teachers(self) -> Spec | Routes:
+        return teacher_of(self.teacher)
+
+    @property
+    def sampler_spec(self) -> SamplerSpec:
+        return sampler_of(self.sampler)
+
+    @property
+    def recomputes_student(self) -> bool:
+        """Whether the trainer scores the rollouts: another engine's log-probs are those of other arithmetic."""
+        return not isinstance(self.sampler_spec, HfSettings) if self.recompute_student is None else self.recompute_student
+
+    @property
+    def method_spec(self) -> MethodSpec:
+        return MethodSpec(self.method) if isinstance(self.method, str) else self.method
+
+    @property
+    def learning_rate(self) -> float:
+        given = self.optim.learning_rate
+        return given if given is not None else (1e-4 if self.lora else 1e-6)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+    def yaml(self) -> str:
+        return to_yaml(self)
+
+
+ENGINES: dict[str, tuple[Callable[[Any], Any], dict[str, type[Any]]]] = {
+    "teacher": (spec_of, TEACHERS),
+    "sampler": (sampler_of, SAMPLERS),
+}
+
+
+def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
+    """A run from nested values and `key=value` texts (dotted, or a last name that is unique)."""
+    nested = copy.deepcopy(dict(values))
+    for key, value in parse_overrides(overrides):
+        set_value(nested, key, value)
+    if isinstance(nested.get("method"), dict):
+        nested["method"] = _method(nested["method"])
+    if "teacher" in nested and isinstance(teacher := teacher_of(nested["teacher"]), Cached):
+        data = nested.setdefault("data", teacher.folder)  # the prompts that it has scored
+        if isinstance(data, dict):
+            data.setdefault("source", teacher.folder)
+    return build(Run, nested)
+
+
+def _method(given: Mapping[str, Any]) -> dict[str, Any]:
+    """{name: tropd, k: 64} as {name: tropd, arguments: {k: 64}}: what is not a field is an argument of the method."""
+    known = [f.name for f in fields(MethodSpec)]
+    arguments = {**(given.get("arguments") or {}), **{k: v for k, v in given.items() if k not in known}}
+    times = given.get("times") or []
+    times = [_method(t) if isinstance(t, Mapping) else t for t in (times if isinstance(times, (list, tuple)) else [times])]
+    return {"name": given.get("name", "opd"), "arguments": arguments, "times": times}
+
+
+def set_value(nested: dict[str, Any], key: str, value: Any) -> None:
+    """One override, in place; `method.k=64` sets the method's argument k."""
+    group, _, name = key.partition(".")
+    if group == "method" and name and name != "name":
+        method = nested.get("method", "opd")
+        nested["method"] = method if isinstance(method, dict) else {"name": method}
+        nested["method"][name.removeprefix("arguments.")] = value
+    elif key == "data" and isinstance(nested.get("data"), dict):
+        nested["data"]["source"] = value  # another set, read the same way
+    elif name and isinstance(engine := nested.get(group, "hf" if group == "sampler" else None), str) and group in ENGINES:
+        parse, kinds = ENGINES[group]
+        spec = parse(engine)  # teacher.quantize=4bit after teacher=MODEL is a setting of its kind, teacher.math=MODEL a route
+        kind = next(kind for kind, cls in kinds.items() if isinstance(spec, cls))
+        settings = [f.name for f in fields(spec)]
+        if name == "kind":  # of another kind, settings do not carry over, but a model's name
+            nested[group] = {"kind": value} | ({"model": spec.model} if "model" in settings and group == "teacher" else {})
+        elif group == "teacher" and name not in settings:
+            nested[group] = {"default": engine, name: value}
+        else:
+            nested[group] = {"kind": kind, **plain(spec), name: value}
+    else:
+        override(nested, Run, key, value)
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """A run from its YAML file."""
+    return make_run(read_yaml(path), overrides)
+
+
+def claim_folder(folder: Path, resume: bool) -> None:
+    """The run folder, made and checked for writing before any model is loaded."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"the output folder {folder} cannot be written ({error.strerror}): choose another with output=DIR"
+        ) from None
+    if not resume and (folder / "run.yaml").exists():
+        raise UserError(
+            f"{folder} already holds a run: continue it with --resume, replace it with --overwrite, or choose another output=DIR"
+        )

@@ -1,0 +1,1 @@
+"""Several runs together: comparisons, and the page that shows them."""

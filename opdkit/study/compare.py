@@ -1,0 +1,371 @@
+"""Methods side by side: the same prompts, seeds and budget in student tokens, in a folder that an interrupted comparison continues."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from opdkit import recipes
+from opdkit.base.address import is_address
+from opdkit.base.config import plain, read_yaml, to_yaml
+from opdkit.base.errors import UserError
+from opdkit.base.files import read_lines
+from opdkit.base.progress import duration
+from opdkit.methods import expression
+from opdkit.methods.method import Method, as_method, spelled
+from opdkit.report.results import span
+from opdkit.rewards import load_reward
+from opdkit.run.launch import execute
+from opdkit.run.open import Given
+from opdkit.run.refuse import refuse
+from opdkit.run.settings import MethodSpec, Run, claim_folder, make_run, set_value
+from opdkit.study.page import interval, per_seed, points, write_page
+from opdkit.study.standings import PLAN, TOKENS, Standing, finished, read_comparison, standings, write_parquet
+from opdkit.train.checkpoint import checkpoints
+
+CAP = 2  # times the first method's steps: the most that a method whose student writes less per step may take
+COLON = re.compile(r"(?P<name>.+?\.py:\w+|[^:()]+):(?P<arguments>\w+=.*)")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method of the comparison, under the name it is compared by."""
+
+    label: str  # as `method.load` reads it
+    method: Method
+    folder: str
+
+
+def contender(method: str | MethodSpec | Method) -> Contender:
+    """A method by name, `name:key=value,key=value`, `file.py:function` or an expression such as "tropd(k=32) * iw_opd"."""
+    if isinstance(method, str):
+        short = COLON.fullmatch(method)
+        text = f"{short['name']}({short['arguments']})" if short else method
+        made = as_method(text)
+    else:
+        made = method if isinstance(method, Method) else method.load()
+        text = ""
+    label = spelled(made)
+    if label == "own" and not text:
+        raise UserError(
+            "a method made of objects cannot be compared, because its runs could not be continued from their folders: write a function that "
+            "returns it and name that, file.py:function"
+        )
+    known = text if label == "own" else label
+    return Contender(known, made, _folder(known))
+
+
+def _folder(label: str) -> str:
+    """A folder's name that stands for a method, its arguments and, of one's own, the code as it is now."""
+    addresses = [label] if is_address(label) else expression.ADDRESS.findall(label)
+    short = label
+    for address in addresses:
+        short = short.replace(address, Path(address).name)
+    slug = re.sub(r"[^\w.=-]+", "-", short).strip("-")[:60]
+    if slug == label:
+        return slug
+    code = [Path(address.rpartition(":")[0]).expanduser().read_bytes() for address in addresses]
+    return f"{slug}-{hashlib.sha256(b''.join([label.encode(), *code])).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run: a base whose method, seed and budget vary."""
+
+    folder: Path
+    recipe: str
+    base: Run
+    contenders: tuple[Contender, ...]
+    seeds: tuple[int, ...]
+    leader: Contender  # whose runs have the recipe's steps; the others stop at the tokens it sampled
+
+    def place(self, who: Contender, seed: int) -> Path:
+        return self.folder / "runs" / who.folder / f"seed-{seed}"
+
+    def order(self) -> list[tuple[Contender, int]]:
+        """Seed by seed, the leader first: an interrupted comparison has whole seeds to show."""
+        others = [c for c in self.contenders if c is not self.leader]
+        return [(c, seed) for seed in self.seeds for c in (self.leader, *others)]
+
+    def run(self, who: Contender, seed: int) -> Run:
+        """One run, as it would be with `opdkit train`."""
+        base, settings = self.base, self.base.evaluate
+        if settings is not None and not (who is self.leader and seed == self.seeds[0]):
+            settings = replace(settings, teacher=False)  # it is the same teacher
+        run = replace(base, method=MethodSpec(who.label), seed=seed, output=str(self.place(who, seed)), evaluate=settings)
+        if base.max_tokens is None and who is not self.leader:
+            budget = self.budget(seed)
+            return replace(run, steps=CAP * base.steps, max_tokens=budget)
+        return run
+
+    def budget(self, seed: int) -> int:
+        """Tokens that the leader's student wrote with a seed."""
+        found = read_lines(self.place(self.leader, seed) / "metrics.jsonl")[-1][TOKENS]
+        if not found:
+            raise UserError(
+                f"the student wrote nothing with {self.leader.label}, so that it sets no budget for the others: in a new folder, name a "
+                "method first whose student writes, or set max_tokens=N for all"
+            )
+        return found
+
+    def write(self, failed: Mapping[tuple[str, int], str]) -> None:
+        """comparison.yaml: what the page shows of it, and what a later call must agree with."""
+        if self.base.max_tokens is None:
+            budget = f"per seed, the tokens that {self.leader.label} samples in {self.base.steps} steps"
+        else:
+            budget = f"{self.base.max_tokens:,} student tokens per run, at most {self.base.steps} steps"
+        values = {
+            "recipe": self.recipe,
+            "budget": budget,
+            "leader": self.leader.label,
+            "seeds": list(self.seeds),
+            "methods": [
+                {
+                    "label": c.label,
+                    "folder": c.folder,
+                    "summary": c.method.summary,
+                    "formula": str(c.method),
+                    "failed": {seed: failed[c.label, seed] for seed in self.seeds if (c.label, seed) in failed},
+                }
+                for c in self.contenders
+            ],
+            "run": shared(self.base),
+        }
+        partial = self.folder / f"{PLAN}.tmp"
+        partial.write_text(to_yaml(values), encoding="utf-8")
+        os.replace(partial, self.folder / PLAN)
+
+
+def shared(base: Run) -> dict[str, Any]:
+    """The settings that all runs have in common."""
+    return {name: value for name, value in plain(base).items() if name not in ("method", "output", "seed")}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison leaves."""
+
+    folder: Path
+    page: Path
+    parquet: Path
+    standings: list[Standing]
+    failed: dict[tuple[str, int], str]  # (method, seed): what went wrong
+
+    def __str__(self) -> str:
+        return text_table(self.standings)
+
+
+def compare(
+    methods: Sequence[str | MethodSpec | Method],
+    recipe: str | Run | Mapping[str, Any],
+    seeds: int | Sequence[int] = 3,
+    out: str | Path = "runs/comparison",
+    **settings: Any,
+) -> Comparison:
+    """Run methods under the same prompts, seeds and budget, and write comparison.html and comparison.parquet into `out`.
+
+    recipe: a recipe's name, file.py:function, a run's YAML file, a `Run` or its nested values; its own method is not used. seeds: how
+    many, counted from the recipe's seed, or which. settings: as of `distill`, for all runs. A comparison in `out` is continued: runs
+    that have ended are kept, the others resume from their checkpoints.
+    """
+    plan = _plan(methods, recipe, seeds, Path(out), settings)
+    if isinstance(recipe, str):
+        recipes.make(recipe, plan.folder / "recipe")
+    failed: dict[tuple[str, int], str] = {}
+    plan.write(failed)
+    todo = [(c, seed) for c, seed in plan.order() if not finished(plan.place(c, seed))]
+    screen = _Screen(len(plan.order()), len(plan.order()) - len(todo))
+    for who, seed in todo:
+        run = plan.run(who, seed)
+        screen.begin(who.label, run)
+        try:
+            execute(run, Given(show=screen.step), resume=True)
+        except UserError as error:
+            if who is plan.leader and plan.base.max_tokens is None:
+                raise UserError(
+                    f"{who.label} with seed {seed}, from which the others take their budget, failed: {error}"
+                ) from error
+            failed[who.label, seed] = str(error)
+            print(f"opdkit: {who.label} with seed {seed} failed, the others go on: {error}", file=sys.stderr)
+        for path in checkpoints(run.folder) if finished(run.folder) else ():
+            shutil.rmtree(path)  # the model stays; optimisers of many runs would fill a disk
+        screen.end()
+        plan.write(failed)
+        write_page(read_comparison(plan.folder))
+    entries = read_comparison(plan.folder)
+    return Comparison(plan.folder, write_page(entries), write_parquet(entries), standings(entries.entrants), failed)
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
+
+
+def _plan(
+    methods: Sequence[str | MethodSpec | Method],
+    recipe: str | Run | Mapping[str, Any],
+    seeds: int | Sequence[int],
+    folder: Path,
+    settings: Mapping[str, Any],
+) -> Plan:
+    """Everything that can be refused is refused here, before anything is made or run."""
+    contenders = tuple(map(contender, methods))
+    labels = [c.label for c in contenders]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice:
+        raise UserError(f"{twice} is named twice with the same arguments: name each method once")
+    if len(contenders) < 2:
+        raise UserError("a comparison needs two methods or more; a single one is run with `opdkit train`")
+    base = _base(recipe, folder, settings)
+    chosen = tuple(range(base.seed, base.seed + seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise UserError(f"seeds={seeds!r} must be one or more, and each once")
+    if base.evaluate is None:
+        raise UserError(
+            "a comparison is decided on held-out problems, and this run evaluates on none: set evaluate.data=FILE (and reward=...)"
+        )
+    reward = load_reward(base.reward)
+    for c in contenders:
+        refuse(base, c.method, reward)
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise UserError("a comparison is kept as Parquet, which needs pyarrow: pip install 'opdkit[data]'") from None
+    leader = _continued(folder, base, contenders)
+    claim_folder(folder, resume=True)
+    named = recipe if isinstance(recipe, str) else "given in Python"
+    return Plan(folder, named, base, contenders, chosen, leader)
+
+
+def _base(recipe: str | Run | Mapping[str, Any], folder: Path, settings: Mapping[str, Any]) -> Run:
+    if isinstance(recipe, Run):
+        values = plain(recipe)
+    elif isinstance(recipe, str):
+        values = read_yaml(recipe) if recipe.endswith((".yaml", ".yml")) else recipes.recipe(recipe, folder / "recipe")
+    else:
+        values = dict(recipe)
+    values = {**values, "method": "opd", "output": str(folder)}
+    for name, value in settings.items():
+        key = name.replace("__", ".")
+        if key.partition(".")[0] == "method":
+            raise UserError(
+                f"{key} would change every method alike: write a method's arguments behind its name, as in tropd:k=32"
+            )
+        if key == "output":
+            raise UserError("the runs of a comparison are put into its own folder: choose that with --out")
+        set_value(values, key, value)
+    return make_run(values)
+
+
+def _continued(folder: Path, base: Run, contenders: Sequence[Contender]) -> Contender:
+    """The method that sets the budget. A comparison that is there already must be of the same settings."""
+    if not (folder / PLAN).exists():
+        if (folder / "run.yaml").exists():
+            raise UserError(f"{folder} holds a run, not a comparison: choose another folder with --out")
+        return contenders[0]
+    former = read_yaml(folder / PLAN)
+    before, now = _flat(former["run"]), _flat(shared(base))
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        told = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed[:3])
+        raise UserError(
+            f"{folder} holds a comparison with other settings ({told}), and runs with different ones cannot be compared: choose another folder "
+            "with --out, or give the same settings to continue it"
+        )
+    leader = next((c for c in contenders if c.label == former["leader"]), None)
+    if leader is None:
+        raise UserError(
+            f"the budget of the comparison in {folder} is what {former['leader']} samples: name it among the methods (its finished runs are "
+            "kept), or choose another folder with --out"
+        )
+    return leader
+
+
+def _flat(values: Any, at: str = "") -> dict[str, Any]:
+    """Dotted keys of nested mappings."""
+    if not isinstance(values, dict):
+        return {at: values}
+    return {k: v for key, value in values.items() for k, v in _flat(value, f"{at}.{key}" if at else str(key)).items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- screen
+
+
+@dataclass
+class _Screen:
+    """Which run of how many, a line now and then within it, and the time left, from the runs of this session."""
+
+    total: int
+    done: int
+    every: float = 10.0  # seconds between lines
+    clock: Callable[[], float] = time.monotonic
+    spent: float = 0.0  # seconds of this session's finished runs
+    ran: float = 0.0  # how many runs' work those were: a resumed run is less than one
+    name: str = ""
+    run: Run | None = None
+    began: float = 0.0
+    last: float = 0.0
+    first: float | None = None  # share of the run that was done when it was resumed
+    share: float = 0.0
+
+    def begin(self, label: str, run: Run) -> None:
+        self.name, self.run = f"{label}, seed {run.seed}", run
+        self.began = self.last = self.clock()
+        self.first, self.share = None, 0.0
+        left = f"; {self.left(0)}" if self.ran else ""
+        print(f"opdkit: run {self.done + 1} of {self.total}: {self.name}{left}", file=sys.stderr)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Is told of every step of a run."""
+        assert self.run is not None
+        share = step / self.run.steps
+        if self.run.max_tokens is not None:
+            share = min(max(share, metrics[TOKENS] / self.run.max_tokens), 1.0)
+        if self.first is None:
+            self.first = share * (step - 1) / step
+        self.share = share
+        now = self.clock()
+        if now - self.last < self.every:
+            return
+        self.last = now
+        words = [f"run {self.done + 1} of {self.total}: {self.name}, step {step}, {share:.0%}"]
+        words += [
+            f"{label} {metrics[key]:.3g}"
+            for label, key in (("KL", "teacher_kl/sampled"), ("reward", "reward/mean"))
+            if key in metrics
+        ]
+        if self.ran:
+            words.append(self.left(share))
+        print("  ".join(words), file=sys.stderr)
+
+    def left(self, share: float) -> str:
+        return f"about {duration(self.spent / self.ran * (self.total - self.done - share))} left"
+
+    def end(self) -> None:
+        """After every run, also one that failed."""
+        announce = self.ran == 0
+        self.spent += self.clock() - self.began
+        self.ran += max(self.share - (self.first or 0.0), 0.05)
+        self.done += 1
+        if announce and self.done < self.total:
+            each = duration(self.spent / self.ran)
+            print(f"opdkit: a run takes about {each}: {self.left(0)} for the {self.total - self.done} others", file=sys.stderr)
+
+
+def text_table(ranked: Sequence[Standing]) -> str:
+    """The standings for a terminal."""
+    first = ranked[0].label if ranked else ""
+    rows = [["method", "accuracy", "95%", f"points to {first}", "95%", "by seed", "KL", "steps", "tokens"]]
+    for s in ranked:
+        d = s.difference
+        change = [points(d.value), interval(d), per_seed(s)] if d else ["", "", ""]
+        kl = "" if s.kl is None else f"{s.kl:.4f}"
+        rows.append([s.label, f"{s.accuracy.value:.1%}", span(s.accuracy), *change, kl, f"{s.steps:.0f}", f"{s.tokens:,.0f}"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -1,0 +1,1 @@
+"""What a teacher reads, where that is not what the student wrote, token by token."""

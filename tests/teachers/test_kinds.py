@@ -1,0 +1,84 @@
+"""What a run may say of its teacher, and which facts each kind of teacher is refused for before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+
+from opdkit import UserError, load
+from opdkit.run.settings import make_run
+from opdkit.sampling.spec import HfSettings
+from opdkit.sampling.vllm import VllmSettings
+from opdkit.teachers.kinds import Cached, Local, Mixture, Routes, Server, Vllm, refuse, spec_of, teacher_of
+
+
+def test_text_names_a_kind() -> None:
+    assert spec_of("Qwen/Qwen3-8B") == Local("Qwen/Qwen3-8B")
+    assert spec_of("/data/models/vllm") == Local("/data/models/vllm")
+    assert spec_of("vllm:Qwen/Qwen3-8B") == Vllm(model="Qwen/Qwen3-8B")
+    assert spec_of("cached:runs/cache") == Cached("runs/cache")
+    assert spec_of("server:http://a:1,http://b:2") == Server(("http://a:1", "http://b:2"))
+    assert spec_of("http://127.0.0.1:8000/v1") == Server(("http://127.0.0.1:8000/v1",))
+
+
+def test_a_group_names_a_kind_and_its_settings() -> None:
+    assert spec_of({"kind": "server", "urls": ["http://a:1"], "retries": 2}) == Server(("http://a:1",), retries=2)
+    assert spec_of({"kind": "mixture", "of": {"a": "x", "b": "y"}}) == Mixture({"a": "x", "b": "y"})
+    routes = teacher_of({"math": "x", "code": {"kind": "vllm", "model": "y"}})
+    assert routes == Routes({"math": Local("x"), "code": Vllm(model="y")})
+
+
+def test_a_setting_of_a_teacher_given_as_text() -> None:
+    base = {"student": "s", "teacher": "m", "data": "d"}
+    assert make_run(base, ["teacher.quantize=4bit"]).teachers == Local("m", quantize="4bit")
+    assert make_run(base, ["teacher=server:http://a:1", "teacher.retries=2"]).teachers == Server(("http://a:1",), retries=2)
+    assert make_run(base, ["teacher.math=x"]).teachers == Routes({"default": Local("m"), "math": Local("x")})
+    assert make_run(base, ["sampler=vllm", "sampler.enforce_eager=true"]).sampler_spec == VllmSettings(enforce_eager=True)
+    assert make_run(base, ["sampler.max_batch_tokens=99"]).sampler_spec == HfSettings(99)
+    assert make_run(base, ["sampler.kind=vllm", "sampler.max_num_seqs=9"]).sampler_spec == VllmSettings(max_num_seqs=9)
+    assert make_run(base, ["teacher.kind=vllm"]).teachers == Vllm(model="m")
+    with pytest.raises(UserError, match="sampler"):
+        make_run(base, ["sampler.max_batch_token=99"])
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"kind": "serve", "urls": ["http://a:1"]}, "did you mean 'server'"),
+        ({"kind": "server", "urls": ["http://a:1"], "retry": 2}, "did you mean 'teacher.retries'|unknown key 'teacher.retry'"),
+        ({"kind": "server", "urls": []}, "at least one url"),
+        ({"kind": "server"}, "urls is missing"),
+        ({"kind": "mixture", "of": {"a": "x"}}, "at least two"),
+        ({"kind": "mixture", "of": {"a": "x", "b": "y"}, "weights": {"a": 1.0}}, "weights name a, the teachers are a, b"),
+        ({"kind": "mixture", "of": {"a": "x", "b": "y"}, "weights": {"a": -1.0, "b": 1.0}}, "must not be negative"),
+        ({}, "names no teacher"),
+    ],
+)
+def test_a_wrong_teacher_is_an_error_of_the_run(value: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        make_run({"student": "s", "teacher": value, "data": "d"})
+
+
+def test_a_mixture_of_servers_is_refused() -> None:
+    with pytest.raises(UserError, match="adds up whole distributions"):
+        _ = Mixture({"a": "x", "b": "server:http://a:1"}).teachers
+
+
+@pytest.mark.parametrize("kind", ["vllm:m", "cached:f"])
+def test_kinds_that_return_numbers_are_refused_for_whole_vocabularies(kind: str) -> None:
+    teacher = spec_of(kind)
+    for name, arguments in (("opd", {}), ("tropd", {}), ("opd", {"support": "teacher", "k": 8})):
+        refuse(name, teacher, load(name, **arguments).needs)
+    for name, arguments, said in (
+        ("gkd", {}, "teacher over the whole vocabulary"),
+        ("vopd", {}, "over the whole vocabulary"),
+        ("opd", {"support": "student", "k": 8}, "teacher log-probs at the student's top 8"),
+    ):
+        with pytest.raises(UserError, match=said):
+            refuse(name, teacher, load(name, **arguments).needs)
+
+
+def test_one_teacher_of_several_that_cannot_is_enough_to_refuse() -> None:
+    needs = load("gkd").needs
+    refuse("gkd", teacher_of({"a": "x", "b": "y"}), needs)
+    with pytest.raises(UserError, match="a vllm teacher cannot say"):
+        refuse("gkd", teacher_of({"a": "x", "b": "vllm:y"}), needs)
