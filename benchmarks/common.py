@@ -1,4 +1,6 @@
-"""What the benchmarks share: alternation, spreads, tables, result files, peak memory, and models with natural stop lengths."""
+"""What the benchmarks share: alternation, spreads, tables, result files, peak memory, and models
+with natural stop lengths.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,15 @@ PAD, EOS = 0, 1
 T = TypeVar("T")
 
 
-# ------------------------------------------------------------------------------------------------------------ comparing
+# ---------------------------------------------------------------------------------------- comparing
 
 
-def alternate(sides: Mapping[str, Callable[[], T]], pairs: int, warmup: int = 1) -> dict[str, list[T]]:
-    """Runs the sides in turn, A B A B ..., after `warmup` rounds that are thrown away; one result per side and round."""
+def alternate(
+    sides: Mapping[str, Callable[[], T]], pairs: int, warmup: int = 1
+) -> dict[str, list[T]]:
+    """Runs the sides in turn, A B A B ..., after `warmup` rounds that are thrown away; one result
+    per side and round.
+    """
     results: dict[str, list[T]] = {name: [] for name in sides}
     for number in range(warmup + pairs):
         for name, run in sides.items():
@@ -43,7 +49,9 @@ def alternate(sides: Mapping[str, Callable[[], T]], pairs: int, warmup: int = 1)
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, quartiles and extremes."""
     ordered = sorted(values)
-    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
+    quartiles = (
+        statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
+    )
     return {
         "median": statistics.median(ordered),
         "q1": quartiles[0],
@@ -64,16 +72,22 @@ def text(of: Mapping[str, float], digits: int = 2) -> str:
     return f"{of['median']:.{digits}f} [{of['q1']:.{digits}f}, {of['q3']:.{digits}f}]"
 
 
-# ------------------------------------------------------------------------------------------------------------- reporting
+# ---------------------------------------------------------------------------------------- reporting
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Options that every benchmark has."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    options.add_argument("--threads", type=int, help="CPU threads of torch; default: as torch chooses")
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    options.add_argument(
+        "--threads", type=int, help="CPU threads of torch; default: as torch chooses"
+    )
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the JSON result")
+    options.add_argument(
+        "--out", type=Path, default=ROOT / "results", help="folder of the JSON result"
+    )
     return options
 
 
@@ -92,7 +106,10 @@ def synchronize(device: str) -> None:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints aligned columns."""
-    lines = [[str(c) for c in columns], *([f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in rows)]
+    lines = [
+        [str(c) for c in columns],
+        *([f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in rows),
+    ]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for number, line in enumerate(lines):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
@@ -120,12 +137,25 @@ def machine(device: str) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+        cpu = next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in info.read_text().splitlines()
+                if "model name" in line
+            ),
+            cpu,
+        )
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "versions": versions}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "versions": versions,
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def peak_memory(device: str) -> int:
@@ -133,14 +163,32 @@ def peak_memory(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # on Linux ru_maxrss starts from the peak of the process that started this one
-        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # on Linux ru_maxrss starts from the peak of the process that started this one
+    if status.exists():
+        return next(
+            1024 * int(line.split()[1])
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def apart(script: str, task: Mapping[str, Any], args: argparse.Namespace) -> Any:
-    """What the script's worker says of a task in a process of its own: a process has only one peak of memory."""
-    command = [sys.executable, script, "--worker", json.dumps(task), "--device", args.device, "--seed", str(args.seed)]
+    """What the script's worker says of a task in a process of its own: a process has only one peak
+    of memory.
+    """
+    command = [
+        sys.executable,
+        script,
+        "--worker",
+        json.dumps(task),
+        "--device",
+        args.device,
+        "--seed",
+        str(args.seed),
+    ]
     command += ["--threads", str(args.threads)] if args.threads else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -148,7 +196,7 @@ def apart(script: str, task: Mapping[str, Any], args: argparse.Namespace) -> Any
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-# ---------------------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 
 
 def qwen3(
@@ -162,7 +210,9 @@ def qwen3(
     head_dim: int | None = None,
     initial: float = 0.02,
 ) -> Any:
-    """An untrained Qwen3 with tied embeddings, in float32 on the default device; `initial` is the deviation of its weights."""
+    """An untrained Qwen3 with tied embeddings, in float32 on the default device; `initial` is the
+    deviation of its weights.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -184,7 +234,8 @@ def qwen3(
 
 
 def stopping(model: Any, probability: float) -> Any:
-    """The model with a bias on its head that makes every token the last one with this probability, whatever stands before it (0: never).
+    """The model with a bias on its head that makes every token the last one with this probability,
+    whatever stands before it (0: never).
 
     Response lengths are then geometric, as in natural text: mean 1 / probability, cut at the limit.
     """
@@ -212,10 +263,15 @@ def tokenizer(vocab: int) -> Any:
     words = {"<pad>": PAD, "<eos>": EOS, **{f"w{i}": i for i in range(2, vocab)}}
     core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
 
 
 def questions(n: int, vocab: int, seed: int, shortest: int = 16, longest: int = 32) -> list[str]:
     """n prompts of random words, of different lengths in tokens."""
     rng = random.Random(seed)
-    return [" ".join(f"w{rng.randrange(2, vocab)}" for _ in range(rng.randint(shortest, longest))) for _ in range(n)]
+    return [
+        " ".join(f"w{rng.randrange(2, vocab)}" for _ in range(rng.randint(shortest, longest)))
+        for _ in range(n)
+    ]

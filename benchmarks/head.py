@@ -1,8 +1,11 @@
-"""The chunked pass over the vocabulary against a dense one, TRL's chunked divergence and liger-kernel's fused linear JSD.
+"""The chunked pass over the vocabulary against a dense one, TRL's chunked divergence and
+liger-kernel's fused linear JSD.
 
-One learning pass at N positions: reverse KL over the whole vocabulary, mean over positions, and its gradients with respect to the student's
-hidden states and head. The floor is the four matrix products that any such pass needs: both heads forward, and the student's two backward.
-Errors are against float64, at ERROR_ROWS positions; memory is the extra peak of a process of its own, with what the sides share left out.
+One learning pass at N positions: reverse KL over the whole vocabulary, mean over positions, and its
+gradients with respect to the student's hidden states and head. The floor is the four matrix
+products that any such pass needs: both heads forward, and the student's two backward. Errors are
+against float64, at ERROR_ROWS positions; memory is the extra peak of a process of its own, with
+what the sides share left out.
 """
 
 from __future__ import annotations
@@ -18,7 +21,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import alternate, apart, begin, parser, peak_memory, ratios, save, spread, synchronize, table, text
+from common import (
+    alternate,
+    apart,
+    begin,
+    parser,
+    peak_memory,
+    ratios,
+    save,
+    spread,
+    synchronize,
+    table,
+    text,
+)
 from torch import Tensor
 
 from opdkit.objective.batch import Batch
@@ -48,7 +63,9 @@ class Inputs:
         return Inputs(leaves[0], self.teacher, leaves[1], self.teacher_weight)
 
     def top(self, n: int) -> Inputs:
-        return Inputs(self.student[:n].clone(), self.teacher[:n].clone(), self.weight, self.teacher_weight)
+        return Inputs(
+            self.student[:n].clone(), self.teacher[:n].clone(), self.weight, self.teacher_weight
+        )
 
 
 def inputs(v: int, n: int, h: int, device: str, dtype: torch.dtype) -> Inputs:
@@ -58,7 +75,7 @@ def inputs(v: int, n: int, h: int, device: str, dtype: torch.dtype) -> Inputs:
     return Inputs(torch.randn(n, h, **make), torch.randn(n, h, **make), *weights)  # type: ignore[call-overload]
 
 
-# ----------------------------------------------------------------------------------------------------------------- sides
+# -------------------------------------------------------------------------------------------- sides
 
 
 def ours(x: Inputs) -> Tensor:
@@ -67,7 +84,9 @@ def ours(x: Inputs) -> Tensor:
     tokens = torch.zeros(1, n, dtype=torch.int64, device=device)
     source = Source(x.teacher, positions, Head(x.teacher_weight))
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), sources={"teacher": source})
-    return learn(Objective(Divergence("reverse_kl")).plan(batch), positions, x.student, Head(x.weight)).loss
+    return learn(
+        Objective(Divergence("reverse_kl")).plan(batch), positions, x.student, Head(x.weight)
+    ).loss
 
 
 def dense(x: Inputs) -> Tensor:
@@ -80,7 +99,9 @@ def dense(x: Inputs) -> Tensor:
 def trl(x: Inputs) -> Tensor:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    value, _ = ChunkedDivergenceFunction.apply(x.student, x.weight, None, x.teacher, x.teacher_weight, None, 1.0)
+    value, _ = ChunkedDivergenceFunction.apply(
+        x.student, x.weight, None, x.teacher, x.teacher_weight, None, 1.0
+    )
     return value.mean()
 
 
@@ -89,15 +110,24 @@ def liger(x: Inputs) -> Tensor:
     if x.student.is_cuda:
         from liger_kernel.transformers import LigerFusedLinearJSD
 
-        return LigerFusedLinearJSD(jsd_beta=1.0)(x.student, x.weight, x.teacher, x.teacher_weight, None)
+        return LigerFusedLinearJSD(jsd_beta=1.0)(
+            x.student, x.weight, x.teacher, x.teacher_weight, None
+        )
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     labels = torch.zeros(len(x.student), dtype=torch.int64)
-    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False)
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False
+    )
     return loss(x.student, x.weight, x.teacher, x.teacher_weight, labels)
 
 
-SIDES: dict[str, Callable[[Inputs], Tensor]] = {"opdkit": ours, "dense": dense, "trl": trl, "liger": liger}
+SIDES: dict[str, Callable[[Inputs], Tensor]] = {
+    "opdkit": ours,
+    "dense": dense,
+    "trl": trl,
+    "liger": liger,
+}
 NEEDS = {"trl": "trl", "liger": "liger_kernel"}
 
 
@@ -123,11 +153,13 @@ def products(x: Inputs) -> None:
         to_weight.addmm_(part.T, x.student[at])
 
 
-# ---------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def exact(x: Inputs) -> tuple[Tensor, Tensor, Callable[[Tensor], tuple[float, float]]]:
-    """In float64: value, gradient of the hidden states, and a function that measures a gradient of the head against its own."""
+    """In float64: value, gradient of the hidden states, and a function that measures a gradient of
+    the head against its own.
+    """
     s, t = x.student.double(), x.teacher.double()
     parts = list(slices(len(x.weight), BLOCK))
     ls = torch.cat([s @ x.weight[at].double().T for at in parts], -1).log_softmax(-1)
@@ -164,13 +196,14 @@ def errors(sides: list[str], x: Inputs) -> dict[str, dict[str, float]]:
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def memory(task: dict[str, Any], device: str) -> int:
     """Bytes of the extra peak of one pass, gradients included."""
     dtype = getattr(torch, task["dtype"])
-    passed(task["side"], inputs(64, 8, 16, device, dtype))  # what is loaded once is no part of a pass
+    # what is loaded once is no part of a pass
+    passed(task["side"], inputs(64, 8, 16, device, dtype))
     x = inputs(task["v"], task["n"], task["h"], device, dtype)
     before = peak_memory(device)
     passed(task["side"], x)
@@ -197,13 +230,18 @@ def measure(args: argparse.Namespace, v: int, n: int, h: int) -> dict[str, Any]:
         synchronize(args.device)
         return time.perf_counter() - start
 
-    extra = {side: apart(__file__, {"side": side, "v": v, "n": n, "h": h, "dtype": args.dtype}, args) for side in sides}
+    extra = {
+        side: apart(__file__, {"side": side, "v": v, "n": n, "h": h, "dtype": args.dtype}, args)
+        for side in sides
+    }
     for side in sides:
         passed(side, inputs(64, 8, 16, args.device, dtype))  # what is compiled or loaded once
     x = inputs(v, n, h, args.device, dtype)
     runs = {side: lambda side=side: timed(lambda: passed(side, x)) for side in sides}
     seconds = alternate(
-        {"floor": lambda: timed(lambda: products(x)), **runs}, args.pairs, warmup=int(args.device.startswith("cuda"))
+        {"floor": lambda: timed(lambda: products(x)), **runs},
+        args.pairs,
+        warmup=int(args.device.startswith("cuda")),
     )
     wrong = errors(sides, x.top(ERROR_ROWS))
     result: dict[str, Any] = {
@@ -211,7 +249,10 @@ def measure(args: argparse.Namespace, v: int, n: int, h: int) -> dict[str, Any]:
         "N": n,
         "H": h,
         "left_out": left_out,
-        "floor": {"seconds": spread(seconds["floor"]), "flops_per_second": 8 * n * v * h / spread(seconds["floor"])["median"]},
+        "floor": {
+            "seconds": spread(seconds["floor"]),
+            "flops_per_second": 8 * n * v * h / spread(seconds["floor"])["median"],
+        },
         "gradient_bytes": x.student.nbytes + x.weight.nbytes,
     }
     for side in sides:
@@ -227,14 +268,25 @@ def measure(args: argparse.Namespace, v: int, n: int, h: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> Any:
     options = parser(__doc__)
-    options.add_argument("--full", action="store_true", help="V in 32k, 152k; N in 2k, 8k, 32k; H in 1k, 2k, 4k")
     options.add_argument(
-        "--shape", type=int, nargs=3, action="append", metavar=("V", "N", "H"), help="one point; may be repeated"
+        "--full", action="store_true", help="V in 32k, 152k; N in 2k, 8k, 32k; H in 1k, 2k, 4k"
+    )
+    options.add_argument(
+        "--shape",
+        type=int,
+        nargs=3,
+        action="append",
+        metavar=("V", "N", "H"),
+        help="one point; may be repeated",
     )
     options.add_argument("--peers", nargs="*", choices=list(SIDES)[1:], default=list(SIDES)[1:])
-    options.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    options.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32"
+    )
     options.add_argument("--pairs", type=int, default=3)
-    options.add_argument("--limit", type=float, default=16.0, help="GiB that the dense pass may take")
+    options.add_argument(
+        "--limit", type=float, default=16.0, help="GiB that the dense pass may take"
+    )
     options.add_argument("--worker", help=argparse.SUPPRESS)
     args = options.parse_args(argv)
     begin(args)
@@ -255,7 +307,16 @@ def report(points: list[dict[str, Any]]) -> None:
         for side in SIDES:
             if side not in point:
                 if side in point["left_out"]:
-                    rows.append([point["V"], point["N"], point["H"], side, point["left_out"][side], *[""] * 6])
+                    rows.append(
+                        [
+                            point["V"],
+                            point["N"],
+                            point["H"],
+                            side,
+                            point["left_out"][side],
+                            *[""] * 6,
+                        ]
+                    )
                 continue
             of, wrong = point[side], point[side]["relative_error"]
             rows.append(

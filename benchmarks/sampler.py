@@ -1,7 +1,9 @@
-"""The sampler in this process against transformers' `generate` (and vLLM, where it is installed): response tokens per second.
+"""The sampler in this process against transformers' `generate` (and vLLM, where it is installed):
+response tokens per second.
 
-Three cases: responses of equal length, all at once; of geometric length (mean a quarter of the limit) with `--rows` of them at a time, which
-is what the memory for keys and values allows in practice; and geometric, all at once. Before anything is timed, greedy responses must be
+Three cases: responses of equal length, all at once; of geometric length (mean a quarter of the
+limit) with `--rows` of them at a time, which is what the memory for keys and values allows in
+practice; and geometric, all at once. Before anything is timed, greedy responses must be
 `generate`'s to the token, and recorded log-probs those of a scoring pass to 1e-5 (in float32).
 """
 
@@ -78,7 +80,9 @@ def generate(case: Case, tokenizer: Any, greedy: bool = False) -> list[list[int]
         batch = {"input_ids": [p.tokens for p in case.prompts[start : start + size]]}
         inputs = tokenizer.pad(batch, return_tensors="pt").to(device)
         draw: dict[str, Any] = (
-            {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+            {"do_sample": False}
+            if greedy
+            else {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
         )
         ids = case.model.generate(
             **inputs,
@@ -98,33 +102,46 @@ def sampler(case: Case, tokenizer: Any) -> HFSampler:
     return HFSampler(case.model, tokenizer, max_batch_tokens=case.rows * longest)
 
 
-# ------------------------------------------------------------------------------------------------------------- assertions
+# --------------------------------------------------------------------------------------- assertions
 
 
 def same_greedily(case: Case, tokenizer: Any) -> int:
     """Compares greedy responses to `generate`'s; returns the number of tokens compared."""
-    greedy = replace(case, sampling=Sampling(temperature=0.0, max_completion_length=case.sampling.max_completion_length))
+    greedy = replace(
+        case,
+        sampling=Sampling(
+            temperature=0.0, max_completion_length=case.sampling.max_completion_length
+        ),
+    )
     mine = [r.tokens for r in sampler(greedy, tokenizer).sample(greedy.prompts, greedy.sampling)]
     theirs = generate(greedy, tokenizer, greedy=True)
     for number, (a, b) in enumerate(zip(mine, theirs, strict=True)):
         if a != b:
-            raise AssertionError(f"greedy responses to prompt {number} differ: {a} here, {b} by generate")
+            raise AssertionError(
+                f"greedy responses to prompt {number} differ: {a} here, {b} by generate"
+            )
     return sum(map(len, mine))
 
 
 def scoring_error(case: Case, rollouts: list[Rollout]) -> float:
-    """Largest difference between recorded log-probs and those of a forward pass over the whole text."""
+    """Largest difference between recorded log-probs and those of a forward pass over the whole
+    text.
+    """
     scorer = LocalModel(case.model, head_of(case.model))
     needs = Needs(frozenset({LogpFact("student"), LogpFact("sampler")}))
-    batch = gather(rollouts, needs, {"student": scorer}, recompute_student=True, device=case.model.device)
+    batch = gather(
+        rollouts, needs, {"student": scorer}, recompute_student=True, device=case.model.device
+    )
     return float((batch["student"].logp - batch["sampler"].logp)[batch.mask].abs().max())
 
 
-# ---------------------------------------------------------------------------------------------------------------- vLLM
+# --------------------------------------------------------------------------------------------- vLLM
 
 
 class VLLM:
-    """The same weights in vLLM; it has no bias on the head, so it takes the case of equal lengths only."""
+    """The same weights in vLLM; it has no bias on the head, so it takes the case of equal lengths
+    only.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, case: Case):
         from vllm import LLM
@@ -158,7 +175,7 @@ class VLLM:
         return sum(len(o.token_ids) for answer in answers for o in answer.outputs)
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def cases(args: argparse.Namespace) -> tuple[list[Case], Any]:
@@ -166,7 +183,9 @@ def cases(args: argparse.Namespace) -> tuple[list[Case], Any]:
     with torch.device(args.device):
         if gpu:
             args.vocab = 151936
-            model = qwen3(1024, 28, args.vocab, inner=3072, heads=16, kv_heads=8, head_dim=128).to(torch.bfloat16)
+            model = qwen3(1024, 28, args.vocab, inner=3072, heads=16, kv_heads=8, head_dim=128).to(
+                torch.bfloat16
+            )
         else:
             model = qwen3(args.hidden, args.layers, args.vocab, initial=0.05)
     n, group = args.rollouts, args.num_generations
@@ -202,7 +221,10 @@ def measure(case: Case, tokenizer: Any, args: argparse.Namespace) -> dict[str, A
         return call
 
     sides = {
-        "opdkit": timed("opdkit", lambda i: sum(len(r.tokens) for r in mine.sample(case.prompts, case.sampling, seed=i))),
+        "opdkit": timed(
+            "opdkit",
+            lambda i: sum(len(r.tokens) for r in mine.sample(case.prompts, case.sampling, seed=i)),
+        ),
         "generate": timed("generate", lambda i: sum(map(len, generate(case, tokenizer)))),
     }
     if case.name == "equal" and importlib.util.find_spec("vllm") is not None:
@@ -212,22 +234,37 @@ def measure(case: Case, tokenizer: Any, args: argparse.Namespace) -> dict[str, A
     rates = {name: [t.rate for t in of] for name, of in results.items()}
     tokens = {name: sum(t.tokens for t in of) for name, of in results.items()}
     count = len(case.prompts) * case.sampling.num_generations
-    for name, total in tokens.items():  # equal lengths exactly; drawn ones within four standard errors
-        if abs(total / tokens["opdkit"] - 1) > (0.0 if case.name == "equal" else 4 * (2 / (count * args.pairs)) ** 0.5):
-            raise AssertionError(f"{name} wrote {total} tokens, opdkit {tokens['opdkit']}: not the same work")
+    # equal lengths exactly; drawn ones within four standard errors
+    for name, total in tokens.items():
+        if abs(total / tokens["opdkit"] - 1) > (
+            0.0 if case.name == "equal" else 4 * (2 / (count * args.pairs)) ** 0.5
+        ):
+            raise AssertionError(
+                f"{name} wrote {total} tokens, opdkit {tokens['opdkit']}: not the same work"
+            )
     return {
         "case": case.name,
         "rollouts": count,
         "rows": case.rows,
         "mean_length": tokens["opdkit"] / count / args.pairs,
-        **{name: {"tokens": tokens[name], "tokens_per_second": spread(of)} for name, of in rates.items()},
-        "ratio": {name: ratios(rates["opdkit"], of) for name, of in rates.items() if name != "opdkit"},
+        **{
+            name: {"tokens": tokens[name], "tokens_per_second": spread(of)}
+            for name, of in rates.items()
+        },
+        "ratio": {
+            name: ratios(rates["opdkit"], of) for name, of in rates.items() if name != "opdkit"
+        },
     }
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
-    options.add_argument("--hidden", type=int, default=256, help="of the CPU's model; a GPU gets the shape of Qwen3-0.6B")
+    options.add_argument(
+        "--hidden",
+        type=int,
+        default=256,
+        help="of the CPU's model; a GPU gets the shape of Qwen3-0.6B",
+    )
     options.add_argument("--layers", type=int, default=4)
     options.add_argument("--vocab", type=int, default=4096)
     options.add_argument("--rollouts", type=int, default=256)
@@ -242,23 +279,45 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     exact = first.model.dtype == torch.float32
     checks: dict[str, float] = {}
     if exact:
-        checks["greedy_tokens_identical"] = same_greedily(replace(made[0], prompts=first.prompts), words)
+        checks["greedy_tokens_identical"] = same_greedily(
+            replace(made[0], prompts=first.prompts), words
+        )
         rollouts = sampler(first, words).sample(first.prompts, first.sampling, seed=1)
         checks["largest_logp_difference"] = scoring_error(first, rollouts)
         if checks["largest_logp_difference"] > LOGP_TOLERANCE:
-            raise AssertionError(f"recorded log-probs are off by {checks['largest_logp_difference']:.2e}")
+            raise AssertionError(
+                f"recorded log-probs are off by {checks['largest_logp_difference']:.2e}"
+            )
     points = [measure(case, words, args) for case in made]
     rows = [
         [
             p["case"],
             p["rollouts"],
             f"{p['mean_length']:.1f}",
-            *(text(p[side]["tokens_per_second"], 0) if side in p else "" for side in ("opdkit", "generate", "vllm")),
-            *(text(p["ratio"][side]) if side in p["ratio"] else "" for side in ("generate", "vllm")),
+            *(
+                text(p[side]["tokens_per_second"], 0) if side in p else ""
+                for side in ("opdkit", "generate", "vllm")
+            ),
+            *(
+                text(p["ratio"][side]) if side in p["ratio"] else ""
+                for side in ("generate", "vllm")
+            ),
         ]
         for p in points
     ]
-    table(["case", "rollouts", "mean length", "opdkit tokens/s", "generate", "vLLM", "opdkit / generate", "opdkit / vLLM"], rows)
+    table(
+        [
+            "case",
+            "rollouts",
+            "mean length",
+            "opdkit tokens/s",
+            "generate",
+            "vLLM",
+            "opdkit / generate",
+            "opdkit / vLLM",
+        ],
+        rows,
+    )
     for name, value in checks.items():
         print(f"{name.replace('_', ' ')}: {value:g}")
     return save("sampler", args, {"checks": checks, "cases": points})

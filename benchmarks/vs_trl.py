@@ -1,7 +1,9 @@
-"""End to end against TRL's `DistillationTrainer`: full-vocabulary reverse KL on the student's own rollouts, the same models and prompts.
+"""End to end against TRL's `DistillationTrainer`: full-vocabulary reverse KL on the student's own
+rollouts, the same models and prompts.
 
-TRL's loop drives: after every few of its steps a callback lets opdkit do as many, so the two alternate in one process. Both sample without
-vLLM, step the same AdamW and leave checkpoints and reports out. Peak memory is measured with each side alone in a process of its own.
+TRL's loop drives: after every few of its steps a callback lets opdkit do as many, so the two
+alternate in one process. Both sample without vLLM, step the same AdamW and leave checkpoints and
+reports out. Peak memory is measured with each side alone in a process of its own.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ class World:
 
 
 def world(args: argparse.Namespace) -> World:
-    """Models with random weights: 1M and 6M parameters on the CPU, the shapes of Qwen3-0.6B and 1.7B on a GPU."""
+    """Models with random weights: 1M and 6M parameters on the CPU, the shapes of Qwen3-0.6B and
+    1.7B on a GPU.
+    """
     with torch.device(args.device):
         if args.size == "small":
             vocab = args.vocab
@@ -88,7 +92,7 @@ def world(args: argparse.Namespace) -> World:
     return World(student, teacher, tokenizer(vocab), questions(args.rollouts, vocab, args.seed))
 
 
-# --------------------------------------------------------------------------------------------------------------- opdkit
+# ------------------------------------------------------------------------------------------- opdkit
 
 
 class Ours:
@@ -120,7 +124,13 @@ class Ours:
         rows = [{"id": str(i), "prompt": p} for i, p in enumerate(given.prompts)]
         with contextlib.redirect_stdout(io.StringIO()):
             self.job, self.state = prepare(
-                run, Given(student=copy.deepcopy(given.student), teacher=given.teacher, tokenizer=given.tokenizer, rows=rows)
+                run,
+                Given(
+                    student=copy.deepcopy(given.student),
+                    teacher=given.teacher,
+                    tokenizer=given.tokenizer,
+                    rows=rows,
+                ),
             )
         self.job.recorder.show = lambda step, metrics: self.metrics.append(dict(metrics))
         self.metrics: list[dict[str, float]] = []
@@ -147,10 +157,12 @@ class Ours:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------------ TRL
+# ---------------------------------------------------------------------------------------------- TRL
 
 
-def trl_blocks(args: argparse.Namespace, given: World, folder: Path, steps: int, blocks: int, between: Any) -> list[Block]:
+def trl_blocks(
+    args: argparse.Namespace, given: World, folder: Path, steps: int, blocks: int, between: Any
+) -> list[Block]:
     """Trains with TRL; calls `between` after every block of steps, outside of TRL's time."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -168,7 +180,13 @@ def trl_blocks(args: argparse.Namespace, given: World, folder: Path, steps: int,
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             output = super()._generate_and_score_completions(inputs)
             mask = output["completion_mask"]
-            seen.append({"tokens": mask.sum(), "trained": output["num_items_in_batch"], "rollouts": len(mask)})
+            seen.append(
+                {
+                    "tokens": mask.sum(),
+                    "trained": output["num_items_in_batch"],
+                    "rollouts": len(mask),
+                }
+            )
             return output
 
         def training_step(self, *of: Any, **named: Any) -> Any:
@@ -202,9 +220,19 @@ def trl_blocks(args: argparse.Namespace, given: World, folder: Path, steps: int,
             phases = {"sample": sample, "score": spent.get("score", 0.0)}
             phases["learn"] = spent.get("in step", 0.0) - sum(phases.values())
             phases["other"] = seconds - sum(phases.values())
-            total = {k: float(sum(float(s[k]) for s in seen)) for k in ("tokens", "trained", "rollouts", "loss")}
+            total = {
+                k: float(sum(float(s[k]) for s in seen))
+                for k in ("tokens", "trained", "rollouts", "loss")
+            }
             done.append(
-                Block(seconds, int(total["tokens"]), int(total["trained"]), int(total["rollouts"]), total["loss"] / steps, phases)
+                Block(
+                    seconds,
+                    int(total["tokens"]),
+                    int(total["trained"]),
+                    int(total["rollouts"]),
+                    total["loss"] / steps,
+                    phases,
+                )
             )
             seen.clear()
             spent.clear()
@@ -242,12 +270,17 @@ def trl_blocks(args: argparse.Namespace, given: World, folder: Path, steps: int,
         disable_tqdm=True,
         seed=args.seed,
     )
-    with patch.object(ProfilingContext, "_log_metrics", note), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        patch.object(ProfilingContext, "_log_metrics", note),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         trainer = Counted(
             model=copy.deepcopy(given.student),
             teacher_model=given.teacher,
             args=config,
-            train_dataset=Dataset.from_list([{"prompt": p} for p in given.prompts] * (steps * blocks)),
+            train_dataset=Dataset.from_list(
+                [{"prompt": p} for p in given.prompts] * (steps * blocks)
+            ),
             processing_class=given.tokenizer,
             callbacks=[Turns()],
         )
@@ -256,7 +289,7 @@ def trl_blocks(args: argparse.Namespace, given: World, folder: Path, steps: int,
     return done
 
 
-# ------------------------------------------------------------------------------------------------------------- comparing
+# ---------------------------------------------------------------------------------------- comparing
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -277,10 +310,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             raise AssertionError(f"work is miscounted: {block}")
     tokens = [sum(b.tokens for b in side) for side in (mine, theirs)]
     losses = [sum(b.loss for b in side) / len(side) for side in (mine, theirs)]
-    if abs(tokens[0] / tokens[1] - 1) > 4 / (sum(b.rollouts for b in mine) ** 0.5):  # lengths are drawn; four standard errors
+    # lengths are drawn; four standard errors
+    if abs(tokens[0] / tokens[1] - 1) > 4 / (sum(b.rollouts for b in mine) ** 0.5):
         raise AssertionError(f"the sides did unequal work: {tokens[0]} and {tokens[1]} tokens")
     if abs(losses[0] / losses[1] - 1) > args.loss_tolerance:
-        raise AssertionError(f"the sides minimise different losses: {losses[0]:.5f} and {losses[1]:.5f} nats per token")
+        raise AssertionError(
+            f"the sides minimise different losses: {losses[0]:.5f} and {losses[1]:.5f} nats per "
+            "token"
+        )
     return {
         "ratio": ratios([b.rate for b in mine], [b.rate for b in theirs]),
         "opdkit": summary(mine),
@@ -295,7 +332,10 @@ def summary(blocks: list[Block]) -> dict[str, Any]:
         "tokens": tokens,
         "rollouts": sum(b.rollouts for b in blocks),
         "loss": sum(b.loss for b in blocks) / len(blocks),
-        "microseconds_per_token": {phase: 1e6 * sum(b.phases[phase] for b in blocks) / tokens for phase in (*PHASES, "other")},
+        "microseconds_per_token": {
+            phase: 1e6 * sum(b.phases[phase] for b in blocks) / tokens
+            for phase in (*PHASES, "other")
+        },
     }
 
 
@@ -305,7 +345,14 @@ def alone(args: argparse.Namespace, side: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         given = world(args)
         if side == "trl":
-            trl_blocks(args, given, Path(folder), 1, 3, lambda number: None if number else start.append(peak_memory(args.device)))
+            trl_blocks(
+                args,
+                given,
+                Path(folder),
+                1,
+                3,
+                lambda number: None if number else start.append(peak_memory(args.device)),
+            )
         else:
             ours = Ours(args, given, Path(folder))
             start.append(peak_memory(args.device))
@@ -315,21 +362,36 @@ def alone(args: argparse.Namespace, side: str) -> dict[str, float]:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser(__doc__)
-    options.add_argument("--size", choices=("small", "qwen3"), help="default: small on the CPU, qwen3 on a GPU")
+    options.add_argument(
+        "--size", choices=("small", "qwen3"), help="default: small on the CPU, qwen3 on a GPU"
+    )
     options.add_argument("--rollouts", type=int, default=64)
-    options.add_argument("--length", type=int, help="most tokens of a response; default: 64 for small models, else 256")
-    options.add_argument("--mean-length", type=float, help="of a response that is not cut; default: 5/8 of the length")
+    options.add_argument(
+        "--length",
+        type=int,
+        help="most tokens of a response; default: 64 for small models, else 256",
+    )
+    options.add_argument(
+        "--mean-length",
+        type=float,
+        help="of a response that is not cut; default: 5/8 of the length",
+    )
     options.add_argument("--vocab", type=int, default=4096, help="of the small models")
     options.add_argument("--steps", type=int, default=2, help="of each side in one pair")
     options.add_argument("--pairs", type=int, default=9)
     options.add_argument(
         "--trl-micro-batches",
         type=int,
-        help="into which TRL cuts the rollouts of a step; default: 4 (its fastest) for small models, else 1",
+        help="into which TRL cuts the rollouts of a step; default: 4 (its fastest) for small "
+        "models, else 1",
     )
     options.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU")
-    options.add_argument("--loss-tolerance", type=float, default=0.03, help="relative difference of the mean losses")
-    options.add_argument("--no-memory", action="store_true", help="leave the two processes out that measure memory")
+    options.add_argument(
+        "--loss-tolerance", type=float, default=0.03, help="relative difference of the mean losses"
+    )
+    options.add_argument(
+        "--no-memory", action="store_true", help="leave the two processes out that measure memory"
+    )
     options.add_argument("--worker", help=argparse.SUPPRESS)
     args = options.parse_args(argv)
     gpu = args.device.startswith("cuda")
@@ -363,8 +425,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
     print(
-        f"{args.rollouts} rollouts of at most {args.length} tokens, {args.size} models, {args.pairs} pairs of {args.steps} steps; "
-        "microseconds per response token"
+        f"{args.rollouts} rollouts of at most {args.length} tokens, {args.size} models, "
+        f"{args.pairs} pairs of {args.steps} steps; microseconds per response token"
     )
     rows = []
     for side in ("opdkit", "trl"):
@@ -381,8 +443,14 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
                 f"{(memory['peak'] - memory['before']) / 2**20:.0f}",
             ]
         )
-    table(["side", "tokens", "tokens/s", *PHASES, "other", "loss", "peak MiB", "of the steps MiB"], rows)
-    print(f"opdkit / TRL, tokens per second of the whole step: {text(result['ratio'])} (median and quartiles of the pairs)")
+    table(
+        ["side", "tokens", "tokens/s", *PHASES, "other", "loss", "peak MiB", "of the steps MiB"],
+        rows,
+    )
+    print(
+        f"opdkit / TRL, tokens per second of the whole step: {text(result['ratio'])} (median and "
+        "quartiles of the pairs)"
+    )
 
 
 if __name__ == "__main__":

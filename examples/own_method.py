@@ -8,6 +8,8 @@ from opdkit.objective import Entropy, Exp, LogRatio, MeanOne, Objective, PolicyG
 
 
 def confident_opd(temperature: float = 1.0) -> Objective:
-    """OPD that listens to the teacher where the teacher is sure: weight exp(-entropy / temperature), mean 1 over the step."""
+    """OPD that listens to the teacher where the teacher is sure: weight exp(-entropy /
+    temperature), mean 1 over the step.
+    """
     sure = Exp(Entropy("teacher") * (-1 / temperature))
     return Objective(PolicyGradient(LogRatio("teacher", "student")) * MeanOne(sure))

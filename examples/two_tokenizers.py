@@ -1,9 +1,12 @@
-"""Distil between two tokenizers: a student that reads characters, from a teacher that reads numbers in pairs of digits.
+"""Distil between two tokenizers: a student that reads characters, from a teacher that reads numbers
+in pairs of digits.
 
-python examples/two_tokenizers.py FOLDER [METHOD ...]     (one core, 3 minutes; the models are made once per folder)
+python examples/two_tokenizers.py FOLDER [METHOD ...]     (one core, 3 minutes; the models are made
+once per folder)
 
-Both learn the written sums of `opdkit quickstart`; the student's training texts forget two carries in five, so it knows what is right
-but is unsure of it, and is evaluated as it samples. It also has a token for "\\n=", which the teacher writes as two.
+Both learn the written sums of `opdkit quickstart`; the student's training texts forget two carries
+in five, so it knows what is right but is unsure of it, and is evaluated as it samples. It also has
+a token for "\\n=", which the teacher writes as two.
 """
 
 import json
@@ -19,21 +22,37 @@ from opdkit.recipes import arithmetic
 
 HYBRID = "gold(lmbda=1.0, hybrid=true, longer=rank, matched_weight=1.0, unmatched_weight=1.0)"
 METHODS = ("uld", "gold", HYBRID)
-FORGET = 0.4  # carries that the student's training texts lack; at 0.7 it prefers the wrong ones, which only HYBRID corrects
+# carries that the student's training texts lack; at 0.7 it prefers the wrong ones, which only
+# HYBRID corrects
+FORGET = 0.4
 CHARACTERS = list(arithmetic.CHARACTERS)
-SIDES = {  # vocabulary, how text is divided, and the supervised training before: steps and carries forgotten
-    "teacher": ([f"{i:02}" for i in range(100)] + CHARACTERS, r"\d{2}(?=(\d{2})?[+=])|[\s\S]", 400, 0.0),
+# vocabulary, how text is divided, and the supervised training before: steps and carries forgotten
+SIDES = {
+    "teacher": (
+        [f"{i:02}" for i in range(100)] + CHARACTERS,
+        r"\d{2}(?=(\d{2})?[+=])|[\s\S]",
+        400,
+        0.0,
+    ),
     "student": (["\n=", *CHARACTERS], r"\n=|[\s\S]", 200, FORGET),
 }
 
 
 def tokenizer(words: list[str], pattern: str) -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*arithmetic.SPECIALS, *words])}, unk_token=None))
+    core = Tokenizer(
+        models.WordLevel(
+            {word: i for i, word in enumerate([*arithmetic.SPECIALS, *words])}, unk_token=None
+        )
+    )
     core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     core.decoder = decoders.Fuse()
     pad, bos, eos = arithmetic.SPECIALS
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=pad, bos_token=bos, eos_token=eos, clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -46,7 +65,13 @@ def make(side: str, folder: Path) -> str:
         rows = arithmetic.problems(steps * start.batch_size, 0, forget=forget)
         with progress(f"Training the {side}", total=steps, unit="steps") as tick:
             arithmetic.pretrain(
-                model, own, rows, steps, start.batch_size, start.learning_rate, progress=lambda step, loss: tick(step)
+                model,
+                own,
+                rows,
+                steps,
+                start.batch_size,
+                start.learning_rate,
+                progress=lambda step, loss: tick(step),
             )
         model.save_pretrained(folder)
         own.save_pretrained(folder)
@@ -76,7 +101,10 @@ def main(folder: Path, methods: tuple[str, ...]) -> None:
         )
         accuracy = {(e.name, e.step): round(e.avg_at_k.value, 3) for e in result.evaluations}
         found[method] = [accuracy["student", 0], accuracy["student", 60]]
-        print(f"{method}: teacher {accuracy['teacher', 0]:.3f}  student {found[method][0]:.3f} -> {found[method][1]:.3f}")
+        print(
+            f"{method}: teacher {accuracy['teacher', 0]:.3f}  student {found[method][0]:.3f} -> "
+            f"{found[method][1]:.3f}"
+        )
     print(json.dumps({"teacher": accuracy["teacher", 0], "methods": found}))
 
 

@@ -1,7 +1,8 @@
 """On-policy distillation of language models.
 
     import opdkit
-    result = opdkit.distill("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B", prompts="openai/gsm8k:main", method="iw_opd", reward="math")
+    result = opdkit.distill("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B", prompts="openai/gsm8k:main",
+    method="iw_opd", reward="math")
 
 Names are imported when first used, so that `import opdkit` stays light.
 """

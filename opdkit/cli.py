@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 for an error that the user can mend, 128 + its number for a signal (Ctrl-C: 130)."""
+    """Run one command; 0 on success, 2 for an error that the user can mend, 128 + its number for a
+    signal (Ctrl-C: 130).
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if hasattr(options, "settings") and all("=" in text and not text.startswith("-") for text in rest):
+    if hasattr(options, "settings") and all(
+        "=" in text and not text.startswith("-") for text in rest
+    ):
         options.settings += rest  # key=value after a flag
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -51,18 +55,23 @@ def _interrupted(stop: KeyboardInterrupt, then: str) -> int:
 
 
 def _environment() -> None:
-    """Defaults for the libraries, before they are loaded: no bars of their own, no spinning threads. What the user has set stays."""
+    """Defaults for the libraries, before they are loaded: no bars of their own, no spinning
+    threads. What the user has set stays.
+    """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads: 1.4x faster when idle, 10x slower when busy
+    # spinning threads: 1.4x faster when idle, 10x slower when busy
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-# ---------------------------------------------------------------------------------------------------------------- parser
+# ------------------------------------------------------------------------------------------- parser
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="opdkit", description="On-policy distillation of language models.")
+    parser = argparse.ArgumentParser(
+        prog="opdkit", description="On-policy distillation of language models."
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(name: str, run: Callable[[Any], int | None], help: str) -> argparse.ArgumentParser:
@@ -71,7 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("quickstart", _quickstart, "the whole story on a CPU, offline, in minutes")
-    sub.add_argument("--out", default="quickstart", metavar="DIR", help="folder for models, run and report (default: quickstart)")
+    sub.add_argument(
+        "--out",
+        default="quickstart",
+        metavar="DIR",
+        help="folder for models, run and report (default: quickstart)",
+    )
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--method", default="opd", metavar="NAME")
 
@@ -80,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--recipe", metavar="NAME", help="a built-in recipe, or file.py:function")
     for name in ("student", "teacher", "sampler", "method", "data", "output", "reward"):
         sub.add_argument(f"--{name}", metavar=name.upper(), help=f"same as {name}=...")
-    sub.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank: same as lora.r=RANK")
+    sub.add_argument(
+        "--lora", type=int, metavar="RANK", help="train adapters of this rank: same as lora.r=RANK"
+    )
     sub.add_argument(
         "--times",
         action="append",
@@ -89,63 +105,127 @@ def _parser() -> argparse.ArgumentParser:
         help="multiply by this method's weight, such as iw_opd; repeatable",
     )
     sub.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
-    sub.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
     sub.add_argument(
-        "--dry-run", action="store_true", help="print the resolved run with its memory and time, load nothing, and stop"
+        "--overwrite", action="store_true", help="replace an earlier run in the output folder"
     )
-    dry = sub.add_argument_group("of a dry run", "what it is reckoned for; by default the device at hand")
-    dry.add_argument("--device", metavar="NAME", help="h100, h200, a100, a100-40gb, l40s, l4 or cpu")
-    dry.add_argument("--device-memory", metavar="80GB", help="of a device in no table, or instead of the table's")
-    dry.add_argument("--device-tflops", type=float, metavar="N", help="peak of its bfloat16 matrix products")
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved run with its memory and time, load nothing, and stop",
+    )
+    dry = sub.add_argument_group(
+        "of a dry run", "what it is reckoned for; by default the device at hand"
+    )
+    dry.add_argument(
+        "--device", metavar="NAME", help="h100, h200, a100, a100-40gb, l40s, l4 or cpu"
+    )
+    dry.add_argument(
+        "--device-memory", metavar="80GB", help="of a device in no table, or instead of the table's"
+    )
+    dry.add_argument(
+        "--device-tflops", type=float, metavar="N", help="peak of its bfloat16 matrix products"
+    )
     dry.add_argument("--device-bandwidth", metavar="3.35TB/s", help="peak of its memory")
-    dry.add_argument("--mfu", type=float, metavar="SHARE", help="of that peak, reached while learning (default: 0.4)")
-    dry.add_argument("--response-length", type=float, metavar="N", help="mean tokens of a response (default: half of the limit)")
+    dry.add_argument(
+        "--mfu",
+        type=float,
+        metavar="SHARE",
+        help="of that peak, reached while learning (default: 0.4)",
+    )
+    dry.add_argument(
+        "--response-length",
+        type=float,
+        metavar="N",
+        help="mean tokens of a response (default: half of the limit)",
+    )
     dry.add_argument("--json", action="store_true", help="print it as JSON")
-    sub.epilog = "further settings as key=value: optim.learning_rate=1e-5, num_generations=4, method.k=64"
+    sub.epilog = (
+        "further settings as key=value: optim.learning_rate=1e-5, num_generations=4, method.k=64"
+    )
 
     sub = command(
-        "cache-teacher", _cache_teacher, "let the student write and the teacher score once, and store both: see lightning_opd"
+        "cache-teacher",
+        _cache_teacher,
+        "let the student write and the teacher score once, and store both: see lightning_opd",
     )
-    sub.add_argument("file", nargs="?", help="a run's YAML file: its student, teacher, data, sampling and seed are taken")
+    sub.add_argument(
+        "file",
+        nargs="?",
+        help="a run's YAML file: its student, teacher, data, sampling and seed are taken",
+    )
     sub.add_argument("--recipe", metavar="NAME", help="a built-in recipe, or file.py:function")
     for name in ("student", "teacher", "data"):
         sub.add_argument(f"--{name}", metavar=name.upper(), help=f"same as {name}=...")
-    sub.add_argument("--out", required=True, metavar="DIR", help="a cache in it is continued; damaged parts are written again")
     sub.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="store the teacher's K most probable tokens too (default: 0)"
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="a cache in it is continued; damaged parts are written again",
+    )
+    sub.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="store the teacher's K most probable tokens too (default: 0)",
     )
     sub.add_argument("--num-generations", type=int, metavar="N", help="responses per prompt")
     sub.add_argument(
-        "--sft-teacher", metavar="MODEL", help="who wrote what the student was fine-tuned on; warns where it is not the teacher"
+        "--sft-teacher",
+        metavar="MODEL",
+        help="who wrote what the student was fine-tuned on; warns where it is not the teacher",
     )
     sub.add_argument(
-        "--prompts-per-shard", type=int, default=256, metavar="N", help="what an interruption can lose (default: 256)"
+        "--prompts-per-shard",
+        type=int,
+        default=256,
+        metavar="N",
+        help="what an interruption can lose (default: 256)",
     )
-    sub.epilog = "further settings as key=value: max_completion_length=4096, temperature=0.8, seed=1"
+    sub.epilog = (
+        "further settings as key=value: max_completion_length=4096, temperature=0.8, seed=1"
+    )
 
     sub = command(
-        "serve-teacher", _serve_teacher, "serve a local model that scores tokens over HTTP, for runs with teacher=http://..."
+        "serve-teacher",
+        _serve_teacher,
+        "serve a local model that scores tokens over HTTP, for runs with teacher=http://...",
     )
     sub.add_argument("model")
     sub.add_argument("--port", type=int, default=8000, help="0: a free one (default: 8000)")
     sub.add_argument(
-        "--host", default="127.0.0.1", help="the server asks for no password: keep it on this machine (default: 127.0.0.1)"
+        "--host",
+        default="127.0.0.1",
+        help="the server asks for no password: keep it on this machine (default: 127.0.0.1)",
     )
-    sub.add_argument("--allow-remote", action="store_true", help="let --host be an address that other machines reach")
+    sub.add_argument(
+        "--allow-remote",
+        action="store_true",
+        help="let --host be an address that other machines reach",
+    )
     sub.add_argument("--name", help="what the model is called in answers (default: MODEL)")
     sub.add_argument("--dtype", default="float32")
     sub.add_argument("--device", default="auto")
-    sub.add_argument("--max-batch-tokens", type=int, metavar="N", help="padded tokens of one forward pass")
+    sub.add_argument(
+        "--max-batch-tokens", type=int, metavar="N", help="padded tokens of one forward pass"
+    )
 
-    sub = command("eval", _eval, "score a model on a data set: Avg@k and Pass@k with confidence intervals")
+    sub = command(
+        "eval", _eval, "score a model on a data set: Avg@k and Pass@k with confidence intervals"
+    )
     sub.add_argument("model")
     sub.add_argument("--data", required=True)
     sub.add_argument("--split")
     sub.add_argument("--limit", type=int)
-    sub.add_argument("--template", help='what the model is asked, such as "{prompt}\\nPut your answer in \\\\boxed{{}}."')
+    sub.add_argument(
+        "--template",
+        help='what the model is asked, such as "{prompt}\\nPut your answer in \\\\boxed{{}}."',
+    )
     sub.add_argument("--system", metavar="TEXT", help="system message of the chat")
     sub.add_argument(
-        "--thinking", choices=("on", "off"), help="enable_thinking of chat templates that know it (Qwen3), as in training"
+        "--thinking",
+        choices=("on", "off"),
+        help="enable_thinking of chat templates that know it (Qwen3), as in training",
     )
     sub.add_argument("--reward", default="math")
     sub.add_argument("--k", default="1", help="Pass@k for these k, such as 1,4,8")
@@ -161,17 +241,29 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--samples", type=int, default=1, metavar="N", help="responses per prompt")
     _sampling_flags(sub)
 
-    sub = command("compare", _compare, "run methods under the same prompts, seeds and budget, and draw them side by side")
+    sub = command(
+        "compare",
+        _compare,
+        "run methods under the same prompts, seeds and budget, and draw them side by side",
+    )
     sub.add_argument(
         "methods",
         nargs="+",
         metavar="METHOD",
         help="tropd, tropd:k=32, file.py:function, 'tropd * iw_opd'; the first is the baseline",
     )
-    sub.add_argument("--recipe", required=True, metavar="NAME", help="a built-in recipe, file.py:function, or a run's YAML file")
+    sub.add_argument(
+        "--recipe",
+        required=True,
+        metavar="NAME",
+        help="a built-in recipe, file.py:function, or a run's YAML file",
+    )
     sub.add_argument("--seeds", type=int, default=3, metavar="N")
     sub.add_argument(
-        "--out", default="runs/comparison", metavar="DIR", help="a comparison in it is continued (default: runs/comparison)"
+        "--out",
+        default="runs/comparison",
+        metavar="DIR",
+        help="a comparison in it is continued (default: runs/comparison)",
     )
 
     sub = command("report", _report, "write report.html of a run folder")
@@ -187,7 +279,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("method", help=named)
 
     command("doctor", _doctor, "show what this machine offers and which path each phase will take")
-    for name in ("train", "cache-teacher", "explain", "check", "compare"):  # settings and method arguments as key=value
+    # settings and method arguments as key=value
+    for name in ("train", "cache-teacher", "explain", "check", "compare"):
         commands.choices[name].add_argument("settings", nargs="*", metavar="key=value")
     return parser
 
@@ -204,7 +297,10 @@ def _sampling(options: Any) -> Any:
     from opdkit.types import Sampling
 
     return Sampling(
-        options.temperature, options.top_p, max_completion_length=options.max_completion_length, num_generations=options.samples
+        options.temperature,
+        options.top_p,
+        max_completion_length=options.max_completion_length,
+        num_generations=options.samples,
     )
 
 
@@ -214,7 +310,7 @@ def _arguments(texts: Sequence[str]) -> dict[str, Any]:
     return dict(parse_overrides(texts))
 
 
-# -------------------------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 def _quickstart(options: Any) -> None:
@@ -228,18 +324,31 @@ def _train(options: Any) -> None:
 
     flags = [f"method.times={json.dumps(options.times)}"] if options.times else []
     flags += [f"lora.r={options.lora}"] if options.lora is not None else []
-    run = _run(options, ("student", "teacher", "sampler", "method", "data", "output", "reward"), flags)
+    run = _run(
+        options, ("student", "teacher", "sampler", "method", "data", "output", "reward"), flags
+    )
     if options.dry_run:
         _dry_run(options, run)
         return
     for name in DRY:
         if getattr(options, name):
-            raise UserError(f"--{name.replace('_', '-')} is about an estimate: add --dry-run, or leave it out")
+            raise UserError(
+                f"--{name.replace('_', '-')} is about an estimate: add --dry-run, or leave it out"
+            )
     result = execute(run, resume=options.resume, overwrite=options.overwrite)
     print(f"model   {result.model}\nreport  {result.report}")
 
 
-DRY = ("device", "device_memory", "device_tflops", "device_bandwidth", "mfu", "response_length", "json")  # flags of a dry run
+# flags of a dry run
+DRY = (
+    "device",
+    "device_memory",
+    "device_tflops",
+    "device_bandwidth",
+    "mfu",
+    "response_length",
+    "json",
+)
 
 
 def _dry_run(options: Any, run: Run) -> None:
@@ -264,33 +373,54 @@ def _run(options: Any, names: Sequence[str], more: Sequence[str] = ()) -> Run:
 
     flags = [*(f"{n}={getattr(options, n)}" for n in names if getattr(options, n)), *more]
     settings = list(options.settings)
-    if options.file and "=" in options.file:  # train --recipe gsm8k steps=10: the first setting stands where the file would
+    # train --recipe gsm8k steps=10: the first setting stands where the file would
+    if options.file and "=" in options.file:
         settings.insert(0, options.file)
         options.file = None
     if options.recipe and options.file:
-        raise UserError(f"both the recipe {options.recipe} and the file {options.file} are given: choose one")
+        raise UserError(
+            f"both the recipe {options.recipe} and the file {options.file} are given: choose one"
+        )
     if options.recipe:
         run = make_run(recipe(options.recipe), flags + settings)
         make(options.recipe)
         return run
-    return load_run(options.file, flags + settings) if options.file else make_run({}, flags + settings)
+    return (
+        load_run(options.file, flags + settings) if options.file else make_run({}, flags + settings)
+    )
 
 
 def _cache_teacher(options: Any) -> int | None:
     from opdkit.run.cache_teacher import cache_teacher
 
-    flags = [] if options.num_generations is None else [f"sampling.num_generations={options.num_generations}"]
+    flags = (
+        []
+        if options.num_generations is None
+        else [f"sampling.num_generations={options.num_generations}"]
+    )
     run = _run(options, ("student", "teacher", "data"), flags)
     try:
         made = cache_teacher(
-            run, options.out, top_k=options.top_k, sft_teacher=options.sft_teacher, prompts_per_shard=options.prompts_per_shard
+            run,
+            options.out,
+            top_k=options.top_k,
+            sft_teacher=options.sft_teacher,
+            prompts_per_shard=options.prompts_per_shard,
         )
     except KeyboardInterrupt as stop:
-        return _interrupted(stop, "every finished shard stays, and the same command continues with the next")
+        return _interrupted(
+            stop, "every finished shard stays, and the same command continues with the next"
+        )
     size = sum((Path(options.out) / name).stat().st_size for name in made.entries)
     print(f"rollouts  {made.rollouts:,} of {made.origin.prompts:,} prompts, {made.tokens:,} tokens")
-    print(f"cache     {options.out}, {size / 2**20:.1f} MiB, {size / max(made.tokens, 1):.1f} bytes per token")
-    print(f"train     opdkit train --method lightning_opd --student {run.student} --teacher cached:{options.out}")
+    print(
+        f"cache     {options.out}, {size / 2**20:.1f} MiB, {size / max(made.tokens, 1):.1f} bytes "
+        "per token"
+    )
+    print(
+        f"train     opdkit train --method lightning_opd --student {run.student} --teacher "
+        f"cached:{options.out}"
+    )
     return None
 
 
@@ -339,9 +469,15 @@ def _eval(options: Any) -> None:
     )
     interval = out.avg_at_k.interval
     print(f"problems    {out.n_problems}, {out.samples_per_problem} samples each")
-    print(f"Avg@{out.samples_per_problem:<7} {out.avg_at_k.value:.4f}  95% [{interval.low:.4f}, {interval.high:.4f}]")
+    print(
+        f"Avg@{out.samples_per_problem:<7} {out.avg_at_k.value:.4f}  95% [{interval.low:.4f}, "
+        f"{interval.high:.4f}]"
+    )
     for k, estimate in out.pass_at_k.items():
-        print(f"Pass@{k:<6} {estimate.value:.4f}  95% [{estimate.interval.low:.4f}, {estimate.interval.high:.4f}]")
+        print(
+            f"Pass@{k:<6} {estimate.value:.4f}  95% [{estimate.interval.low:.4f}, "
+            f"{estimate.interval.high:.4f}]"
+        )
     print(f"length      {out.mean_length:.1f} tokens, {out.truncated_share:.1%} truncated")
 
 
@@ -352,7 +488,9 @@ def _sample(options: Any) -> None:
     if not options.prompt and not options.data:
         raise UserError("there is nothing to answer: give a prompt, or --data FILE")
     prompts = Data(options.data, limit=options.limit) if options.data else options.prompt
-    for rollout in sample_model(options.model, prompts, _sampling(options), dtype=options.dtype, seed=options.seed):
+    for rollout in sample_model(
+        options.model, prompts, _sampling(options), dtype=options.dtype, seed=options.seed
+    ):
         print(f"--- {rollout.id} ({len(rollout.tokens)} tokens, {rollout.finish})\n{rollout.text}")
 
 
@@ -360,10 +498,13 @@ def _compare(options: Any) -> int:
     from opdkit.study.compare import compare
 
     texts = [*options.methods, *options.settings]
-    settings = [text for text in texts if re.match(r"[\w.]+=", text)]  # of a method's arguments, `:` or `(` comes first
+    # of a method's arguments, `:` or `(` comes first
+    settings = [text for text in texts if re.match(r"[\w.]+=", text)]
     methods = [text for text in texts if text not in settings]
     try:
-        result = compare(methods, options.recipe, options.seeds, options.out, **_arguments(settings))
+        result = compare(
+            methods, options.recipe, options.seeds, options.out, **_arguments(settings)
+        )
     except KeyboardInterrupt as stop:
         return _interrupted(stop, "the same command continues")
     print(f"{result}\npage     {result.page}\nnumbers  {result.parquet}")
@@ -391,7 +532,10 @@ def _methods(options: Any) -> None:
     for row in table():
         shown.add_row(*row.values())
     Console(soft_wrap=False).print(shown)
-    print("\npasses: forward passes of a step besides sampling. opdkit explain METHOD prints the formula.")
+    print(
+        "\npasses: forward passes of a step besides sampling. opdkit explain METHOD prints the "
+        "formula."
+    )
 
 
 def _explain(options: Any) -> None:

@@ -1,4 +1,7 @@
-"""Evaluate an objective on plain logits, and the tests every method must pass. The code is the one that training runs."""
+"""Evaluate an objective on plain logits, and the tests every method must pass.
+
+The code is the one that training runs.
+"""
 
 from __future__ import annotations
 
@@ -66,13 +69,16 @@ def evaluate(
 ) -> Evaluation:
     """Loss, gradient and terms of an objective, from logits [B, T, V] and sampled tokens [B, T].
 
-    mask [B, T] bool, the trained tokens (default all). models: logits [B, T, V] by name, "teacher", "reference" or any other.
-    before_logits: the student before this step (default: student_logits); sampler_logits: the policy that sampled (default:
-    before_logits). group, reward, correct [B]; correct defaults to reward > 0. marks: {"guided": [B, T]}. uniform [B, T] replaces the
-    keyed draws. Vocabularies of different size are cut to the smallest: what is beyond only pads. Float64 in, float64 through.
+    mask [B, T] bool, the trained tokens (default all). models: logits [B, T, V] by name, "teacher",
+    "reference" or any other. before_logits: the student before this step (default: student_logits);
+    sampler_logits: the policy that sampled (default: before_logits). group, reward, correct [B];
+    correct defaults to reward > 0. marks: {"guided": [B, T]}. uniform [B, T] replaces the keyed
+    draws. Vocabularies of different size are cut to the smallest: what is beyond only pads. Float64
+    in, float64 through.
 
-    A model with a tokenizer of its own has logits [B, U, V_t] at its own U tokens of the same text, and an `Alignment` under its name in
-    `alignments`. Without one its tokens are the student's; only `uld`, which pairs tokens by number, then takes any U and V_t.
+    A model with a tokenizer of its own has logits [B, U, V_t] at its own U tokens of the same text,
+    and an `Alignment` under its name in `alignments`. Without one its tokens are the student's;
+    only `uld`, which pairs tokens by number, then takes any U and V_t.
     """
     case = Case(
         tokens=tokens,
@@ -81,7 +87,11 @@ def evaluate(
         models={name: logits.detach() for name, logits in (models or {}).items()},
         before=before_logits,
         sampler=sampler_logits,
-        columns={k: v for k, v in (("group", group), ("reward", reward), ("correct", correct)) if v is not None},
+        columns={
+            k: v
+            for k, v in (("group", group), ("reward", reward), ("correct", correct))
+            if v is not None
+        },
         marks=marks or {},
         settings={"step": step, "total_steps": total_steps, "uniform": uniform, "seed": seed},
         alignments=alignments or {},
@@ -110,20 +120,32 @@ class Case:
         sampler = before if self.sampler is None else self.sampler.detach()
         logits = {"live": self.student, "student": before, "sampler": sampler, **self.models}
         wanted, wide = needs(objective), torch.promote_types(self.student.dtype, torch.float32)
-        apart = {m for m in self.models if m in self.alignments or _by_number(wanted, m)}  # with vocabularies of their own
+        # with vocabularies of their own
+        apart = {m for m in self.models if m in self.alignments or _by_number(wanted, m)}
         vocabulary = min(x.shape[-1] for name, x in logits.items() if name not in apart)
-        mask = torch.ones_like(self.tokens, dtype=torch.bool) if self.mask is None else torch.as_tensor(self.mask).bool()
+        mask = (
+            torch.ones_like(self.tokens, dtype=torch.bool)
+            if self.mask is None
+            else torch.as_tensor(self.mask).bool()
+        )
         batch = Batch(
             self.tokens,
             mask,
             _columns(self.columns, self.marks, wide),
-            {name: _source(x.to(wide), None if name in apart else vocabulary) for name, x in logits.items()},
+            {
+                name: _source(x.to(wide), None if name in apart else vocabulary)
+                for name, x in logits.items()
+            },
             dtype=wide,
             **self.settings,
         )
         for name in (m for m in self.models if wanted.spans(m) or m in self.alignments):
             alignment, own = self._alignment(name, wanted), batch.sources[name]
-            own = own if alignment.same is None else replace(own, head=Head(vocab=len(alignment.same)))
+            own = (
+                own
+                if alignment.same is None
+                else replace(own, head=Head(vocab=len(alignment.same)))
+            )
             batch.sources[name] = AlignedSource(own, alignment)
         batch.facts.update(supply(batch, wanted.facts, flat_positions(mask), chunk))
         return batch
@@ -134,16 +156,28 @@ class Case:
         if name in self.alignments:
             if wanted.ids(name):
                 what = ", ".join(sorted(map(describe, wanted.ids(name))))
-                raise UserError(f"the objective reads {what}, but {name} has a tokenizer of its own: use gold or uld")
+                raise UserError(
+                    f"the objective reads {what}, but {name} has a tokenizer of its own: use gold "
+                    "or uld"
+                )
             return self.alignments[name]
         if not _by_number(wanted, name) and other != shape:
             asked = f"say which cover the same text with alignments={{{name!r}: Alignment(tokens, student_ends, ends, same)}}"
-            raise UserError(f"{name} has {other[1]} tokens where the student has {shape[1]}: {asked}")
+            raise UserError(
+                f"{name} has {other[1]} tokens where the student has {shape[1]}: {asked}"
+            )
         mine, theirs = (torch.arange(n).expand(len(self.tokens), -1) for n in (shape[1], other[1]))
         return Alignment(torch.zeros(other, dtype=torch.int64), mine, theirs, shared=other == shape)
 
-    def run(self, objective: Objective, parts: Sequence[Sequence[int]] | None = None, chunk: int | None = None) -> Evaluation:
-        """One optimiser step's loss and gradient, in micro-batches of rows `parts` (default one), `chunk` positions at a time."""
+    def run(
+        self,
+        objective: Objective,
+        parts: Sequence[Sequence[int]] | None = None,
+        chunk: int | None = None,
+    ) -> Evaluation:
+        """One optimiser step's loss and gradient, in micro-batches of rows `parts` (default one),
+        `chunk` positions at a time.
+        """
         batch = self.batch(objective, chunk)
         plan = objective.plan(batch)
         leaf = self.student.to(batch.dtype).clone().requires_grad_()
@@ -167,7 +201,11 @@ class Case:
 
 def _source(logits: Tensor, vocabulary: int | None) -> Source:
     """Logits [B, T, V] as a model; entries beyond the vocabulary are cut."""
-    return Source(logits.flatten(0, 1), torch.arange(logits.shape[0] * logits.shape[1]), Head(vocab=vocabulary))
+    return Source(
+        logits.flatten(0, 1),
+        torch.arange(logits.shape[0] * logits.shape[1]),
+        Head(vocab=vocabulary),
+    )
 
 
 def _by_number(wanted: Needs, model: str) -> bool:
@@ -175,10 +213,14 @@ def _by_number(wanted: Needs, model: str) -> bool:
     return {getattr(fact, "merge", None) for fact in wanted.of(model)} == {"index"}
 
 
-def _columns(columns: Mapping[str, Any], marks: Mapping[str, Any], dtype: torch.dtype) -> dict[Fact, Tensor]:
+def _columns(
+    columns: Mapping[str, Any], marks: Mapping[str, Any], dtype: torch.dtype
+) -> dict[Fact, Tensor]:
     facts: dict[Fact, Tensor] = {}
     for name, values in columns.items():
-        facts[ColumnFact(name)] = torch.as_tensor(values).to({"group": torch.int64, "correct": torch.bool}.get(name, dtype))
+        facts[ColumnFact(name)] = torch.as_tensor(values).to(
+            {"group": torch.int64, "correct": torch.bool}.get(name, dtype)
+        )
     if "reward" in columns and "correct" not in columns:
         facts[ColumnFact("correct")] = facts[ColumnFact("reward")] > 0
     for name, values in marks.items():
@@ -186,7 +228,7 @@ def _columns(columns: Mapping[str, Any], marks: Mapping[str, Any], dtype: torch.
     return facts
 
 
-# ----------------------------------------------------------------------------------------------------------------- check
+# -------------------------------------------------------------------------------------------- check
 
 
 @dataclass(frozen=True)
@@ -200,7 +242,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = (
-            [f"  pass  {x}" for x in self.passed] + [f"  FAIL  {x}" for x in self.failed] + [f"  note  {x}" for x in self.notes]
+            [f"  pass  {x}" for x in self.passed]
+            + [f"  FAIL  {x}" for x in self.failed]
+            + [f"  note  {x}" for x in self.notes]
         )
         return "\n".join([f"{self.method.name or 'objective'}: {self.method}", *lines])
 
@@ -213,10 +257,12 @@ TOLERANCE = 1e-9  # relative, float64: the sums run in another order, nothing el
 
 
 def check(method: AnyObjective, seed: int = 0) -> Report:
-    """The tests every method must pass, on random logits in float64: raises `CheckFailed` with the report, else returns it.
+    """The tests every method must pass, on random logits in float64: raises `CheckFailed` with the
+    report, else returns it.
 
-    The gradient does not depend on micro-batches, padding, row order, chunks or padded vocabulary; untrained tokens have none and
-    cannot spoil it; it is finite, blind to a constant added to all logits, and the same when asked twice; an empty batch is a zero.
+    The gradient does not depend on micro-batches, padding, row order, chunks or padded vocabulary;
+    untrained tokens have none and cannot spoil it; it is finite, blind to a constant added to all
+    logits, and the same when asked twice; an empty batch is a zero.
     """
     made = as_method(method)
     objective = made.objective
@@ -226,18 +272,32 @@ def check(method: AnyObjective, seed: int = 0) -> Report:
         ("loss and gradient are finite", lambda: _finite(base)),
         ("some gradient reaches the student", lambda: bool(base.grad.abs().sum() > 0)),
         ("asked twice, the answer is the same", lambda: _equal(base, case.run(objective), 0.0)),
-        ("micro-batches do not change it", lambda: _equal(base, case.run(objective, [[0, 1, 2], [3, 4, 5]]))),
-        ("chunks do not change it", lambda: all(_equal(base, case.run(objective, chunk=c)) for c in (1, 5, 10_000))),
+        (
+            "micro-batches do not change it",
+            lambda: _equal(base, case.run(objective, [[0, 1, 2], [3, 4, 5]])),
+        ),
+        (
+            "chunks do not change it",
+            lambda: all(_equal(base, case.run(objective, chunk=c)) for c in (1, 5, 10_000)),
+        ),
         ("row order does not change it", lambda: _order(case, objective, base)),
         ("padding does not change it", lambda: _padding(case, objective, base)),
         ("padded vocabulary does not change it", lambda: _padded_vocabulary(case, objective, base)),
         ("untrained tokens have no gradient", lambda: bool((base.grad[~_mask(case)] == 0).all())),
-        ("infinite or NaN scores of untrained tokens stay there", lambda: _poison(case, objective, base)),
-        ("a constant added to all logits changes nothing", lambda: bool(base.grad.sum(-1).abs().max() < TOLERANCE)),
+        (
+            "infinite or NaN scores of untrained tokens stay there",
+            lambda: _poison(case, objective, base),
+        ),
+        (
+            "a constant added to all logits changes nothing",
+            lambda: bool(base.grad.sum(-1).abs().max() < TOLERANCE),
+        ),
         ("nothing trained is a loss of zero", lambda: _nothing(case, objective)),
         (
             "an empty response is passed over",
-            lambda: _finite(_with_mask(case, _mask(case) & (torch.arange(6) != 2)[:, None]).run(objective)),
+            lambda: _finite(
+                _with_mask(case, _mask(case) & (torch.arange(6) != 2)[:, None]).run(objective)
+            ),
         ),
         ("hashable, comparable, copied and pickled", lambda: _value_like(made)),
     ]
@@ -249,7 +309,10 @@ def check(method: AnyObjective, seed: int = 0) -> Report:
         except Exception as error:
             failed.append(f"{name}: {type(error).__name__}: {error}")
     same = fabricate(objective, seed, agree=True).run(objective)
-    notes = (f"teacher == student: gradient norm {same.grad.norm().item():.3g}", f"reads {made.needs}")
+    notes = (
+        f"teacher == student: gradient norm {same.grad.norm().item():.3g}",
+        f"reads {made.needs}",
+    )
     report = Report(made, tuple(passed), tuple(failed), notes)
     if failed:
         raise CheckFailed(str(report))
@@ -257,7 +320,8 @@ def check(method: AnyObjective, seed: int = 0) -> Report:
 
 
 def fabricate(objective: Objective, seed: int = 0, agree: bool = False) -> Case:
-    """Six rollouts of two prompts with ragged lengths, a hole in the mask, and every model and column the objective reads.
+    """Six rollouts of two prompts with ragged lengths, a hole in the mask, and every model and
+    column the objective reads.
 
     With `agree` all models are the student itself.
     """
@@ -271,9 +335,19 @@ def fabricate(objective: Objective, seed: int = 0, agree: bool = False) -> Case:
     before = logits()
     drift = 0.0 if agree else 0.2
     student, sampler = before + drift * logits(), before + drift * logits()
-    models = {m: before if agree else logits() for m in sorted(wanted.models - {"student", "sampler", "live"})}
-    columns: dict[str, Any] = {"group": [0, 0, 0, 1, 1, 1], "reward": [1.0, 0.0, 1.0, 0.0, 0.0, 1.0]}
-    columns |= {name: torch.rand(rows, generator=g).double() for name in sorted(wanted.columns) if name.startswith("row:")}
+    models = {
+        m: before if agree else logits()
+        for m in sorted(wanted.models - {"student", "sampler", "live"})
+    }
+    columns: dict[str, Any] = {
+        "group": [0, 0, 0, 1, 1, 1],
+        "reward": [1.0, 0.0, 1.0, 0.0, 0.0, 1.0],
+    }
+    columns |= {
+        name: torch.rand(rows, generator=g).double()
+        for name in sorted(wanted.columns)
+        if name.startswith("row:")
+    }
     lengths = torch.tensor([7, 4, 1, 6, 7, 3])
     mask = torch.arange(length) < lengths[:, None]
     mask[0, 2] = False  # a tool's token
@@ -283,25 +357,43 @@ def fabricate(objective: Objective, seed: int = 0, agree: bool = False) -> Case:
         if "mark:" in n
     }
     tokens = torch.randint(vocabulary, (rows, length), generator=g)
-    alignments = {m: _fabricated(lengths, length, vocabulary, g) for m in models if wanted.spans(m) and not agree}
+    alignments = {
+        m: _fabricated(lengths, length, vocabulary, g)
+        for m in models
+        if wanted.spans(m) and not agree
+    }
     for m, a in alignments.items():
         models[m] = torch.randn(*a.tokens.shape, len(a.same), generator=g, dtype=torch.float64)  # type: ignore[arg-type]
     settings = {"step": 3, "total_steps": 10, "seed": seed, "keys": KEYS}
-    return Case(tokens, student, mask, models, before, sampler, columns, marks, settings, alignments)
+    return Case(
+        tokens, student, mask, models, before, sampler, columns, marks, settings, alignments
+    )
 
 
 def _fabricated(lengths: Tensor, length: int, vocabulary: int, g: torch.Generator) -> Alignment:
-    """Another tokenizer on rollouts of `lengths`, every other one with an end of sequence: longer and shorter tokens, other ids."""
+    """Another tokenizer on rollouts of `lengths`, every other one with an end of sequence: longer
+    and shorter tokens, other ids.
+    """
     rows, others, known = len(lengths), length + 2, vocabulary - 30
     closed, column = torch.arange(rows)[:, None] % 2 == 1, torch.arange(others)
     written = column < (lengths[:, None] - closed.long())
-    mine = torch.randint(1, 4, (rows, others), generator=g).cumsum(1).where(written, torch.tensor(OUT))
-    theirs = torch.randint(1, 4, (rows, others), generator=g).cumsum(1).minimum(total := mine.amax(1, keepdim=True))
+    mine = (
+        torch.randint(1, 4, (rows, others), generator=g).cumsum(1).where(written, torch.tensor(OUT))
+    )
+    theirs = (
+        torch.randint(1, 4, (rows, others), generator=g)
+        .cumsum(1)
+        .minimum(total := mine.amax(1, keepdim=True))
+    )
     theirs[:, 1:] = theirs[:, 1:].where(theirs[:, :-1] < total, torch.tensor(OUT))
     for ends in (mine, theirs):
         ends[closed & (column == (ends >= 0).sum(1, keepdim=True))] = EOS
-    same = torch.randperm(vocabulary, generator=g)[:known].masked_fill(torch.arange(known) % 3 == 0, -1)
-    return Alignment(torch.randint(known, (rows, others), generator=g), mine[:, :length], theirs, same)
+    same = torch.randperm(vocabulary, generator=g)[:known].masked_fill(
+        torch.arange(known) % 3 == 0, -1
+    )
+    return Alignment(
+        torch.randint(known, (rows, others), generator=g), mine[:, :length], theirs, same
+    )
 
 
 KEYS = row_keys(f"0/{i // 3}/{i % 3}" for i in range(6))
@@ -321,8 +413,12 @@ def _equal(a: Evaluation, b: Evaluation, tolerance: float = TOLERANCE) -> bool:
     return near and abs((a.loss - b.loss).item()) <= tolerance * max(1.0, abs(a.loss.item()))
 
 
-def _map(case: Case, change: Change, logits: Change | None = None, ends: Change | None = None) -> Case:
-    """The case with every tensor of its rollouts changed; logits over the student's tokens, and ends of tokens, by their own functions."""
+def _map(
+    case: Case, change: Change, logits: Change | None = None, ends: Change | None = None
+) -> Case:
+    """The case with every tensor of its rollouts changed; logits over the student's tokens, and
+    ends of tokens, by their own functions.
+    """
     wide, end = logits or change, ends or change
     settings = dict(case.settings)
     if case.settings.get("uniform") is not None:
@@ -337,7 +433,10 @@ def _map(case: Case, change: Change, logits: Change | None = None, ends: Change 
         case.columns,
         {k: change(torch.as_tensor(v)) for k, v in case.marks.items()},
         settings,
-        {k: Alignment(change(a.tokens), end(a.student_ends), end(a.ends), a.same) for k, a in case.alignments.items()},
+        {
+            k: Alignment(change(a.tokens), end(a.student_ends), end(a.ends), a.same)
+            for k, a in case.alignments.items()
+        },
     )
 
 
@@ -367,7 +466,9 @@ def _padding(case: Case, objective: Objective, base: Evaluation) -> bool:
     mask[:, case.tokens.shape[1] :] = False
     out = _with_mask(padded, mask).run(objective)
     width = case.tokens.shape[1]
-    return _equal(base, Evaluation(out.loss, out.grad[:, :width], out.terms)) and bool((out.grad[:, width:] == 0).all())
+    return _equal(base, Evaluation(out.loss, out.grad[:, :width], out.terms)) and bool(
+        (out.grad[:, width:] == 0).all()
+    )
 
 
 def _padded_vocabulary(case: Case, objective: Objective, base: Evaluation) -> bool:
@@ -385,8 +486,13 @@ def _poison(case: Case, objective: Objective, base: Evaluation) -> bool:
         return torch.where(outside, torch.tensor(float("nan"), dtype=x.dtype), x)
 
     spoilt = _map(case, lambda x: x, spoil)
-    away = {k: spoilt.models[k].masked_fill((a.ends == OUT)[..., None], float("nan")) for k, a in case.alignments.items()}
-    return _equal(base, Case(**{**vars(spoilt), "models": {**spoilt.models, **away}}).run(objective))
+    away = {
+        k: spoilt.models[k].masked_fill((a.ends == OUT)[..., None], float("nan"))
+        for k, a in case.alignments.items()
+    }
+    return _equal(
+        base, Case(**{**vars(spoilt), "models": {**spoilt.models, **away}}).run(objective)
+    )
 
 
 def _nothing(case: Case, objective: Objective) -> bool:
@@ -400,4 +506,9 @@ def _value_like(method: Method) -> bool:
         if method.name in ("", "own") or ":" in method.name
         else load(method.name, **dict(method.arguments))
     )
-    return hash(twin) == hash(method) and twin == method and copy.deepcopy(method) == method and bool(str(method))
+    return (
+        hash(twin) == hash(method)
+        and twin == method
+        and copy.deepcopy(method) == method
+        and bool(str(method))
+    )

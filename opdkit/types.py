@@ -1,4 +1,7 @@
-"""What flows through a run: prompts, sampling settings, rollouts. Log-probabilities and entropies are in nats."""
+"""What flows through a run: prompts, sampling settings, rollouts.
+
+Log-probabilities and entropies are in nats.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ class Prompt:
     id: str
     tokens: list[int]
     row: Row = field(default_factory=dict)
-    prefix: list[int] = field(default_factory=list)  # response tokens written for the student (a teacher prefix)
+    # response tokens written for the student (a teacher prefix)
+    prefix: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ class Sampling:
     @property
     def plain(self) -> bool:
         """Whether tokens are drawn from the model's own softmax, nothing scaled or cut."""
-        return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0 and self.min_p == 0.0
+        return (
+            self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0 and self.min_p == 0.0
+        )
 
 
 @dataclass(frozen=True)
@@ -49,22 +55,29 @@ class Rollout:
     prompt: list[int]
     tokens: list[int]  # the response, with its end-of-sequence token if it wrote one
     trained: list[bool]  # False: tool output, user turns, anything the student did not choose
-    logp: list[float]  # log-prob of each token under the sampler's plain softmax (temperature 1, nothing cut)
-    drawn_logp: list[float]  # under the distribution it was drawn from (temperature, top_p, top_k, min_p)
+    # log-prob of each token under the sampler's plain softmax (temperature 1, nothing cut)
+    logp: list[float]
+    # under the distribution it was drawn from (temperature, top_p, top_k, min_p)
+    drawn_logp: list[float]
     group: str  # the prompt: rollouts of one group answer the same question
     policy_version: int = 0  # optimiser steps the sampling policy had taken
-    finish: str = "stop"  # "stop": it ended itself; "length": cut at max_completion_length; "given": read from data
+    # "stop": it ended itself; "length": cut at max_completion_length; "given": read from data
+    finish: str = "stop"
     text: str = ""
     reward: float | None = None
     correct: bool | None = None
-    marks: dict[str, list[bool]] = field(default_factory=dict)  # named sets of tokens, such as "guided"
+    # named sets of tokens, such as "guided"
+    marks: dict[str, list[bool]] = field(default_factory=dict)
     row: Row = field(default_factory=dict)
-    notes: Notes | None = field(default=None, compare=False, repr=False)  # what else the sampler saw at each token
+    # what else the sampler saw at each token
+    notes: Notes | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Notes:
-    """What a sampler saw of its own distribution at each token of a rollout, where it was asked to look: see `Watch`."""
+    """What a sampler saw of its own distribution at each token of a rollout, where it was asked to
+    look: see `Watch`.
+    """
 
     entropy: Tensor | None  # [T] nats
     top: Tensor | None  # [T, k] int64: ids of the most probable tokens, most probable first
@@ -73,16 +86,22 @@ class Notes:
 
 @dataclass(frozen=True)
 class Watch:
-    """What a sampler is to note at each token, under the plain softmax: no pass of the student has to find it out again."""
+    """What a sampler is to note at each token, under the plain softmax: no pass of the student has
+    to find it out again.
+    """
 
     entropy: bool = False
     top: int = 0  # how many of the most probable tokens, with their log-probs
 
 
-# ---------------------------------------------------------------------------------------------------------------- facts
+# -------------------------------------------------------------------------------------------- facts
 
 
 def row_keys(ids: Iterable[str], device: torch.device | str = "cpu") -> Tensor:
     """[B] int64: a hash of each rollout's id, the same on every machine."""
     digests = [hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids]
-    return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64, device=device)
+    return torch.tensor(
+        [int.from_bytes(d, "little", signed=True) for d in digests],
+        dtype=torch.int64,
+        device=device,
+    )

@@ -1,4 +1,6 @@
-"""The benchmarks run, on tiny shapes: both sides do the same work, agree on the numbers, and leave the JSON that is documented."""
+"""The benchmarks run, on tiny shapes: both sides do the same work, agree on the numbers, and leave
+the JSON that is documented.
+"""
 
 import importlib
 import json
@@ -60,7 +62,8 @@ def test_stop_tokens_come_at_the_rate_that_was_asked_for(benchmark, probability)
 
 def head_pass(benchmark, monkeypatch, folder, peer):
     head = benchmark("head")
-    monkeypatch.setattr(head, "apart", lambda script, task, args: head.memory(task, args.device))  # a process takes seconds
+    # a process takes seconds
+    monkeypatch.setattr(head, "apart", lambda script, task, args: head.memory(task, args.device))
     (point,) = run(head, f"--shape 300 70 16 --peers {peer} --pairs 2", folder)["points"]
     assert (point["V"], point["N"], point["H"], point["left_out"]) == (300, 70, 16, {})
     assert point["gradient_bytes"] == 4 * 16 * (300 + 70)
@@ -85,7 +88,9 @@ def test_head_agrees_with_a_peer(benchmark, monkeypatch, tmp_path, peer, package
 def test_head_says_what_it_leaves_out(benchmark, monkeypatch, tmp_path):
     head = benchmark("head")
     monkeypatch.setattr(head, "apart", lambda *of: 0)
-    (point,) = run(head, "--shape 300 70 16 --peers dense --limit 1e-6 --pairs 1", tmp_path)["points"]
+    (point,) = run(head, "--shape 300 70 16 --peers dense --limit 1e-6 --pairs 1", tmp_path)[
+        "points"
+    ]
     assert point["left_out"] == {"dense": "needs more than 1e-06 GiB"} and "dense" not in point
 
 
@@ -95,9 +100,13 @@ def test_sampler_writes_what_generate_writes(benchmark, tmp_path):
     assert result["checks"]["greedy_tokens_identical"] == 8 * 16
     assert 0 < result["checks"]["largest_logp_difference"] < 1e-5
     equal, few, all_ = result["cases"]
-    assert equal["opdkit"]["tokens"] == equal["generate"]["tokens"] == 2 * 8 * 16 and equal["mean_length"] == 16
+    assert (
+        equal["opdkit"]["tokens"] == equal["generate"]["tokens"] == 2 * 8 * 16
+        and equal["mean_length"] == 16
+    )
     assert (few["rows"], all_["rows"]) == (8, 16)
-    assert few["opdkit"]["tokens"] == all_["opdkit"]["tokens"]  # the same seeds: no rollout depends on its batch
+    # the same seeds: no rollout depends on its batch
+    assert few["opdkit"]["tokens"] == all_["opdkit"]["tokens"]
     assert few["ratio"]["generate"]["n"] == 2
 
 
@@ -117,13 +126,18 @@ def test_scaling_fits_exponents(benchmark, tmp_path):
     assert result["sweeps"][0]["tokens"] == [4, 16, 64]
     assert all(set(s["exponent"]) == {"step", "sample", "score", "learn"} for s in result["sweeps"])
     first, second, third = result["terms"].values()
-    assert "over_previous" not in first and second["over_previous"]["step"]["n"] == third["over_previous"]["learn"]["n"] == 2
+    assert (
+        "over_previous" not in first
+        and second["over_previous"]["step"]["n"] == third["over_previous"]["learn"]["n"] == 2
+    )
 
 
 @pytest.mark.peer
 def test_vs_trl_compares_equal_work(benchmark, tmp_path):
     pytest.importorskip("trl")
-    small = "--rollouts 16 --length 12 --vocab 64 --steps 2 --pairs 2 --loss-tolerance 0.2 --no-memory"
+    small = (
+        "--rollouts 16 --length 12 --vocab 64 --steps 2 --pairs 2 --loss-tolerance 0.2 --no-memory"
+    )
     result = run(benchmark("vs_trl"), small, tmp_path)
     assert result["ratio"]["n"] == 2
     for side in ("opdkit", "trl"):

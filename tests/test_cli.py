@@ -26,7 +26,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     path.write_text(
-        "".join(json.dumps({"question": f"What is {i} + 123456?", "answer": str(i + 123456)}) + "\n" for i in range(3))
+        "".join(
+            json.dumps({"question": f"What is {i} + 123456?", "answer": str(i + 123456)}) + "\n"
+            for i in range(3)
+        )
     )
     return str(path)
 
@@ -40,7 +43,17 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
 
 def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     out = said(capsys)
-    for command in ("quickstart", "train", "eval", "sample", "report", "methods", "explain", "check", "doctor"):
+    for command in (
+        "quickstart",
+        "train",
+        "eval",
+        "sample",
+        "report",
+        "methods",
+        "explain",
+        "check",
+        "doctor",
+    ):
         assert re.search(rf"^ +{command}\b", out, re.M), command
 
 
@@ -52,7 +65,9 @@ def test_an_unknown_command_or_flag_exits_with_2(capsys: pytest.CaptureFixture[s
     assert "unrecognized arguments: --studnt=x" in capsys.readouterr().err
 
 
-def test_methods_lists_each_with_its_source(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_lists_each_with_its_source(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     out = said(capsys, "methods")
     for name in opdkit.methods():
@@ -62,7 +77,9 @@ def test_methods_lists_each_with_its_source(capsys: pytest.CaptureFixture[str], 
 
 def test_explain_prints_the_formula_and_what_it_reads(capsys: pytest.CaptureFixture[str]) -> None:
     out = said(capsys, "explain", "gkd", "beta=0.25")
-    assert "beta = 0.25" in out and "teacher over the whole vocabulary" in out and "2306.13649" in out
+    assert (
+        "beta = 0.25" in out and "teacher over the whole vocabulary" in out and "2306.13649" in out
+    )
     assert "did you mean 'beta'" in said(capsys, "explain", "gkd", "bta=1", code=2)
 
 
@@ -70,16 +87,32 @@ def test_check_passes_and_fails(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert main(["check", "opd"]) == 0
     capsys.readouterr()
     (tmp_path / "wrong.py").write_text(
-        "from dataclasses import dataclass\nfrom opdkit.objective import Objective, PolicyGradient, Signal\n"
-        "import torch\n@dataclass(frozen=True)\nclass Noise(Signal):\n    def value(self, batch):\n        return torch.rand(batch.shape)\n"
-        "def noisy():\n    return Objective(PolicyGradient(Noise()))\n"
+        "from dataclasses import dataclass\nfrom opdkit.objective import Objective, "
+        "PolicyGradient, Signal\nimport torch\n@dataclass(frozen=True)\nclass Noise(Signal):\n    "
+        "def value(self, batch):\n        return torch.rand(batch.shape)\ndef noisy():\n    return "
+        "Objective(PolicyGradient(Noise()))\n"
     )
     assert main(["check", f"{tmp_path / 'wrong.py'}:noisy"]) == 1
 
 
-def test_sample_prints_a_response_to_each_prompt(capsys: pytest.CaptureFixture[str], model: str) -> None:
-    out = said(capsys, "sample", model, "Two plus two?", "Three?", "--samples=2", "--max-completion-length=4")
-    assert [line.split()[1] for line in out.splitlines() if line.startswith("--- ")] == ["0/0/0", "0/0/1", "0/1/0", "0/1/1"]
+def test_sample_prints_a_response_to_each_prompt(
+    capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    out = said(
+        capsys,
+        "sample",
+        model,
+        "Two plus two?",
+        "Three?",
+        "--samples=2",
+        "--max-completion-length=4",
+    )
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("--- ")] == [
+        "0/0/0",
+        "0/0/1",
+        "0/1/0",
+        "0/1/1",
+    ]
     assert "there is nothing to answer" in said(capsys, "sample", model, code=2)
 
 
@@ -98,10 +131,18 @@ def test_eval_prints_estimates_with_intervals_and_keeps_the_answers(
     out = said(capsys, *arguments)
     assert re.search(r"^problems +3, 2 samples each$", out, re.M)
     assert re.search(r"^Avg@2 +0\.0000  95% \[0\.0000, 0\.\d{4}\]$", out, re.M)
-    assert [line.split()[0] for line in out.splitlines() if "@" in line] == ["Avg@2", "Pass@1", "Pass@2"]
+    assert [line.split()[0] for line in out.splitlines() if "@" in line] == [
+        "Avg@2",
+        "Pass@1",
+        "Pass@2",
+    ]
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 6
-    assert "--k 1,b must be numbers" in said(capsys, "eval", model, f"--data={data}", "--k=1,b", code=2)
-    assert "Pass@4 cannot be estimated from 1 samples" in said(capsys, "eval", model, f"--data={data}", "--k=4", code=2)
+    assert "--k 1,b must be numbers" in said(
+        capsys, "eval", model, f"--data={data}", "--k=1,b", code=2
+    )
+    assert "Pass@4 cannot be estimated from 1 samples" in said(
+        capsys, "eval", model, f"--data={data}", "--k=4", code=2
+    )
 
 
 def test_a_dry_run_prints_the_run_and_its_memory_and_writes_nothing(
@@ -119,7 +160,9 @@ def test_a_dry_run_prints_the_run_and_its_memory_and_writes_nothing(
         "steps=7",
     )
     assert "steps: 7" in out and "objective: PolicyGradient" in out
-    assert re.search(r"^ +student +\S+ +0\.0M parameters", out, re.M) and re.search(r"^memory: about \d", out, re.M)
+    assert re.search(r"^ +student +\S+ +0\.0M parameters", out, re.M) and re.search(
+        r"^memory: about \d", out, re.M
+    )
     assert not output.exists()
 
 
@@ -152,7 +195,9 @@ def test_report_needs_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 
 def test_doctor_names_the_paths_taken(capsys: pytest.CaptureFixture[str]) -> None:
     out = said(capsys, "doctor")
-    assert {"python", "torch", "gpu", "sample", "score", "learn"} <= {line.split()[0] for line in out.splitlines()}
+    assert {"python", "torch", "gpu", "sample", "score", "learn"} <= {
+        line.split()[0] for line in out.splitlines()
+    }
 
 
 ENDS = [
@@ -165,7 +210,12 @@ ENDS = [
 
 
 @pytest.mark.parametrize(("error", "code"), ENDS)
-def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int) -> None:
+def test_exit_codes(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+) -> None:
     def fails(options: object) -> None:
         raise error
 

@@ -19,29 +19,48 @@ CREDIT = LogRatio("teacher", "student")
 S, T = logits(P_S), {"teacher": logits(P_T)}
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluate
+# ----------------------------------------------------------------------------------------- evaluate
 
 
 def test_what_comes_back():
     out = evaluate("opd", S, tokens(0), models=T)  # a name will do
     term = out.terms[0]
     assert close(out.loss, 0.916291) and out.grad.shape == S.shape and len(out.terms) == 1
-    assert term.name == "policy_gradient" and term.weight.tolist() == [[1]] and term.denominator == 1 and term.value == out.loss
-    assert close(term.credit, [[-0.916291]]) and evaluate("gkd", S, tokens(0), models=T).terms[0].credit is None
+    assert (
+        term.name == "policy_gradient"
+        and term.weight.tolist() == [[1]]
+        and term.denominator == 1
+        and term.value == out.loss
+    )
+    assert (
+        close(term.credit, [[-0.916291]])
+        and evaluate("gkd", S, tokens(0), models=T).terms[0].credit is None
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_dtype_goes_through(dtype):
     out = evaluate("gkd", S.to(dtype), tokens(0), models={"teacher": T["teacher"].to(dtype)})
-    assert out.grad.dtype == dtype and out.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert close(out.loss.double(), 0.050875, {torch.float64: 6, torch.float32: 6, torch.bfloat16: 2}[dtype])
+    assert out.grad.dtype == dtype and out.loss.dtype == (
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    assert close(
+        out.loss.double(), 0.050875, {torch.float64: 6, torch.float32: 6, torch.bfloat16: 2}[dtype]
+    )
 
 
 def test_defaults_of_before_and_sampler():
     live, before, sampler = (binary([x]) for x in (-1.0, -1.2, -1.5))
-    loss, t = PolicyGradient(LogRatio("student", "sampler") + LogRatio("teacher", "student")), {"teacher": binary([-0.7])}
+    loss, t = (
+        PolicyGradient(LogRatio("student", "sampler") + LogRatio("teacher", "student")),
+        {"teacher": binary([-0.7])},
+    )
     assert close(evaluate(loss, live, tokens(0), models=t).loss, -(1.0 - 0.7), 9)
-    assert close(evaluate(loss, live, tokens(0), models=t, before_logits=before).loss, -math.exp(0.2) * 0.5, 9)
+    assert close(
+        evaluate(loss, live, tokens(0), models=t, before_logits=before).loss,
+        -math.exp(0.2) * 0.5,
+        9,
+    )
     both = evaluate(loss, live, tokens(0), models=t, before_logits=before, sampler_logits=sampler)
     assert close(both.loss, -math.exp(0.5) * (0.3 + 0.5), 9)
 
@@ -50,21 +69,34 @@ def test_columns_marks_and_schedules():
     s, ids = logits(P_S).expand(2, 1, 3), torch.zeros(2, 1, dtype=torch.int64)
     weight = evaluate(Likelihood() * Reward(), s, ids, reward=[2.0, -1.0]).terms[0].weight
     assert weight.tolist() == [[2], [-1]]
-    assert evaluate(Likelihood() * Correct(), s, ids, reward=[2.0, -1.0]).terms[0].weight.tolist() == [[1], [0]]  # reward > 0
-    assert evaluate(Likelihood() * Correct(), s, ids, reward=[2.0, -1.0], correct=[False, True]).terms[0].weight.tolist() == [
+    # reward > 0
+    assert evaluate(Likelihood() * Correct(), s, ids, reward=[2.0, -1.0]).terms[
+        0
+    ].weight.tolist() == [[1], [0]]
+    assert evaluate(
+        Likelihood() * Correct(), s, ids, reward=[2.0, -1.0], correct=[False, True]
+    ).terms[0].weight.tolist() == [
         [0],
         [1],
     ]
-    assert evaluate(Likelihood() * Mark("guided"), s, ids, marks={"guided": [[True], [False]]}).terms[0].weight.tolist() == [
+    assert evaluate(
+        Likelihood() * Mark("guided"), s, ids, marks={"guided": [[True], [False]]}
+    ).terms[0].weight.tolist() == [
         [1],
         [0],
     ]
-    assert evaluate(Likelihood() * Progress(), s, ids, step=1, total_steps=5).terms[0].weight.tolist() == [[0.25]] * 2
+    assert (
+        evaluate(Likelihood() * Progress(), s, ids, step=1, total_steps=5).terms[0].weight.tolist()
+        == [[0.25]] * 2
+    )
 
 
 def test_uniforms_and_seeds():
     x = logits(P_S).expand(64, 1, 3)
-    ids, loss = torch.zeros(64, 1, dtype=torch.int64), Likelihood() * Draw(Exp(Entropy("student")) / 6)
+    ids, loss = (
+        torch.zeros(64, 1, dtype=torch.int64),
+        Likelihood() * Draw(Exp(Entropy("student")) / 6),
+    )
     a, b, c = (evaluate(loss, x, ids, seed=s).terms[0].weight for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
     u = torch.linspace(0, 0.99, 64, dtype=torch.float64)[:, None]
@@ -77,10 +109,14 @@ def test_inputs_are_left_alone():
     student = S.clone().requires_grad_()
     copy, models = student.detach().clone(), {"teacher": T["teacher"].clone()}
     evaluate("tropd", student, tokens(0), models=models)
-    assert torch.equal(student.detach(), copy) and student.grad is None and torch.equal(models["teacher"], T["teacher"])
+    assert (
+        torch.equal(student.detach(), copy)
+        and student.grad is None
+        and torch.equal(models["teacher"], T["teacher"])
+    )
 
 
-# ---------------------------------------------------------------------------------------- check finds what is wrong with
+# ------------------------------------------------------------------- check finds what is wrong with
 
 
 @dataclass(frozen=True)
@@ -147,7 +183,9 @@ class Product(RolloutLoss):
     """Multiplies where it should select."""
 
     def value(self, logp, mask, rows, batch):
-        return (mask * (logp - batch.read(LogpFact("teacher"))[rows])).sum(1).square() + logp.shape[1]
+        return (mask * (logp - batch.read(LogpFact("teacher"))[rows])).sum(1).square() + logp.shape[
+            1
+        ]
 
 
 class Unhashable(Likelihood):
@@ -166,7 +204,12 @@ class Broken(Signal):
     """Fails at the second question."""
 
     def value(self, batch):
-        if (batch.tokens != 0).any() and ColumnFact("reward") in batch.facts and len(batch.tokens) == 6 and batch.shape[1] == 10:
+        if (
+            (batch.tokens != 0).any()
+            and ColumnFact("reward") in batch.facts
+            and len(batch.tokens) == 6
+            and batch.shape[1] == 10
+        ):
             raise Stray("ten columns")
         return torch.ones(1, 1, dtype=batch.dtype)
 
@@ -191,23 +234,40 @@ class Broken(Signal):
 def test_faults(objective, found):
     with pytest.raises(CheckFailed) as error:
         check(objective)
-    assert any(found in line for line in str(error.value).splitlines() if "FAIL" in line), str(error.value)
+    assert any(found in line for line in str(error.value).splitlines() if "FAIL" in line), str(
+        error.value
+    )
 
 
 def test_a_report_names_what_passed_and_what_is_read():
     report = check("opd")
-    assert len(report.passed) > 10 and not report.failed and str(report).startswith("opd: PolicyGradient")
-    assert report.notes[0] == "teacher == student: gradient norm 0" and "teacher log-prob" in report.notes[1]
+    assert (
+        len(report.passed) > 10
+        and not report.failed
+        and str(report).startswith("opd: PolicyGradient")
+    )
+    assert (
+        report.notes[0] == "teacher == student: gradient norm 0"
+        and "teacher log-prob" in report.notes[1]
+    )
     lines = str(check(Divergence("forward_kl"))).splitlines()
-    assert lines[0].startswith("own: Divergence") and sum("  pass  " in x for x in lines) == len(report.passed)
+    assert lines[0].startswith("own: Divergence") and sum("  pass  " in x for x in lines) == len(
+        report.passed
+    )
 
 
 def test_fabricated_cases_have_what_the_objective_reads():
     objective = Objective(PolicyGradient(LogRatio("judge", "student")) * Mark("guided") * Reward())
     case = fabricate(objective, 1)
-    assert set(case.models) == {"judge"} and case.mask.sum(1).tolist() == [6, 4, 1, 6, 7, 3] and "guided" in case.marks
+    assert (
+        set(case.models) == {"judge"}
+        and case.mask.sum(1).tolist() == [6, 4, 1, 6, 7, 3]
+        and "guided" in case.marks
+    )
     assert torch.equal(fabricate(objective, 1).student, case.student) and not torch.equal(
         fabricate(objective, 2).student, case.student
     )
     agree = fabricate(objective, 1, agree=True)
-    assert torch.equal(agree.student, agree.models["judge"]) and torch.equal(agree.student, agree.before)
+    assert torch.equal(agree.student, agree.models["judge"]) and torch.equal(
+        agree.student, agree.before
+    )

@@ -1,1 +1,3 @@
-"""What every room uses: errors that teach, whole files, progress, strict settings, the address of one's own code."""
+"""What every room uses: errors that teach, whole files, progress, strict settings, the address of
+one's own code.
+"""

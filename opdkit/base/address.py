@@ -1,4 +1,6 @@
-"""The one form in which a person's own code is named: `file.py:function`, for methods, recipes, rewards and curricula."""
+"""The one form in which a person's own code is named: `file.py:function`, for methods, recipes,
+rewards and curricula.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ def load_address(address: str) -> Any:
     """The object that `file.py:name` names; the path is relative to the working directory."""
     path_text, _, name = address.rpartition(":")
     if not is_address(address) or not name.isidentifier():
-        raise UserError(f"{address!r} is not an address: write file.py:name, for example my_rewards.py:short_and_right")
+        raise UserError(
+            f"{address!r} is not an address: write file.py:name, for example "
+            "my_rewards.py:short_and_right"
+        )
     path = Path(path_text).expanduser()
     if not path.is_file():
         raise UserError(
@@ -31,15 +36,26 @@ def load_address(address: str) -> Any:
         )
     module = _module(path.resolve(), address)
     if not hasattr(module, name):
-        known = [n for n, value in vars(module).items() if not n.startswith("_") and not isinstance(value, ModuleType)]
-        raise UserError(f"{path_text} defines no {name!r}{nearest(name, known) if known else ': it defines nothing'}")
+        known = [
+            n
+            for n, value in vars(module).items()
+            if not n.startswith("_") and not isinstance(value, ModuleType)
+        ]
+        raise UserError(
+            f"{path_text} defines no "
+            f"{name!r}{nearest(name, known) if known else ': it defines nothing'}"
+        )
     return getattr(module, name)
 
 
 def _module(path: Path, address: str) -> ModuleType:
-    """The file as a module: run once per content, so that two addresses in one file share its classes, and an edit is seen."""
+    """The file as a module: run once per content, so that two addresses in one file share its
+    classes, and an edit is seen.
+    """
     content = path.read_bytes()
-    digest = hashlib.sha1(str(path).encode() + b"\0" + content, usedforsecurity=False).hexdigest()[:12]
+    digest = hashlib.sha1(str(path).encode() + b"\0" + content, usedforsecurity=False).hexdigest()[
+        :12
+    ]
     name = f"opdkit_file_{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
@@ -48,11 +64,15 @@ def _module(path: Path, address: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs: dataclasses look their module up there
     try:
-        # Compiled from what was hashed: the loader's cache goes by whole seconds and would miss a quick edit.
+        # Compiled from what was hashed: the loader's cache goes by whole seconds and would miss a
+        # quick edit.
         exec(compile(content, str(path), "exec"), module.__dict__)
     except Exception as error:
         del sys.modules[name]
-        raise UserError(f"{address!r} cannot be used, because its file fails when it runs: {_where(error, path)}") from error
+        raise UserError(
+            f"{address!r} cannot be used, because its file fails when it runs: "
+            f"{_where(error, path)}"
+        ) from error
     return module
 
 

@@ -13,11 +13,15 @@ import yaml
 from opdkit.base.errors import UserError, nearest
 
 C = TypeVar("C")
-SHORT = {"data": "source", "teacher": "default"}  # groups that a single value may stand for, and the field it means
+# groups that a single value may stand for, and the field it means
+SHORT = {"data": "source", "teacher": "default"}
 
 
 def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
-    """A frozen dataclass from a nested mapping. Unknown keys and values of the wrong type are errors that name the key."""
+    """A frozen dataclass from a nested mapping.
+
+    Unknown keys and values of the wrong type are errors that name the key.
+    """
     hints = get_type_hints(cls)
     known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     for key in values:
@@ -44,7 +48,10 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, hint):
             return value
         if not isinstance(value, Mapping):
-            raise UserError(f"{where} must be a group of settings ({', '.join(f.name for f in fields(hint))}), not {value!r}")
+            raise UserError(
+                f"{where} must be a group of settings ({', '.join(f.name for f in fields(hint))}), "
+                f"not {value!r}"
+            )
         return build(hint, value, where + ".")
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
@@ -65,14 +72,19 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if hint is types.NoneType:
         if value is None:
             return None
-    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    elif (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and not (hint is int and isinstance(value, bool))
+    ):
         return value
     raise UserError(f"{where} must be {getattr(hint, '__name__', hint)}, not {value!r}")
 
 
 def _first_that_fits(options: Sequence[Any], value: Any, where: str) -> Any:
     told: list[str] = []
-    for option in sorted(options, key=lambda o: o is float):  # "1e-5" is text first where both are allowed
+    # "1e-5" is text first where both are allowed
+    for option in sorted(options, key=lambda o: o is float):
         try:
             return convert(option, value, where)
         except UserError:
@@ -94,19 +106,30 @@ def plain(value: Any) -> Any:
 
 
 def leaves(cls: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted path of every setting, by itself; and by its last name where that is unique (groups in `cls.full_names` apart)."""
+    """Dotted path of every setting, by itself; and by its last name where that is unique (groups in
+    `cls.full_names` apart).
+    """
     paths: list[str] = []
 
     def walk(kind: Any, at: str) -> None:
         hints = get_type_hints(kind)
         for f in fields(kind):
-            inner = next((h for h in (hints[f.name], *get_args(hints[f.name])) if is_dataclass(h) and isinstance(h, type)), None)
+            inner = next(
+                (
+                    h
+                    for h in (hints[f.name], *get_args(hints[f.name]))
+                    if is_dataclass(h) and isinstance(h, type)
+                ),
+                None,
+            )
             paths.append(at + f.name)
             if inner is not None:
                 walk(inner, f"{at}{f.name}.")
 
     walk(cls, prefix)
-    named = [p for p in paths if p.split(".")[0] not in getattr(cls, "full_names", ()) or "." not in p]
+    named = [
+        p for p in paths if p.split(".")[0] not in getattr(cls, "full_names", ()) or "." not in p
+    ]
     names = [p.rpartition(".")[2] for p in named]
     short = {n: p for n, p in zip(names, named) if names.count(n) == 1}
     return {**short, **{p: p for p in paths}}
@@ -125,7 +148,9 @@ def override(values: dict[str, Any], cls: Any, key: str, value: Any) -> None:
     inside = values
     for group in groups:
         if not isinstance(inside.get(group), dict):
-            inside[group] = {} if inside.get(group) is None else {SHORT.get(group, "name"): inside[group]}
+            inside[group] = (
+                {} if inside.get(group) is None else {SHORT.get(group, "name"): inside[group]}
+            )
         inside = inside[group]
     inside[last] = value
 
@@ -139,17 +164,23 @@ def _free(cls: Any, path: str) -> bool:
 
 
 def parse_overrides(texts: Sequence[str]) -> list[tuple[str, Any]]:
-    """`key=value` texts; values are YAML, so 3, true, null, [1, 2] and 1e-5 mean what they look like."""
+    """`key=value` texts; values are YAML, so 3, true, null, [1, 2] and 1e-5 mean what they look
+    like.
+    """
     pairs = []
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"{text!r} is not an override: write key=value, for example optim.learning_rate=1e-5")
+            raise UserError(
+                f"{text!r} is not an override: write key=value, for example "
+                "optim.learning_rate=1e-5"
+            )
         try:
             pairs.append((key, yaml.safe_load(value) if value else ""))
         except yaml.YAMLError:
             raise UserError(
-                f"{text!r}: the value is not valid YAML; put text with braces, brackets or colons in double quotes"
+                f"{text!r}: the value is not valid YAML; put text with braces, brackets or colons "
+                "in double quotes"
             ) from None
     return pairs
 

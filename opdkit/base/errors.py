@@ -2,7 +2,10 @@
 
 
 class UserError(Exception):
-    """Bad input: the message says what is wrong, why it matters and what to do. The command line prints it and exits with 2."""
+    """Bad input: the message says what is wrong, why it matters and what to do.
+
+    The command line prints it and exits with 2.
+    """
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -19,12 +19,15 @@ def write_whole(path: Path, page: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file, none if it is absent; a last line that is still being written is left out."""
+    """The whole lines of a JSONL file, none if it is absent; a last line that is still being
+    written is left out.
+    """
     return [row for _, row in _parse(path)]
 
 
 def truncate_metrics(path: Path, last_step: float = math.inf) -> None:
-    """Drop the lines after `last_step` and a half-written last line, so that a resumed run ends with the file of an unbroken one.
+    """Drop the lines after `last_step` and a half-written last line, so that a resumed run ends
+    with the file of an unbroken one.
 
     Works on any JSONL file whose lines have a "step". The file is replaced in one move.
     """
@@ -39,11 +42,18 @@ def truncate_metrics(path: Path, last_step: float = math.inf) -> None:
 
 
 def _parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Each line as text and as a dict. Only the last line may be broken: that is what a crash or a running writer leaves."""
+    """Each line as text and as a dict.
+
+    Only the last line may be broken: that is what a crash or a running writer leaves.
+    """
     if not path.exists():
         return []
     # Split at "\n" alone: str.splitlines also cuts at separators that JSON allows inside strings.
-    lines = [line for line in path.read_bytes().decode("utf-8", errors="replace").split("\n") if line.strip()]
+    lines = [
+        line
+        for line in path.read_bytes().decode("utf-8", errors="replace").split("\n")
+        if line.strip()
+    ]
     parsed = []
     for number, line in enumerate(lines, 1):
         try:
@@ -51,8 +61,8 @@ def _parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise UserError(
-                    f"Line {number} of {path} is not JSON ({error.msg}). The file was changed or damaged after it was written: "
-                    "mend or delete that line, then try again."
+                    f"Line {number} of {path} is not JSON ({error.msg}). The file was changed or "
+                    "damaged after it was written: mend or delete that line, then try again."
                 ) from error
     return parsed
 

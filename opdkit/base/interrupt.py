@@ -1,4 +1,6 @@
-"""SIGTERM and SIGHUP end a run as Ctrl-C does: from a scheduler or a closed terminal, what has been learnt is kept."""
+"""SIGTERM and SIGHUP end a run as Ctrl-C does: from a scheduler or a closed terminal, what has been
+learnt is kept.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))  # Windows has no SIGHUP
+# Windows has no SIGHUP
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Stopped(SystemExit, KeyboardInterrupt):
     """A signal that ends the program.
 
-    What catches Ctrl-C catches it. Where nothing does, Python ends with the status that shells give to that signal, 128 + its number,
-    and without a traceback, once every `finally` has run.
+    What catches Ctrl-C catches it. Where nothing does, Python ends with the status that shells give
+    to that signal, 128 + its number, and without a traceback, once every `finally` has run.
     """
 
     def __init__(self, number: int):
@@ -24,12 +27,17 @@ class Stopped(SystemExit, KeyboardInterrupt):
 
 
 def status(stop: KeyboardInterrupt) -> int:
-    """The exit status of a program that was stopped: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+    """The exit status of a program that was stopped: 130 for Ctrl-C, 143 for SIGTERM, 129 for
+    SIGHUP.
+    """
     return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
 
 
 class _Guard:
-    """The handler of both signals. Python calls it in the main thread, between two steps of the program."""
+    """The handler of both signals.
+
+    Python calls it in the main thread, between two steps of the program.
+    """
 
     def __init__(self) -> None:
         self.owner = os.getpid()
@@ -53,8 +61,9 @@ _guard: _Guard | None = None
 def stoppable() -> Iterator[None]:
     """Within it SIGTERM and SIGHUP raise `Stopped`; behind it they do what they did before.
 
-    Only what nobody has decided on is changed, and only in the main thread, the one that may: an ignored signal stays ignored (SIGHUP
-    under `nohup`), and a handler of the program around this stays in charge. It stops a run by raising KeyboardInterrupt.
+    Only what nobody has decided on is changed, and only in the main thread, the one that may: an
+    ignored signal stays ignored (SIGHUP under `nohup`), and a handler of the program around this
+    stays in charge. It stops a run by raising KeyboardInterrupt.
     """
     global _guard
     if threading.current_thread() is not threading.main_thread():
@@ -77,7 +86,9 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """What has to be written whole: a SIGTERM or SIGHUP that comes meanwhile, such as a scheduler's second one, waits for its end."""
+    """What has to be written whole: a SIGTERM or SIGHUP that comes meanwhile, such as a scheduler's
+    second one, waits for its end.
+    """
     if (guard := _guard) is None or threading.current_thread() is not threading.main_thread():
         yield
         return

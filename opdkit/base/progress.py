@@ -1,4 +1,6 @@
-"""Progress with rate and time left, on stderr: a bar in a terminal, a plain line now and then elsewhere."""
+"""Progress with rate and time left, on stderr: a bar in a terminal, a plain line now and then
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,18 @@ EVERY = 15.0  # seconds between plain lines where stderr is not a terminal
 
 @contextmanager
 def progress(
-    what: str, *, total: int | None = None, unit: str = "", every: float = EVERY, clock: Callable[[], float] = time.monotonic
+    what: str,
+    *,
+    total: int | None = None,
+    unit: str = "",
+    every: float = EVERY,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Callable[[int], None]]:
-    """`with progress("Evaluating", total=200, unit="problems") as tick: tick(done)`, where `done` counts from the start.
+    """`with progress("Evaluating", total=200, unit="problems") as tick: tick(done)`, where `done`
+    counts from the start.
 
-    The bar vanishes at the end. Without a terminal nothing is printed by work that takes less than `every` seconds.
+    The bar vanishes at the end. Without a terminal nothing is printed by work that takes less than
+    `every` seconds.
     """
     console = _console()
     if console.is_terminal:
@@ -55,7 +64,9 @@ def rate(per_second: float, unit: str) -> str:
 class _Lines:
     """Plain lines for logs: `Evaluating: 120/500 problems, 12.5 problems/s, 30 s left`."""
 
-    def __init__(self, what: str, total: int | None, unit: str, every: float, clock: Callable[[], float]):
+    def __init__(
+        self, what: str, total: int | None, unit: str, every: float, clock: Callable[[], float]
+    ):
         self.what, self.total, self.unit, self.every, self.clock = what, total, unit, every, clock
         self.start = self.last = clock()
         self.done, self.printed = 0, False
@@ -67,8 +78,14 @@ class _Lines:
             return
         self.last, self.printed = now, True
         speed = done / max(now - self.start, 1e-9)  # two ticks may read the same time
-        left = f"{duration((self.total - done) / speed)} left" if self.total is not None and speed > 0 else ""
-        self._print(", ".join(part for part in (self._count(), rate(speed, self.unit), left) if part))
+        left = (
+            f"{duration((self.total - done) / speed)} left"
+            if self.total is not None and speed > 0
+            else ""
+        )
+        self._print(
+            ", ".join(part for part in (self._count(), rate(speed, self.unit), left) if part)
+        )
 
     def end(self) -> None:
         """Close what was begun; work too short to be announced stays silent."""
@@ -76,7 +93,9 @@ class _Lines:
             self._print(f"{self._count()} in {duration(self.clock() - self.start)}")
 
     def _count(self) -> str:
-        return (f"{self.done}" if self.total is None else f"{self.done}/{self.total}") + (f" {self.unit}" if self.unit else "")
+        return (f"{self.done}" if self.total is None else f"{self.done}/{self.total}") + (
+            f" {self.unit}" if self.unit else ""
+        )
 
     def _print(self, text: str) -> None:
         print(f"{self.what}: {text}", file=sys.stderr, flush=True)
@@ -95,8 +114,18 @@ def _console() -> Console:
 
 
 @contextmanager
-def _bar(console: Console, what: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+def _bar(
+    console: Console, what: str, total: int | None, unit: str
+) -> Iterator[Callable[[int], None]]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.text import Text
 
     class Rate(TextColumn):

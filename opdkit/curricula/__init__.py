@@ -6,4 +6,14 @@ from opdkit.curricula.pass_rate import PassRates
 from opdkit.curricula.prefix import TeacherPrefix
 from opdkit.curricula.replay import Replay
 
-__all__ = ["Ask", "Cached", "Curriculum", "Mixed", "PassRates", "Plain", "Replay", "TeacherPrefix", "reads_cache"]
+__all__ = [
+    "Ask",
+    "Cached",
+    "Curriculum",
+    "Mixed",
+    "PassRates",
+    "Plain",
+    "Replay",
+    "TeacherPrefix",
+    "reads_cache",
+]

@@ -1,4 +1,6 @@
-"""The interface of a curriculum, and the plain ones: every prompt as it is, written by the student or read from the data."""
+"""The interface of a curriculum, and the plain ones: every prompt as it is, written by the student
+or read from the data.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from opdkit.objective.maths import keyed_uniform
 from opdkit.types import Prompt, Rollout, Sampling
 
 Memory = dict[str, Any]  # what a curriculum learns in a run: plain JSON, saved in checkpoints
-Reference = Callable[[Prompt], "list[int] | None"]  # a prompt's reference response as token ids, where the data has one
+# a prompt's reference response as token ids, where the data has one
+Reference = Callable[[Prompt], "list[int] | None"]
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,27 @@ class Ask:
 
 
 class Curriculum(Protocol):
-    """A frozen dataclass of settings: who writes a step's responses, to which prompts, and what is remembered of them."""
+    """A frozen dataclass of settings: who writes a step's responses, to which prompts, and what is
+    remembered of them.
+    """
 
-    validates: ClassVar[bool]  # whether `validated` wants the loss on held-out reference responses at every evaluation
+    # whether `validated` wants the loss on held-out reference responses at every evaluation
+    validates: ClassVar[bool]
 
     def source(self, step: int, total_steps: int, seed: int, memory: Memory) -> str:
-        """Who writes this step's responses: "student", "data", "replay" or "cache"; the same draw in a resumed run."""
+        """Who writes this step's responses: "student", "data", "replay" or "cache"; the same draw
+        in a resumed run.
+        """
         ...
 
     def plan(
-        self, prompts: Sequence[Prompt], sampling: Sampling, reference: Reference, step: int, total_steps: int, memory: Memory
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        reference: Reference,
+        step: int,
+        total_steps: int,
+        memory: Memory,
     ) -> list[Ask]:
         """What the student is asked."""
         ...
@@ -62,7 +76,13 @@ class Plain:
         return "student"
 
     def plan(
-        self, prompts: Sequence[Prompt], sampling: Sampling, reference: Reference, step: int, total_steps: int, memory: Memory
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        reference: Reference,
+        step: int,
+        total_steps: int,
+        memory: Memory,
     ) -> list[Ask]:
         return [Ask(tuple(prompts), sampling)]
 
@@ -78,14 +98,17 @@ class Plain:
 
 @dataclass(frozen=True)
 class Mixed(Plain):
-    """The student writes `student_share` of the batches; the responses of the others are read from the data (GKD's lambda)."""
+    """The student writes `student_share` of the batches; the responses of the others are read from
+    the data (GKD's lambda).
+    """
 
     student_share: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.student_share <= 1:
             raise ValueError(
-                f"student_share={self.student_share} must lie in [0, 1]: the share of batches that the student writes"
+                f"student_share={self.student_share} must lie in [0, 1]: the share of batches that "
+                "the student writes"
             )
 
     def source(self, step: int, total_steps: int, seed: int, memory: Memory) -> str:
@@ -94,4 +117,6 @@ class Mixed(Plain):
 
 def coin(step: int, seed: int) -> float:
     """The step's uniform draw in [0, 1) of who writes."""
-    return keyed_uniform(seed, step, "who writes", torch.zeros(1, dtype=torch.int64), 1, torch.float64).item()
+    return keyed_uniform(
+        seed, step, "who writes", torch.zeros(1, dtype=torch.int64), 1, torch.float64
+    ).item()

@@ -1,4 +1,6 @@
-"""Stored rollouts: every response is read from a cache, none is written during training (Lightning OPD)."""
+"""Stored rollouts: every response is read from a cache, none is written during training (Lightning
+OPD).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Pass rates: how often the student has lately solved each prompt, for methods that weigh prompts by difficulty (PACED)."""
+"""Pass rates: how often the student has lately solved each prompt, for methods that weigh prompts
+by difficulty (PACED).
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ from opdkit.types import Rollout
 
 @dataclass(frozen=True)
 class PassRates(Plain):
-    """Every prompt as it is; memory["pass_rate"][prompt id] is the share of correct ones among its last `window` rollouts.
+    """Every prompt as it is; memory["pass_rate"][prompt id] is the share of correct ones among its
+    last `window` rollouts.
 
-    All rollouts of a visit count, also where they are more than the window. Rollouts without a reward are passed over.
+    All rollouts of a visit count, also where they are more than the window. Rollouts without a
+    reward are passed over.
     """
 
     window: int = 8

@@ -1,4 +1,6 @@
-"""Guided rollouts: the student continues the beginning of a reference response, ever shorter over the run (TrOPD)."""
+"""Guided rollouts: the student continues the beginning of a reference response, ever shorter over
+the run (TrOPD).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,12 @@ from opdkit.types import Prompt, Sampling
 
 @dataclass(frozen=True)
 class TeacherPrefix(Plain):
-    """Besides the plain rollouts, `extra` guided ones for each prompt whose data row has a reference response.
+    """Besides the plain rollouts, `extra` guided ones for each prompt whose data row has a
+    reference response.
 
-    At step n of N a guided rollout starts with the first floor(alpha L) of the response's L tokens, alpha = (1 + cos(pi n / N)) / 2:
-    all of it at the first step, none at the last. Those tokens are marked "guided". arXiv 2606.01249.
+    At step n of N a guided rollout starts with the first floor(alpha L) of the response's L tokens,
+    alpha = (1 + cos(pi n / N)) / 2: all of it at the first step, none at the last. Those tokens are
+    marked "guided". arXiv 2606.01249.
     """
 
     extra: int = 1
@@ -37,7 +41,11 @@ class TeacherPrefix(Plain):
             if length > 0:
                 prefix = (reference(prompt) or [])[: min(length, sampling.max_completion_length)]
                 guided.append(replace(prompt, id=f"{prompt.id}:guided", prefix=list(prefix)))
-        return [*asks, Ask(tuple(guided), replace(sampling, num_generations=self.extra))] if guided else asks
+        return (
+            [*asks, Ask(tuple(guided), replace(sampling, num_generations=self.extra))]
+            if guided
+            else asks
+        )
 
 
 def prefix_share(step: int, total_steps: int) -> float:

@@ -1,4 +1,6 @@
-"""Who writes a batch: the student now, the student earlier (replay), or the data set; DistiLLM's adaptive off-policy schedule."""
+"""Who writes a batch: the student now, the student earlier (replay), or the data set; DistiLLM's
+adaptive off-policy schedule.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,17 @@ RAISE = 0.1  # added to the share of student text when the validation loss rises
 
 @dataclass(frozen=True)
 class Replay(Plain):
-    """DistiLLM (arXiv 2402.03898): student text in a share phi of the batches, written anew in a share q <= phi.
+    """DistiLLM (arXiv 2402.03898): student text in a share phi of the batches, written anew in a
+    share q <= phi.
 
-        u ~ U(0, 1) per step:  u < q, or u < phi while the store is not full: "student";  else u < phi: "replay";  else "data"
+        u ~ U(0, 1) per step:  u < q, or u < phi while the store is not full: "student";  else u <
+        phi: "replay";  else "data"
         q = phi (1 - step/total) "decreasing", phi/2 "constant", phi step/total "increasing"
 
-    phi starts at `threshold` and rises by 0.1, to at most 1, whenever the validation loss is `tolerance` above the loss at which it last
-    rose (at first, that before training). The store holds the last `capacity` responses. Memory is plain JSON:
-    phi, level (the loss at which phi last rose) and store (rollouts as dicts).
+    phi starts at `threshold` and rises by 0.1, to at most 1, whenever the validation loss is
+    `tolerance` above the loss at which it last rose (at first, that before training). The store
+    holds the last `capacity` responses. Memory is plain JSON: phi, level (the loss at which phi
+    last rose) and store (rollouts as dicts).
     """
 
     schedule: str = "decreasing"
@@ -36,9 +41,14 @@ class Replay(Plain):
 
     def __post_init__(self) -> None:
         if self.schedule not in ("decreasing", "constant", "increasing"):
-            raise ValueError(f"schedule={self.schedule!r} must be one of decreasing, constant, increasing")
+            raise ValueError(
+                f"schedule={self.schedule!r} must be one of decreasing, constant, increasing"
+            )
         if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold} must lie in [0, 1]: the share of student text at the start")
+            raise ValueError(
+                f"threshold={self.threshold} must lie in [0, 1]: the share of student text at the "
+                "start"
+            )
         if self.capacity < 1:
             raise ValueError(f"capacity={self.capacity} must be at least 1")
 
@@ -66,14 +76,22 @@ class Replay(Plain):
                 f"a batch of {count} responses cannot be drawn from a store of {len(store)}: "
                 f"set capacity (now {self.capacity}) to at least the responses of one step"
             )
-        order = keyed_uniform(seed, step, "replay", torch.arange(len(store)), 1, torch.float64)[:, 0].argsort()
+        order = keyed_uniform(seed, step, "replay", torch.arange(len(store)), 1, torch.float64)[
+            :, 0
+        ].argsort()
         return [Rollout(**store[i]) for i in order[:count].tolist()]
 
     def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
-        """Memory with what the student has just written; replayed responses and those of the data are not stored again."""
+        """Memory with what the student has just written; replayed responses and those of the data
+        are not stored again.
+        """
         store = memory.get("store", [])
         known = {row["id"] for row in store}
-        new = [asdict(replace(r, notes=None)) for r in rollouts if r.finish != "given" and r.id not in known]
+        new = [
+            asdict(replace(r, notes=None))
+            for r in rollouts
+            if r.finish != "given" and r.id not in known
+        ]
         return {**memory, "store": [*store, *new][-self.capacity :]}
 
     def validated(self, loss: float, memory: Memory) -> Memory:

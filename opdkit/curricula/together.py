@@ -31,7 +31,13 @@ class Together:
         return self.writer.source(step, total_steps, seed, memory)
 
     def plan(
-        self, prompts: Sequence[Prompt], sampling: Sampling, reference: Reference, step: int, total_steps: int, memory: Memory
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        reference: Reference,
+        step: int,
+        total_steps: int,
+        memory: Memory,
     ) -> list[Ask]:
         return self.writer.plan(prompts, sampling, reference, step, total_steps, memory)
 
@@ -47,7 +53,9 @@ class Together:
 
 def writes(curriculum: Curriculum) -> bool:
     """Whether it decides who writes the responses or to which prompts; others only remember."""
-    return any(getattr(type(curriculum), n) is not getattr(Plain, n) for n in ("source", "plan", "replay"))
+    return any(
+        getattr(type(curriculum), n) is not getattr(Plain, n) for n in ("source", "plan", "replay")
+    )
 
 
 def join(a: Curriculum, b: Curriculum, names: tuple[str, str]) -> Curriculum:
@@ -57,24 +65,29 @@ def join(a: Curriculum, b: Curriculum, names: tuple[str, str]) -> Curriculum:
     writers = [part for part in parts if writes(part)]
     if len(writers) > 1 or len({type(part) for part in parts}) < len(parts):
         raise UserError(
-            f"{names[0]} and {names[1]} cannot be combined: each brings its own curriculum, {' and '.join(map(str, parts))}, and only one "
-            "can decide. Choose arguments that switch one of them off"
+            f"{names[0]} and {names[1]} cannot be combined: each brings its own curriculum, "
+            f"{' and '.join(map(str, parts))}, and only one can decide. Choose arguments that "
+            "switch one of them off"
         )
     other = next((part for part in writers if type(part).source is not Plain.source), None)
     if other is not None and any(isinstance(part, PassRates) for part in parts):
         raise UserError(
-            f"{names[0]} and {names[1]} cannot be combined: one weighs prompts by how often the student now solves them, and with {other} "
-            "not every response is the student's own of this step. Let the student write every batch (lmbda=1, schedule=None)"
+            f"{names[0]} and {names[1]} cannot be combined: one weighs prompts by how often the "
+            f"student now solves them, and with {other} not every response is the student's own of "
+            "this step. Let the student write every batch (lmbda=1, schedule=None)"
         )
     made = cast(Curriculum, Together(parts))  # whether it validates depends on its parts
     return made if len(parts) > 1 else parts[0] if parts else a
 
 
 def keeper(curriculum: Curriculum, name: str) -> Curriculum:
-    """What a weight brings along: memory, but not a decision about who writes, which is that of the method it multiplies."""
+    """What a weight brings along: memory, but not a decision about who writes, which is that of the
+    method it multiplies.
+    """
     if curriculum != Mixed(1.0) and writes(curriculum):
         raise UserError(
-            f"{name} as a weight would also bring its curriculum {curriculum}, which decides who writes the responses; that is for the "
-            "method on the left to say. Use it there, or as a weight without that curriculum"
+            f"{name} as a weight would also bring its curriculum {curriculum}, which decides who "
+            "writes the responses; that is for the method on the left to say. Use it there, or as "
+            "a weight without that curriculum"
         )
     return curriculum

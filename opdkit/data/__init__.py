@@ -1,4 +1,6 @@
-"""Data sets: rows from files, the hub or reasoning-gym, as prompts in token ids, in a resumable order."""
+"""Data sets: rows from files, the hub or reasoning-gym, as prompts in token ids, in a resumable
+order.
+"""
 
 from opdkit.data.load import load_rows
 from opdkit.data.prompts import Prompts

@@ -1,4 +1,6 @@
-"""A folder of rollouts that a teacher has scored: written once by `opdkit cache-teacher`, read by training in place of both."""
+"""A folder of rollouts that a teacher has scored: written once by `opdkit cache-teacher`, read by
+training in place of both.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ from opdkit.types import Prompt, Rollout, Row, Sampling
 KIND, FORMAT, MANIFEST = "opdkit cache", 1, "manifest.json"
 NEVER_FRESH = (
     -1
-)  # policy version of a stored rollout: its recorded log-probs are rounded, so the student's are always computed anew
+    # policy version of a stored rollout: its recorded log-probs are rounded, so the student's are
+    # always computed anew
+)
 OPEN_FILES, KEPT_GROUPS = 64, 16
 
-# -------------------------------------------------------------------------------------------------------------- manifest
+# ----------------------------------------------------------------------------------------- manifest
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Origin:
     dtype: str
     teacher_dtype: str
     prompts_per_shard: int
-    sft_teacher: Identity | None = None  # who wrote the responses that the student was fine-tuned on
+    # who wrote the responses that the student was fine-tuned on
+    sft_teacher: Identity | None = None
 
     @property
     def shards(self) -> int:
@@ -54,8 +59,9 @@ class Origin:
         if self.sft_teacher is None or self.sft_teacher.same(self.teacher):
             return []
         return [
-            f"the student was fine-tuned on responses of {self.sft_teacher}, and {self.teacher} scored its rollouts: with two different "
-            "teachers the gradient on stored rollouts is biased against that of on-policy distillation (arXiv 2604.13010)"
+            f"the student was fine-tuned on responses of {self.sft_teacher}, and {self.teacher} "
+            "scored its rollouts: with two different teachers the gradient on stored rollouts is "
+            "biased against that of on-policy distillation (arXiv 2604.13010)"
         ]
 
     def differences(self, other: Origin) -> list[str]:
@@ -69,9 +75,17 @@ class Origin:
             elif mine == theirs:
                 continue
             if isinstance(mine, Sampling):
-                out += [f"{n} {v} there, {getattr(theirs, n)} now" for n, v in vars(mine).items() if v != getattr(theirs, n)]
+                out += [
+                    f"{n} {v} there, {getattr(theirs, n)} now"
+                    for n, v in vars(mine).items()
+                    if v != getattr(theirs, n)
+                ]
             elif f.name in ("tokenizer", "data"):
-                out.append(f"another {f.name}" if f.name == "tokenizer" else "other prompts (their order, tokens or rows)")
+                out.append(
+                    f"another {f.name}"
+                    if f.name == "tokenizer"
+                    else "other prompts (their order, tokens or rows)"
+                )
             else:
                 out.append(f"{f.name} {mine} there, {theirs} now")
         return out
@@ -110,7 +124,10 @@ class Manifest:
         """The file, whole or not at all."""
         totals = {"complete": self.complete, "rollouts": self.rollouts, "tokens": self.tokens}
         entries = [asdict(self.entries[name]) for name in sorted(self.entries)]
-        text = json.dumps({"kind": KIND, "format": FORMAT, **asdict(self.origin), **totals, "shards": entries}, indent=1)
+        text = json.dumps(
+            {"kind": KIND, "format": FORMAT, **asdict(self.origin), **totals, "shards": entries},
+            indent=1,
+        )
         partial = folder / (PARTIAL + MANIFEST)
         try:
             with partial.open("w", encoding="utf-8") as file:
@@ -122,8 +139,8 @@ class Manifest:
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise UserError(
-                f"{folder / MANIFEST} could not be written ({error.strerror or error}). Every finished shard stays; free some space, then "
-                "run the same command again"
+                f"{folder / MANIFEST} could not be written ({error.strerror or error}). Every "
+                "finished shard stays; free some space, then run the same command again"
             ) from error
 
 
@@ -145,13 +162,17 @@ def read_manifest(folder: Path) -> Manifest:
         said = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{folder} holds no cache: it has no {MANIFEST}. Write one with `opdkit cache-teacher ... --out {folder}`"
+            f"{folder} holds no cache: it has no {MANIFEST}. Write one with `opdkit cache-teacher "
+            f"... --out {folder}`"
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / MANIFEST} cannot be read ({error}): delete the folder and write it again") from error
+        raise UserError(
+            f"{folder / MANIFEST} cannot be read ({error}): delete the folder and write it again"
+        ) from error
     if not isinstance(said, dict) or said.get("kind") != KIND or said.get("format") != FORMAT:
         raise UserError(
-            f"{folder} is no cache of format {FORMAT}, the one that is read here: write it again with this version's `opdkit cache-teacher`"
+            f"{folder} is no cache of format {FORMAT}, the one that is read here: write it again "
+            "with this version's `opdkit cache-teacher`"
         )
     try:
         given = {f.name: said[f.name] for f in fields(Origin)}
@@ -161,10 +182,12 @@ def read_manifest(folder: Path) -> Manifest:
         given["sampling"] = Sampling(**{**sampling, "stop": tuple(sampling["stop"])})
         return Manifest(Origin(**given), {e["name"]: Entry(**e) for e in said["shards"]})
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged ({error}): delete the folder and write it again") from error
+        raise UserError(
+            f"{folder / MANIFEST} is damaged ({error}): delete the folder and write it again"
+        ) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 @dataclass(frozen=True)
@@ -176,7 +199,11 @@ class Place:
 
 
 class Cache:
-    """A verified cache. Prompts and places are held; rollouts and scores are read when asked for, a few row groups at a time."""
+    """A verified cache.
+
+    Prompts and places are held; rollouts and scores are read when asked for, a few row groups at a
+    time.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.manifest = folder, verified(folder)
@@ -185,9 +212,13 @@ class Cache:
         self.places: dict[str, Place] = {}  # rollout id
         self.groups: dict[str, list[str]] = {}  # prompt id -> ids of its rollouts
         self._shard = lru_cache(OPEN_FILES)(lambda name: Shard.open(folder / name))
-        self._read = lru_cache(KEPT_GROUPS)(lambda name, group, columns: self._shard(name).read(columns, group))
+        self._read = lru_cache(KEPT_GROUPS)(
+            lambda name, group, columns: self._shard(name).read(columns, group)
+        )
         for name in sorted(self.manifest.entries):
-            for row, stored in enumerate(self._shard(name).read(("id", "prompt_id", "row", "prompt"))):
+            for row, stored in enumerate(
+                self._shard(name).read(("id", "prompt_id", "row", "prompt"))
+            ):
                 self._note(stored, Place(name, row))
 
     def _note(self, stored: dict[str, Any], place: Place) -> None:
@@ -207,8 +238,9 @@ class Cache:
         self.refuse_unknown([prompt.id])
         if self.prompts[prompt.id].tolist() != prompt.tokens:
             raise UserError(
-                f"prompt {prompt.id} has other tokens than the one in {self.folder}: its template, its tokenizer or the data have changed, "
-                "so the stored responses answer another question. Leave data out to train on the cache's own prompts"
+                f"prompt {prompt.id} has other tokens than the one in {self.folder}: its template, "
+                "its tokenizer or the data have changed, so the stored responses answer another "
+                "question. Leave data out to train on the cache's own prompts"
             )
         return [self._rollout(id, prompt) for id in self.groups[prompt.id]]
 
@@ -217,27 +249,37 @@ class Cache:
         absent = [id for id in prompts if id not in self.groups]
         if absent:
             raise UserError(
-                f"{len(absent)} prompts of the data are not in {self.folder}, for example {absent[0]}: it holds rollouts of "
-                f"{len(self.groups)} prompts of another set. Leave data out to train on these, or write a cache of this data with "
-                "`opdkit cache-teacher`"
+                f"{len(absent)} prompts of the data are not in {self.folder}, for example "
+                f"{absent[0]}: it holds rollouts of {len(self.groups)} prompts of another set. "
+                "Leave data out to train on these, or write a cache of this data with `opdkit "
+                "cache-teacher`"
             )
 
     def scores(self, rollout: Rollout) -> Scored:
         """What the teacher said of a rollout, which must be one of the cache's own."""
         if rollout.id not in self.places:
             raise UserError(
-                f"rollout {rollout.id} is not in {self.folder}, so its teacher never scored it: take the rollouts from the cache too "
-                "(method lightning_opd, or rollouts=cache), or use a live teacher"
+                f"rollout {rollout.id} is not in {self.folder}, so its teacher never scored it: "
+                "take the rollouts from the cache too (method lightning_opd, or rollouts=cache), "
+                "or use a live teacher"
             )
-        stored = self._stored(rollout.id, ("prompt", "tokens", "teacher_logp", "top_ids", "top_logp"))
-        if stored["tokens"].tolist() != rollout.tokens or stored["prompt"].tolist() != rollout.prompt:
+        stored = self._stored(
+            rollout.id, ("prompt", "tokens", "teacher_logp", "top_ids", "top_logp")
+        )
+        if (
+            stored["tokens"].tolist() != rollout.tokens
+            or stored["prompt"].tolist() != rollout.prompt
+        ):
             raise UserError(
-                f"rollout {rollout.id} has other tokens than the one that the teacher scored in {self.folder}: stored log-probs say nothing "
-                "of them. Use a live teacher, or rollouts of the cache as they are"
+                f"rollout {rollout.id} has other tokens than the one that the teacher scored in "
+                f"{self.folder}: stored log-probs say nothing of them. Use a live teacher, or "
+                "rollouts of the cache as they are"
             )
         shape = (len(rollout.tokens), -1) if rollout.tokens else (0, self.origin.top_k)
         empty = np.zeros((len(rollout.tokens), 0))
-        ids, logps = (stored[n].reshape(shape) if n in stored else empty for n in ("top_ids", "top_logp"))
+        ids, logps = (
+            stored[n].reshape(shape) if n in stored else empty for n in ("top_ids", "top_logp")
+        )
         return Scored(stored["teacher_logp"], ids, logps)
 
     def _rollout(self, id: str, prompt: Prompt) -> Rollout:
@@ -249,7 +291,9 @@ class Cache:
             tokens=stored["tokens"].tolist(),
             trained=[True] * len(logp),
             logp=logp,
-            drawn_logp=stored["drawn_logp"].astype(np.float32).tolist() if "drawn_logp" in stored else logp,
+            drawn_logp=stored["drawn_logp"].astype(np.float32).tolist()
+            if "drawn_logp" in stored
+            else logp,
             group=prompt.id,
             policy_version=NEVER_FRESH,
             finish=stored["finish"],
@@ -268,11 +312,13 @@ def verified(folder: Path) -> Manifest:
     again = "Run the same `opdkit cache-teacher` command again"
     if not manifest.complete:
         raise UserError(
-            f"{folder} is not complete: it has {len(manifest.entries)} of {manifest.origin.shards} shards. {again}: it continues where it "
-            "stopped"
+            f"{folder} is not complete: it has {len(manifest.entries)} of {manifest.origin.shards} "
+            f"shards. {again}: it continues where it stopped"
         )
     for name, said in damages(folder, manifest).items():
-        raise UserError(f"{folder / name} is damaged: {said}. {again}: it rewrites that shard and no other")
+        raise UserError(
+            f"{folder / name} is damaged: {said}. {again}: it rewrites that shard and no other"
+        )
     return manifest
 
 
@@ -295,7 +341,9 @@ def damages(folder: Path, manifest: Manifest) -> dict[str, str]:
 def open_cache(folder: str | Path) -> Cache:
     """A cache, read and verified once however many ask for it, until one of its files changes."""
     path = Path(folder).expanduser().resolve()
-    stats = sorted((p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in path.glob("*") if p.is_file())
+    stats = sorted(
+        (p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in path.glob("*") if p.is_file()
+    )
     return _opened(path, tuple(stats))
 
 
@@ -305,14 +353,24 @@ def _opened(folder: Path, stats: tuple[tuple[str, int, int], ...]) -> Cache:
 
 
 class CachedPrompts(Prompts):
-    """The prompts of a cache: token ids as they were stored. How they were written as text is settled, so `settings` must be empty."""
+    """The prompts of a cache: token ids as they were stored.
 
-    def __init__(self, cache: Cache, rows: Sequence[Row], tokenizer: Any, max_prompt_length: int | None = None, **settings: Any):
+    How they were written as text is settled, so `settings` must be empty.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        rows: Sequence[Row],
+        tokenizer: Any,
+        max_prompt_length: int | None = None,
+        **settings: Any,
+    ):
         refuse_tokenizer(cache, tokenizer)
         if given := [name for name, value in settings.items() if value is not None]:
             raise UserError(
-                f"data.{given[0]} writes prompts as text, and those in {cache.folder} are token ids already: leave it out, or give "
-                f"data.{given[0]} to `opdkit cache-teacher`"
+                f"data.{given[0]} writes prompts as text, and those in {cache.folder} are token "
+                f"ids already: leave it out, or give data.{given[0]} to `opdkit cache-teacher`"
             )
         self.cache = cache
         super().__init__(rows, tokenizer, max_prompt_length=max_prompt_length, chat=False)
@@ -325,8 +383,9 @@ def refuse_tokenizer(cache: Cache, tokenizer: Any) -> None:
     """A student whose ids mean other tokens than those that were stored."""
     if tokenizer_digest(tokenizer) != cache.origin.tokenizer:
         raise UserError(
-            f"the student's tokenizer is not that of {cache.folder}: the stored token ids would mean other text. Use a student of the same "
-            f"family as {cache.origin.student.name}, or write a cache with this one"
+            f"the student's tokenizer is not that of {cache.folder}: the stored token ids would "
+            f"mean other text. Use a student of the same family as {cache.origin.student.name}, or "
+            "write a cache with this one"
         )
 
 
@@ -335,7 +394,8 @@ def student_notes(cache: Cache, student: Identity) -> list[str]:
     notes = cache.origin.notes()
     if not cache.origin.student.same(student):
         notes.append(
-            f"the rollouts in {cache.folder} were written by {cache.origin.student}, not by the student {student}: training is off-policy "
-            "from the first step. If that is not meant, start from the model that wrote them"
+            f"the rollouts in {cache.folder} were written by {cache.origin.student}, not by the "
+            f"student {student}: training is off-policy from the first step. If that is not meant, "
+            "start from the model that wrote them"
         )
     return notes

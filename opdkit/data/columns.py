@@ -12,11 +12,25 @@ from opdkit.rewards.extract import boxed
 from opdkit.types import Row
 
 CANONICAL = ("prompt", "answer", "response", "teacher", "id")
-PROMPTS = ("prompt", "messages", "question", "problem", "query", "instruction")  # the first one that a row has
-ANSWERS = ("answer", "ground_truth", "final_answer", "reward_model.ground_truth")  # then a short "solution"
-RESPONSES = ("response", "completion", "output", "canonical_solution")  # then a worked "solution", then a worked "answer"
-TEACHERS = ("teacher_id", "opd_teacher", "teacher", "teacher_tag", "tag", "domain", "data_source", "dataset")
-NESTED_TEACHERS = tuple(f"{outer}.{name}" for outer in ("metadata", "extra_info") for name in TEACHERS[:4])
+# the first one that a row has
+PROMPTS = ("prompt", "messages", "question", "problem", "query", "instruction")
+# then a short "solution"
+ANSWERS = ("answer", "ground_truth", "final_answer", "reward_model.ground_truth")
+# then a worked "solution", then a worked "answer"
+RESPONSES = ("response", "completion", "output", "canonical_solution")
+TEACHERS = (
+    "teacher_id",
+    "opd_teacher",
+    "teacher",
+    "teacher_tag",
+    "tag",
+    "domain",
+    "data_source",
+    "dataset",
+)
+NESTED_TEACHERS = tuple(
+    f"{outer}.{name}" for outer in ("metadata", "extra_info") for name in TEACHERS[:4]
+)
 IDS = ("id", "task_id", "question_id", "uuid", "uid")
 
 WORKED_WORDS = 20  # a "solution" of more words is a derivation, not an answer
@@ -25,14 +39,18 @@ WORKED_WORDS = 20  # a "solution" of more words is a derivation, not an answer
 def normalise(rows: Iterable[Row], columns: Mapping[str, str] | None = None) -> list[Row]:
     """Rows with their own columns and `prompt`, `answer`, `response`, `teacher` and `id` besides.
 
-    prompt: text, or messages without the assistant's last turn. answer: the ground truth as text. response: a reference
-    response. teacher: the key that routes the row to a teacher. These three are None where a row has none. id: unique.
-    `columns` names the column that each is read from, such as {"prompt": "task.text"}.
+    prompt: text, or messages without the assistant's last turn. answer: the ground truth as text.
+    response: a reference response. teacher: the key that routes the row to a teacher. These three
+    are None where a row has none. id: unique. `columns` names the column that each is read from,
+    such as {"prompt": "task.text"}.
     """
     columns = dict(columns or {})
     for key in columns:
         if key not in CANONICAL:
-            raise UserError(f"columns={{{key!r}: ...}} is not something a row has{nearest(key, list(CANONICAL))}")
+            raise UserError(
+                f"columns={{{key!r}: ...}} is not something a row "
+                f"has{nearest(key, list(CANONICAL))}"
+            )
     seen: set[str] = set()
     return [_normalise(row, index, columns, seen) for index, row in enumerate(rows)]
 
@@ -66,11 +84,14 @@ def unique(id: str, seen: set[str]) -> str:
     return name
 
 
-# ------------------------------------------------------------------------------------------------------------ finding
+# ------------------------------------------------------------------------------------------ finding
 
 
 def _look(row: Row, column: str) -> Any:
-    """A column's value, None where absent. `a.b` looks inside a dictionary, which may be written as JSON."""
+    """A column's value, None where absent.
+
+    `a.b` looks inside a dictionary, which may be written as JSON.
+    """
     if column in row:
         return row[column]
     value: Any = row
@@ -88,39 +109,57 @@ def _look(row: Row, column: str) -> Any:
 
 def _first(row: Row, columns: Iterable[str]) -> Any:
     """The first of the columns that holds something."""
-    return next((value for column in columns if (value := _look(row, column)) not in (None, "", [])), None)
+    return next(
+        (value for column in columns if (value := _look(row, column)) not in (None, "", [])), None
+    )
 
 
 def _named(row: Row, key: str, column: str, index: int) -> Any:
     value = _look(row, column)
     if value is None and column not in row:
         raise UserError(
-            f"columns={{{key!r}: {column!r}}} names a column that row {index} does not have{nearest(column, list(row))}. "
-            f"Its columns: {', '.join(row)}"
+            f"columns={{{key!r}: {column!r}}} names a column that row {index} does not "
+            f"have{nearest(column, list(row))}. Its columns: {', '.join(row)}"
         )
     return value
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def _prompt(row: Row, named: Row, index: int) -> tuple[str | list[dict[str, Any]], str | None]:
     """The prompt, and what the assistant said last where messages end with its turn."""
-    value = named["prompt"] if "prompt" in named else _first(row, (*PROMPTS, "text") if row.get("test_list") else PROMPTS)  # MBPP
+    # MBPP
+    value = (
+        named["prompt"]
+        if "prompt" in named
+        else _first(row, (*PROMPTS, "text") if row.get("test_list") else PROMPTS)
+    )
     if value in (None, "", []):
         empty = [column for column in PROMPTS if column in row]
         raise UserError(
             f"row {index} has no prompt: "
-            + (f"its column {empty[0]!r} is empty" if empty else f"none of its columns ({', '.join(row)}) is a prompt")
+            + (
+                f"its column {empty[0]!r} is empty"
+                if empty
+                else f"none of its columns ({', '.join(row)}) is a prompt"
+            )
             + f". A prompt is read from {', '.join(PROMPTS)}. "
-            + ("Remove the row, or fill it." if empty else "Rename a column, or name it: columns={'prompt': 'my_column'}.")
+            + (
+                "Remove the row, or fill it."
+                if empty
+                else "Rename a column, or name it: columns={'prompt': 'my_column'}."
+            )
         )
     if isinstance(value, str):
         by_instruction = "prompt" not in named and value is row.get("instruction")
-        return (f"{value}\n\n{row['input']}" if by_instruction and row.get("input") else value), None
+        return (
+            f"{value}\n\n{row['input']}" if by_instruction and row.get("input") else value
+        ), None
     if not _is_messages(value):
         raise UserError(
-            f"the prompt of row {index} is neither text nor messages, but {type(value).__name__}: {str(value)[:80]!r}. "
+            f"the prompt of row {index} is neither text nor messages, but {type(value).__name__}: "
+            f"{str(value)[:80]!r}. "
             'Messages are a list such as [{"role": "user", "content": "..."}].'
         )
     messages = [dict(message) for message in value]
@@ -128,19 +167,27 @@ def _prompt(row: Row, named: Row, index: int) -> tuple[str | list[dict[str, Any]
         return messages, None
     if len(messages) == 1:
         raise UserError(
-            f"row {index} has only an assistant's message and nothing that it answers: remove the row, or add a user's"
+            f"row {index} has only an assistant's message and nothing that it answers: remove the "
+            "row, or add a user's"
         )
     return messages[:-1], _said(messages[-1:])
 
 
 def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in value)
+    return isinstance(value, list) and all(
+        isinstance(m, Mapping) and "role" in m and "content" in m for m in value
+    )
 
 
 def _said(value: Any) -> str | None:
-    """A response as text: a string, or the assistant's turns of a list of messages (TRL's conversational completion)."""
+    """A response as text: a string, or the assistant's turns of a list of messages (TRL's
+    conversational completion).
+    """
     if isinstance(value, list) and _is_messages(value):
-        return "".join(text(message["content"]) for message in value if message["role"] == "assistant") or None
+        return (
+            "".join(text(message["content"]) for message in value if message["role"] == "assistant")
+            or None
+        )
     return None if value is None else str(value)
 
 
@@ -165,7 +212,11 @@ def _answer(row: Row, named: Row) -> tuple[str | None, str | None]:
 
 
 def _is_worked(solution: str) -> bool:
-    return "\n" in solution.strip() or len(solution.split()) > WORKED_WORDS or _hashes(solution) is not None
+    return (
+        "\n" in solution.strip()
+        or len(solution.split()) > WORKED_WORDS
+        or _hashes(solution) is not None
+    )
 
 
 def _hashes(solution: str) -> str | None:
@@ -180,4 +231,8 @@ def plain(value: Any) -> str | None:
         return value
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | tuple | dict) else str(value)
+    return (
+        json.dumps(value, ensure_ascii=False, default=str)
+        if isinstance(value, list | tuple | dict)
+        else str(value)
+    )

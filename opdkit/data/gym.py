@@ -14,7 +14,10 @@ PREFIX = "reasoning_gym:"
 
 
 def gym_rows(address: str, *, limit: int | None = None, seed: int = 0) -> list[Row]:
-    """The task's rows. Each keeps under `reasoning_gym` what the task's own scorer needs: task, config and entry."""
+    """The task's rows.
+
+    Each keeps under `reasoning_gym` what the task's own scorer needs: task, config and entry.
+    """
     task, settings = parse(address)
     settings.setdefault("seed", seed)
     entries = _generate(task, settings, limit)
@@ -49,16 +52,21 @@ def _generate(task: str, settings: dict[str, Any], limit: int | None) -> list[di
         from reasoning_gym.factory import DATASETS
     except ImportError:
         raise UserError(
-            "reasoning-gym's tasks need the package reasoning-gym, which is not installed: pip install 'opdkit[rewards]'"
+            "reasoning-gym's tasks need the package reasoning-gym, which is not installed: pip "
+            "install 'opdkit[rewards]'"
         ) from None
     if task not in DATASETS:
         raise UserError(f"reasoning-gym has no task {task!r}{nearest(task, list(DATASETS))}")
     known = [field.name for field in dataclasses.fields(DATASETS[task][1])]
     for key in settings:
         if key not in known:
-            raise UserError(f"reasoning-gym's task {task!r} has no setting {key!r}{nearest(key, known)}")
+            raise UserError(
+                f"reasoning-gym's task {task!r} has no setting {key!r}{nearest(key, known)}"
+            )
     try:
         data = reasoning_gym.create_dataset(task, **settings)
         return [data[i] for i in range(len(data) if limit is None else min(limit, len(data)))]
     except (AssertionError, ValueError, TypeError) as error:
-        raise UserError(f"reasoning-gym refuses these settings of {task!r}: {settings}: {error}") from error
+        raise UserError(
+            f"reasoning-gym refuses these settings of {task!r}: {settings}: {error}"
+        ) from error

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-SPLITS = ("train", "validation", "valid", "val", "dev", "test")  # file names that are splits; others are shards of one set
+# file names that are splits; others are shards of one set
+SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 NO_DATA = ("dataset_info.json", "dataset_infos.json")  # descriptions that lie beside the data
 HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name or owner/name:config
 
@@ -34,11 +35,12 @@ def load_rows(
     seed: int = 0,
     columns: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """The rows of a data set, with `prompt`, `answer`, `response`, `teacher` and `id` as `columns.normalise` says.
+    """The rows of a data set, with `prompt`, `answer`, `response`, `teacher` and `id` as
+    `columns.normalise` says.
 
-    source: a file (.jsonl, .json, .parquet; .gz), a folder of such files or of `save_to_disk`, `owner/name` or
-    `owner/name:config` on the hub, `reasoning_gym:task?size=500&seed=1`, or rows in memory. limit: only the first so many.
-    seed: of reasoning-gym tasks whose name gives none.
+    source: a file (.jsonl, .json, .parquet; .gz), a folder of such files or of `save_to_disk`,
+    `owner/name` or `owner/name:config` on the hub, `reasoning_gym:task?size=500&seed=1`, or rows in
+    memory. limit: only the first so many. seed: of reasoning-gym tasks whose name gives none.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} leaves no row: use 1 or more, or None for all")
@@ -47,17 +49,23 @@ def load_rows(
         if name.startswith(PREFIX):
             if split is not None or columns:
                 raise UserError(
-                    f"{name!r} generates its rows, which have no split and fixed columns: leave split and columns out"
+                    f"{name!r} generates its rows, which have no split and fixed columns: leave "
+                    "split and columns out"
                 )
             return gym_rows(name, limit=limit, seed=seed)
         raw = _named(name, split)
     else:
         if split is not None:
-            raise UserError(f"split={split!r} was asked of rows in memory, which have no splits: leave it out")
+            raise UserError(
+                f"split={split!r} was asked of rows in memory, which have no splits: leave it out"
+            )
         name, raw = "the data in memory", _memory(source)
     rows = normalise(islice(raw, limit), columns)
     if not rows:
-        raise UserError(f"{name} holds no rows, so there is nothing to train or evaluate on: check the path and the split")
+        raise UserError(
+            f"{name} holds no rows, so there is nothing to train or evaluate on: check the path "
+            "and the split"
+        )
     return rows
 
 
@@ -68,34 +76,49 @@ def _named(name: str, split: str | None) -> Iterable[Row]:
     if path.is_file():
         if split is not None:
             raise UserError(
-                f"split={split!r} was asked of the file {name}, which has no splits: leave it out, or name the folder"
+                f"split={split!r} was asked of the file {name}, which has no splits: leave it out, "
+                "or name the folder"
             )
         return _file(path)
     if HUB.fullmatch(name) and not name.endswith(SUFFIXES) and not name.startswith("."):
         return _hub(name, split)
     raise UserError(
-        f"there is no file or folder {name!r} (looked in {Path.cwd()}), and it is no name on the hub (owner/name): "
-        "correct the path, or give it in full"
+        f"there is no file or folder {name!r} (looked in {Path.cwd()}), and it is no name on the "
+        "hub (owner/name): correct the path, or give it in full"
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def _file(path: Path) -> Iterator[Row]:
     if not path.name.endswith(SUFFIXES):
-        raise UserError(f"{path} is of a kind that is not read here: convert it to one of {', '.join(SUFFIXES)}")
-    read = _parquet if path.suffix == ".parquet" else _jsonl if ".jsonl" in path.suffixes[-2:] else _json
+        raise UserError(
+            f"{path} is of a kind that is not read here: convert it to one of {', '.join(SUFFIXES)}"
+        )
+    read = (
+        _parquet
+        if path.suffix == ".parquet"
+        else _jsonl
+        if ".jsonl" in path.suffixes[-2:]
+        else _json
+    )
     try:
         yield from read(path)
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # also pyarrow's and UTF-8's errors, which are ValueErrors
+    # also pyarrow's and UTF-8's errors, which are ValueErrors
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, or not of the kind that its name says"
+            f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, or not of "
+            "the kind that its name says"
         ) from error
 
 
 def _open(path: Path) -> Any:
-    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else open(path, encoding="utf-8-sig")
+    return (
+        gzip.open(path, "rt", encoding="utf-8-sig")
+        if path.suffix == ".gz"
+        else open(path, encoding="utf-8-sig")
+    )
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -107,11 +130,15 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(
-                    f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno}). Each line must be one object, "
+                    f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno}). "
+                    "Each line must be one object, "
                     f'such as {{"prompt": "...", "answer": "..."}}; this one begins {line[:60]!r}'
                 ) from None
             if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: a row must be an object with columns, not {type(row).__name__}")
+                raise UserError(
+                    f"{path}, line {number}: a row must be an object with columns, not "
+                    f"{type(row).__name__}"
+                )
             yield row
 
 
@@ -120,8 +147,15 @@ def _json(path: Path) -> Iterator[Row]:
         try:
             content = json.load(file)
         except json.JSONDecodeError as error:
-            hint = "; if each line is an object of its own, name the file .jsonl" if error.msg == "Extra data" else ""
-            raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}){hint}") from None
+            hint = (
+                "; if each line is an object of its own, name the file .jsonl"
+                if error.msg == "Extra data"
+                else ""
+            )
+            raise UserError(
+                f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column "
+                f"{error.colno}){hint}"
+            ) from None
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f'{path} must hold a list of objects, or {{"data": [...]}} with one')
@@ -144,12 +178,16 @@ def _folder(path: Path, split: str | None) -> Iterable[Row]:
         return _dataset(saved, str(path), split)
     inner = path / "data"  # as in a snapshot of a hub repository
     found = [file for folder in (path, inner) if folder.is_dir() for file in folder.iterdir()]
-    files = sorted(file for file in found if file.name.endswith(SUFFIXES) and file.name not in NO_DATA)
+    files = sorted(
+        file for file in found if file.name.endswith(SUFFIXES) and file.name not in NO_DATA
+    )
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(re.sub(r"-\d+-of-\d+.*|\..*", "", file.name), []).append(file)
     if not files:
-        raise UserError(f"the folder {path} holds no data: none of its files ends in {', '.join(SUFFIXES)}")
+        raise UserError(
+            f"the folder {path} holds no data: none of its files ends in {', '.join(SUFFIXES)}"
+        )
     if split is None and not any(name in SPLITS for name in by_split):
         chosen = files
     else:
@@ -160,14 +198,16 @@ def _folder(path: Path, split: str | None) -> Iterable[Row]:
 def _choose(splits: list[str], split: str | None, name: str) -> str:
     """The split that was asked for; without one, the only one or "train"."""
     if split is None and len(splits) > 1 and "train" not in splits:
-        raise UserError(f"{name} has the splits {', '.join(splits)}: say which, for example split={splits[0]}")
+        raise UserError(
+            f"{name} has the splits {', '.join(splits)}: say which, for example split={splits[0]}"
+        )
     split = split or (splits[0] if len(splits) == 1 else "train")
     if split not in splits:
         raise UserError(f"{name} has no split {split!r}{nearest(split, splits)}")
     return split
 
 
-# ----------------------------------------------------------------------------------------------------------- datasets
+# ----------------------------------------------------------------------------------------- datasets
 
 
 def _datasets(what: str) -> Any:
@@ -179,7 +219,10 @@ def _datasets(what: str) -> Any:
 
 
 def _extra(what: str, package: str) -> UserError:
-    return UserError(f"{what} are read by the package {package}, which is not installed: pip install 'opdkit[data]'")
+    return UserError(
+        f"{what} are read by the package {package}, which is not installed: pip install "
+        "'opdkit[data]'"
+    )
 
 
 def _hub(name: str, split: str | None) -> Iterable[Row]:
@@ -192,8 +235,9 @@ def _hub(name: str, split: str | None) -> Iterable[Row]:
         return _dataset(datasets.load_dataset(repo, config or None, split=split), name, None)
     except (ValueError, OSError) as error:  # unknown repository, config or split; no network
         raise UserError(
-            f"the data set {name!r} could not be read from the hub (nor is it a path here): {error}. Where it has several "
-            f"configurations, name one: {repo}:CONFIG. Without a network, download it first and give the folder's path"
+            f"the data set {name!r} could not be read from the hub (nor is it a path here): "
+            f"{error}. Where it has several configurations, name one: {repo}:CONFIG. Without a "
+            "network, download it first and give the folder's path"
         ) from error
 
 
@@ -201,14 +245,21 @@ def _dataset(data: Dataset | DatasetDict, name: str, split: str | None) -> Itera
     if isinstance(data, dict):
         data = data[_choose(list(data), split, name)]
     elif split is not None:
-        raise UserError(f"split={split!r} was asked of {name}, which was saved without splits: leave it out")
+        raise UserError(
+            f"split={split!r} was asked of {name}, which was saved without splits: leave it out"
+        )
     return cast("Iterable[Row]", data)
 
 
 def _memory(source: Any) -> Iterable[Row]:
     if isinstance(source, Mapping):
-        raise UserError(f"the data holds splits ({', '.join(map(str, source))}), not rows: pass one, for example data['train']")
+        raise UserError(
+            f"the data holds splits ({', '.join(map(str, source))}), not rows: pass one, for "
+            "example data['train']"
+        )
     for index, row in enumerate(source):
         if not isinstance(row, Mapping):
-            raise UserError(f"row {index} must be a dictionary of columns, not {type(row).__name__}")
+            raise UserError(
+                f"row {index} must be a dictionary of columns, not {type(row).__name__}"
+            )
         yield dict(row)

@@ -20,12 +20,15 @@ NAMED = 10  # dropped prompts that a report lists one by one
 
 
 class Prompts(Sequence[Prompt]):
-    """The prompts of a data set. Those longer than `max_prompt_length` tokens are left out, never cut, and named in `dropped`.
+    """The prompts of a data set.
 
-    rows: from `load_rows`. chat: whether to use the tokenizer's chat template; None: where it has one. template: what the model
-    is asked, with columns in braces, such as "{prompt}\\nPut your answer in \\\\boxed{{}}." system: a system message for rows
-    without one. enable_thinking: handed to chat templates that know it (Qwen3).
-    Prompts are tokenised when first read, and all at once where there is a `max_prompt_length`.
+    Those longer than `max_prompt_length` tokens are left out, never cut, and named in `dropped`.
+
+    rows: from `load_rows`. chat: whether to use the tokenizer's chat template; None: where it has
+    one. template: what the model is asked, with columns in braces, such as "{prompt}\\nPut your
+    answer in \\\\boxed{{}}." system: a system message for rows without one. enable_thinking: handed
+    to chat templates that know it (Qwen3). Prompts are tokenised when first read, and all at once
+    where there is a `max_prompt_length`.
     """
 
     def __init__(
@@ -54,44 +57,56 @@ class Prompts(Sequence[Prompt]):
 
     def _check(self, rows: Sequence[Row], has_template: bool) -> None:
         if not rows:
-            raise UserError("there are no rows to make prompts of: check the data set's path, split and filters")
+            raise UserError(
+                "there are no rows to make prompts of: check the data set's path, split and filters"
+            )
         if "prompt" not in rows[0] or "id" not in rows[0]:
             raise UserError(
-                "Prompts takes rows with 'prompt' and 'id', as load_rows gives them: Prompts(load_rows(rows), tokenizer)"
+                "Prompts takes rows with 'prompt' and 'id', as load_rows gives them: "
+                "Prompts(load_rows(rows), tokenizer)"
             )
         if self.chat and not has_template:
             raise UserError(
-                "chat=True needs a chat template, and this tokenizer has none: use chat=False, or an instruction model's"
+                "chat=True needs a chat template, and this tokenizer has none: use chat=False, or "
+                "an instruction model's"
             )
         if not self.chat and (self.system is not None or self.options):
             what = "system" if self.system is not None else "enable_thinking"
             raise UserError(
-                f"{what} is part of a chat, and these prompts are plain text (no chat template): write it into template"
+                f"{what} is part of a chat, and these prompts are plain text (no chat template): "
+                "write it into template"
             )
         if self.template is not None:
             names = _columns(self.template)
             if not names:
                 raise UserError(
-                    f"template={self.template!r} names no column, so every prompt would be the same: put {{prompt}} in it"
+                    f"template={self.template!r} names no column, so every prompt would be the "
+                    f"same: put {{prompt}} in it"
                 )
             for name in names - set(rows[0]):
                 raise _no_column(name, rows[0])
 
     def _drop(self, longest: int) -> None:
         prompts = []
-        with progress("Tokenising prompts", total=len(self), unit="prompts") if len(self) > MANY else nullcontext(int) as tick:
+        with (
+            progress("Tokenising prompts", total=len(self), unit="prompts")
+            if len(self) > MANY
+            else nullcontext(int) as tick
+        ):
             for i in range(len(self)):
                 prompts.append(self[i])
                 tick(i + 1)
         lengths = [len(p.tokens) for p in prompts]
         if min(lengths) > longest:
             raise UserError(
-                f"all {len(prompts)} prompts are longer than max_prompt_length={longest}, so none is left: "
-                f"the shortest has {min(lengths)} tokens, the longest {max(lengths)}. "
-                f"Set max_prompt_length to {max(lengths)} for all of them"
+                f"all {len(prompts)} prompts are longer than max_prompt_length={longest}, so none "
+                f"is left: the shortest has {min(lengths)} tokens, the longest {max(lengths)}. Set "
+                f"max_prompt_length to {max(lengths)} for all of them"
             )
         kept = [i for i, n in enumerate(lengths) if n <= longest]
-        self.dropped = [f"{p.id} ({n} tokens)" for p, n in zip(prompts, lengths, strict=True) if n > longest]
+        self.dropped = [
+            f"{p.id} ({n} tokens)" for p, n in zip(prompts, lengths, strict=True) if n > longest
+        ]
         self.rows, self._prompts = [self.rows[i] for i in kept], [prompts[i] for i in kept]
 
     def report(self) -> str:
@@ -100,8 +115,8 @@ class Prompts(Sequence[Prompt]):
             return f"{len(self)} prompts"
         rest = f" and {len(self.dropped) - NAMED} more" if len(self.dropped) > NAMED else ""
         return (
-            f"{len(self)} of {self._asked} prompts; {len(self.dropped)} dropped, "
-            f"longer than max_prompt_length={self.max_prompt_length}: {', '.join(self.dropped[:NAMED])}{rest}"
+            f"{len(self)} of {self._asked} prompts; {len(self.dropped)} dropped, longer than "
+            f"max_prompt_length={self.max_prompt_length}: {', '.join(self.dropped[:NAMED])}{rest}"
         )
 
     def __len__(self) -> int:
@@ -121,7 +136,8 @@ class Prompts(Sequence[Prompt]):
         return prompt
 
     def response_tokens(self, index: int) -> list[int] | None:
-        """The row's reference response as the student would have written it: its ids, and the end of sequence.
+        """The row's reference response as the student would have written it: its ids, and the end
+        of sequence.
 
         None where the row has none.
         """
@@ -132,43 +148,60 @@ class Prompts(Sequence[Prompt]):
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
-    # ------------------------------------------------------------------------------------------------------- one prompt
+    # ----------------------------------------------------------------------------------- one prompt
 
     def _tokens(self, row: Row) -> list[int]:
         prompt = row["prompt"]
         if not self.chat:
             if not isinstance(prompt, str):
                 raise UserError(
-                    f"the prompt of row {row['id']!r} is a list of messages, which only a chat template can write as text: "
-                    "use a tokenizer with one (and not chat=False), or prompts that are plain text"
+                    f"the prompt of row {row['id']!r} is a list of messages, which only a chat "
+                    "template can write as text: use a tokenizer with one (and not chat=False), or "
+                    "prompts that are plain text"
                 )
             return self._plain(self._fill(prompt, row))
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        messages = (
+            [{"role": "user", "content": prompt}]
+            if isinstance(prompt, str)
+            else [dict(m) for m in prompt]
+        )
         if self.template is not None:
             asked = next((m for m in reversed(messages) if m["role"] == "user"), None)
             if asked is None:
                 raise UserError(
-                    f"template fills a user's message, and the prompt of row {row['id']!r} has none: leave template out"
+                    f"template fills a user's message, and the prompt of row {row['id']!r} has "
+                    "none: leave template out"
                 )
             asked["content"] = self._fill(text(asked["content"]), row)
         if self.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system})
         try:
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **self.options)
+            ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False, **self.options
+            )
         except TemplateError as error:  # templates raise it themselves: "System role not supported"
             raise UserError(
-                f"the chat template refuses row {row['id']!r}: {error}. Change the row's messages, or {self._way_out()}"
+                f"the chat template refuses row {row['id']!r}: {error}. Change the row's messages, "
+                f"or {self._way_out()}"
             ) from error
         return list(ids)
 
     def _way_out(self) -> str:
-        return "leave out system" if self.system is not None else "use chat=False with prompts that are plain text"
+        return (
+            "leave out system"
+            if self.system is not None
+            else "use chat=False with prompts that are plain text"
+        )
 
     def _plain(self, prompt: str) -> list[int]:
         """With the tokenizer's own start of sequence, without an end: the model is to go on."""
         ids = self._encode(prompt, special=True)
         end = self.tokenizer.eos_token_id
-        if end is not None and ids[-1:] == [end] and self._encode(prompt, special=False)[-1:] != [end]:
+        if (
+            end is not None
+            and ids[-1:] == [end]
+            and self._encode(prompt, special=False)[-1:] != [end]
+        ):
             return ids[:-1]
         return ids
 
@@ -185,13 +218,20 @@ class Prompts(Sequence[Prompt]):
 
 
 def _no_column(name: str, row: Row) -> UserError:
-    return UserError(f"template reads the column {name!r}, which row {row['id']!r} does not have{nearest(name, list(row))}")
+    return UserError(
+        f"template reads the column {name!r}, which row {row['id']!r} does not "
+        f"have{nearest(name, list(row))}"
+    )
 
 
 def _columns(template: str) -> set[str]:
     """The columns that a template names."""
     try:
-        names = {re.split(r"[.\[]", name)[0] for _, name, _, _ in Formatter().parse(template) if name is not None}
+        names = {
+            re.split(r"[.\[]", name)[0]
+            for _, name, _, _ in Formatter().parse(template)
+            if name is not None
+        }
     except ValueError as error:
         raise _braces(template, str(error)) from None
     if "" in names:
@@ -201,5 +241,6 @@ def _columns(template: str) -> set[str]:
 
 def _braces(template: str, why: str) -> UserError:
     return UserError(
-        f"template={template!r} cannot be read ({why}): braces name columns, so write a literal one twice, as in \\boxed{{{{}}}}"
+        f"template={template!r} cannot be read ({why}): braces name columns, so write a literal "
+        f"one twice, as in \\boxed{{{{}}}}"
     )

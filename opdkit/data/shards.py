@@ -1,4 +1,6 @@
-"""One Parquet file of scored rollouts: how they become columns, and how a few of them are read without the rest."""
+"""One Parquet file of scored rollouts: how they become columns, and how a few of them are read
+without the rest.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,22 @@ PARTIAL = ".partial-"  # prefix of a file that is being written
 
 @dataclass(frozen=True)
 class Scored:
-    """What a teacher says of a rollout of T tokens, in float16 once stored: relative error 2^-11, absolute 2^-25 near zero."""
+    """What a teacher says of a rollout of T tokens, in float16 once stored: relative error 2^-11,
+    absolute 2^-25 near zero.
+    """
 
     logp: np.ndarray  # [T]
     top_ids: np.ndarray  # [T, k] most probable first; k = 0: none
     top_logp: np.ndarray  # [T, k]
 
 
-def write_shard(path: Path, rollouts: Sequence[Rollout], scores: Sequence[Scored], drawn: bool) -> str:
-    """Writes a file beside its place, flushes it and moves it there; returns its sha256. `drawn`: tokens came from another softmax."""
+def write_shard(
+    path: Path, rollouts: Sequence[Rollout], scores: Sequence[Scored], drawn: bool
+) -> str:
+    """Writes a file beside its place, flushes it and moves it there; returns its sha256.
+
+    `drawn`: tokens came from another softmax.
+    """
     partial = path.with_name(PARTIAL + path.name)
     try:
         with partial.open("wb") as file:
@@ -43,8 +52,9 @@ def write_shard(path: Path, rollouts: Sequence[Rollout], scores: Sequence[Scored
     except OSError as error:  # a full disk, a quota, a folder that is gone
         partial.unlink(missing_ok=True)
         raise UserError(
-            f"{path} could not be written ({error.strerror or error}). The shards before it are complete and stay; free some space, then "
-            "run the same command again: it continues with this shard"
+            f"{path} could not be written ({error.strerror or error}). The shards before it are "
+            "complete and stay; free some space, then run the same command again: it continues "
+            "with this shard"
         ) from error
     return digest
 
@@ -67,7 +77,10 @@ def arrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError("caches are Parquet files, for which pyarrow is not installed: pip install 'opdkit[data]'") from None
+        raise UserError(
+            "caches are Parquet files, for which pyarrow is not installed: pip install "
+            "'opdkit[data]'"
+        ) from None
     return pyarrow
 
 
@@ -94,7 +107,8 @@ def _table(rollouts: Sequence[Rollout], scores: Sequence[Scored], drawn: bool) -
     if drawn:
         columns["drawn_logp"] = lists([r.drawn_logp for r in rollouts], *halves)
     if scores[0].top_ids.shape[1]:
-        columns["top_ids"] = lists([s.top_ids for s in scores], *ids)  # [T * k], position by position
+        # [T * k], position by position
+        columns["top_ids"] = lists([s.top_ids for s in scores], *ids)
         columns["top_logp"] = lists([s.top_logp for s in scores], *halves)
     return pa.table(columns)
 
@@ -129,7 +143,9 @@ class Shard:
         return self.file.metadata.num_rows
 
     def read(self, columns: Sequence[str], group: int | None = None) -> list[dict[str, Any]]:
-        """Rows of one row group, or of all: the columns that the file has, lists of numbers as arrays."""
+        """Rows of one row group, or of all: the columns that the file has, lists of numbers as
+        arrays.
+        """
         known = [name for name in columns if name in self.file.schema_arrow.names]
         table = self.file.read(known) if group is None else self.file.read_row_group(group, known)
         made = [_unpacked(table[name].combine_chunks()) for name in known]

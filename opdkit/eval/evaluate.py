@@ -33,7 +33,10 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class EvalResult:
-    """How a model did on a set of problems. Shares and rates lie in [0, 1]; lengths are in tokens."""
+    """How a model did on a set of problems.
+
+    Shares and rates lie in [0, 1]; lengths are in tokens.
+    """
 
     name: str
     n_problems: int
@@ -46,7 +49,8 @@ class EvalResult:
     seconds: float  # sampling and scoring
     step: int  # optimiser steps the model had taken
     tokens: int  # sampled in all
-    per_problem: dict[str, float]  # share correct by problem id: lets two results be compared problem by problem
+    # share correct by problem id: lets two results be compared problem by problem
+    per_problem: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: an estimate is {"value", "low", "high"}."""
@@ -84,16 +88,20 @@ def evaluate_model(
     keep: Path | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> EvalResult:
-    """Sample `sampling.num_generations` answers per prompt, score them, and give Avg@k and Pass@k with 95% intervals.
+    """Sample `sampling.num_generations` answers per prompt, score them, and give Avg@k and Pass@k
+    with 95% intervals.
 
-    `keep` is a JSONL file that gets every sample, readable by people. `progress` is handed to the sampler.
+    `keep` is a JSONL file that gets every sample, readable by people. `progress` is handed to the
+    sampler.
     """
     from opdkit.rewards import score
 
     n = sampling.num_generations
     _check(prompts, n, ks)
     start = time.perf_counter()
-    rollouts = score(sampler.sample(prompts, sampling, seed=seed, step=step, progress=progress), reward)
+    rollouts = score(
+        sampler.sample(prompts, sampling, seed=seed, step=step, progress=progress), reward
+    )
     seconds = time.perf_counter() - start
     if keep is not None:
         write_samples(keep, rollouts)
@@ -102,12 +110,18 @@ def evaluate_model(
     rewards = []
     for r in rollouts:
         if r.group not in problems or r.reward is None or r.correct is None:
-            raise RuntimeError(f"rollout {r.id!r} of group {r.group!r} is of no prompt that was asked, or has no reward")
+            raise RuntimeError(
+                f"rollout {r.id!r} of group {r.group!r} is of no prompt that was asked, or has no "
+                "reward"
+            )
         problems[r.group].append(r.correct)
         rewards.append(r.reward)
     short = [problem for problem, samples in problems.items() if len(samples) != n]
     if short:
-        raise RuntimeError(f"the sampler gave {len(problems[short[0]])} instead of {n} samples of problem {short[0]!r}")
+        raise RuntimeError(
+            f"the sampler gave {len(problems[short[0]])} instead of {n} samples of problem "
+            f"{short[0]!r}"
+        )
     means = problem_means(list(problems.values()))
     lengths = [len(r.tokens) for r in rollouts]
     return EvalResult(
@@ -115,7 +129,9 @@ def evaluate_model(
         n_problems=len(problems),
         samples_per_problem=n,
         avg_at_k=estimate(means, seed=seed),
-        pass_at_k={k: estimate([pass_at_k(n, sum(c), k) for c in problems.values()], seed=seed) for k in ks},
+        pass_at_k={
+            k: estimate([pass_at_k(n, sum(c), k) for c in problems.values()], seed=seed) for k in ks
+        },
         mean_length=sum(lengths) / len(lengths),
         truncated_share=sum(r.finish == "length" for r in rollouts) / len(rollouts),
         reward_mean=sum(rewards) / len(rewards),
@@ -129,10 +145,14 @@ def evaluate_model(
 def _check(prompts: Sequence[Prompt], n: int, ks: Sequence[int]) -> None:
     """Refuse before anything is sampled."""
     if not prompts:
-        raise UserError("There is nothing to evaluate: the data set has no prompts. Check its path, split and filters.")
+        raise UserError(
+            "There is nothing to evaluate: the data set has no prompts. Check its path, split and "
+            "filters."
+        )
     if len({p.id for p in prompts}) != len(prompts):
         raise UserError(
-            "Two evaluation prompts have the same id, so their samples could not be told apart. Give each row an id of its own."
+            "Two evaluation prompts have the same id, so their samples could not be told apart. "
+            "Give each row an id of its own."
         )
     bad = [k for k in ks if not 1 <= k <= n]
     if bad:

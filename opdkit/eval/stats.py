@@ -1,4 +1,6 @@
-"""Avg@k, Pass@k and how sure we are of them: problems are the unit of chance, samples of one problem are not independent."""
+"""Avg@k, Pass@k and how sure we are of them: problems are the unit of chance, samples of one
+problem are not independent.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Estimate:
 
 
 def avg_at_k(correct: Sequence[Sequence[bool | float]]) -> float:
-    """The share of correct samples of a problem, averaged over problems. `correct` is problems x samples.
+    """The share of correct samples of a problem, averaged over problems.
+
+    `correct` is problems x samples.
 
     Every problem counts the same, whatever its number of samples.
     """
@@ -41,7 +45,8 @@ def problem_means(correct: Sequence[Sequence[bool | float]]) -> list[float]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that at least one of k samples is right, from n samples of which c are: 1 - C(n-c, k) / C(n, k).
+    """The chance that at least one of k samples is right, from n samples of which c are: 1 - C(n-c,
+    k) / C(n, k).
 
     Unbiased, since the k are drawn without replacement. arXiv:2107.03374, section 2.1.
     """
@@ -49,42 +54,69 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         raise ValueError(f"{c} correct of {n} samples is impossible")
     if not 1 <= k <= n:
         raise ValueError(
-            f"Pass@{k} cannot be estimated from {n} samples per problem: draw at least {max(k, 1)}, or ask for 1 <= k <= {n}"
+            f"Pass@{k} cannot be estimated from {n} samples per problem: draw at least "
+            f"{max(k, 1)}, or ask for 1 <= k <= {n}"
         )
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def bootstrap(values_per_problem: Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Percentile interval of the mean of per-problem values, by resampling problems with replacement.
+def bootstrap(
+    values_per_problem: Sequence[float],
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile interval of the mean of per-problem values, by resampling problems with
+    replacement.
 
-    It covers chance in which problems were asked and in their sampled answers. One problem gives an interval of no width:
-    a single problem says nothing of others.
+    It covers chance in which problems were asked and in their sampled answers. One problem gives an
+    interval of no width: a single problem says nothing of others.
     """
     values = np.asarray(values_per_problem, dtype=float)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError("bootstrap needs one finite number per problem, and at least one problem")
     if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"bootstrap needs 0 < level < 1 and resamples >= 1, got level={level}, resamples={resamples}")
+        raise ValueError(
+            f"bootstrap needs 0 < level < 1 and resamples >= 1, got level={level}, "
+            f"resamples={resamples}"
+        )
     rng = np.random.default_rng(seed)
-    # One resample at a time: [resamples, problems] at once would take gigabytes on a large benchmark.
+    # One resample at a time: [resamples, problems] at once would take gigabytes on a large
+    # benchmark.
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))
 
 
-def estimate(values_per_problem: Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate:
+def estimate(
+    values_per_problem: Sequence[float],
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
     """The mean of per-problem values with its bootstrap interval."""
     interval = bootstrap(values_per_problem, level=level, resamples=resamples, seed=seed)
     return Estimate(float(np.mean(values_per_problem)), interval)
 
 
 def paired_difference(
-    a: Sequence[float], b: Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    a: Sequence[float],
+    b: Sequence[float],
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Estimate:
     """Mean of b - a over the same problems in the same order, with its interval.
 
     Much narrower than the two intervals apart: how hard each problem is cancels.
     """
     if len(a) != len(b):
-        raise ValueError(f"a paired difference needs the same problems twice, got {len(a)} and {len(b)} values")
-    return estimate(np.subtract(b, a, dtype=float).tolist(), level=level, resamples=resamples, seed=seed)
+        raise ValueError(
+            f"a paired difference needs the same problems twice, got {len(a)} and {len(b)} values"
+        )
+    return estimate(
+        np.subtract(b, a, dtype=float).tolist(), level=level, resamples=resamples, seed=seed
+    )

@@ -1,4 +1,7 @@
-"""The built-in methods: one file per paper. Each name stands for a function that returns an Objective or a Method."""
+"""The built-in methods: one file per paper.
+
+Each name stands for a function that returns an Objective or a Method.
+"""
 
 METHODS: dict[str, str] = {
     # group 1: the standard forms and the featured methods

@@ -9,15 +9,29 @@ from typing import ClassVar
 from torch import Tensor
 
 from opdkit.methods.opd import Clip
-from opdkit.objective import Batch, Live, LogpAtFact, LogRatio, Objective, Signal, TokenLoss, TopFact, policy_gradient
+from opdkit.objective import (
+    Batch,
+    Live,
+    LogpAtFact,
+    LogRatio,
+    Objective,
+    Signal,
+    TokenLoss,
+    TopFact,
+    policy_gradient,
+)
 from opdkit.objective.maths import finite, normalise
 
 
 def destinations(facts: Batch | Live, k: int, eps: float) -> Tensor:
-    """[..., k] log q at the teacher's top k: pi_t renormalised where pi_s >= eps, the sampled token left out (-inf)."""
+    """[..., k] log q at the teacher's top k: pi_t renormalised where pi_s >= eps, the sampled token
+    left out (-inf).
+    """
     reachable = facts.read(LogpAtFact("student", "teacher", k)) >= math.log(eps)
     reachable &= facts.read(TopFact("teacher", k)) != facts.tokens[..., None]
-    return normalise(facts.read(LogpAtFact("teacher", "teacher", k)).masked_fill(~reachable, -math.inf))
+    return normalise(
+        facts.read(LogpAtFact("teacher", "teacher", k)).masked_fill(~reachable, -math.inf)
+    )
 
 
 @dataclass(frozen=True)
@@ -40,22 +54,37 @@ class Route(TokenLoss):
     name: ClassVar[str] = "route"
 
     def value(self, live: Live) -> Tensor:
-        return -(destinations(live, self.k, self.eps).exp() * finite(live.at(live.read(TopFact("teacher", self.k))))).sum(-1)
+        return -(
+            destinations(live, self.k, self.eps).exp()
+            * finite(live.at(live.read(TopFact("teacher", self.k))))
+        ).sum(-1)
 
 
 def cr_opd(
-    k: int = 16, eps: float = 1e-4, clip: Clip = None, dual_clip: float | None = None, rollout_cap: float | None = None
+    k: int = 16,
+    eps: float = 1e-4,
+    clip: Clip = None,
+    dual_clip: float | None = None,
+    rollout_cap: float | None = None,
 ) -> Objective:
-    """CR-OPD (experimental): a token the teacher disowns gives its mass to tokens the teacher wants, not to all others alike.
+    """CR-OPD (experimental): a token the teacher disowns gives its mass to tokens the teacher
+    wants, not to all others alike.
 
-        r_t >= 0, or nowhere to go:  -ratio r_t;   r_t < 0:  -|r_t| sum_v q(v) log pi_s(v);   mean over all trained tokens
+        r_t >= 0, or nowhere to go:  -ratio r_t;   r_t < 0:  -|r_t| sum_v q(v) log pi_s(v);   mean
+        over all trained tokens
         q = pi_t renormalised on its top k where pi_s >= eps before the step, without y_t
 
-    Source: proposed and not tested in arXiv 2606.22793; the formula is a reconstruction. Unlike OPD its expectation is no gradient of a
-    KL. Not offered: keeping both terms, q from pi_s pi_t.
+    Source: proposed and not tested in arXiv 2606.22793; the formula is a reconstruction. Unlike OPD
+    its expectation is no gradient of a KL. Not offered: keeping both terms, q from pi_s pi_t.
     """
     if not 0 < eps < 1:
-        raise ValueError(f"eps={eps} must lie strictly between 0 and 1: a probability below which a destination is out of reach")
+        raise ValueError(
+            f"eps={eps} must lie strictly between 0 and 1: a probability below which a destination "
+            "is out of reach"
+        )
     credit = LogRatio("teacher", "student")
     routed = (credit < 0) & Reachable(k, eps)
-    return policy_gradient(credit, clip, dual_clip, rollout_cap) * ~routed + Route(k, eps) * abs(credit) * routed
+    return (
+        policy_gradient(credit, clip, dual_clip, rollout_cap) * ~routed
+        + Route(k, eps) * abs(credit) * routed
+    )

@@ -14,9 +14,12 @@ from opdkit.objective import Batch, Exp, LogRatio, Mark, MeanOne, Objective, Rol
 
 @dataclass(frozen=True)
 class Blocks(Signal):
-    """[B, T] int: the number of the block a response position is in. A block has at most `size` positions.
+    """[B, T] int: the number of the block a response position is in.
 
-    With `ends` it also closes where they hold, once it has a quarter of `size`: short spans join the next, long ones are split.
+    A block has at most `size` positions.
+
+    With `ends` it also closes where they hold, once it has a quarter of `size`: short spans join
+    the next, long ones are split.
     """
 
     size: int
@@ -24,7 +27,11 @@ class Blocks(Signal):
 
     def value(self, batch: Batch) -> Tensor:
         rows, width = batch.shape
-        ends = [[]] * rows if self.ends is None else [row.nonzero()[:, 0].tolist() for row in self.ends(batch).cpu()]
+        ends = (
+            [[]] * rows
+            if self.ends is None
+            else [row.nonzero()[:, 0].tolist() for row in self.ends(batch).cpu()]
+        )
         first = []  # flat positions at which a block begins
         for row, stops in enumerate(ends):
             start = 0
@@ -48,7 +55,10 @@ class BlockMean(Signal):
 
     def value(self, batch: Batch) -> Tensor:
         index, values = self.blocks(batch), torch.where(batch.mask, self.of(batch), 0.0)
-        total, count = (torch.zeros_like(values).scatter_add(1, index, x) for x in (values, batch.mask.to(values.dtype)))
+        total, count = (
+            torch.zeros_like(values).scatter_add(1, index, x)
+            for x in (values, batch.mask.to(values.dtype))
+        )
         return (total / count.clamp_min(1)).gather(1, index)
 
 
@@ -61,20 +71,25 @@ def drift_gating(
     dual_clip: float | None = None,
     rollout_cap: float | None = None,
 ) -> Method:
-    """BPDG: when rollouts are used for several updates, spans whose log-probs have moved since they were sampled count less.
+    """BPDG: when rollouts are used for several updates, spans whose log-probs have moved since they
+    were sampled count less.
 
-        every term of `base` times g / mean g,  g = exp(-tau |mean over the block of log(live/sampler)|), mean g over all trained tokens
+        every term of `base` times g / mean g,  g = exp(-tau |mean over the block of
+        log(live/sampler)|), mean g over all trained tokens
 
-    live is the student of this very update, without gradient. `base` is a method's name, a method, or an objective; its denominators stay,
-    its clip settings can be given here. Blocks are `block` response positions; spans="newline" also ends them at tokens marked
-    "newline", which are those whose text contains one. On fresh rollouts every gate is 1: it acts from the second update on.
+    live is the student of this very update, without gradient. `base` is a method's name, a method,
+    or an objective; its denominators stay, its clip settings can be given here. Blocks are `block`
+    response positions; spans="newline" also ends them at tokens marked "newline", which are those
+    whose text contains one. On fresh rollouts every gate is 1: it acts from the second update on.
 
-    Source: arXiv 2606.24084, no public code. Ours: means are signed and over trained tokens, as in its text; the mean gate is that of the
-    step; a newline ends a block of at least a quarter of `block`. A gate can exceed 1: it is relative, no trust region.
+    Source: arXiv 2606.24084, no public code. Ours: means are signed and over trained tokens, as in
+    its text; the mean gate is that of the step; a newline ends a block of at least a quarter of
+    `block`. A gate can exceed 1: it is relative, no trust region.
     """
     if block < 1 or tau < 0:
         raise ValueError(
-            f"block={block} must be at least 1 token, and tau={tau} not negative: drift is to count less, never more"
+            f"block={block} must be at least 1 token, and tau={tau} not negative: drift is to "
+            "count less, never more"
         )
     if spans not in (None, "newline"):
         raise ValueError(f"spans={spans!r} must be None (blocks of fixed length) or 'newline'")
@@ -82,7 +97,10 @@ def drift_gating(
     made = as_method(base, **{name: value for name, value in given.items() if value is not None})
     if any(isinstance(term.loss, RolloutLoss) for term in made.objective.terms):
         raise ValueError(
-            f"base={base} has a loss over whole rollouts, which cannot be weighted token by token: choose another base"
+            f"base={base} has a loss over whole rollouts, which cannot be weighted token by token: "
+            "choose another base"
         )
-    drift = BlockMean(LogRatio("live", "sampler"), Blocks(block, Mark("newline") if spans else None))
+    drift = BlockMean(
+        LogRatio("live", "sampler"), Blocks(block, Mark("newline") if spans else None)
+    )
     return Method(made.objective * MeanOne(Exp(-tau * abs(drift))), made.curriculum)

@@ -1,4 +1,6 @@
-"""What a method will do, before anything is loaded: formula, needs, forward passes, memory of its loss."""
+"""What a method will do, before anything is loaded: formula, needs, forward passes, memory of its
+loss.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,14 @@ def idea(method: Method) -> str:
 
 
 def reads_student(needs: Needs) -> bool:
-    """Whether a pass of the student before the step is needed: more is read of it than its sampler notes (see `objective.needs.watched`)."""
-    noted = {f for f in needs.of("student") if isinstance(f, TopFact) or (isinstance(f, LogpAtFact) and f.owner == "student")}
+    """Whether a pass of the student before the step is needed: more is read of it than its sampler
+    notes (see `objective.needs.watched`).
+    """
+    noted = {
+        f
+        for f in needs.of("student")
+        if isinstance(f, TopFact) or (isinstance(f, LogpAtFact) and f.owner == "student")
+    }
     return bool(needs.of("student") - noted - {LogpFact("student"), EntropyFact("student")})
 
 
@@ -38,13 +46,23 @@ def passes(method: Method) -> list[str]:
     """The forward passes of one step, besides sampling."""
     lines, needs, stored = [], method.needs, reads_cache(method.curriculum)
     if reads_student(needs):
-        lines.append("student, without gradient, before the step (it reads more than the sampler notes)")
+        lines.append(
+            "student, without gradient, before the step (it reads more than the sampler notes)"
+        )
     elif stored and needs.of("student"):
-        lines.append("student, without gradient, before the step (it did not write these rollouts as it is now)")
-    elsewhere = {"student", "sampler", "live"} | ({"teacher"} if stored else set())  # its numbers are stored with the rollouts
+        lines.append(
+            "student, without gradient, before the step (it did not write these rollouts as it is "
+            "now)"
+        )
+    # its numbers are stored with the rollouts
+    elsewhere = {"student", "sampler", "live"} | ({"teacher"} if stored else set())
     for name in sorted(needs.models - elsewhere):
         whole = " (its whole vocabulary: in this process)" if needs.whole(name) else ""
-        whole = " (its whole vocabulary, over the same text in its own tokens: in this process)" if needs.spans(name) else whole
+        whole = (
+            " (its whole vocabulary, over the same text in its own tokens: in this process)"
+            if needs.spans(name)
+            else whole
+        )
         lines.append(f"{name}, without gradient{whole}")
     lines.append("student, with gradient, at the positions that a term selects")
     return lines
@@ -61,15 +79,22 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
         lines += ["arguments", *(f"  {k} = {v!r}" for k, v in made.arguments), ""]
     needs = made.needs
     lines += ["reads", *(f"  {x}" for x in str(needs).split(", ")), ""]
-    lines += ["forward passes of a step, besides sampling", *(f"  {i}. {x}" for i, x in enumerate(passes(made), 1))]
+    lines += [
+        "forward passes of a step, besides sampling",
+        *(f"  {i}. {x}" for i, x in enumerate(passes(made), 1)),
+    ]
     base = expression.base_of(made.name)
     if base is not None:
         added = [x for x in passes(made) if x not in passes(load(base))]
         lines.append(f"  new beside those of {base} alone: {'; '.join(added) or 'none'}")
     if any(isinstance(t.loss, RolloutLoss) for t in made.objective.terms):
-        lines.append("  the head is projected twice: a loss over whole rollouts needs all their log-probs first")
+        lines.append(
+            "  the head is projected twice: a loss over whole rollouts needs all their log-probs "
+            "first"
+        )
     lines.append(
-        f"memory of the loss: one chunk of the vocabulary, about {CHUNK_ENTRIES * CHUNK_BYTES / GIB:.1f} GiB at most; no [N, V] tensor"
+        "memory of the loss: one chunk of the vocabulary, about "
+        f"{CHUNK_ENTRIES * CHUNK_BYTES / GIB:.1f} GiB at most; no [N, V] tensor"
     )
     if made.curriculum != Plain():
         lines.append(f"curriculum: {made.curriculum}")
@@ -84,7 +109,9 @@ def of_teacher(needs: Needs) -> list[str]:
     words = ["teacher entropy"] if EntropyFact("teacher") in facts else []
     words += [f"teacher top {f.k}" for f in facts if isinstance(f, TopFact)]
     words += [
-        f"teacher at the student's top {f.k}" for f in facts if isinstance(f, LogpAtFact) and f.owner != f.model == "teacher"
+        f"teacher at the student's top {f.k}"
+        for f in facts
+        if isinstance(f, LogpAtFact) and f.owner != f.model == "teacher"
     ]
     return sorted(words) or ["teacher log-probs"] * bool(facts)
 

@@ -1,4 +1,7 @@
-"""The expressions that spell methods: names with arguments, joined by * and +. Nothing in them is executed."""
+"""The expressions that spell methods: names with arguments, joined by * and +.
+
+Nothing in them is executed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from typing import Any
 
 from opdkit.base.errors import UserError
 
-ADDRESS = re.compile(r"""[^\s*+(),="']+\.py:[A-Za-z_]\w*""")  # file.py:function, inside an expression
+# file.py:function, inside an expression
+ADDRESS = re.compile(r"""[^\s*+(),="']+\.py:[A-Za-z_]\w*""")
 HIDDEN = "address_in_expression_"
 EXAMPLE = "write for example 'tropd(k=32) * iw_opd(gamma=1)' or '0.5 * opd + gkd', in quotes on the command line"
 
@@ -21,7 +25,10 @@ def is_expression(text: str) -> bool:
 
 
 def evaluate(text: str, leaf: Callable[..., Any]) -> Any:
-    """The value of an expression: `leaf(name, **arguments)` for each method, joined by * and +. Nothing in it is executed."""
+    """The value of an expression: `leaf(name, **arguments)` for each method, joined by * and +.
+
+    Nothing in it is executed.
+    """
     tree, addresses = parse(text)
 
     def value(node: ast.expr) -> Any:
@@ -31,17 +38,25 @@ def evaluate(text: str, leaf: Callable[..., Any]) -> Any:
                 return left * right
             if not any(isinstance(x, (int, float)) for x in (left, right)):
                 return left + right
-            raise UserError(f"in {text!r} a number is added to a method: numbers multiply, as in '0.5 * opd + gkd'")
+            raise UserError(
+                f"in {text!r} a number is added to a method: numbers multiply, as in '0.5 * opd + "
+                "gkd'"
+            )
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
             return node.value
         if isinstance(node, ast.Name):
             return leaf(addresses.get(node.id, node.id))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if node.args or any(k.arg is None for k in node.keywords):
-                raise UserError(f"in {text!r} the arguments of {node.func.id} must be given by name: {EXAMPLE}")
+                raise UserError(
+                    f"in {text!r} the arguments of {node.func.id} must be given by name: {EXAMPLE}"
+                )
             arguments = {str(k.arg): _literal(k.value, text) for k in node.keywords}
             return leaf(addresses.get(node.func.id, node.func.id), **arguments)
-        raise UserError(f"{text!r} cannot be read at {ast.unparse(node)!r}: methods are joined by * and + only; {EXAMPLE}")
+        raise UserError(
+            f"{text!r} cannot be read at {ast.unparse(node)!r}: methods are joined by * and + "
+            f"only; {EXAMPLE}"
+        )
 
     made = value(tree)
     if isinstance(made, (int, float)):
@@ -50,7 +65,9 @@ def evaluate(text: str, leaf: Callable[..., Any]) -> Any:
 
 
 def parse(text: str) -> tuple[ast.expr, dict[str, str]]:
-    """The tree of an expression, and the addresses (file.py:function) that stand behind the names it puts for them."""
+    """The tree of an expression, and the addresses (file.py:function) that stand behind the names
+    it puts for them.
+    """
     addresses: dict[str, str] = {}
 
     def hide(found: re.Match[str]) -> str:
@@ -61,11 +78,15 @@ def parse(text: str) -> tuple[ast.expr, dict[str, str]]:
     try:
         return ast.parse(ADDRESS.sub(hide, text).strip(), mode="eval").body, addresses
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise UserError(f"{text!r} is neither the name of a method nor an expression of methods: {EXAMPLE}") from None
+        raise UserError(
+            f"{text!r} is neither the name of a method nor an expression of methods: {EXAMPLE}"
+        ) from None
 
 
 def _literal(node: ast.expr, text: str) -> Any:
-    """An argument: a number, a text with or without quotes, true, false, None, or several in brackets."""
+    """An argument: a number, a text with or without quotes, true, false, None, or several in
+    brackets.
+    """
     if isinstance(node, ast.Name):
         return {"true": True, "false": False, "null": None}.get(node.id, node.id)
     if isinstance(node, (ast.Tuple, ast.List)):
@@ -73,26 +94,41 @@ def _literal(node: ast.expr, text: str) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise UserError(f"in {text!r} the argument {ast.unparse(node)!r} is not a number, a text or a list of these") from None
+        raise UserError(
+            f"in {text!r} the argument {ast.unparse(node)!r} is not a number, a text or a list of "
+            "these"
+        ) from None
 
 
 def bracketed(name: str, right: bool = False) -> str:
-    """The name of a method as a factor: in brackets where it is a sum, and to the right of * where it is a product."""
+    """The name of a method as a factor: in brackets where it is a sum, and to the right of * where
+    it is a product.
+    """
     try:
         tree, _ = parse(name)
     except UserError:  # a path with signs in it
         return name
-    return f"({name})" if isinstance(tree, ast.BinOp) and (right or isinstance(tree.op, ast.Add)) else name
+    return (
+        f"({name})"
+        if isinstance(tree, ast.BinOp) and (right or isinstance(tree.op, ast.Add))
+        else name
+    )
 
 
 def base_of(name: str) -> str | None:
-    """The method that a product of methods multiplies, as text; None where the name is no such product."""
+    """The method that a product of methods multiplies, as text; None where the name is no such
+    product.
+    """
     try:
         tree, addresses = parse(name)
     except UserError:  # a path with signs in it
         return None
     base = tree
-    while isinstance(base, ast.BinOp) and isinstance(base.op, ast.Mult) and not isinstance(base.left, ast.Constant):
+    while (
+        isinstance(base, ast.BinOp)
+        and isinstance(base.op, ast.Mult)
+        and not isinstance(base.left, ast.Constant)
+    ):
         base = base.left
     text = reduce(lambda t, pair: t.replace(*pair), addresses.items(), ast.unparse(base))
     return None if base is tree else text

@@ -14,7 +14,9 @@ from opdkit.objective.maths import to_go
 
 @dataclass(frozen=True)
 class GAE(Signal):
-    """[B, T]: sum_l (g lam)^l delta_{t+l}, delta_t = r_t + g V_{t+1} - V_t; steps count trained tokens, V is 0 behind the last."""
+    """[B, T]: sum_l (g lam)^l delta_{t+l}, delta_t = r_t + g V_{t+1} - V_t; steps count trained
+    tokens, V is 0 behind the last.
+    """
 
     of: Signal
     baseline: Signal
@@ -24,7 +26,10 @@ class GAE(Signal):
     def value(self, batch: Batch) -> Tensor:
         # trained tokens first: a tool's tokens take no time
         order = batch.mask.int().argsort(dim=1, descending=True, stable=True)
-        r, v = (torch.where(batch.mask, s(batch), 0.0).gather(1, order) for s in (self.of, self.baseline))
+        r, v = (
+            torch.where(batch.mask, s(batch), 0.0).gather(1, order)
+            for s in (self.of, self.baseline)
+        )
         delta = r + self.discount * torch.nn.functional.pad(v[:, 1:], (0, 1)) - v
         return torch.zeros_like(delta).scatter(1, order, to_go(delta, self.discount * self.lam))
 
@@ -37,16 +42,27 @@ def gae_opd(
     dual_clip: float | None = None,
     rollout_cap: float | None = None,
 ) -> Objective:
-    """GAE-OPD (experimental): each token is also credited with what its successors earn, less a value that cuts the variance.
+    """GAE-OPD (experimental): each token is also credited with what its successors earn, less a
+    value that cuts the variance.
 
-        credit A_t = sum_l (g lam)^l delta_{t+l},  delta_t = r_t + g V_{t+1} - V_t,  V_t = -KL(pi_s || pi_t)(y_<t);  mean over all tokens
+        credit A_t = sum_l (g lam)^l delta_{t+l},  delta_t = r_t + g V_{t+1} - V_t,  V_t = -KL(pi_s
+        || pi_t)(y_<t);  mean over all tokens
 
-    V_t is the exact value of a prefix for immediate credit: g = 0 is `vopd` for every lam. For g > 0 it is that of the next token alone,
-    so lam < 1 is biased. `value` "zero" has no baseline: lam = 1 is then the discounted return, `opd(discount=g)`.
+    V_t is the exact value of a prefix for immediate credit: g = 0 is `vopd` for every lam. For g >
+    0 it is that of the next token alone, so lam < 1 is biased. `value` "zero" has no baseline: lam
+    = 1 is then the discounted return, `opd(discount=g)`.
 
-    Source: named, not tested, in the survey arXiv 2606.22793; the formula is a reconstruction. Not offered: a learnt critic.
+    Source: named, not tested, in the survey arXiv 2606.22793; the formula is a reconstruction. Not
+    offered: a learnt critic.
     """
     if value not in ("kl", "zero"):
         raise ValueError(f"value={value!r} must be 'kl' or 'zero'")
     baseline = -Gap("reverse_kl") if value == "kl" else Const(0)
-    return Objective(policy_gradient(GAE(LogRatio("teacher", "student"), baseline, discount, lam), clip, dual_clip, rollout_cap))
+    return Objective(
+        policy_gradient(
+            GAE(LogRatio("teacher", "student"), baseline, discount, lam),
+            clip,
+            dual_clip,
+            rollout_cap,
+        )
+    )

@@ -7,18 +7,29 @@ from opdkit.methods.method import Method
 from opdkit.objective import JSD, Divergence, Objective
 
 
-def gkd(beta: float = 0.5, lmbda: float = 1.0, temperature: float = 1.0, normalised: bool = False) -> Method:
-    """GKD: a generalised Jensen-Shannon divergence over the full vocabulary, on text the student or the data set wrote.
+def gkd(
+    beta: float = 0.5, lmbda: float = 1.0, temperature: float = 1.0, normalised: bool = False
+) -> Method:
+    """GKD: a generalised Jensen-Shannon divergence over the full vocabulary, on text the student or
+    the data set wrote.
 
-        beta KL(pi_t || M) + (1 - beta) KL(pi_s || M),  M = beta pi_t + (1 - beta) pi_s;  beta 0: KL(pi_t || pi_s), 1: KL(pi_s || pi_t)
+        beta KL(pi_t || M) + (1 - beta) KL(pi_s || M),  M = beta pi_t + (1 - beta) pi_s;  beta 0:
+        KL(pi_t || pi_s), 1: KL(pi_s || pi_t)
 
-    `lmbda` is the share of batches whose responses the student writes; for the rest they are read from the data. `temperature` divides the
-    logits of both models in the loss (not in sampling). Near the ends the divergence vanishes like beta, so beta = 0.01 has about 1 %
-    of the gradient of beta = 0: `normalised` divides by beta (1 - beta) and is continuous.
+    `lmbda` is the share of batches whose responses the student writes; for the rest they are read
+    from the data. `temperature` divides the logits of both models in the loss (not in sampling).
+    Near the ends the divergence vanishes like beta, so beta = 0.01 has about 1 % of the gradient of
+    beta = 0: `normalised` divides by beta (1 - beta) and is continuous.
 
-    Source: arXiv 2306.13649. Departures: lmbda 1 (TRL 0.5), temperature 1 (TRL samples at 0.9 and leaves the loss at 1); the
-    denominator counts the tokens really trained on, over the whole optimiser step.
+    Source: arXiv 2306.13649. Departures: lmbda 1 (TRL 0.5), temperature 1 (TRL samples at 0.9 and
+    leaves the loss at 1); the denominator counts the tokens really trained on, over the whole
+    optimiser step.
     """
     if not 0 <= lmbda <= 1:
-        raise ValueError(f"lmbda={lmbda} must lie in [0, 1]: the share of batches that the student writes")
-    return Method(Objective(Divergence(JSD(beta, normalised), temperature=temperature)), curriculum=Mixed(lmbda))
+        raise ValueError(
+            f"lmbda={lmbda} must lie in [0, 1]: the share of batches that the student writes"
+        )
+    return Method(
+        Objective(Divergence(JSD(beta, normalised), temperature=temperature)),
+        curriculum=Mixed(lmbda),
+    )

@@ -21,37 +21,61 @@ def gold(
     teacher_temperature: float = 1.0,
     skip_eos: bool = True,
 ) -> Method:
-    """GOLD: align two tokenisations of the same text by its bytes, and compare the models once per span that both divide alike.
+    """GOLD: align two tokenisations of the same text by its bytes, and compare the models once per
+    span that both divide alike.
 
-        u = sum_k |P_s^(k) - P_t^(k)|;  hybrid: w_m D_beta(P_s, P_t) on the tokens both have + w_u u on the others;  mean over the spans of
+        u = sum_k |P_s^(k) - P_t^(k)|;  hybrid: w_m D_beta(P_s, P_t) on the tokens both have + w_u u
+        on the others;  mean over the spans of
         each rollout, then over rollouts
 
-    P is the next-token distribution where the span is one token; for tokens y_i .. y_j `merge` "observed" takes p_i(.) times the
-    probability of y_{i+1} .. y_j, "bayesian" p_j(.) times that of y_i .. y_{j-1}, whose entry at y_j is the probability of the whole span.
-    P is not normalised (so D_beta may be negative) and its gradient goes through all factors. Weights: w_m is the share of the teacher's
-    tokens that the student has and w_u the rest, or `matched_weight` and `unmatched_weight`. `longer` "rank" compares spans of several
-    tokens by rank alone, with w_u: the entry of one token there stands for different texts on the two sides, and "token" teaches the
-    student to avoid the span. D_beta is that of `gkd`, and a teacher with the student's own tokenizer is simply `gkd(beta)`. `lmbda` is
-    the share of batches that the student writes; the others are read from the data. `skip_eos` leaves out the end of sequence.
-    `crossentropy_weight` adds -log pi_s of the text, the student's own included.
+    P is the next-token distribution where the span is one token; for tokens y_i .. y_j `merge`
+    "observed" takes p_i(.) times the probability of y_{i+1} .. y_j, "bayesian" p_j(.) times that of
+    y_i .. y_{j-1}, whose entry at y_j is the probability of the whole span. P is not normalised (so
+    D_beta may be negative) and its gradient goes through all factors. Weights: w_m is the share of
+    the teacher's tokens that the student has and w_u the rest, or `matched_weight` and
+    `unmatched_weight`. `longer` "rank" compares spans of several tokens by rank alone, with w_u:
+    the entry of one token there stands for different texts on the two sides, and "token" teaches
+    the student to avoid the span. D_beta is that of `gkd`, and a teacher with the student's own
+    tokenizer is simply `gkd(beta)`. `lmbda` is the share of batches that the student writes; the
+    others are read from the data. `skip_eos` leaves out the end of sequence. `crossentropy_weight`
+    adds -log pi_s of the text, the student's own included.
 
-    Source: TRL 1.16 (GOLDTrainer) and its authors' report; the distance by rank is that of `uld`. Departures: logits are those that
-    predict each token (TRL's "observed" takes those that predict the next, so the two differ there alone); tokens are the same where they
-    stand for the same bytes (TRL: the same spelling, so "Ġthe" is not "▁the"), and so are the two ends of sequence; the teacher's
-    vocabulary ends with its tokenizer's last token, not with the padding of its matrix; what is no text, such as a character cut in the
-    middle, is left out. Ours: `longer`. Not offered: temperature .9 and top_p .95 are settings of the run's sampling, extended=False is
+    Source: TRL 1.16 (GOLDTrainer) and its authors' report; the distance by rank is that of `uld`.
+    Departures: logits are those that predict each token (TRL's "observed" takes those that predict
+    the next, so the two differ there alone); tokens are the same where they stand for the same
+    bytes (TRL: the same spelling, so "Ġthe" is not "▁the"), and so are the two ends of sequence;
+    the teacher's vocabulary ends with its tokenizer's last token, not with the padding of its
+    matrix; what is no text, such as a character cut in the middle, is left out. Ours: `longer`. Not
+    offered: temperature .9 and top_p .95 are settings of the run's sampling, extended=False is
     `uld`.
     """
     if merge not in ("bayesian", "observed"):
-        raise ValueError(f"merge={merge!r} must be 'bayesian' or 'observed': what stands for a span of several tokens")
+        raise ValueError(
+            f"merge={merge!r} must be 'bayesian' or 'observed': what stands for a span of several "
+            "tokens"
+        )
     if not hybrid and (matched_weight, unmatched_weight, longer) != (None, None, "token"):
-        raise ValueError("matched_weight, unmatched_weight and longer are of the hybrid loss: set hybrid=True")
+        raise ValueError(
+            "matched_weight, unmatched_weight and longer are of the hybrid loss: set hybrid=True"
+        )
     if (matched_weight is None) != (unmatched_weight is None):
-        raise ValueError("give both matched_weight and unmatched_weight, or neither: their default follows the two vocabularies")
+        raise ValueError(
+            "give both matched_weight and unmatched_weight, or neither: their default follows the "
+            "two vocabularies"
+        )
     settings = merge, student_temperature, teacher_temperature, not skip_eos
-    weights = None if matched_weight is None or unmatched_weight is None else (matched_weight, unmatched_weight)
+    weights = (
+        None
+        if matched_weight is None or unmatched_weight is None
+        else (matched_weight, unmatched_weight)
+    )
     spans: SpanLoss = RankDistance(*settings, shared=False)
     if hybrid:
-        spans = HybridDistance(*settings, shared=False, kind=JSD(beta), weights=weights, longer=longer)
-    terms = [spans.per("own_rows"), Term(SharedDivergence(JSD(beta), student_temperature, teacher_temperature))]
+        spans = HybridDistance(
+            *settings, shared=False, kind=JSD(beta), weights=weights, longer=longer
+        )
+    terms = [
+        spans.per("own_rows"),
+        Term(SharedDivergence(JSD(beta), student_temperature, teacher_temperature)),
+    ]
     return with_likelihood(terms, lmbda, distillation_weight, crossentropy_weight)

@@ -34,7 +34,10 @@ from opdkit.objective.maths import row_mean
 
 @dataclass(frozen=True)
 class SequenceClipped(Bounds, RolloutLoss):
-    """GSPO: PPO's clipped loss of one ratio per rollout, the geometric mean of its token ratios. The credit is one number per rollout."""
+    """GSPO: PPO's clipped loss of one ratio per rollout, the geometric mean of its token ratios.
+
+    The credit is one number per rollout.
+    """
 
     base: str = "sampler"
 
@@ -45,7 +48,9 @@ class SequenceClipped(Bounds, RolloutLoss):
 
 @dataclass(frozen=True)
 class ClippedWeight(TokenLoss):
-    """CISPO: -clip(ratio, 1 - low, 1 + high) * credit * log pi_s, the clipped ratio without gradient: no token loses its own."""
+    """CISPO: -clip(ratio, 1 - low, 1 + high) * credit * log pi_s, the clipped ratio without
+    gradient: no token loses its own.
+    """
 
     credit: Signal
     low: float = 0.2
@@ -68,21 +73,28 @@ def grpo(
     dual_clip: float | None = None,
     rollout_cap: float | None = None,
 ) -> Objective:
-    """GRPO: the reward of a rollout, less the mean of its prompt's rollouts, credits each of its tokens.
+    """GRPO: the reward of a rollout, less the mean of its prompt's rollouts, credits each of its
+    tokens.
 
-        A = (R - mean) / (std + 1e-6),  r_t = pi_s/pi_sampler,  PPO's loss max(-A r, -A clip(r, 1 - low, 1 + high))  [+ reference_kl * k3]
+        A = (R - mean) / (std + 1e-6),  r_t = pi_s/pi_sampler,  PPO's loss max(-A r, -A clip(r, 1 -
+        low, 1 + high))  [+ reference_kl * k3]
         grpo    mean over each rollout's tokens, then over rollouts
-        dapo    mean over all tokens; the paper has clip=(0.2, 0.28) (its sampling and overlong rules: `train.collect.filters`)
-        dr_grpo sum over tokens / (rollouts * max_completion_length); Dr. GRPO also has advantage="mean"
+        dapo    mean over all tokens; the paper has clip=(0.2, 0.28) (its sampling and overlong
+        rules: `train.collect.filters`)
+        dr_grpo sum over tokens / (rollouts * max_completion_length); Dr. GRPO also has
+        advantage="mean"
         gspo    one ratio per rollout, exp(mean log r_t); the paper has clip=(3e-4, 4e-4)
-        cispo   -clip(r_t) A log pi_s, clip without gradient, mean over all tokens; clip=(1, 4) is the paper's upper cap only, here at 5
+        cispo   -clip(r_t) A log pi_s, clip without gradient, mean over all tokens; clip=(1, 4) is
+        the paper's upper cap only, here at 5
 
-    `advantage` "mean" leaves out the division, "rloo" takes the mean of the others. `max_completion_length` is the run's own: it scales
-    dr_grpo only. k3 = exp(d) - d - 1, d = log(pi_ref/pi_s), is the usual penalty, but its gradient is that of KL(reference || student);
+    `advantage` "mean" leaves out the division, "rloo" takes the mean of the others.
+    `max_completion_length` is the run's own: it scales dr_grpo only. k3 = exp(d) - d - 1, d =
+    log(pi_ref/pi_s), is the usual penalty, but its gradient is that of KL(reference || student);
     `reference_estimator` "k2" or "k3+" (value of k3) has that of KL(student || reference).
 
-    Source: arXiv 2402.03300 (GRPO), 2503.14476 (DAPO), 2503.20783 (Dr. GRPO), 2507.18071 (GSPO), 2506.13585 (CISPO). Departures: the
-    penalty is off by default, as is now usual; std is the sample one (verl; TRL adds 1e-4); verl's dr_grpo lacks the number of rollouts.
+    Source: arXiv 2402.03300 (GRPO), 2503.14476 (DAPO), 2503.20783 (Dr. GRPO), 2507.18071 (GSPO),
+    2506.13585 (CISPO). Departures: the penalty is off by default, as is now usual; std is the
+    sample one (verl; TRL adds 1e-4); verl's dr_grpo lacks the number of rollouts.
     """
     over: dict[str, str | int] = {
         "grpo": "rows",
@@ -93,13 +105,21 @@ def grpo(
     }
     if loss not in over:
         raise ValueError(f"loss={loss!r} must be one of {', '.join(over)}")
-    credit, (low, high), (base, weight) = Advantage(advantage), clip or (math.inf, math.inf), against(rollout_cap)
+    credit, (low, high), (base, weight) = (
+        Advantage(advantage),
+        clip or (math.inf, math.inf),
+        against(rollout_cap),
+    )
     if loss == "gspo":
         whole = Exp(RowMean(LogRatio("student", "sampler")))
-        term = SequenceClipped(credit, low, high, dual_clip, base) * (1 if rollout_cap is None else Ceiling(whole, rollout_cap))
+        term = SequenceClipped(credit, low, high, dual_clip, base) * (
+            1 if rollout_cap is None else Ceiling(whole, rollout_cap)
+        )
     elif loss == "cispo":
         if dual_clip is not None:
-            raise ValueError("dual_clip bounds PPO's clipped loss; cispo bounds the ratio itself: use clip")
+            raise ValueError(
+                "dual_clip bounds PPO's clipped loss; cispo bounds the ratio itself: use clip"
+            )
         term = ClippedWeight(credit, low, high, base) * weight
     else:
         term = policy_gradient(credit, clip, dual_clip, rollout_cap)

@@ -13,7 +13,9 @@ from opdkit.objective import Batch, LogRatio, MeanOne, Objective, Signal, policy
 
 @dataclass(frozen=True)
 class SpentBefore(Signal):
-    """[B, T]: the share of a row's total |signal| that lies before each token: 0 at its first token, rising."""
+    """[B, T]: the share of a row's total |signal| that lies before each token: 0 at its first
+    token, rising.
+    """
 
     of: Signal
 
@@ -32,12 +34,18 @@ def iw_opd(
 ) -> Objective:
     """IW-OPD: early tokens, still near what the teacher would write, count more than late ones.
 
-        credit r_t = log(pi_t/pi_s),  weight 1 + gamma (1 - sum_{k<t} |r_k| / sum_k |r_k|),  mean over all trained tokens
+        credit r_t = log(pi_t/pi_s),  weight 1 + gamma (1 - sum_{k<t} |r_k| / sum_k |r_k|),  mean
+        over all trained tokens
 
-    `mean_one` divides the weights by their mean over the step, so that gamma does not change the step size (off, as in the paper).
+    `mean_one` divides the weights by their mean over the step, so that gamma does not change the
+    step size (off, as in the paper).
 
-    Source: arXiv 2606.22600. The gap is taken from the student before the step, as in the official code (TRL recomputes it).
+    Source: arXiv 2606.22600. The gap is taken from the student before the step, as in the official
+    code (TRL recomputes it).
     """
     credit = LogRatio("teacher", "student")
     weight = 1 + gamma * (1 - SpentBefore(credit))
-    return Objective(policy_gradient(credit, clip, dual_clip, rollout_cap) * (MeanOne(weight) if mean_one else weight))
+    return Objective(
+        policy_gradient(credit, clip, dual_clip, rollout_cap)
+        * (MeanOne(weight) if mean_one else weight)
+    )

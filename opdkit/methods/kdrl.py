@@ -25,7 +25,9 @@ from opdkit.objective import (
 
 @dataclass(frozen=True)
 class Linear(Signal):
-    """[1, 1]: from `start` at step 0 of the run in a straight line to `end` at step `steps`, and `end` from there on."""
+    """[1, 1]: from `start` at step 0 of the run in a straight line to `end` at step `steps`, and
+    `end` from there on.
+    """
 
     start: float
     end: float
@@ -33,7 +35,12 @@ class Linear(Signal):
 
     def value(self, batch: Batch) -> Tensor:
         share = min(batch.step / self.steps, 1.0) if self.steps > 0 else 1.0
-        return torch.full((1, 1), self.start + (self.end - self.start) * share, dtype=batch.dtype, device=batch.device)
+        return torch.full(
+            (1, 1),
+            self.start + (self.end - self.start) * share,
+            dtype=batch.dtype,
+            device=batch.device,
+        )
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,9 @@ class TokenIn(Signal):
     ids: tuple[int, ...]
 
     def value(self, batch: Batch) -> Tensor:
-        return torch.isin(batch.tokens, torch.tensor(self.ids, dtype=batch.tokens.dtype, device=batch.device))
+        return torch.isin(
+            batch.tokens, torch.tensor(self.ids, dtype=batch.tokens.dtype, device=batch.device)
+        )
 
 
 def kdrl(
@@ -60,19 +69,23 @@ def kdrl(
     dual_clip: float | None = None,
     rollout_cap: float | None = None,
 ) -> Objective:
-    """KDRL: GRPO, which has no signal where a whole group fails, plus a KL to the teacher on the same rollouts.
+    """KDRL: GRPO, which has no signal where a whole group fails, plus a KL to the teacher on the
+    same rollouts.
 
         -ratio A  +  beta_n * estimator of KL(pi_s || pi_t),  mean over all tokens
 
-    beta_n falls in a straight line from `beta` to `beta_min` in `steps` steps of the run and stays there. k2 = r_t^2 / 2 has the gradient of
-    KL(pi_s || pi_t), k3 that of KL(pi_t || pi_s); "topk" is the reverse KL over the teacher's top `k`, both renormalised; "k1_credit" adds
-    beta_n r_t to A inside the clipped loss: k2's gradient on fresh rollouts, clipped elsewhere.
+    beta_n falls in a straight line from `beta` to `beta_min` in `steps` steps of the run and stays
+    there. k2 = r_t^2 / 2 has the gradient of KL(pi_s || pi_t), k3 that of KL(pi_t || pi_s); "topk"
+    is the reverse KL over the teacher's top `k`, both renormalised; "k1_credit" adds beta_n r_t to
+    A inside the clipped loss: k2's gradient on fresh rollouts, clipped elsewhere.
 
-    `mask` "response" keeps the KL on wrong rollouts only, "group" on prompts that no rollout solved; its mean is over the kept tokens, with
-    `masked_mean` "all" over all. `exclude_tokens`: ids without KL, for a teacher whose end-of-sequence token is another one.
+    `mask` "response" keeps the KL on wrong rollouts only, "group" on prompts that no rollout
+    solved; its mean is over the kept tokens, with `masked_mean` "all" over all. `exclude_tokens`:
+    ids without KL, for a teacher whose end-of-sequence token is another one.
 
-    Source: arXiv 2506.02208, whose GRPO has clip=(0.2, 0.2); a constant weight (its 2e-3) is beta = beta_min. Departure: the mean
-    over kept tokens is a replica's (arXiv 2609.04108). Not offered: k1 backpropagated, whose gradient does not see the teacher.
+    Source: arXiv 2506.02208, whose GRPO has clip=(0.2, 0.2); a constant weight (its 2e-3) is beta =
+    beta_min. Departure: the mean over kept tokens is a replica's (arXiv 2609.04108). Not offered:
+    k1 backpropagated, whose gradient does not see the teacher.
     """
     if mask not in (None, "response", "group"):
         raise ValueError(f"mask={mask!r} must be 'response', 'group' or None")
@@ -80,7 +93,11 @@ def kdrl(
         raise ValueError(f"masked_mean={masked_mean!r} must be 'kept' or 'all'")
     if estimator not in ("k2", "k1_credit", "k3", "topk"):
         raise ValueError(f"estimator={estimator!r} must be one of k2, k1_credit, k3, topk")
-    reward, gap, layer = Advantage(advantage), LogRatio("teacher", "student"), (clip, dual_clip, rollout_cap)
+    reward, gap, layer = (
+        Advantage(advantage),
+        LogRatio("teacher", "student"),
+        (clip, dual_clip, rollout_cap),
+    )
     if beta == 0:  # GRPO: no teacher is loaded
         return Objective(policy_gradient(reward, *layer))
     keep: Signal | None = None
@@ -89,9 +106,14 @@ def kdrl(
     if exclude_tokens:
         keep = ~TokenIn(exclude_tokens) if keep is None else keep & ~TokenIn(exclude_tokens)
     weight: Signal = Linear(beta, min(beta, beta_min), steps)
-    if keep is not None:  # the mean over kept tokens, written over all: each counts for those left out as well
+    # the mean over kept tokens, written over all: each counts for those left out as well
+    if keep is not None:
         weight = weight * (MeanOne(keep) if masked_mean == "kept" else keep)
     if estimator == "k1_credit":
         return Objective(policy_gradient(reward + weight * gap, *layer))
-    distance = Divergence("reverse_kl", k, "teacher", "renormalise") if estimator == "topk" else Estimator(estimator)
+    distance = (
+        Divergence("reverse_kl", k, "teacher", "renormalise")
+        if estimator == "topk"
+        else Estimator(estimator)
+    )
     return policy_gradient(reward, *layer) + distance * weight

@@ -21,11 +21,15 @@ from opdkit.objective.needs import Needs, needs
 
 @dataclass(frozen=True)
 class Method:
-    """An objective with what lies outside it: its curriculum, and whether the teacher takes part in decoding."""
+    """An objective with what lies outside it: its curriculum, and whether the teacher takes part in
+    decoding.
+    """
 
     objective: Objective
-    curriculum: Curriculum = Plain()  # who writes the responses, to which prompts, what is remembered
-    teacher_mix: float = 0.0  # share of the teacher in the distribution that the student's tokens are drawn from
+    # who writes the responses, to which prompts, what is remembered
+    curriculum: Curriculum = Plain()
+    # share of the teacher in the distribution that the student's tokens are drawn from
+    teacher_mix: float = 0.0
     name: str = ""  # filled by `load`, as are the next three
     arguments: tuple[tuple[str, Any], ...] = ()
     summary: str = ""
@@ -40,14 +44,18 @@ class Method:
         return str(self.objective)
 
     def __mul__(self, other: Method | Signal | Number) -> Method:
-        """Every term times a number, a signal, or another method's weight (`weight_of`); denominators stay, as does who writes."""
+        """Every term times a number, a signal, or another method's weight (`weight_of`);
+        denominators stay, as does who writes.
+        """
         mine = spelled(self)
         if isinstance(other, Method):
             theirs = spelled(other)
             by = algebra.weight(other.objective, theirs)
             name = f"{expression.bracketed(mine)} * {expression.bracketed(theirs, True)}"
             doc = f"{mine}, every term times the weight of {theirs}:\n\n    {by}"
-            return _composed(self, other, name, doc, algebra.weigh(self.objective, mine, by, theirs), True)
+            return _composed(
+                self, other, name, doc, algebra.weigh(self.objective, mine, by, theirs), True
+            )
         if isinstance(other, Signal):
             return _called(
                 replace(self, objective=algebra.weigh(self.objective, mine, other, str(other))),
@@ -57,7 +65,11 @@ class Method:
         if isinstance(other, (int, float)):
             name = f"{other!r} * {expression.bracketed(mine, True)}"
             known = "own" if mine == "own" else name
-            return _called(replace(self, objective=algebra.scale(self.objective, other)), known, f"{other:g} times {mine}.")
+            return _called(
+                replace(self, objective=algebra.scale(self.objective, other)),
+                known,
+                f"{other:g} times {mine}.",
+            )
         return NotImplemented
 
     __rmul__ = __mul__
@@ -68,24 +80,38 @@ class Method:
             return NotImplemented
         name = f"{spelled(self)} + {spelled(other)}"
         return _composed(
-            self, other, name, f"The terms of {name.replace(' + ', ' and of ')}.", self.objective + other.objective, False
+            self,
+            other,
+            name,
+            f"The terms of {name.replace(' + ', ' and of ')}.",
+            self.objective + other.objective,
+            False,
         )
 
 
-COMPOSED = ("objective", "curriculum", "name", "arguments", "summary", "doc")  # what composing fills in
+# what composing fills in
+COMPOSED = ("objective", "curriculum", "name", "arguments", "summary", "doc")
 
 
-def _composed(base: Method, other: Method, name: str, doc: str, objective: Objective, as_weight: bool) -> Method:
-    """Two methods as one. What else they bring must be the same; a weight may also bring nothing."""
+def _composed(
+    base: Method, other: Method, name: str, doc: str, objective: Objective, as_weight: bool
+) -> Method:
+    """Two methods as one.
+
+    What else they bring must be the same; a weight may also bring nothing.
+    """
     names = spelled(base), spelled(other)
     brought = together.keeper(other.curriculum, names[1]) if as_weight else other.curriculum
     for field in (f for f in fields(Method) if f.name not in COMPOSED):
         mine, theirs = getattr(base, field.name), getattr(other, field.name)
         if mine != theirs and not (as_weight and theirs == field.default):
             raise UserError(
-                f"{name}: {names[0]} has {field.name}={mine}, {names[1]} {field.name}={theirs}, and only one can hold"
+                f"{name}: {names[0]} has {field.name}={mine}, {names[1]} {field.name}={theirs}, "
+                "and only one can hold"
             )
-    made = replace(base, objective=objective, curriculum=together.join(base.curriculum, brought, names))
+    made = replace(
+        base, objective=objective, curriculum=together.join(base.curriculum, brought, names)
+    )
     return _called(made, "own" if "own" in names else name, doc)
 
 
@@ -94,23 +120,35 @@ def _called(method: Method, name: str, doc: str) -> Method:
 
 
 def spelled(method: Method) -> str:
-    """A method as an expression that `load` reads: its name and the arguments that are not at their default; else "own"."""
+    """A method as an expression that `load` reads: its name and the arguments that are not at their
+    default; else "own".
+    """
     if not method.arguments:
         return method.name or "own"
     defaults = inspect.signature(function_of(method.name)).parameters
     given = {k: v for k, v in method.arguments if v != defaults[k].default}
     if any(not _plain(v) for v in given.values()):
         return "own"
-    return f"{method.name}({', '.join(f'{k}={v!r}' for k, v in given.items())})" if given else method.name
+    return (
+        f"{method.name}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
+        if given
+        else method.name
+    )
 
 
 def _plain(value: Any) -> bool:
     """Whether a value can be written in an expression."""
-    return all(map(_plain, value)) if isinstance(value, tuple) else value is None or isinstance(value, (bool, int, float, str))
+    return (
+        all(map(_plain, value))
+        if isinstance(value, tuple)
+        else value is None or isinstance(value, (bool, int, float, str))
+    )
 
 
 def weight_of(method: str | Method | Objective | Term | Loss, **arguments: Any) -> Signal:
-    """What a method multiplies its loss by, as a signal: `load("tropd").objective * weight_of("iw_opd")`."""
+    """What a method multiplies its loss by, as a signal: `load("tropd").objective *
+    weight_of("iw_opd")`.
+    """
     made = as_method(method, **arguments)
     return algebra.weight(made.objective, spelled(made))
 
@@ -120,7 +158,10 @@ def as_method(method: str | Method | Objective | Term | Loss, **arguments: Any) 
     if isinstance(method, str):
         return load(method, **arguments)
     if arguments:
-        raise UserError(f"arguments {', '.join(arguments)} belong to a method given by name, not to a finished one")
+        raise UserError(
+            f"arguments {', '.join(arguments)} belong to a method given by name, not to a finished "
+            "one"
+        )
     return method if isinstance(method, Method) else Method(Objective(method), name="own")
 
 
@@ -137,25 +178,37 @@ def function_of(name: str) -> Callable[..., Method | Objective]:
     if is_address(name):
         found = load_address(name)
         if not callable(found):
-            raise UserError(f"{name} is not a function: a method is a function that returns an Objective or a Method")
+            raise UserError(
+                f"{name} is not a function: a method is a function that returns an Objective or a "
+                "Method"
+            )
         return found
-    raise UserError(f"unknown method {name!r}{nearest(name, methods())} (one's own: file.py:function)")
+    raise UserError(
+        f"unknown method {name!r}{nearest(name, methods())} (one's own: file.py:function)"
+    )
 
 
 def load(name: str, /, **arguments: Any) -> Method:
-    """A method by name, or `file.py:function` for one's own; its hyper-parameters are the function's arguments.
+    """A method by name, or `file.py:function` for one's own; its hyper-parameters are the
+    function's arguments.
 
-    Also an expression of these: `tropd(k=32) * iw_opd(gamma=1)` is tropd, every term times the weight of iw_opd; `0.5 * opd + gkd` a sum.
+    Also an expression of these: `tropd(k=32) * iw_opd(gamma=1)` is tropd, every term times the
+    weight of iw_opd; `0.5 * opd + gkd` a sum.
     """
     if expression.is_expression(name) and name not in METHODS and not _file(name):
         if arguments:
-            raise UserError(f"arguments of {name!r} belong inside the expression: {expression.EXAMPLE}")
+            raise UserError(
+                f"arguments of {name!r} belong inside the expression: {expression.EXAMPLE}"
+            )
         return expression.evaluate(name, load)
     function = function_of(name)
     signature = inspect.signature(function)
     for argument in arguments:
         if argument not in signature.parameters:
-            raise UserError(f"method {name!r} has no argument {argument!r}{nearest(argument, list(signature.parameters))}")
+            raise UserError(
+                f"method {name!r} has no argument "
+                f"{argument!r}{nearest(argument, list(signature.parameters))}"
+            )
     try:
         bound = signature.bind(**{k: _frozen(v) for k, v in arguments.items()})
         bound.apply_defaults()
@@ -165,11 +218,21 @@ def load(name: str, /, **arguments: Any) -> Method:
     if isinstance(made, (Objective, Term, Loss)):
         made = Method(Objective(made))
     if not isinstance(made, Method):
-        raise UserError(f"{name} returned {type(made).__name__}: a method is a function that returns an Objective or a Method")
-    if name not in METHODS and made.name in ("", "own"):  # else it is made of methods that have been looked at
+        raise UserError(
+            f"{name} returned {type(made).__name__}: a method is a function that returns an "
+            "Objective or a Method"
+        )
+    # else it is made of methods that have been looked at
+    if name not in METHODS and made.name in ("", "own"):
         credits.refuse(made.objective, name)
     doc = inspect.getdoc(function) or ""
-    return replace(made, name=name, arguments=tuple(bound.arguments.items()), summary=doc.split("\n")[0], doc=doc)
+    return replace(
+        made,
+        name=name,
+        arguments=tuple(bound.arguments.items()),
+        summary=doc.split("\n")[0],
+        doc=doc,
+    )
 
 
 def _file(name: str) -> bool:
@@ -179,7 +242,9 @@ def _file(name: str) -> bool:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists from YAML as tuples, as parts of a method are hashable; and 1e-3, which YAML reads as text, as a number."""
+    """Lists from YAML as tuples, as parts of a method are hashable; and 1e-3, which YAML reads as
+    text, as a number.
+    """
     if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
         return float(value)
     return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -14,7 +14,9 @@ from opdkit.objective import Batch, Divergence, Early, Kind, Objective, PassRate
 
 @dataclass(frozen=True)
 class Frontier(Signal):
-    """[B, 1]: p^a (1 - p)^b, highest at p = a / (a + b); as it is ("none") or over its mean over the step's rollouts ("mean")."""
+    """[B, 1]: p^a (1 - p)^b, highest at p = a / (a + b); as it is ("none") or over its mean over
+    the step's rollouts ("mean").
+    """
 
     rate: Signal
     a: float
@@ -31,26 +33,41 @@ class Frontier(Signal):
 
 
 def paced(
-    a: float = 1.0, b: float = 1.0, kind: str | Kind = "forward_kl", two_stage: bool = False, normalise: str = "mean"
+    a: float = 1.0,
+    b: float = 1.0,
+    kind: str | Kind = "forward_kl",
+    two_stage: bool = False,
+    normalise: str = "mean",
 ) -> Method:
-    """PACED: prompts always solved teach nothing, prompts never solved nothing coherent; weigh by how close a prompt is to the frontier.
+    """PACED: prompts always solved teach nothing, prompts never solved nothing coherent; weigh by
+    how close a prompt is to the frontier.
 
-        weight p^a (1 - p)^b of a rollout whose prompt is solved with pass rate p;  divergence over the whole vocabulary, mean over each
-        rollout's tokens, then over rollouts;  weights have mean 1 over the step's rollouts (with their sum as divisor: the same number)
+        weight p^a (1 - p)^b of a rollout whose prompt is solved with pass rate p;  divergence over
+        the whole vocabulary, mean over each
+        rollout's tokens, then over rollouts;  weights have mean 1 over the step's rollouts (with
+        their sum as divisor: the same number)
 
-    p is the share of correct ones among the prompt's last rollouts, before this step; of a prompt not seen yet, among its rollouts
-    of this step. p = 0 or 1 weighs nothing, so a prompt needs several: give the run num_generations of 4 or more. `two_stage` turns
-    to reverse KL after half of the run.
+    p is the share of correct ones among the prompt's last rollouts, before this step; of a prompt
+    not seen yet, among its rollouts of this step. p = 0 or 1 weighs nothing, so a prompt needs
+    several: give the run num_generations of 4 or more. `two_stage` turns to reverse KL after half
+    of the run.
 
-    Source: arXiv 2603.11178; the weighting has no public code. Ours: mean 1, the switch at half, pass rates renewed as training goes (the
-    paper estimates them with the initial student), and student prefixes for forward KL too (there: reference responses). Not
-    offered: smoothed pass rates, the paper's baselines.
+    Source: arXiv 2603.11178; the weighting has no public code. Ours: mean 1, the switch at half,
+    pass rates renewed as training goes (the paper estimates them with the initial student), and
+    student prefixes for forward KL too (there: reference responses). Not offered: smoothed pass
+    rates, the paper's baselines.
     """
     if a < 0 or b < 0:
-        raise ValueError(f"a={a}, b={b} must not be negative: the weight p^a (1 - p)^b must stay finite at p = 0 and 1")
+        raise ValueError(
+            f"a={a}, b={b} must not be negative: the weight p^a (1 - p)^b must stay finite at p = "
+            "0 and 1"
+        )
     if normalise not in ("mean", "none"):
         raise ValueError(f"normalise={normalise!r} must be 'mean' or 'none'")
     weight = Frontier(PassRate(), a, b, normalise)
-    first, then = Divergence(kind).per("rows") * weight, Divergence("reverse_kl").per("rows") * weight
+    first, then = (
+        Divergence(kind).per("rows") * weight,
+        Divergence("reverse_kl").per("rows") * weight,
+    )
     objective = Objective(first * Early(0.5), then * ~Early(0.5)) if two_stage else Objective(first)
     return Method(objective, curriculum=PassRates())

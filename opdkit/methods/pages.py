@@ -1,4 +1,5 @@
-"""The methods' pages in docs/methods, from their docstrings: `python -m opdkit.methods.pages` writes them and the tables that list them.
+"""The methods' pages in docs/methods, from their docstrings: `python -m opdkit.methods.pages`
+writes them and the tables that list them.
 
 Each page has one part written by hand, between its `notes` marks; it is kept as it stands.
 """
@@ -17,16 +18,30 @@ from opdkit.methods.method import Method, function_of, load, methods
 from opdkit.objective import algebra
 from opdkit.objective.grammar import RolloutLoss
 
-NOTES = ("<!-- notes: written by hand, kept by `python -m opdkit.methods.pages` -->", "<!-- /notes -->")
+NOTES = (
+    "<!-- notes: written by hand, kept by `python -m opdkit.methods.pages` -->",
+    "<!-- /notes -->",
+)
 TABLE = ("<!-- methods -->", "<!-- /methods -->")
-LABELS = re.compile(r"(?:^|(?<=\. )|(?<=\) )|(?<=\n))(Source|Departures?|Ours|Not offered|Where sources disagree): ")
+LABELS = re.compile(
+    r"(?:^|(?<=\. )|(?<=\) )|(?<=\n))(Source|Departures?|Ours|Not offered|Where sources disagree): "
+)
 LAYER = ("clip", "dual_clip", "rollout_cap")  # of every policy gradient
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """Every generated file of a repository with its text: a page per method, and the files with a table of all."""
-    out = {page: render(load(name), _notes(page)) for name in methods() for page in [root / "docs" / "methods" / f"{name}.md"]}
-    for file, folder in ((root / "README.md", "docs/methods/"), (root / "docs" / "methods.md", "methods/")):
+    """Every generated file of a repository with its text: a page per method, and the files with a
+    table of all.
+    """
+    out = {
+        page: render(load(name), _notes(page))
+        for name in methods()
+        for page in [root / "docs" / "methods" / f"{name}.md"]
+    }
+    for file, folder in (
+        (root / "README.md", "docs/methods/"),
+        (root / "docs" / "methods.md", "methods/"),
+    ):
         out[file] = between(file, TABLE, listing(folder, full=file.name != "README.md"))
     return out
 
@@ -43,16 +58,24 @@ def between(file: Path, marks: tuple[str, str], text: str) -> str:
     before, start, rest = file.read_text(encoding="utf-8").partition(marks[0])
     _, end, after = rest.partition(marks[1])
     if not start or not end:
-        raise UserError(f"{file} lacks the marks {marks[0]} and {marks[1]}: the table of methods goes between them")
+        raise UserError(
+            f"{file} lacks the marks {marks[0]} and {marks[1]}: the table of methods goes between "
+            "them"
+        )
     return f"{before}{start}\n{text}\n{end}{after}"
 
 
 def listing(folder: str, full: bool) -> str:
     """The table of all methods, linked to their pages; `full` adds what they need."""
-    columns = ["method", "idea", "needs", "passes", "source"] if full else ["method", "idea", "source"]
+    columns = (
+        ["method", "idea", "needs", "passes", "source"] if full else ["method", "idea", "source"]
+    )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in table():
-        cells = row | {"method": f"[{row['method']}]({folder}{row['method']}.md)", "source": arxiv(row["source"])}
+        cells = row | {
+            "method": f"[{row['method']}]({folder}{row['method']}.md)",
+            "source": arxiv(row["source"]),
+        }
         cells["idea"] = escape(cells["idea"])
         lines.append("| " + " | ".join(cells[c].replace("|", "\\|") for c in columns) + " |")
     return "\n".join(lines)
@@ -68,7 +91,10 @@ def render(method: Method, notes: str) -> str:
     needed = [f"- {x}" for x in str(method.needs).split(", ")]
     cost = [f"{i}. {x}" for i, x in enumerate(passes(method), 1)]
     if any(isinstance(term.loss, RolloutLoss) for term in method.objective.terms):
-        cost.append("\nThe head is projected twice: a loss over whole rollouts needs all their log-probs first.")
+        cost.append(
+            "\nThe head is projected twice: a loss over whole rollouts needs all their log-probs "
+            "first."
+        )
     if method.curriculum != Plain():
         cost.append(f"\nCurriculum: `{method.curriculum}`.")
     parts = [
@@ -86,8 +112,9 @@ def render(method: Method, notes: str) -> str:
         "\n".join(cost),
         "## As a weight",
         weight(method),
-        f"---\n[All methods](../methods.md). This page is made by `python -m opdkit.methods.pages` from `{_file(method.name)}`; `opdkit "
-        f"explain {method.name}` prints the same in a terminal.",
+        "---\n[All methods](../methods.md). This page is made by `python -m opdkit.methods.pages` "
+        f"from `{_file(method.name)}`; `opdkit explain {method.name}` prints the same in a "
+        "terminal.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -101,7 +128,9 @@ def fence(text: str) -> str:
 
 
 def prose(method: Method) -> str:
-    """The docstring: idea, formula, explanation; source, departures and what is not offered as a list."""
+    """The docstring: idea, formula, explanation; source, departures and what is not offered as a
+    list.
+    """
     out = []
     for block in method.doc.split("\n\n"):
         if all(line.startswith("    ") for line in block.splitlines()):
@@ -113,7 +142,9 @@ def prose(method: Method) -> str:
             out.append(escape(pieces[0].strip()))
         if len(pieces) > 1:
             labelled = zip(pieces[1::2], pieces[2::2])
-            out.append("\n".join(f"- **{label}:** {escape(words.strip())}" for label, words in labelled))
+            out.append(
+                "\n".join(f"- **{label}:** {escape(words.strip())}" for label, words in labelled)
+            )
     return "\n\n".join(out)
 
 
@@ -123,23 +154,33 @@ def escape(text: str) -> str:
     pieces[::2] = [re.sub(r"([*<~])", r"\\\1", p) for p in pieces[::2]]
     for i, code in enumerate(pieces):
         if i % 2:
-            pieces[i] = f"[`{code}`]({name}.md)" if (name := code.partition("(")[0]) in methods() else f"`{code}`"
+            pieces[i] = (
+                f"[`{code}`]({name}.md)"
+                if (name := code.partition("(")[0]) in methods()
+                else f"`{code}`"
+            )
     return "".join(pieces)
 
 
 def arguments(method: Method) -> str:
     """A table of arguments and defaults."""
     lines = ["| argument | default |", "|---|---|"]
-    lines += [f"| `{name}` | `{value if not isinstance(value, str) else repr(value)}` |" for name, value in method.arguments]
+    lines += [
+        f"| `{name}` | `{value if not isinstance(value, str) else repr(value)}` |"
+        for name, value in method.arguments
+    ]
     if {name for name, _ in method.arguments} >= set(LAYER):
         lines.append(
-            "\n`clip` (low, high) is PPO's range of the ratio, `dual_clip` a bound on the loss of negative credits, and `rollout_cap` takes "
-            "ratios to the trainer's own log-probs and truncates the trainer/sampler weight; `None` is off."
+            "\n`clip` (low, high) is PPO's range of the ratio, `dual_clip` a bound on the loss of "
+            "negative credits, and `rollout_cap` takes ratios to the trainer's own log-probs and "
+            "truncates the trainer/sampler weight; `None` is off."
         )
     name, default = method.arguments[0]
-    default = list(default) if isinstance(default, tuple) else default  # as YAML writes several values
+    # as YAML writes several values
+    default = list(default) if isinstance(default, tuple) else default
     lines.append(
-        f"\nOn the command line `method.{name}={default}`, in a run's file `method: {{name: {method.name}, {name}: {default}}}`."
+        f"\nOn the command line `method.{name}={default}`, in a run's file `method: {{name: "
+        f"{method.name}, {name}: {default}}}`."
     )
     return "\n".join(lines)
 
@@ -150,7 +191,9 @@ def weight(method: Method) -> str:
         found = algebra.weight(method.objective, method.name)
     except UserError as reason:
         return f"None: {escape(str(reason).partition(': ')[2].partition('. ')[0])}."
-    return f"`opd * {method.name}` multiplies every term of the left method by\n\n{fence(str(found))}"
+    return (
+        f"`opd * {method.name}` multiplies every term of the left method by\n\n{fence(str(found))}"
+    )
 
 
 def main(root: Path) -> int:
@@ -170,7 +213,10 @@ def main(root: Path) -> int:
         if file.parent.name == "methods" and not _notes(file):
             bare.append(file.stem)
     if bare:
-        print(f"no notes yet on when to use {', '.join(bare)}: write them between the notes marks of their pages")
+        print(
+            f"no notes yet on when to use {', '.join(bare)}: write them between the notes marks of "
+            "their pages"
+        )
     return bool(bare)
 
 

@@ -22,7 +22,8 @@ class Part(Signal):
     def value(self, batch: Batch) -> Tensor:
         mask = batch.mask.long()
         length = mask.sum(1, keepdim=True)
-        keep = (self.share(batch).double() * length - 1e-9).ceil().clamp_min(1)  # 0.1 * 30 is a little more than 3
+        # 0.1 * 30 is a little more than 3
+        keep = (self.share(batch).double() * length - 1e-9).ceil().clamp_min(1)
         order = mask.cumsum(1) if self.end == "first" else length - mask.cumsum(1) + 1
         return batch.mask & (order <= keep)
 
@@ -45,11 +46,13 @@ def position_opd(
 ) -> Objective:
     """OPD on the first (or last) share of each rollout: where in a response the signal is.
 
-        credit r_t on max(1, ceil(share L)) trained tokens of each rollout, none elsewhere; divided by ALL trained tokens
+        credit r_t on max(1, ceil(share L)) trained tokens of each rollout, none elsewhere; divided
+        by ALL trained tokens
 
     `anneal` "cosine" or "linear" lets the share grow to 1 over the run.
 
-    Source: the position ablations of arXiv 2606.22600: the first 30 % teach about as much as all tokens, the last 30 % almost nothing.
+    Source: the position ablations of arXiv 2606.22600: the first 30 % teach about as much as all
+    tokens, the last 30 % almost nothing.
     """
     if part not in ("first", "last"):
         raise ValueError(f"part={part!r} must be 'first' or 'last'")
@@ -58,4 +61,7 @@ def position_opd(
     grown: Signal = Const(share)
     if anneal is not None:
         grown = share + (1 - share) * (Cosine() if anneal == "cosine" else Progress())
-    return Objective(policy_gradient(LogRatio("teacher", "student"), clip, dual_clip, rollout_cap) * Part(part, grown))
+    return Objective(
+        policy_gradient(LogRatio("teacher", "student"), clip, dual_clip, rollout_cap)
+        * Part(part, grown)
+    )

@@ -16,23 +16,34 @@ def reopold(
     dual_clip: float | None = None,
     rollout_cap: float | None = None,
 ) -> Objective:
-    """REOPOLD: the credit gets a floor; floored tokens are dropped early in the run, confident ones late.
+    """REOPOLD: the credit gets a floor; floored tokens are dropped early in the run, confident ones
+    late.
 
         credit max(r_t, c),  c = log(lam) / (1 - lam),  mean over the kept tokens
-        kept: r_t >= c in the first `switch` of the run;  then the `keep` share of highest student entropy (H >= its quantile in the step)
+        kept: r_t >= c in the first `switch` of the run;  then the `keep` share of highest student
+        entropy (H >= its quantile in the step)
 
-    The floor comes from scoring against the mixture lam pi_s + (1 - lam) pi_t. lam -> 0 lifts it: OPD while switch has not come.
+    The floor comes from scoring against the mixture lam pi_s + (1 - lam) pi_t. lam -> 0 lifts it:
+    OPD while switch has not come.
 
-    Source: arXiv 2603.11137, which has no public code. Where sources disagree: lam 0.1, 0.2 and 0.3 occur; the floor is kept in the second
-    phase. Ours: the quantile is interpolated linearly over the trained tokens of the step; nothing kept is a loss of zero.
+    Source: arXiv 2603.11137, which has no public code. Where sources disagree: lam 0.1, 0.2 and 0.3
+    occur; the floor is kept in the second phase. Ours: the quantile is interpolated linearly over
+    the trained tokens of the step; nothing kept is a loss of zero.
     """
     if not 0 < lam < 1:
         raise ValueError(
-            f"lam={lam} must lie strictly between 0 and 1: it is the student's share of the mixture that sets the floor"
+            f"lam={lam} must lie strictly between 0 and 1: it is the student's share of the "
+            "mixture that sets the floor"
         )
     if not 0 <= keep <= 1:
-        raise ValueError(f"keep={keep} must lie in [0, 1]: it is the share of tokens trained in the second phase")
+        raise ValueError(
+            f"keep={keep} must lie in [0, 1]: it is the share of tokens trained in the second phase"
+        )
     credit, entropy = LogRatio("teacher", "student"), Entropy("student")
     floor = math.log(lam) / (1 - lam)
-    kept = (Early(switch) & (credit >= floor)) | (~Early(switch) & (entropy >= Quantile(entropy, 1 - keep)))
-    return Objective((policy_gradient(Floor(credit, floor), clip, dual_clip, rollout_cap) * kept).per("own"))
+    kept = (Early(switch) & (credit >= floor)) | (
+        ~Early(switch) & (entropy >= Quantile(entropy, 1 - keep))
+    )
+    return Objective(
+        (policy_gradient(Floor(credit, floor), clip, dual_clip, rollout_cap) * kept).per("own")
+    )

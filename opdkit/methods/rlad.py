@@ -9,12 +9,24 @@ from torch import Tensor
 
 from opdkit.methods.grpo import grpo
 from opdkit.methods.opd import Clip
-from opdkit.objective import Advantage, Bounds, Estimator, Live, LogpFact, Objective, TokenLoss, against, clipped
+from opdkit.objective import (
+    Advantage,
+    Bounds,
+    Estimator,
+    Live,
+    LogpFact,
+    Objective,
+    TokenLoss,
+    against,
+    clipped,
+)
 
 
 @dataclass(frozen=True)
 class TrustRatio(Bounds, TokenLoss):
-    """PPO's clipped loss of pi_s / (pi_base^a pi_teacher^(1 - a)); the teacher's log-ratio is clamped and has no gradient beyond."""
+    """PPO's clipped loss of pi_s / (pi_base^a pi_teacher^(1 - a)); the teacher's log-ratio is
+    clamped and has no gradient beyond.
+    """
 
     base: str = "sampler"
     a: float = 0.5
@@ -23,7 +35,13 @@ class TrustRatio(Bounds, TokenLoss):
     def value(self, live: Live) -> Tensor:
         moved = live.logp - live.read(LogpFact(self.base))
         ahead = (live.logp - live.read(LogpFact("teacher"))).clamp(-self.clamp, self.clamp)
-        return clipped((self.a * moved + (1 - self.a) * ahead).exp(), live.pick(self.credit), self.low, self.high, self.dual)
+        return clipped(
+            (self.a * moved + (1 - self.a) * ahead).exp(),
+            live.pick(self.credit),
+            self.low,
+            self.high,
+            self.dual,
+        )
 
 
 def rlad(
@@ -36,20 +54,40 @@ def rlad(
     dual_clip: float | None = None,
     rollout_cap: float | None = None,
 ) -> Objective:
-    """RLAD: follow the teacher only where the reward agrees; GRPO whose ratio is to a mixture of the old student and the teacher.
+    """RLAD: follow the teacher only where the reward agrees; GRPO whose ratio is to a mixture of
+    the old student and the teacher.
 
         log r_t = a log(pi_s/pi_sampler) + (1 - a) clamp(log(pi_s/pi_t), -c, c)
         max(-A r, -A clip(r, 1 - low, 1 + high)),  mean over all tokens  [+ reference_kl * k3]
 
-    a = 1 is GRPO and loads no teacher, a = 0 a ratio to the teacher alone. A token that the student already favours over the teacher is
-    not pushed up, one it disfavours is not pushed down. Where A = 0 (all right or all wrong) nothing is learnt, unlike `kdrl`.
+    a = 1 is GRPO and loads no teacher, a = 0 a ratio to the teacher alone. A token that the student
+    already favours over the teacher is not pushed up, one it disfavours is not pushed down. Where A
+    = 0 (all right or all wrong) nothing is learnt, unlike `kdrl`.
 
-    Source: arXiv 2602.22495; c = 1 is from a replica. Not offered: the widely seen snippet that adds a teacher term to A, another method.
+    Source: arXiv 2602.22495; c = 1 is from a replica. Not offered: the widely seen snippet that
+    adds a teacher term to A, another method.
     """
     if not 0 <= a <= 1:
-        raise ValueError(f"a={a} must lie in [0, 1]: 1 is a ratio to the old student alone, 0 to the teacher alone")
+        raise ValueError(
+            f"a={a} must lie in [0, 1]: 1 is a ratio to the old student alone, 0 to the teacher "
+            "alone"
+        )
     if a == 1:
-        return grpo(advantage, clip, "dapo", reference_kl, reference_estimator, dual_clip=dual_clip, rollout_cap=rollout_cap)
+        return grpo(
+            advantage,
+            clip,
+            "dapo",
+            reference_kl,
+            reference_estimator,
+            dual_clip=dual_clip,
+            rollout_cap=rollout_cap,
+        )
     (low, high), (base, weight) = clip or (math.inf, math.inf), against(rollout_cap)
-    objective = Objective(TrustRatio(Advantage(advantage), low, high, dual_clip, base, a, clamp) * weight)
-    return objective + Estimator(reference_estimator, "reference") * reference_kl if reference_kl else objective
+    objective = Objective(
+        TrustRatio(Advantage(advantage), low, high, dual_clip, base, a, clamp) * weight
+    )
+    return (
+        objective + Estimator(reference_estimator, "reference") * reference_kl
+        if reference_kl
+        else objective
+    )

@@ -8,13 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdkit.objective import Batch, Const, Divergence, Entropy, Gap, Objective, Quantile, Signal, uniform
+from opdkit.objective import (
+    Batch,
+    Const,
+    Divergence,
+    Entropy,
+    Gap,
+    Objective,
+    Quantile,
+    Signal,
+    uniform,
+)
 from opdkit.objective.maths import masked_quantile
 
 
 @dataclass(frozen=True)
 class Spread(Signal):
-    """[B, T] in [0, 1]: a signal between its least value and its quantile `top` in the step; 0 everywhere where these are equal."""
+    """[B, T] in [0, 1]: a signal between its least value and its quantile `top` in the step; 0
+    everywhere where these are equal.
+    """
 
     of: Signal
     top: float = 1.0
@@ -27,17 +39,21 @@ class Spread(Signal):
 
 @dataclass(frozen=True)
 class Race(Signal):
-    """[B, T]: draws of which the n highest are a sample of n tokens without replacement, odds proportional to a signal."""
+    """[B, T]: draws of which the n highest are a sample of n tokens without replacement, odds
+    proportional to a signal.
+    """
 
     of: Signal
 
     def value(self, batch: Batch) -> Tensor:
-        return torch.log1p(-uniform(batch, str(self))) / self.of(batch).clamp_min(1e-8)  # the least odds of the official code
+        # the least odds of the official code
+        return torch.log1p(-uniform(batch, str(self))) / self.of(batch).clamp_min(1e-8)
 
 
 @dataclass(frozen=True)
 class Highest(Signal):
-    """[B, T] bool: the share of each rollout's trained tokens, or of the whole step's, where a signal is highest; earlier first on ties.
+    """[B, T] bool: the share of each rollout's trained tokens, or of the whole step's, where a
+    signal is highest; earlier first on ties.
 
     They are looked for `among` some of the tokens; where these are fewer, they are all of them.
     """
@@ -53,25 +69,37 @@ class Highest(Signal):
         among = (batch.mask & self.among(batch).bool()).reshape(pool)
         values = torch.where(among, self.of(batch).reshape(pool), -math.inf)
         count = batch.mask.reshape(pool).sum(1, keepdim=True).double()
-        keep = (self.share * count + 1e-9).floor().clamp_min(self.least)  # 0.29 * 100 is a little less than 29
+        # 0.29 * 100 is a little less than 29
+        keep = (self.share * count + 1e-9).floor().clamp_min(self.least)
         rank = values.argsort(dim=1, descending=True, stable=True).argsort(1)
         return (among & (rank < keep)).reshape(batch.shape)
 
 
-def tip(share: float = 0.5, score: str = "soft_or", selection: str = "top", least: int = 0) -> Objective:
-    """TIP: reverse KL on the tokens where the student is unsure or at odds with the teacher, nothing on the rest.
+def tip(
+    share: float = 0.5, score: str = "soft_or", selection: str = "top", least: int = 0
+) -> Objective:
+    """TIP: reverse KL on the tokens where the student is unsure or at odds with the teacher,
+    nothing on the rest.
 
-        KL(pi_s || pi_t) over the whole vocabulary, mean over the kept tokens;  kept: the floor(share L) highest scores of each rollout
-        soft_or:  h + d - h d,  h = H(pi_s) up to its 98th percentile, d = KL(pi_s || pi_t), each spread over [0, 1] in the step
-        entropy:  H(pi_s), which drops confident errors;   q3: d among the step's less uncertain half of the tokens
+        KL(pi_s || pi_t) over the whole vocabulary, mean over the kept tokens;  kept: the
+        floor(share L) highest scores of each rollout
+        soft_or:  h + d - h d,  h = H(pi_s) up to its 98th percentile, d = KL(pi_s || pi_t), each
+        spread over [0, 1] in the step
+        entropy:  H(pi_s), which drops confident errors;   q3: d among the step's less uncertain
+        half of the tokens
 
-    `least` keeps so many tokens of short rollouts too. `selection` "sample" draws max(1, floor(share N)) of the step's N tokens without
-    replacement, odds proportional to the score. Scores are those before the step and need no division by log V.
+    `least` keeps so many tokens of short rollouts too. `selection` "sample" draws max(1,
+    floor(share N)) of the step's N tokens without replacement, odds proportional to the score.
+    Scores are those before the step and need no division by log V.
 
-    Source: arXiv 2604.14084. Departures: the official sampling draws inside each micro-batch, which lets its size change the gradient. The
-    thresholds of q3 are ours. Not offered: exponents of the odds other than 1, and their JSD factor.
+    Source: arXiv 2604.14084. Departures: the official sampling draws inside each micro-batch, which
+    lets its size change the gradient. The thresholds of q3 are ours. Not offered: exponents of the
+    odds other than 1, and their JSD factor.
     """
-    for name, value, known in (("score", score, ("soft_or", "entropy", "q3")), ("selection", selection, ("top", "sample"))):
+    for name, value, known in (
+        ("score", score, ("soft_or", "entropy", "q3")),
+        ("selection", selection, ("top", "sample")),
+    ):
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
     if not 0 < share <= 1:
@@ -80,5 +108,9 @@ def tip(share: float = 0.5, score: str = "soft_or", selection: str = "top", leas
     unsure, apart = Spread(h, 0.98), Spread(d)
     of: Signal = {"soft_or": unsure + apart - unsure * apart, "entropy": h, "q3": d}[score]
     among = h <= Quantile(h, 0.5) if score == "q3" else Const(1)
-    kept = Highest(of, share, among, least) if selection == "top" else Highest(Race(of), share, among, max(least, 1), whole=True)
+    kept = (
+        Highest(of, share, among, least)
+        if selection == "top"
+        else Highest(Race(of), share, among, max(least, 1), whole=True)
+    )
     return Objective(Divergence("reverse_kl").per("own") * kept)

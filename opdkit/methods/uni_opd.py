@@ -10,10 +10,21 @@ import torch
 from torch import Tensor
 
 from opdkit.methods.opd import Clip
-from opdkit.objective import Batch, Const, Logp, LogRatio, Objective, RowMean, Signal, policy_gradient, uniform
+from opdkit.objective import (
+    Batch,
+    Const,
+    Logp,
+    LogRatio,
+    Objective,
+    RowMean,
+    Signal,
+    policy_gradient,
+    uniform,
+)
 from opdkit.objective.maths import group_index
 
-SHARES = {"both": (0.5, 0.5), "correct_up": (1.0, 0.0), "incorrect_down": (0.0, 1.0)}  # of the shift: right up, wrong down
+# of the shift: right up, wrong down
+SHARES = {"both": (0.5, 0.5), "correct_up": (1.0, 0.0), "incorrect_down": (0.0, 1.0)}
 FAILED = -100.0  # log-prob that stands for a score the teacher did not give
 FAR = 10.0  # nats: tokens on which the two models differ by more are left out
 LEAST = 0.25  # share of a class that the margin mask leaves
@@ -23,7 +34,11 @@ def gap(right: list[float], wrong: list[float], mode: str) -> float:
     """By how much right answers outscore wrong ones; infinite where there is only one kind."""
     if not right or not wrong:
         return math.inf
-    return min(right) - max(wrong) if mode == "minmax" else sum(right) / len(right) - sum(wrong) / len(wrong)
+    return (
+        min(right) - max(wrong)
+        if mode == "minmax"
+        else sum(right) / len(right) - sum(wrong) / len(wrong)
+    )
 
 
 def lowest(scores: list[float], n: int) -> list[float]:
@@ -34,7 +49,9 @@ def lowest(scores: list[float], n: int) -> list[float]:
 
 @dataclass(frozen=True)
 class ByOutcome(Signal, ABC):
-    """[B, 1]: a number per rollout, from the scores of the right and of the wrong answers to its prompt (or of the whole step)."""
+    """[B, 1]: a number per rollout, from the scores of the right and of the wrong answers to its
+    prompt (or of the whole step).
+    """
 
     score: Signal  # [B, 1]
     among: Signal  # [B, 1] bool: the rollouts that count; zero for others
@@ -45,7 +62,9 @@ class ByOutcome(Signal, ABC):
         """The numbers of the right and of the wrong answers with these scores."""
 
     def value(self, batch: Batch) -> Tensor:
-        index, _ = group_index(batch.group if self.scope == "group" else torch.zeros_like(batch.tokens[:, 0]))
+        index, _ = group_index(
+            batch.group if self.scope == "group" else torch.zeros_like(batch.tokens[:, 0])
+        )
         use = (self.among(batch)[:, 0] & batch.mask.any(1)).tolist()
         answers: dict[int, tuple[list[int], list[int]]] = {}  # right and wrong rows of each group
         for row, (group, right) in enumerate(zip(index.tolist(), batch.correct.bool().tolist())):
@@ -69,7 +88,9 @@ class Lot(Signal):
 
 @dataclass(frozen=True)
 class Balanced(ByOutcome):
-    """1 for the rollouts that stay so that right : wrong is `ratio`, 0 for others; all stay where none of a kind would, or one is absent."""
+    """1 for the rollouts that stay so that right : wrong is `ratio`, 0 for others; all stay where
+    none of a kind would, or one is absent.
+    """
 
     ratio: float
 
@@ -86,7 +107,9 @@ class Balanced(ByOutcome):
 
 @dataclass(frozen=True)
 class MarginShift(ByOutcome):
-    """What lifts right answers and lowers wrong ones until their scores are `delta` apart; zero where they are."""
+    """What lifts right answers and lowers wrong ones until their scores are `delta` apart; zero
+    where they are.
+    """
 
     delta: float
     mode: str
@@ -100,7 +123,9 @@ class MarginShift(ByOutcome):
 
 @dataclass(frozen=True)
 class MarginMask(ByOutcome):
-    """1 for rollouts that stay, 0 for the lowest right and highest wrong ones, dropped one by one until the gap is delta or grows no more."""
+    """1 for rollouts that stay, 0 for the lowest right and highest wrong ones, dropped one by one
+    until the gap is delta or grows no more.
+    """
 
     delta: float
     mode: str
@@ -110,7 +135,10 @@ class MarginMask(ByOutcome):
         least = [max(1, int(LEAST * len(scores))) for scores in (up, down)]
         while (now := gap(up, down, self.mode)) < self.delta:
             after = [gap(up[:-1], down, self.mode), gap(up, down[:-1], self.mode)]
-            after = [x if len(scores) > n else -math.inf for x, scores, n in zip(after, (up, down), least)]
+            after = [
+                x if len(scores) > n else -math.inf
+                for x, scores, n in zip(after, (up, down), least)
+            ]
             if max(after) <= now:
                 break
             (up if after[0] >= after[1] else down).pop()
@@ -129,19 +157,25 @@ def uni_opd(
     dual_clip: float | None = None,
     rollout_cap: float | None = None,
 ) -> Objective:
-    """Uni-OPD: token scores are local and may rank a wrong answer above a right one; calibrate whole responses by outcome.
+    """Uni-OPD: token scores are local and may rank a wrong answer above a right one; calibrate
+    whole responses by outcome.
 
-        credit = r_t + s,  s the same for all tokens of a response:  +(delta - gap)/2 on right and -(delta - gap)/2 on wrong answers of a
+        credit = r_t + s,  s the same for all tokens of a response:  +(delta - gap)/2 on right and
+        -(delta - gap)/2 on wrong answers of a
         prompt where gap < delta;   mean over each rollout's tokens, then over rollouts
 
-    gap = mean score of right - mean score of wrong answers, a score being the mean of r_t over a response; `mode` "minmax" takes the worst
-    right and the best wrong one. `direction` "correct_up" or "incorrect_down" puts the whole shift on one kind. `action` "mask" drops
-    the worst right or the best wrong answer instead, whichever widens the gap more, down to a quarter of each. `balance` is the ratio right :
-    wrong that a prompt's rollouts are cut to at random first (None: off); dropped rollouts have no loss and no score. `scope` and
-    `balance_scope` "step" treat all prompts of the step as one.
+    gap = mean score of right - mean score of wrong answers, a score being the mean of r_t over a
+    response; `mode` "minmax" takes the worst right and the best wrong one. `direction` "correct_up"
+    or "incorrect_down" puts the whole shift on one kind. `action` "mask" drops the worst right or
+    the best wrong answer instead, whichever widens the gap more, down to a quarter of each.
+    `balance` is the ratio right : wrong that a prompt's rollouts are cut to at random first (None:
+    off); dropped rollouts have no loss and no score. `scope` and `balance_scope` "step" treat all
+    prompts of the step as one.
 
-    Source: arXiv 2605.03677 and its code, with clip=(0.2, 0.28). As there, scores of -100 (a teacher that failed) are 0 and tokens with
-    |r_t| >= 10 have no loss; they stay in the denominator. Not offered: rollouts without a verdict, balancing before training.
+    Source: arXiv 2605.03677 and its code, with clip=(0.2, 0.28). As there, scores of -100 (a
+    teacher that failed) are 0 and tokens with
+    |r_t| >= 10 have no loss; they stay in the denominator. Not offered: rollouts without a verdict,
+    balancing before training.
     """
     for name, value, known in (
         ("mode", mode, ("mean", "minmax")),
@@ -160,4 +194,8 @@ def uni_opd(
         credit = credit + MarginShift(score, kept, scope, delta, mode, direction)
     else:
         kept = MarginMask(score, kept, scope, delta, mode) > 0
-    return Objective((policy_gradient(credit, clip, dual_clip, rollout_cap) * (abs(gained) < FAR) * kept).per("rows"))
+    return Objective(
+        (policy_gradient(credit, clip, dual_clip, rollout_cap) * (abs(gained) < FAR) * kept).per(
+            "rows"
+        )
+    )

@@ -1,4 +1,6 @@
-"""A model as body and head: the last hidden states, the head that is shared with it, and the check that these two are the model."""
+"""A model as body and head: the last hidden states, the head that is shared with it, and the check
+that these two are the model.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from opdkit.base.errors import UserError
 from opdkit.models.load import CausalLM, evaluating
 from opdkit.objective.head import Head
 
-AGREE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest logit: body and head against the whole model
+# of the largest logit: body and head against the whole model
+AGREE = {torch.float64: 1e-9, torch.float32: 1e-4}
 AGREE_HALF = 2e-2  # in 16 bits a logit carries 8 to 11 significant bits
 PROBE = 8  # tokens read by `check_head`
 
@@ -23,10 +26,14 @@ def hidden_states(
     position_ids: Tensor | None = None,  # [B, T]; None: counted along the mask
     past_key_values: Any = None,  # a cache, extended in place
 ) -> Tensor:
-    """[B, T, H]: what the head receives (the last hidden states after the final norm). No logits are computed."""
+    """[B, T, H]: what the head receives (the last hidden states after the final norm).
+
+    No logits are computed.
+    """
     if position_ids is None and attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
-    output = model.get_decoder()(  # a method of the model also under a peft wrapper, where the adapters sit inside its layers
+    # a method of the model also under a peft wrapper, where the adapters sit inside its layers
+    output = model.get_decoder()(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
@@ -37,15 +44,24 @@ def hidden_states(
 
 
 def head_of(model: CausalLM, vocab: int | None = None) -> Head:
-    """The model's head, sharing its weight. `vocab` keeps the first rows only: see `real_vocabulary`."""
+    """The model's head, sharing its weight.
+
+    `vocab` keeps the first rows only: see `real_vocabulary`.
+    """
     linear = model.get_output_embeddings()
     if hasattr(linear, "modules_to_save"):  # peft trains a copy of the whole head
-        linear = linear.original_module if linear.disable_adapters else linear.modules_to_save[linear.active_adapters[0]]
-    plain = isinstance(linear, nn.Linear) and linear.weight.is_floating_point()  # 8-bit layers are linear layers too, of integers
+        linear = (
+            linear.original_module
+            if linear.disable_adapters
+            else linear.modules_to_save[linear.active_adapters[0]]
+        )
+    # 8-bit layers are linear layers too, of integers
+    plain = isinstance(linear, nn.Linear) and linear.weight.is_floating_point()
     if not plain or linear.weight.shape != (linear.out_features, linear.in_features):
         raise UserError(
-            f"the head of {type(model).__name__} is a {type(linear).__name__}, not a plain linear layer, so its logits cannot be computed "
-            "chunk by chunk. Leave lm_head out of adapters and quantisation (to train it under peft: modules_to_save=['lm_head'])"
+            f"the head of {type(model).__name__} is a {type(linear).__name__}, not a plain linear "
+            "layer, so its logits cannot be computed chunk by chunk. Leave lm_head out of adapters "
+            "and quantisation (to train it under peft: modules_to_save=['lm_head'])"
         )
     config = model.config.get_text_config()
     scale = 1.0
@@ -53,11 +69,15 @@ def head_of(model: CausalLM, vocab: int | None = None) -> Head:
         scale *= factor
     if divisor := getattr(config, "logits_scaling", None):  # Granite
         scale /= divisor
-    return Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None), vocab)
+    return Head(
+        linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None), vocab
+    )
 
 
 def check_head(model: CausalLM) -> None:
-    """Refuses a model whose logits are not those of `hidden_states` and `head_of`: a few tokens are run through both."""
+    """Refuses a model whose logits are not those of `hidden_states` and `head_of`: a few tokens are
+    run through both.
+    """
     head = head_of(model)
     weight = model.get_output_embeddings().weight
     ids = torch.arange(PROBE, device=weight.device)[None] % len(weight)
@@ -67,15 +87,19 @@ def check_head(model: CausalLM) -> None:
         logits = head.logits(hidden_states(model, ids, mask))
     if not bool(expected.isfinite().all()):
         raise UserError(
-            f"{model.config._name_or_path or type(model).__name__} gives logits that are not finite for the first {PROBE} tokens of its "
-            f"vocabulary: its files are damaged, or {weight.dtype} is too narrow for it. Nothing can be learnt with it: use other files, "
+            f"{model.config._name_or_path or type(model).__name__} gives logits that are not "
+            f"finite for the first {PROBE} tokens of its vocabulary: its files are damaged, or "
+            f"{weight.dtype} is too narrow for it. Nothing can be learnt with it: use other files, "
             "or float32"
         )
     allowed = AGREE.get(weight.dtype, AGREE_HALF) * max(1.0, float(expected.abs().max()))
-    difference = float((logits - expected).abs().max()) if logits.shape == expected.shape else float("inf")
+    difference = (
+        float((logits - expected).abs().max()) if logits.shape == expected.shape else float("inf")
+    )
     if not difference <= allowed:
         raise UserError(
-            f"{type(model).__name__} turns its last hidden states into logits in a way that opdkit does not know: its own logits differ from "
-            f"hidden states x head by {difference:.3g} (allowed {allowed:.3g}). Every loss would be wrong; use a model whose logits are "
+            f"{type(model).__name__} turns its last hidden states into logits in a way that opdkit "
+            f"does not know: its own logits differ from hidden states x head by {difference:.3g} "
+            f"(allowed {allowed:.3g}). Every loss would be wrong; use a model whose logits are "
             "cap(scale * (hidden @ weight.T + bias))"
         )

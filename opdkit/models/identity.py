@@ -1,4 +1,6 @@
-"""Which checkpoint and which tokenizer something was made with: digests that tell two of them apart without loading a weight."""
+"""Which checkpoint and which tokenizer something was made with: digests that tell two of them apart
+without loading a weight.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SAMPLED = 4096  # bytes read of each tensor: training moves every entry of the tensors it moves, so the first ones tell
-VOLATILE = ("_name_or_path", "transformers_version")  # of config.json: they change when the same weights are saved again
+# bytes read of each tensor: training moves every entry of the tensors it moves, so the first ones
+# tell
+SAMPLED = 4096
+# of config.json: they change when the same weights are saved again
+VOLATILE = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,15 @@ def identify(model: str) -> Identity:
 
 
 def checkpoint_digest(folder: Path) -> str | None:
-    """sha256 over the configuration and, of each tensor, its name, dtype, shape and first 4 KiB; None where there are no safetensors.
+    """sha256 over the configuration and, of each tensor, its name, dtype, shape and first 4 KiB;
+    None where there are no safetensors.
 
-    How the tensors are spread over files does not matter. Reading takes milliseconds whatever the size of the model.
+    How the tensors are spread over files does not matter. Reading takes milliseconds whatever the
+    size of the model.
     """
-    tensors = dict(entry for path in sorted(folder.glob("*.safetensors")) for entry in _tensors(path))
+    tensors = dict(
+        entry for path in sorted(folder.glob("*.safetensors")) for entry in _tensors(path)
+    )
     if not tensors:
         return None
     digest = hashlib.sha256()
@@ -85,6 +94,7 @@ def _folder(model: str) -> Path | None:
 
     try:
         found = cached_file(model, "config.json", local_files_only=True)
-    except (OSError, ValueError):  # not downloaded, or no hub name: then its name is all that is known
+    # not downloaded, or no hub name: then its name is all that is known
+    except (OSError, ValueError):
         return None
     return None if found is None else Path(found).parent

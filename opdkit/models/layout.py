@@ -1,4 +1,6 @@
-"""From ragged rollouts to hidden states at chosen positions: the only place where token sequences are padded."""
+"""From ragged rollouts to hidden states at chosen positions: the only place where token sequences
+are padded.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from opdkit.types import Rollout
 
 
 def batch_tokens(device: torch.device) -> int:
-    """Padded tokens of one forward pass: enough to fill a GPU; on a CPU few, for rows of like length and products that stay in its cache."""
+    """Padded tokens of one forward pass: enough to fill a GPU; on a CPU few, for rows of like
+    length and products that stay in its cache.
+    """
     return 16384 if device.type == "cuda" else 1024
 
 
@@ -26,7 +30,8 @@ def pass_tokens(device: torch.device) -> int:
 
 
 def grouped(lengths: Sequence[int], budget: int, each: int) -> list[slice]:
-    """The cheapest groups of rows, sorted longest first: a group is padded to its first, up to `budget` tokens, and costs `each` more.
+    """The cheapest groups of rows, sorted longest first: a group is padded to its first, up to
+    `budget` tokens, and costs `each` more.
 
     best[i] = min over the end j of a group that starts at i: (j - i) lengths[i] + each + best[j].
     """
@@ -46,25 +51,36 @@ def grouped(lengths: Sequence[int], budget: int, each: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the positions of a step lie: flat index b * width + t for response token t of rollout b."""
+    """Where the positions of a step lie: flat index b * width + t for response token t of rollout
+    b.
+    """
 
     rollouts: Sequence[Rollout]
     width: int  # T
 
     def lengths(self, positions: Tensor) -> Tensor:
-        """[B]: input tokens that each rollout's positions need; 0 where it has none. What follows the last one is not computed."""
+        """[B]: input tokens that each rollout's positions need; 0 where it has none.
+
+        What follows the last one is not computed.
+        """
         last = torch.full((len(self.rollouts),), -1, dtype=torch.int64, device=positions.device)
         last = last.scatter_reduce(0, positions // self.width, positions % self.width, "amax")
         prompts = torch.tensor([len(r.prompt) for r in self.rollouts], device=positions.device)
         return torch.where(last >= 0, prompts + last, 0)
 
     def micro_batches(self, positions: Tensor, budget: int) -> list[Tensor]:
-        """Flat positions, split so that each part's rollouts fill at most `budget` padded tokens; rollouts of like length together."""
+        """Flat positions, split so that each part's rollouts fill at most `budget` padded tokens;
+        rollouts of like length together.
+        """
         order, lengths = self._longest_first(positions)
-        return self._split(positions, order, grouped(lengths, budget, pass_tokens(positions.device)))
+        return self._split(
+            positions, order, grouped(lengths, budget, pass_tokens(positions.device))
+        )
 
     def portions(self, positions: Tensor, tokens: int) -> list[Tensor]:
-        """Flat positions, split so that each part's rollouts have about `tokens` tokens, padding not counted."""
+        """Flat positions, split so that each part's rollouts have about `tokens` tokens, padding
+        not counted.
+        """
         order, lengths = self._longest_first(positions)
         number = np.cumsum(lengths, dtype=np.int64) // tokens
         cuts = [0, *((np.diff(number) != 0).nonzero()[0] + 1).tolist(), len(order)]
@@ -85,9 +101,11 @@ class Layout:
         return [positions[mine == i] for i in range(len(groups))]
 
     def states(self, model: torch.nn.Module, positions: Tensor) -> Tensor:
-        """[N, H]: the model's last hidden states that predict the tokens at flat positions [N], in one forward pass.
+        """[N, H]: the model's last hidden states that predict the tokens at flat positions [N], in
+        one forward pass.
 
-        Rows are padded on the right and attention is causal, so padding cannot reach a real token and needs no mask.
+        Rows are padded on the right and attention is causal, so padding cannot reach a real token
+        and needs no mask.
         """
         device = next(model.parameters()).device
         lengths = self.lengths(positions)

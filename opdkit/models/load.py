@@ -16,11 +16,12 @@ from opdkit.models.quantize import config_for, quantized, settle
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CausalLM = Any  # a transformers PreTrainedModel or a peft wrapper of one: they share no class, only their methods
+# a transformers PreTrainedModel or a peft wrapper of one: they share no class, only their methods
+CausalLM = Any
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
-# ------------------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 
 
 def load_model(
@@ -31,9 +32,12 @@ def load_model(
     attn_implementation: str | None = None,
     quantize: str | None = None,
 ) -> CausalLM:
-    """A causal LM in eval mode from a folder or a hub name, its weights from safetensors only. A loaded model is returned as it is.
+    """A causal LM in eval mode from a folder or a hub name, its weights from safetensors only.
 
-    `quantize` (8bit, 4bit) stores the linear layers of the body so, as they are read; all else, and every product, is of `dtype`.
+    A loaded model is returned as it is.
+
+    `quantize` (8bit, 4bit) stores the linear layers of the body so, as they are read; all else, and
+    every product, is of `dtype`.
     """
     if not isinstance(model, str):
         return model
@@ -41,9 +45,14 @@ def load_model(
         raise UserError(f"unknown dtype {dtype!r}{nearest(dtype, list(DTYPES))}")
     from transformers import AutoModelForCausalLM
 
-    settings: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    settings: dict[str, Any] = (
+        {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    )
     if quantize is not None:
-        settings |= {"quantization_config": config_for(quantize, DTYPES[dtype]), "device_map": {"": str(device)}}
+        settings |= {
+            "quantization_config": config_for(quantize, DTYPES[dtype]),
+            "device_map": {"": str(device)},
+        }
     with _teaching("model", model):
         pair: Any = AutoModelForCausalLM.from_pretrained(
             model,
@@ -56,19 +65,23 @@ def load_model(
     loaded, report = pair
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"the checkpoint {model!r} has no weights for {len(missing)} tensors of {type(loaded).__name__}, for example {missing[0]}: "
-            "they would stay random and the model would write noise. Use a complete checkpoint of a causal language model"
+            f"the checkpoint {model!r} has no weights for {len(missing)} tensors of "
+            f"{type(loaded).__name__}, for example {missing[0]}: they would stay random and the "
+            "model would write noise. Use a complete checkpoint of a causal language model"
         )
     held = quantized(loaded)
     if quantize is not None and held != quantize:
         raise UserError(
-            f"the checkpoint {model!r} is stored as {held} already: leave out quantize, or name the unquantised checkpoint"
+            f"the checkpoint {model!r} is stored as {held} already: leave out quantize, or name "
+            "the unquantised checkpoint"
         )
     settle(loaded)
     return loaded.to(device).eval()
 
 
-def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    tokenizer: str | PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """A tokenizer from a folder or a hub name. A loaded one is returned as it is."""
     if not isinstance(tokenizer, str):
         return tokenizer
@@ -79,7 +92,10 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase, trust_remote_code: 
 
 
 def parameter_count(model: str | CausalLM, trust_remote_code: bool = False) -> int:
-    """Number of parameters, tied ones once. A folder or hub name is read for its configuration only: no weight is loaded."""
+    """Number of parameters, tied ones once.
+
+    A folder or hub name is read for its configuration only: no weight is loaded.
+    """
     if not isinstance(model, str):
         return sum(p.numel() for p in model.parameters())
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -97,7 +113,8 @@ def _teaching(what: str, name: str) -> Iterator[None]:
     folder = Path(name).expanduser()
     if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~"))):
         raise UserError(
-            f"there is no folder {name!r} to load the {what} from: check the path, or give the name of a hub repository"
+            f"there is no folder {name!r} to load the {what} from: check the path, or give the "
+            "name of a hub repository"
         )
     try:
         yield
@@ -105,20 +122,24 @@ def _teaching(what: str, name: str) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if folder.is_dir():
             advice = (
-                "the folder must be a Hugging Face checkpoint: config.json and *.safetensors for a model, tokenizer.json for a tokenizer. "
-                "Pickled weights (*.bin) are not read, as loading them runs code: save the model again with save_pretrained"
+                "the folder must be a Hugging Face checkpoint: config.json and *.safetensors for a "
+                "model, tokenizer.json for a tokenizer. Pickled weights (*.bin) are not read, as "
+                "loading them runs code: save the model again with save_pretrained"
             )
         else:
             advice = (
-                f"it is no local folder, so it was looked for on the hub: check the spelling, that the hub can be reached from here, and "
-                f"that you may read it (a gated repository needs `hf auth login`); offline, give the folder of a downloaded {what}"
+                "it is no local folder, so it was looked for on the hub: check the spelling, that "
+                "the hub can be reached from here, and that you may read it (a gated repository "
+                f"needs `hf auth login`); offline, give the folder of a downloaded {what}"
             )
         raise UserError(f"cannot load the {what} {name!r}: {reason}\n{advice}") from error
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode (no dropout, and no gradient checkpointing, which would drop the cache); every module's own mode afterwards."""
+    """The model in eval mode (no dropout, and no gradient checkpointing, which would drop the
+    cache); every module's own mode afterwards.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

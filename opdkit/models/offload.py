@@ -1,4 +1,6 @@
-"""Models that take turns on the device: a frozen one waits on the CPU and is there only while it is used."""
+"""Models that take turns on the device: a frozen one waits on the CPU and is there only while it is
+used.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,21 @@ from opdkit.objective.head import Head
 
 
 class Offloaded:
-    """`with offloaded():` puts a frozen model's body on the device and takes it away again, whatever happens inside.
+    """`with offloaded():` puts a frozen model's body on the device and takes it away again,
+    whatever happens inside.
 
-    The head stays on the device, as it is read after the model's own passes; with it an embedding that is tied to it. The copies on
-    the CPU are kept, pinned where the device is a GPU: leaving drops the device's copies and copies nothing back.
+    The head stays on the device, as it is read after the model's own passes; with it an embedding
+    that is tied to it. The copies on the CPU are kept, pinned where the device is a GPU: leaving
+    drops the device's copies and copies nothing back.
     """
 
-    def __init__(self, model: Any, head: Head, device: torch.device | str, fetch: Callable[[Tensor], Tensor] | None = None):
+    def __init__(
+        self,
+        model: Any,
+        head: Head,
+        device: torch.device | str,
+        fetch: Callable[[Tensor], Tensor] | None = None,
+    ):
         self.device = torch.device(device)
         self.fetch = fetch or (lambda tensor: tensor.to(self.device, non_blocking=True))
         self.depth = 0
@@ -29,8 +39,9 @@ class Offloaded:
         held = quantized(model)
         if held not in (None, "8bit", "4bit"):
             raise UserError(
-                f"offload moves plain weights and those of bitsandbytes; {model.config._name_or_path} is stored as {held}, whose layers keep "
-                "tensors of their own. Set offload: false, or use quantize with the unquantised checkpoint"
+                "offload moves plain weights and those of bitsandbytes; "
+                f"{model.config._name_or_path} is stored as {held}, whose layers keep tensors of "
+                "their own. Set offload: false, or use quantize with the unquantised checkpoint"
             )
         stay = {t.data_ptr() for t in (head.weight, head.bias) if t is not None}
         copies: dict[tuple[Any, ...], Tensor] = {}
@@ -40,7 +51,9 @@ class Offloaded:
                 continue
             key = _identity(tensor)
             if key not in copies:
-                copies[key] = tensor.cpu().pin_memory() if self.device.type == "cuda" else tensor.cpu()
+                copies[key] = (
+                    tensor.cpu().pin_memory() if self.device.type == "cuda" else tensor.cpu()
+                )
             self.kept.append((owner, name, copies[key]))
         self._leave()
 
@@ -68,7 +81,8 @@ class Offloaded:
         for owner, name, kept in self.kept:
             setattr(owner, name, kept)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what asks the device how much is free, as the sampler's cache does, must find it free
+            # what asks the device how much is free, as the sampler's cache does, must find it free
+            torch.cuda.empty_cache()
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -81,14 +95,18 @@ def enough_memory(doing: str, advice: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory while {doing}: {str(error).splitlines()[0]}\n{advice} (docs/memory.md)") from error
+        raise UserError(
+            f"out of memory while {doing}: {str(error).splitlines()[0]}\n{advice} (docs/memory.md)"
+        ) from error
 
 
 TEACHER_ADVICE = (
-    "Keep the teacher on the CPU and only bring it to the GPU to score: offload: true; or store it in fewer bits: quantize: 8bit or 4bit "
-    "(teacher: {kind: local, model: MODEL, offload: true, quantize: 4bit})"
+    "Keep the teacher on the CPU and only bring it to the GPU to score: offload: true; or store it "
+    "in fewer bits: quantize: 8bit or 4bit (teacher: {kind: local, model: MODEL, offload: true, "
+    "quantize: 4bit})"
 )
 STUDENT_ADVICE = (
-    "Train adapters on a frozen student in 4 bits (lora: {quantize: 4bit}), set gradient_checkpointing=true, lower micro_batch_tokens, or "
-    "keep the teachers on the CPU while they do not score (offload: true)"
+    "Train adapters on a frozen student in 4 bits (lora: {quantize: 4bit}), set "
+    "gradient_checkpointing=true, lower micro_batch_tokens, or keep the teachers on the CPU while "
+    "they do not score (offload: true)"
 )

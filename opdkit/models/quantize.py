@@ -1,4 +1,6 @@
-"""Weights in 8 or 4 bits (bitsandbytes): how they are loaded, what they take, and how adapters on them become a plain model again."""
+"""Weights in 8 or 4 bits (bitsandbytes): how they are loaded, what they take, and how adapters on
+them become a plain model again.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,16 @@ BYTES = {
 PACKAGES = ("bitsandbytes", "accelerate")
 INSTALL = "pip install 'opdkit[quantize]'"
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it asks for kernels that `settle` does without
+# it asks for kernels that `settle` does without
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def check_quantize(value: str | None) -> None:
     """A ValueError for what is not a way to store weights."""
     if value is not None and value not in QUANTIZE:
         raise ValueError(
-            f"quantize={value!r} is not a way to store weights{nearest(str(value), list(QUANTIZE))}; null: as they are"
+            f"quantize={value!r} is not a way to store "
+            f"weights{nearest(str(value), list(QUANTIZE))}; null: as they are"
         )
 
 
@@ -46,15 +50,20 @@ def require(quantize: str) -> None:
     """An error where what it needs is not installed."""
     for name in PACKAGES:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"quantize={quantize} needs the package {name}, which is not installed: {INSTALL}")
+            raise UserError(
+                f"quantize={quantize} needs the package {name}, which is not installed: {INSTALL}"
+            )
 
 
 def config_for(quantize: str, dtype: torch.dtype) -> Any:
-    """transformers' configuration: the linear layers but the head in 8 or 4 bits, everything else and all products in `dtype`."""
+    """transformers' configuration: the linear layers but the head in 8 or 4 bits, everything else
+    and all products in `dtype`.
+    """
     check_quantize(quantize)
     if dtype not in (torch.float32, torch.bfloat16):
         raise UserError(
-            f"quantize={quantize} keeps two digits of a weight or less, and {dtype} would compute with them to 15: use float32 or bfloat16"
+            f"quantize={quantize} keeps two digits of a weight or less, and {dtype} would compute "
+            "with them to 15: use float32 or bfloat16"
         )
     require(quantize)
     from transformers import BitsAndBytesConfig
@@ -62,30 +71,41 @@ def config_for(quantize: str, dtype: torch.dtype) -> Any:
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 
 def quantized(model: Any) -> str | None:
-    """How the weights of a model are stored: 8bit or 4bit by bitsandbytes, the name of another method, or None for plain weights."""
+    """How the weights of a model are stored: 8bit or 4bit by bitsandbytes, the name of another
+    method, or None for plain weights.
+    """
     if getattr(model, "is_loaded_in_8bit", False):
         return "8bit"
     if getattr(model, "is_loaded_in_4bit", False):
         return "4bit"
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    return None if config is None else str(getattr(config.quant_method, "value", config.quant_method))
+    return (
+        None if config is None else str(getattr(config.quant_method, "value", config.quant_method))
+    )
 
 
 def settle(model: nn.Module) -> None:
-    """Makes what a quantised layer computes the same in training and in sampling, and of each token by itself."""
+    """Makes what a quantised layer computes the same in training and in sampling, and of each token
+    by itself.
+    """
     for layer in _layers(model):
         if _bits(layer) == 8:
             layer.__class__ = _weight_only()
-        else:  # in eval mode on some CPUs it would round its weights again, for good, to a form without a gradient
+        # in eval mode on some CPUs it would round its weights again, for good, to a form without a
+        # gradient
+        else:
             if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
                 raise UserError(
-                    "this 4-bit model has run on the CPU before, which packed its weights into a form that gradients cannot pass: "
-                    "give its name instead of the object"
+                    "this 4-bit model has run on the CPU before, which packed its weights into a "
+                    "form that gradients cannot pass: give its name instead of the object"
                 )
             layer.support_avx512bf16_for_cpu = False
 
@@ -96,14 +116,20 @@ def _layers(model: nn.Module) -> list[Any]:
 
 
 def _bits(module: nn.Module) -> int:
-    """8 or 4 for a layer of bitsandbytes, 0 for any other; told by its own weight, as no package need be there to ask."""
-    return {"Int8Params": 8, "Params4bit": 4}.get(type(module._parameters.get("weight")).__name__, 0)
+    """8 or 4 for a layer of bitsandbytes, 0 for any other; told by its own weight, as no package
+    need be there to ask.
+    """
+    return {"Int8Params": 8, "Params4bit": 4}.get(
+        type(module._parameters.get("weight")).__name__, 0
+    )
 
 
 class _Product(torch.autograd.Function):
-    """x @ W.T for W = rows [out, in] int8 * scale [out] / 127; rows are widened for the product alone, forward and backward.
+    """x @ W.T for W = rows [out, in] int8 * scale [out] / 127; rows are widened for the product
+    alone, forward and backward.
 
-    int8 is exact in every wider type and the scale is applied in float32, so the weights are not rounded a second time.
+    int8 is exact in every wider type and the scale is applied in float32, so the weights are not
+    rounded a second time.
     """
 
     @staticmethod
@@ -126,8 +152,9 @@ def _scale(layer: Any) -> Tensor:
 def _weight_only() -> type:
     """An 8-bit layer that rounds weights only.
 
-    LLM.int8() rounds activations too, and keeps those columns whole in which any token of the batch is large: a token's score would
-    depend on what else is in its micro-batch, and on a CPU the student would not train the distribution that it sampled from.
+    LLM.int8() rounds activations too, and keeps those columns whole in which any token of the batch
+    is large: a token's score would depend on what else is in its micro-batch, and on a CPU the
+    student would not train the distribution that it sampled from.
     """
     from bitsandbytes.nn import Linear8bitLt
 
@@ -142,7 +169,8 @@ def _weight_only() -> type:
 
 
 def tensor_slots(model: nn.Module) -> Iterator[tuple[Any, str]]:
-    """(owner, attribute) of every tensor that a model holds: parameters, buffers, and what bitsandbytes keeps beside its weights.
+    """(owner, attribute) of every tensor that a model holds: parameters, buffers, and what
+    bitsandbytes keeps beside its weights.
 
     Tied weights come once for each place that names them.
     """
@@ -151,9 +179,18 @@ def tensor_slots(model: nn.Module) -> Iterator[tuple[Any, str]]:
         yield from ((module, name) for name, b in module._buffers.items() if b is not None)
         if bits := _bits(module):
             weight: Any = module.weight
-            beside = [weight, module.state] if bits == 8 else [weight.quant_state, getattr(weight.quant_state, "state2", None)]
+            beside = (
+                [weight, module.state]
+                if bits == 8
+                else [weight.quant_state, getattr(weight.quant_state, "state2", None)]
+            )
             names = ("CB", "SCB") if bits == 8 else ("absmax", "code", "offset")
-            yield from ((owner, n) for owner in beside for n in names if isinstance(getattr(owner, n, None), Tensor))
+            yield from (
+                (owner, n)
+                for owner in beside
+                for n in names
+                if isinstance(getattr(owner, n, None), Tensor)
+            )
 
 
 def size_of(model: nn.Module) -> int:
@@ -164,9 +201,11 @@ def size_of(model: nn.Module) -> int:
 
 @torch.no_grad()
 def merged(model: Any) -> Any:
-    """A peft model as a plain one: adapters added to their weights, quantised ones made whole first, so that it computes what was trained.
+    """A peft model as a plain one: adapters added to their weights, quantised ones made whole
+    first, so that it computes what was trained.
 
-    Whole weights are gathered on the CPU, one layer at a time: where the quantised model was needed they may not fit the device.
+    Whole weights are gathered on the CPU, one layer at a time: where the quantised model was needed
+    they may not fit the device.
     """
     base = model.get_base_model()
     if not _layers(base):
@@ -179,7 +218,9 @@ def merged(model: Any) -> Any:
         weight = _dequantised(layer)
         adapted = base.get_submodule(outside)
         if adapted is not layer:
-            weight = weight + sum(adapted.get_delta_weight(adapter) for adapter in adapted.active_adapters)
+            weight = weight + sum(
+                adapted.get_delta_weight(adapter) for adapter in adapted.active_adapters
+            )
         with torch.device("meta"):
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
         linear.weight = nn.Parameter(weight.to("cpu", base.dtype))

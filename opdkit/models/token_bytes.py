@@ -1,4 +1,6 @@
-"""The bytes that a tokenizer's tokens stand for, and which tokens of two tokenizers stand for the same."""
+"""The bytes that a tokenizer's tokens stand for, and which tokens of two tokenizers stand for the
+same.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ HEX = re.compile(r"<0x([0-9A-F]{2})>")  # byte tokens of SentencePiece
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE (GPT-2 and its heirs) writes bytes as: printable ones as themselves, others from U+0100 on."""
+    """The characters that byte-level BPE (GPT-2 and its heirs) writes bytes as: printable ones as
+    themselves, others from U+0100 on.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -33,7 +37,8 @@ class TokenBytes:
     """What each id stands for when it follows other text."""
 
     pieces: list[bytes]
-    fallback: frozenset[int]  # ids of tokens such as <0x41>, which stand for a byte that another token may stand for as well
+    # ids of tokens such as <0x41>, which stand for a byte that another token may stand for as well
+    fallback: frozenset[int]
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -48,12 +53,16 @@ class TokenBytes:
 
 
 def token_bytes(tokenizer: Any) -> TokenBytes:
-    """By decoding each token behind another one, as some decoders drop a space at the start of a text.
+    """By decoding each token behind another one, as some decoders drop a space at the start of a
+    text.
 
-    A token that is no whole character is known by its spelling: a byte of SentencePiece, or the byte alphabet.
+    A token that is no whole character is known by its spelling: a byte of SentencePiece, or the
+    byte alphabet.
     """
     names = {i: name for name, i in tokenizer.get_vocab().items()}
-    anchor = next((i for c in "a0" for i in [tokenizer.get_vocab().get(c)] if i is not None), min(names))
+    anchor = next(
+        (i for c in "a0" for i in [tokenizer.get_vocab().get(c)] if i is not None), min(names)
+    )
     settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     before = tokenizer.decode([anchor], **settings)
     texts = tokenizer.batch_decode([[anchor, i] for i in names], **settings)
@@ -61,8 +70,9 @@ def token_bytes(tokenizer: Any) -> TokenBytes:
     for (i, name), text in zip(names.items(), texts):
         if not text.startswith(before):
             raise UserError(
-                f"the tokenizer {tokenizer.name_or_path!r} writes its token {name!r} differently behind other text, so its tokens cannot be "
-                "laid beside another tokenizer's. Use a teacher of the student's family"
+                f"the tokenizer {tokenizer.name_or_path!r} writes its token {name!r} differently "
+                "behind other text, so its tokens cannot be laid beside another tokenizer's. Use a "
+                "teacher of the student's family"
             )
         pieces[i] = _partial(name) if UNKNOWN in text else text[len(before) :].encode()
     return TokenBytes(pieces, frozenset(i for i, name in names.items() if HEX.fullmatch(name)))
@@ -76,8 +86,11 @@ def _partial(name: str) -> bytes:
     return name.encode()  # U+FFFD itself
 
 
-def same_tokens(student: TokenBytes, teacher: TokenBytes, eos: tuple[int | None, int | None] = (None, None)) -> Tensor:
-    """[V_t]: id of the student's token with the same bytes as each of the teacher's, -1 where there is none; no id comes twice.
+def same_tokens(
+    student: TokenBytes, teacher: TokenBytes, eos: tuple[int | None, int | None] = (None, None)
+) -> Tensor:
+    """[V_t]: id of the student's token with the same bytes as each of the teacher's, -1 where there
+    is none; no id comes twice.
 
     The ends of sequence, student's and teacher's, correspond whatever their names.
     """
@@ -85,7 +98,10 @@ def same_tokens(student: TokenBytes, teacher: TokenBytes, eos: tuple[int | None,
     mine, theirs = eos if None not in eos else (None, None)
 
     def ordered(side: TokenBytes, end: int | None) -> list[int]:
-        return sorted((i for i, piece in enumerate(side.pieces) if piece and i != end), key=lambda i: (i in side.fallback, i))
+        return sorted(
+            (i for i, piece in enumerate(side.pieces) if piece and i != end),
+            key=lambda i: (i in side.fallback, i),
+        )
 
     ids: dict[bytes, list[int]] = {}
     for i in reversed(ordered(student, mine)):

@@ -1,4 +1,6 @@
-"""Tokenizers: which rows of a head stand for a token, whether two agree, and which tokens end a response."""
+"""Tokenizers: which rows of a head stand for a token, whether two agree, and which tokens end a
+response.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,18 @@ if TYPE_CHECKING:
 
 
 def real_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows of the head that stand for a token: one more than the largest id. The rows behind them only pad the matrix."""
+    """Rows of the head that stand for a token: one more than the largest id.
+
+    The rows behind them only pad the matrix.
+    """
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
-    """None where every token has the same id in both, else what differs. Sizes are not compared: they also count padding."""
+    """None where every token has the same id in both, else what differs.
+
+    Sizes are not compared: they also count padding.
+    """
     ids_a, ids_b = a.get_vocab(), b.get_vocab()
     if ids_a == ids_b:
         return None
@@ -31,13 +39,16 @@ def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> st
         return f"has id {ids[token]}" if token in ids else "is unknown"
 
     return (
-        f"the tokenizers {a.name_or_path!r} and {b.name_or_path!r} differ in {len(differing)} of {len(ids_a.keys() | ids_b.keys())} tokens: "
-        f"{token!r} {says(ids_a)} in the first and {says(ids_b)} in the second"
+        f"the tokenizers {a.name_or_path!r} and {b.name_or_path!r} differ in {len(differing)} of "
+        f"{len(ids_a.keys() | ids_b.keys())} tokens: {token!r} {says(ids_a)} in the first and "
+        f"{says(ids_b)} in the second"
     )
 
 
 def stop_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end a response: the end-of-sequence ids of the generation settings (an id, a list or none) and of the tokenizer."""
+    """Tokens that end a response: the end-of-sequence ids of the generation settings (an id, a list
+    or none) and of the tokenizer.
+    """
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = declared if isinstance(declared, (list, tuple, set)) else [declared]
     return {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}

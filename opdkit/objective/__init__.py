@@ -1,6 +1,7 @@
 """What is minimised: facts, signals, losses, and the one pass over the vocabulary.
 
-A method needs one import line: the grammar, every signal, loss, fact and kind of divergence is handed on here.
+A method needs one import line: the grammar, every signal, loss, fact and kind of divergence is
+handed on here.
 """
 
 from opdkit.objective.batch import Batch, Live

@@ -12,8 +12,8 @@ from opdkit.objective.needs import per_rollout
 from opdkit.objective.signals import Ceiling, Exp, LogRatio, RowMean
 
 AGAIN = (
-    "{name} already carries the weight of {source}: twice the same mask says nothing new, twice the same weight is its square. "
-    "Leave one of them out"
+    "{name} already carries the weight of {source}: twice the same mask says nothing new, twice "
+    "the same weight is its square. Leave one of them out"
 )
 
 
@@ -25,10 +25,12 @@ def factors(signal: Signal) -> tuple[Signal, ...]:
 
 
 def weight(objective: Objective, name: str) -> Signal:
-    """The weight of a method: what its loss is multiplied by, which can multiply another method's loss as well.
+    """The weight of a method: what its loss is multiplied by, which can multiply another method's
+    loss as well.
 
-    One term: its weight. Several: the factors that all of them have; where they have none in common but divide the rollouts
-    among themselves (SCOPE: right and wrong ones), each rollout's weight in its own term.
+    One term: its weight. Several: the factors that all of them have; where they have none in common
+    but divide the rollouts among themselves (SCOPE: right and wrong ones), each rollout's weight in
+    its own term.
     """
     terms = objective.terms
     every = [factors(term.weight) for term in terms]
@@ -45,13 +47,14 @@ def weight(objective: Objective, name: str) -> Signal:
         if len(terms) > 1 and any(inside):
             why = "its terms are weighted each in its own way, which chooses between losses"
         raise UserError(
-            f"{name} has no weight to multiply another method by: {why}. "
-            f"Weights come from methods such as iw_opd, tip, paced, drift_gating, position_opd and scope; add {name} with + instead"
+            f"{name} has no weight to multiply another method by: {why}. Weights come from methods "
+            f"such as iw_opd, tip, paced, drift_gating, position_opd and scope; add {name} with + "
+            "instead"
         )
     if every != inside or any(isinstance(term.loss, Clipped) for term in terms):
         raise UserError(
-            f"{name} gives clip, dual_clip or rollout_cap, which belong to its own loss, and only its weight is taken: give them to the "
-            "method on the left, or leave them out"
+            f"{name} gives clip, dual_clip or rollout_cap, which belong to its own loss, and only "
+            "its weight is taken: give them to the method on the left, or leave them out"
         )
     return found
 
@@ -63,7 +66,9 @@ def _is_cap(factor: Signal) -> bool:
 
 
 def _apart(inside: Sequence[tuple[Signal, ...]]) -> bool:
-    """Whether every two terms look at different rollouts: one has a signal per rollout and the other its opposite."""
+    """Whether every two terms look at different rollouts: one has a signal per rollout and the
+    other its opposite.
+    """
 
     def opposite(a: tuple[Signal, ...], b: tuple[Signal, ...]) -> bool:
         return any(~f in b and per_rollout(f) for f in a)
@@ -77,8 +82,9 @@ def weigh(objective: Objective, name: str, by: Signal, source: str) -> Objective
     for term in objective.terms:
         if isinstance(term.loss, RolloutLoss) and not per_rollout(by):
             raise UserError(
-                f"{name} has a loss over whole rollouts ({term.loss}), which has no value per token that {source} could weigh: "
-                "use a weight per rollout (paced, scope), or a loss over tokens"
+                f"{name} has a loss over whole rollouts ({term.loss}), which has no value per "
+                f"token that {source} could weigh: use a weight per rollout (paced, scope), or a "
+                "loss over tokens"
             )
         if set(factors(by)) & set(factors(term.weight)):
             raise UserError(AGAIN.format(name=name, source=source))
@@ -95,7 +101,8 @@ def scale(objective: Objective, number: Number) -> Objective:
     """A multiple of every term."""
     if not 0 < number < float("inf"):
         raise UserError(
-            f"a method times {number:g}: a method can be multiplied by a positive number only. 0 trains nothing, and a negative number "
-            "drives the student away from what the method teaches"
+            f"a method times {number:g}: a method can be multiplied by a positive number only. 0 "
+            "trains nothing, and a negative number drives the student away from what the method "
+            "teaches"
         )
     return objective * number

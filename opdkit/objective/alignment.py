@@ -1,7 +1,9 @@
-"""Two tokenizers on one text: which of their tokens cover the same bytes, and a model read where the student's tokens end.
+"""Two tokenizers on one text: which of their tokens cover the same bytes, and a model read where
+the student's tokens end.
 
-A *span* is the shortest stretch of text at whose end both tokenizers have a token end. A loss compares one pair of distributions per
-span, at the last of the student's tokens in it; where both have one token there, these are the two models' next-token distributions.
+A *span* is the shortest stretch of text at whose end both tokenizers have a token end. A loss
+compares one pair of distributions per span, at the last of the student's tokens in it; where both
+have one token there, these are the two models' next-token distributions.
 """
 
 from __future__ import annotations
@@ -22,16 +24,18 @@ MERGES = ("bayesian", "observed", "index")
 OUT, EOS = -1, -2  # in place of a token's end
 
 
-# --------------------------------------------------------------------------------------------------------------- alignment
+# ---------------------------------------------------------------------------------------- alignment
 
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
     """How another tokenizer divides the same responses.
 
-    Ends are the byte of the UTF-8 text at which a token ends, counted from the start of the response; `EOS` at the end of sequence, which
-    is no text; `OUT` where a token is left out (padding). `same` holds for each of its tokens the id of the student's with the same text,
-    -1 where there is none; what a head has beyond that only pads it. `shared`: it is the student's tokenizer, on the student's very tokens.
+    Ends are the byte of the UTF-8 text at which a token ends, counted from the start of the
+    response; `EOS` at the end of sequence, which is no text; `OUT` where a token is left out
+    (padding). `same` holds for each of its tokens the id of the student's with the same text, -1
+    where there is none; what a head has beyond that only pads it. `shared`: it is the student's
+    tokenizer, on the student's very tokens.
     """
 
     tokens: Tensor  # [B, U] ids of the other tokenizer
@@ -41,7 +45,9 @@ class Alignment:
     shared: bool = False
 
     def all_ends(self, eos: bool) -> tuple[Tensor, Tensor]:
-        """Ends on both sides; with `eos` the end of sequence ends one byte after the text, else it is out."""
+        """Ends on both sides; with `eos` the end of sequence ends one byte after the text, else it
+        is out.
+        """
         both = []
         for ends in (self.student_ends, self.ends):
             behind = ends.amax(1, keepdim=True).clamp_min(0) + 1 if eos and ends.shape[1] else OUT
@@ -50,7 +56,9 @@ class Alignment:
 
 
 class Spans(NamedTuple):
-    """N spans: the flat index of the last token of each on either side, and how many tokens it has there."""
+    """N spans: the flat index of the last token of each on either side, and how many tokens it has
+    there.
+    """
 
     last: Tensor  # [N] in [B * T]
     tokens: Tensor  # [N]
@@ -61,8 +69,8 @@ class Spans(NamedTuple):
 def align(student_ends: Tensor, ends: Tensor) -> Spans:
     """The spans of token ends [B, T] and [B, U], row by row.
 
-    Walk both lists, always on the side that ends earlier; where both end at the same byte a span closes. What is left of a row makes a
-    last span if both sides have some of it.
+    Walk both lists, always on the side that ends earlier; where both end at the same byte a span
+    closes. What is left of a row makes a last span if both sides have some of it.
     """
     sides = [_Side.of(x, student_ends, ends) for x in (student_ends, ends)]
     closed = [torch.isin(a.keys, b.keys) for a, b in (sides, sides[::-1])]
@@ -75,7 +83,8 @@ def align(student_ends: Tensor, ends: Tensor) -> Spans:
         done[side.final] |= both[side.row[side.final]]
         at = done.nonzero()[:, 0]
         before = torch.cat([at.new_full((1,), -1), at[:-1]])
-        begin = torch.maximum(before + 1, side.first[side.row[at]])  # not what the row above has left
+        # not what the row above has left
+        begin = torch.maximum(before + 1, side.first[side.row[at]])
         found += [side.flat[at], at - begin + 1]
     return Spans(*found)
 
@@ -85,7 +94,9 @@ class _Side(NamedTuple):
 
     flat: Tensor  # [n] index in the table
     row: Tensor  # [n]
-    keys: Tensor  # [n] equal on both sides where the same byte of the same row ends, for the first, second ... time
+    # [n] equal on both sides where the same byte of the same row ends, for the first, second ...
+    # time
+    keys: Tensor
     first: Tensor  # [B] place in these lists of each row's first token
     final: Tensor  # places of the rows' last tokens
 
@@ -96,14 +107,17 @@ class _Side(NamedTuple):
         bytes_ = 2 + max((int(x.max()) for x in both if x.numel()), default=0)
         keys = row * bytes_ + ends.flatten()[flat]
         place = torch.arange(len(keys), device=ends.device)
-        again = place - torch.searchsorted(keys, keys)  # tokens without bytes end where the one before did
+        # tokens without bytes end where the one before did
+        again = place - torch.searchsorted(keys, keys)
         first = torch.searchsorted(row, torch.arange(len(ends), device=ends.device))
         final = (torch.searchsorted(row, row, right=True) - 1 == place).nonzero()[:, 0]
         return _Side(flat, row, keys * (1 + max(x.shape[1] for x in both)) + again, first, final)
 
 
 def by_number(student_ends: Tensor, ends: Tensor) -> Spans:
-    """The t-th token of each row with the other side's t-th, as far as both go: spans of one token, whatever their text."""
+    """The t-th token of each row with the other side's t-th, as far as both go: spans of one token,
+    whatever their text.
+    """
     width = min(student_ends.shape[1], ends.shape[1])
     row, column = ((student_ends[:, :width] >= 0) & (ends[:, :width] >= 0)).nonzero(as_tuple=True)
     one = torch.ones_like(row)
@@ -137,11 +151,15 @@ class AlignedSource:
     def logits(self, positions: Tensor) -> Tensor:
         """[n, V] at flat positions [n], of a model with the student's tokenizer."""
         if not self.alignment.shared:
-            raise ValueError("logits of a model with another tokenizer are not over the student's ids: read them with `pairs`")
+            raise ValueError(
+                "logits of a model with another tokenizer are not over the student's ids: read "
+                "them with `pairs`"
+            )
         return self.source.logits(positions)
 
     def pairs(self, positions: Tensor, fact: SpanFact, vocabulary: int) -> list[Pair]:
-        """Its distributions for the spans that end at flat positions [n]; without a merge at the student's own tokens, if it shares them.
+        """Its distributions for the spans that end at flat positions [n]; without a merge at the
+        student's own tokens, if it shares them.
 
         vocabulary: number of the student's entries.
         """
@@ -149,7 +167,9 @@ class AlignedSource:
             return [Pair(None, Vocabulary(self.logits(positions)), None)]
         spans = self._spans(fact)
         span = torch.searchsorted(spans.last, positions)
-        at = spans.other_last[span] - (spans.other_tokens[span] - 1 if fact.merge == "observed" else 0)
+        at = spans.other_last[span] - (
+            spans.other_tokens[span] - 1 if fact.merge == "observed" else 0
+        )
         return [Pair(None, Vocabulary(self.source.logits(at)), self._match(vocabulary))]
 
     def _match(self, vocabulary: int) -> Match | None:
@@ -159,7 +179,10 @@ class AlignedSource:
         return self.matches.get(vocabulary)
 
     def read(self, fact: SpanFact, mask: Tensor) -> Tensor:
-        """[B, T], or [B, 1] for "shared": see `SpanFact`. Spans with a token outside `mask` are left out."""
+        """[B, T], or [B, 1] for "shared": see `SpanFact`.
+
+        Spans with a token outside `mask` are left out.
+        """
         if fact.what == "shared":
             return torch.full((len(mask), 1), self.alignment.shared, device=mask.device)
         spans = self._spans(fact)
@@ -167,9 +190,19 @@ class AlignedSource:
         whole = trained[spans.last + 1] - trained[spans.last + 1 - spans.tokens] == spans.tokens
         last, count, end, others = (x[whole] for x in spans)
         if fact.what == "tokens":
-            return torch.zeros_like(mask, dtype=torch.int64).flatten().index_put((last,), count).view(mask.shape)
+            return (
+                torch.zeros_like(mask, dtype=torch.int64)
+                .flatten()
+                .index_put((last,), count)
+                .view(mask.shape)
+            )
         if fact.what == "single":
-            return torch.zeros_like(mask).flatten().index_put((last,), (count == 1) & (others == 1)).view(mask.shape)
+            return (
+                torch.zeros_like(mask)
+                .flatten()
+                .index_put((last,), (count == 1) & (others == 1))
+                .view(mask.shape)
+            )
         owner, back = countdown(others - 1)
         at = end[owner] - back + (fact.merge == "observed")
         logp = self._logp(at, fact.temperature).clamp_min(LOG_FLOOR)
@@ -178,7 +211,9 @@ class AlignedSource:
     def _spans(self, fact: SpanFact) -> Spans:
         key = fact.merge if fact.merge == "index" else "bytes", fact.eos
         if key not in self.spans:
-            self.spans[key] = (by_number if fact.merge == "index" else align)(*self.alignment.all_ends(fact.eos))
+            self.spans[key] = (by_number if fact.merge == "index" else align)(
+                *self.alignment.all_ends(fact.eos)
+            )
         return self.spans[key]
 
     def _logp(self, at: Tensor, temperature: float) -> Tensor:
@@ -187,7 +222,8 @@ class AlignedSource:
         with torch.no_grad():
             parts = [
                 token_logp(Vocabulary(self.source.logits(at[c])), ids[c], temperature)
-                for c in list(slices(len(at), chunk_rows(self.source.vocabulary, at.device))) or [slice(0, 0)]
+                for c in list(slices(len(at), chunk_rows(self.source.vocabulary, at.device)))
+                or [slice(0, 0)]
             ]
         return torch.cat(parts)
 
@@ -197,7 +233,11 @@ LOG_FLOOR = math.log(FLOOR)
 
 def token_logp(vocabulary: Vocabulary, ids: Tensor, temperature: float) -> Tensor:
     """[n]: log-probs of ids [n], logits divided by `temperature`."""
-    at = vocabulary.at(ids[:, None]) if temperature == 1 else vocabulary.logps(temperature).gather(-1, ids[:, None])
+    at = (
+        vocabulary.at(ids[:, None])
+        if temperature == 1
+        else vocabulary.logps(temperature).gather(-1, ids[:, None])
+    )
     return at[:, 0]
 
 

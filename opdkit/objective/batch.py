@@ -1,7 +1,7 @@
 """The facts of one step and the live student: what signals and losses are handed.
 
-Shapes: B rollouts, T response positions (column 0 is the first response token; rows are padded on the right),
-V vocabulary entries. Log-probabilities, entropies and divergences are in nats.
+Shapes: B rollouts, T response positions (column 0 is the first response token; rows are padded on
+the right), V vocabulary entries. Log-probabilities, entropies and divergences are in nats.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from opdkit.objective.facts import HOW, ColumnFact, EntropyFact, Fact, LogpAtFact, LogpFact, MissingFact, TopFact, VocabularyFact
+from opdkit.objective.facts import (
+    HOW,
+    ColumnFact,
+    EntropyFact,
+    Fact,
+    LogpAtFact,
+    LogpFact,
+    MissingFact,
+    TopFact,
+    VocabularyFact,
+)
 from opdkit.objective.kernels import Vocabulary
 from opdkit.types import Row
 
@@ -23,9 +33,12 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """Facts about the rollouts of one step, none with a gradient. Reading an absent one raises `MissingFact`.
+    """Facts about the rollouts of one step, none with a gradient.
 
-    `sources` hold the whole vocabulary of the models in this process (see `head.Source`); all else is a tensor.
+    Reading an absent one raises `MissingFact`.
+
+    `sources` hold the whole vocabulary of the models in this process (see `head.Source`); all else
+    is a tensor.
     """
 
     def __init__(
@@ -52,7 +65,8 @@ class Batch:
         self.memory = dict(memory or {})
         self.rows = rows
         self.dtype = dtype
-        self.signals: dict[Hashable, Tensor] = {}  # values of the step's signals, each computed once
+        # values of the step's signals, each computed once
+        self.signals: dict[Hashable, Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +109,9 @@ class Batch:
         return self.read(ColumnFact(f"row:{name}"))
 
     def source(self, model: str, fact: Fact | None = None) -> Any:
-        """The whole vocabulary of a model in this process, read as `fact` (default: over the student's own ids)."""
+        """The whole vocabulary of a model in this process, read as `fact` (default: over the
+        student's own ids).
+        """
         if model not in self.sources:
             raise MissingFact(missing(fact or VocabularyFact(model), self))
         return self.sources[model]
@@ -103,7 +119,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model (student, sampler, teacher, reference, any other name) says of the step's tokens."""
+    """What one model (student, sampler, teacher, reference, any other name) says of the step's
+    tokens.
+    """
 
     batch: Batch
     model: str
@@ -128,13 +146,24 @@ class Scores:
 
 
 class Live:
-    """The student's forward pass at n selected positions: the only thing with a gradient. Exists inside one chunk of the head's pass."""
+    """The student's forward pass at n selected positions: the only thing with a gradient.
 
-    def __init__(self, batch: Batch, positions: Tensor, logits: Tensor, parent: tuple[Live, Tensor] | None = None):
+    Exists inside one chunk of the head's pass.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        positions: Tensor,
+        logits: Tensor,
+        parent: tuple[Live, Tensor] | None = None,
+    ):
         self.batch = batch
         self.positions = positions  # [n] indices into the flattened [B * T]
         self.parent = parent
-        self.own: Vocabulary = Vocabulary(logits, None if parent is None else (parent[0].own, parent[1]))
+        self.own: Vocabulary = Vocabulary(
+            logits, None if parent is None else (parent[0].own, parent[1])
+        )
         self.others: dict[str, Vocabulary] = {}
 
     @property
@@ -171,10 +200,14 @@ class Live:
         return self.vocabulary(model).logps(temperature)
 
     def vocabulary(self, model: str, fact: Fact | None = None) -> Vocabulary:
-        """The whole vocabulary of another model in this process, no gradient; shared by all terms of a chunk. `fact`: see `Batch.source`."""
+        """The whole vocabulary of another model in this process, no gradient; shared by all terms
+        of a chunk. `fact`: see `Batch.source`.
+        """
         if model not in self.others:
             if self.parent is None:
-                self.others[model] = Vocabulary(self.batch.source(model, fact).logits(self.positions))
+                self.others[model] = Vocabulary(
+                    self.batch.source(model, fact).logits(self.positions)
+                )
             else:
                 parent, index = self.parent
                 self.others[model] = parent.vocabulary(model, fact).select(index)
@@ -203,7 +236,9 @@ class Live:
             at = inner[at]
         at = at - steps
         if bool((chunk.positions[at.clamp_min(0)] != self.positions[index] - steps).any()):
-            raise ValueError("a loss reads positions outside its chunk: it must name them in `joined`")
+            raise ValueError(
+                "a loss reads positions outside its chunk: it must name them in `joined`"
+            )
         return chunk.select(at)
 
 
@@ -212,12 +247,17 @@ def missing(fact: Fact, batch: Batch) -> str:
     if isinstance(fact, ColumnFact):
         kind, _, _ = fact.name.partition(":")
         return f"the objective reads {fact.name!r}, which this batch does not have: {HOW.get(kind, 'supply it')}"
-    models = {getattr(fact, name) for name in ("model", "owner", "student", "teacher") if hasattr(fact, name)}
+    models = {
+        getattr(fact, name)
+        for name in ("model", "owner", "student", "teacher")
+        if hasattr(fact, name)
+    }
     known = {m for f in batch.facts for m in [getattr(f, "model", None)] if m} | set(batch.sources)
     absent = sorted(models - known)
     if absent:
         return (
-            f"the objective reads {fact}, but no scores of {', '.join(absent)} were gathered: "
-            f"give the run that model (for example {absent[0]}: MODEL), or pass models={{{absent[0]!r}: logits}} to evaluate"
+            f"the objective reads {fact}, but no scores of {', '.join(absent)} were gathered: give "
+            f"the run that model (for example {absent[0]}: MODEL), or pass models={{{absent[0]!r}: "
+            f"logits}} to evaluate"
         )
     return f"the objective reads {fact}, which its model cannot supply: use a model in this process, or another support"

@@ -1,4 +1,6 @@
-"""Credits that are wrong: estimators that are no reward, and log-ratios divided by their own statistics."""
+"""Credits that are wrong: estimators that are no reward, and log-ratios divided by their own
+statistics.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,18 @@ def refuse(objective: Objective, name: str) -> None:
         estimator = wrong_estimator(credit)
         if estimator:
             raise UserError(
-                f"{name}: the credit {credit} holds {estimator}, an estimator of a KL other than the log-ratio. As a reward its policy "
-                "gradient is that of neither direction of the KL: credit log(teacher/student), or backpropagate Estimator(...) as a loss"
+                f"{name}: the credit {credit} holds {estimator}, an estimator of a KL other than "
+                "the log-ratio. As a reward its policy gradient is that of neither direction of "
+                "the KL: credit log(teacher/student), or backpropagate Estimator(...) as a loss"
             )
         if standardised(credit):
             raise UserError(
-                f"{name}: the credit {credit} standardises the teacher's log-ratio by its own statistics over the step. The sign and size of "
-                "log(teacher/student) then no longer say whether and how far the teacher disagrees: tokens it likes less than the average "
-                "are pushed down, and the credit never shrinks as the student arrives. Take the log-ratio as it is; only rewards are "
-                "standardised (Advantage), and `minillm`, whose definition includes it"
+                f"{name}: the credit {credit} standardises the teacher's log-ratio by its own "
+                "statistics over the step. The sign and size of log(teacher/student) then no "
+                "longer say whether and how far the teacher disagrees: tokens it likes less than "
+                "the average are pushed down, and the credit never shrinks as the student arrives. "
+                "Take the log-ratio as it is; only rewards are standardised (Advantage), and "
+                "`minillm`, whose definition includes it"
             )
 
 
@@ -51,13 +56,19 @@ def addends(signal: Signal, by: float = 1.0) -> list[tuple[float, Signal]]:
 def log_ratio(signal: Signal) -> tuple[float, LogRatio] | None:
     """c and log(other/student) where a signal is c times that, written either way round."""
     c, ratio = addends(signal)[0]
-    if not isinstance(ratio, LogRatio) or len(addends(signal)) > 1 or (ratio.a in OWN) == (ratio.b in OWN):
+    if (
+        not isinstance(ratio, LogRatio)
+        or len(addends(signal)) > 1
+        or (ratio.a in OWN) == (ratio.b in OWN)
+    ):
         return None
     return (-c, LogRatio(ratio.b, ratio.a)) if ratio.a in OWN else (c, ratio)
 
 
 def wrong_estimator(credit: Signal, inside: bool = False) -> str:
-    """k3, k2 or |log-ratio| in a credit, by name; "" where there is none. exp(d) + d, with equal signs, is both directions: allowed."""
+    """k3, k2 or |log-ratio| in a credit, by name; "" where there is none. exp(d) + d, with equal
+    signs, is both directions: allowed.
+    """
     straight: dict[LogRatio, float] = {}
     curved: dict[LogRatio, float] = {}
     for c, part in addends(credit):
@@ -67,7 +78,12 @@ def wrong_estimator(credit: Signal, inside: bool = False) -> str:
             straight[ratio[1]] = straight.get(ratio[1], 0.0) + c * ratio[0]
         elif power and power[0] == 1:
             curved[power[1]] = curved.get(power[1], 0.0) + c
-        elif isinstance(part, Operation) and part.name == "abs" and log_ratio(part.of[0]) and not inside:
+        elif (
+            isinstance(part, Operation)
+            and part.name == "abs"
+            and log_ratio(part.of[0])
+            and not inside
+        ):
             return f"|{part.of[0]}|"
         elif isinstance(part, Operation) and part.name == "*":
             found = [log_ratio(_bare(f)) for f in factors(part)]
@@ -103,5 +119,9 @@ def reads_other(signal: Signal) -> bool:
 
 def parts_of(signal: Signal) -> list[Signal]:
     """The signals a signal is made of."""
-    fields = [x for value in vars(signal).values() for x in (value if isinstance(value, tuple) else (value,))]
+    fields = [
+        x
+        for value in vars(signal).values()
+        for x in (value if isinstance(value, tuple) else (value,))
+    ]
     return [x for x in fields if isinstance(x, Signal)]

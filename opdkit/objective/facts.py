@@ -1,4 +1,6 @@
-"""Facts: what a formula can read of a step's rollouts, each a value that says of which model and how much."""
+"""Facts: what a formula can read of a step's rollouts, each a value that says of which model and
+how much.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ class LogpAtFact:
 
 @dataclass(frozen=True)
 class GapFact:
-    """[B, T]: a divergence between two models over the whole vocabulary. `kind` is a `maths.Kind`."""
+    """[B, T]: a divergence between two models over the whole vocabulary.
+
+    `kind` is a `maths.Kind`.
+    """
 
     kind: Hashable
     student: str
@@ -59,19 +64,24 @@ class VocabularyFact:
 
 @dataclass(frozen=True)
 class ColumnFact:
-    """Something of the rollouts themselves: "reward", "correct", "group", "mark:NAME", "row:NAME", "memory:NAME"."""
+    """Something of the rollouts themselves: "reward", "correct", "group", "mark:NAME", "row:NAME",
+    "memory:NAME".
+    """
 
     name: str
 
 
 @dataclass(frozen=True)
 class SpanFact:
-    """Of a model that may have a tokenizer of its own: it reads the same text, and spans of it are compared (see `opdkit.objective.alignment`).
+    """Of a model that may have a tokenizer of its own: it reads the same text, and spans of it are
+    compared (see `opdkit.objective.alignment`).
 
-    what: "tokens" [B, T] int, how many of the student's tokens make up the span that ends here, 0 where none ends; "logp" [B, T], the
-    model's log-prob of its own tokens of that span, without the one whose distribution is compared; "vocabulary", that distribution,
-    chunk by chunk; "single" [B, T] bool, whether it is one token on both sides; "shared" [B, 1] bool, whether the model has the student's
-    tokenizer. merge: "bayesian", "observed" or "index". eos: whether the ends of sequence are a span as well.
+    what: "tokens" [B, T] int, how many of the student's tokens make up the span that ends here, 0
+    where none ends; "logp" [B, T], the model's log-prob of its own tokens of that span, without the
+    one whose distribution is compared; "vocabulary", that distribution, chunk by chunk; "single"
+    [B, T] bool, whether it is one token on both sides; "shared" [B, 1] bool, whether the model has
+    the student's tokenizer. merge: "bayesian", "observed" or "index". eos: whether the ends of
+    sequence are a span as well.
     """
 
     model: str
@@ -81,7 +91,9 @@ class SpanFact:
     temperature: float = 1.0
 
 
-Fact = LogpFact | EntropyFact | TopFact | LogpAtFact | GapFact | VocabularyFact | SpanFact | ColumnFact
+Fact = (
+    LogpFact | EntropyFact | TopFact | LogpAtFact | GapFact | VocabularyFact | SpanFact | ColumnFact
+)
 
 
 class MissingFact(LookupError):
@@ -89,7 +101,8 @@ class MissingFact(LookupError):
 
 
 HOW = {
-    "reward": "give the run a reward (reward: math, or file.py:function), or pass reward=[B] to evaluate",
+    "reward": "give the run a reward (reward: math, or file.py:function), or pass reward=[B] to "
+    "evaluate",
     "correct": "give the run a reward, or pass correct=[B] to evaluate",
     "group": "rollouts of a run carry their prompt as group; pass group=[B] to evaluate",
     "memory": "memory is kept by the method's curriculum; pass it in the batch's memory",

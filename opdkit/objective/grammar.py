@@ -1,9 +1,11 @@
 """The grammar: an objective is a sum of terms, each a loss times signals, over a denominator.
 
-    loss = sum over terms of  sum_positions loss(live student) * signal * signal ...  /  denominator of the term
+    loss = sum over terms of  sum_positions loss(live student) * signal * signal ...  /  denominator
+    of the term
 
-Signals are expressions over the facts of a step (no gradient), written like arithmetic. A loss is the only thing that
-touches the live student. Everything here is a frozen dataclass: hashable, comparable, printed as its formula.
+Signals are expressions over the facts of a step (no gradient), written like arithmetic. A loss is
+the only thing that touches the live student. Everything here is a frozen dataclass: hashable,
+comparable, printed as its formula.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ from opdkit.objective.batch import Batch, Live
 Number = Union[int, float]  # noqa: UP007 (evaluated at run time)
 
 
-# --------------------------------------------------------------------------------------------------------------- signals
+# ------------------------------------------------------------------------------------------ signals
 
 
 class Signal(ABC):
-    """An expression over the facts of a step: `signal(batch)` is [B, T], [B, 1] or [1, 1], computed once per step.
+    """An expression over the facts of a step: `signal(batch)` is [B, T], [B, 1] or [1, 1], computed
+    once per step.
 
-    A subclass is a frozen dataclass with `value(batch)`; it reads other signals by calling them on the batch.
+    A subclass is a frozen dataclass with `value(batch)`; it reads other signals by calling them on
+    the batch.
     """
 
     @abstractmethod
@@ -41,7 +45,8 @@ class Signal(ABC):
                 batch.signals[self] = self.value(batch)
         return batch.signals[self]
 
-    def __hash__(self) -> int:  # replaced by dataclass; keeps the abstract class hashable for type checkers
+    # replaced by dataclass; keeps the abstract class hashable for type checkers
+    def __hash__(self) -> int:
         return id(self)
 
     def __add__(self, other: Signal | Number) -> Signal:
@@ -115,9 +120,13 @@ class Const(Signal):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a * b with 0 * inf = 0: a token that one factor excludes is out, whatever the other says of it."""
+    """a * b with 0 * inf = 0: a token that one factor excludes is out, whatever the other says of
+    it.
+    """
     a, b = torch.broadcast_tensors(a, b)
-    return torch.where((a == 0) | (b == 0), torch.zeros((), dtype=torch.result_type(a, b), device=a.device), a * b)
+    return torch.where(
+        (a == 0) | (b == 0), torch.zeros((), dtype=torch.result_type(a, b), device=a.device), a * b
+    )
 
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
@@ -137,7 +146,8 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 LOGIC = ("and", "or", "not")
-RANK = {"+": 2, "-": 2, "*": 3, "/": 3, "negative": 4, "not": 4, "and": 1, "or": 1}  # how tightly each binds, for printing
+# how tightly each binds, for printing
+RANK = {"+": 2, "-": 2, "*": 3, "/": 3, "negative": 4, "not": 4, "and": 1, "or": 1}
 
 
 @dataclass(frozen=True)
@@ -182,7 +192,13 @@ def spell(part: Any) -> str:
     words = []
     for f in fields(part):
         value = getattr(part, f.name)
-        default = f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else MISSING
+        default = (
+            f.default
+            if f.default is not MISSING
+            else f.default_factory()
+            if f.default_factory is not MISSING
+            else MISSING
+        )
         if default is not MISSING and value == default:
             continue
         text = str(value)
@@ -190,7 +206,7 @@ def spell(part: Any) -> str:
     return f"{type(part).__name__}({', '.join(words)})"
 
 
-# ---------------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 class Loss(ABC):
@@ -219,14 +235,21 @@ class TokenLoss(Loss):
 
     @abstractmethod
     def value(self, live: Live) -> Tensor:
-        """[n], differentiable in what it reads from `live` itself; `live.pick` and `live.read` carry no gradient."""
+        """[n], differentiable in what it reads from `live` itself; `live.pick` and `live.read`
+        carry no gradient.
+        """
 
     def defined(self, batch: Batch) -> Tensor | None:
-        """[B, T] or [B, 1] bool: where there is such a loss at all; elsewhere its weight is zero. None: everywhere."""
+        """[B, T] or [B, 1] bool: where there is such a loss at all; elsewhere its weight is zero.
+
+        None: everywhere.
+        """
         return None
 
     def joined(self, batch: Batch) -> Tensor | None:
-        """[B, T] bool: tokens that go into the same chunk as the one before, for a loss that reads back (`live.back`). None: no token."""
+        """[B, T] bool: tokens that go into the same chunk as the one before, for a loss that reads
+        back (`live.back`). None: no token.
+        """
         return None
 
 
@@ -235,10 +258,12 @@ class RolloutLoss(Loss):
 
     @abstractmethod
     def value(self, logp: Tensor, mask: Tensor, rows: Tensor, batch: Batch) -> Tensor:
-        """[R] from the live log-probs [R, T] of rollouts `rows` [R] (indices into the batch); `mask` [R, T] says where."""
+        """[R] from the live log-probs [R, T] of rollouts `rows` [R] (indices into the batch);
+        `mask` [R, T] says where.
+        """
 
 
-# ---------------------------------------------------------------------------------------------------------------- terms
+# -------------------------------------------------------------------------------------------- terms
 
 DENOMINATORS = ("tokens", "own", "rows", "own_rows", "row_sums")
 
@@ -247,9 +272,10 @@ DENOMINATORS = ("tokens", "own", "rows", "own_rows", "row_sums")
 class Term:
     """loss * weight / denominator.
 
-    denominator: "tokens" all trained tokens of the optimiser step; "own" those this term selects; "rows" mean over each
-    rollout's trained tokens, then over rollouts; "own_rows" the same over those of them that this term selects; "row_sums" sum over
-    tokens, mean over rollouts; a number L: rollouts * L.
+    denominator: "tokens" all trained tokens of the optimiser step; "own" those this term selects;
+    "rows" mean over each rollout's trained tokens, then over rollouts; "own_rows" the same over
+    those of them that this term selects; "row_sums" sum over tokens, mean over rollouts; a number
+    L: rollouts * L.
     """
 
     loss: Loss
@@ -257,8 +283,14 @@ class Term:
     denominator: str | int = "tokens"
 
     def __post_init__(self) -> None:
-        if not (self.denominator in DENOMINATORS or (isinstance(self.denominator, int) and self.denominator > 0)):
-            raise ValueError(f"denominator {self.denominator!r} must be one of {', '.join(DENOMINATORS)} or a positive length")
+        if not (
+            self.denominator in DENOMINATORS
+            or (isinstance(self.denominator, int) and self.denominator > 0)
+        ):
+            raise ValueError(
+                f"denominator {self.denominator!r} must be one of {', '.join(DENOMINATORS)} or a "
+                "positive length"
+            )
 
     def __mul__(self, weight: Signal | Number) -> Term:
         first = isinstance(self.weight, Const) and self.weight.number == 1
@@ -273,14 +305,20 @@ class Term:
         return replace(self, denominator=denominator)
 
     def weights(self, batch: Batch) -> Tensor:
-        """[B, T]: the product of the signals, zero outside the trained tokens and where the loss is not defined."""
+        """[B, T]: the product of the signals, zero outside the trained tokens and where the loss is
+        not defined.
+        """
         weight = self.weight(batch).expand(batch.shape)
         defined = self.loss.defined(batch) if isinstance(self.loss, TokenLoss) else None
         mask = batch.mask if defined is None else batch.mask & defined
-        return torch.where(mask, weight.to(batch.dtype), torch.zeros((), dtype=batch.dtype, device=batch.device))
+        return torch.where(
+            mask, weight.to(batch.dtype), torch.zeros((), dtype=batch.dtype, device=batch.device)
+        )
 
     def count(self, mask: Tensor, weight: Tensor) -> Tensor:
-        """[] or [B, 1]: what the weighted sum is divided by; at least one, so that nothing trained is a zero."""
+        """[] or [B, 1]: what the weighted sum is divided by; at least one, so that nothing trained
+        is a zero.
+        """
         lengths = mask.sum(1, keepdim=True)
         rows = (lengths > 0).sum()
         if self.denominator == "tokens":
@@ -300,7 +338,9 @@ class Term:
     def __str__(self) -> str:
         one = isinstance(self.weight, Const) and self.weight.number == 1
         weight = "" if one else f" * {Operation._inside(self.weight, RANK['*'])}"
-        return f"{self.loss}{weight}" + ("" if self.denominator == "tokens" else f" per {self.denominator}")
+        return f"{self.loss}{weight}" + (
+            "" if self.denominator == "tokens" else f" per {self.denominator}"
+        )
 
 
 @dataclass(frozen=True, init=False)
@@ -317,7 +357,9 @@ class Objective:
             elif isinstance(part, (Loss, Term)):
                 terms.append(part if isinstance(part, Term) else Term(part))
             else:
-                raise TypeError(f"an objective is a sum of losses and terms, not {type(part).__name__}")
+                raise TypeError(
+                    f"an objective is a sum of losses and terms, not {type(part).__name__}"
+                )
         object.__setattr__(self, "terms", tuple(terms))
 
     def __add__(self, other: Loss | Term | Objective) -> Objective:
@@ -333,13 +375,19 @@ class Objective:
     def names(self) -> tuple[str, ...]:
         """One name per term, unique: its loss, numbered where a loss comes twice."""
         base = [term.loss.name or type(term.loss).__name__ for term in self.terms]
-        return tuple(n if base.count(n) == 1 else f"{n}_{base[: i + 1].count(n)}" for i, n in enumerate(base))
+        return tuple(
+            n if base.count(n) == 1 else f"{n}_{base[: i + 1].count(n)}" for i, n in enumerate(base)
+        )
 
     def plan(self, batch: Batch, rows: Tensor | None = None) -> Plan:
-        """Weights and denominators of one optimiser step: signals over the whole batch, counts over `rows` [R] (default all)."""
+        """Weights and denominators of one optimiser step: signals over the whole batch, counts over
+        `rows` [R] (default all).
+        """
         mask = batch.mask
         if rows is not None:
-            inside = torch.zeros(len(mask), dtype=torch.bool, device=mask.device).index_fill(0, rows, True)
+            inside = torch.zeros(len(mask), dtype=torch.bool, device=mask.device).index_fill(
+                0, rows, True
+            )
             mask = mask & inside[:, None]
         parts = []
         for name, term in zip(self.names, self.terms):
@@ -381,11 +429,15 @@ class Plan:
 
     @property
     def selected(self) -> Tensor:
-        """[B, T] bool: positions that at least one term looks at, and what is joined to them. No other is projected on the vocabulary."""
+        """[B, T] bool: positions that at least one term looks at, and what is joined to them.
+
+        No other is projected on the vocabulary.
+        """
         chosen = reduce(operator.or_, (part.weight != 0 for part in self.parts))
         if self.joined is None:
             return chosen
-        together = (~self.joined).flatten().cumsum(0)  # a number for each token and what is joined to it
+        # a number for each token and what is joined to it
+        together = (~self.joined).flatten().cumsum(0)
         return torch.isin(together, together[chosen.flatten()]).view_as(chosen)
 
     @cached_property

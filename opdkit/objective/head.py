@@ -1,7 +1,8 @@
 """The one pass over the vocabulary: `[chunk, V]` logits live here and nowhere else.
 
-A head turns hidden states into logits. A chunk of positions is projected, every loss of the objective and its gradient
-with respect to the chunk's logits are taken there and then, and the logits are dropped: nothing is projected twice.
+A head turns hidden states into logits. A chunk of positions is projected, every loss of the
+objective and its gradient with respect to the chunk's logits are taken there and then, and the
+logits are dropped: nothing is projected twice.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ CHUNK_PART = 8  # of a GPU's free memory that a chunk may take
 
 @dataclass(frozen=True)
 class Head:
-    """A language-model head: hidden states [n, H] to logits [n, V], float32 (float64 if the hidden states are).
+    """A language-model head: hidden states [n, H] to logits [n, V], float32 (float64 if the hidden
+    states are).
 
-    logits = cap(scale * (hidden @ weight.T + bias)), cut to the first `vocab` rows: rows that only pad the matrix
-    to a round size are removed, never filled. Without a weight the hidden states are the logits (used by `evaluate`).
+    logits = cap(scale * (hidden @ weight.T + bias)), cut to the first `vocab` rows: rows that only
+    pad the matrix to a round size are removed, never filled. Without a weight the hidden states are
+    the logits (used by `evaluate`).
     """
 
     weight: Tensor | None = None  # [V', H]
@@ -51,7 +54,9 @@ class Head:
         if self.weight is None:
             return hidden[..., : self.vocab]
         bias = None if self.bias is None else self.bias[: self.vocab]
-        return torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight[: self.vocab], bias)
+        return torch.nn.functional.linear(
+            hidden.to(self.weight.dtype), self.weight[: self.vocab], bias
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.finish(self.product(hidden))
@@ -64,7 +69,9 @@ class Head:
 
 @dataclass(frozen=True)
 class Source:
-    """The whole vocabulary of one model at the step's positions: hidden states and head, logits only chunk by chunk."""
+    """The whole vocabulary of one model at the step's positions: hidden states and head, logits
+    only chunk by chunk.
+    """
 
     hidden: Tensor  # [M, H]
     index: Tensor  # [B * T] row of `hidden` for each position, -1 where there is none
@@ -82,7 +89,9 @@ class Source:
 
 
 def chunk_rows(vocabulary: int, device: torch.device | None = None) -> int:
-    """Positions in one chunk: a GPU takes as many as a part of its free memory holds, since small products leave it idle."""
+    """Positions in one chunk: a GPU takes as many as a part of its free memory holds, since small
+    products leave it idle.
+    """
     entries = CHUNK_ENTRIES
     if device is not None and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -96,7 +105,9 @@ def slices(n: int, size: int) -> Iterator[slice]:
 
 
 def cuts(joined: Tensor, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that part no position from the one it is joined to ([n] bool: to the one before): longer where they must be."""
+    """Slices of at most `size` that part no position from the one it is joined to ([n] bool: to the
+    one before): longer where they must be.
+    """
     starts = [*(~joined).nonzero()[:, 0].tolist(), len(joined)]
     at = 0
     while starts[at] < len(joined):
@@ -105,7 +116,7 @@ def cuts(joined: Tensor, size: int) -> Iterator[slice]:
         at = end
 
 
-# ---------------------------------------------------------------------------------------------------------- learning pass
+# ------------------------------------------------------------------------------------ learning pass
 
 
 @dataclass(frozen=True)
@@ -116,23 +127,39 @@ class Learned:
     parts: Tensor  # [number of terms]: each term's share of the loss
     entropy: Tensor  # [N]: the student's entropies, nats
     logp: Tensor  # [N]: log pi_s of the sampled tokens
-    gap: Tensor  # [N]: log pi_s - log pi_t at the sampled tokens, where a term read the teacher's whole vocabulary; else NaN
-    slopes: Tensor  # [number of terms]: squared norm of each term's gradient in the logits, where asked for; else 0
+    # [N]: log pi_s - log pi_t at the sampled tokens, where a term read the teacher's whole
+    # vocabulary; else NaN
+    gap: Tensor
+    # [number of terms]: squared norm of each term's gradient in the logits, where asked for; else 0
+    slopes: Tensor
     positions: int
 
 
 def learn(
-    plan: Plan, positions: Tensor, hidden: Tensor, head: Head, chunk: int | None = None, term_gradients: bool = False
+    plan: Plan,
+    positions: Tensor,
+    hidden: Tensor,
+    head: Head,
+    chunk: int | None = None,
+    term_gradients: bool = False,
 ) -> Learned:
-    """All terms of an objective at flat positions [N], from the student's hidden states [N, H], in one chunked pass.
+    """All terms of an objective at flat positions [N], from the student's hidden states [N, H], in
+    one chunked pass.
 
-    The gradients with respect to the hidden states and the head are taken on the way: the pass projects each position once,
-    and its memory is that of one chunk. The head's gradient is summed in float32. `term_gradients` measures each term's gradient
-    with respect to the logits, which takes a further backward pass per term down to these, and no further.
+    The gradients with respect to the hidden states and the head are taken on the way: the pass
+    projects each position once, and its memory is that of one chunk. The head's gradient is summed
+    in float32. `term_gradients` measures each term's gradient with respect to the logits, which
+    takes a further backward pass per term down to these, and no further.
     """
-    linear = [(i, part) for i, part in enumerate(plan.parts) if isinstance(part.term.loss, TokenLoss)]
-    whole = [(i, part) for i, part in enumerate(plan.parts) if isinstance(part.term.loss, RolloutLoss)]
-    scales = torch.stack([part.scale.flatten()[positions] for _, part in linear]) if linear else None
+    linear = [
+        (i, part) for i, part in enumerate(plan.parts) if isinstance(part.term.loss, TokenLoss)
+    ]
+    whole = [
+        (i, part) for i, part in enumerate(plan.parts) if isinstance(part.term.loss, RolloutLoss)
+    ]
+    scales = (
+        torch.stack([part.scale.flatten()[positions] for _, part in linear]) if linear else None
+    )
     sums = torch.zeros(len(plan.parts), dtype=plan.batch.dtype, device=hidden.device)
     slopes = torch.zeros_like(sums)
     entropy = torch.zeros(len(positions), dtype=plan.batch.dtype, device=hidden.device)
@@ -167,7 +194,11 @@ def learn(
         return total
 
     size = chunk or chunk_rows(head.size(hidden), hidden.device)
-    chunks = slices(len(hidden), size) if plan.joined is None else cuts(plan.joined.flatten()[positions], size)
+    chunks = (
+        slices(len(hidden), size)
+        if plan.joined is None
+        else cuts(plan.joined.flatten()[positions], size)
+    )
     loss = _Pass.apply(hidden, head.weight, head.bias, head, chunks, run)
     if whole:  # the pass carried their slope; the value is what they said
         loss = loss + (sums.sum() - loss.detach())
@@ -185,13 +216,24 @@ def _weighted(loss: TokenLoss, live: Live, scale: Tensor) -> Tensor:
 
 
 def _rollout_slope(
-    plan: Plan, whole: list[tuple[int, Part]], positions: Tensor, hidden: Tensor, head: Head, chunk: int | None, sums: Tensor
+    plan: Plan,
+    whole: list[tuple[int, Part]],
+    positions: Tensor,
+    hidden: Tensor,
+    head: Head,
+    chunk: int | None,
+    sums: Tensor,
 ) -> Tensor:
-    """[W, N]: d term / d logp of each term over whole rollouts. They need all log-probs of a rollout first: one more projection."""
+    """[W, N]: d term / d logp of each term over whole rollouts.
+
+    They need all log-probs of a rollout first: one more projection.
+    """
     batch = plan.batch
     with torch.no_grad():
         numbers = torch.zeros(batch.tokens.numel(), dtype=batch.dtype, device=hidden.device)
-        numbers[positions] = scan(hidden, head, lambda at, logits: Live(batch, positions[at], logits).logp, chunk).to(batch.dtype)
+        numbers[positions] = scan(
+            hidden, head, lambda at, logits: Live(batch, positions[at], logits).logp, chunk
+        ).to(batch.dtype)
     rows = torch.unique(positions // batch.shape[1])
     logp = numbers.view(batch.shape)[rows].requires_grad_()
     slope = numbers.new_zeros(len(whole), *batch.shape)
@@ -201,13 +243,15 @@ def _rollout_slope(
             first = scale.gather(1, mask.long().argmax(1, keepdim=True))
             if bool((mask & ((scale - first).abs() > 0)).any()):
                 raise ValueError(
-                    f"{part.term} weighs the tokens of a rollout differently, but its loss is one number per rollout: "
-                    "use a signal per rollout, such as RowMean(...)"
+                    f"{part.term} weighs the tokens of a rollout differently, but its loss is one "
+                    "number per rollout: use a signal per rollout, such as RowMean(...)"
                 )
             keep = first[:, 0] != 0
             if not bool(keep.any()):
                 continue
-            value = (first[keep, 0] * part.term.loss.value(logp[keep], mask[keep], rows[keep], batch)).sum()  # type: ignore[attr-defined]
+            loss = part.term.loss
+            assert isinstance(loss, RolloutLoss)
+            value = (first[keep, 0] * loss.value(logp[keep], mask[keep], rows[keep], batch)).sum()
             sums[i] += value.detach()
             if value.requires_grad:
                 slope[row, rows] = torch.autograd.grad(value, logp)[0]
@@ -215,7 +259,9 @@ def _rollout_slope(
 
 
 class _Pass(torch.autograd.Function):
-    """sum over chunks of run(chunk, logits), with the gradients taken chunk by chunk in the forward pass."""
+    """sum over chunks of run(chunk, logits), with the gradients taken chunk by chunk in the forward
+    pass.
+    """
 
     @staticmethod
     def forward(
@@ -231,8 +277,16 @@ class _Pass(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros_like(hidden) if to_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if to_weight and weight is not None else None
-        d_bias = torch.zeros(bias.shape, dtype=wide, device=hidden.device) if to_bias and bias is not None else None
+        d_weight = (
+            torch.zeros(weight.shape, dtype=wide, device=hidden.device)
+            if to_weight and weight is not None
+            else None
+        )
+        d_bias = (
+            torch.zeros(bias.shape, dtype=wide, device=hidden.device)
+            if to_bias and bias is not None
+            else None
+        )
         rows = head.size(hidden)
         for at in chunks:
             states = hidden[at].detach()
@@ -244,7 +298,11 @@ class _Pass(torch.autograd.Function):
                 continue
             (slope,) = torch.autograd.grad(value, product)
             if d_hidden is not None:
-                d_hidden[at] = slope @ weight[:rows] if weight is not None else _padded(slope, hidden.shape[-1])
+                d_hidden[at] = (
+                    slope @ weight[:rows]
+                    if weight is not None
+                    else _padded(slope, hidden.shape[-1])
+                )
             if d_weight is not None:
                 d_weight[:rows].addmm_(slope.T.to(wide), states.to(wide))
             if d_bias is not None:
@@ -259,17 +317,24 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients), None, None, None
+        return (
+            *(None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients),
+            None,
+            None,
+            None,
+        )
 
 
 def _padded(slope: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(slope, (0, width - slope.shape[-1]))
 
 
-# -------------------------------------------------------------------------------------------------------- no-gradient pass
+# --------------------------------------------------------------------------------- no-gradient pass
 
 
-def scan(hidden: Tensor, head: Head, read: Callable[[slice, Tensor], Tensor], chunk: int | None = None) -> Tensor:
+def scan(
+    hidden: Tensor, head: Head, read: Callable[[slice, Tensor], Tensor], chunk: int | None = None
+) -> Tensor:
     """[N, ...]: what `read` makes of each chunk's logits, no gradient."""
     size = chunk or chunk_rows(head.size(hidden), hidden.device)
     with torch.no_grad():

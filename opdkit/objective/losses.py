@@ -16,14 +16,16 @@ from opdkit.objective.grammar import Const, Loss, Signal, Term, TokenLoss
 from opdkit.objective.maths import ForwardKL, Kind, ReverseKL, SkewForward, SkewReverse, kind_of
 from opdkit.objective.signals import Ceiling, Exp, LogRatio, Support, depends_on_sample
 
-# ------------------------------------------------------------------------------------------------------- sampled tokens
+# ----------------------------------------------------------------------------------- sampled tokens
 
 
 @dataclass(frozen=True)
 class PolicyGradient(TokenLoss):
-    """-ratio * credit at the sampled token, ratio = pi_s / pi_base with gradient, 1 in value on fresh rollouts.
+    """-ratio * credit at the sampled token, ratio = pi_s / pi_base with gradient, 1 in value on
+    fresh rollouts.
 
-    With credit log(teacher/student) its expected gradient is that of KL(student || teacher) at each prefix.
+    With credit log(teacher/student) its expected gradient is that of KL(student || teacher) at each
+    prefix.
     """
 
     credit: Signal
@@ -50,17 +52,24 @@ class Bounds(Loss):
     def __post_init__(self) -> None:
         refuse_constant(self.credit)
         if self.dual is not None and self.dual <= 1:
-            raise ValueError(f"dual_clip={self.dual} must be greater than 1: it bounds the loss of tokens with negative credit")
+            raise ValueError(
+                f"dual_clip={self.dual} must be greater than 1: it bounds the loss of tokens with "
+                "negative credit"
+            )
 
 
 @dataclass(frozen=True)
 class Clipped(Bounds, TokenLoss):
-    """PPO's clipped policy gradient: max(-A r, -A clip(r, 1 - low, 1 + high)); with `dual`, at most -A dual where A < 0."""
+    """PPO's clipped policy gradient: max(-A r, -A clip(r, 1 - low, 1 + high)); with `dual`, at most
+    -A dual where A < 0.
+    """
 
     base: str | Signal = "sampler"
 
     def value(self, live: Live) -> Tensor:
-        return clipped(ratio(live, self.base), live.pick(self.credit), self.low, self.high, self.dual)
+        return clipped(
+            ratio(live, self.base), live.pick(self.credit), self.low, self.high, self.dual
+        )
 
 
 def policy_gradient(
@@ -70,19 +79,23 @@ def policy_gradient(
     rollout_cap: float | None = None,
     base: str | Signal | None = None,
 ) -> Term:
-    """The policy-gradient layer that every credit shares: plain or PPO-clipped ratio to the sampler, or to `base`; see `against`."""
+    """The policy-gradient layer that every credit shares: plain or PPO-clipped ratio to the
+    sampler, or to `base`; see `against`.
+    """
     if dual_clip is not None and clip is None:
         raise ValueError("dual_clip bounds a clipped loss: give clip=(low, high) as well")
     usual, weight = against(rollout_cap)
     base = usual if base is None else base
-    return (PolicyGradient(credit, base) if clip is None else Clipped(credit, *clip, dual_clip, base)) * weight
+    return (
+        PolicyGradient(credit, base) if clip is None else Clipped(credit, *clip, dual_clip, base)
+    ) * weight
 
 
 def against(rollout_cap: float | None) -> tuple[str, Signal]:
     """What a ratio is to, and the weight of its loss: the sampler and 1.
 
-    With `rollout_cap` the ratio is to the student before this step, and what the trainer and the sampler disagree about is a
-    weight min(pi_student / pi_sampler, cap) without gradient.
+    With `rollout_cap` the ratio is to the student before this step, and what the trainer and the
+    sampler disagree about is a weight min(pi_student / pi_sampler, cap) without gradient.
     """
     if rollout_cap is None:
         return "sampler", Const(1)
@@ -103,8 +116,9 @@ class Likelihood(TokenLoss):
 class Estimator(TokenLoss):
     """A sampled-token estimator of KL(student || teacher), backpropagated; d = log pi_s - log pi_t.
 
-    k2 = d^2 / 2 has the gradient of KL(student || teacher), k3 = exp(-d) + d - 1 that of KL(teacher || student). k1+ and k3+ have the
-    value of k1 and k3 with the gradient of k2. k1 itself is refused: its gradient does not see the teacher and is zero on average.
+    k2 = d^2 / 2 has the gradient of KL(student || teacher), k3 = exp(-d) + d - 1 that of KL(teacher
+    || student). k1+ and k3+ have the value of k1 and k3 with the gradient of k2. k1 itself is
+    refused: its gradient does not see the teacher and is zero on average.
     """
 
     kind: str = "k2"
@@ -113,8 +127,9 @@ class Estimator(TokenLoss):
     def __post_init__(self) -> None:
         if self.kind == "k1":
             raise ValueError(
-                "k1 = log pi_s - log pi_t backpropagated has the gradient of log pi_s alone: the teacher drops out and its expectation is "
-                "zero. Use k2, k1+ (value of k1, gradient of k2), or PolicyGradient(LogRatio('teacher', 'student'))"
+                "k1 = log pi_s - log pi_t backpropagated has the gradient of log pi_s alone: the "
+                "teacher drops out and its expectation is zero. Use k2, k1+ (value of k1, gradient "
+                "of k2), or PolicyGradient(LogRatio('teacher', 'student'))"
             )
         if self.kind not in ("k2", "k3", "k1+", "k3+"):
             raise ValueError(f"estimator {self.kind!r} must be one of k2, k3, k1+, k3+")
@@ -131,35 +146,50 @@ class Estimator(TokenLoss):
 
 
 def ratio(live: Live, base: str | Signal) -> Tensor:
-    """[n]: pi_s / pi_base at the sampled token, with gradient; `base` is a model, or the log-prob that stands below."""
-    return (live.logp - (live.pick(base) if isinstance(base, Signal) else live.read(LogpFact(base)))).exp()
+    """[n]: pi_s / pi_base at the sampled token, with gradient; `base` is a model, or the log-prob
+    that stands below.
+    """
+    return (
+        live.logp - (live.pick(base) if isinstance(base, Signal) else live.read(LogpFact(base)))
+    ).exp()
 
 
-def clipped(r: Tensor, credit: Tensor, low: float, high: float, dual: float | None = None) -> Tensor:
-    """PPO's loss of a ratio: max(-A r, -A clip(r, 1 - low, 1 + high)); with `dual`, at most -A dual where A < 0."""
+def clipped(
+    r: Tensor, credit: Tensor, low: float, high: float, dual: float | None = None
+) -> Tensor:
+    """PPO's loss of a ratio: max(-A r, -A clip(r, 1 - low, 1 + high)); with `dual`, at most -A dual
+    where A < 0.
+    """
     loss = torch.maximum(-credit * r, -credit * r.clamp(1 - low, 1 + high))
-    return loss if dual is None else torch.where(credit < 0, torch.minimum(loss, -credit * dual), loss)
+    return (
+        loss if dual is None else torch.where(credit < 0, torch.minimum(loss, -credit * dual), loss)
+    )
 
 
 def refuse_constant(credit: Signal) -> None:
-    """A credit that is the same whatever was sampled has zero expected gradient: it teaches nothing (miles #2362)."""
+    """A credit that is the same whatever was sampled has zero expected gradient: it teaches nothing
+    (miles #2362).
+    """
     if not depends_on_sample(credit):
         raise ValueError(
-            f"the credit {credit} does not depend on the sampled token: its policy gradient is zero on average, it only adds noise. "
-            "Backpropagate it as Divergence(...), or subtract it from a credit as a baseline"
+            f"the credit {credit} does not depend on the sampled token: its policy gradient is "
+            "zero on average, it only adds noise. Backpropagate it as Divergence(...), or subtract "
+            "it from a credit as a baseline"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- vocabularies
+# ------------------------------------------------------------------------------------- vocabularies
 
 
 @dataclass(frozen=True)
 class Divergence(TokenLoss):
-    """A divergence between student and teacher, backpropagated through the student at a fixed prefix.
+    """A divergence between student and teacher, backpropagated through the student at a fixed
+    prefix.
 
-    kind: a name or a `maths.Kind`. k and support: see `Support`; with k alone, the top k of the distribution the kind takes its
-    expectation under (teacher for forward KL, student for reverse KL, else the union). rest: see `maths.restrict`. cap: upper bound of
-    each vocabulary entry's contribution. temperature divides the logits of both, once.
+    kind: a name or a `maths.Kind`. k and support: see `Support`; with k alone, the top k of the
+    distribution the kind takes its expectation under (teacher for forward KL, student for reverse
+    KL, else the union). rest: see `maths.restrict`. cap: upper bound of each vocabulary entry's
+    contribution. temperature divides the logits of both, once.
     """
 
     kind: str | Kind = "reverse_kl"
@@ -177,13 +207,18 @@ class Divergence(TokenLoss):
             object.__setattr__(self, "support", "full" if self.k is None else natural_support(kind))
         where = self.where()
         if self.k == 1 and self.rest == "renormalise" and where.support in ("teacher", "student"):
-            warnings.warn("k=1 renormalised leaves one entry of probability 1 on both sides: identically zero", stacklevel=3)
+            warnings.warn(
+                "k=1 renormalised leaves one entry of probability 1 on both sides: identically "
+                "zero",
+                stacklevel=3,
+            )
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive")
         if self.temperature != 1.0 and where.support != "full" and self.rest != "renormalise":
             raise ValueError(
-                f"temperature={self.temperature} with a top-k support and rest={self.rest!r} needs the normaliser of the whole "
-                "vocabulary at that temperature: use rest='renormalise' or the full support"
+                f"temperature={self.temperature} with a top-k support and rest={self.rest!r} needs "
+                "the normaliser of the whole vocabulary at that temperature: use "
+                "rest='renormalise' or the full support"
             )
 
     @property
@@ -203,7 +238,9 @@ class Divergence(TokenLoss):
 
 
 def natural_support(kind: Kind) -> str:
-    """Whose top k a divergence is summed over where nothing is said: the distribution it takes its expectation under."""
+    """Whose top k a divergence is summed over where nothing is said: the distribution it takes its
+    expectation under.
+    """
     if isinstance(kind, (ForwardKL, SkewForward)):
         return "teacher"
     return "student" if isinstance(kind, (ReverseKL, SkewReverse)) else "union"
@@ -211,9 +248,11 @@ def natural_support(kind: Kind) -> str:
 
 @dataclass(frozen=True)
 class Candidates(TokenLoss):
-    """Policy gradient on the student's k most probable tokens instead of the sampled one (arXiv 2604.13016):
+    """Policy gradient on the student's k most probable tokens instead of the sampled one (arXiv
+    2604.13016):
 
-    -sum_v w_v A_v ratio_v,   A_v = log pi_t(v) - log pi_s(v),   w = pi_s renormalised on the k, both before this step.
+    -sum_v w_v A_v ratio_v,   A_v = log pi_t(v) - log pi_s(v),   w = pi_s renormalised on the k,
+    both before this step.
     """
 
     k: int = 16

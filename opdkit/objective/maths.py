@@ -1,4 +1,6 @@
-"""The mathematics: divergences, estimators, sums over masks and groups, keyed draws. Plain tensors in, plain tensors out.
+"""The mathematics: divergences, estimators, sums over masks and groups, keyed draws.
+
+Plain tensors in, plain tensors out.
 
 `ls` and `lt` are log-probabilities of student and teacher in nats; only `ls` may carry a gradient.
 """
@@ -13,15 +15,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOGP_FLOOR = -103.0  # stands for log 0: the smallest probability that float32 can hold is exp(-103.28)
-TAIL_FLOOR = 1e-8  # least mass of the student's tail bucket, as d log(tail) = d tail / tail must stay finite; the teacher's has
+# stands for log 0: the smallest probability that float32 can hold is exp(-103.28)
+LOGP_FLOOR = -103.0
+# least mass of the student's tail bucket, as d log(tail) = d tail / tail must stay finite; the
+# teacher's has
+TAIL_FLOOR = 1e-8
 # none, as a floor there is mass it never gave
 
-# ---------------------------------------------------------------------------------------------------------- divergences
+# -------------------------------------------------------------------------------------- divergences
 
 
 class Kind(ABC):
-    """A divergence between student and teacher as a sum of one contribution per vocabulary entry. Subclasses are frozen dataclasses."""
+    """A divergence between student and teacher as a sum of one contribution per vocabulary entry.
+
+    Subclasses are frozen dataclasses.
+    """
 
     @abstractmethod
     def entries(self, ls: Tensor, lt: Tensor) -> Tensor:
@@ -51,11 +59,13 @@ class ForwardKL(Kind):
 class JSD(Kind):
     """Generalised Jensen-Shannon divergence of GKD, M = beta p_t + (1 - beta) p_s:
 
-        beta KL(p_t || M) + (1 - beta) KL(p_s || M);   beta = 0: KL(p_t || p_s);   beta = 1: KL(p_s || p_t).
+        beta KL(p_t || M) + (1 - beta) KL(p_s || M);   beta = 0: KL(p_t || p_s);   beta = 1: KL(p_s
+        || p_t).
 
-    The two ends are special-cased (as in TRL): the formula itself vanishes there like beta, so its gradient at beta = 0.01 is about
-    1 % of that at 0. `normalised` divides by beta (1 - beta) and is continuous up to both ends. beta sits on the teacher,
-    as in TRL and Liger; KDFlow puts it on the student.
+    The two ends are special-cased (as in TRL): the formula itself vanishes there like beta, so its
+    gradient at beta = 0.01 is about 1 % of that at 0. `normalised` divides by beta (1 - beta) and
+    is continuous up to both ends. beta sits on the teacher, as in TRL and Liger; KDFlow puts it on
+    the student.
     """
 
     beta: float = 0.5
@@ -77,7 +87,9 @@ class JSD(Kind):
 
 @dataclass(frozen=True)
 class SkewForward(Kind):
-    """KL(teacher || alpha teacher + (1 - alpha) student), DistiLLM's SKL (arXiv 2402.03898); at most -log alpha."""
+    """KL(teacher || alpha teacher + (1 - alpha) student), DistiLLM's SKL (arXiv 2402.03898); at
+    most -log alpha.
+    """
 
     alpha: float = 0.1
 
@@ -87,7 +99,9 @@ class SkewForward(Kind):
 
 @dataclass(frozen=True)
 class SkewReverse(Kind):
-    """KL(student || (1 - alpha) teacher + alpha student), DistiLLM's SRKL (arXiv 2402.03898); at most -log alpha."""
+    """KL(student || (1 - alpha) teacher + alpha student), DistiLLM's SRKL (arXiv 2402.03898); at
+    most -log alpha.
+    """
 
     alpha: float = 0.1
 
@@ -97,13 +111,17 @@ class SkewReverse(Kind):
 
 @dataclass(frozen=True)
 class Alpha(Kind):
-    """Alpha divergence, 0 < a < 1: (sum p_t^a p_s^(1-a) - 1) / (a (a - 1)); a -> 1: KL(p_t || p_s), a -> 0: KL(p_s || p_t)."""
+    """Alpha divergence, 0 < a < 1: (sum p_t^a p_s^(1-a) - 1) / (a (a - 1)); a -> 1: KL(p_t || p_s),
+    a -> 0: KL(p_s || p_t).
+    """
 
     a: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.a < 1:
-            raise ValueError(f"a={self.a} must lie strictly between 0 (reverse KL) and 1 (forward KL)")
+            raise ValueError(
+                f"a={self.a} must lie strictly between 0 (reverse KL) and 1 (forward KL)"
+            )
 
     def entries(self, ls: Tensor, lt: Tensor) -> Tensor:
         a = self.a
@@ -113,7 +131,9 @@ class Alpha(Kind):
 
 @dataclass(frozen=True)
 class Hellinger2(Kind):
-    """Squared Hellinger distance, sum (sqrt p_s - sqrt p_t)^2 / 2 = 1 - sum sqrt(p_s p_t), in [0, 1]."""
+    """Squared Hellinger distance, sum (sqrt p_s - sqrt p_t)^2 / 2 = 1 - sum sqrt(p_s p_t), in [0,
+    1].
+    """
 
     def entries(self, ls: Tensor, lt: Tensor) -> Tensor:
         return 0.5 * ((0.5 * ls).exp() - (0.5 * lt).exp()).square()
@@ -149,7 +169,9 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(kind: str | Kind) -> Kind:
-    """A divergence by name ("reverse_kl", "forward_kl", "jsd" ...) or as it is (`JSD(0.1)`, one's own `Kind`)."""
+    """A divergence by name ("reverse_kl", "forward_kl", "jsd" ...) or as it is (`JSD(0.1)`, one's
+    own `Kind`).
+    """
     if isinstance(kind, Kind):
         return kind
     if kind not in KINDS:
@@ -169,10 +191,12 @@ def mixture(la: Tensor, lb: Tensor, share: float) -> Tensor:
 
 
 def divergence(kind: Kind, ls: Tensor, lt: Tensor, cap: float | None = None) -> Tensor:
-    """[...] = sum over the last dimension of the contributions of `ls`, `lt` [..., K], each at most `cap`.
+    """[...] = sum over the last dimension of the contributions of `ls`, `lt` [..., K], each at most
+    `cap`.
 
-    An entry that the teacher rules out (-inf) counts as the least probability float32 can hold, so that reverse KL stays
-    finite there and pushes the student away; one that both rule out (a padded row, a missing entry) contributes nothing.
+    An entry that the teacher rules out (-inf) counts as the least probability float32 can hold, so
+    that reverse KL stays finite there and pushes the student away; one that both rule out (a padded
+    row, a missing entry) contributes nothing.
     """
     entries = kind.entries(finite(ls), finite(lt))
     if cap is not None:
@@ -181,15 +205,18 @@ def divergence(kind: Kind, ls: Tensor, lt: Tensor, cap: float | None = None) -> 
 
 
 def finite(logp: Tensor) -> Tensor:
-    """log-probs with -inf replaced by `LOGP_FLOOR`; NaN stays NaN, so that it is found and reported."""
+    """log-probs with -inf replaced by `LOGP_FLOOR`; NaN stays NaN, so that it is found and
+    reported.
+    """
     return torch.nan_to_num(logp, nan=math.nan, posinf=math.inf, neginf=LOGP_FLOOR)
 
 
 def restrict(ls: Tensor, lt: Tensor, rest: str) -> tuple[Tensor, Tensor]:
-    """Treat the mass outside a support of K ids: log-probs [..., K] (-inf: entry absent) to log-probs that `divergence` takes.
+    """Treat the mass outside a support of K ids: log-probs [..., K] (-inf: entry absent) to
+    log-probs that `divergence` takes.
 
-    raw: as they are. renormalise: both sum to one on the support. target: the teacher's do, the student's stay of the whole
-    vocabulary. tail: one more entry with all that is left on each side.
+    raw: as they are. renormalise: both sum to one on the support. target: the teacher's do, the
+    student's stay of the whole vocabulary. tail: one more entry with all that is left on each side.
     """
     if rest == "raw":
         return ls, lt
@@ -199,9 +226,12 @@ def restrict(ls: Tensor, lt: Tensor, rest: str) -> tuple[Tensor, Tensor]:
         return ls, normalise(lt)
     if rest == "tail":
         left_s, left_t = left_over(ls), left_over(lt)
-        none = (left_s < TAIL_FLOOR) & (left_t < TAIL_FLOOR)  # the support holds everything: what is left is rounding
+        # the support holds everything: what is left is rounding
+        none = (left_s < TAIL_FLOOR) & (left_t < TAIL_FLOOR)
         tail_s = left_s.clamp_min(TAIL_FLOOR).log().masked_fill(none, -math.inf)
-        return torch.cat([ls, tail_s], -1), torch.cat([lt, left_t.log().masked_fill(none, -math.inf)], -1)
+        return torch.cat([ls, tail_s], -1), torch.cat(
+            [lt, left_t.log().masked_fill(none, -math.inf)], -1
+        )
     raise ValueError(f"rest={rest!r} must be one of raw, renormalise, target, tail")
 
 
@@ -216,11 +246,13 @@ def left_over(logp: Tensor) -> Tensor:
     return (-torch.expm1(torch.logsumexp(logp, -1, keepdim=True))).clamp_min(0.0)
 
 
-# ----------------------------------------------------------------------------------------------------------- estimators
+# --------------------------------------------------------------------------------------- estimators
 
 
 def k1(d: Tensor) -> Tensor:
-    """d = log p_s - log p_t at a sampled token: unbiased for KL(student || teacher); its own gradient is zero on average."""
+    """d = log p_s - log p_t at a sampled token: unbiased for KL(student || teacher); its own
+    gradient is zero on average.
+    """
     return d
 
 
@@ -230,7 +262,9 @@ def k2(d: Tensor) -> Tensor:
 
 
 def k3(d: Tensor) -> Tensor:
-    """exp(-d) + d - 1 >= 0: unbiased for KL(student || teacher), and on average the gradient of KL(teacher || student)."""
+    """exp(-d) + d - 1 >= 0: unbiased for KL(student || teacher), and on average the gradient of
+    KL(teacher || student).
+    """
     return torch.expm1(-d) + d
 
 
@@ -239,7 +273,7 @@ def straight(value: Tensor, gradient: Tensor) -> Tensor:
     return gradient + (value - gradient).detach()
 
 
-# ------------------------------------------------------------------------------------------- sums over rows and groups
+# ------------------------------------------------------------------------ sums over rows and groups
 
 
 def to_go(values: Tensor, discount: float) -> Tensor:
@@ -253,7 +287,9 @@ def to_go(values: Tensor, discount: float) -> Tensor:
 
 def row_mean(values: Tensor, mask: Tensor) -> Tensor:
     """[B, 1]: mean over each row's selected positions; 0 for a row without any."""
-    return torch.where(mask, values, 0.0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+    return torch.where(mask, values, 0.0).sum(1, keepdim=True) / mask.sum(
+        1, keepdim=True
+    ).clamp_min(1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -262,27 +298,34 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_quantile(values: Tensor, mask: Tensor, at: float) -> Tensor:
-    """[]: the quantile of the selected values, 0 the least and 1 the greatest, linear in between; 0 where there is none."""
+    """[]: the quantile of the selected values, 0 the least and 1 the greatest, linear in between; 0
+    where there is none.
+    """
     ranked = values[mask].sort().values
     if len(ranked) == 0:
         return torch.zeros((), dtype=values.dtype, device=values.device)
-    place = round(at * (len(ranked) - 1), 9)  # 0.3 * 10 is a little more than 3, and >= must still find the value there
+    # 0.3 * 10 is a little more than 3, and >= must still find the value there
+    place = round(at * (len(ranked) - 1), 9)
     low = ranked[math.floor(place)]
     return low + (ranked[math.ceil(place)] - low) * (place - math.floor(place))
 
 
 def group_index(*keys: Tensor) -> tuple[Tensor, int]:
-    """[B] index of each row's group (rows are of one group where all `keys` [B] agree) and the number of groups."""
+    """[B] index of each row's group (rows are of one group where all `keys` [B] agree) and the
+    number of groups.
+    """
     table = torch.stack([k.to(torch.int64) for k in keys], 1)
     unique, index = torch.unique(table, dim=0, return_inverse=True)
     return index, len(unique)
 
 
 def group_means(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row's group [B]: the least of its `values` [B], their mean above it, and their number; the mean itself is least + mean.
+    """Of each row's group [B]: the least of its `values` [B], their mean above it, and their
+    number; the mean itself is least + mean.
 
-    Equal values lie exactly 0 above their least, so nothing is left of values - least - mean. Their plain mean rounds (sixteen times
-    0.7 in float32 is not 0.7), and a standard deviation that is nothing but that rounding would make a whole advantage of it.
+    Equal values lie exactly 0 above their least, so nothing is left of values - least - mean. Their
+    plain mean rounds (sixteen times 0.7 in float32 is not 0.7), and a standard deviation that is
+    nothing but that rounding would make a whole advantage of it.
     """
     index, n = group_index(group)
     zeros = torch.zeros(n, dtype=values.dtype, device=values.device)
@@ -293,7 +336,8 @@ def group_means(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def deviations(values: Tensor, mask: Tensor) -> Tensor:
-    """Values less the mean of the selected ones: exactly 0 where all of these are equal, for the reason in `group_means`.
+    """Values less the mean of the selected ones: exactly 0 where all of these are equal, for the
+    reason in `group_means`.
 
     Measured from their median, so that one far away costs the others no digits.
     """
@@ -302,19 +346,27 @@ def deviations(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def group_softmax(logits: Tensor, among: Tensor, group: Tensor) -> Tensor:
-    """[B]: softmax of `logits` [B] over the rows of `among` [B] inside each group, times their number: mean 1. 0 outside `among`."""
+    """[B]: softmax of `logits` [B] over the rows of `among` [B] inside each group, times their
+    number: mean 1. 0 outside `among`.
+    """
     index, n = group_index(group)
     open_ = torch.where(among, logits, -math.inf)
-    highest = torch.full((n,), -math.inf, dtype=logits.dtype, device=logits.device).scatter_reduce(0, index, open_, "amax")
+    highest = torch.full((n,), -math.inf, dtype=logits.dtype, device=logits.device).scatter_reduce(
+        0, index, open_, "amax"
+    )
     size = torch.where(among, (open_ - highest[index]).exp(), 0.0)
     total = torch.zeros(n, dtype=logits.dtype, device=logits.device).index_add(0, index, size)
     count = torch.zeros_like(total).index_add(0, index, among.to(total.dtype))
-    return torch.where(among, size / total[index].clamp_min(torch.finfo(total.dtype).tiny) * count[index], 0.0)
+    return torch.where(
+        among, size / total[index].clamp_min(torch.finfo(total.dtype).tiny) * count[index], 0.0
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- keyed draws
+# -------------------------------------------------------------------------------------- keyed draws
 
-_GAMMA, _MIX1, _MIX2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_GAMMA, _MIX1, _MIX2 = (
+    c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -328,15 +380,24 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def keyed_uniform(seed: int, step: int, salt: str, keys: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """[B, length] uniform draws in [0, 1), a pure function of (seed, step, salt, rollout key, position).
+def keyed_uniform(
+    seed: int, step: int, salt: str, keys: Tensor, length: int, dtype: torch.dtype
+) -> Tensor:
+    """[B, length] uniform draws in [0, 1), a pure function of (seed, step, salt, rollout key,
+    position).
 
     Padding, row order, micro-batches, ranks and resumed runs therefore see the same draw.
     """
-    start = torch.tensor([seed, step, zlib.crc32(salt.encode())], dtype=torch.int64, device=keys.device)
+    start = torch.tensor(
+        [seed, step, zlib.crc32(salt.encode())], dtype=torch.int64, device=keys.device
+    )
     state = torch.zeros((), dtype=torch.int64, device=keys.device)
     for part in start:
         state = _mix(state * _GAMMA + part + _GAMMA)
     rows = _mix(state ^ _mix(keys + _GAMMA))[:, None]
     cells = _mix(rows + torch.arange(1, length + 1, device=keys.device) * _GAMMA)
-    return (_shift(cells, 11).to(torch.float64) * 2.0**-53).to(dtype).clamp_max(1 - torch.finfo(dtype).eps)
+    return (
+        (_shift(cells, 11).to(torch.float64) * 2.0**-53)
+        .to(dtype)
+        .clamp_max(1 - torch.finfo(dtype).eps)
+    )

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from opdkit.objective.alignment import AlignedSource, Alignment
 from opdkit.objective.batch import Batch, Live
-from opdkit.objective.facts import ColumnFact, EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, SpanFact, TopFact, VocabularyFact
+from opdkit.objective.facts import (
+    ColumnFact,
+    EntropyFact,
+    Fact,
+    GapFact,
+    LogpAtFact,
+    LogpFact,
+    SpanFact,
+    TopFact,
+    VocabularyFact,
+)
 from opdkit.objective.grammar import Objective, RolloutLoss, Signal, TokenLoss, credit_of
 from opdkit.objective.head import Head, Source
 from opdkit.types import Watch
@@ -40,11 +50,15 @@ class Needs:
         return any(isinstance(fact, (VocabularyFact, GapFact, SpanFact)) for fact in self.of(model))
 
     def spans(self, model: str) -> bool:
-        """Whether spans of text are read of a model: then it may have a tokenizer of its own, if `ids` is empty."""
+        """Whether spans of text are read of a model: then it may have a tokenizer of its own, if
+        `ids` is empty.
+        """
         return any(isinstance(fact, SpanFact) for fact in self.of(model))
 
     def ids(self, model: str) -> frozenset[Fact]:
-        """What is read of a model over the student's token ids: then it must have the student's tokenizer."""
+        """What is read of a model over the student's token ids: then it must have the student's
+        tokenizer.
+        """
         return frozenset(fact for fact in self.of(model) if not isinstance(fact, SpanFact))
 
     def __str__(self) -> str:
@@ -63,12 +77,21 @@ def models_of(fact: Fact) -> tuple[str, ...]:
 
 
 def watched(needs: Needs) -> Watch:
-    """What a sampler notes of the student so that no pass of it is needed; nothing where one is needed anyway."""
-    own = [f for f in needs.of("student") if isinstance(f, TopFact) or (isinstance(f, LogpAtFact) and f.owner == "student")]
+    """What a sampler notes of the student so that no pass of it is needed; nothing where one is
+    needed anyway.
+    """
+    own = [
+        f
+        for f in needs.of("student")
+        if isinstance(f, TopFact) or (isinstance(f, LogpAtFact) and f.owner == "student")
+    ]
     tokens = {LogpFact("student"), EntropyFact("student")}
     if needs.of("student") - set(own) - tokens:
         return Watch()
-    return Watch(bool({EntropyFact("student"), EntropyFact("live")} & needs.facts), max((f.k for f in own), default=0))
+    return Watch(
+        bool({EntropyFact("student"), EntropyFact("live")} & needs.facts),
+        max((f.k for f in own), default=0),
+    )
 
 
 def describe(fact: Fact) -> str:
@@ -89,7 +112,8 @@ def describe(fact: Fact) -> str:
         what = {
             "tokens": f"spans of text that the {fact.model}'s tokens cover too",
             "logp": f"{fact.model} log-probs of those spans",
-            "single": f"which spans are one token on both sides, of the student and the {fact.model}",
+            "single": "which spans are one token on both sides, of the student and the "
+            f"{fact.model}",
             "vocabulary": f"{fact.model} over the whole vocabulary of its own tokenizer",
             "shared": f"whether the {fact.model} has the student's tokenizer",
         }
@@ -132,18 +156,23 @@ class _Probe(Batch):
         self.asked.add(fact or VocabularyFact(model))
         cells, ends = self.tokens.numel(), torch.arange(self.LENGTH).expand(self.ROWS, -1)
         own = Alignment(self.tokens, ends, ends, torch.arange(self.VOCABULARY), shared=True)
-        return AlignedSource(Source(torch.zeros(cells, self.VOCABULARY), torch.arange(cells), Head()), own)
+        return AlignedSource(
+            Source(torch.zeros(cells, self.VOCABULARY), torch.arange(cells), Head()), own
+        )
 
 
 def per_rollout(signal: Signal) -> bool:
-    """Whether a signal is one number per rollout or step, not one per token: found by running it on made-up facts."""
+    """Whether a signal is one number per rollout or step, not one per token: found by running it on
+    made-up facts.
+    """
     return signal(_Probe()).shape[1] == 1
 
 
 def needs(objective: Objective) -> Needs:
     """What an objective reads: the formula is run once on made-up facts that note each reading.
 
-    Every loss is run whatever its weight, so that what is read only at rare tokens is found as well.
+    Every loss is run whatever its weight, so that what is read only at rare tokens is found as
+    well.
     """
     probe = _Probe()
     positions = torch.arange(probe.tokens.numel())

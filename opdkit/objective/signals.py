@@ -1,4 +1,6 @@
-"""The vocabulary of signals: what a formula can say of a step's tokens and rollouts, without gradient."""
+"""The vocabulary of signals: what a formula can say of a step's tokens and rollouts, without
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ import torch
 from torch import Tensor
 
 from opdkit.objective.batch import Batch
-from opdkit.objective.facts import ColumnFact, EntropyFact, GapFact, LogpAtFact, LogpFact, MissingFact, TopFact
+from opdkit.objective.facts import (
+    ColumnFact,
+    EntropyFact,
+    GapFact,
+    LogpAtFact,
+    LogpFact,
+    MissingFact,
+    TopFact,
+)
 from opdkit.objective.grammar import Signal
 from opdkit.objective.maths import (
     Kind,
@@ -27,7 +37,7 @@ from opdkit.objective.maths import (
     to_go,
 )
 
-# -------------------------------------------------------------------------------------------------------- what models say
+# ---------------------------------------------------------------------------------- what models say
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,9 @@ class Entropy(Signal):
 class Support:
     """Which vocabulary entries a divergence sums over, and what becomes of the rest.
 
-    support: "teacher" or "student" (its k most probable tokens before this step), "union" or "intersection" of both, "full".
-    rest: see `maths.restrict`. Log-probs are those of the whole vocabulary before `rest` is applied.
+    support: "teacher" or "student" (its k most probable tokens before this step), "union" or
+    "intersection" of both, "full". rest: see `maths.restrict`. Log-probs are those of the whole
+    vocabulary before `rest` is applied.
     """
 
     support: str = "full"
@@ -83,9 +94,15 @@ class Support:
 
     def __post_init__(self) -> None:
         if self.support not in ("full", "teacher", "student", "union", "intersection"):
-            raise ValueError(f"support={self.support!r} must be one of full, teacher, student, union, intersection")
+            raise ValueError(
+                f"support={self.support!r} must be one of full, teacher, student, union, "
+                "intersection"
+            )
         if (self.support == "full") != (self.k is None):
-            raise ValueError(f"support={self.support!r} with k={self.k}: a top-k support needs k, the full vocabulary takes none")
+            raise ValueError(
+                f"support={self.support!r} with k={self.k}: a top-k support needs k, the full "
+                "vocabulary takes none"
+            )
         if self.k is not None and self.k < 1:
             raise ValueError(f"k={self.k} must be at least 1")
         if self.rest not in ("raw", "renormalise", "target", "tail"):
@@ -94,12 +111,17 @@ class Support:
     def owners(self) -> tuple[str, ...]:
         """The models whose top-k make the support."""
         both = (self.student, self.teacher)
-        return {"full": (), "teacher": (self.teacher,), "student": (self.student,), "intersection": (self.student,)}.get(
-            self.support, both
-        )
+        return {
+            "full": (),
+            "teacher": (self.teacher,),
+            "student": (self.student,),
+            "intersection": (self.student,),
+        }.get(self.support, both)
 
     def entries(self, read: Any) -> tuple[Tensor, Tensor]:
-        """ids [..., K] and the teacher's log-probs there, -inf where an entry is absent; `read` supplies facts."""
+        """ids [..., K] and the teacher's log-probs there, -inf where an entry is absent; `read`
+        supplies facts.
+        """
         k = self.k or 0
         ids = torch.cat([read(TopFact(owner, k)) for owner in self.owners()], -1)
         lt = torch.cat([read(LogpAtFact(self.teacher, owner, k)) for owner in self.owners()], -1)
@@ -109,7 +131,9 @@ class Support:
         elif self.support == "union":  # an id named by both counts once
             own, other = ids.split(ids.shape[-1] // 2, -1)
             again = (other[..., :, None] == own[..., None, :]).any(-1)
-            absent = torch.cat([torch.zeros_like(again), again | (lt[..., own.shape[-1] :] == -math.inf)], -1)
+            absent = torch.cat(
+                [torch.zeros_like(again), again | (lt[..., own.shape[-1] :] == -math.inf)], -1
+            )
         elif self.support == "intersection":
             absent = ~(ids[..., :, None] == read(TopFact(self.teacher, k))[..., None, :]).any(-1)
         return ids, torch.where(absent, ABSENT, lt)
@@ -121,12 +145,16 @@ class Support:
         return restrict(ls, lt, self.rest)
 
 
-ABSENT = math.inf  # marks an entry outside the support until both sides are masked; a log-prob is never +inf
+# marks an entry outside the support until both sides are masked; a log-prob is never +inf
+ABSENT = math.inf
 
 
 @dataclass(frozen=True)
 class Gap(Signal):
-    """[B, T] nats: a divergence between student and teacher before this step. It does not depend on the sampled token."""
+    """[B, T] nats: a divergence between student and teacher before this step.
+
+    It does not depend on the sampled token.
+    """
 
     kind: str | Kind = "reverse_kl"
     support: str = "full"
@@ -147,11 +175,14 @@ class Gap(Signal):
         if where.support == "full":
             return batch.read(GapFact(kind, self.student, self.teacher))
         _, lt = where.entries(batch.read)
-        ls = torch.cat([batch.read(LogpAtFact(self.student, owner, self.k or 0)) for owner in where.owners()], -1)
+        ls = torch.cat(
+            [batch.read(LogpAtFact(self.student, owner, self.k or 0)) for owner in where.owners()],
+            -1,
+        )
         return divergence(kind, *where.pair(ls, lt))
 
 
-# ------------------------------------------------------------------------------------------------ what is known of rollouts
+# ------------------------------------------------------------------------ what is known of rollouts
 
 
 @dataclass(frozen=True)
@@ -174,13 +205,15 @@ class Correct(Signal):
 class PassRate(Signal):
     """[B, 1] in [0, 1]: how often the student solves a rollout's prompt.
 
-    What memory holds of the prompt (kept by `curricula.PassRates`), else the share of correct ones among its rollouts of this step.
+    What memory holds of the prompt (kept by `curricula.PassRates`), else the share of correct ones
+    among its rollouts of this step.
     """
 
     def value(self, batch: Batch) -> Tensor:
         now = GroupMean(Correct())(batch)
         try:
-            known = batch.read(ColumnFact("memory:pass_rate"))[:, None]  # [B, 1], NaN where the prompt is new
+            # [B, 1], NaN where the prompt is new
+            known = batch.read(ColumnFact("memory:pass_rate"))[:, None]
         except MissingFact:  # nothing is remembered yet
             return now
         return torch.where(known.isnan(), now, known.to(now.dtype))
@@ -210,8 +243,8 @@ class Row(Signal):
 class Advantage(Signal):
     """[B, 1]: reward against the other rollouts of its prompt.
 
-    std: (R - mean) / (sample std + 1e-6); mean: R - mean; rloo: R - mean of the others. A group of one keeps (R - 0) / 1 under std.
-    Equal rewards have exactly 0.
+    std: (R - mean) / (sample std + 1e-6); mean: R - mean; rloo: R - mean of the others. A group of
+    one keeps (R - 0) / 1 under std. Equal rewards have exactly 0.
     """
 
     normalise: str = "std"
@@ -229,12 +262,14 @@ class Advantage(Signal):
         if self.normalise == "rloo":
             return (centred * count / (count - 1).clamp_min(1))[:, None]
         index, n = group_index(batch.group)
-        squares = torch.zeros(n, dtype=reward.dtype, device=reward.device).index_add(0, index, centred.square())[index]
+        squares = torch.zeros(n, dtype=reward.dtype, device=reward.device).index_add(
+            0, index, centred.square()
+        )[index]
         spread = (squares / (count - 1).clamp_min(1)).sqrt()
         return torch.where(count > 1, centred / (spread + 1e-6), reward)[:, None]
 
 
-# ---------------------------------------------------------------------------------------------------------- functions
+# ---------------------------------------------------------------------------------------- functions
 
 
 @dataclass(frozen=True)
@@ -274,7 +309,10 @@ class Ceiling(Signal):
 
 @dataclass(frozen=True)
 class Draw(Signal):
-    """[B, T] bool: true with probability min(of, 1). Keyed by (seed, step, rollout, position) and its own formula."""
+    """[B, T] bool: true with probability min(of, 1).
+
+    Keyed by (seed, step, rollout, position) and its own formula.
+    """
 
     of: Signal
 
@@ -294,7 +332,9 @@ def uniform(batch: Batch, formula: str) -> Tensor:
 
 @dataclass(frozen=True)
 class ToGo(Signal):
-    """[B, T]: the discounted sum of a signal over the trained tokens from each position to the end of its response."""
+    """[B, T]: the discounted sum of a signal over the trained tokens from each position to the end
+    of its response.
+    """
 
     of: Signal
     discount: float = 1.0
@@ -316,7 +356,9 @@ class RowMean(Signal):
 
 @dataclass(frozen=True)
 class GroupMean(Signal):
-    """[B, 1]: mean of a signal [B, 1] over the rollouts of each prompt, such as a pass rate, GroupMean(Correct())."""
+    """[B, 1]: mean of a signal [B, 1] over the rollouts of each prompt, such as a pass rate,
+    GroupMean(Correct()).
+    """
 
     of: Signal
 
@@ -335,12 +377,16 @@ class MeanOne(Signal):
     def value(self, batch: Batch) -> Tensor:
         values = self.of(batch).expand(batch.shape).to(batch.dtype)
         mean = masked_mean(values, batch.mask)
-        return torch.where(mean == 0, torch.zeros_like(values), values / torch.where(mean == 0, 1.0, mean))
+        return torch.where(
+            mean == 0, torch.zeros_like(values), values / torch.where(mean == 0, 1.0, mean)
+        )
 
 
 @dataclass(frozen=True)
 class Quantile(Signal):
-    """[1, 1]: the quantile of a signal over the trained tokens of the step; 0 its least, 1 its greatest, linear in between."""
+    """[1, 1]: the quantile of a signal over the trained tokens of the step; 0 its least, 1 its
+    greatest, linear in between.
+    """
 
     of: Signal
     at: float
@@ -351,7 +397,9 @@ class Quantile(Signal):
 
 @dataclass(frozen=True)
 class GroupShare(Signal):
-    """[B, 1]: softmax of `logits` [B, 1] over the rollouts of a prompt for which `among` holds, times their number (mean 1)."""
+    """[B, 1]: softmax of `logits` [B, 1] over the rollouts of a prompt for which `among` holds,
+    times their number (mean 1).
+    """
 
     logits: Signal
     among: Signal
@@ -372,17 +420,23 @@ class Progress(Signal):
 
 @dataclass(frozen=True)
 class Early(Signal):
-    """[1, 1] bool: whether this step is among the first `share` of the run's steps; 1: always, 0: never."""
+    """[1, 1] bool: whether this step is among the first `share` of the run's steps; 1: always, 0:
+    never.
+    """
 
     share: float
 
     def value(self, batch: Batch) -> Tensor:
-        early = batch.step < self.share * batch.total_steps - 1e-9  # 0.1 * 30 is a little more than 3
+        # 0.1 * 30 is a little more than 3
+        early = batch.step < self.share * batch.total_steps - 1e-9
         return torch.full((1, 1), early, device=batch.device)
 
 
 def depends_on_sample(signal: Any) -> bool:
-    """Whether a signal changes with the sampled token. One that does not carries no gradient on average as a credit."""
+    """Whether a signal changes with the sampled token.
+
+    One that does not carries no gradient on average as a credit.
+    """
     if isinstance(signal, (Logp, LogRatio, Reward, Correct, Mark, Row, Advantage)):
         return True
     if isinstance(signal, (Gap, Entropy, Progress)):
@@ -391,5 +445,9 @@ def depends_on_sample(signal: Any) -> bool:
         return any(map(depends_on_sample, signal))
     inner = list(vars(signal).values()) if isinstance(signal, Signal) else []
     parts = [x for x in inner if isinstance(x, (Signal, tuple))]
-    own = isinstance(signal, Signal) and type(signal).__module__ not in (__name__, "opdkit.objective.grammar")
-    return any(map(depends_on_sample, parts)) or (own and not parts)  # a user's own signal without parts may read anything
+    own = isinstance(signal, Signal) and type(signal).__module__ not in (
+        __name__,
+        "opdkit.objective.grammar",
+    )
+    # a user's own signal without parts may read anything
+    return any(map(depends_on_sample, parts)) or (own and not parts)

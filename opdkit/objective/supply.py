@@ -1,4 +1,6 @@
-"""Facts from models in this process: one chunked pass over their sources supplies all that an objective reads of them."""
+"""Facts from models in this process: one chunked pass over their sources supplies all that an
+objective reads of them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,17 @@ from torch import Tensor
 
 from opdkit.objective import kernels
 from opdkit.objective.batch import Batch, Live
-from opdkit.objective.facts import ColumnFact, EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, SpanFact, TopFact, VocabularyFact
+from opdkit.objective.facts import (
+    ColumnFact,
+    EntropyFact,
+    Fact,
+    GapFact,
+    LogpAtFact,
+    LogpFact,
+    SpanFact,
+    TopFact,
+    VocabularyFact,
+)
 from opdkit.objective.head import chunk_rows as default_rows
 from opdkit.objective.head import slices
 from opdkit.objective.needs import describe, models_of
@@ -17,21 +29,31 @@ from opdkit.objective.needs import describe, models_of
 Tensors = dict[Fact, Tensor]
 
 
-# --------------------------------------------------------------------------------------------------------------- supply
+# ------------------------------------------------------------------------------------------- supply
 
 
-def supply(batch: Batch, wanted: Collection[Fact], positions: Tensor, chunk: int | None = None) -> Tensors:
-    """The wanted facts whose models are in `batch.sources`, at flat positions [N], scattered to [B, T] or [B, T, k].
+def supply(
+    batch: Batch, wanted: Collection[Fact], positions: Tensor, chunk: int | None = None
+) -> Tensors:
+    """The wanted facts whose models are in `batch.sources`, at flat positions [N], scattered to [B,
+    T] or [B, T, k].
 
-    One pass: a chunk's logits of each model are made once and everything is read off them. Elsewhere the facts are zero.
-    Facts of which the batch already holds the tensor (a server's top-k, the sampler's log-probs) are left alone.
+    One pass: a chunk's logits of each model are made once and everything is read off them.
+    Elsewhere the facts are zero. Facts of which the batch already holds the tensor (a server's
+    top-k, the sampler's log-probs) are left alone.
     """
     sources = batch.sources
     wanted = set(wanted) | {TopFact(f.owner, f.k) for f in wanted if isinstance(f, LogpAtFact)}
-    todo = [f for f in wanted if not isinstance(f, (ColumnFact, VocabularyFact)) and f not in batch.facts]
+    todo = [
+        f
+        for f in wanted
+        if not isinstance(f, (ColumnFact, VocabularyFact)) and f not in batch.facts
+    ]
     todo = [f for f in todo if all(m in sources or _held(batch, f, m) for m in models_of(f))]
     spans = [f for f in todo if isinstance(f, SpanFact)]
-    aligned: Tensors = {f: sources[f.model].read(f, batch.mask) for f in spans if f.what != "vocabulary"}
+    aligned: Tensors = {
+        f: sources[f.model].read(f, batch.mask) for f in spans if f.what != "vocabulary"
+    }
     todo = sorted(
         (f for f in todo if f not in spans), key=lambda f: (not isinstance(f, TopFact), describe(f))
     )  # ids before log-probs there
@@ -52,7 +74,11 @@ def supply(batch: Batch, wanted: Collection[Fact], positions: Tensor, chunk: int
 
 def _held(batch: Batch, fact: Fact, model: str) -> bool:
     """Whether the ids at which another model is to be read have been supplied from elsewhere."""
-    return isinstance(fact, LogpAtFact) and model == fact.owner != fact.model and TopFact(model, fact.k) in batch.facts
+    return (
+        isinstance(fact, LogpAtFact)
+        and model == fact.owner != fact.model
+        and TopFact(model, fact.k) in batch.facts
+    )
 
 
 def _read(fact: Fact, here: Live, made: Tensors) -> Tensor:
@@ -65,7 +91,11 @@ def _read(fact: Fact, here: Live, made: Tensors) -> Tensor:
         logits = here.vocabulary(fact.model).logits
         return logits.topk(min(fact.k, logits.shape[-1]), -1).indices
     if isinstance(fact, LogpAtFact):
-        ids = made[TopFact(fact.owner, fact.k)] if TopFact(fact.owner, fact.k) in made else here.read(TopFact(fact.owner, fact.k))
+        ids = (
+            made[TopFact(fact.owner, fact.k)]
+            if TopFact(fact.owner, fact.k) in made
+            else here.read(TopFact(fact.owner, fact.k))
+        )
         return here.vocabulary(fact.model).at(ids)
     if isinstance(fact, GapFact):
         student, teacher = here.vocabulary(fact.student), here.vocabulary(fact.teacher)
@@ -75,6 +105,8 @@ def _read(fact: Fact, here: Live, made: Tensors) -> Tensor:
 
 def _scatter(batch: Batch, positions: Tensor, parts: list[Tensor]) -> Tensor:
     values = torch.cat(parts)
-    full = torch.zeros((batch.tokens.numel(), *values.shape[1:]), dtype=values.dtype, device=values.device)
+    full = torch.zeros(
+        (batch.tokens.numel(), *values.shape[1:]), dtype=values.dtype, device=values.device
+    )
     full[positions] = values
     return full.view(*batch.shape, *values.shape[1:])

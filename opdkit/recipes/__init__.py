@@ -1,4 +1,6 @@
-"""Recipes: functions that return the settings of a run, to be completed and changed on the command line."""
+"""Recipes: functions that return the settings of a run, to be completed and changed on the command
+line.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,20 @@ MAKERS = {"quickstart": "opdkit.recipes.quickstart:make"}  # of models and data 
 
 
 def recipe(name: str, folder: Path | None = None) -> dict[str, Any]:
-    """The settings of a recipe by name, or of `file.py:function`, which returns a `Run` or a mapping.
+    """The settings of a recipe by name, or of `file.py:function`, which returns a `Run` or a
+    mapping.
 
-    A recipe whose models and data are made for it (see `make`) has an argument `folder`: where they are.
+    A recipe whose models and data are made for it (see `make`) has an argument `folder`: where they
+    are.
     """
     if is_address(name):
         function = load_address(name)
     elif name in RECIPES:
         function = _function(RECIPES[name])
     else:
-        raise UserError(f"unknown recipe {name!r}{nearest(name, list(RECIPES))} (one's own: file.py:function)")
+        raise UserError(
+            f"unknown recipe {name!r}{nearest(name, list(RECIPES))} (one's own: file.py:function)"
+        )
     takes_folder = folder is not None and "folder" in inspect.signature(function).parameters
     found = function(folder=folder) if takes_folder else function()
     return dict(found) if isinstance(found, dict) else plain(found)

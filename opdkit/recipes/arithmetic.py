@@ -1,6 +1,8 @@
-"""The quickstart's world: written addition, two small Qwen3 models and the supervised training that precedes distillation.
+"""The quickstart's world: written addition, two small Qwen3 models and the supervised training that
+precedes distillation.
 
-A row asks `4738+2965=` and its response adds column by column, units first, with every carry written, then the sum:
+A row asks `4738+2965=` and its response adds column by column, units first, with every carry
+written, then the sum:
 
     8+5+0=13
     3+6+1=10
@@ -8,8 +10,9 @@ A row asks `4738+2965=` and its response adds column by column, units first, wit
     4+2+1=7
     =7703
 
-The teacher learns from such texts. The student learns briefly from the texts of a careless pupil, who forgets most carries:
-it writes the right format with wrong sums, and distillation on its own rollouts teaches it to carry.
+The teacher learns from such texts. The student learns briefly from the texts of a careless pupil,
+who forgets most carries: it writes the right format with wrong sums, and distillation on its own
+rollouts teaches it to carry.
 """
 
 from __future__ import annotations
@@ -27,7 +30,12 @@ from opdkit.base.errors import UserError
 from opdkit.types import Row
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3ForCausalLM
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+        Qwen3ForCausalLM,
+    )
 
 DIGITS = 4  # of each summand
 HELD_OUT = 16  # one pair of summands in this many is never trained on
@@ -51,15 +59,18 @@ class Start:
 
 
 TEACHER = Start(128, 384, 4, 4, steps=400, batch_size=32, learning_rate=4e-3)  # 0.86M parameters
-STUDENT = Start(96, 288, 3, 4, steps=200, batch_size=32, learning_rate=6e-3, forget=0.7)  # 0.36M parameters
+# 0.36M parameters
+STUDENT = Start(96, 288, 3, 4, steps=200, batch_size=32, learning_rate=6e-3, forget=0.7)
 SIZES = {"teacher": TEACHER, "student": STUDENT}
 
 
-# ------------------------------------------------------------------------------------------------------------- problems
+# ----------------------------------------------------------------------------------------- problems
 
 
 def held_out(a: int, b: int) -> bool:
-    """Whether the pair belongs to the evaluation set: decided by a hash of the unordered pair, so b+a goes with a+b."""
+    """Whether the pair belongs to the evaluation set: decided by a hash of the unordered pair, so
+    b+a goes with a+b.
+    """
     digest = hashlib.blake2b(f"{min(a, b)}+{max(a, b)}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") % HELD_OUT == 0
 
@@ -78,25 +89,36 @@ def written(a: int, b: int, rng: random.Random, forget: float = 0.0) -> str:
 
 
 def problem(rng: random.Random, held: bool = False, forget: float = 0.0) -> Row:
-    """One row: `prompt`, `response` (with carries forgotten at the rate `forget`) and `answer`, which is always right."""
+    """One row: `prompt`, `response` (with carries forgotten at the rate `forget`) and `answer`,
+    which is always right.
+    """
     low, high = 10 ** (DIGITS - 1), 10**DIGITS
     while True:
         a, b = rng.randrange(low, high), rng.randrange(low, high)
         if held_out(a, b) == held:
-            return {"prompt": f"{a}+{b}=", "response": written(a, b, rng, forget), "answer": str(a + b)}
+            return {
+                "prompt": f"{a}+{b}=",
+                "response": written(a, b, rng, forget),
+                "answer": str(a + b),
+            }
 
 
 def problems(n: int, seed: int, held: bool = False, forget: float = 0.0) -> list[Row]:
-    """n rows, the same for the same seed; `held` chooses the evaluation set, disjoint from training for any two seeds."""
+    """n rows, the same for the same seed; `held` chooses the evaluation set, disjoint from training
+    for any two seeds.
+    """
     rng = random.Random(f"{seed}/{held}/{forget}")
     return [problem(rng, held, forget) for _ in range(n)]
 
 
-# --------------------------------------------------------------------------------------------------- tokenizer and models
+# ----------------------------------------------------------------------------- tokenizer and models
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character; other characters are dropped. Nothing is added before or after a text."""
+    """One token per character; other characters are dropped.
+
+    Nothing is added before or after a text.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -106,7 +128,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.decoder = decoders.Fuse()
     pad, bos, eos = SPECIALS
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=pad, bos_token=bos, eos_token=eos, clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -116,7 +142,8 @@ def model(size: str, vocab_size: int, seed: int) -> Qwen3ForCausalLM:
 
     if size not in SIZES:
         raise UserError(
-            f"no model size {size!r}: the recipe trains one teacher and one smaller student; use 'teacher' or 'student'"
+            f"no model size {size!r}: the recipe trains one teacher and one smaller student; use "
+            "'teacher' or 'student'"
         )
     shape = SIZES[size]
     config = Qwen3Config(
@@ -129,7 +156,8 @@ def model(size: str, vocab_size: int, seed: int) -> Qwen3ForCausalLM:
         head_dim=shape.hidden_size // shape.num_attention_heads,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        # texts of 60 characters and narrow layers: with the defaults of large models (10000 and 0.02) learning takes 3x the steps
+        # texts of 60 characters and narrow layers: with the defaults of large models (10000 and
+        # 0.02) learning takes 3x the steps
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.08,
         pad_token_id=SPECIALS.index("<pad>"),
@@ -141,11 +169,13 @@ def model(size: str, vocab_size: int, seed: int) -> Qwen3ForCausalLM:
         return Qwen3ForCausalLM(config)
 
 
-# ------------------------------------------------------------------------------------------------------ supervised training
+# ------------------------------------------------------------------------------ supervised training
 
 
 def collate(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """Token ids [n, T], padded on the right, and labels [n, T]: `IGNORED` on prompts and padding, the response ends with eos."""
+    """Token ids [n, T], padded on the right, and labels [n, T]: `IGNORED` on prompts and padding,
+    the response ends with eos.
+    """
     prompts = tokenizer([row["prompt"] for row in rows]).input_ids
     responses = tokenizer([row["response"] for row in rows]).input_ids
     width = 1 + max(len(p) + len(r) for p, r in zip(prompts, responses))
@@ -167,16 +197,22 @@ def pretrain(
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Supervised training on the rows' responses, in place; returns the loss of each step in nats per token.
+    """Supervised training on the rows' responses, in place; returns the loss of each step in nats
+    per token.
 
-    AdamW, linear warm-up over the first 20 steps, then a cosine to a twentieth. The result depends on the seed and, through
-    floating-point sums, on the thread count alone. `progress(steps done, loss)` is called after every step.
+    AdamW, linear warm-up over the first 20 steps, then a cosine to a twentieth. The result depends
+    on the seed and, through floating-point sums, on the thread count alone. `progress(steps done,
+    loss)` is called after every step.
     """
     ids, labels = collate(rows, tokenizer)
     order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 20, total_iters=20)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - 20), eta_min=learning_rate / 20)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, max(1, steps - 20), eta_min=learning_rate / 20
+    )
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [20])
     losses: list[float] = []
     left = torch.empty(0, dtype=torch.long)
@@ -185,9 +221,12 @@ def pretrain(
         if len(left) < batch_size:
             left = torch.randperm(len(ids), generator=order)
         batch, left = left[:batch_size], left[batch_size:]
-        # padding is on the right: causal attention keeps it away from the text, so no mask is needed
+        # padding is on the right: causal attention keeps it away from the text, so no mask is
+        # needed
         logits = model(input_ids=ids[batch, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[batch, 1:].flatten(), ignore_index=IGNORED)
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[batch, 1:].flatten(), ignore_index=IGNORED
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -201,11 +240,16 @@ def pretrain(
 
 
 def start(
-    size: str, tokenizer: PreTrainedTokenizerBase, seed: int, progress: Callable[[int, float], None] | None = None
+    size: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    progress: Callable[[int, float], None] | None = None,
 ) -> Qwen3ForCausalLM:
     """The trained teacher, or the student as it is before distillation."""
     plan = SIZES[size]
     network = model(size, len(tokenizer), seed)
     rows = problems(plan.steps * plan.batch_size, seed, forget=plan.forget)
-    pretrain(network, tokenizer, rows, plan.steps, plan.batch_size, plan.learning_rate, seed, progress)
+    pretrain(
+        network, tokenizer, rows, plan.steps, plan.batch_size, plan.learning_rate, seed, progress
+    )
     return network

@@ -1,4 +1,6 @@
-"""The whole story on a CPU, offline, in minutes: make a teacher and a weak student, distil, evaluate, report."""
+"""The whole story on a CPU, offline, in minutes: make a teacher and a weak student, distil,
+evaluate, report.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,11 @@ WORLD = Path("runs/quickstart")
 
 
 def quickstart(out: Path, *, seed: int = 0, method: str = "opd") -> dict[str, Any]:
-    """Teacher, student, on-policy distillation, evaluation and report in `out`; returns what `out/summary.json` holds.
+    """Teacher, student, on-policy distillation, evaluation and report in `out`; returns what
+    `out/summary.json` holds.
 
-    The summary: accuracies of teacher, student before and student after on held-out problems, seconds, method.
+    The summary: accuracies of teacher, student before and student after on held-out problems,
+    seconds, method.
     """
     began = time.perf_counter()
     as_method(method)  # a wrong name is an error now, not after the teacher has been trained
@@ -79,9 +83,11 @@ def quickstart(out: Path, *, seed: int = 0, method: str = "opd") -> dict[str, An
 
 
 def recipe(folder: Path = WORLD) -> dict[str, Any]:
-    """The quickstart's world as the settings of a run of half a minute, short enough that methods still differ at its end.
+    """The quickstart's world as the settings of a run of half a minute, short enough that methods
+    still differ at its end.
 
-    Its models and data are where `make` puts them in `folder`: one teacher and one student, so that seeds vary prompts and draws alone.
+    Its models and data are where `make` puts them in `folder`: one teacher and one student, so that
+    seeds vary prompts and draws alone.
     """
     return {
         "student": str(folder / "models" / "student"),
@@ -89,7 +95,12 @@ def recipe(folder: Path = WORLD) -> dict[str, Any]:
         "data": str(folder / "data" / "train.jsonl"),
         "output": str(folder / "run"),
         "reward": REWARD,
-        "evaluate": {"data": str(folder / "data" / "test.jsonl"), "every": 5, "teacher": True, "sampling": GREEDY},
+        "evaluate": {
+            "data": str(folder / "data" / "test.jsonl"),
+            "every": 5,
+            "teacher": True,
+            "sampling": GREEDY,
+        },
         **OPD,
         "steps": 40,
     }
@@ -103,7 +114,9 @@ def make(folder: Path = WORLD) -> None:
     for size in ("teacher", "student"):
         place = folder / "models" / size
         if not place.exists():
-            write = partial(checkpoints.write_model, model=_trained(size, tokenizer, 0), tokenizer=tokenizer)
+            write = partial(
+                checkpoints.write_model, model=_trained(size, tokenizer, 0), tokenizer=tokenizer
+            )
             checkpoints.put(place, write)
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-MBPP = (
-    "{prompt}\nAnswer with the whole program in one ```python block. It must pass tests such as\n```python\n{test_list[0]}\n```"
-)
+MBPP = "{prompt}\nAnswer with the whole program in one ```python block. It must pass tests such as\n```python\n{test_list[0]}\n```"
 HUMAN_EVAL = "Complete this function. Answer with the whole function in one ```python block.\n```python\n{prompt}```"
 
 
 def qwen3_code() -> dict[str, Any]:
     """Settings for one GPU with 80 GB; every one can be overridden.
 
-    The prompt shows the first of MBPP's tests, since a program must know the function's name; the reward runs all of them. Programs of
-    these sets take tens of lines, so 1024 tokens are enough without thinking. Learning rates are the usual ones, 1e-6 for all weights
-    and 1e-4 with LoRA; temperature 1 and nothing cut while training; HumanEval greedily, one answer each.
-    Rows in HumanEval's format instead: data=FILE data.split=null data.columns={} and data.template as that of evaluate.data.
+    The prompt shows the first of MBPP's tests, since a program must know the function's name; the
+    reward runs all of them. Programs of these sets take tens of lines, so 1024 tokens are enough
+    without thinking. Learning rates are the usual ones, 1e-6 for all weights and 1e-4 with LoRA;
+    temperature 1 and nothing cut while training; HumanEval greedily, one answer each. Rows in
+    HumanEval's format instead: data=FILE data.split=null data.columns={} and data.template as that
+    of evaluate.data.
     """
     reading = {"enable_thinking": False}
     return {
@@ -38,7 +38,13 @@ def qwen3_code() -> dict[str, Any]:
         "sampling": {"num_generations": 4, "max_completion_length": 1024},
         "optim": {"warmup_steps": 5},
         "evaluate": {
-            "data": {"source": "openai/openai_humaneval", "split": "test", "limit": 164, "template": HUMAN_EVAL, **reading},
+            "data": {
+                "source": "openai/openai_humaneval",
+                "split": "test",
+                "limit": 164,
+                "template": HUMAN_EVAL,
+                **reading,
+            },
             "every": 25,
             "sampling": {"temperature": 0.0, "max_completion_length": 1024},
         },

@@ -1,4 +1,6 @@
-"""Line charts as geometry: paths and ticks in pixels, which the template draws as SVG, and the values for hovering."""
+"""Line charts as geometry: paths and ticks in pixels, which the template draws as SVG, and the
+values for hovering.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,15 @@ FEW = 12  # points that get a dot each
 
 @dataclass(frozen=True)
 class Line:
-    """A named curve, with the band `around` it; or with `upto` a band of its own between `values` and `upto`, in the first curve's colour."""
+    """A named curve, with the band `around` it; or with `upto` a band of its own between `values`
+    and `upto`, in the first curve's colour.
+    """
 
     name: str
     values: Values
     upto: Values = field(default_factory=list)
-    around: tuple[Sequence[float | None], Sequence[float | None]] = ((), ())  # low and high, at the steps of the values
+    # low and high, at the steps of the values
+    around: tuple[Sequence[float | None], Sequence[float | None]] = ((), ())
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,10 @@ def line_chart(
     smooth: bool = True,
     along: str = "step",
 ) -> dict[str, Any]:
-    """A chart for the template. `levels` are named horizontal lines, in the unit of the values; `steps` count what `along` says."""
+    """A chart for the template.
+
+    `levels` are named horizontal lines, in the unit of the values; `steps` count what `along` says.
+    """
     x = Scale(steps[0], max(steps[-1], steps[0] + 1), LEFT, WIDTH - RIGHT)
     curves = [_curve(line, steps, smooth) for line in lines]
     y = _vertical(curves, [level for _, level in levels], unit)
@@ -67,12 +75,18 @@ def line_chart(
     return {
         "title": title,
         "along": along,
-        "unit": "log scale" if y.log and not unit else f"{unit}, log scale" if y.log else unit.replace("%", ""),
+        "unit": "log scale"
+        if y.log and not unit
+        else f"{unit}, log scale"
+        if y.log
+        else unit.replace("%", ""),
         "about": about,
         "warning": "",
         "curves": [_draw(curve, x, y, unit, index) for index, curve in enumerate(curves)],
         "levels": [{"name": name, "y": y(level)} for name, level in levels],
-        "xticks": [(x(t), f"{t:,.0f}" if along == "step" else number(t)) for t in x.ticks() if t == int(t)],
+        "xticks": [
+            (x(t), f"{t:,.0f}" if along == "step" else number(t)) for t in x.ticks() if t == int(t)
+        ],
         "yticks": list(zip(map(y, marks), tick_labels(marks, unit, y.log))),
         "last": steps[-1],
         "data": {
@@ -101,18 +115,31 @@ class _Curve:
 
 def _curve(line: Line, steps: Sequence[int], smooth: bool) -> _Curve:
     pairs = list(zip(steps, line.values, line.upto or line.values))
-    whole = [(step, value, upto) for step, value, upto in pairs if value is not None and upto is not None]
-    raw, upper = [value for _, value, _ in whole], [upto for _, _, upto in whole] if line.upto else []
+    whole = [
+        (step, value, upto) for step, value, upto in pairs if value is not None and upto is not None
+    ]
+    raw, upper = (
+        [value for _, value, _ in whole],
+        [upto for _, _, upto in whole] if line.upto else [],
+    )
     smooth_raw, smooth_upper = (smoothed(raw), smoothed(upper)) if smooth else (raw, upper)
     kept = thinned(raw)
-    around = [[v for v, value in zip(ends, line.values) if value is not None and v is not None] for ends in line.around]
+    around = [
+        [v for v, value in zip(ends, line.values) if value is not None and v is not None]
+        for ends in line.around
+    ]
     around = [smoothed(ends) for ends in around] if smooth else around
-    values = ([values[i] for i in kept] if values else [] for values in (raw, smooth_raw, upper, smooth_upper, *around))
+    values = (
+        [values[i] for i in kept] if values else []
+        for values in (raw, smooth_raw, upper, smooth_upper, *around)
+    )
     return _Curve(line.name, [whole[i][0] for i in kept], *values)
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Moving average over about a thirtieth of the curve; looks both ways, so that it does not lag behind."""
+    """Moving average over about a thirtieth of the curve; looks both ways, so that it does not lag
+    behind.
+    """
     if len(values) < SMOOTH_FROM:
         return values
     keep = 1 - 2 / (len(values) / 30 + 2)
@@ -131,7 +158,9 @@ def _trailing(values: list[float], keep: float) -> list[float]:
 
 
 def thinned(values: list[float], most: int = POINTS) -> list[int]:
-    """Indices to draw: the lowest and highest of each bucket, so that a spike is never thinned away; both ends stay."""
+    """Indices to draw: the lowest and highest of each bucket, so that a spike is never thinned
+    away; both ends stay.
+    """
     n = len(values)
     if n <= most:
         return list(range(n))
@@ -144,11 +173,16 @@ def thinned(values: list[float], most: int = POINTS) -> list[int]:
 
 
 def _vertical(curves: Sequence[_Curve], levels: Sequence[float], unit: str) -> Scale:
-    """The y axis: everything visible with a little air, zero included where it is near, logarithmic where sizes differ much."""
-    values = [v for c in curves for part in (c.raw, c.upper, c.low, c.high) for v in part] + list(levels)
+    """The y axis: everything visible with a little air, zero included where it is near, logarithmic
+    where sizes differ much.
+    """
+    values = [v for c in curves for part in (c.raw, c.upper, c.low, c.high) for v in part] + list(
+        levels
+    )
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     start, end = HEIGHT - BOTTOM, TOP
-    common = sorted(values)[len(values) // 20 : -len(values) // 20]  # a warm-up or a spike does not decide
+    # a warm-up or a spike does not decide
+    common = sorted(values)[len(values) // 20 : -len(values) // 20]
     if unit != "%" and low > 0 and common and common[-1] / common[0] > LOG_FROM:
         return Scale(low / 1.2, high * 1.2, start, end, log=True)
     if low == high:
@@ -173,11 +207,17 @@ def _draw(curve: _Curve, x: Scale, y: Scale, unit: str, index: int) -> dict[str,
         "smooth": "",
         "dots": [],
     }
-    low, high = ([(x(step), y(v)) for step, v in zip(curve.steps, ends)] for ends in (curve.low, curve.high))
+    low, high = (
+        [(x(step), y(v)) for step, v in zip(curve.steps, ends)] for ends in (curve.low, curve.high)
+    )
     drawn["around"] = _path(low + high[::-1]) + "Z" if low else ""
     last = [number(values[-1], unit) for values in (curve.raw, curve.upper) if values]
     if upper:
-        return drawn | {"color": 0, "band": _path(smooth + upper[::-1]) + "Z", "value": " – ".join(last)}
+        return drawn | {
+            "color": 0,
+            "band": _path(smooth + upper[::-1]) + "Z",
+            "value": " – ".join(last),
+        }
     return drawn | {
         "raw": "" if raw == smooth else _path(raw),
         "smooth": _path(smooth),
@@ -187,14 +227,18 @@ def _draw(curve: _Curve, x: Scale, y: Scale, unit: str, index: int) -> dict[str,
 
 
 def _hover(lines: Sequence[Line], steps: Sequence[int]) -> dict[str, Any]:
-    """The steps at which something was logged, thinned evenly so that all lines are read at the same step, and the values there."""
+    """The steps at which something was logged, thinned evenly so that all lines are read at the
+    same step, and the values there.
+    """
     logged = [i for i in range(len(steps)) if any(line.values[i] is not None for line in lines)]
     kept = [logged[i] for i in evenly(len(logged), READABLE)]
 
     def short(values: Values) -> list[float | None]:
         return [None if values[i] is None else float(f"{values[i]:.4g}") for i in kept]
 
-    ends = [{"y": short(line.values)} | ({"z": short(line.upto)} if line.upto else {}) for line in lines]
+    ends = [
+        {"y": short(line.values)} | ({"z": short(line.upto)} if line.upto else {}) for line in lines
+    ]
     return {"steps": [steps[i] for i in kept], "lines": ends}
 
 

@@ -1,4 +1,6 @@
-"""Which metrics share a chart, in which section, and what a chart means; metrics nobody foresaw get a chart of their own."""
+"""Which metrics share a chart, in which section, and what a chart means; metrics nobody foresaw get
+a chart of their own.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ PLOTS = (
         "KL to the teacher",
         ("teacher_kl/*",),
         "nats per token",
-        "Sampled estimate of KL(student ‖ teacher). At 0 the student writes exactly as the teacher would.",
+        "Sampled estimate of KL(student ‖ teacher). At 0 the student writes exactly as the teacher "
+        "would.",
     ),
     Plot("Learning", "Loss", ("loss",), "", "What is minimised: the sum of the objective's terms."),
     Plot(
@@ -45,7 +48,13 @@ PLOTS = (
         "",
         "Mean over the step's rollouts, and one standard deviation around it.",
     ),
-    Plot("Learning", "Correct answers", ("correct/*",), "%", "Share of the training rollouts with a right answer."),
+    Plot(
+        "Learning",
+        "Correct answers",
+        ("correct/*",),
+        "%",
+        "Share of the training rollouts with a right answer.",
+    ),
     Plot("Learning", "Gradient norm", ("grad_norm",), "", "Before clipping."),
     Plot("Learning", "Learning rate", ("learning_rate",), smooth=False),
     Plot(
@@ -53,33 +62,61 @@ PLOTS = (
         "log(teacher / student)",
         ("log_ratio/*",),
         "nats",
-        "At the sampled tokens: what OPD credits them with. A long negative tail are tokens that the teacher would hardly write.",
+        "At the sampled tokens: what OPD credits them with. A long negative tail are tokens that "
+        "the teacher would hardly write.",
     ),
     Plot(
         "Tokens",
         "Trusted tokens",
         ("trust/*",),
         "%",
-        "Mean of min(teacher / student, 1): how many of the student's tokens speculative sampling would accept from it.",
+        "Mean of min(teacher / student, 1): how many of the student's tokens speculative sampling "
+        "would accept from it.",
     ),
     Plot(
         "Tokens",
         "Sure or not, agreed or not",
         ("quadrants/*",),
         "%",
-        "Tokens by student entropy (from 0.5 nats: unsure) and KL to the teacher (from 0.1 nats: apart). Sure and apart: confident mistakes.",
+        "Tokens by student entropy (from 0.5 nats: unsure) and KL to the teacher (from 0.1 nats: "
+        "apart). Sure and apart: confident mistakes.",
     ),
-    Plot("Tokens", "Mass on the top k", ("mass/*",), "%", "Probability that a model gives to its own top k or to the other's."),
-    Plot("Tokens", "Overlap of the top k", ("overlap/*",), "%", "Share of the student's top k that is in the teacher's."),
+    Plot(
+        "Tokens",
+        "Mass on the top k",
+        ("mass/*",),
+        "%",
+        "Probability that a model gives to its own top k or to the other's.",
+    ),
+    Plot(
+        "Tokens",
+        "Overlap of the top k",
+        ("overlap/*",),
+        "%",
+        "Share of the student's top k that is in the teacher's.",
+    ),
     Plot("Terms", "Loss per term", ("loss/*",)),
-    Plot("Terms", "Mean weight per term", ("weight/*",), "", "Mean over the tokens that the term selects."),
-    Plot("Terms", "Tokens per term", ("share/*",), "%", "Share of the trained tokens that the term selects."),
+    Plot(
+        "Terms",
+        "Mean weight per term",
+        ("weight/*",),
+        "",
+        "Mean over the tokens that the term selects.",
+    ),
+    Plot(
+        "Terms",
+        "Tokens per term",
+        ("share/*",),
+        "%",
+        "Share of the trained tokens that the term selects.",
+    ),
     Plot(
         "Terms",
         "Effective tokens per term",
         ("effective_tokens/*",),
         "tokens",
-        "(sum of weights)² / sum of squares: as many equally weighted tokens would average as well.",
+        "(sum of weights)² / sum of squares: as many equally weighted tokens would average as "
+        "well.",
     ),
     Plot(
         "Terms",
@@ -103,7 +140,13 @@ PLOTS = (
         "Share of rollouts that reached max_completion_length. Runaway lengths show here first.",
     ),
     Plot("Completions", "Tokens trained", ("tokens/trained",), "tokens per step"),
-    Plot("Speed and memory", "Throughput", ("tokens_per_second/*",), "tokens/s", "Of each phase, and of the whole step."),
+    Plot(
+        "Speed and memory",
+        "Throughput",
+        ("tokens_per_second/*",),
+        "tokens/s",
+        "Of each phase, and of the whole step.",
+    ),
     Plot(
         "Speed and memory",
         "Utilisation",
@@ -120,26 +163,52 @@ WEIGHTS, DRIFT = (
     "drift/tenth_",
 )  # quantiles of a term's weights; mean size of the log-ratio in a tenth of the response
 BANDS = (("median", "p50", ""), ("5 to 95%", "p05", "p95"), ("1 to 99%", "p01", "p99"))
-PERIODS = {"start of the run": 0.0, "middle": 0.5, "end": 1.0}  # of a profile; each the mean over a fifth of the steps
+# of a profile; each the mean over a fifth of the steps
+PERIODS = {"start of the run": 0.0, "middle": 0.5, "end": 1.0}
 WORDS = ("quadrants/", "mass/", "overlap/")  # metrics whose names read as words
-PHASES = ("sample", "score", "learn", "reward")  # of a step; they have the same colour in every chart
+# of a step; they have the same colour in every chart
+PHASES = ("sample", "score", "learn", "reward")
 
 
 def chart_sections(run: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(section, charts) for everything in metrics.jsonl, each metric exactly once; weights that never differ are left out."""
+    """(section, charts) for everything in metrics.jsonl, each metric exactly once; weights that
+    never differ are left out.
+    """
     if not run.steps:
         return []
-    sections: dict[str, list[dict[str, Any]]] = {plot.section: [] for plot in PLOTS}  # in their order
+    # in their order
+    sections: dict[str, list[dict[str, Any]]] = {plot.section: [] for plot in PLOTS}
     left = dict(run.metrics)
     for plot in PLOTS:
-        found = {name: left.pop(name) for name in list(left) if any(_matches(name, key) for key in plot.keys)}
+        found = {
+            name: left.pop(name)
+            for name in list(left)
+            if any(_matches(name, key) for key in plot.keys)
+        }
         if found:
-            chart = line_chart(plot.title, run.steps, _lines(found), unit=plot.unit, about=plot.about, smooth=plot.smooth)
+            chart = line_chart(
+                plot.title,
+                run.steps,
+                _lines(found),
+                unit=plot.unit,
+                about=plot.about,
+                smooth=plot.smooth,
+            )
             sections[plot.section].append(chart | {"warning": _warning(run, list(found))})
-    for term in dict.fromkeys(name.removeprefix(WEIGHTS).rpartition("/")[0] for name in left if name.startswith(WEIGHTS)):
-        found = {name: left.pop(name) for name in list(left) if name.startswith(f"{WEIGHTS}{term}/")}
-        if len({v for line in found.values() for v in line if v is not None}) > 1:  # weights all the same need no chart
-            chart = line_chart(f"Weights of {term}", run.steps, _lines(found), about="Of the tokens that the term selects.")
+    for term in dict.fromkeys(
+        name.removeprefix(WEIGHTS).rpartition("/")[0] for name in left if name.startswith(WEIGHTS)
+    ):
+        found = {
+            name: left.pop(name) for name in list(left) if name.startswith(f"{WEIGHTS}{term}/")
+        }
+        # weights all the same need no chart
+        if len({v for line in found.values() for v in line if v is not None}) > 1:
+            chart = line_chart(
+                f"Weights of {term}",
+                run.steps,
+                _lines(found),
+                about="Of the tokens that the term selects.",
+            )
             sections["Terms"].append(chart | {"warning": _warning(run, list(found))})
     drift = {name: left.pop(name) for name in sorted(left) if name.startswith(DRIFT)}
     if drift:
@@ -152,13 +221,20 @@ def chart_sections(run: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def _profile(drift: dict[str, Values]) -> dict[str, Any]:
-    """The mean size of the log-ratio by position in the response, early, midway and late in the run."""
+    """The mean size of the log-ratio by position in the response, early, midway and late in the
+    run.
+    """
     several = len(next(iter(drift.values()))) >= len(PERIODS)
     periods = PERIODS if several else {"mean": 0.0}
-    lines = [Line(period, [_mean_near(values, at) for values in drift.values()]) for period, at in periods.items()]
+    lines = [
+        Line(period, [_mean_near(values, at) for values in drift.values()])
+        for period, at in periods.items()
+    ]
     steps = [int(name.removeprefix(DRIFT)) for name in drift]
     about = "Mean |log(teacher / student)| in each tenth of the responses. Rising: the student drifts away in their course."
-    return line_chart("Distance by position", steps, lines, unit="nats", about=about, smooth=False, along="tenth")
+    return line_chart(
+        "Distance by position", steps, lines, unit="nats", about=about, smooth=False, along="tenth"
+    )
 
 
 def _mean_near(values: Values, at: float) -> float | None:
@@ -173,7 +249,10 @@ def _warning(run: RunData, names: list[str]) -> str:
     """What a gap in a curve means."""
     bad = {name: run.nonfinite[name] for name in names if name in run.nonfinite}
     return (
-        "Not a finite number: " + ", ".join(f"{name} at {n} of {len(run.steps)} steps" for name, n in bad.items()) if bad else ""
+        "Not a finite number: "
+        + ", ".join(f"{name} at {n} of {len(run.steps)} steps" for name, n in bad.items())
+        if bad
+        else ""
     )
 
 
@@ -215,7 +294,9 @@ def _plus(a: Values, b: Values, sign: int) -> Values:
 def time_shares(run: RunData) -> list[tuple[str, float]]:
     """(phase, share of the time of all steps); what no phase accounts for is "other"."""
     totals = {
-        name.removeprefix("seconds/"): _total(values) for name, values in run.metrics.items() if name.startswith("seconds/")
+        name.removeprefix("seconds/"): _total(values)
+        for name, values in run.metrics.items()
+        if name.startswith("seconds/")
     }
     whole = totals.pop("step", 0.0) or sum(totals.values())
     if not totals or not whole:

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     import jinja2
 
 TEMPLATES = Path(__file__).parent
-GEOMETRY = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM}
+GEOMETRY = {
+    "width": WIDTH,
+    "height": HEIGHT,
+    "left": LEFT,
+    "right": WIDTH - RIGHT,
+    "top": TOP,
+    "bottom": HEIGHT - BOTTOM,
+}
 
 
 def write_report(run_folder: Path) -> Path:
@@ -69,7 +76,9 @@ def render(run: RunData) -> str:
 
 def run_facts(run: RunData) -> list[tuple[str, str]]:
     """Who taught whom how, as far as the resolved run says so."""
-    found = [(key, run.config.get(key)) for key in ("method", "student", "teacher", "data", "reward")]
+    found = [
+        (key, run.config.get(key)) for key in ("method", "student", "teacher", "data", "reward")
+    ]
     return [(key.capitalize(), _fact(value)) for key, value in found if value]
 
 
@@ -97,21 +106,48 @@ def key_figures(run: RunData, standings: dict[str, Any]) -> list[dict[str, str]]
     if after:
         label = f"Student, Avg@{after.samples_per_problem}"
         gain = res.change(before, after) if before else None
-        tone = "" if not gain else "good" if gain.interval.low > 0 else "bad" if gain.interval.high < 0 else ""
-        note = res.points(gain) if gain else f"{number(before.avg_at_k.value, '%')} before" if before else ""
+        tone = (
+            ""
+            if not gain
+            else "good"
+            if gain.interval.low > 0
+            else "bad"
+            if gain.interval.high < 0
+            else ""
+        )
+        note = (
+            res.points(gain)
+            if gain
+            else f"{number(before.avg_at_k.value, '%')} before"
+            if before
+            else ""
+        )
         add(label, number(after.avg_at_k.value, "%"), note, tone)
     closed = res.gap_closed(standings)
     if closed is not None:
-        add("Teacher gap closed", f"{100 * closed:.0f}%", f"teacher {number(standings[res.TEACHER].avg_at_k.value, '%')}")
+        add(
+            "Teacher gap closed",
+            f"{100 * closed:.0f}%",
+            f"teacher {number(standings[res.TEACHER].avg_at_k.value, '%')}",
+        )
     ends = [
         ("KL to the teacher", "teacher_kl/sampled", "nats per token", ""),
-        *([] if after else [("Training reward", "reward/mean", "", ""), ("Correct in training", "correct/mean", "", "%")]),
+        *(
+            []
+            if after
+            else [
+                ("Training reward", "reward/mean", "", ""),
+                ("Correct in training", "correct/mean", "", "%"),
+            ]
+        ),
     ]
     for label, key, unit, kind in ends:
         known = [v for v in run.metrics.get(key, []) if v is not None]
         if known:
             first, last = _ends(known)
-            add(label, number(last, kind), f"{unit + ', ' if unit else ''}was {number(first, kind)}")
+            add(
+                label, number(last, kind), f"{unit + ', ' if unit else ''}was {number(first, kind)}"
+            )
     if run.steps:
         trained = _total(run, "tokens/trained")
         add("Steps", f"{len(run.steps):,}", f"{number(trained)} tokens trained" if trained else "")

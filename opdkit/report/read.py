@@ -39,7 +39,8 @@ def read_run(folder: Path) -> RunData:
     parts = ("run.yaml", "metrics.jsonl", "evals.jsonl", "samples", "summary.json")
     if not any((folder / part).exists() for part in parts):
         raise UserError(
-            f"{folder} is not a run folder: it has none of {', '.join(parts)}. Give the folder that `opdkit train` wrote."
+            f"{folder} is not a run folder: it has none of {', '.join(parts)}. Give the folder "
+            "that `opdkit train` wrote."
         )
     yaml_text = _text(folder / "run.yaml")
     steps, metrics, nonfinite = _metrics(folder / "metrics.jsonl")
@@ -67,7 +68,8 @@ def _config(text: str, folder: Path) -> dict[str, Any]:
         config = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise UserError(
-            f"{folder / 'run.yaml'} is not YAML: {error}. Restore it, or remove it to get a report without it."
+            f"{folder / 'run.yaml'} is not YAML: {error}. Restore it, or remove it to get a report "
+            "without it."
         ) from error
     return config if isinstance(config, dict) else {}
 
@@ -76,7 +78,9 @@ def _metrics(path: Path) -> tuple[list[int], dict[str, Values], dict[str, int]]:
     """Columns from lines. The last line of a step counts."""
     rows = {line["step"]: line for line in read_lines(path)}
     steps = sorted(rows)
-    names = dict.fromkeys(name for step in steps for name in rows[step] if name not in ("step", "nonfinite"))
+    names = dict.fromkeys(
+        name for step in steps for name in rows[step] if name not in ("step", "nonfinite")
+    )
     columns = {name: [_finite(rows[step].get(name)) for step in steps] for name in names}
     nonfinite = Counter(name for row in rows.values() for name in row.get("nonfinite", ()))
     return steps, columns, dict(nonfinite)
@@ -90,7 +94,9 @@ def _samples(folder: Path) -> list[tuple[int, list[dict[str, Any]]]]:
     """A few rollouts of a few steps, first and last among them."""
     files = sorted(folder.glob("step_*.jsonl"))
     chosen = [files[i] for i in evenly(len(files), STEPS_SHOWN)]
-    read = [(int(path.stem.removeprefix("step_")), read_lines(path)[:ROLLOUTS_SHOWN]) for path in chosen]
+    read = [
+        (int(path.stem.removeprefix("step_")), read_lines(path)[:ROLLOUTS_SHOWN]) for path in chosen
+    ]
     return [(step, rollouts) for step, rollouts in read if rollouts]
 
 

@@ -16,9 +16,11 @@ ROW = 54  # pixels of a row in the interval plot
 
 
 def standings(evals: Sequence[EvalResult]) -> dict[str, EvalResult]:
-    """The results to compare, by name: before, after, teacher, then any other; the latest of each name.
+    """The results to compare, by name: before, after, teacher, then any other; the latest of each
+    name.
 
-    Where nothing is called student_before, an evaluation of the student at an earlier step takes its place.
+    Where nothing is called student_before, an evaluation of the student at an earlier step takes
+    its place.
     """
     latest = {e.name: e for e in sorted(evals, key=lambda e: e.step)}
     earlier = [e for e in evals if e.name == STUDENT and e.step < latest[STUDENT].step]
@@ -38,11 +40,15 @@ def change(before: EvalResult, after: EvalResult) -> Estimate | None:
     if not before.per_problem or set(before.per_problem) != set(after.per_problem):
         return None
     ids = sorted(before.per_problem)
-    return paired_difference([before.per_problem[i] for i in ids], [after.per_problem[i] for i in ids])
+    return paired_difference(
+        [before.per_problem[i] for i in ids], [after.per_problem[i] for i in ids]
+    )
 
 
 def gap_closed(results: dict[str, EvalResult]) -> float | None:
-    """The share of the way from the student before to the teacher; None where the teacher is not ahead."""
+    """The share of the way from the student before to the teacher; None where the teacher is not
+    ahead.
+    """
     if not {BEFORE, STUDENT, TEACHER} <= set(results):
         return None
     before, after, teacher = (results[name].avg_at_k.value for name in (BEFORE, STUDENT, TEACHER))
@@ -52,7 +58,9 @@ def gap_closed(results: dict[str, EvalResult]) -> float | None:
 def measures(result: EvalResult) -> dict[str, Estimate]:
     """Avg@k and the Pass@k that say more than it: Pass@1 is Avg@k by another name."""
     named = {f"Avg@{result.samples_per_problem}": result.avg_at_k}
-    return named | {f"Pass@{k}": estimate for k, estimate in sorted(result.pass_at_k.items()) if k > 1}
+    return named | {
+        f"Pass@{k}": estimate for k, estimate in sorted(result.pass_at_k.items()) if k > 1
+    }
 
 
 def interval_plots(results: dict[str, EvalResult]) -> list[dict[str, Any]]:
@@ -99,11 +107,25 @@ def points(estimate: Estimate) -> str:
 
 def result_table(results: dict[str, EvalResult]) -> dict[str, Any]:
     """Head and cells of the table under the plot."""
-    names = list(dict.fromkeys(measure for result in results.values() for measure in measures(result)))
-    head = ["Model", "Step", *names, "Reward", "Mean tokens", "Cut at limit", "Problems × samples", "Time"]
+    names = list(
+        dict.fromkeys(measure for result in results.values() for measure in measures(result))
+    )
+    head = [
+        "Model",
+        "Step",
+        *names,
+        "Reward",
+        "Mean tokens",
+        "Cut at limit",
+        "Problems × samples",
+        "Time",
+    ]
     body = []
     for name, r in results.items():
-        cells = [(number(m[n].value, "%"), span(m[n])) if n in (m := measures(r)) else ("–", "") for n in names]
+        cells = [
+            (number(m[n].value, "%"), span(m[n])) if n in (m := measures(r)) else ("–", "")
+            for n in names
+        ]
         body.append(
             [
                 (label(name, results), ""),
@@ -119,8 +141,12 @@ def result_table(results: dict[str, EvalResult]) -> dict[str, Any]:
     return {"head": head, "body": body}
 
 
-def eval_curve(evals: Sequence[EvalResult], results: dict[str, EvalResult]) -> dict[str, Any] | None:
-    """Avg@k of the student over training, where it was evaluated more than once; the teacher as a level."""
+def eval_curve(
+    evals: Sequence[EvalResult], results: dict[str, EvalResult]
+) -> dict[str, Any] | None:
+    """Avg@k of the student over training, where it was evaluated more than once; the teacher as a
+    level.
+    """
     points_in_time = {e.step: e for e in evals if e.name in (BEFORE, STUDENT)}
     if len(points_in_time) < 2:
         return None
@@ -132,4 +158,12 @@ def eval_curve(evals: Sequence[EvalResult], results: dict[str, EvalResult]) -> d
         Line("95% interval", [e.interval.low for e in avg], [e.interval.high for e in avg]),
     ]
     title = f"Avg@{points_in_time[steps[-1]].samples_per_problem} over training"
-    return line_chart(title, steps, lines, unit="%", about="On the evaluation problems.", levels=levels, smooth=False)
+    return line_chart(
+        title,
+        steps,
+        lines,
+        unit="%",
+        about="On the evaluation problems.",
+        levels=levels,
+        smooth=False,
+    )

@@ -21,7 +21,8 @@ from opdkit.types import Rollout, Row
 MANY = 200  # programs whose running takes long enough to show progress
 COLUMNS = "test and entry_point (HumanEval), test_list (MBPP), input_output (APPS) or tests (lines with assert)"
 
-# What a function returned equals what APPS wants of it, which writes tuples as lists and wraps single results.
+# What a function returned equals what APPS wants of it, which writes tuples as lists and wraps
+# single results.
 EQUAL = """
 def _equal(said, wanted):
     said = list(said) if isinstance(said, tuple) else said
@@ -31,11 +32,13 @@ def _equal(said, wanted):
 
 @dataclass(frozen=True)
 class Code:
-    """1.0 where the response's program passes all tests of its row, else 0.0; partial: the share of tests that pass.
+    """1.0 where the response's program passes all tests of its row, else 0.0; partial: the share of
+    tests that pass.
 
-    The program is the last fenced block that defines what the tests call, else the last block, else the whole response.
-    A row has HumanEval's, MBPP's or APPS's columns, or `tests`: see docs/rewards.md, also for what the sandbox holds against.
-    limits: of each program. workers: programs at once; 0: one per core. challenge: MBPP's challenge_test_list too.
+    The program is the last fenced block that defines what the tests call, else the last block, else
+    the whole response. A row has HumanEval's, MBPP's or APPS's columns, or `tests`: see
+    docs/rewards.md, also for what the sandbox holds against. limits: of each program. workers:
+    programs at once; 0: one per core. challenge: MBPP's challenge_test_list too.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -57,12 +60,20 @@ class Code:
         return self.score_many([rollout])[0]
 
     def score_many(self, rollouts: Sequence[Rollout]) -> list[float]:
-        return [v.passed / v.total if self.partial else float(v.right) for v in self.verdicts(rollouts)]
+        return [
+            v.passed / v.total if self.partial else float(v.right) for v in self.verdicts(rollouts)
+        ]
 
     def verdicts(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """What `score_many` is taken from: tests passed, and what was wrong with the first that was not."""
+        """What `score_many` is taken from: tests passed, and what was wrong with the first that was
+        not.
+        """
         cases = [case(r, challenge=self.challenge) for r in rollouts]
-        shown = progress("Running programs", total=len(cases), unit="programs") if len(cases) >= MANY else nullcontext(_quiet)
+        shown = (
+            progress("Running programs", total=len(cases), unit="programs")
+            if len(cases) >= MANY
+            else nullcontext(_quiet)
+        )
         with shown as tick:
             return self.sandbox.run(cases, tick)
 
@@ -71,7 +82,7 @@ def _quiet(done: int) -> None:
     pass
 
 
-# --------------------------------------------------------------------------------------------------------------- a case
+# ------------------------------------------------------------------------------------------- a case
 
 
 def case(rollout: Rollout, *, challenge: bool = False) -> Calls | Prints:
@@ -95,11 +106,19 @@ def _case(row: Row, text: str, challenge: bool) -> Calls | Prints:
         return _human_eval(row, text)
     if row.get("test_list"):
         setup = [*_lines(row.get("test_imports")), *_lines(row.get("test_setup_code"))]
-        tests = [*_lines(row["test_list"]), *_lines(row.get("challenge_test_list") if challenge else None)]
+        tests = [
+            *_lines(row["test_list"]),
+            *_lines(row.get("challenge_test_list") if challenge else None),
+        ]
         return _asserts(row, text, tuple(tests), tuple(setup))
     if row.get("tests"):
-        return _asserts(row, text, tuple(_lines(row["tests"])), tuple(_lines(row.get("test_setup_code"))))
-    raise UserError(f"the reward 'code' reads tests from the row's columns {COLUMNS}, and the row has only {', '.join(row)}")
+        return _asserts(
+            row, text, tuple(_lines(row["tests"])), tuple(_lines(row.get("test_setup_code")))
+        )
+    raise UserError(
+        f"the reward 'code' reads tests from the row's columns {COLUMNS}, and the row has only "
+        f"{', '.join(row)}"
+    )
 
 
 def _lines(value: Any) -> list[str]:
@@ -109,16 +128,22 @@ def _lines(value: Any) -> list[str]:
 
 
 def _human_eval(row: Row, text: str) -> Calls:
-    """check(candidate) of the row's `test`. A response that does not define the entry point continues the prompt."""
+    """check(candidate) of the row's `test`.
+
+    A response that does not define the entry point continues the prompt.
+    """
     entry, prompt = str(row["entry_point"]), row["prompt"] if _is_code(row.get("prompt")) else ""
     wanted = _loads(_parsed(entry))  # of Solution().solve, Solution
     code = _program(text, wanted)
     if _defines(code, wanted):
         sources = [f"{_before(prompt, wanted)}\n{code}", code]
     else:
-        code = text if re.match(r"\s*^[ \t]", text, flags=re.MULTILINE) else code  # it goes on in the function's body
+        # it goes on in the function's body
+        code = text if re.match(r"\s*^[ \t]", text, flags=re.MULTILINE) else code
         sources = [prompt + code, prompt + _indented(code)]
-    return Calls(tuple(sources), (f"check({entry})",), wanted, before=(prompt,), setup=(str(row["test"]),))
+    return Calls(
+        tuple(sources), (f"check({entry})",), wanted, before=(prompt,), setup=(str(row["test"]),)
+    )
 
 
 def _asserts(row: Row, text: str, tests: tuple[str, ...], setup: tuple[str, ...]) -> Calls:
@@ -127,7 +152,9 @@ def _asserts(row: Row, text: str, tests: tuple[str, ...], setup: tuple[str, ...]
 
 
 def _input_output(row: Row, text: str) -> Calls | Prints:
-    """APPS: pairs of standard input and output, or of arguments and result of the function `fn_name`."""
+    """APPS: pairs of standard input and output, or of arguments and result of the function
+    `fn_name`.
+    """
     given = row["input_output"]
     try:
         given = json.loads(given) if isinstance(given, str) else given
@@ -135,12 +162,20 @@ def _input_output(row: Row, text: str) -> Calls | Prints:
     except (ValueError, TypeError, KeyError, AttributeError):
         inputs, outputs, name = [], [], None
     if not inputs or len(inputs) != len(outputs):
-        raise UserError(f'input_output must be {{"inputs": [...], "outputs": [...]}}, as many of each, not {str(given)[:100]!r}')
+        raise UserError(
+            f'input_output must be {{"inputs": [...], "outputs": [...]}}, as many of each, not '
+            f"{str(given)[:100]!r}"
+        )
     if name is None:
         return Prints((_program(text, ()),), tuple(map(_text, inputs)), tuple(map(_text, outputs)))
     find = f"try:\n    _function = Solution().{name}\nexcept (NameError, AttributeError):\n    _function = {name}\n"
-    pairs = [_from_json(i, o) if isinstance(i, str) else (i, o) for i, o in zip(inputs, outputs, strict=True)]
-    tests = tuple(f"assert _equal(_function(*{list(arguments)!r}), {result!r})" for arguments, result in pairs)
+    pairs = [
+        _from_json(i, o) if isinstance(i, str) else (i, o)
+        for i, o in zip(inputs, outputs, strict=True)
+    ]
+    tests = tuple(
+        f"assert _equal(_function(*{list(arguments)!r}), {result!r})" for arguments, result in pairs
+    )
     wanted = (name, "Solution")
     return Calls((_program(text, wanted),), tests, wanted, setup=(EQUAL, find))
 
@@ -154,28 +189,54 @@ def _from_json(given: str, wanted: Any) -> tuple[list[Any], Any]:
     try:
         return [json.loads(line) for line in given.splitlines() if line.strip()], json.loads(wanted)
     except (ValueError, TypeError) as error:
-        raise UserError(f"input_output holds text that is not JSON ({error}): {given[:100]!r}, {str(wanted)[:100]!r}") from error
+        raise UserError(
+            f"input_output holds text that is not JSON ({error}): {given[:100]!r}, "
+            f"{str(wanted)[:100]!r}"
+        ) from error
 
 
-# ---------------------------------------------------------------------------------------------------------- the program
+# -------------------------------------------------------------------------------------- the program
 
 
 def _program(text: str, wanted: tuple[str, ...]) -> str:
-    """The last fenced block that defines a wanted name, else the last block of Python, else the text as it stands."""
-    blocks = re.findall(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", text, flags=re.DOTALL | re.MULTILINE)
-    python = [code for language, code in blocks if code.strip() and language.lower() in ("", "python", "py", "python3")]
-    return next((code for code in reversed(python) if _defines(code, wanted)), python[-1] if python else text)
+    """The last fenced block that defines a wanted name, else the last block of Python, else the
+    text as it stands.
+    """
+    blocks = re.findall(
+        r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", text, flags=re.DOTALL | re.MULTILINE
+    )
+    python = [
+        code
+        for language, code in blocks
+        if code.strip() and language.lower() in ("", "python", "py", "python3")
+    ]
+    return next(
+        (code for code in reversed(python) if _defines(code, wanted)),
+        python[-1] if python else text,
+    )
 
 
 def _defines(code: str, names: Sequence[str]) -> bool:
-    """Whether one of the names is defined at the start of a line. By its look: a model's text is not parsed in this process."""
-    found = re.findall(r"^(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|^(\w+)[ \t]*(?::[^=\n]*)?=(?!=)", code, flags=re.MULTILINE)
+    """Whether one of the names is defined at the start of a line.
+
+    By its look: a model's text is not parsed in this process.
+    """
+    found = re.findall(
+        r"^(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|^(\w+)[ \t]*(?::[^=\n]*)?=(?!=)",
+        code,
+        flags=re.MULTILINE,
+    )
     return any(a in names or b in names for a, b in found)
 
 
 def _before(prompt: str, names: Sequence[str]) -> str:
     """What stands in a prompt before the function to be written: imports, and functions to use."""
-    found = [re.search(rf"^(?:async[ \t]+)?(?:def|class)[ \t]+{re.escape(name)}\b", prompt, flags=re.MULTILINE) for name in names]
+    found = [
+        re.search(
+            rf"^(?:async[ \t]+)?(?:def|class)[ \t]+{re.escape(name)}\b", prompt, flags=re.MULTILINE
+        )
+        for name in names
+    ]
     return prompt[: min((match.start() for match in found if match), default=len(prompt))]
 
 
@@ -185,7 +246,7 @@ def _indented(code: str) -> str:
     return code[: after.start() + 1] if after else code
 
 
-# ------------------------------------------------------------------------------------------------------------ the tests
+# ---------------------------------------------------------------------------------------- the tests
 
 
 @dataclass(frozen=True)
@@ -199,7 +260,9 @@ class Plan:
 
 @lru_cache(maxsize=4096)
 def _plan(tests: tuple[str, ...], setup: tuple[str, ...], reference: str) -> Plan:
-    """reference: a right program, where the row has one; it tells which names are the program's even where Python has them too."""
+    """reference: a right program, where the row has one; it tells which names are the program's
+    even where Python has them too.
+    """
     before, body = ([s for text in texts for s in _parsed(text).body] for texts in (setup, tests))
     units, last, calls = [], [], []
     defined = {s.name for s in body if isinstance(s, ast.FunctionDef)}
@@ -214,10 +277,16 @@ def _plan(tests: tuple[str, ...], setup: tuple[str, ...], reference: str) -> Pla
         units.append([*last, call])
         last = []
     if not units:
-        raise UserError(f"the row's tests assert nothing, so any program would pass them: {' '.join(tests)[:100]!r}")
+        raise UserError(
+            "the row's tests assert nothing, so any program would pass them: "
+            f"{' '.join(tests)[:100]!r}"
+        )
     wanted, modules = _names([*before, *body], reference)
     if not wanted:
-        raise UserError(f"the row's tests call nothing of the program's, so any would pass them: {' '.join(tests)[:100]!r}")
+        raise UserError(
+            "the row's tests call nothing of the program's, so any would pass them: "
+            f"{' '.join(tests)[:100]!r}"
+        )
     written = tuple("\n".join(map(ast.unparse, unit)) for unit in units)
     return Plan(written, (*(f"import {name}" for name in modules), *setup), wanted)
 
@@ -226,36 +295,68 @@ def _is_test(statement: ast.stmt, defined: set[str]) -> bool:
     """It asserts something, or calls a function of the tests, such as check(f)."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return False
-    called = statement.value.func if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call) else None
+    called = (
+        statement.value.func
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
+        else None
+    )
     asserts = any(isinstance(node, ast.Assert) for node in ast.walk(statement))
     return asserts or (isinstance(called, ast.Name) and called.id in defined)
 
 
 def _names(body: list[ast.stmt], reference: str) -> tuple[tuple[str, ...], list[str]]:
-    """The names that tests take from the program, and the modules of Python's that they use without importing them.
+    """The names that tests take from the program, and the modules of Python's that they use without
+    importing them.
 
-    A name of Python's, such as `set`, is not taken: with a set of its own, a program could make all comparisons come out equal.
+    A name of Python's, such as `set`, is not taken: with a set of its own, a program could make all
+    comparisons come out equal.
     """
     tree = ast.Module(body, [])
     loaded = _loads(tree)
-    own = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
-    own |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-    own |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
-    own |= {
-        (a.asname or a.name).split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names
+    own = {
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
     }
-    own |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name}
-    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    own |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    own |= {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
+    own |= {
+        (a.asname or a.name).split(".")[0]
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Import | ast.ImportFrom)
+        for a in n.names
+    }
+    own |= {
+        node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name
+    }
+    called = {
+        node.func.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
     free = [name for name in loaded if name not in own]
     modules = [name for name in free if name in sys.stdlib_module_names and name not in called]
-    wanted = [n for n in free if n not in modules and (not hasattr(builtins, n) or _defines(reference, [n]))]
-    # MBPP has functions to write that are named `sum` and `round`, and tests that call nothing else.
+    wanted = [
+        n
+        for n in free
+        if n not in modules and (not hasattr(builtins, n) or _defines(reference, [n]))
+    ]
+    # MBPP has functions to write that are named `sum` and `round`, and tests that call nothing
+    # else.
     return tuple(wanted or [name for name in free if name in called]), modules
 
 
 def _loads(tree: ast.AST) -> tuple[str, ...]:
     """The names that code reads, in the order of their first use."""
-    names = (node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
+    names = (
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    )
     return tuple(dict.fromkeys(names))
 
 

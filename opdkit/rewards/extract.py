@@ -10,16 +10,21 @@ from opdkit.types import Rollout
 TAIL = 4_000  # characters at the end in which an answer without a box is sought
 BOX = 2_000  # characters that a \\boxed{...} may span
 
-# A number with sign, currency, fraction and percent sign. Not part of a word, a power, a longer number or a product such as 5x.
+# A number with sign, currency, fraction and percent sign. Not part of a word, a power, a longer
+# number or a product such as 5x.
 NUMBER = re.compile(
     r"(?<![\w.^\\])[-−+]?\\?[$€£]?[-−]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?(?:\s*\\?%)?"
     r"(?!(?:st|nd|rd|th|[A-Za-z])\b|\d|\.\d|,\d{3}|[\^(])"
 )
-# "The answer is 5", "Final answer: 5", "**Answer:** 5", "answer = 5". What is said ends with its line or sentence.
+# "The answer is 5", "Final answer: 5", "**Answer:** 5", "answer = 5". What is said ends with its
+# line or sentence.
 _STATED = re.compile(
-    r"\banswer\b[^\n.:=]{0,60}?(?:\s(?:is|are|be)\b|[*_\s]*[:=])[:*_\s]*(?P<said>(?:[^\n.]|\.(?=\S))+)", flags=re.IGNORECASE
+    r"\banswer\b[^\n.:=]{0,60}?(?:\s(?:is|are|be)\b|[*_\s]*[:=])[:*_\s]*(?P<said>(?:[^\n.]|\.(?=\S))+)",
+    flags=re.IGNORECASE,
 )
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", flags=re.DOTALL)
+_FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", flags=re.DOTALL
+)
 
 
 def truth(rollout: Rollout, reward: str) -> str:
@@ -27,8 +32,9 @@ def truth(rollout: Rollout, reward: str) -> str:
     answer = rollout.row.get("answer")
     if answer is None:
         raise UserError(
-            f"the reward {reward!r} compares responses with row['answer'], which is absent (columns: {', '.join(rollout.row)}): "
-            "use data with answers, name their column (columns={'answer': 'my_column'}), or use another reward"
+            f"the reward {reward!r} compares responses with row['answer'], which is absent "
+            f"(columns: {', '.join(rollout.row)}): use data with answers, name their column "
+            "(columns={'answer': 'my_column'}), or use another reward"
         )
     return str(answer)
 
@@ -43,7 +49,8 @@ def boxed(text: str) -> str | None:
     starts = [match.end() for match in re.finditer(r"\\f?box(?:ed)?\s*\{", text)]
     for start in reversed(starts[-20:]):
         depth = 1
-        for brace in re.compile(r"\\.|[{}]").finditer(text, start, start + BOX):  # \{ and \} group nothing
+        # \{ and \} group nothing
+        for brace in re.compile(r"\\.|[{}]").finditer(text, start, start + BOX):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if not depth:
                 return text[start : brace.start()].strip() or None
@@ -51,7 +58,9 @@ def boxed(text: str) -> str | None:
 
 
 def hashed(text: str) -> str | None:
-    """What follows the last `####` (GSM8K) whose line is the text's last or holds only a number; others are headings."""
+    """What follows the last `####` (GSM8K) whose line is the text's last or holds only a number;
+    others are headings.
+    """
     lines = text[-TAIL:].rstrip().splitlines()
     for line in reversed(lines):
         found = re.fullmatch(r"\s*####(?!#)\s*(\S.*?)\s*", line)

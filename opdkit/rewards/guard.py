@@ -1,6 +1,8 @@
-"""Scorers of libraries, asked in a confined process about what a model wrote: it can hang them, crash them and be run by them.
+"""Scorers of libraries, asked in a confined process about what a model wrote: it can hang them,
+crash them and be run by them.
 
-A signal would not do against hanging: it works only in the main thread, and not while Python is inside one long multiplication.
+A signal would not do against hanging: it works only in the main thread, and not while Python is
+inside one long multiplication.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ class Failed:
 
 @dataclass(frozen=True)
 class Guard:
-    """A library's scorer. library: math (math-verify) or gym (reasoning-gym). reward: whose name errors say; own: its class.
+    """A library's scorer. library: math (math-verify) or gym (reasoning-gym). reward: whose name
+    errors say; own: its class.
 
-    unprotected: score also where answers cannot be kept from writing files, the network and other processes.
+    unprotected: score also where answers cannot be kept from writing files, the network and other
+    processes.
     """
 
     library: str
@@ -44,6 +48,9 @@ class Guard:
         return Jail("scores", self.reward, self.own, (self.library,), unprotected=self.unprotected)
 
     def __call__(self, *arguments: Any, seconds: float = SECONDS) -> Any:
-        """What the library's function in `jail/scores.py` returns, or `Failed`. Threads may call at once."""
+        """What the library's function in `jail/scores.py` returns, or `Failed`.
+
+        Threads may call at once.
+        """
         good, value = self.jail.ask(pickle.dumps((arguments, seconds)).hex())
         return value if good else Failed(value)

@@ -11,15 +11,18 @@ from opdkit.rewards.extract import boxed, spoken, stated
 from opdkit.rewards.guard import Failed, Guard
 from opdkit.types import Rollout
 
-LONGEST = 20_000  # characters of an answer; the largest grids of the library's tasks are a tenth of this
+# characters of an answer; the largest grids of the library's tasks are a tenth of this
+LONGEST = 20_000
 
 
 @dataclass(frozen=True)
 class ReasoningGym:
-    """The scorer's value for the answer in <answer>, \\boxed, "answer: ..." or, without these, the whole response.
+    """The scorer's value for the answer in <answer>, \\boxed, "answer: ..." or, without these, the
+    whole response.
 
-    Scorers run in a confined process, and may evaluate arithmetic only: see docs/rewards.md.
-    Many scorers pay a little for an answer of the right form, so a rollout is correct from `correct_from` on, not above 0.
+    Scorers run in a confined process, and may evaluate arithmetic only: see docs/rewards.md. Many
+    scorers pay a little for an answer of the right form, so a rollout is correct from
+    `correct_from` on, not above 0.
     """
 
     correct_from: float = 0.99  # scorers give 1.0 for a right answer, some up to rounding
@@ -45,11 +48,17 @@ class ReasoningGym:
         value = self.guard(task, config, entry, said)
         if not isinstance(value, Failed):
             return float(value)
-        # A scorer that fails on what a model wrote says that it is wrong; one that fails on its own answer has a broken row.
-        own = None if entry["answer"] is None else self.guard(task, config, entry, str(entry["answer"]))
+        # A scorer that fails on what a model wrote says that it is wrong; one that fails on its own
+        # answer has a broken row.
+        own = (
+            None
+            if entry["answer"] is None
+            else self.guard(task, config, entry, str(entry["answer"]))
+        )
         if isinstance(own, Failed):
             raise UserError(
-                f"reasoning-gym's scorer of {task!r} cannot read the row: {own.why}. Generate the row anew with load_rows"
+                f"reasoning-gym's scorer of {task!r} cannot read the row: {own.why}. Generate the "
+                "row anew with load_rows"
             )
         return 0.0
 
@@ -59,11 +68,16 @@ def _entry(rollout: Rollout) -> tuple[str, dict[str, Any], dict[str, Any]]:
     if "reasoning_gym" in row:
         kept = row["reasoning_gym"]
         return kept["task"], kept["config"], kept["entry"]
-    if isinstance(row.get("metadata"), dict) and "source_dataset" in row["metadata"]:  # a file of the library's own entries
-        return row["metadata"]["source_dataset"], {}, {key: row.get(key) for key in ("question", "answer", "metadata")}
+    # a file of the library's own entries
+    if isinstance(row.get("metadata"), dict) and "source_dataset" in row["metadata"]:
+        return (
+            row["metadata"]["source_dataset"],
+            {},
+            {key: row.get(key) for key in ("question", "answer", "metadata")},
+        )
     raise UserError(
-        f"the reward reasoning_gym reads the task's entry, which the row does not have (columns: {', '.join(row)}): "
-        "use data such as reasoning_gym:chain_sum, or another reward"
+        "the reward reasoning_gym reads the task's entry, which the row does not have (columns: "
+        f"{', '.join(row)}): use data such as reasoning_gym:chain_sum, or another reward"
     )
 
 

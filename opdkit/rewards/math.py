@@ -6,21 +6,33 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from opdkit.rewards.extract import NUMBER, boxed, formula, hashed, last_number, spoken, stated, truth
+from opdkit.rewards.extract import (
+    NUMBER,
+    boxed,
+    formula,
+    hashed,
+    last_number,
+    spoken,
+    stated,
+    truth,
+)
 from opdkit.rewards.guard import Guard
 from opdkit.rewards.quantity import clean, quantity
 from opdkit.types import Rollout
 
-LONGEST = 400  # characters of an expression that is handed to math-verify; a longer one counts as wrong
+# characters of an expression that is handed to math-verify; a longer one counts as wrong
+LONGEST = 400
 
 
 @dataclass(frozen=True)
 class Math:
-    r"""1.0 where the final answer equals row["answer"], else 0.0; cut responses are judged by what they contain.
+    r"""1.0 where the final answer equals row["answer"], else 0.0; cut responses are judged by what
+    they contain.
 
-    The final answer is the first of these that a response has, the last one of its kind: \boxed{...}; a line `#### ...`; "the
-    answer is ..."; and then the last number (the last formula or line, where the truth is not a number).
-    Expressions are compared by math-verify in a confined process: see docs/rewards.md. unprotected: also where none can be had.
+    The final answer is the first of these that a response has, the last one of its kind:
+    \boxed{...}; a line `#### ...`; "the answer is ..."; and then the last number (the last formula
+    or line, where the truth is not a number). Expressions are compared by math-verify in a confined
+    process: see docs/rewards.md. unprotected: also where none can be had.
     """
 
     unprotected: bool = False
@@ -54,7 +66,9 @@ def right(text: str, answer: str, guard: Guard = GUARD) -> bool:
     said = stated(text)
     if said is None:
         return same(number_in(text) if numeric else formula_in(text), answer, guard)
-    return same(said, answer, guard) or same((leading(said) or number_in(said)) if numeric else formula_in(said), answer, guard)
+    return same(said, answer, guard) or same(
+        (leading(said) or number_in(said)) if numeric else formula_in(said), answer, guard
+    )
 
 
 def number_in(text: str) -> str:
@@ -66,9 +80,15 @@ def number_in(text: str) -> str:
 
 
 def leading(said: str) -> str | None:
-    """The number that a sentence begins with, as in "72 dollars for 3 friends"; None where it begins a formula."""
+    """The number that a sentence begins with, as in "72 dollars for 3 friends"; None where it
+    begins a formula.
+    """
     found = NUMBER.match(said)
-    return found[0] if found and re.match(r"\s+[A-Za-z]{2,}|\s*[,;(]", said[found.end() :]) and "=" not in said else None
+    return (
+        found[0]
+        if found and re.match(r"\s+[A-Za-z]{2,}|\s*[,;(]", said[found.end() :]) and "=" not in said
+        else None
+    )
 
 
 def formula_in(text: str) -> str:
@@ -78,7 +98,9 @@ def formula_in(text: str) -> str:
 
 
 def same(said: str, answer: str, guard: Guard = GUARD) -> bool:
-    """Whether two answers mean the same: as text, as numbers, as a choice's letter, or as mathematics."""
+    """Whether two answers mean the same: as text, as numbers, as a choice's letter, or as
+    mathematics.
+    """
     plain, wanted = _plain(said), _plain(answer)
     if not plain or plain == wanted:
         return bool(plain)

@@ -13,7 +13,8 @@ from opdkit.types import Rollout
 
 @dataclass(frozen=True)
 class Pattern:
-    """1.0 where group 1 of the last match (the whole match where the pattern has no group) equals row["answer"].
+    """1.0 where group 1 of the last match (the whole match where the pattern has no group) equals
+    row["answer"].
 
     Equal as text, white space around both aside, or as a number: 1,000 is 1000.0.
     """
@@ -26,7 +27,8 @@ class Pattern:
             compiled = re.compile(self.pattern)
         except re.error as error:
             raise UserError(
-                f"reward 'regex:{self.pattern}' is not a regular expression: {error}. Write for example regex:answer is (\\d+)"
+                f"reward 'regex:{self.pattern}' is not a regular expression: {error}. Write for "
+                "example regex:answer is (\\d+)"
             ) from None
         object.__setattr__(self, "compiled", compiled)
 

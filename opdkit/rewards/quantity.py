@@ -9,14 +9,59 @@ from fractions import Fraction
 LONGEST = 100  # characters; a longer answer is no single number
 TOLERANCE = Fraction(1, 10**6)  # of rounded decimals, such as 0.333333 for 1/3
 
-SCALES = {"%": Fraction(1, 100), "dozen": Fraction(12), "hundred": Fraction(100), "thousand": Fraction(10**3)}
+SCALES = {
+    "%": Fraction(1, 100),
+    "dozen": Fraction(12),
+    "hundred": Fraction(100),
+    "thousand": Fraction(10**3),
+}
 SCALES |= {"million": Fraction(10**6), "billion": Fraction(10**9), "trillion": Fraction(10**12)}
 
 MEASURES = frozenset(
-    ["mm", "cm", "m", "km", "in", "ft", "yd", "mi", "mg", "g", "kg", "lb", "oz", "ml", "l", "s", "min", "h", "hr", "mph", "kmh"]
+    [
+        "mm",
+        "cm",
+        "m",
+        "km",
+        "in",
+        "ft",
+        "yd",
+        "mi",
+        "mg",
+        "g",
+        "kg",
+        "lb",
+        "oz",
+        "ml",
+        "l",
+        "s",
+        "min",
+        "h",
+        "hr",
+        "mph",
+        "kmh",
+    ]
 )  # only these may differ from each other
 NOT_UNITS = frozenset(
-    ["pi", "e", "i", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "mod", "and", "or", "infinity"]
+    [
+        "pi",
+        "e",
+        "i",
+        "sqrt",
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "log",
+        "ln",
+        "exp",
+        "mod",
+        "and",
+        "or",
+        "infinity",
+    ]
 )  # words that make an expression
 
 _AMOUNT = r"(?P<whole>\d{1,3}(?:,\d{3})+|\d+)?(?P<decimals>\.\d*)?"
@@ -27,7 +72,9 @@ _SCALE = r"(?P<scale>\s*%|(?:\s+|-)(?:dozen|hundred|thousand|million|billion|tri
 _UNIT = rf"(?P<unit>\s*{_WORD}(?:[ /]+{_WORD})*)"
 _QUANTITY = re.compile(rf"(?P<sign>[-+]?)\s*{_AMOUNT}(?:\s*{_LATEX})?{_SLASH}?{_SCALE}?{_UNIT}?")
 
-_DROP = re.compile(r"\\left|\\right|\\[!,;:()\[\]]|\\(?=[$%])|[$€£°]|\^\\circ|\^\{\\circ\}|\{(?=,\})|(?<=,)\}")
+_DROP = re.compile(
+    r"\\left|\\right|\\[!,;:()\[\]]|\\(?=[$%])|[$€£°]|\^\\circ|\^\{\\circ\}|\{(?=,\})|(?<=,)\}"
+)
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 
 
@@ -40,13 +87,16 @@ class Quantity:
     unit: str = ""
 
     def equals(self, other: Quantity) -> bool:
-        """25% is 0.25 and also 25, 3 million is 3000000 and also 3: the question may have named the scale.
+        """25% is 0.25 and also 25, 3 million is 3000000 and also 3: the question may have named the
+        scale.
 
         Units matter where both are measures: 5 cm is 5, not 5 m.
         """
         if self.unit != other.unit and {self.unit, other.unit} <= MEASURES:
             return False
-        if (self.scale == other.scale or 1 in (self.scale, other.scale)) and _near(self.amount, other.amount):
+        if (self.scale == other.scale or 1 in (self.scale, other.scale)) and _near(
+            self.amount, other.amount
+        ):
             return True
         return _near(self.amount * self.scale, other.amount * other.scale)
 
@@ -67,11 +117,17 @@ def clean(text: str) -> str:
 
 
 def quantity(text: str) -> Quantity | None:
-    """The number that a text is, or None where it is anything else: an expression, a list, a sentence."""
+    """The number that a text is, or None where it is anything else: an expression, a list, a
+    sentence.
+    """
     if len(text) > LONGEST:
         return None
     found = _QUANTITY.fullmatch(clean(text))
-    if found is None or not any(found[name] for name in ("whole", "decimals", "n1", "n2")) or found["decimals"] == ".":
+    if (
+        found is None
+        or not any(found[name] for name in ("whole", "decimals", "n1", "n2"))
+        or found["decimals"] == "."
+    ):
         return None
     unit = (found["unit"] or "").strip().lower()
     attached = found["unit"] and not found["unit"][0].isspace()
@@ -88,8 +144,13 @@ def quantity(text: str) -> Quantity | None:
 
 
 def _amount(found: re.Match[str]) -> Fraction | None:
-    amount = Fraction(f"{(found['whole'] or '0').replace(',', '')}{found['decimals'] or ''}".rstrip("."))
-    top, bottom = found["n1"] or found["n2"] or found["n3"], found["d1"] or found["d2"] or found["d3"]
+    amount = Fraction(
+        f"{(found['whole'] or '0').replace(',', '')}{found['decimals'] or ''}".rstrip(".")
+    )
+    top, bottom = (
+        found["n1"] or found["n2"] or found["n3"],
+        found["d1"] or found["d2"] or found["d3"],
+    )
     if top and (found["decimals"] or found["over"]):  # 1.5 1/2 is no number
         return None
     if top or found["over"]:

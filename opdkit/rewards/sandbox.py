@@ -1,7 +1,9 @@
-"""Programs that a model wrote, run where they can do no harm: see docs/rewards.md for what holds, and against what.
+"""Programs that a model wrote, run where they can do no harm: see docs/rewards.md for what holds,
+and against what.
 
-Each program runs in a process of its own that has given up the network, other processes, and all files but Python's own to read and
-an empty folder to write; its tests run in another process and only exchange plain data with it. `jail/` holds those processes.
+Each program runs in a process of its own that has given up the network, other processes, and all
+files but Python's own to read and an empty folder to write; its tests run in another process and
+only exchange plain data with it. `jail/` holds those processes.
 """
 
 from __future__ import annotations
@@ -25,15 +27,19 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value, least in (("seconds", self.seconds, 1), ("memory", self.memory, 64)):
             if not isinstance(value, int) or value < least:
-                raise UserError(f"Limits({name}={value!r}) must be a whole number from {least} on: less lets no program start")
+                raise UserError(
+                    f"Limits({name}={value!r}) must be a whole number from {least} on: less lets "
+                    "no program start"
+                )
 
 
 @dataclass(frozen=True)
 class Calls:
     """A program, and tests that call its functions.
 
-    sources: the program; the first of these that is Python. wanted: the program's names that tests see. before: code that tests
-    begin with, overridden by those names; setup: code after them. tests: each passes where it raises nothing.
+    sources: the program; the first of these that is Python. wanted: the program's names that tests
+    see. before: code that tests begin with, overridden by those names; setup: code after them.
+    tests: each passes where it raises nothing.
     """
 
     sources: tuple[str, ...]
@@ -67,10 +73,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Runs cases. workers: programs at once; 0: one per core. partial: go on after the first test that fails.
+    """Runs cases. workers: programs at once; 0: one per core. partial: go on after the first test
+    that fails.
 
-    unprotected: run programs also where they cannot be kept from writing files, the network and other processes.
-    without: layers to leave out, for tests of the others.
+    unprotected: run programs also where they cannot be kept from writing files, the network and
+    other processes. without: layers to leave out, for tests of the others.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -87,12 +94,15 @@ class Sandbox:
         """Refuse a machine on which programs cannot be confined."""
         self.programs.check()
 
-    def run(self, cases: Sequence[Calls | Prints], tick: Callable[[int], object] = lambda done: None) -> list[Verdict]:
+    def run(
+        self, cases: Sequence[Calls | Prints], tick: Callable[[int], object] = lambda done: None
+    ) -> list[Verdict]:
         """A verdict per case, in order. tick: called with the number of cases done."""
         self.check()
         done: dict[Calls | Prints, Verdict] = {}
         with ThreadPoolExecutor(min(self.workers or cores(), max(len(cases), 1))) as pool:
-            futures = {pool.submit(self._judge, case): case for case in dict.fromkeys(cases)}  # equal ones once
+            # equal ones once
+            futures = {pool.submit(self._judge, case): case for case in dict.fromkeys(cases)}
             try:
                 for future in as_completed(futures):
                     done[futures[future]] = future.result()
@@ -103,5 +113,9 @@ class Sandbox:
         return [done[case] for case in cases]
 
     def _judge(self, case: Calls | Prints) -> Verdict:
-        told = self.programs.ask(json.dumps({**asdict(case), **asdict(self.limits), "partial": self.partial}))
-        return Verdict(told["passed"], len(case.tests if isinstance(case, Calls) else case.inputs), told["why"])
+        told = self.programs.ask(
+            json.dumps({**asdict(case), **asdict(self.limits), "partial": self.partial})
+        )
+        return Verdict(
+            told["passed"], len(case.tests if isinstance(case, Calls) else case.inputs), told["why"]
+        )

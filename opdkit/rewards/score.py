@@ -25,7 +25,9 @@ FORMS = ["math", "exact", "regex:PATTERN", "reasoning_gym", "code", "judge:URL",
 
 
 def load_reward(spec: str | Reward | None) -> Reward | None:
-    """`math`, `exact`, `regex:PATTERN`, `reasoning_gym`, `code`, `judge:URL`, `file.py:function`; a function is itself, None no reward."""
+    """`math`, `exact`, `regex:PATTERN`, `reasoning_gym`, `code`, `judge:URL`, `file.py:function`; a
+    function is itself, None no reward.
+    """
     if spec is None or callable(spec):
         return spec
     if spec == "math":
@@ -45,9 +47,14 @@ def load_reward(spec: str | Reward | None) -> Reward | None:
     if is_address(spec):
         reward = load_address(spec)
         if not callable(reward):
-            raise UserError(f"reward {spec!r} is {reward!r}, not a function: a reward takes a Rollout and returns a number")
+            raise UserError(
+                f"reward {spec!r} is {reward!r}, not a function: a reward takes a Rollout and "
+                "returns a number"
+            )
         return reward
-    raise UserError(f"there is no reward {spec!r}{nearest(spec, FORMS)}. A reward is one of {', '.join(FORMS)}")
+    raise UserError(
+        f"there is no reward {spec!r}{nearest(spec, FORMS)}. A reward is one of {', '.join(FORMS)}"
+    )
 
 
 Confined = TypeVar("Confined", Code, Math, ReasoningGym)
@@ -61,23 +68,29 @@ def _confined(reward: Confined) -> Confined:
 
 def _with_package(name: str, package: str, reward: Confined) -> Confined:
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"the reward {name!r} needs the package {package}, which is not installed: pip install 'opdkit[rewards]'")
+        raise UserError(
+            f"the reward {name!r} needs the package {package}, which is not installed: pip install "
+            "'opdkit[rewards]'"
+        )
     return reward
 
 
 def score(rollouts: Sequence[Rollout], reward: Reward, *, workers: int = 0) -> list[Rollout]:
     """The rollouts with `reward` and `correct` filled in.
 
-    correct: reward > 0, or reward >= reward.correct_from where the reward says so (scores with partial credit).
-    workers: threads, for rewards that wait for something, such as another process; 0: as many as the reward's own `workers` says,
-    or none. A reward with a method `score_many(rollouts) -> list[float]` is handed all of them at once, and sees to its own threads.
+    correct: reward > 0, or reward >= reward.correct_from where the reward says so (scores with
+    partial credit). workers: threads, for rewards that wait for something, such as another process;
+    0: as many as the reward's own `workers` says, or none. A reward with a method
+    `score_many(rollouts) -> list[float]` is handed all of them at once, and sees to its own
+    threads.
     """
     many = getattr(reward, "score_many", None)
     if many is not None:
         values = many(rollouts)
         if len(values) != len(rollouts):
             raise UserError(
-                f"the reward {_name(reward)} gave {len(values)} values for {len(rollouts)} rollouts: give one for each"
+                f"the reward {_name(reward)} gave {len(values)} values for {len(rollouts)} "
+                "rollouts: give one for each"
             )
         return [_filled(r, reward, value) for r, value in zip(rollouts, values)]
     workers = min(workers or getattr(reward, "workers", 0), len(rollouts))
@@ -98,8 +111,9 @@ def _scored(rollout: Rollout, reward: Reward) -> Rollout:
         raise UserError(f"rollout {rollout.id!r}: {error}") from error
     except Exception as error:
         raise UserError(
-            f"the reward {_name(reward)} failed on rollout {rollout.id!r} with {type(error).__name__}: {error}. A reward must "
-            f"give every response a number, also empty and cut ones; this one ends {rollout.text[-80:]!r}"
+            f"the reward {_name(reward)} failed on rollout {rollout.id!r} with "
+            f"{type(error).__name__}: {error}. A reward must give every response a number, also "
+            f"empty and cut ones; this one ends {rollout.text[-80:]!r}"
         ) from error
     return _filled(rollout, reward, value)
 
@@ -107,8 +121,11 @@ def _scored(rollout: Rollout, reward: Reward) -> Rollout:
 def _filled(rollout: Rollout, reward: Reward, value: Any) -> Rollout:
     if not isinstance(value, Real) or not math.isfinite(value):
         raise UserError(
-            f"the reward {_name(reward)} returned {value!r} ({type(value).__name__}) for rollout {rollout.id!r}, "
-            "which cannot be averaged or compared: return a finite float, 1.0 for right and 0.0 for wrong"
+            f"the reward {_name(reward)} returned {value!r} ({type(value).__name__}) for rollout "
+            f"{rollout.id!r}, which cannot be averaged or compared: return a finite float, 1.0 for "
+            "right and 0.0 for wrong"
         )
     number, least = float(value), getattr(reward, "correct_from", None)
-    return replace(rollout, reward=number, correct=bool(number > 0 if least is None else number >= least))
+    return replace(
+        rollout, reward=number, correct=bool(number > 0 if least is None else number >= least)
+    )

@@ -1,6 +1,8 @@
-"""Processes that deal with what a model wrote, and are confined before they do: `jail/` holds what they run.
+"""Processes that deal with what a model wrote, and are confined before they do: `jail/` holds what
+they run.
 
-Each worker is a process of ours that splits off a confined one per case; workers that have nothing to do are kept for the next.
+Each worker is a process of ours that splits off a confined one per case; workers that have nothing
+to do are kept for the next.
 """
 
 from __future__ import annotations
@@ -20,26 +22,31 @@ from typing import Any
 from opdkit.base.errors import UserError
 
 _JAIL = Path(__file__).with_name("jail")
-NEEDED = ("network", "processes", "writing")  # without these nothing of a model's is dealt with, unless its owner says so
+# without these nothing of a model's is dealt with, unless its owner says so
+NEEDED = ("network", "processes", "writing")
 DOES = {
     "programs": "runs programs that a model wrote",
     "scores": "has libraries read what a model wrote, some of which evaluate it as Python",
 }
 HELD = {
     "network": "no network: no socket can be opened",
-    "processes": "no other processes: nothing can be forked or started, so nothing outlives a program",
+    "processes": "no other processes: nothing can be forked or started, so nothing outlives a "
+    "program",
     "writing": "no file is written, changed or removed outside the program's own folder",
-    "reading": "no file is read but Python's own: its library, installed packages, shared libraries",
+    "reading": "no file is read but Python's own: its library, installed packages, shared "
+    "libraries",
     "neighbours": "no other process is signalled, nor its environment or memory read",
 }
 
 
 @dataclass(frozen=True)
 class Jail:
-    """What to do with what a model wrote: `work` is a file of `jail/`, `given` what it is told at its start.
+    """What to do with what a model wrote: `work` is a file of `jail/`, `given` what it is told at
+    its start.
 
-    reward: whose name errors say; own: its class. unprotected: go on where it cannot be kept from writing files, the network and other
-    processes. without: layers to leave out, for tests of the others. Threads may ask at once; each then has a process of its own.
+    reward: whose name errors say; own: its class. unprotected: go on where it cannot be kept from
+    writing files, the network and other processes. without: layers to leave out, for tests of the
+    others. Threads may ask at once; each then has a process of its own.
     """
 
     work: str
@@ -61,7 +68,8 @@ class Jail:
             return self._ask(message)
         except EOFError:
             raise RuntimeError(
-                f"the process behind the reward {self.reward!r} ended twice on one case; its message is above"
+                f"the process behind the reward {self.reward!r} ended twice on one case; its "
+                "message is above"
             ) from None
 
     def _ask(self, message: str) -> Any:
@@ -81,17 +89,19 @@ class Jail:
         what = f"the reward {self.reward!r} {DOES[self.work]}"
         if sys.platform != "linux":
             raise UserError(
-                f"{what}, and only Linux can confine that: on this system a response could read, change and send anything of yours. "
-                "Score on Linux (a container or a virtual machine will do)"
+                f"{what}, and only Linux can confine that: on this system a response could read, "
+                "change and send anything of yours. Score on Linux (a container or a virtual "
+                "machine will do)"
             )
         worker = _waiting(self.idle) or Worker(self)
         missing = [HELD[name] for name in NEEDED if not worker.held.get(name)]
         if missing and not self.unprotected:
             self._release(worker)
             raise UserError(
-                f"{what}, and on this machine that cannot be confined. Not enforced: {'; '.join(missing)}. Use Linux on x86_64 or "
-                "aarch64, in a container that allows seccomp filters; or, where nothing here is worth protecting, use a reward of "
-                f"your own file that is {self.own}(unprotected=True)"
+                f"{what}, and on this machine that cannot be confined. Not enforced: "
+                f"{'; '.join(missing)}. Use Linux on x86_64 or aarch64, in a container that allows "
+                "seccomp filters; or, where nothing here is worth protecting, use a reward of your "
+                f"own file that is {self.own}(unprotected=True)"
             )
         return worker
 
@@ -110,20 +120,29 @@ def protection() -> list[str]:
     jail._release(worker)
     held, layers = worker.held, worker.layers
     means = [
-        f"Landlock {layers['landlock']}" if layers["landlock"] else "no Landlock, so programs write no file at all",
+        f"Landlock {layers['landlock']}"
+        if layers["landlock"]
+        else "no Landlock, so programs write no file at all",
         "seccomp" if layers["seccomp"] else "no seccomp",
         f"user {layers['user']}" if layers["user"] else "the same user",
     ]
     enforced = [text for name, text in HELD.items() if held.get(name)]
     missing = [f"NOT enforced: {text}" for name, text in HELD.items() if not held.get(name)]
-    return [*enforced, *missing, "limits of memory, CPU time, wall time, file sizes and threads", f"by {', '.join(means)}"]
+    return [
+        *enforced,
+        *missing,
+        "limits of memory, CPU time, wall time, file sizes and threads",
+        f"by {', '.join(means)}",
+    ]
 
 
 class Worker:
     """One process that deals with cases, one at a time."""
 
     def __init__(self, jail: Jail) -> None:
-        packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+        packages = [
+            path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")
+        ]
         options = {
             "work": jail.work,
             "for": jail.given,
@@ -149,7 +168,10 @@ class Worker:
         try:
             told = self._answer()
         except EOFError:
-            raise RuntimeError("the process that deals with what a model wrote does not start; its message is above") from None
+            raise RuntimeError(
+                "the process that deals with what a model wrote does not start; its message is "
+                "above"
+            ) from None
         self.held: dict[str, bool] = told["held"]
         self.layers: dict[str, Any] = told["layers"]
         self.base: str = told["base"]  # its folder

@@ -1,4 +1,6 @@
-"""From a `Run` to a `Job`: what can be refused without a model is refused before one is loaded; then everything is loaded once."""
+"""From a `Run` to a `Job`: what can be refused without a model is refused before one is loaded;
+then everything is loaded once.
+"""
 
 from __future__ import annotations
 
@@ -40,18 +42,30 @@ from opdkit.train.student import Student
 from opdkit.train.track import open_trackers
 
 
-def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False) -> tuple[Job, State]:
-    """Check and build everything. What can be refused without a model is refused before one is loaded."""
+def prepare(
+    run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False
+) -> tuple[Job, State]:
+    """Check and build everything.
+
+    What can be refused without a model is refused before one is loaded.
+    """
     method = from_cache(given.method or run.method_spec.load(), run)
     needs = method.needs
     reward = given.reward or load_reward(run.reward)
     refuse(run, method, reward)
-    if reward is not None and hasattr(reward, "check"):  # a judge that is not there, a machine that cannot confine programs
+    # a judge that is not there, a machine that cannot confine programs
+    if reward is not None and hasattr(reward, "check"):
         reward.check()
     stored = stored_rollouts(run, method)
     rows = read_rows(run.prompts, given.rows, run.seed)
-    eval_rows = None if run.evaluate is None else read_rows(run.evaluate.prompts, given.eval_rows, run.seed)
-    several = run.teachers.teachers if isinstance(run.teachers, Routes) and "teacher" in needs.models else {}
+    eval_rows = (
+        None if run.evaluate is None else read_rows(run.evaluate.prompts, given.eval_rows, run.seed)
+    )
+    several = (
+        run.teachers.teachers
+        if isinstance(run.teachers, Routes) and "teacher" in needs.models
+        else {}
+    )
     for row in rows if several else ():
         route(row["teacher"], several, f"row {row['id']}")
     if stored is not None:
@@ -60,7 +74,9 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
 
     start = str(checkpoint) if checkpoint is not None else run.student
     tokenizer = (
-        given.tokenizer if given.tokenizer is not None else load_tokenizer(run.student, trust_remote_code=run.trust_remote_code)
+        given.tokenizer
+        if given.tokenizer is not None
+        else load_tokenizer(run.student, trust_remote_code=run.trust_remote_code)
     )
     device = device_of(run.device)
     models = Models(run, device, given, tokenizer)
@@ -77,13 +93,17 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
         run.dtype == "bfloat16",
         vocab,
     )
-    scorers: dict[str, Scorer | Remote] = {"student": LocalModel(base, student.head), "live": LocalModel(base, student.head)}
+    scorers: dict[str, Scorer | Remote] = {
+        "student": LocalModel(base, student.head),
+        "live": LocalModel(base, student.head),
+    }
     scorers |= {name: cut(scorer, vocab) for name, scorer in others.items()}
     sampler = HFSampler(base, tokenizer, head=student.head)  # of evaluations
     mix = guide(scorers, method.teacher_mix) if method.teacher_mix else None
     prompts = make_prompts(run.prompts, rows, tokenizer)
     longest = refuse_long(prompts, base, run.sampling if stored is None else stored.origin.sampling)
-    writer = models.sampler(student, watched(needs), mix, longest) if stored is None else sampler  # which then writes nothing
+    # which then writes nothing
+    writer = models.sampler(student, watched(needs), mix, longest) if stored is None else sampler
     if stored is not None and given.student is None:
         for note in student_notes(stored, identify(run.student)):
             print(f"opdkit: {note}", file=sys.stderr)
@@ -99,7 +119,9 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
         run.keep_samples,
         run.sample_every,
         given.show or Screen(run.steps, state.step, run.max_tokens, state.tokens),
-        (lambda rollout: route(rollout.row.get("teacher"), several, rollout.id)) if several else None,
+        (lambda rollout: route(rollout.row.get("teacher"), several, rollout.id))
+        if several
+        else None,
     )
     write_run(run)
     job = Job(
@@ -133,7 +155,10 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
     )
     if method.curriculum.validates:
         job.validate = Validator(
-            job, make_prompts(run.evaluate.prompts, eval_rows, tokenizer) if run.evaluate and eval_rows else prompts
+            job,
+            make_prompts(run.evaluate.prompts, eval_rows, tokenizer)
+            if run.evaluate and eval_rows
+            else prompts,
         )
     if run.evaluate is not None and eval_rows is not None:
         held_out = make_prompts(run.evaluate.prompts, eval_rows, tokenizer)
@@ -142,9 +167,15 @@ def prepare(run: Run, given: Given = Given(), *, resume: bool = False, overwrite
         if run.evaluate.teacher and state.evaluated < 0:
             for name, teacher in teachers(scorers["teacher"]).items():
                 local, theirs = spoken(teacher)
-                asked = held_out if theirs is None else make_prompts(run.evaluate.prompts, eval_rows, theirs)
+                asked = (
+                    held_out
+                    if theirs is None
+                    else make_prompts(run.evaluate.prompts, eval_rows, theirs)
+                )
                 with local.around():
-                    own = HFSampler(local.model, tokenizer if theirs is None else theirs, head=local.head)
+                    own = HFSampler(
+                        local.model, tokenizer if theirs is None else theirs, head=local.head
+                    )
                     replace(evaluator, prompts=asked).score(own, name, 0)
     return job, state
 
@@ -161,7 +192,8 @@ def guide(scorers: Mapping[str, Scorer | Remote], share: float) -> Guide:
     teacher = scorers["teacher"]
     if not isinstance(teacher, LocalModel):
         raise UserError(
-            "teacher_mix lets the teacher take part in decoding: it needs one teacher in this process, not several by route"
+            "teacher_mix lets the teacher take part in decoding: it needs one teacher in this "
+            "process, not several by route"
         )
     return Guide(teacher.model, teacher.head, share)
 

@@ -1,4 +1,6 @@
-"""Writes a cache: the student rolled out once, its rollouts scored once by the teacher, stored for training without either."""
+"""Writes a cache: the student rolled out once, its rollouts scored once by the teacher, stored for
+training without either.
+"""
 
 from __future__ import annotations
 
@@ -37,26 +39,44 @@ from opdkit.train.gather import gather
 from opdkit.types import Rollout, Watch
 
 MOST_NUMBERS = (1 << 31) - 1  # in one column of a shard: Arrow counts a list's entries in 32 bits
-SCORED_TOKENS = 1 << 14  # of prompts and responses that the teacher scores at once: what is held besides a shard's own numbers
+# of prompts and responses that the teacher scores at once: what is held besides a shard's own
+# numbers
+SCORED_TOKENS = 1 << 14
 
 
 def cache_teacher(
-    run: Run, folder: str | Path, *, top_k: int = 0, sft_teacher: str | None = None, prompts_per_shard: int = 256
+    run: Run,
+    folder: str | Path,
+    *,
+    top_k: int = 0,
+    sft_teacher: str | None = None,
+    prompts_per_shard: int = 256,
 ) -> Manifest:
-    """Rolls `run.student` out on every prompt of `run.data`, scores each rollout once with `run.teacher`, and stores both in a folder.
+    """Rolls `run.student` out on every prompt of `run.data`, scores each rollout once with
+    `run.teacher`, and stores both in a folder.
 
-    top_k: the teacher's most probable tokens stored at each position. sft_teacher: who wrote the responses that the student was
-    fine-tuned on; a warning where it is not the teacher. Interrupted and called again it continues with the first shard that is not
-    there, and rewrites those that are damaged; the same settings make the same bytes (on a CPU, whatever was interrupted).
+    top_k: the teacher's most probable tokens stored at each position. sft_teacher: who wrote the
+    responses that the student was fine-tuned on; a warning where it is not the teacher. Interrupted
+    and called again it continues with the first shard that is not there, and rewrites those that
+    are damaged; the same settings make the same bytes (on a CPU, whatever was interrupted).
     """
     if top_k < 0 or prompts_per_shard < 1:
-        raise UserError(f"top_k={top_k} must not be negative, and prompts_per_shard={prompts_per_shard} be at least 1")
+        raise UserError(
+            f"top_k={top_k} must not be negative, and prompts_per_shard={prompts_per_shard} be at "
+            "least 1"
+        )
     sampling = run.sampling
-    most = prompts_per_shard * sampling.num_generations * sampling.max_completion_length * max(top_k, 1)
+    most = (
+        prompts_per_shard
+        * sampling.num_generations
+        * sampling.max_completion_length
+        * max(top_k, 1)
+    )
     if most > MOST_NUMBERS:
         raise UserError(
-            f"a file of {prompts_per_shard} prompts may hold {most:,} numbers in one column, more than the {MOST_NUMBERS:,} that fit: lower "
-            f"--prompts-per-shard to {max(prompts_per_shard * MOST_NUMBERS // most, 1)}"
+            f"a file of {prompts_per_shard} prompts may hold {most:,} numbers in one column, more "
+            f"than the {MOST_NUMBERS:,} that fit: lower --prompts-per-shard to "
+            f"{max(prompts_per_shard * MOST_NUMBERS // most, 1)}"
         )
     folder, method = Path(folder), reading(top_k)
     _refuse(run, method)
@@ -87,9 +107,18 @@ def cache_teacher(
         return known
     sampler, teacher, device = _opened(run, method, prompts, tokenizer)
     if known is None:  # what has been downloaded meanwhile has a digest
-        known = Manifest(replace(origin, student=identify(run.student), teacher=_identity(run.teachers)))
+        known = Manifest(
+            replace(origin, student=identify(run.student), teacher=_identity(run.teachers))
+        )
         known.write(folder)
-    return _filled(folder, known, missing, prompts, sampler, lambda rollouts: _scored(rollouts, teacher, method, device))
+    return _filled(
+        folder,
+        known,
+        missing,
+        prompts,
+        sampler,
+        lambda rollouts: _scored(rollouts, teacher, method, device),
+    )
 
 
 def _opened(run: Run, method: Method, prompts: Prompts, tokenizer: Any) -> tuple[Any, Any, str]:
@@ -114,17 +143,27 @@ def _filled(
     sampler: Any,
     score: Callable[[Sequence[Rollout]], list[Scored]],
 ) -> Manifest:
-    """Writes the missing shards, one after the other; each is in the manifest as soon as it is on the disk."""
+    """Writes the missing shards, one after the other; each is in the manifest as soon as it is on
+    the disk.
+    """
     origin, done = manifest.origin, 0
-    parts = {number: slice(number * origin.prompts_per_shard, (number + 1) * origin.prompts_per_shard) for number in missing}
-    total = sum(len(range(*part.indices(len(prompts)))) for part in parts.values()) * origin.sampling.num_generations
+    parts = {
+        number: slice(number * origin.prompts_per_shard, (number + 1) * origin.prompts_per_shard)
+        for number in missing
+    }
+    total = (
+        sum(len(range(*part.indices(len(prompts)))) for part in parts.values())
+        * origin.sampling.num_generations
+    )
     with progress("Caching", total=total, unit="rollouts") as tick:
         for number, part in parts.items():
 
             def sampled(finished: int, before: int = done) -> None:
                 tick(before + finished)
 
-            rollouts = sampler.sample(prompts[part], origin.sampling, seed=origin.seed, step=None, progress=sampled)
+            rollouts = sampler.sample(
+                prompts[part], origin.sampling, seed=origin.seed, step=None, progress=sampled
+            )
             scores = [s for some in _portions(rollouts) for s in score(some)]
             name = shard_name(number)
             sha256 = write_shard(folder / name, rollouts, scores, drawn=not origin.sampling.plain)
@@ -136,7 +175,9 @@ def _filled(
 
 
 def reading(top_k: int) -> Method:
-    """A method that reads of the teacher what is stored: the kinds of teachers are asked for it as for any method's needs."""
+    """A method that reads of the teacher what is stored: the kinds of teachers are asked for it as
+    for any method's needs.
+    """
     objective = Objective(PolicyGradient(LogRatio("teacher", "student")))
     if top_k:
         objective += Divergence("forward_kl", k=top_k)
@@ -149,34 +190,43 @@ def _refuse(run: Run, method: Method) -> None:
     for spec in specs(run.teachers).values():
         if isinstance(spec, Cached):
             raise UserError(
-                f"the teacher {spec.folder} is a cache itself, which knows no rollouts but its own: name the model that is to score, "
-                "with --teacher MODEL"
+                f"the teacher {spec.folder} is a cache itself, which knows no rollouts but its "
+                "own: name the model that is to score, with --teacher MODEL"
             )
     if is_cache(run.prompts.source):
         raise UserError(
-            f"the data {run.prompts.source} is a cache: name the data set whose prompts are to be answered, with --data"
+            f"the data {run.prompts.source} is a cache: name the data set whose prompts are to be "
+            "answered, with --data"
         )
     refuse(method.name, run.teachers, method.needs)
 
 
 def _claim(folder: Path, origin: Origin) -> Manifest | None:
-    """The manifest that is to be continued; None for a new folder. A cache of something else, or other files, are left alone."""
+    """The manifest that is to be continued; None for a new folder.
+
+    A cache of something else, or other files, are left alone.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = [p for p in folder.iterdir() if not p.name.startswith(PARTIAL)]
     except OSError as error:
-        raise UserError(f"the folder {folder} cannot be written ({error.strerror}): choose another with --out") from None
+        raise UserError(
+            f"the folder {folder} cannot be written ({error.strerror}): choose another with --out"
+        ) from None
     for partial in folder.glob(PARTIAL + "*"):  # left by an interruption
         partial.unlink()
     if not files:
         return None
     if not is_cache(folder):
-        raise UserError(f"{folder} holds other files ({files[0].name} ...): choose an empty or a new folder with --out")
+        raise UserError(
+            f"{folder} holds other files ({files[0].name} ...): choose an empty or a new folder "
+            "with --out"
+        )
     known = read_manifest(folder)
     if differences := known.origin.differences(origin):
         raise UserError(
-            f"{folder} holds a cache made with other settings: {'; '.join(differences)}. Rows of both would be mixed up: choose another "
-            "folder with --out, or delete this one"
+            f"{folder} holds a cache made with other settings: {'; '.join(differences)}. Rows of "
+            "both would be mixed up: choose another folder with --out, or delete this one"
         )
     return known
 
@@ -191,7 +241,9 @@ def _missing(folder: Path, manifest: Manifest) -> list[int]:
         if name in damaged or name not in manifest.entries:
             out.append(number)
     if kept := manifest.origin.shards - len(out):
-        print(f"opdkit: {kept} of {manifest.origin.shards} shards are there already", file=sys.stderr)
+        print(
+            f"opdkit: {kept} of {manifest.origin.shards} shards are there already", file=sys.stderr
+        )
     return out
 
 
@@ -219,7 +271,10 @@ def _scored(rollouts: Sequence[Rollout], teacher: Any, method: Method, device: s
         logp = facts[LogpFact("teacher")][b, :n].float().cpu()
         ids, at = logp[:, None][:, :0], logp[:, None][:, :0]
         if top is not None:
-            ids, at = facts[top][b, :n].cpu(), facts[LogpAtFact("teacher", "teacher", top.k)][b, :n].float().cpu()
+            ids, at = (
+                facts[top][b, :n].cpu(),
+                facts[LogpAtFact("teacher", "teacher", top.k)][b, :n].float().cpu(),
+            )
         out.append(Scored(logp.numpy(), ids.numpy(), at.numpy()))
     return out
 
@@ -229,7 +284,11 @@ def _digest(prompts: Prompts) -> str:
     digest = hashlib.sha256()
     with progress("Tokenising prompts", total=len(prompts), unit="prompts") as tick:
         for number, prompt in enumerate(prompts, 1):
-            digest.update(json.dumps([prompt.id, prompt.tokens, prompt.row], sort_keys=True, default=str).encode())
+            digest.update(
+                json.dumps(
+                    [prompt.id, prompt.tokens, prompt.row], sort_keys=True, default=str
+                ).encode()
+            )
             tick(number)
     return digest.hexdigest()
 
@@ -237,8 +296,12 @@ def _digest(prompts: Prompts) -> str:
 def _precision(teacher: Spec | Routes, usual: str) -> str:
     """In what precision a teacher computes, or several compute."""
     if isinstance(teacher, (Routes, Mixture)):
-        return ", ".join(sorted({_precision(member, usual) for member in teacher.teachers.values()}))
-    return " ".join(filter(None, [getattr(teacher, "dtype", None) or usual, getattr(teacher, "quantize", None)]))
+        return ", ".join(
+            sorted({_precision(member, usual) for member in teacher.teachers.values()})
+        )
+    return " ".join(
+        filter(None, [getattr(teacher, "dtype", None) or usual, getattr(teacher, "quantize", None)])
+    )
 
 
 def _identity(teacher: Spec | Routes) -> Identity:
@@ -249,7 +312,9 @@ def _identity(teacher: Spec | Routes) -> Identity:
         return Identity(teacher.model or ",".join(teacher.urls))
     members = {name: _identity(member) for name, member in teacher.teachers.items()}  # type: ignore[union-attr]
     weights = getattr(teacher, "weights", None)
-    name = ", ".join(f"{key}: {member.name}" for key, member in members.items()) + (f", weights {weights}" if weights else "")
+    name = ", ".join(f"{key}: {member.name}" for key, member in members.items()) + (
+        f", weights {weights}" if weights else ""
+    )
     digests = [member.digest for member in members.values()]
     whole = hashlib.sha256(json.dumps([sorted(members), digests, weights]).encode()).hexdigest()
     return Identity(name, None if None in digests else whole)

@@ -1,4 +1,6 @@
-"""What the command line does, as functions for a notebook: evaluate and sample a model, look at a machine."""
+"""What the command line does, as functions for a notebook: evaluate and sample a model, look at a
+machine.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ from opdkit.types import Rollout, Sampling
 
 
 def open_sampler(
-    model: Any, tokenizer: Any = None, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False
+    model: Any,
+    tokenizer: Any = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> HFSampler:
     """A sampler for a model by name, path, or as an object."""
     import torch
@@ -47,17 +53,27 @@ def eval_model(
 ) -> EvalResult:
     """Avg@k and Pass@k of a model on a data set, with 95 % confidence intervals over problems."""
     sampler = open_sampler(model, tokenizer, dtype)
-    settings = data if isinstance(data, Data) else Data(data if isinstance(data, str) else "in memory")
+    settings = (
+        data if isinstance(data, Data) else Data(data if isinstance(data, str) else "in memory")
+    )
     rows = read_rows(settings, None if isinstance(data, (str, Data)) else as_rows(data), seed)
     scorer = load_reward(reward)
     if scorer is None:
         raise UserError(
-            "an evaluation needs a reward: math, code, exact, reasoning_gym, regex:PATTERN, judge:URL or file.py:function"
+            "an evaluation needs a reward: math, code, exact, reasoning_gym, regex:PATTERN, "
+            "judge:URL or file.py:function"
         )
     chosen = replace(sampling or Sampling(), num_generations=num_generations)
     prompts = list(make_prompts(settings, rows, sampler.tokenizer))
     return evaluate_model(
-        sampler, prompts, scorer, chosen, ks=ks, seed=seed, name=name, keep=None if keep is None else Path(keep)
+        sampler,
+        prompts,
+        scorer,
+        chosen,
+        ks=ks,
+        seed=seed,
+        name=name,
+        keep=None if keep is None else Path(keep),
     )
 
 
@@ -72,7 +88,11 @@ def sample_model(
 ) -> list[Rollout]:
     """Responses of a model to texts, rows or a data set."""
     sampler = open_sampler(model, tokenizer, dtype)
-    settings = prompts if isinstance(prompts, Data) else Data(prompts if isinstance(prompts, str) else "in memory")
+    settings = (
+        prompts
+        if isinstance(prompts, Data)
+        else Data(prompts if isinstance(prompts, str) else "in memory")
+    )
     given = None if isinstance(prompts, (str, Data)) else as_rows(prompts)
     asked = list(make_prompts(settings, read_rows(settings, given, seed), sampler.tokenizer))
     return sampler.sample(asked, sampling or Sampling(), seed=seed)

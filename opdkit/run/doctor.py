@@ -32,11 +32,16 @@ SIZE, SECONDS = 1024, 0.2  # of the matrices whose product is timed, and for how
 
 
 def doctor() -> str:
-    """The machine, the packages, the path of each phase, and what a sandbox for generated code can enforce."""
+    """The machine, the packages, the path of each phase, and what a sandbox for generated code can
+    enforce.
+    """
     import torch
 
     gpu = torch.cuda.is_available()
-    lines = [f"python        {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"]
+    lines = [
+        f"python        {platform.python_version()} on {platform.system()} {platform.machine()}, "
+        f"{os.cpu_count()} cores"
+    ]
     lines.append(f"memory        {_memory()}")
     lines.append(f"disk          {shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
     for package in PACKAGES:
@@ -46,27 +51,47 @@ def doctor() -> str:
             lines.append(f"{package:<13} not installed")
     for i in range(torch.cuda.device_count() if gpu else 0):
         properties = torch.cuda.get_device_properties(i)
-        lines.append(f"gpu {i}         {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+        lines.append(
+            f"gpu {i}         {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        )
     if not gpu:
-        lines.append("gpu           none: everything runs on the CPU, in float32 unless told otherwise")
+        lines.append(
+            "gpu           none: everything runs on the CPU, in float32 unless told otherwise"
+        )
     rates = ", ".join(
-        f"{products_per_second(d) / 1e12:.3g} in {str(d).removeprefix('torch.')}" for d in (torch.float32, torch.bfloat16)
+        f"{products_per_second(d) / 1e12:.3g} in {str(d).removeprefix('torch.')}"
+        for d in (torch.float32, torch.bfloat16)
     )
     lines.append(
-        f"products      {rates} (10^12 operations per second, measured{'' if gpu else f', {torch.get_num_threads()} threads'})"
+        f"products      {rates} (10^12 operations per second, "
+        f"measured{'' if gpu else f', {torch.get_num_threads()} threads'})"
     )
     attention = "the stock attention" if gpu else "attention of one token as two products per layer"
-    lines.append(f"sample        sampler=hf: the student itself, prompts read once per group, rows come and go, {attention}")
+    lines.append(
+        "sample        sampler=hf: the student itself, prompts read once per group, rows come and "
+        f"go, {attention}"
+    )
     engine = importlib.util.find_spec("vllm") is not None
     lines.append(
-        f"              sampler=vllm: {'an engine in this process' if engine else 'not installed'}; sampler=server:URL: vllm serve"
+        "              sampler=vllm: "
+        f"{'an engine in this process' if engine else 'not installed'}; sampler=server:URL: vllm "
+        "serve"
     )
-    lines.append("score         hidden states of models in process, rows of like length together; logits one chunk at a time")
+    lines.append(
+        "score         hidden states of models in process, rows of like length together; logits "
+        "one chunk at a time"
+    )
     triton = importlib.util.find_spec("triton") is not None
     kernels = "Triton kernels" if gpu and triton else "formulas in cache-sized blocks"
-    lines.append(f"learn         one chunked pass over the vocabulary for all terms, divergences by {kernels}; fused AdamW")
+    lines.append(
+        "learn         one chunked pass over the vocabulary for all terms, divergences by "
+        f"{kernels}; fused AdamW"
+    )
     lines.append(f"quantize      {available()}")
-    lines += [f"{'confinement' if not i else '':<13} {line}" for i, line in enumerate(workers.protection())]
+    lines += [
+        f"{'confinement' if not i else '':<13} {line}"
+        for i, line in enumerate(workers.protection())
+    ]
     return "\n".join(lines)
 
 

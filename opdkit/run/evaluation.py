@@ -1,4 +1,6 @@
-"""Evaluations while a run is going on, and the loss on held-out responses for curricula that adapt to it."""
+"""Evaluations while a run is going on, and the loss on held-out responses for curricula that adapt
+to it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Evaluator:
         settings = self.run.evaluate
         if settings is None or self.reward is None:
             raise ValueError("this run has no evaluation")
-        sampling = replace(settings.sampling or self.run.sampling, num_generations=settings.num_generations)
+        sampling = replace(
+            settings.sampling or self.run.sampling, num_generations=settings.num_generations
+        )
         result = evaluate_model(
             sampler,
             list(self.prompts),
@@ -54,26 +58,42 @@ class Evaluator:
         with (self.run.folder / "evals.jsonl").open("a") as handle:
             handle.write(json.dumps(result.to_dict()) + "\n")
         low, high = result.avg_at_k.interval.low, result.avg_at_k.interval.high
-        print(f"opdkit: {name} at step {step}: {result.avg_at_k.value:.3f} [{low:.3f}, {high:.3f}]", file=sys.stderr)
+        print(
+            f"opdkit: {name} at step {step}: {result.avg_at_k.value:.3f} [{low:.3f}, {high:.3f}]",
+            file=sys.stderr,
+        )
         return result
 
 
 @dataclass
 class Validator:
-    """Mean negative log-likelihood of the first held-out reference responses under the student, nats per token."""
+    """Mean negative log-likelihood of the first held-out reference responses under the student,
+    nats per token.
+    """
 
     job: Job
     prompts: Prompts
     count: int = 64
 
     def __call__(self) -> float:
-        asked = [i for i in range(len(self.prompts)) if self.prompts.response_tokens(i)][: self.count]
+        asked = [i for i in range(len(self.prompts)) if self.prompts.response_tokens(i)][
+            : self.count
+        ]
         if not asked:
             raise UserError(
-                "this method adapts to the loss on held-out reference responses, and the data has none: add a column `response` to the "
-                "evaluation set, or to the training set where there is no evaluation"
+                "this method adapts to the loss on held-out reference responses, and the data has "
+                "none: add a column `response` to the evaluation set, or to the training set where "
+                "there is no evaluation"
             )
-        rollouts = [given(replace(self.job, prompts=self.prompts), self.prompts[i], i, f"validation/{i}") for i in asked]
+        rollouts = [
+            given(replace(self.job, prompts=self.prompts), self.prompts[i], i, f"validation/{i}")
+            for i in asked
+        ]
         with self.job.student.autocast():
-            batch = gather(rollouts, Needs(frozenset({LogpFact("student")})), self.job.scorers, device=self.job.student.device)
+            batch = gather(
+                rollouts,
+                Needs(frozenset({LogpFact("student")})),
+                self.job.scorers,
+                device=self.job.student.device,
+            )
         return -batch["student"].logp[batch.mask].mean().item()

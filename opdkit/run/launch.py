@@ -50,23 +50,29 @@ def distill(
 ) -> Result:
     """Distil a teacher into a student; returns the new model's path and the metrics.
 
-    student, teacher: names, paths or loaded models (teacher also {route: model}). tokenizer, teacher_tokenizer: of loaded models; a loaded
-    teacher has the student's unless its own is given. prompts: a path, a hub name, a list of texts or of
-    rows. method: a name, `file.py:function`, a `Method` or an objective. settings: any of `Run`'s, dotted with `__` or by their last name
-    where it is unique: steps=50, learning_rate=1e-5, num_generations=4, sampling__temperature=0.8.
+    student, teacher: names, paths or loaded models (teacher also {route: model}). tokenizer,
+    teacher_tokenizer: of loaded models; a loaded teacher has the student's unless its own is given.
+    prompts: a path, a hub name, a list of texts or of rows. method: a name, `file.py:function`, a
+    `Method` or an objective. settings: any of `Run`'s, dotted with `__` or by their last name where
+    it is unique: steps=50, learning_rate=1e-5, num_generations=4, sampling__temperature=0.8.
 
-    Called in the main thread, it turns SIGTERM and SIGHUP into an exception that is both KeyboardInterrupt and SystemExit, as long as it runs
-    and where the program has not decided on that signal: as with Ctrl-C the run is saved, and `resume=True` continues it. A handler of
-    one's own, or SIG_IGN, stays: to save the run, let the handler raise KeyboardInterrupt.
+    Called in the main thread, it turns SIGTERM and SIGHUP into an exception that is both
+    KeyboardInterrupt and SystemExit, as long as it runs and where the program has not decided on
+    that signal: as with Ctrl-C the run is saved, and `resume=True` continues it. A handler of one's
+    own, or SIG_IGN, stays: to save the run, let the handler raise KeyboardInterrupt.
     """
     values: dict[str, Any] = {
         "student": _label(student),
-        "teacher": {k: _label(v) for k, v in teacher.items()} if isinstance(teacher, Mapping) else _label(teacher),
+        "teacher": {k: _label(v) for k, v in teacher.items()}
+        if isinstance(teacher, Mapping)
+        else _label(teacher),
         "data": prompts if isinstance(prompts, str) else "in memory",
         "method": method if isinstance(method, str) else "own",
     }
     if eval_prompts is not None:
-        values["evaluate"] = {"data": {"source": eval_prompts if isinstance(eval_prompts, str) else "in memory"}}
+        values["evaluate"] = {
+            "data": {"source": eval_prompts if isinstance(eval_prompts, str) else "in memory"}
+        }
     if isinstance(reward, str):
         values["reward"] = reward
     for key, value in settings.items():
@@ -84,15 +90,23 @@ def distill(
     return execute(make_run(values), given, resume=resume, overwrite=overwrite)
 
 
-def execute(run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False) -> Result:
-    """Train a run from its first step, or from its newest checkpoint with `resume`. SIGTERM and SIGHUP end it as Ctrl-C does."""
+def execute(
+    run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False
+) -> Result:
+    """Train a run from its first step, or from its newest checkpoint with `resume`.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does.
+    """
     with stoppable():
         return _execute(run, given, resume, overwrite)
 
 
 def _execute(run: Run, given: Given, resume: bool, overwrite: bool) -> Result:
     if resume and overwrite:
-        raise UserError("resume continues the run in the output folder, overwrite replaces it: choose one of them")
+        raise UserError(
+            "resume continues the run in the output folder, overwrite replaces it: choose one of "
+            "them"
+        )
     claim_folder(run.folder, resume or overwrite)
     job, state = prepare(run, given, resume=resume, overwrite=overwrite)
     if given.student is None and given.teacher is None and given.method is None:
@@ -116,4 +130,8 @@ def _execute(run: Run, given: Given, resume: bool, overwrite: bool) -> Result:
 
 
 def _label(model: Any) -> str:
-    return model if isinstance(model, str) else str(getattr(getattr(model, "config", None), "_name_or_path", "") or "in memory")
+    return (
+        model
+        if isinstance(model, str)
+        else str(getattr(getattr(model, "config", None), "_name_or_path", "") or "in memory")
+    )

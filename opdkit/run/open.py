@@ -1,4 +1,6 @@
-"""Opens the models and engines of a run, each checkpoint once: the student, its teachers of whatever kind, and who samples."""
+"""Opens the models and engines of a run, each checkpoint once: the student, its teachers of
+whatever kind, and who samples.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ INTERNAL = frozenset({"student", "sampler", "live"})  # models that are the run 
 
 @dataclass(frozen=True)
 class Given:
-    """What a caller hands over as objects instead of names: loaded models, a tokenizer, rows, a method, a reward."""
+    """What a caller hands over as objects instead of names: loaded models, a tokenizer, rows, a
+    method, a reward.
+    """
 
     student: Any = None
     teacher: Any = None
@@ -45,7 +49,8 @@ class Given:
     eval_rows: Sequence[Row] | None = None
     method: Method | None = None
     reward: Reward | None = None
-    show: Callable[[int, Mapping[str, float]], None] | None = None  # is told of each step, instead of a line on the screen
+    # is told of each step, instead of a line on the screen
+    show: Callable[[int, Mapping[str, float]], None] | None = None
     teacher_tokenizer: Any = None  # of a loaded teacher; None: the student's
 
 
@@ -56,20 +61,27 @@ class Models:
         self.run, self.device, self.given, self.tokenizer = run, device, given, tokenizer
         self.loaded: dict[str, LocalModel] = {}
         self.reached: dict[str, Scorer | Remote] = {}  # by the specification as text
-        self.tongues: dict[str, Any] = {}  # likewise: a teacher's tokenizer, None where it is the student's
+        # likewise: a teacher's tokenizer, None where it is the student's
+        self.tongues: dict[str, Any] = {}
 
-    def load(self, name: str, dtype: str, quantize: str | None = None, advice: str = TEACHER_ADVICE) -> Any:
+    def load(
+        self, name: str, dtype: str, quantize: str | None = None, advice: str = TEACHER_ADVICE
+    ) -> Any:
         with enough_memory(f"{name} was loaded", advice):
             return load_model(
-                name, dtype=dtype, device=self.device, trust_remote_code=self.run.trust_remote_code, quantize=quantize
+                name,
+                dtype=dtype,
+                device=self.device,
+                trust_remote_code=self.run.trust_remote_code,
+                quantize=quantize,
             )
 
     def taken(self, given: Any, quantize: str | None) -> Any:
         """A loaded model that a caller hands over."""
         if quantize not in (None, quantized(given)):
             raise UserError(
-                f"quantize={quantize} is done while a model is read, and this one is loaded already: give its name instead of the object, "
-                "or load it quantised"
+                f"quantize={quantize} is done while a model is read, and this one is loaded "
+                "already: give its name instead of the object, or load it quantised"
             )
         settle(given)
         return given.to(self.device)
@@ -95,16 +107,20 @@ class Models:
             model = self.load(start, weights, None, STUDENT_ADVICE)
         if run.lora is None and quantized(model):
             raise UserError(
-                f"the student is stored as {quantized(model)}: such weights cannot move by a learning rate's worth. Train adapters on them "
-                "(lora.r=32), or name the unquantised checkpoint"
+                f"the student is stored as {quantized(model)}: such weights cannot move by a "
+                "learning rate's worth. Train adapters on them (lora.r=32), or name the "
+                "unquantised checkpoint"
             )
         if quantized(model) and not isinstance(run.sampler_spec, HfSettings):
             raise UserError(
-                f"the student is stored as {quantized(model)}, which another engine cannot take over: it would sample from other weights "
-                "than those that train. Use sampler: hf, or leave out quantize"
+                f"the student is stored as {quantized(model)}, which another engine cannot take "
+                "over: it would sample from other weights than those that train. Use sampler: hf, "
+                "or leave out quantize"
             )
         if run.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
             if run.lora is not None:
                 model.enable_input_require_grads()
         check_head(model)
@@ -114,20 +130,34 @@ class Models:
         """Who writes the student's responses; a rollout has at most `longest` tokens."""
         spec, trust = self.run.sampler_spec, self.run.trust_remote_code
         if not isinstance(spec, HfSettings) and self.run.dtype == "bfloat16":
-            spec = replace(spec, dtype=spec.dtype or "bfloat16")  # of the products, whatever the weights that learn are kept in
+            # of the products, whatever the weights that learn are kept in
+            spec = replace(spec, dtype=spec.dtype or "bfloat16")
         if isinstance(spec, VllmSettings):
             spec = replace(
                 spec, max_model_len=spec.max_model_len or longest + 1
             )  # vLLM reserves for all the model's positions otherwise
-            return VllmSampler(student.model, self.tokenizer, spec, head=student.head, trust_remote_code=trust)
+            return VllmSampler(
+                student.model, self.tokenizer, spec, head=student.head, trust_remote_code=trust
+            )
         if isinstance(spec, ServerSettings):
             return ServerSampler(student.model, self.tokenizer, spec, head=student.head)
         most = spec.max_batch_tokens
-        return HFSampler(student.model, self.tokenizer, head=student.head, max_batch_tokens=most, guide=guide, watch=watch)
+        return HFSampler(
+            student.model,
+            self.tokenizer,
+            head=student.head,
+            max_batch_tokens=most,
+            guide=guide,
+            watch=watch,
+        )
 
     def reach(self, method: Method) -> None:
-        """Asks servers and opens caches, before any weights are loaded: what they cannot say is refused here."""
-        for name, spec in specs(self.run.teachers).items() if "teacher" in method.needs.models else ():
+        """Asks servers and opens caches, before any weights are loaded: what they cannot say is
+        refused here.
+        """
+        for name, spec in (
+            specs(self.run.teachers).items() if "teacher" in method.needs.models else ()
+        ):
             for member in spec.teachers.values() if isinstance(spec, Mixture) else [spec]:
                 if isinstance(member, Local):
                     _refuse_storage(member, method)
@@ -154,19 +184,29 @@ class Models:
                 out[name] = self.start_of(student)
             else:
                 spec = Local(str(run.reference if name == "reference" else run.models[name]))
-                _same_tokenizer(spec.model, self.tokenizer, load_tokenizer(spec.model, self.run.trust_remote_code))
+                _same_tokenizer(
+                    spec.model,
+                    self.tokenizer,
+                    load_tokenizer(spec.model, self.run.trust_remote_code),
+                )
                 out[name] = self.frozen(spec)
         return out
 
     def teacher(self, method: Method, stops: Collection[int]) -> Scorer | Remote:
         """The run's teacher, or all of them by route."""
         members = {
-            name: self.heard(self.opened(spec, method, self.handed(name)), spec, method.needs, stops)
+            name: self.heard(
+                self.opened(spec, method, self.handed(name)), spec, method.needs, stops
+            )
             for name, spec in specs(self.run.teachers).items()
         }
         if not isinstance(self.run.teachers, Routes):
             return members["default"]
-        return RoutedRemote(members) if any(isinstance(m, Remote) for m in members.values()) else Routed(members)
+        return (
+            RoutedRemote(members)
+            if any(isinstance(m, Remote) for m in members.values())
+            else Routed(members)
+        )
 
     def handed(self, route: str) -> Any:
         """The loaded teacher of a route, if a caller gave one."""
@@ -191,11 +231,17 @@ class Models:
         return self.frozen(spec, given)
 
     def tongue(self, spec: Local, needs: Needs, given: Any = None, mixed: bool = False) -> None:
-        """Notes a teacher's tokenizer where it is not the student's; refused where token ids are compared."""
+        """Notes a teacher's tokenizer where it is not the student's; refused where token ids are
+        compared.
+        """
         if repr(spec) in self.tongues:
             return
         loaded = given is not None and not isinstance(given, str)
-        theirs = self.given.teacher_tokenizer if loaded else load_tokenizer(spec.model, self.run.trust_remote_code)
+        theirs = (
+            self.given.teacher_tokenizer
+            if loaded
+            else load_tokenizer(spec.model, self.run.trust_remote_code)
+        )
         differs = theirs is not None and same_tokenizer(self.tokenizer, theirs) is not None
         if differs and (mixed or needs.ids("teacher") or not needs.spans("teacher")):
             _same_tokenizer(spec.model, self.tokenizer, theirs)
@@ -207,8 +253,15 @@ class Models:
     def asked(self) -> dict[str, Any]:
         """How the run writes its questions: in a chat, where the student is asked in one."""
         data = self.run.prompts
-        chat = bool(getattr(self.tokenizer, "chat_template", None)) if data.chat is None else data.chat
-        return {"template": data.template, "system": data.system, "chat": chat, "enable_thinking": data.enable_thinking}
+        chat = (
+            bool(getattr(self.tokenizer, "chat_template", None)) if data.chat is None else data.chat
+        )
+        return {
+            "template": data.template,
+            "system": data.system,
+            "chat": chat,
+            "enable_thinking": data.enable_thinking,
+        }
 
     def heard(self, scorer: Any, spec: Spec, needs: Needs, stops: Collection[int]) -> Any:
         """A teacher as methods take it that compare spans of text, whatever its tokenizer."""
@@ -222,19 +275,30 @@ class Models:
 
     def frozen(self, spec: Local, given: Any = None) -> LocalModel:
         """A frozen model, loaded once however many names it has."""
-        loaded = given is not None and not isinstance(given, str)  # of several teachers some may be given, others named
+        # of several teachers some may be given, others named
+        loaded = given is not None and not isinstance(given, str)
         key = f"given {id(given)}" if loaded else repr(spec)
         if key not in self.loaded:
             if loaded:
-                model = self.taken(copy.deepcopy(given) if given is self.given.student else given, spec.quantize)
+                model = self.taken(
+                    copy.deepcopy(given) if given is self.given.student else given, spec.quantize
+                )
             else:
-                model = self.load(spec.model, spec.dtype or self.run.teacher_dtype or self.run.dtype, spec.quantize)
+                model = self.load(
+                    spec.model,
+                    spec.dtype or self.run.teacher_dtype or self.run.dtype,
+                    spec.quantize,
+                )
             model = model.eval().requires_grad_(False)
             check_head(model)
             local = LocalModel(model, head_of(model))
             if spec.offload:
                 if self.device == "cpu":
-                    print(f"opdkit: offload of {spec.model} changes nothing here: the run's device is the CPU", file=sys.stderr)
+                    print(
+                        f"opdkit: offload of {spec.model} changes nothing here: the run's device "
+                        "is the CPU",
+                        file=sys.stderr,
+                    )
                 local = replace(local, around=Offloaded(model, local.head, self.device))
             self.loaded[key] = local
         return self.loaded[key]
@@ -256,25 +320,30 @@ def _refuse_storage(spec: Local, method: Method) -> None:
         require(spec.quantize)
     if spec.offload and method.teacher_mix:
         raise UserError(
-            f"method {method.name or 'own'!r} draws tokens from a mixture with the teacher, which is therefore needed on the GPU all the "
-            "while: set offload: false, and quantize: 4bit if it does not fit"
+            f"method {method.name or 'own'!r} draws tokens from a mixture with the teacher, which "
+            "is therefore needed on the GPU all the while: set offload: false, and quantize: 4bit "
+            "if it does not fit"
         )
 
 
 def _same_tokenizer(name: str, tokenizer: Any, theirs: Any) -> None:
     if difference := same_tokenizer(tokenizer, theirs):
         raise UserError(
-            f"the tokenizer of {name} is not the student's: {difference}. Token-level distillation compares distributions over the same ids: "
-            "use a teacher of the student's family, or method gold or uld, which take one teacher with any tokenizer"
+            f"the tokenizer of {name} is not the student's: {difference}. Token-level distillation "
+            "compares distributions over the same ids: use a teacher of the student's family, or "
+            "method gold or uld, which take one teacher with any tokenizer"
         )
 
 
 def shared_vocabulary(heads: Sequence[Head], tokens: int) -> int | None:
-    """Rows that every head keeps: those of the tokenizer's `tokens`; None where no head has more. The rest only pad the matrix."""
+    """Rows that every head keeps: those of the tokenizer's `tokens`; None where no head has more.
+
+    The rest only pad the matrix.
+    """
     sizes = [len(h.weight) for h in heads if h.weight is not None]
     if min(sizes) < tokens:
         raise UserError(
-            f"a model's head has {min(sizes)} rows, fewer than the tokenizer's {tokens} tokens: it cannot score every token the student may "
-            "write. Use models of one family"
+            f"a model's head has {min(sizes)} rows, fewer than the tokenizer's {tokens} tokens: it "
+            "cannot score every token the student may write. Use models of one family"
         )
     return tokens if max(sizes) > tokens else None

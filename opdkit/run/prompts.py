@@ -26,14 +26,17 @@ def from_cache(method: Method, run: Run) -> Method:
 
 
 def stored_rollouts(run: Run, method: Method) -> Cache | None:
-    """The cache that a method's rollouts are read from: the teacher's, or with a live teacher the data's."""
+    """The cache that a method's rollouts are read from: the teacher's, or with a live teacher the
+    data's.
+    """
     if not reads_cache(method.curriculum):
         return None
     source = run.teachers.folder if isinstance(run.teachers, CachedSpec) else run.prompts.source
     if not isinstance(run.teachers, CachedSpec) and not is_cache(source):
         raise UserError(
-            f"method {method.name or 'own'!r} takes its rollouts from a folder that `opdkit cache-teacher` wrote, and the data {source} are "
-            "none: write one, then set teacher=cached:FOLDER and leave data out (or data=FOLDER, with a live teacher)"
+            f"method {method.name or 'own'!r} takes its rollouts from a folder that `opdkit "
+            f"cache-teacher` wrote, and the data {source} are none: write one, then set "
+            "teacher=cached:FOLDER and leave data out (or data=FOLDER, with a live teacher)"
         )
     return open_cache(source)
 
@@ -42,14 +45,22 @@ def read_rows(data: Data, rows: Sequence[Row] | None, seed: int) -> list[Row]:
     if rows is None and is_cache(data.source):
         return open_cache(data.source).rows[: data.limit]
     return load_rows(
-        data.source if rows is None else rows, split=data.split, limit=data.limit, seed=seed, columns=data.columns or None
+        data.source if rows is None else rows,
+        split=data.split,
+        limit=data.limit,
+        seed=seed,
+        columns=data.columns or None,
     )
 
 
 def make_prompts(data: Data, rows: list[Row], tokenizer: Any) -> Prompts:
-    written: dict[str, Any] = {name: getattr(data, name) for name in ("template", "system", "chat", "enable_thinking")}
+    written: dict[str, Any] = {
+        name: getattr(data, name) for name in ("template", "system", "chat", "enable_thinking")
+    }
     if is_cache(data.source):
-        prompts: Prompts = CachedPrompts(open_cache(data.source), rows, tokenizer, data.max_prompt_length, **written)
+        prompts: Prompts = CachedPrompts(
+            open_cache(data.source), rows, tokenizer, data.max_prompt_length, **written
+        )
     else:
         prompts = Prompts(rows, tokenizer, max_prompt_length=data.max_prompt_length, **written)
     if prompts.dropped:

@@ -1,4 +1,6 @@
-"""What a run refuses: before any model is loaded what cannot work, and then prompts that its context does not hold."""
+"""What a run refuses: before any model is loaded what cannot work, and then prompts that its
+context does not hold.
+"""
 
 from __future__ import annotations
 
@@ -31,57 +33,71 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             raise UserError(f"there is no tracker {tracker!r}{nearest(tracker, list(BACKENDS))}")
     if reward is None and needs.columns & {"reward", "correct"}:
         raise UserError(
-            f"method {method.name or 'own'!r} reads whether a response is right, and the run has no reward: "
-            "set reward to math, code, exact, reasoning_gym, regex:PATTERN, judge:URL or file.py:function"
+            f"method {method.name or 'own'!r} reads whether a response is right, and the run has "
+            "no reward: set reward to math, code, exact, reasoning_gym, regex:PATTERN, judge:URL "
+            "or file.py:function"
         )
     if reward is None and run.evaluate is not None:
-        raise UserError("the run evaluates on held-out problems and has no reward to score them with: set reward")
+        raise UserError(
+            "the run evaluates on held-out problems and has no reward to score them with: set "
+            "reward"
+        )
     missing = needs.models - INTERNAL - {"teacher", "reference"} - set(run.models)
     if missing:
         name = sorted(missing)[0]
-        raise UserError(f"method {method.name or 'own'!r} reads a model called {name!r}: say which with models.{name}=MODEL")
+        raise UserError(
+            f"method {method.name or 'own'!r} reads a model called {name!r}: say which with "
+            f"models.{name}=MODEL"
+        )
     unknown = needs.of("sampler") - {LogpFact("sampler")}
     if unknown:
         raise UserError(
-            f"method {method.name or 'own'!r} reads {', '.join(sorted(map(describe, unknown)))}: of the sampler only the log-probs of its own "
-            "tokens are recorded. Read the student instead"
+            f"method {method.name or 'own'!r} reads {', '.join(sorted(map(describe, unknown)))}: "
+            "of the sampler only the log-probs of its own tokens are recorded. Read the student "
+            "instead"
         )
     refuse_teacher(method.name or "own", run.teachers, needs)
     local = all(isinstance(spec, Local) for spec in specs(run.teachers).values())
     if run.evaluate is not None and run.evaluate.teacher and not local:
         raise UserError(
-            "evaluate.teacher=true samples from the teacher, which must run in this process for that: set it to false, "
-            "and evaluate the teacher where it runs"
+            "evaluate.teacher=true samples from the teacher, which must run in this process for "
+            "that: set it to false, and evaluate the teacher where it runs"
         )
     if method.teacher_mix and not local:
         raise UserError(
-            f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student: the teacher must run in this process "
-            "(teacher=MODEL)"
+            f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student: "
+            "the teacher must run in this process (teacher=MODEL)"
         )
     if method.teacher_mix and not isinstance(run.sampler_spec, HfSettings):
         raise UserError(
-            f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, token by token: set sampler=hf"
+            f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
+            "token by token: set sampler=hf"
         )
     check_sampling(run.sampling)
     stored = stored_rollouts(run, method)
     sampling = run.sampling if stored is None else stored.origin.sampling
     if not sampling.plain and not run.correct_sampling and "sampler" in needs.models:
         print(
-            "opdkit: tokens are not drawn from the plain softmax (temperature, top_p, top_k or min_p), so sampled-token estimators are "
-            "biased by log(drawn/plain), logged as sampling/log_ratio. correct_sampling=true takes ratios to what was drawn from.",
+            "opdkit: tokens are not drawn from the plain softmax (temperature, top_p, top_k or "
+            "min_p), so sampled-token estimators are biased by log(drawn/plain), logged as "
+            "sampling/log_ratio. correct_sampling=true takes ratios to what was drawn from.",
             file=sys.stderr,
         )
 
 
 def refuse_long(prompts: Prompts, model: Any, sampling: Sampling) -> int:
-    """Tokens of the longest rollout there can be. It must fit the model's context: a longer prompt would be cut or answered blindly."""
+    """Tokens of the longest rollout there can be.
+
+    It must fit the model's context: a longer prompt would be cut or answered blindly.
+    """
     limit = getattr(model.config, "max_position_embeddings", math.inf)
     room = limit - sampling.max_completion_length
     longest = max(prompts, key=lambda p: len(p.tokens))
     if len(longest.tokens) > room:
         raise UserError(
-            f"prompt {longest.id} has {len(longest.tokens)} tokens; with max_completion_length={sampling.max_completion_length} only "
-            f"{room} fit the model's context of {limit}. Set data.max_prompt_length={max(room, 0)} to drop longer prompts, "
-            "or lower max_completion_length"
+            f"prompt {longest.id} has {len(longest.tokens)} tokens; with "
+            f"max_completion_length={sampling.max_completion_length} only {room} fit the model's "
+            f"context of {limit}. Set data.max_prompt_length={max(room, 0)} to drop longer "
+            "prompts, or lower max_completion_length"
         )
     return len(longest.tokens) + sampling.max_completion_length

@@ -34,7 +34,10 @@ class Screen:
         if self.max_tokens is not None:  # whichever ends first
             tokens = metrics["tokens/sampled_so_far"]
             done = max(done, (tokens - self.first_tokens) / (self.max_tokens - self.first_tokens))
-            words = [f"step {step}", f"{min(tokens / self.max_tokens, 1):.0%} of {self.max_tokens:,} tokens"]
+            words = [
+                f"step {step}",
+                f"{min(tokens / self.max_tokens, 1):.0%} of {self.max_tokens:,} tokens",
+            ]
         left = (now - self.start) * max(1 / done - 1, 0)
         for label, key in (
             ("loss", "loss"),

@@ -1,4 +1,6 @@
-"""What a person chooses: method, models, data, engines and optimiser, as one frozen value that YAML can hold."""
+"""What a person chooses: method, models, data, engines and optimiser, as one frozen value that YAML
+can hold.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,10 @@ class Data:
     source: str
     split: str | None = None
     limit: int | None = None
-    columns: dict[str, str] = field(default_factory=dict)  # canonical name -> the data's own, such as {prompt: problem}
-    template: str | None = None  # "{prompt}" and any column, for example "{prompt}\nAnswer in \\boxed{{}}."
+    # canonical name -> the data's own, such as {prompt: problem}
+    columns: dict[str, str] = field(default_factory=dict)
+    # "{prompt}" and any column, for example "{prompt}\nAnswer in \\boxed{{}}."
+    template: str | None = None
     system: str | None = None
     chat: bool | None = None  # null: use the tokenizer's chat template where it has one
     enable_thinking: bool | None = None
@@ -53,7 +57,9 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method with arguments, times the weights of others: name: tropd, arguments: {k: 32}, times: [iw_opd, {name: paced, a: 2}]."""
+    """A method with arguments, times the weights of others: name: tropd, arguments: {k: 32}, times:
+    [iw_opd, {name: paced, a: 2}].
+    """
 
     name: str  # a name, file.py:function, or an expression such as "tropd(k=32) * iw_opd"
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -75,11 +81,13 @@ class MethodSpec:
 class Run:
     """One training run.
 
-    `teacher` is a model, a server (`server:URL`), a vLLM engine (`vllm:MODEL`), a cache (`cached:FOLDER`), or a group with `kind` and
-    that kind's settings (see `teachers.kinds`); or several of these by route: each row is scored by the one its data column names.
+    `teacher` is a model, a server (`server:URL`), a vLLM engine (`vllm:MODEL`), a cache
+    (`cached:FOLDER`), or a group with `kind` and that kind's settings (see `teachers.kinds`); or
+    several of these by route: each row is scored by the one its data column names.
     """
 
-    full_names: ClassVar[tuple[str, ...]] = ("evaluate",)  # its settings repeat others' names, so they are given in full
+    # its settings repeat others' names, so they are given in full
+    full_names: ClassVar[tuple[str, ...]] = ("evaluate",)
     student: str
     teacher: str | dict[str, Any]
     data: str | Data
@@ -89,44 +97,49 @@ class Run:
     reference: str | None = None  # null: the student's initial weights
     models: dict[str, str] = field(default_factory=dict)  # further models that the method names
     steps: int = 100
-    max_tokens: int | None = (
-        None  # end at the first step by which the student has written so many, if `steps` do not end it first
-    )
+    # end at the first step by which the student has written so many, if `steps` do not end it first
+    max_tokens: int | None = None
     prompts_per_step: int = 32
-    rollouts: str = (
-        "student"  # who writes them: student, anew at each step; or cache, all read from a folder of `opdkit cache-teacher`
-    )
-    dynamic_sampling: bool = False  # DAPO: replace prompts whose responses are all right or all wrong
-    overlong_margin: int | None = None  # DAPO: tokens before max_completion_length over which the reward falls by 1
-    sampler: str | dict[str, Any] = (
-        "hf"  # who writes: hf (in this process), vllm, server:URL, or a group with `kind` and settings
-    )
+    # who writes them: student, anew at each step; or cache, all read from a folder of `opdkit
+    # cache-teacher`
+    rollouts: str = "student"
+    # DAPO: replace prompts whose responses are all right or all wrong
+    dynamic_sampling: bool = False
+    # DAPO: tokens before max_completion_length over which the reward falls by 1
+    overlong_margin: int | None = None
+    # who writes: hf (in this process), vllm, server:URL, or a group with `kind` and settings
+    sampler: str | dict[str, Any] = "hf"
     sampling: Sampling = field(default_factory=Sampling)
     optim: Optim = field(default_factory=Optim)
     lora: Lora | None = None
     evaluate: Evaluate | None = None
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    dtype: str = "float32"  # of the student's matrix products: float32, or bfloat16 with float32 weights
+    # of the student's matrix products: float32, or bfloat16 with float32 weights
+    dtype: str = "float32"
     teacher_dtype: str | None = None  # null: as the student
     device: str = "auto"
     gradient_checkpointing: bool = False
-    micro_batch_tokens: int | None = (
-        None  # padded tokens of one forward pass; changes memory and speed, never the gradient (null: by device)
-    )
-    recompute_student: bool | None = (
-        None  # score rollouts with the trainer, whatever the sampler said (null: where another engine sampled)
-    )
-    correct_sampling: bool = False  # take ratios to the distribution tokens were drawn from (temperature, top_p ...)
+    # padded tokens of one forward pass; changes memory and speed, never the gradient (null: by
+    # device)
+    micro_batch_tokens: int | None = None
+    # score rollouts with the trainer, whatever the sampler said (null: where another engine
+    # sampled)
+    recompute_student: bool | None = None
+    # take ratios to the distribution tokens were drawn from (temperature, top_p ...)
+    correct_sampling: bool = False
     trackers: tuple[str, ...] = ()
     keep_samples: int = 8  # rollouts written per recorded step
     sample_every: int = 10  # steps between recorded rollouts
-    term_gradients_every: int = 0  # steps between measurements of each term's gradient in the logits; 0: never
+    # steps between measurements of each term's gradient in the logits; 0: never
+    term_gradients_every: int = 0
     trust_remote_code: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1, or null for no limit")
+            raise ValueError(
+                f"max_tokens={self.max_tokens} must be at least 1, or null for no limit"
+            )
         if self.dtype not in ("float32", "bfloat16", "float64"):
             raise ValueError(f"dtype={self.dtype!r} must be float32, bfloat16 or float64")
         if self.steps < 1 or self.prompts_per_step < 1 or (self.micro_batch_tokens or 1) < 1:
@@ -150,8 +163,14 @@ class Run:
 
     @property
     def recomputes_student(self) -> bool:
-        """Whether the trainer scores the rollouts: another engine's log-probs are those of other arithmetic."""
-        return not isinstance(self.sampler_spec, HfSettings) if self.recompute_student is None else self.recompute_student
+        """Whether the trainer scores the rollouts: another engine's log-probs are those of other
+        arithmetic.
+        """
+        return (
+            not isinstance(self.sampler_spec, HfSettings)
+            if self.recompute_student is None
+            else self.recompute_student
+        )
 
     @property
     def method_spec(self) -> MethodSpec:
@@ -191,11 +210,19 @@ def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
 
 
 def _method(given: Mapping[str, Any]) -> dict[str, Any]:
-    """{name: tropd, k: 64} as {name: tropd, arguments: {k: 64}}: what is not a field is an argument of the method."""
+    """{name: tropd, k: 64} as {name: tropd, arguments: {k: 64}}: what is not a field is an argument
+    of the method.
+    """
     known = [f.name for f in fields(MethodSpec)]
-    arguments = {**(given.get("arguments") or {}), **{k: v for k, v in given.items() if k not in known}}
+    arguments = {
+        **(given.get("arguments") or {}),
+        **{k: v for k, v in given.items() if k not in known},
+    }
     times = given.get("times") or []
-    times = [_method(t) if isinstance(t, Mapping) else t for t in (times if isinstance(times, (list, tuple)) else [times])]
+    times = [
+        _method(t) if isinstance(t, Mapping) else t
+        for t in (times if isinstance(times, (list, tuple)) else [times])
+    ]
     return {"name": given.get("name", "opd"), "arguments": arguments, "times": times}
 
 
@@ -208,13 +235,21 @@ def set_value(nested: dict[str, Any], key: str, value: Any) -> None:
         nested["method"][name.removeprefix("arguments.")] = value
     elif key == "data" and isinstance(nested.get("data"), dict):
         nested["data"]["source"] = value  # another set, read the same way
-    elif name and isinstance(engine := nested.get(group, "hf" if group == "sampler" else None), str) and group in ENGINES:
+    elif (
+        name
+        and isinstance(engine := nested.get(group, "hf" if group == "sampler" else None), str)
+        and group in ENGINES
+    ):
         parse, kinds = ENGINES[group]
-        spec = parse(engine)  # teacher.quantize=4bit after teacher=MODEL is a setting of its kind, teacher.math=MODEL a route
+        # teacher.quantize=4bit after teacher=MODEL is a setting of its kind, teacher.math=MODEL a
+        # route
+        spec = parse(engine)
         kind = next(kind for kind, cls in kinds.items() if isinstance(spec, cls))
         settings = [f.name for f in fields(spec)]
         if name == "kind":  # of another kind, settings do not carry over, but a model's name
-            nested[group] = {"kind": value} | ({"model": spec.model} if "model" in settings and group == "teacher" else {})
+            nested[group] = {"kind": value} | (
+                {"model": spec.model} if "model" in settings and group == "teacher" else {}
+            )
         elif group == "teacher" and name not in settings:
             nested[group] = {"default": engine, name: value}
         else:
@@ -237,9 +272,11 @@ def claim_folder(folder: Path, resume: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"the output folder {folder} cannot be written ({error.strerror}): choose another with output=DIR"
+            f"the output folder {folder} cannot be written ({error.strerror}): choose another with "
+            "output=DIR"
         ) from None
     if not resume and (folder / "run.yaml").exists():
         raise UserError(
-            f"{folder} already holds a run: continue it with --resume, replace it with --overwrite, or choose another output=DIR"
+            f"{folder} already holds a run: continue it with --resume, replace it with "
+            "--overwrite, or choose another output=DIR"
         )

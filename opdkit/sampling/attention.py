@@ -1,6 +1,8 @@
-"""Attention of one new token to its cache on a CPU: two batched products, where the stock kernel is made for many queries.
+"""Attention of one new token to its cache on a CPU: two batched products, where the stock kernel is
+made for many queries.
 
-It reads each key and value once, whatever the number of query heads that share it; the stock path copies them for every query head.
+It reads each key and value once, whatever the number of query heads that share it; the stock path
+copies them for every query head.
 """
 
 from __future__ import annotations
@@ -20,26 +22,43 @@ def decode_attention(
     query: Tensor,  # [B, heads, T, width]
     key: Tensor,  # [B, key heads, C, width]
     value: Tensor,
-    attention_mask: Tensor | None,  # [B, 1, T, C]: bool, or added to the scores; None: all columns are seen
+    # [B, 1, T, C]: bool, or added to the scores; None: all columns are seen
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What `sdpa` returns, [B, T, heads, width]; for more than one query, or with options that change the formula, by `sdpa` itself."""
+    """What `sdpa` returns, [B, T, heads, width]; for more than one query, or with options that
+    change the formula, by `sdpa` itself.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if query.shape[2] != 1 or options.get("position_bias") is not None or options.get("cache") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    if (
+        query.shape[2] != 1
+        or options.get("position_bias") is not None
+        or options.get("cache") is not None
+    ):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
     rows, heads, _, width = query.shape
-    grouped = query.view(rows, key.shape[1], heads // key.shape[1], width) * (width**-0.5 if scaling is None else scaling)
+    grouped = query.view(rows, key.shape[1], heads // key.shape[1], width) * (
+        width**-0.5 if scaling is None else scaling
+    )
     scores = grouped @ key.transpose(2, 3)
     if attention_mask is not None:
         mask = attention_mask[..., : key.shape[2]]
-        scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+        scores = (
+            scores.masked_fill_(~mask, -torch.inf)
+            if mask.dtype == torch.bool
+            else scores.add_(mask)
+        )
     return (scores.softmax(-1) @ value).reshape(rows, 1, heads, value.shape[-1]), None
 
 
 def spread(model: Any, mask: Tensor | None, cache: Any) -> Tensor | None:
-    """The mask [B, C] of one new token as this attention takes it, [B, 1, 1, C], where all layers see all columns: the model makes none."""
+    """The mask [B, C] of one new token as this attention takes it, [B, 1, 1, C], where all layers
+    see all columns: the model makes none.
+    """
     own = model.config.get_text_config()._attn_implementation == NAME
     return mask[:, None, None] if own and mask is not None and not any(cache.is_sliding) else mask
 

@@ -1,4 +1,6 @@
-"""How one token is drawn from logits: temperature, cuts, keyed randomness, and the two log-probs that are recorded."""
+"""How one token is drawn from logits: temperature, cuts, keyed randomness, and the two log-probs
+that are recorded.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ from opdkit.types import Sampling
 
 BLOCK = 512  # ids summed in float32 before the first float64
 NUCLEUS = 1024  # tokens among which the edge of top_p is first looked for
-_GAMMA, _MIX1, _MIX2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # splitmix64
+# splitmix64
+_GAMMA, _MIX1, _MIX2 = (
+    c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -24,21 +29,29 @@ def check_sampling(sampling: Sampling) -> None:
         "min_p": (0 <= sampling.min_p <= 1, "between 0 (keeps every token) and 1"),
         "max_completion_length": (sampling.max_completion_length >= 1, "at least 1"),
         "num_generations": (sampling.num_generations >= 1, "at least 1"),
-        "stop": (all(sampling.stop), "strings that are not empty: the empty one would end every response"),
+        "stop": (
+            all(sampling.stop),
+            "strings that are not empty: the empty one would end every response",
+        ),
     }
     for name, (good, rule) in rules.items():
         if not good:
-            raise UserError(f"sampling: {name}={getattr(sampling, name)!r} is not possible; it must be {rule}")
+            raise UserError(
+                f"sampling: {name}={getattr(sampling, name)!r} is not possible; it must be {rule}"
+            )
 
 
 def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [n], their log-probs under the plain softmax [n], and under the distribution they are drawn from [n] (0 where greedy).
+    """Tokens [n], their log-probs under the plain softmax [n], and under the distribution they are
+    drawn from [n] (0 where greedy).
 
-    logits [n, V]; uniform [n] float64 in [0, 1), one per row: token ids are walked in order until their probabilities exceed it.
-    A row whose logits are not numbers gives a log-prob that is not finite.
+    logits [n, V]; uniform [n] float64 in [0, 1), one per row: token ids are walked in order until
+    their probabilities exceed it. A row whose logits are not numbers gives a log-prob that is not
+    finite.
 
-    Tokens are dropped by top_k, then top_p, then min_p, after the temperature: the order of transformers. vLLM applies min_p first,
-    which can move the edge of top_p and nothing else. Tokens that tie with the last one kept are kept, so no float noise decides.
+    Tokens are dropped by top_k, then top_p, then min_p, after the temperature: the order of
+    transformers. vLLM applies min_p first, which can move the edge of top_p and nothing else.
+    Tokens that tie with the last one kept are kept, so no float noise decides.
     """
     if sampling.temperature == 0:
         token = logits.argmax(-1, keepdim=True)
@@ -90,9 +103,11 @@ def _nucleus(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
-    """[n, 1]: the first id at which the summed probabilities exceed the uniform; never one of probability 0.
+    """[n, 1]: the first id at which the summed probabilities exceed the uniform; never one of
+    probability 0.
 
-    First a block of ids is found, then the id in it: sums in float64 over a whole vocabulary would cost more than all the rest.
+    First a block of ids is found, then the id in it: sums in float64 over a whole vocabulary would
+    cost more than all the rest.
     """
     size = probs.shape[-1]
     if size <= BLOCK:
@@ -103,20 +118,26 @@ def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
     block, rest = _walk(blocks, uniform[:, None])  # `rest` is the uniform of the second draw
     ids = block * BLOCK + torch.arange(BLOCK, device=probs.device)
     inside = torch.where(ids < size, probs.gather(-1, ids.clamp_max(size - 1)), 0.0)
-    return (block * BLOCK + _walk(inside, rest)[0]).clamp_max(size - 1)  # the clamp is for probabilities that are nan
+    # the clamp is for probabilities that are nan
+    return (block * BLOCK + _walk(inside, rest)[0]).clamp_max(size - 1)
 
 
 def _walk(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, 1] index drawn in proportion to the weights [n, k], and where in it the uniform [n, 1] falls, in [0, 1)."""
+    """[n, 1] index drawn in proportion to the weights [n, k], and where in it the uniform [n, 1]
+    falls, in [0, 1).
+    """
     sums = weights.cumsum(-1, dtype=torch.float64)
-    point = uniform * sums[:, -1:]  # below the total: a float64 under 1 is at most 1 - 2^-53, times it no product rounds up
+    # below the total: a float64 under 1 is at most 1 - 2^-53, times it no product rounds up
+    point = uniform * sums[:, -1:]
     index = torch.searchsorted(sums, point, right=True).clamp_max(weights.shape[-1] - 1)
     width = weights.gather(-1, index).to(torch.float64)
     return index, ((point - sums.gather(-1, index) + width) / width).clamp(0.0, 1 - 2.0**-53)
 
 
 def row_uniform(keys: Tensor, seed: int, position: Tensor) -> Tensor:
-    """[B] float64 uniforms in [0, 1): a function of the rollout's key [B], the seed and the position in the response [B], of nothing else."""
+    """[B] float64 uniforms in [0, 1): a function of the rollout's key [B], the seed and the
+    position in the response [B], of nothing else.
+    """
     state = _mix(_mix(keys + _wrap(seed * _MIX1 + 1)) + position * _GAMMA)
     return _shift(state, 11).to(torch.float64) * 2.0**-53
 

@@ -1,4 +1,6 @@
-"""What samplers share: the ids of the rollouts they are asked for, and rollouts with their texts from the tokens they drew."""
+"""What samplers share: the ids of the rollouts they are asked for, and rollouts with their texts
+from the tokens they drew.
+"""
 
 from __future__ import annotations
 
@@ -74,6 +76,7 @@ def _cut(text: str, prompt: Prompt, stop: tuple[str, ...], tokenizer: Any) -> st
 
 def refuse_broken(id: str) -> None:
     raise UserError(
-        f"the model's logits are not finite for rollout {id!r}: its weights hold nan or inf, or 16 bits overflowed. "
-        "Go back to an earlier checkpoint with a lower learning rate, or load the model with dtype float32"
+        f"the model's logits are not finite for rollout {id!r}: its weights hold nan or inf, or 16 "
+        "bits overflowed. Go back to an earlier checkpoint with a lower learning rate, or load the "
+        "model with dtype float32"
     )

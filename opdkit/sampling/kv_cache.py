@@ -1,4 +1,6 @@
-"""The key-value cache of a batch whose rows come and go: rows are aligned on the right, so padding is always on the left."""
+"""The key-value cache of a batch whose rows come and go: rows are aligned on the right, so padding
+is always on the left.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,20 @@ def new_cache(model: CausalLM) -> DynamicCache:
     from opdkit.sampling.kv_layer import GrowingLayer
 
     cache = DynamicCache(config=model.config)
-    if odd := {type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}:
+    if odd := {
+        type(layer).__name__
+        for layer in cache.layers
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+    }:
         raise UserError(
-            f"{type(model).__name__} keeps {', '.join(sorted(odd))} between tokens, not only attention keys and values, so rows cannot join "
-            "and leave its batch. Use a transformer with full or sliding-window attention, or sample with vLLM"
+            f"{type(model).__name__} keeps {', '.join(sorted(odd))} between tokens, not only "
+            "attention keys and values, so rows cannot join and leave its batch. Use a transformer "
+            "with full or sliding-window attention, or sample with vLLM"
         )
-    cache.layers = [layer if isinstance(layer, DynamicSlidingWindowLayer) else GrowingLayer() for layer in cache.layers]
+    cache.layers = [
+        layer if isinstance(layer, DynamicSlidingWindowLayer) else GrowingLayer()
+        for layer in cache.layers
+    ]
     return cache
 
 
@@ -40,14 +50,19 @@ def select(cache: DynamicCache, index: Tensor, trim: int = 0) -> None:
         columns = layer.get_seq_length() - trim
         if layer.is_sliding:
             held = min(columns, layer.keys.shape[2])
-            layer.keys, layer.values = (s[:, :, s.shape[2] - held :].index_select(0, index) for s in (layer.keys, layer.values))
+            layer.keys, layer.values = (
+                s[:, :, s.shape[2] - held :].index_select(0, index)
+                for s in (layer.keys, layer.values)
+            )
             layer.cumulative_length = columns  # all columns seen, of which the window's are held
         else:
             layer.take(index, columns)
 
 
 def shrink(cache: DynamicCache, holes: Tensor, moved: Tensor, rows: int) -> None:
-    """Keeps the first `rows` rows, after rows `moved` [m] from behind have been written into `holes` [m] among them; in place."""
+    """Keeps the first `rows` rows, after rows `moved` [m] from behind have been written into
+    `holes` [m] among them; in place.
+    """
     for layer in _layers(cache):
         if len(holes):
             layer.keys[holes], layer.values[holes] = layer.keys[moved], layer.values[moved]
@@ -84,7 +99,11 @@ def tokens_that_fit(model: CausalLM) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    memory = FREE_SHARE * torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else CPU_BYTES
+    memory = (
+        FREE_SHARE * torch.cuda.mem_get_info(model.device)[0]
+        if model.device.type == "cuda"
+        else CPU_BYTES
+    )
     return int(memory // per_token)
 
 

@@ -1,4 +1,6 @@
-"""One layer's keys and values in a buffer with room to spare: a new token is written in place, where the stock layer copies all of them."""
+"""One layer's keys and values in a buffer with room to spare: a new token is written in place,
+where the stock layer copies all of them.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,18 @@ ROOM = 16  # free columns behind the last one of a fresh buffer
 
 
 class GrowingLayer(DynamicLayer):
-    """Full attention. `keys` and `values` [B, heads, C, width] are the filled columns of their buffers."""
+    """Full attention.
+
+    `keys` and `values` [B, heads, C, width] are the filled columns of their buffers.
+    """
 
     keys: Tensor
     values: Tensor
     buffers: tuple[Tensor, Tensor]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Appends columns; returns all of them."""
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -50,5 +57,7 @@ class GrowingLayer(DynamicLayer):
 
 def _gather(states: Tensor, index: Tensor, columns: int) -> Tensor:
     buffer = states.new_empty(len(index), states.shape[1], columns + ROOM, states.shape[3])
-    torch.index_select(states[:, :, states.shape[2] - columns :], 0, index, out=buffer[:, :, :columns])
+    torch.index_select(
+        states[:, :, states.shape[2] - columns :], 0, index, out=buffer[:, :, :columns]
+    )
     return buffer

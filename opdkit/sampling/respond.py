@@ -1,4 +1,6 @@
-"""Responses from a vLLM engine, here or behind HTTP: what each rollout asks for, and how both of its log-probs are found."""
+"""Responses from a vLLM engine, here or behind HTTP: what each rollout asks for, and how both of
+its log-probs are found.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class Drawn:
     """A continuation."""
 
     tokens: list[int]
-    logp: list[float]  # under the distribution the tokens were drawn from; where greedy, under the plain softmax
+    # under the distribution the tokens were drawn from; where greedy, under the plain softmax
+    logp: list[float]
     stopped: bool  # by a stop token or a stop string, not by its length
 
 
@@ -39,7 +42,9 @@ class Writer(Protocol):
         """A continuation of each; `tick` hears how many are finished."""
         ...
 
-    def score(self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str]) -> list[list[float]]:
+    def score(
+        self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str]
+    ) -> list[list[float]]:
         """Log-probs of sequence[start:] under the plain softmax; `who` names each in errors."""
         ...
 
@@ -64,30 +69,53 @@ def respond(
 
     if given:
         tick(0)
-    requests = [_request(prompts[i // n], sampling, stops, seed_of(seed, ids[i])) for i in unfinished]
+    requests = [
+        _request(prompts[i // n], sampling, stops, seed_of(seed, ids[i])) for i in unfinished
+    ]
     drawn = dict(zip(unfinished, writer.draw(requests, tick) if requests else []))
     parts = [
-        drawn.get(i, Drawn([], [], bool(p.prefix) and p.prefix[-1] in stops)) for i in range(len(ids)) for p in [prompts[i // n]]
+        drawn.get(i, Drawn([], [], bool(p.prefix) and p.prefix[-1] in stops))
+        for i in range(len(ids))
+        for p in [prompts[i // n]]
     ]
     if sampling.plain or sampling.temperature == 0:
         prefixes = _prefixes(writer, prompts)
         before = [prefixes.get(i // n, []) for i in range(len(ids))]
         plain = [part.logp for part in parts]
     else:
-        whole = [prompts[i // n].tokens + prompts[i // n].prefix + part.tokens for i, part in enumerate(parts)]
-        scored = writer.score(whole, [len(prompts[i // n].tokens) for i in range(len(ids))], [f"rollout {id}" for id in ids])
+        whole = [
+            prompts[i // n].tokens + prompts[i // n].prefix + part.tokens
+            for i, part in enumerate(parts)
+        ]
+        scored = writer.score(
+            whole,
+            [len(prompts[i // n].tokens) for i in range(len(ids))],
+            [f"rollout {id}" for id in ids],
+        )
         split = [len(prompts[i // n].prefix) for i in range(len(ids))]
-        before, plain = [s[:g] for s, g in zip(scored, split)], [s[g:] for s, g in zip(scored, split)]
+        before, plain = (
+            [s[:g] for s, g in zip(scored, split)],
+            [s[g:] for s, g in zip(scored, split)],
+        )
     responses = []
     for i, (part, guided, logp) in enumerate(zip(parts, before, plain)):
         drawn_logp = [0.0] * len(part.logp) if sampling.temperature == 0 else part.logp
-        responses.append(Response(prompts[i // n].prefix + part.tokens, guided + logp, guided + drawn_logp, part.stopped))
+        responses.append(
+            Response(
+                prompts[i // n].prefix + part.tokens,
+                guided + logp,
+                guided + drawn_logp,
+                part.stopped,
+            )
+        )
     return responses
 
 
 def _complete(prompt: Prompt, sampling: Sampling, stops: Collection[int]) -> bool:
     """Whether the prefix is the whole response."""
-    return (bool(prompt.prefix) and prompt.prefix[-1] in stops) or len(prompt.prefix) >= sampling.max_completion_length
+    return (bool(prompt.prefix) and prompt.prefix[-1] in stops) or len(
+        prompt.prefix
+    ) >= sampling.max_completion_length
 
 
 def _prefixes(writer: Writer, prompts: Sequence[Prompt]) -> dict[int, list[float]]:
@@ -97,7 +125,9 @@ def _prefixes(writer: Writer, prompts: Sequence[Prompt]) -> dict[int, list[float
         return {}
     sequences = [prompts[i].tokens + prompts[i].prefix for i in guided]
     names = [f"the prefix of prompt {prompts[i].id}" for i in guided]
-    return dict(zip(guided, writer.score(sequences, [len(prompts[i].tokens) for i in guided], names)))
+    return dict(
+        zip(guided, writer.score(sequences, [len(prompts[i].tokens) for i in guided], names))
+    )
 
 
 def _request(prompt: Prompt, sampling: Sampling, stops: Collection[int], seed: int) -> Request:
@@ -118,27 +148,37 @@ def _request(prompt: Prompt, sampling: Sampling, stops: Collection[int], seed: i
 
 def seed_of(seed: int, id: str) -> int:
     """A rollout's own seed, of 62 bits."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{id}".encode(), digest_size=8).digest(), "little") >> 2
+    return (
+        int.from_bytes(hashlib.blake2b(f"{seed}/{id}".encode(), digest_size=8).digest(), "little")
+        >> 2
+    )
 
 
 def check_engine(sampling: Sampling, longest: int, limit: int) -> None:
     """Refuses what vLLM would change on its own, and rollouts longer than the engine reads."""
     if 0 < sampling.temperature < COLDEST or sampling.temperature > HOTTEST:
         raise UserError(
-            f"sampling.temperature={sampling.temperature} is outside what vLLM samples with ({COLDEST} to {HOTTEST}, or 0 for greedy): "
-            "choose one inside, or sample with the model in this process (sampler=hf)"
+            f"sampling.temperature={sampling.temperature} is outside what vLLM samples with "
+            f"({COLDEST} to {HOTTEST}, or 0 for greedy): choose one inside, or sample with the "
+            "model in this process (sampler=hf)"
         )
     if longest + 1 > limit:
         raise UserError(
-            f"a rollout may have {longest} tokens (the longest prompt and max_completion_length), and one more is needed to score it, but the "
-            f"engine reads {limit}: start it with max_model_len={longest + 1}, or lower max_completion_length or data.max_prompt_length"
+            f"a rollout may have {longest} tokens (the longest prompt and max_completion_length), "
+            f"and one more is needed to score it, but the engine reads {limit}: start it with "
+            f"max_model_len={longest + 1}, or lower max_completion_length or data.max_prompt_length"
         )
 
 
 def ended(reason: str | None) -> bool:
-    """Whether a response stopped by itself; a reason that is none of a finished response is an error."""
+    """Whether a response stopped by itself; a reason that is none of a finished response is an
+    error.
+    """
     if reason not in ("stop", "length"):
-        raise UserError(f"vLLM gave a response up ({reason}): look at its log. Nothing was learnt from this step")
+        raise UserError(
+            f"vLLM gave a response up ({reason}): look at its log. Nothing was learnt from this "
+            "step"
+        )
     return reason == "stop"
 
 

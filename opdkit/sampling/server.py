@@ -1,4 +1,6 @@
-"""The sampler that asks `vllm serve`: token ids over HTTP, and after every optimiser step the student's weights through a shared folder."""
+"""The sampler that asks `vllm serve`: token ids over HTTP, and after every optimiser step the
+student's weights through a shared folder.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +21,38 @@ from opdkit.models.body import head_of
 from opdkit.models.engines.endpoint import Endpoint
 from opdkit.models.engines.probe import Probe
 from opdkit.models.engines.prompt_logprobs import parse_prompt_logprobs
-from opdkit.models.engines.weights import DTYPES, adapter_rank, checkpoint_weights, engine_dtype, save_adapters, save_weights
+from opdkit.models.engines.weights import (
+    DTYPES,
+    adapter_rank,
+    checkpoint_weights,
+    engine_dtype,
+    save_adapters,
+    save_weights,
+)
 from opdkit.models.load import CausalLM
 from opdkit.models.tokenizers import real_vocabulary, stop_ids
 from opdkit.objective.head import Head
 from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.finish import finish, rollout_ids
 from opdkit.sampling.hf import Progress, check_prompts
-from opdkit.sampling.respond import HOTTEST, Drawn, Request, check_engine, ended, padded, real_rows, respond
+from opdkit.sampling.respond import (
+    HOTTEST,
+    Drawn,
+    Request,
+    check_engine,
+    ended,
+    padded,
+    real_rows,
+    respond,
+)
 from opdkit.types import Prompt, Rollout, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COMMAND = (
-    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls opdkit.models.engines.vllm_worker.Weights "
-    "--logprobs-mode processed_logprobs --host 127.0.0.1"
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls "
+    "opdkit.models.engines.vllm_worker.Weights --logprobs-mode processed_logprobs --host 127.0.0.1"
 )
 ADAPTERS = f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 {COMMAND} --enable-lora --max-lora-rank RANK"
 SAME = 0.1  # nats: two log-probs of one token, drawn at temperature 2, are of the same distribution
@@ -44,35 +62,46 @@ SAME = 0.1  # nats: two log-probs of one token, drawn at temperature 2, are of t
 class ServerSettings:
     """Which servers sample, and how the student's weights reach them.
 
-    The servers are started by hand: with `COMMAND` above, or with `ADAPTERS` for enable_lora; on a CPU with --no-enable-chunked-prefill, too.
-    They obey anyone who reaches them, also when told to load weights: keep them to this machine or a network of your own.
+    The servers are started by hand: with `COMMAND` above, or with `ADAPTERS` for enable_lora; on a
+    CPU with --no-enable-chunked-prefill, too. They obey anyone who reaches them, also when told to
+    load weights: keep them to this machine or a network of your own.
     """
 
     urls: tuple[str, ...]
     model: str | None = None  # the name it is served under; null: the only one there
-    shared_folder: str | None = None  # that trainer and servers see under the same path; null: a temporary one of this machine
-    enable_lora: bool = False  # of a student with adapters send these alone; else the weights with the adapters added to them
+    # that trainer and servers see under the same path; null: a temporary one of this machine
+    shared_folder: str | None = None
+    # of a student with adapters send these alone; else the weights with the adapters added to them
+    enable_lora: bool = False
     dtype: str | None = None  # the servers compute in it (their --dtype); null: the student's
     concurrency: int = 64  # requests under way at once, over all urls
     timeout: float = 600.0  # seconds for one request
     retries: int = 5  # of what can succeed: refused connections, time-outs, 429, 5xx
-    api_key_env: str | None = None  # environment variable that holds the key; keys are never written to a run
-    sync_tolerance: float | None = None  # nats, between server and trainer (see `probe`); null: by dtype
+    # environment variable that holds the key; keys are never written to a run
+    api_key_env: str | None = None
+    # nats, between server and trainer (see `probe`); null: by dtype
+    sync_tolerance: float | None = None
 
     def __post_init__(self) -> None:
         if not self.urls:
-            raise ValueError("a sampling server needs at least one url, such as http://127.0.0.1:8000")
+            raise ValueError(
+                "a sampling server needs at least one url, such as http://127.0.0.1:8000"
+            )
         if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
             raise ValueError("concurrency must be at least 1, timeout positive, retries at least 0")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} must be one that vLLM computes in: {', '.join(DTYPES)}")
+            raise ValueError(
+                f"dtype={self.dtype!r} must be one that vLLM computes in: {', '.join(DTYPES)}"
+            )
 
 
 class ServerSampler:
-    """Samples from vLLM servers that follow `model`, a Hugging Face model that trains in this process.
+    """Samples from vLLM servers that follow `model`, a Hugging Face model that trains in this
+    process.
 
-    Started with `--load-format dummy` a server proves at the first probe that all its weights come from here. As with `VllmSampler`, both
-    log-probs are exact; with temperature or cuts the servers need `--logprobs-mode processed_logprobs`.
+    Started with `--load-format dummy` a server proves at the first probe that all its weights come
+    from here. As with `VllmSampler`, both log-probs are exact; with temperature or cuts the servers
+    need `--logprobs-mode processed_logprobs`.
     """
 
     def __init__(
@@ -88,7 +117,12 @@ class ServerSampler:
         if settings.enable_lora:
             adapter_rank(model)
         self.endpoint = Endpoint(
-            settings.urls, settings.concurrency, settings.timeout, settings.retries, settings.api_key_env, "the sampling server"
+            settings.urls,
+            settings.concurrency,
+            settings.timeout,
+            settings.retries,
+            settings.api_key_env,
+            "the sampling server",
         )
         self.served, self.limit = _served(self.endpoint, settings.model)
         self.name = self.served  # asked for in requests: of the model, or of the adapters on it
@@ -97,16 +131,25 @@ class ServerSampler:
         self.dtype = DTYPES[engine_dtype(model, settings.dtype)]
         if padded(self.head) or settings.enable_lora:
             self._call("opdkit_head", real_rows(self.head))
-        self.probe = [Probe(model, tokenizer, self.head, self.dtype, self.limit, settings.sync_tolerance) for _ in settings.urls]
-        self.version: int | None = None  # optimiser steps of the weights in the servers; None: none were sent yet
-        self.processed: bool | None = None  # whether their log-probs are of the drawing distribution; None: not asked yet
+        self.probe = [
+            Probe(model, tokenizer, self.head, self.dtype, self.limit, settings.sync_tolerance)
+            for _ in settings.urls
+        ]
+        # optimiser steps of the weights in the servers; None: none were sent yet
+        self.version: int | None = None
+        # whether their log-probs are of the drawing distribution; None: not asked yet
+        self.processed: bool | None = None
 
-    # ----------------------------------------------------------------------------------------------------------- sync
+    # ----------------------------------------------------------------------------------------- sync
 
     def sync(self, model: CausalLM, version: int) -> None:
-        """After an optimiser step: every server takes the student's weights over, forgets what older ones computed, and is probed."""
+        """After an optimiser step: every server takes the student's weights over, forgets what
+        older ones computed, and is probed.
+        """
         if model is not self.model:
-            raise ValueError("this sampler samples from another model than the one that was trained")
+            raise ValueError(
+                "this sampler samples from another model than the one that was trained"
+            )
         folder = self.folder / f"student-{self.run}-{version}"
         try:
             if self.settings.enable_lora:
@@ -116,8 +159,16 @@ class ServerSampler:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         for probe, one in zip(self.probe, self.endpoint.each()):
-            logps = [torch.tensor(self._scores(one, s, 1, who)) for s, who in zip(probe.sequences, probe.names)]
-            probe.check(logps, version, f"sending {'adapters' if self.settings.enable_lora else 'weights'} to {one.urls[0]}")
+            logps = [
+                torch.tensor(self._scores(one, s, 1, who))
+                for s, who in zip(probe.sequences, probe.names)
+            ]
+            probe.check(
+                logps,
+                version,
+                f"sending {'adapters' if self.settings.enable_lora else 'weights'} to "
+                f"{one.urls[0]}",
+            )
         self.version = version
 
     def _send_weights(self, folder: Path) -> None:
@@ -125,14 +176,19 @@ class ServerSampler:
         for one in self.endpoint.each():
             if one.post("/reset_prefix_cache", {}).get("success") is not True:
                 raise UserError(
-                    f"{one.urls[0]} kept what older weights computed (its prefix cache): others are asking it for samples too. Give the run "
-                    "a server of its own"
+                    f"{one.urls[0]} kept what older weights computed (its prefix cache): others "
+                    "are asking it for samples too. Give the run a server of its own"
                 )
 
     def _send_adapters(self, folder: Path, version: int) -> None:
         name, former = f"student-{self.run}-{version}", self.name
         for one in self.endpoint.each():
-            _ask(one, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, ADAPTERS)
+            _ask(
+                one,
+                "/v1/load_lora_adapter",
+                {"lora_name": name, "lora_path": str(folder)},
+                ADAPTERS,
+            )
             if former != self.served:
                 _ask(one, "/v1/unload_lora_adapter", {"lora_name": former}, ADAPTERS)
         self.name = name
@@ -143,7 +199,7 @@ class ServerSampler:
         for one in self.endpoint.each():
             _ask(one, "/collective_rpc", {"method": method, "args": [argument]}, command)
 
-    # --------------------------------------------------------------------------------------------------------- sample
+    # --------------------------------------------------------------------------------------- sample
 
     def sample(
         self,
@@ -165,80 +221,128 @@ class ServerSampler:
         if not sampling.plain and sampling.temperature > 0:
             self._check_mode()
         ids = rollout_ids(prompts, sampling, step)
-        responses = respond(self, prompts, sampling, ids, stop_ids(self.model, self.tokenizer), seed, progress)
+        responses = respond(
+            self, prompts, sampling, ids, stop_ids(self.model, self.tokenizer), seed, progress
+        )
         return finish(prompts, sampling, ids, responses, self.tokenizer, policy_version)
 
     def draw(self, requests: Sequence[Request], tick: Callable[[int], None] | None) -> list[Drawn]:
         """A continuation of each."""
-        return self.endpoint.map([partial(self._drawn, self.endpoint, request) for request in requests], tick)
+        return self.endpoint.map(
+            [partial(self._drawn, self.endpoint, request) for request in requests], tick
+        )
 
-    def score(self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str]) -> list[list[float]]:
+    def score(
+        self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str]
+    ) -> list[list[float]]:
         """Log-probs of sequence[start:] under the plain softmax."""
-        return self.endpoint.map([partial(self._scores, self.endpoint, s, a, w) for s, a, w in zip(sequences, starts, who)])
+        return self.endpoint.map(
+            [
+                partial(self._scores, self.endpoint, s, a, w)
+                for s, a, w in zip(sequences, starts, who)
+            ]
+        )
 
     def _drawn(self, endpoint: Endpoint, request: Request) -> Drawn:
         # whatever the checkpoint's own generation settings say
         neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-        choice = self._complete(endpoint, request.tokens, request.settings | neutral | {"return_token_ids": True})
-        tokens, logps = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        choice = self._complete(
+            endpoint, request.tokens, request.settings | neutral | {"return_token_ids": True}
+        )
+        tokens, logps = (
+            choice.get("token_ids"),
+            (choice.get("logprobs") or {}).get("token_logprobs"),
+        )
         if not isinstance(tokens, list) or not isinstance(logps, list) or len(tokens) != len(logps):
             raise UserError(
-                "the sampling server does not return token ids with their log-probs: opdkit never encodes a text again, as that changes "
-                "tokens. Use vLLM 0.32 or newer"
+                "the sampling server does not return token ids with their log-probs: opdkit never "
+                "encodes a text again, as that changes tokens. Use vLLM 0.32 or newer"
             )
-        return Drawn(tokens, [float("nan") if x is None else x for x in logps], ended(choice.get("finish_reason")))
+        return Drawn(
+            tokens,
+            [float("nan") if x is None else x for x in logps],
+            ended(choice.get("finish_reason")),
+        )
 
     def _scores(self, endpoint: Endpoint, tokens: list[int], start: int, who: str) -> list[float]:
-        choice = self._complete(endpoint, tokens, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0})
-        return parse_prompt_logprobs(choice.get("prompt_logprobs"), tokens, start, 0, f"{who} at {self.name}").logp.tolist()
+        choice = self._complete(
+            endpoint, tokens, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        )
+        return parse_prompt_logprobs(
+            choice.get("prompt_logprobs"), tokens, start, 0, f"{who} at {self.name}"
+        ).logp.tolist()
 
-    def _complete(self, endpoint: Endpoint, tokens: list[int], settings: dict[str, Any]) -> dict[str, Any]:
-        choices = endpoint.post("/v1/completions", {"model": self.name, "prompt": tokens, **settings}).get("choices")
+    def _complete(
+        self, endpoint: Endpoint, tokens: list[int], settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        choices = endpoint.post(
+            "/v1/completions", {"model": self.name, "prompt": tokens, **settings}
+        ).get("choices")
         if not isinstance(choices, list) or len(choices) != 1:
-            raise UserError(f"the sampling server answered with no single completion, but {str(choices)[:200]}")
+            raise UserError(
+                f"the sampling server answered with no single completion, but {str(choices)[:200]}"
+            )
         return choices[0]
 
     def _check_mode(self) -> None:
-        """Whether the servers give log-probs of the distribution that tokens are drawn from: seen at a temperature."""
+        """Whether the servers give log-probs of the distribution that tokens are drawn from: seen
+        at a temperature.
+        """
         if self.processed is None:
             self.processed = True
             for one, probe in zip(self.endpoint.each(), self.probe):
                 prompt = probe.sequences[0]
-                drawn = self._drawn(one, Request(prompt, {"temperature": HOTTEST, "max_tokens": 8, "seed": 0, "logprobs": 0}))
+                drawn = self._drawn(
+                    one,
+                    Request(
+                        prompt, {"temperature": HOTTEST, "max_tokens": 8, "seed": 0, "logprobs": 0}
+                    ),
+                )
                 plain = self._scores(one, prompt + drawn.tokens, len(prompt), probe.names[0])
                 self.processed &= max(abs(a - b) for a, b in zip(drawn.logp, plain)) > SAME
         if not self.processed:
             raise UserError(
-                "with a temperature, top_p, top_k or min_p the log-probs of the drawing distribution are recorded too, and this server gives "
-                "those of the plain softmax: start it with --logprobs-mode processed_logprobs, or sample plainly (temperature=1, no cuts)"
+                "with a temperature, top_p, top_k or min_p the log-probs of the drawing "
+                "distribution are recorded too, and this server gives those of the plain softmax: "
+                "start it with --logprobs-mode processed_logprobs, or sample plainly "
+                "(temperature=1, no cuts)"
             )
 
 
-# ----------------------------------------------------------------------------------------------------------------- asking
+# ------------------------------------------------------------------------------------------- asking
 
 
 def _served(endpoint: Endpoint, wanted: str | None) -> tuple[str, int]:
     """The name of the model and the tokens it reads, of every server the same."""
     names, limits = set(), []
     for one in endpoint.each():
-        cards = [card for card in one.get("/v1/models").get("data") or [] if card.get("parent") is None]
+        cards = [
+            card for card in one.get("/v1/models").get("data") or [] if card.get("parent") is None
+        ]
         known = {card["id"]: card for card in cards}
         if wanted is None and len(known) != 1:
-            raise UserError(f"{one.urls[0]} serves {', '.join(known) or 'no model'}: say which samples with sampler.model=NAME")
+            raise UserError(
+                f"{one.urls[0]} serves {', '.join(known) or 'no model'}: say which samples with "
+                "sampler.model=NAME"
+            )
         if wanted is not None and wanted not in known:
             raise UserError(
-                f"{one.urls[0]} does not serve {wanted!r} but {', '.join(known) or 'nothing'}: start it with the student, or set "
-                "sampler.model"
+                f"{one.urls[0]} does not serve {wanted!r} but {', '.join(known) or 'nothing'}: "
+                "start it with the student, or set sampler.model"
             )
         name = wanted or next(iter(known))
         names.add(name)
         limits.append(known[name].get("max_model_len") or 0)
     if len(names) > 1:
         raise UserError(
-            f"the sampling servers serve different models ({', '.join(sorted(names))}): say which with sampler.model=NAME"
+            f"the sampling servers serve different models ({', '.join(sorted(names))}): say which "
+            "with sampler.model=NAME"
         )
     if not all(limits):
-        raise UserError("the sampling server does not say how many tokens it reads (max_model_len in /v1/models): is it vLLM?")
+        raise UserError(
+            "the sampling server does not say how many tokens it reads (max_model_len in "
+            "/v1/models): is it vLLM?"
+        )
     return names.pop(), min(limits)
 
 
@@ -248,8 +352,9 @@ def _ask(endpoint: Endpoint, path: str, body: dict[str, Any], command: str) -> N
         replace(endpoint, retries=0).request("POST", path, body, lambda response: response.text)
     except UserError as error:
         raise UserError(
-            f"{endpoint.urls[0]} did not take the student's weights over ({error}). It must be started as\n  {command}\nwith opdkit installed "
-            "beside vLLM, and see the folder that the weights are written to (sampler.shared_folder)"
+            f"{endpoint.urls[0]} did not take the student's weights over ({error}). It must be "
+            f"started as\n  {command}\nwith opdkit installed beside vLLM, and see the folder that "
+            "the weights are written to (sampler.shared_folder)"
         ) from error
 
 
@@ -263,8 +368,9 @@ def _folder(settings: ServerSettings) -> tuple[Any, Path]:
     away = [h for h in hosts if h not in ("localhost", "::1") and not h.startswith("127.")]
     if away:
         raise UserError(
-            f"the sampling server {away[0]} is another machine, and the student's weights reach it through files: give a folder that both "
-            "see under the same path (sampler.shared_folder=DIR)"
+            f"the sampling server {away[0]} is another machine, and the student's weights reach it "
+            "through files: give a folder that both see under the same path "
+            "(sampler.shared_folder=DIR)"
         )
     temporary = tempfile.TemporaryDirectory(prefix="opdkit-weights-")
     return temporary, Path(temporary.name)

@@ -16,7 +16,8 @@ from opdkit.sampling.vllm import VllmSettings
 class HfSettings:
     """The sampler in this process, on the student itself: nothing has to be sent anywhere."""
 
-    max_batch_tokens: int | None = None  # rows x longest possible row; null: half of a GPU's free memory, 2 GiB of a CPU's
+    # rows x longest possible row; null: half of a GPU's free memory, 2 GiB of a CPU's
+    max_batch_tokens: int | None = None
 
 
 Spec = HfSettings | VllmSettings | ServerSettings
@@ -32,7 +33,12 @@ def sampler_of(value: Any, where: str = "sampler") -> Spec:
         kind, _, rest = text.partition(":")
         settings = {"urls": rest.split(",")} if rest else {}
     else:
-        raise UserError(f"{where} must be hf, vllm, server:URL or a group with `kind`, not {value!r}")
+        raise UserError(
+            f"{where} must be hf, vllm, server:URL or a group with `kind`, not {value!r}"
+        )
     if kind not in KINDS:
-        raise UserError(f"{where}: {kind!r} is no kind of sampler{nearest(str(kind), list(KINDS))}: {', '.join(KINDS)}")
+        raise UserError(
+            f"{where}: {kind!r} is no kind of sampler{nearest(str(kind), list(KINDS))}: "
+            f"{', '.join(KINDS)}"
+        )
     return build(KINDS[kind], settings, where + ".")

@@ -1,4 +1,6 @@
-"""The sampler that runs vLLM in this process: the student's weights follow every optimiser step, and a probe makes sure that they do."""
+"""The sampler that runs vLLM in this process: the student's weights follow every optimiser step,
+and a probe makes sure that they do.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 from opdkit.models.body import head_of
 from opdkit.models.engines.probe import Probe
 from opdkit.models.engines.vllm_engine import Engine, EngineSettings
-from opdkit.models.engines.weights import adapter_rank, checkpoint_weights, engine_dtype, has_adapters, save_adapters
+from opdkit.models.engines.weights import (
+    adapter_rank,
+    checkpoint_weights,
+    engine_dtype,
+    has_adapters,
+    save_adapters,
+)
 from opdkit.models.load import CausalLM
 from opdkit.models.tokenizers import real_vocabulary, stop_ids
 from opdkit.objective.head import Head
@@ -30,19 +38,24 @@ if TYPE_CHECKING:
 class VllmSettings(EngineSettings):
     """How the sampling engine is started, and how it follows the student."""
 
-    enable_lora: bool = False  # of a student with adapters send these alone; else the weights with the adapters added to them
-    sync_tolerance: float | None = None  # nats, between engine and trainer (see `probe`); null: by dtype
+    # of a student with adapters send these alone; else the weights with the adapters added to them
+    enable_lora: bool = False
+    # nats, between engine and trainer (see `probe`); null: by dtype
+    sync_tolerance: float | None = None
 
 
 class VllmSampler:
-    """Samples with a vLLM engine from the weights of `model`, a Hugging Face model that trains in this process.
+    """Samples with a vLLM engine from the weights of `model`, a Hugging Face model that trains in
+    this process.
 
-    The engine starts with random weights and takes the student's before the first rollout: were some of them left behind, the first probe
-    would show it. `sync` sends them again after an optimiser step. Draws are keyed by seed and rollout id; as batches of other shapes
-    round differently, a rollout is the same in other company up to near ties.
+    The engine starts with random weights and takes the student's before the first rollout: were
+    some of them left behind, the first probe would show it. `sync` sends them again after an
+    optimiser step. Draws are keyed by seed and rollout id; as batches of other shapes round
+    differently, a rollout is the same in other company up to near ties.
 
-    Both log-probs are exact. Of tokens drawn from the plain softmax they are vLLM's own; with temperature or cuts it gives those of the
-    drawing distribution, and the plain ones are read off a second pass over the finished responses.
+    Both log-probs are exact. Of tokens drawn from the plain softmax they are vLLM's own; with
+    temperature or cuts it gives those of the drawing distribution, and the plain ones are read off
+    a second pass over the finished responses.
     """
 
     def __init__(
@@ -66,17 +79,33 @@ class VllmSampler:
         )
         if padded(self.head) or settings.enable_lora:
             self.engine.head(real_rows(self.head))
-        self.probe = Probe(model, tokenizer, self.head, self.engine.dtype, self.engine.limit, settings.sync_tolerance)
-        self.version: int | None = None  # optimiser steps of the weights in the engine; None: none were sent yet
+        self.probe = Probe(
+            model,
+            tokenizer,
+            self.head,
+            self.engine.dtype,
+            self.engine.limit,
+            settings.sync_tolerance,
+        )
+        # optimiser steps of the weights in the engine; None: none were sent yet
+        self.version: int | None = None
 
     def sync(self, model: CausalLM, version: int) -> None:
-        """After an optimiser step: the engine takes the student's weights over, forgets what older ones computed, and is probed."""
+        """After an optimiser step: the engine takes the student's weights over, forgets what older
+        ones computed, and is probed.
+        """
         if model is not self.model:
-            raise ValueError("this sampler samples from another model than the one that was trained")
+            raise ValueError(
+                "this sampler samples from another model than the one that was trained"
+            )
         self.engine.wake(partial(self._send, version))
-        scored = self.engine.score(self.probe.sequences, [1] * len(self.probe.sequences), self.probe.names)
+        scored = self.engine.score(
+            self.probe.sequences, [1] * len(self.probe.sequences), self.probe.names
+        )
         self.probe.check(
-            [s.logp for s in scored], version, "sending adapters" if self.settings.enable_lora else "sending weights"
+            [s.logp for s in scored],
+            version,
+            "sending adapters" if self.settings.enable_lora else "sending weights",
         )
         self.version = version
 
@@ -104,22 +133,37 @@ class VllmSampler:
         check_sampling(sampling)
         if not prompts:
             return []
-        check_engine(sampling, check_prompts(prompts, sampling, self.model, self.head), self.engine.limit)
+        check_engine(
+            sampling, check_prompts(prompts, sampling, self.model, self.head), self.engine.limit
+        )
         if self.version is None or self.engine.dropped:
             self.sync(self.model, policy_version)
         self.engine.wake()
         ids = rollout_ids(prompts, sampling, step)
-        responses = respond(self, prompts, sampling, ids, stop_ids(self.model, self.tokenizer), seed, progress)
+        responses = respond(
+            self, prompts, sampling, ids, stop_ids(self.model, self.tokenizer), seed, progress
+        )
         self.engine.sleep()
         return finish(prompts, sampling, ids, responses, self.tokenizer, policy_version)
 
     def draw(self, requests: Sequence[Request], tick: Callable[[int], None] | None) -> list[Drawn]:
         """A continuation of each."""
-        params = [request.settings | {"detokenize": bool(request.settings["stop"])} for request in requests]
-        outputs = [output.outputs[0] for output in self.engine.run([r.tokens for r in requests], params, tick)]
-        return [Drawn(list(o.token_ids), list(o.logprobs.logprobs), ended(o.finish_reason)) for o in outputs]
+        params = [
+            request.settings | {"detokenize": bool(request.settings["stop"])}
+            for request in requests
+        ]
+        outputs = [
+            output.outputs[0]
+            for output in self.engine.run([r.tokens for r in requests], params, tick)
+        ]
+        return [
+            Drawn(list(o.token_ids), list(o.logprobs.logprobs), ended(o.finish_reason))
+            for o in outputs
+        ]
 
-    def score(self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str]) -> list[list[float]]:
+    def score(
+        self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str]
+    ) -> list[list[float]]:
         """Log-probs of sequence[start:] under the plain softmax."""
         return [scored.logp.tolist() for scored in self.engine.score(sequences, starts, who)]
 

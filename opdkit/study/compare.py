@@ -1,4 +1,6 @@
-"""Methods side by side: the same prompts, seeds and budget in student tokens, in a folder that an interrupted comparison continues."""
+"""Methods side by side: the same prompts, seeds and budget in student tokens, in a folder that an
+interrupted comparison continues.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,19 @@ from opdkit.run.open import Given
 from opdkit.run.refuse import refuse
 from opdkit.run.settings import MethodSpec, Run, claim_folder, make_run, set_value
 from opdkit.study.page import interval, per_seed, points, write_page
-from opdkit.study.standings import PLAN, TOKENS, Standing, finished, read_comparison, standings, write_parquet
+from opdkit.study.standings import (
+    PLAN,
+    TOKENS,
+    Standing,
+    finished,
+    read_comparison,
+    standings,
+    write_parquet,
+)
 from opdkit.train.checkpoint import checkpoints
 
-CAP = 2  # times the first method's steps: the most that a method whose student writes less per step may take
+# times the first method's steps: the most that a method whose student writes less per step may take
+CAP = 2
 COLON = re.compile(r"(?P<name>.+?\.py:\w+|[^:()]+):(?P<arguments>\w+=.*)")
 
 
@@ -45,7 +56,9 @@ class Contender:
 
 
 def contender(method: str | MethodSpec | Method) -> Contender:
-    """A method by name, `name:key=value,key=value`, `file.py:function` or an expression such as "tropd(k=32) * iw_opd"."""
+    """A method by name, `name:key=value,key=value`, `file.py:function` or an expression such as
+    "tropd(k=32) * iw_opd".
+    """
     if isinstance(method, str):
         short = COLON.fullmatch(method)
         text = f"{short['name']}({short['arguments']})" if short else method
@@ -56,15 +69,17 @@ def contender(method: str | MethodSpec | Method) -> Contender:
     label = spelled(made)
     if label == "own" and not text:
         raise UserError(
-            "a method made of objects cannot be compared, because its runs could not be continued from their folders: write a function that "
-            "returns it and name that, file.py:function"
+            "a method made of objects cannot be compared, because its runs could not be continued "
+            "from their folders: write a function that returns it and name that, file.py:function"
         )
     known = text if label == "own" else label
     return Contender(known, made, _folder(known))
 
 
 def _folder(label: str) -> str:
-    """A folder's name that stands for a method, its arguments and, of one's own, the code as it is now."""
+    """A folder's name that stands for a method, its arguments and, of one's own, the code as it is
+    now.
+    """
     addresses = [label] if is_address(label) else expression.ADDRESS.findall(label)
     short = label
     for address in addresses:
@@ -85,7 +100,8 @@ class Plan:
     base: Run
     contenders: tuple[Contender, ...]
     seeds: tuple[int, ...]
-    leader: Contender  # whose runs have the recipe's steps; the others stop at the tokens it sampled
+    # whose runs have the recipe's steps; the others stop at the tokens it sampled
+    leader: Contender
 
     def place(self, who: Contender, seed: int) -> Path:
         return self.folder / "runs" / who.folder / f"seed-{seed}"
@@ -100,7 +116,13 @@ class Plan:
         base, settings = self.base, self.base.evaluate
         if settings is not None and not (who is self.leader and seed == self.seeds[0]):
             settings = replace(settings, teacher=False)  # it is the same teacher
-        run = replace(base, method=MethodSpec(who.label), seed=seed, output=str(self.place(who, seed)), evaluate=settings)
+        run = replace(
+            base,
+            method=MethodSpec(who.label),
+            seed=seed,
+            output=str(self.place(who, seed)),
+            evaluate=settings,
+        )
         if base.max_tokens is None and who is not self.leader:
             budget = self.budget(seed)
             return replace(run, steps=CAP * base.steps, max_tokens=budget)
@@ -111,17 +133,22 @@ class Plan:
         found = read_lines(self.place(self.leader, seed) / "metrics.jsonl")[-1][TOKENS]
         if not found:
             raise UserError(
-                f"the student wrote nothing with {self.leader.label}, so that it sets no budget for the others: in a new folder, name a "
-                "method first whose student writes, or set max_tokens=N for all"
+                f"the student wrote nothing with {self.leader.label}, so that it sets no budget "
+                "for the others: in a new folder, name a method first whose student writes, or set "
+                "max_tokens=N for all"
             )
         return found
 
     def write(self, failed: Mapping[tuple[str, int], str]) -> None:
         """comparison.yaml: what the page shows of it, and what a later call must agree with."""
         if self.base.max_tokens is None:
-            budget = f"per seed, the tokens that {self.leader.label} samples in {self.base.steps} steps"
+            budget = (
+                f"per seed, the tokens that {self.leader.label} samples in {self.base.steps} steps"
+            )
         else:
-            budget = f"{self.base.max_tokens:,} student tokens per run, at most {self.base.steps} steps"
+            budget = (
+                f"{self.base.max_tokens:,} student tokens per run, at most {self.base.steps} steps"
+            )
         values = {
             "recipe": self.recipe,
             "budget": budget,
@@ -133,7 +160,11 @@ class Plan:
                     "folder": c.folder,
                     "summary": c.method.summary,
                     "formula": str(c.method),
-                    "failed": {seed: failed[c.label, seed] for seed in self.seeds if (c.label, seed) in failed},
+                    "failed": {
+                        seed: failed[c.label, seed]
+                        for seed in self.seeds
+                        if (c.label, seed) in failed
+                    },
                 }
                 for c in self.contenders
             ],
@@ -146,7 +177,11 @@ class Plan:
 
 def shared(base: Run) -> dict[str, Any]:
     """The settings that all runs have in common."""
-    return {name: value for name, value in plain(base).items() if name not in ("method", "output", "seed")}
+    return {
+        name: value
+        for name, value in plain(base).items()
+        if name not in ("method", "output", "seed")
+    }
 
 
 @dataclass(frozen=True)
@@ -170,11 +205,13 @@ def compare(
     out: str | Path = "runs/comparison",
     **settings: Any,
 ) -> Comparison:
-    """Run methods under the same prompts, seeds and budget, and write comparison.html and comparison.parquet into `out`.
+    """Run methods under the same prompts, seeds and budget, and write comparison.html and
+    comparison.parquet into `out`.
 
-    recipe: a recipe's name, file.py:function, a run's YAML file, a `Run` or its nested values; its own method is not used. seeds: how
-    many, counted from the recipe's seed, or which. settings: as of `distill`, for all runs. A comparison in `out` is continued: runs
-    that have ended are kept, the others resume from their checkpoints.
+    recipe: a recipe's name, file.py:function, a run's YAML file, a `Run` or its nested values; its
+    own method is not used. seeds: how many, counted from the recipe's seed, or which. settings: as
+    of `distill`, for all runs. A comparison in `out` is continued: runs that have ended are kept,
+    the others resume from their checkpoints.
     """
     plan = _plan(methods, recipe, seeds, Path(out), settings)
     if isinstance(recipe, str):
@@ -191,20 +228,30 @@ def compare(
         except UserError as error:
             if who is plan.leader and plan.base.max_tokens is None:
                 raise UserError(
-                    f"{who.label} with seed {seed}, from which the others take their budget, failed: {error}"
+                    f"{who.label} with seed {seed}, from which the others take their budget, "
+                    f"failed: {error}"
                 ) from error
             failed[who.label, seed] = str(error)
-            print(f"opdkit: {who.label} with seed {seed} failed, the others go on: {error}", file=sys.stderr)
+            print(
+                f"opdkit: {who.label} with seed {seed} failed, the others go on: {error}",
+                file=sys.stderr,
+            )
         for path in checkpoints(run.folder) if finished(run.folder) else ():
             shutil.rmtree(path)  # the model stays; optimisers of many runs would fill a disk
         screen.end()
         plan.write(failed)
         write_page(read_comparison(plan.folder))
     entries = read_comparison(plan.folder)
-    return Comparison(plan.folder, write_page(entries), write_parquet(entries), standings(entries.entrants), failed)
+    return Comparison(
+        plan.folder,
+        write_page(entries),
+        write_parquet(entries),
+        standings(entries.entrants),
+        failed,
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------- plan
+# --------------------------------------------------------------------------------------------- plan
 
 
 def _plan(
@@ -221,14 +268,17 @@ def _plan(
     if twice:
         raise UserError(f"{twice} is named twice with the same arguments: name each method once")
     if len(contenders) < 2:
-        raise UserError("a comparison needs two methods or more; a single one is run with `opdkit train`")
+        raise UserError(
+            "a comparison needs two methods or more; a single one is run with `opdkit train`"
+        )
     base = _base(recipe, folder, settings)
     chosen = tuple(range(base.seed, base.seed + seeds)) if isinstance(seeds, int) else tuple(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise UserError(f"seeds={seeds!r} must be one or more, and each once")
     if base.evaluate is None:
         raise UserError(
-            "a comparison is decided on held-out problems, and this run evaluates on none: set evaluate.data=FILE (and reward=...)"
+            "a comparison is decided on held-out problems, and this run evaluates on none: set "
+            "evaluate.data=FILE (and reward=...)"
         )
     reward = load_reward(base.reward)
     for c in contenders:
@@ -236,7 +286,9 @@ def _plan(
     try:
         import pyarrow  # noqa: F401
     except ImportError:
-        raise UserError("a comparison is kept as Parquet, which needs pyarrow: pip install 'opdkit[data]'") from None
+        raise UserError(
+            "a comparison is kept as Parquet, which needs pyarrow: pip install 'opdkit[data]'"
+        ) from None
     leader = _continued(folder, base, contenders)
     claim_folder(folder, resume=True)
     named = recipe if isinstance(recipe, str) else "given in Python"
@@ -247,7 +299,11 @@ def _base(recipe: str | Run | Mapping[str, Any], folder: Path, settings: Mapping
     if isinstance(recipe, Run):
         values = plain(recipe)
     elif isinstance(recipe, str):
-        values = read_yaml(recipe) if recipe.endswith((".yaml", ".yml")) else recipes.recipe(recipe, folder / "recipe")
+        values = (
+            read_yaml(recipe)
+            if recipe.endswith((".yaml", ".yml"))
+            else recipes.recipe(recipe, folder / "recipe")
+        )
     else:
         values = dict(recipe)
     values = {**values, "method": "opd", "output": str(folder)}
@@ -255,34 +311,45 @@ def _base(recipe: str | Run | Mapping[str, Any], folder: Path, settings: Mapping
         key = name.replace("__", ".")
         if key.partition(".")[0] == "method":
             raise UserError(
-                f"{key} would change every method alike: write a method's arguments behind its name, as in tropd:k=32"
+                f"{key} would change every method alike: write a method's arguments behind its "
+                "name, as in tropd:k=32"
             )
         if key == "output":
-            raise UserError("the runs of a comparison are put into its own folder: choose that with --out")
+            raise UserError(
+                "the runs of a comparison are put into its own folder: choose that with --out"
+            )
         set_value(values, key, value)
     return make_run(values)
 
 
 def _continued(folder: Path, base: Run, contenders: Sequence[Contender]) -> Contender:
-    """The method that sets the budget. A comparison that is there already must be of the same settings."""
+    """The method that sets the budget.
+
+    A comparison that is there already must be of the same settings.
+    """
     if not (folder / PLAN).exists():
         if (folder / "run.yaml").exists():
-            raise UserError(f"{folder} holds a run, not a comparison: choose another folder with --out")
+            raise UserError(
+                f"{folder} holds a run, not a comparison: choose another folder with --out"
+            )
         return contenders[0]
     former = read_yaml(folder / PLAN)
     before, now = _flat(former["run"]), _flat(shared(base))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
-        told = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed[:3])
+        told = ", ".join(
+            f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed[:3]
+        )
         raise UserError(
-            f"{folder} holds a comparison with other settings ({told}), and runs with different ones cannot be compared: choose another folder "
-            "with --out, or give the same settings to continue it"
+            f"{folder} holds a comparison with other settings ({told}), and runs with different "
+            "ones cannot be compared: choose another folder with --out, or give the same settings "
+            "to continue it"
         )
     leader = next((c for c in contenders if c.label == former["leader"]), None)
     if leader is None:
         raise UserError(
-            f"the budget of the comparison in {folder} is what {former['leader']} samples: name it among the methods (its finished runs are "
-            "kept), or choose another folder with --out"
+            f"the budget of the comparison in {folder} is what {former['leader']} samples: name it "
+            "among the methods (its finished runs are kept), or choose another folder with --out"
         )
     return leader
 
@@ -291,15 +358,21 @@ def _flat(values: Any, at: str = "") -> dict[str, Any]:
     """Dotted keys of nested mappings."""
     if not isinstance(values, dict):
         return {at: values}
-    return {k: v for key, value in values.items() for k, v in _flat(value, f"{at}.{key}" if at else str(key)).items()}
+    return {
+        k: v
+        for key, value in values.items()
+        for k, v in _flat(value, f"{at}.{key}" if at else str(key)).items()
+    }
 
 
-# --------------------------------------------------------------------------------------------------------------- screen
+# ------------------------------------------------------------------------------------------- screen
 
 
 @dataclass
 class _Screen:
-    """Which run of how many, a line now and then within it, and the time left, from the runs of this session."""
+    """Which run of how many, a line now and then within it, and the time left, from the runs of
+    this session.
+    """
 
     total: int
     done: int
@@ -355,17 +428,45 @@ class _Screen:
         self.done += 1
         if announce and self.done < self.total:
             each = duration(self.spent / self.ran)
-            print(f"opdkit: a run takes about {each}: {self.left(0)} for the {self.total - self.done} others", file=sys.stderr)
+            print(
+                f"opdkit: a run takes about {each}: {self.left(0)} for the "
+                f"{self.total - self.done} others",
+                file=sys.stderr,
+            )
 
 
 def text_table(ranked: Sequence[Standing]) -> str:
     """The standings for a terminal."""
     first = ranked[0].label if ranked else ""
-    rows = [["method", "accuracy", "95%", f"points to {first}", "95%", "by seed", "KL", "steps", "tokens"]]
+    rows = [
+        [
+            "method",
+            "accuracy",
+            "95%",
+            f"points to {first}",
+            "95%",
+            "by seed",
+            "KL",
+            "steps",
+            "tokens",
+        ]
+    ]
     for s in ranked:
         d = s.difference
         change = [points(d.value), interval(d), per_seed(s)] if d else ["", "", ""]
         kl = "" if s.kl is None else f"{s.kl:.4f}"
-        rows.append([s.label, f"{s.accuracy.value:.1%}", span(s.accuracy), *change, kl, f"{s.steps:.0f}", f"{s.tokens:,.0f}"])
+        rows.append(
+            [
+                s.label,
+                f"{s.accuracy.value:.1%}",
+                span(s.accuracy),
+                *change,
+                kl,
+                f"{s.steps:.0f}",
+                f"{s.tokens:,.0f}",
+            ]
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )

@@ -35,7 +35,12 @@ NAME = 30  # characters of a method's name beside its interval
 POINTS = 300  # token counts at which a chart can be read
 SEEDS_LISTED = 5  # more are given by their range
 PLOTS = (  # title, metric, unit, what it means
-    ("KL to the teacher", KL, "nats per token", "Sampled estimate of KL(student ‖ teacher) on the training rollouts."),
+    (
+        "KL to the teacher",
+        KL,
+        "nats per token",
+        "Sampled estimate of KL(student ‖ teacher) on the training rollouts.",
+    ),
     ("Reward", REWARD, "", "Mean over the training rollouts."),
     ("Entropy", "entropy/student", "nats per token", "How open the student's choices are."),
     ("Length", "completions/mean_length", "tokens", "Mean over the training rollouts."),
@@ -57,13 +62,18 @@ def render(entries: Entries) -> str:
     plan = entries.plan
     ranked = standings(entrants)
     colors = {entrant.label: i for i, entrant in enumerate(entrants)}
-    done, wanted = sum(len(entrant.runs) for entrant in entrants), len(entrants) * len(entries.seeds)
+    done, wanted = (
+        sum(len(entrant.runs) for entrant in entrants),
+        len(entrants) * len(entries.seeds),
+    )
     return environment.get_template("compare.html.j2").render(
         title=entries.folder.resolve().name,
         first=entrants[0].label,
         finished=done == wanted,
         state=f"{done} of {wanted} runs finished",
-        facts=[(name, str(plan[key])) for name, key in (("Recipe", "recipe"), ("Budget", "budget"))],
+        facts=[
+            (name, str(plan[key])) for name, key in (("Recipe", "recipe"), ("Budget", "budget"))
+        ],
         figures=key_figures(entrants, ranked),
         plots=[accuracy_plot(ranked, colors), *difference_plot(ranked, colors)] if ranked else [],
         table=table(ranked, colors),
@@ -90,23 +100,37 @@ def key_figures(entrants: Sequence[Entrant], ranked: Sequence[Standing]) -> list
     evaluated = results[0]
     found = [
         ("Highest accuracy", number(best.accuracy.value, "%"), best.label),
-        ("Methods × seeds", f"{len(ranked)} × {max(len(s.seeds) for s in ranked)}", "the same prompts for all methods of a seed"),
+        (
+            "Methods × seeds",
+            f"{len(ranked)} × {max(len(s.seeds) for s in ranked)}",
+            "the same prompts for all methods of a seed",
+        ),
         (
             "Student tokens of a run",
             number(sum(s.tokens for s in ranked) / len(ranked)),
             f"{number(_steps(ranked))} steps on average",
         ),
-        ("Problems", f"{evaluated.n_problems:,}", f"held out, {evaluated.samples_per_problem} answer(s) each"),
-        ("Time", duration(sum(s.seconds * len(s.seeds) for s in ranked)), "of all steps and evaluations"),
+        (
+            "Problems",
+            f"{evaluated.n_problems:,}",
+            f"held out, {evaluated.samples_per_problem} answer(s) each",
+        ),
+        (
+            "Time",
+            duration(sum(s.seconds * len(s.seeds) for s in ranked)),
+            "of all steps and evaluations",
+        ),
     ]
-    return [{"label": label, "value": value, "note": note, "tone": ""} for label, value, note in found]
+    return [
+        {"label": label, "value": value, "note": note, "tone": ""} for label, value, note in found
+    ]
 
 
 def _steps(ranked: Sequence[Standing]) -> float:
     return sum(s.steps for s in ranked) / len(ranked)
 
 
-# ------------------------------------------------------------------------------------------------------ table and plots
+# ---------------------------------------------------------------------------------- table and plots
 
 
 def points(share: float) -> str:
@@ -165,19 +189,28 @@ def table(ranked: Sequence[Standing], colors: dict[str, int]) -> dict[str, Any]:
     return {"head": head, "body": body}
 
 
-_Row = tuple[str, Estimate, str, str, list[float]]  # label, what is drawn, as text, its range as text, a mark per seed
+# label, what is drawn, as text, its range as text, a mark per seed
+_Row = tuple[str, Estimate, str, str, list[float]]
 
 
 def accuracy_plot(ranked: Sequence[Standing], colors: dict[str, int]) -> dict[str, Any]:
     """Accuracy and its interval, a row per method."""
-    rows: list[_Row] = [(s.label, s.accuracy, number(s.accuracy.value, "%"), span(s.accuracy), []) for s in ranked]
+    rows: list[_Row] = [
+        (s.label, s.accuracy, number(s.accuracy.value, "%"), span(s.accuracy), []) for s in ranked
+    ]
     return _plot("Accuracy", rows, colors, lambda t: f"{100 * t:.4g}%", (0.0, 1.0))
 
 
 def difference_plot(ranked: Sequence[Standing], colors: dict[str, int]) -> list[dict[str, Any]]:
     """The paired difference to the first method and its interval, with a mark per seed."""
     rows: list[_Row] = [
-        (s.label, s.difference, points(s.difference.value), interval(s.difference), list(s.by_seed.values()))
+        (
+            s.label,
+            s.difference,
+            points(s.difference.value),
+            interval(s.difference),
+            list(s.by_seed.values()),
+        )
         for s in ranked
         if s.difference is not None
     ]
@@ -203,8 +236,12 @@ def _plot(
     limits: tuple[float, float],
     zero: bool = False,
 ) -> dict[str, Any]:
-    """Rows of intervals on a common axis (see `results._interval_plot`); `zero` marks no difference."""
-    ends = [end for _, e, _, _, seeds in rows for end in (e.interval.low, e.interval.high, *seeds)] + [0.0] * zero
+    """Rows of intervals on a common axis (see `results._interval_plot`); `zero` marks no
+    difference.
+    """
+    ends = [
+        end for _, e, _, _, seeds in rows for end in (e.interval.low, e.interval.high, *seeds)
+    ] + [0.0] * zero
     air = max(0.08 * (max(ends) - min(ends)), 0.005)
     axis = Scale(max(limits[0], min(ends) - air), min(limits[1], max(ends) + air), 12, WIDTH - 12)
     return {
@@ -230,7 +267,7 @@ def _plot(
     }
 
 
-# --------------------------------------------------------------------------------------------------------------- charts
+# ------------------------------------------------------------------------------------------- charts
 
 
 def charts(entrants: Sequence[Entrant]) -> list[dict[str, Any]]:
@@ -247,7 +284,11 @@ def charts(entrants: Sequence[Entrant]) -> list[dict[str, Any]]:
 
 
 def _chart(
-    title: str, curves: dict[str, Curve], unit: str, about: str, levels: Sequence[tuple[str, float]] = ()
+    title: str,
+    curves: dict[str, Curve],
+    unit: str,
+    about: str,
+    levels: Sequence[tuple[str, float]] = (),
 ) -> dict[str, Any]:
     """A line per method, in the band of its seeds; all are read at the same token counts."""
     every = sorted({tokens for curve in curves.values() for tokens in curve.tokens})
@@ -257,7 +298,14 @@ def _chart(
         mean, low, high = curve.at(grid)
         lines.append(Line(label, mean, around=(low, high)))
     chart = line_chart(
-        title, [round(x) for x in grid], lines, unit=unit, about=about, levels=levels, smooth=False, along="tokens"
+        title,
+        [round(x) for x in grid],
+        lines,
+        unit=unit,
+        about=about,
+        levels=levels,
+        smooth=False,
+        along="tokens",
     )
     for drawn in chart["curves"]:
         drawn["dots"] = []  # of the common grid, not of what was measured

@@ -1,4 +1,6 @@
-"""What the runs of a comparison say, method by method: standings with paired differences, curves over seeds, and one Parquet file."""
+"""What the runs of a comparison say, method by method: standings with paired differences, curves
+over seeds, and one Parquet file.
+"""
 
 from __future__ import annotations
 
@@ -52,28 +54,43 @@ def finished(run: Path) -> bool:
 def read_comparison(folder: Path) -> Entries:
     """Every finished run of the methods and seeds last asked for."""
     if not (folder / PLAN).exists():
-        raise UserError(f"{folder} holds no comparison: it has no {PLAN}. Give the folder that `opdkit compare` wrote")
+        raise UserError(
+            f"{folder} holds no comparison: it has no {PLAN}. Give the folder that `opdkit "
+            "compare` wrote"
+        )
     plan = read_yaml(folder / PLAN)
     entrants = []
     for method in plan["methods"]:
-        places = {seed: folder / "runs" / method["folder"] / f"seed-{seed}" for seed in plan["seeds"]}
+        places = {
+            seed: folder / "runs" / method["folder"] / f"seed-{seed}" for seed in plan["seeds"]
+        }
         runs = {seed: read_run(place) for seed, place in places.items() if finished(place)}
-        failed = {seed: text for seed, text in method["failed"].items() if seed in places and seed not in runs}
-        entrants.append(Entrant(method["label"], method["formula"], method["summary"], runs, failed))
+        failed = {
+            seed: text
+            for seed, text in method["failed"].items()
+            if seed in places and seed not in runs
+        }
+        entrants.append(
+            Entrant(method["label"], method["formula"], method["summary"], runs, failed)
+        )
     return Entries(folder, plan, entrants)
 
 
-# ------------------------------------------------------------------------------------------------------------ standings
+# ---------------------------------------------------------------------------------------- standings
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How a method did. Means over its finished seeds; `kl` and `reward` over the last tenth of the steps."""
+    """How a method did.
+
+    Means over its finished seeds; `kl` and `reward` over the last tenth of the steps.
+    """
 
     label: str
     seeds: tuple[int, ...]
     accuracy: Estimate  # Avg@k after the last step; the interval is over problems
-    difference: Estimate | None  # in accuracy to the first method, paired by problem and seed; None for the first itself
+    # in accuracy to the first method, paired by problem and seed; None for the first itself
+    difference: Estimate | None
     by_seed: dict[int, float]  # that difference, seed by seed
     kl: float | None  # nats per token
     reward: float | None
@@ -84,7 +101,9 @@ class Standing:
 
 
 def standings(entrants: Sequence[Entrant]) -> list[Standing]:
-    """One per method that has a finished run, in the order given; differences are to the first of `entrants`."""
+    """One per method that has a finished run, in the order given; differences are to the first of
+    `entrants`.
+    """
     return [_standing(entrant, entrants[0]) for entrant in entrants if entrant.runs]
 
 
@@ -97,7 +116,9 @@ def _standing(entrant: Entrant, first: Entrant) -> Standing:
         seeds=tuple(entrant.runs),
         accuracy=estimate(list(_by_problem([final(run).per_problem for run in runs]).values())),
         difference=_difference(pairs) if pairs else None,
-        by_seed={seed: sum(b - a for a, b in pair.values()) / len(pair) for seed, pair in pairs.items()},
+        by_seed={
+            seed: sum(b - a for a, b in pair.values()) / len(pair) for seed, pair in pairs.items()
+        },
         kl=_late(runs, KL),
         reward=_late(runs, REWARD),
         length=_late(runs, "completions/mean_length"),
@@ -117,16 +138,22 @@ def _paired(a: RunData, b: RunData) -> dict[str, tuple[float, float]]:
     one, other = final(a).per_problem, final(b).per_problem
     if set(one) != set(other):
         raise UserError(
-            f"{a.folder} and {b.folder} were evaluated on different problems, so they cannot be compared: was the evaluation set changed "
-            "between them? Start a new comparison in another folder"
+            f"{a.folder} and {b.folder} were evaluated on different problems, so they cannot be "
+            "compared: was the evaluation set changed between them? Start a new comparison in "
+            "another folder"
         )
     return {problem: (one[problem], other[problem]) for problem in sorted(one)}
 
 
 def _difference(pairs: Mapping[int, Mapping[str, tuple[float, float]]]) -> Estimate:
-    """Paired by problem and seed. A problem's seeds are averaged first: they are not independent, problems are the unit of chance."""
+    """Paired by problem and seed.
+
+    A problem's seeds are averaged first: they are not independent, problems are the unit of chance.
+    """
     one = _by_problem([{problem: a for problem, (a, _) in pair.items()} for pair in pairs.values()])
-    other = _by_problem([{problem: b for problem, (_, b) in pair.items()} for pair in pairs.values()])
+    other = _by_problem(
+        [{problem: b for problem, (_, b) in pair.items()} for pair in pairs.values()]
+    )
     return paired_difference(list(one.values()), list(other.values()))
 
 
@@ -147,7 +174,9 @@ def _late(runs: Sequence[RunData], name: str) -> float | None:
 
 
 def _seconds(run: RunData) -> float:
-    return sum(v or 0.0 for v in run.metrics.get("seconds/step", [])) + sum(e.seconds for e in run.evals if e.name == STUDENT)
+    return sum(v or 0.0 for v in run.metrics.get("seconds/step", [])) + sum(
+        e.seconds for e in run.evals if e.name == STUDENT
+    )
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -159,7 +188,7 @@ def tokens_at(run: RunData, step: int) -> int:
     return 0 if step == 0 else int(run.metrics[TOKENS][run.steps.index(step)] or 0)
 
 
-# --------------------------------------------------------------------------------------------------------------- curves
+# ------------------------------------------------------------------------------------------- curves
 
 
 @dataclass(frozen=True)
@@ -180,7 +209,9 @@ class Curve:
             np.interp(grid, self.tokens, values) if self.tokens else [0.0] * len(grid)
             for values in (self.mean, self.low, self.high)
         ]
-        mean, low, high = ([float(v) if i else None for v, i in zip(values, inside)] for values in ends)
+        mean, low, high = (
+            [float(v) if i else None for v, i in zip(values, inside)] for values in ends
+        )
         return mean, low, high
 
 
@@ -194,18 +225,28 @@ def metric_curve(entrant: Entrant, name: str) -> Curve:
 
 
 def accuracy_curve(entrant: Entrant) -> Curve:
-    """Avg@k on the evaluation problems. The evaluations after the last step belong together, whatever its number."""
+    """Avg@k on the evaluation problems.
+
+    The evaluations after the last step belong together, whatever its number.
+    """
     series, last = [], []
     for run in entrant.runs.values():
         end = final(run)
-        series.append({e.step: e.avg_at_k.value for e in run.evals if e.name == STUDENT and e.step < end.step})
+        series.append(
+            {e.step: e.avg_at_k.value for e in run.evals if e.name == STUDENT and e.step < end.step}
+        )
         last.append((tokens_at(run, end.step), end.avg_at_k.value))
     body = _over_seeds(entrant, series)
     if not last:
         return body
     scores = [score for _, score in last]
     ends = (_mean([tokens for tokens, _ in last]), _mean(scores), min(scores), max(scores))
-    return Curve(*([*values, end] for values, end in zip((body.tokens, body.mean, body.low, body.high), ends)))
+    return Curve(
+        *(
+            [*values, end]
+            for values, end in zip((body.tokens, body.mean, body.low, body.high), ends)
+        )
+    )
 
 
 def _over_seeds(entrant: Entrant, series: Sequence[Mapping[int, float]]) -> Curve:
@@ -215,7 +256,11 @@ def _over_seeds(entrant: Entrant, series: Sequence[Mapping[int, float]]) -> Curv
     for step in steps:
         values = [one[step] for one in series]
         curve.tokens.append(_mean([tokens_at(run, step) for run in entrant.runs.values()]))
-        for column, value in ((curve.mean, _mean(values)), (curve.low, min(values)), (curve.high, max(values))):
+        for column, value in (
+            (curve.mean, _mean(values)),
+            (curve.low, min(values)),
+            (curve.high, max(values)),
+        ):
             column.append(value)
     return curve
 
@@ -223,14 +268,20 @@ def _over_seeds(entrant: Entrant, series: Sequence[Mapping[int, float]]) -> Curv
 def teacher_accuracy(entrants: Sequence[Entrant]) -> dict[str, float]:
     """Avg@k of each teacher, by name."""
     evals = [e for entrant in entrants for run in entrant.runs.values() for e in run.evals]
-    return {e.name: e.avg_at_k.value for e in evals if e.name == TEACHER or e.name.startswith(f"{TEACHER} ")}
+    return {
+        e.name: e.avg_at_k.value
+        for e in evals
+        if e.name == TEACHER or e.name.startswith(f"{TEACHER} ")
+    }
 
 
-# -------------------------------------------------------------------------------------------------------------- Parquet
+# ------------------------------------------------------------------------------------------ Parquet
 
 
 def rows(entries: Entries) -> Iterator[dict[str, Any]]:
-    """A row per method, seed and step, then its evaluations; names as in metrics.jsonl, evaluations under eval/."""
+    """A row per method, seed and step, then its evaluations; names as in metrics.jsonl, evaluations
+    under eval/.
+    """
     for entrant in entries.entrants:
         for seed, run in entrant.runs.items():
             key = {"method": entrant.label, "seed": seed}
@@ -239,14 +290,29 @@ def rows(entries: Entries) -> Iterator[dict[str, Any]]:
                 yield {**key, "kind": "step", "step": step, "tokens": tokens_at(run, step), **found}
             for result in run.evals:
                 found = {f"eval/{name}": value for name, value in _flat(result).items()}
-                yield {**key, "kind": "evaluation", "step": result.step, "tokens": tokens_at(run, result.step), **found}
+                yield {
+                    **key,
+                    "kind": "evaluation",
+                    "step": result.step,
+                    "tokens": tokens_at(run, result.step),
+                    **found,
+                }
 
 
 def _flat(result: EvalResult) -> dict[str, Any]:
-    estimates = {"avg": result.avg_at_k} | {f"pass@{k}": value for k, value in result.pass_at_k.items()}
-    numbers = {name: getattr(result, name) for name in ("mean_length", "truncated_share", "reward_mean", "seconds", "tokens")}
+    estimates = {"avg": result.avg_at_k} | {
+        f"pass@{k}": value for k, value in result.pass_at_k.items()
+    }
+    numbers = {
+        name: getattr(result, name)
+        for name in ("mean_length", "truncated_share", "reward_mean", "seconds", "tokens")
+    }
     for name, value in estimates.items():
-        numbers |= {name: value.value, f"{name}_low": value.interval.low, f"{name}_high": value.interval.high}
+        numbers |= {
+            name: value.value,
+            f"{name}_low": value.interval.low,
+            f"{name}_high": value.interval.high,
+        }
     return {
         "model": result.name,
         "samples": result.samples_per_problem,
@@ -261,9 +327,18 @@ def write_parquet(entries: Entries) -> Path:
     import pyarrow.parquet as pq
 
     found = list(rows(entries))
-    types = {"method": pa.string(), "seed": pa.int64(), "kind": pa.string(), "step": pa.int64(), "tokens": pa.int64()}
+    types = {
+        "method": pa.string(),
+        "seed": pa.int64(),
+        "kind": pa.string(),
+        "step": pa.int64(),
+        "tokens": pa.int64(),
+    }
     types |= {"eval/model": pa.string(), "eval/per_problem": pa.map_(pa.string(), pa.float64())}
-    names = [*list(types)[:5], *sorted({name for row in found for name in row} - set(list(types)[:5]))]
+    names = [
+        *list(types)[:5],
+        *sorted({name for row in found for name in row} - set(list(types)[:5])),
+    ]
     schema = pa.schema([(name, types.get(name, pa.float64())) for name in names])
     path = entries.folder / "comparison.parquet"
     partial = path.with_name(path.name + ".tmp")

@@ -1,4 +1,6 @@
-"""How a scorer answers: with a whole vocabulary, or, where the model is elsewhere, with the numbers it is asked for."""
+"""How a scorer answers: with a whole vocabulary, or, where the model is elsewhere, with the numbers
+it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,24 @@ class Remote(Protocol):
     One that has a `source` too is asked for it where an objective reads the whole vocabulary.
     """
 
-    def facts(self, wanted: Collection[Fact], layout: Layout, positions: Tensor, ids: Mapping[TopFact, Tensor]) -> Tensors:
-        """The wanted facts [N] or [N, k] at flat positions [N]. `ids` [N, k] are other models' most probable tokens, where it reads those."""
+    def facts(
+        self,
+        wanted: Collection[Fact],
+        layout: Layout,
+        positions: Tensor,
+        ids: Mapping[TopFact, Tensor],
+    ) -> Tensors:
+        """The wanted facts [N] or [N, k] at flat positions [N].
+
+        `ids` [N, k] are other models' most probable tokens, where it reads those.
+        """
         ...
 
 
 def heads_of(scorer: Any) -> Sequence[Head]:
-    """The heads that a scorer's distributions come from in this process; none for numbers from elsewhere."""
+    """The heads that a scorer's distributions come from in this process; none for numbers from
+    elsewhere.
+    """
     return getattr(scorer, "heads", ())
 
 
@@ -52,22 +65,36 @@ def at_others_ids(fact: Fact) -> bool:
 
 
 def answers(
-    scorer: Scorer | Remote, wanted: Collection[Fact], layout: Layout, positions: Tensor, ids: Mapping[TopFact, Tensor]
+    scorer: Scorer | Remote,
+    wanted: Collection[Fact],
+    layout: Layout,
+    positions: Tensor,
+    ids: Mapping[TopFact, Tensor],
 ) -> Tensors:
     """The wanted facts of one model [N] or [N, k], whichever way its scorer answers."""
     if isinstance(scorer, Remote):
         return scorer.facts(wanted, layout, positions, ids)
-    tokens = torch.tensor([r.tokens + [0] * (layout.width - len(r.tokens)) for r in layout.rollouts], device=positions.device)
-    batch = Batch(tokens.view(len(layout.rollouts), layout.width), torch.ones_like(tokens, dtype=torch.bool))
+    tokens = torch.tensor(
+        [r.tokens + [0] * (layout.width - len(r.tokens)) for r in layout.rollouts],
+        device=positions.device,
+    )
+    batch = Batch(
+        tokens.view(len(layout.rollouts), layout.width), torch.ones_like(tokens, dtype=torch.bool)
+    )
     for fact, top in ids.items():
         batch.facts[fact] = scattered(top, positions, batch)
     (model,) = {models_of(fact)[0] for fact in wanted}
     batch.sources[model] = scorer.source(layout, positions)
-    return {fact: values.flatten(0, 1)[positions] for fact, values in supply(batch, wanted, positions).items()}
+    return {
+        fact: values.flatten(0, 1)[positions]
+        for fact, values in supply(batch, wanted, positions).items()
+    }
 
 
 def scattered(values: Tensor, positions: Tensor, batch: Batch) -> Tensor:
     """[B, T] or [B, T, k]: values [N] or [N, k] at flat positions, zero elsewhere."""
-    full = torch.zeros((batch.tokens.numel(), *values.shape[1:]), dtype=values.dtype, device=batch.device)
+    full = torch.zeros(
+        (batch.tokens.numel(), *values.shape[1:]), dtype=values.dtype, device=batch.device
+    )
     full[positions] = values.to(batch.device)
     return full.view(*batch.shape, *values.shape[1:])

@@ -1,4 +1,6 @@
-"""A teacher that has spoken already: log-probs of rollouts that `opdkit cache-teacher` stored, looked up instead of computed."""
+"""A teacher that has spoken already: log-probs of rollouts that `opdkit cache-teacher` stored,
+looked up instead of computed.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from opdkit.objective.supply import Tensors
 from opdkit.teachers.kinds import Cached, refuse_facts
 
 REMEDY = "use a teacher in this process (teacher=MODEL), which costs its forward pass"
-NOTHING = Scored(np.zeros(0), np.zeros((0, 0), dtype=np.int64), np.zeros((0, 0)))  # of a step without tokens
+# of a step without tokens
+NOTHING = Scored(np.zeros(0), np.zeros((0, 0), dtype=np.int64), np.zeros((0, 0)))
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,35 @@ class CachedTeacher:
     cache: Cache
     method: str = "own"  # whose objective asks
 
-    def facts(self, wanted: Collection[Fact], layout: Layout, positions: Tensor, ids: Mapping[TopFact, Tensor]) -> Tensors:
-        """The wanted facts [N] or [N, k] at flat positions [N]. The rollouts' tokens must be those that were scored."""
+    def facts(
+        self,
+        wanted: Collection[Fact],
+        layout: Layout,
+        positions: Tensor,
+        ids: Mapping[TopFact, Tensor],
+    ) -> Tensors:
+        """The wanted facts [N] or [N, k] at flat positions [N].
+
+        The rollouts' tokens must be those that were scored.
+        """
         refuse(self.cache, self.method, wanted)
         rows, columns = positions.cpu() // layout.width, positions.cpu() % layout.width
         used = rows.unique().tolist()
         scores = [self.cache.scores(layout.rollouts[b]) for b in used] or [NOTHING]
         lengths = torch.zeros(len(layout.rollouts), dtype=torch.int64)
-        lengths[used] = torch.tensor([len(s.logp) for s in scores if s is not NOTHING], dtype=torch.int64)
-        at = ((lengths.cumsum(0) - lengths)[rows] + columns).numpy()  # in the scores of all, one after the other
+        lengths[used] = torch.tensor(
+            [len(s.logp) for s in scores if s is not NOTHING], dtype=torch.int64
+        )
+        # in the scores of all, one after the other
+        at = ((lengths.cumsum(0) - lengths)[rows] + columns).numpy()
 
         def read(name: str, k: int | None = None) -> Tensor:
-            values = torch.from_numpy(np.concatenate([getattr(s, name)[..., :k] for s in scores])[at])
-            return (values.float() if values.is_floating_point() else values.long()).to(positions.device)
+            values = torch.from_numpy(
+                np.concatenate([getattr(s, name)[..., :k] for s in scores])[at]
+            )
+            return (values.float() if values.is_floating_point() else values.long()).to(
+                positions.device
+            )
 
         made: Tensors = {}
         for fact in wanted:
@@ -59,25 +78,35 @@ def refuse(cache: Cache, method: str, wanted: Collection[Fact]) -> None:
     """What a cache does not hold."""
     deepest = max((f.k for f in wanted if isinstance(f, (TopFact, LogpAtFact))), default=0)
     others = [
-        f for f in wanted if not isinstance(f, (LogpFact, TopFact)) and not (isinstance(f, LogpAtFact) and f.owner == f.model)
+        f
+        for f in wanted
+        if not isinstance(f, (LogpFact, TopFact))
+        and not (isinstance(f, LogpAtFact) and f.owner == f.model)
     ]
     refuse_facts(method, "a cached teacher", others, REMEDY)
     if deepest > cache.origin.top_k:
-        kept = f"the teacher's top {cache.origin.top_k}" if cache.origin.top_k else "none of the teacher's most probable tokens"
+        kept = (
+            f"the teacher's top {cache.origin.top_k}"
+            if cache.origin.top_k
+            else "none of the teacher's most probable tokens"
+        )
         lower = f", or use k={cache.origin.top_k}" if cache.origin.top_k else ""
         raise UserError(
-            f"method {method!r} reads the teacher's top {deepest}, and {cache.folder} holds {kept}: write it again with "
-            f"`opdkit cache-teacher ... --top-k {deepest}`{lower}"
+            f"method {method!r} reads the teacher's top {deepest}, and {cache.folder} holds "
+            f"{kept}: write it again with `opdkit cache-teacher ... --top-k {deepest}`{lower}"
         )
 
 
 def open_teacher(spec: Cached, method: Any, tokenizer: Any) -> CachedTeacher:
-    """The teacher of a run, once it is known to hold what the method reads of rollouts that the method takes from it."""
+    """The teacher of a run, once it is known to hold what the method reads of rollouts that the
+    method takes from it.
+    """
     name = method.name or "own"
     if not reads_cache(method.curriculum):
         raise UserError(
-            f"method {name!r} trains on responses written at each step ({method.curriculum}), which the teacher of {spec.folder} has not "
-            "scored: use lightning_opd, take the rollouts from the cache with rollouts=cache, or use a live teacher (teacher=MODEL)"
+            f"method {name!r} trains on responses written at each step ({method.curriculum}), "
+            f"which the teacher of {spec.folder} has not scored: use lightning_opd, take the "
+            "rollouts from the cache with rollouts=cache, or use a live teacher (teacher=MODEL)"
         )
     cache = open_cache(spec.folder)
     refuse_tokenizer(cache, tokenizer)

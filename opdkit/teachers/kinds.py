@@ -1,4 +1,6 @@
-"""Which teacher a run has: a kind with its settings, from text or YAML, and what each kind cannot say of a token."""
+"""Which teacher a run has: a kind with its settings, from text or YAML, and what each kind cannot
+say of a token.
+"""
 
 from __future__ import annotations
 
@@ -29,25 +31,32 @@ class Local:
 
 @dataclass(frozen=True, kw_only=True)
 class Vllm(EngineSettings):
-    """A checkpoint in a vLLM engine in this process: log-probs of the tokens and of its own most probable ones."""
+    """A checkpoint in a vLLM engine in this process: log-probs of the tokens and of its own most
+    probable ones.
+    """
 
     model: str
 
 
 @dataclass(frozen=True)
 class Server:
-    """OpenAI-compatible endpoints of one model (vLLM, SGLang, `opdkit serve-teacher`): asked at the start what they can say."""
+    """OpenAI-compatible endpoints of one model (vLLM, SGLang, `opdkit serve-teacher`): asked at the
+    start what they can say.
+    """
 
     urls: tuple[str, ...]
     model: str | None = None  # the name it is served under; null: the only one there
     concurrency: int = 16  # requests under way at once, over all urls
     timeout: float = 120.0  # seconds for one request
     retries: int = 5  # of what can succeed: refused connections, time-outs, 429, 5xx
-    api_key_env: str | None = None  # environment variable that holds the key; keys are never written to a run
+    # environment variable that holds the key; keys are never written to a run
+    api_key_env: str | None = None
 
     def __post_init__(self) -> None:
         if not self.urls:
-            raise ValueError("a server teacher needs at least one url, such as http://127.0.0.1:8000")
+            raise ValueError(
+                "a server teacher needs at least one url, such as http://127.0.0.1:8000"
+            )
         if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
             raise ValueError("concurrency must be at least 1, timeout positive, retries at least 0")
 
@@ -61,17 +70,22 @@ class Cached:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The weighted mean of several teachers' distributions, sum_i w_i pi_i(v): all of them in this process."""
+    """The weighted mean of several teachers' distributions, sum_i w_i pi_i(v): all of them in this
+    process.
+    """
 
     of: dict[str, Any]  # name -> teacher
-    weights: dict[str, float] | str | None = None  # by name; or the data column that holds such a mapping per prompt; null: equal
+    # by name; or the data column that holds such a mapping per prompt; null: equal
+    weights: dict[str, float] | str | None = None
 
     def __post_init__(self) -> None:
         if len(self.of) < 2:
             raise ValueError("a mixture needs at least two teachers: of={a: MODEL, b: MODEL}")
         if isinstance(self.weights, dict):
             if set(self.weights) != set(self.of):
-                raise ValueError(f"weights name {', '.join(self.weights)}, the teachers are {', '.join(self.of)}")
+                raise ValueError(
+                    f"weights name {', '.join(self.weights)}, the teachers are {', '.join(self.of)}"
+                )
             if any(w < 0 for w in self.weights.values()) or not sum(self.weights.values()) > 0:
                 raise ValueError("weights must not be negative, and at least one must be positive")
 
@@ -83,16 +97,23 @@ class Mixture:
             spec = spec_of(value, f"teacher.of.{name}")
             if not isinstance(spec, Local):
                 raise UserError(
-                    f"teacher.of.{name} is a {kind_of(spec)} teacher: a mixture adds up whole distributions, so its teachers run in "
-                    "this process"
+                    f"teacher.of.{name} is a {kind_of(spec)} teacher: a mixture adds up whole "
+                    "distributions, so its teachers run in this process"
                 )
             out[name] = spec
         return out
 
 
 Spec = Local | Vllm | Server | Cached | Mixture
-KINDS: dict[str, type[Any]] = {"local": Local, "vllm": Vllm, "server": Server, "cached": Cached, "mixture": Mixture}
-MAIN = {Local: "model", Vllm: "model", Server: "urls", Cached: "folder"}  # what follows the colon of "kind:..."
+KINDS: dict[str, type[Any]] = {
+    "local": Local,
+    "vllm": Vllm,
+    "server": Server,
+    "cached": Cached,
+    "mixture": Mixture,
+}
+# what follows the colon of "kind:..."
+MAIN = {Local: "model", Vllm: "model", Server: "urls", Cached: "folder"}
 REMEDY = "use a teacher in this process (teacher=MODEL), or one behind `opdkit serve-teacher`"
 
 
@@ -108,7 +129,9 @@ def teacher_of(value: Any, where: str = "teacher") -> Spec | Routes:
     if isinstance(value, Mapping) and "kind" not in value:
         if not value:
             raise UserError(f"{where} names no teacher: give a model, or {{route: model}}")
-        return Routes({str(name): spec_of(inner, f"{where}.{name}") for name, inner in value.items()})
+        return Routes(
+            {str(name): spec_of(inner, f"{where}.{name}") for name, inner in value.items()}
+        )
     return spec_of(value, where)
 
 
@@ -119,10 +142,15 @@ def spec_of(value: Any, where: str = "teacher") -> Spec:
     if isinstance(value, Mapping):
         kind = value.get("kind", "local")
         if kind not in KINDS:
-            raise UserError(f"{where}.kind={kind!r} is no kind of teacher{nearest(str(kind), list(KINDS))}: {', '.join(KINDS)}")
+            raise UserError(
+                f"{where}.kind={kind!r} is no kind of teacher{nearest(str(kind), list(KINDS))}: "
+                f"{', '.join(KINDS)}"
+            )
         return build(KINDS[kind], {k: v for k, v in value.items() if k != "kind"}, where + ".")
     if not isinstance(value, str):
-        raise UserError(f"{where} must be a model, kind:..., a URL or a group with `kind`, not {value!r}")
+        raise UserError(
+            f"{where} must be a model, kind:..., a URL or a group with `kind`, not {value!r}"
+        )
     if value.startswith(("http://", "https://")):
         value = "server:" + value
     kind, _, rest = value.partition(":")
@@ -142,11 +170,15 @@ def kind_of(spec: Spec) -> str:
 
 
 def says(spec: Spec, fact: Fact, model: str) -> bool:
-    """Whether a kind of teacher can say a fact of itself. A server is asked at the start (`Server` says yes here to all)."""
+    """Whether a kind of teacher can say a fact of itself.
+
+    A server is asked at the start (`Server` says yes here to all).
+    """
     if isinstance(spec, (Local, Mixture, Server)):
         return True
     if isinstance(fact, LogpAtFact):
-        return fact.model != model or fact.owner == model  # at the student's ids: only where the vocabulary is at hand
+        # at the student's ids: only where the vocabulary is at hand
+        return fact.model != model or fact.owner == model
     return isinstance(fact, (LogpFact, TopFact))
 
 
@@ -154,8 +186,9 @@ def refuse_facts(name: str, who: str, cannot: Iterable[Fact], remedy: str = REME
     """The error for facts that a teacher cannot supply."""
     if unsaid := sorted(map(describe, cannot)):
         raise UserError(
-            f"method {name!r} reads {', '.join(unsaid)}, which {who} cannot say: it returns log-probs of the sampled tokens and of the "
-            f"teacher's own most probable ones. {remedy[0].upper() + remedy[1:]}, or a form of the method that reads less, such as a "
+            f"method {name!r} reads {', '.join(unsaid)}, which {who} cannot say: it returns "
+            "log-probs of the sampled tokens and of the teacher's own most probable ones. "
+            f"{remedy[0].upper() + remedy[1:]}, or a form of the method that reads less, such as a "
             "support on the teacher's top k"
         )
 
@@ -165,7 +198,12 @@ def refuse(name: str, teacher: Spec | Routes, needs: Needs, model: str = "teache
     for spec in specs(teacher).values():
         if needs.spans(model) and not isinstance(spec, (Local, Mixture)):
             raise UserError(
-                f"method {name!r} lays the student's text beside the teacher's own tokens and compares whole distributions there, which a "
-                f"{kind_of(spec)} teacher cannot say. Use a teacher in this process (teacher=MODEL)"
+                f"method {name!r} lays the student's text beside the teacher's own tokens and "
+                f"compares whole distributions there, which a {kind_of(spec)} teacher cannot say. "
+                "Use a teacher in this process (teacher=MODEL)"
             )
-        refuse_facts(name, f"a {kind_of(spec)} teacher", [f for f in needs.of(model) if not says(spec, f, model)])
+        refuse_facts(
+            name,
+            f"a {kind_of(spec)} teacher",
+            [f for f in needs.of(model) if not says(spec, f, model)],
+        )

@@ -21,12 +21,14 @@ from opdkit.objective.head import Head, Source
 class LocalModel:
     """A frozen Hugging Face model: a teacher, a reference, or the student as it is now.
 
-    `around` is a context for its passes, such as one that switches the student's adapters off, or `offload.Offloaded`.
+    `around` is a context for its passes, such as one that switches the student's adapters off, or
+    `offload.Offloaded`.
     """
 
     model: Any
     head: Head
-    micro_batch_tokens: int | None = None  # padded tokens of one pass; None: `models.layout.batch_tokens`
+    # padded tokens of one pass; None: `models.layout.batch_tokens`
+    micro_batch_tokens: int | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
@@ -38,18 +40,35 @@ class LocalModel:
         return replace(self, head=replace(self.head, vocab=vocab))
 
     def source(self, layout: Layout, positions: Tensor) -> Source:
-        """Hidden states at flat positions [N]; the model's mode, gradients and random state are left as they were."""
-        parts = layout.micro_batches(positions, self.micro_batch_tokens or batch_tokens(positions.device))
-        advice = STUDENT_ADVICE if any(p.requires_grad for p in self.model.parameters()) else TEACHER_ADVICE
-        memory = enough_memory(f"{self.model.config._name_or_path or type(self.model).__name__} scored rollouts", advice)
+        """Hidden states at flat positions [N]; the model's mode, gradients and random state are
+        left as they were.
+        """
+        parts = layout.micro_batches(
+            positions, self.micro_batch_tokens or batch_tokens(positions.device)
+        )
+        advice = (
+            STUDENT_ADVICE
+            if any(p.requires_grad for p in self.model.parameters())
+            else TEACHER_ADVICE
+        )
+        memory = enough_memory(
+            f"{self.model.config._name_or_path or type(self.model).__name__} scored rollouts",
+            advice,
+        )
         with memory, evaluating(self.model), torch.no_grad(), self.around():
             hidden = [layout.states(self.model, part) for part in parts]
         for part, states in zip(parts, hidden):
             self._refuse_broken(layout, part, states)
-        index = torch.full((len(layout.rollouts) * layout.width,), -1, dtype=torch.int64, device=positions.device)
+        index = torch.full(
+            (len(layout.rollouts) * layout.width,), -1, dtype=torch.int64, device=positions.device
+        )
         if not parts:
             weight = self.head.weight
-            return Source(torch.zeros(0, 0 if weight is None else weight.shape[1], device=positions.device), index, self.head)
+            return Source(
+                torch.zeros(0, 0 if weight is None else weight.shape[1], device=positions.device),
+                index,
+                self.head,
+            )
         index[torch.cat(parts)] = torch.arange(len(positions), device=positions.device)
         return Source(torch.cat(hidden), index, self.head)
 
@@ -57,9 +76,11 @@ class LocalModel:
         """Hidden states that are not numbers would spread into every weight of the student."""
         bad = ~states.isfinite().all(-1)
         if bool(bad.any()):
-            row = int(positions[bad.to(positions.device)].min()) // layout.width  # attention spreads it over the whole row
+            # attention spreads it over the whole row
+            row = int(positions[bad.to(positions.device)].min()) // layout.width
             raise UserError(
-                f"{self.model.config._name_or_path or type(self.model).__name__} gives hidden states that are not finite for rollout "
-                f"{layout.rollouts[row].id}: its files are damaged, or its dtype is too narrow. Nothing was learnt from this step; "
-                "check the model, or load it in float32"
+                f"{self.model.config._name_or_path or type(self.model).__name__} gives hidden "
+                f"states that are not finite for rollout {layout.rollouts[row].id}: its files are "
+                "damaged, or its dtype is too narrow. Nothing was learnt from this step; check the "
+                "model, or load it in float32"
             )

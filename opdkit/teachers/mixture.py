@@ -31,7 +31,8 @@ class MixedSource:
     def logits(self, positions: Tensor) -> Tensor:
         """[n, V] log-probs at flat positions [n]; no gradient."""
         total: Tensor | None = None
-        for i, source in enumerate(self.sources):  # one more [n, V] at a time, however many teachers
+        # one more [n, V] at a time, however many teachers
+        for i, source in enumerate(self.sources):
             logps = source.logits(positions).log_softmax(-1)
             logps += self.logw[positions, i, None].to(logps.dtype)
             total = logps if total is None else torch.logaddexp(total, logps)
@@ -41,7 +42,9 @@ class MixedSource:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Teachers in this process whose distributions are averaged; weights by name, or in a data column, or equal."""
+    """Teachers in this process whose distributions are averaged; weights by name, or in a data
+    column, or equal.
+    """
 
     teachers: Mapping[str, Scorer]
     weights: Mapping[str, float] | str | None = None
@@ -52,12 +55,18 @@ class Mixed:
 
     def cut(self, vocab: int | None) -> Mixed:
         """The same teachers, their heads kept to the first rows."""
-        return replace(self, teachers={name: cut(teacher, vocab) for name, teacher in self.teachers.items()})
+        return replace(
+            self, teachers={name: cut(teacher, vocab) for name, teacher in self.teachers.items()}
+        )
 
     def source(self, layout: Layout, positions: Tensor) -> MixedSource:
-        shares = torch.tensor([self.shares(r) for r in layout.rollouts], dtype=torch.float64, device=positions.device)
+        shares = torch.tensor(
+            [self.shares(r) for r in layout.rollouts], dtype=torch.float64, device=positions.device
+        )
         logw = shares.log().repeat_interleave(layout.width, 0)
-        return MixedSource([teacher.source(layout, positions) for teacher in self.teachers.values()], logw)
+        return MixedSource(
+            [teacher.source(layout, positions) for teacher in self.teachers.values()], logw
+        )
 
     def shares(self, rollout: Rollout) -> list[float]:
         """The weights of one rollout's teachers, summing to 1."""
@@ -65,13 +74,14 @@ class Mixed:
             given = rollout.row.get(self.weights)
             if not isinstance(given, Mapping):
                 raise UserError(
-                    f"the mixture reads its weights from the column {self.weights!r}; in the row of rollout {rollout.id} it is {given!r}, "
-                    "not a mapping from teacher to weight"
+                    f"the mixture reads its weights from the column {self.weights!r}; in the row "
+                    f"of rollout {rollout.id} it is {given!r}, not a mapping from teacher to weight"
                 )
             if unknown := sorted(set(given) - set(self.teachers)):
                 raise UserError(
-                    f"the column {self.weights!r} of rollout {rollout.id} names {unknown[0]!r}{nearest(unknown[0], list(self.teachers))}; "
-                    f"the mixture's teachers are {', '.join(self.teachers)}"
+                    f"the column {self.weights!r} of rollout {rollout.id} names "
+                    f"{unknown[0]!r}{nearest(unknown[0], list(self.teachers))}; the mixture's "
+                    f"teachers are {', '.join(self.teachers)}"
                 )
         else:
             given = self.weights or dict.fromkeys(self.teachers, 1.0)
@@ -79,6 +89,7 @@ class Mixed:
         total = sum(weights)
         if any(w < 0 for w in weights) or not 0 < total < math.inf:
             raise UserError(
-                f"the mixture weights of rollout {rollout.id} are {weights}: none may be negative, and one must be positive"
+                f"the mixture weights of rollout {rollout.id} are {weights}: none may be negative, "
+                "and one must be positive"
             )
         return [w / total for w in weights]

@@ -1,4 +1,6 @@
-"""What `opdkit serve-teacher` and its client say to each other: tensors and settings in one safetensors body."""
+"""What `opdkit serve-teacher` and its client say to each other: tensors and settings in one
+safetensors body.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ FACTS = {cls.__name__: cls for cls in (LogpFact, EntropyFact, TopFact, LogpAtFac
 def pack(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bytes:
     from safetensors.torch import save
 
-    return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"settings": json.dumps(settings)})
+    return save(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+        {"settings": json.dumps(settings)},
+    )
 
 
 def unpack(body: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -35,18 +40,27 @@ def unpack(body: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors = load(body)
         (size,) = struct.unpack("<Q", body[:8])
-        return tensors, json.loads(json.loads(body[8 : 8 + size]).get("__metadata__", {}).get("settings", "{}"))
-    except (SafetensorError, struct.error, KeyError) as error:  # KeyError: a number format that torch does not have
+        return tensors, json.loads(
+            json.loads(body[8 : 8 + size]).get("__metadata__", {}).get("settings", "{}")
+        )
+    # KeyError: a number format that torch does not have
+    except (SafetensorError, struct.error, KeyError) as error:
         raise ValueError(f"not a safetensors body of {len(body)} bytes: {error}") from error
 
 
-# --------------------------------------------------------------------------------------------------------------- requests
+# ----------------------------------------------------------------------------------------- requests
 
 
 def pack_request(
-    layout: Layout, positions: Tensor, wanted: Collection[Fact], ids: Mapping[TopFact, Tensor], vocab: int | None
+    layout: Layout,
+    positions: Tensor,
+    wanted: Collection[Fact],
+    ids: Mapping[TopFact, Tensor],
+    vocab: int | None,
 ) -> bytes:
-    """Rollouts that have some of the flat positions [N], and what is asked of these: facts, or hidden states where none is wanted."""
+    """Rollouts that have some of the flat positions [N], and what is asked of these: facts, or
+    hidden states where none is wanted.
+    """
     used = (positions // layout.width).unique().tolist()
     last = {b: int(positions[positions // layout.width == b].max()) % layout.width for b in used}
     rollouts = [layout.rollouts[b] for b in used]
@@ -57,13 +71,18 @@ def pack_request(
     positions = positions.cpu()
     tensors = {
         "tokens": torch.tensor(
-            [t for r, response in zip(rollouts, responses) for t in (*r.prompt, *response)], dtype=torch.int64
+            [t for r, response in zip(rollouts, responses) for t in (*r.prompt, *response)],
+            dtype=torch.int64,
         ),
         "prompts": torch.tensor([len(r.prompt) for r in rollouts], dtype=torch.int64),
         "responses": torch.tensor([len(response) for response in responses], dtype=torch.int64),
         "positions": number[positions // layout.width] * width + positions % layout.width,
     }
-    at = [f for f in ids if any(isinstance(w, LogpAtFact) and (w.owner, w.k) == (f.model, f.k) for w in wanted)]
+    at = [
+        f
+        for f in ids
+        if any(isinstance(w, LogpAtFact) and (w.owner, w.k) == (f.model, f.k) for w in wanted)
+    ]
     tensors |= {f"ids {i}": ids[f].to(torch.int64) for i, f in enumerate(at)}
     settings = {
         "rollouts": [r.id for r in rollouts],
@@ -74,29 +93,48 @@ def pack_request(
     return pack(tensors, settings)
 
 
-def unpack_request(body: bytes, rows: int) -> tuple[Layout, Tensor, list[Fact], dict[TopFact, Tensor], int | None]:
-    """Layout, flat positions, wanted facts, other models' ids and the rows of the head to keep, of a server whose head has `rows`.
+def unpack_request(
+    body: bytes, rows: int
+) -> tuple[Layout, Tensor, list[Fact], dict[TopFact, Tensor], int | None]:
+    """Layout, flat positions, wanted facts, other models' ids and the rows of the head to keep, of
+    a server whose head has `rows`.
 
-    A ValueError where what a request says does not agree with what it carries. Until that is known, nothing is made that is
-    larger than the body: a length of 10^9 beside three tokens would else be a table of 10^9 columns.
+    A ValueError where what a request says does not agree with what it carries. Until that is known,
+    nothing is made that is larger than the body: a length of 10^9 beside three tokens would else be
+    a table of 10^9 columns.
     """
     tensors, settings = unpack(body)
     if not isinstance(settings, dict):
         raise ValueError(f"its settings are no mapping: {shown(settings)}")
-    tokens, prompts, responses = (_integers(tensors, name).tolist() for name in ("tokens", "prompts", "responses"))
+    tokens, prompts, responses = (
+        _integers(tensors, name).tolist() for name in ("tokens", "prompts", "responses")
+    )
     names, vocab = _entries(settings, "rollouts", str), settings.get("vocab")
     if not len(names) == len(prompts) == len(responses):
-        raise ValueError(f"{len(names)} rollouts, {len(prompts)} lengths of prompts and {len(responses)} of responses are given")
+        raise ValueError(
+            f"{len(names)} rollouts, {len(prompts)} lengths of prompts and {len(responses)} of "
+            "responses are given"
+        )
     if least := [n for n in (*prompts, *responses) if n < 1]:
-        raise ValueError(f"a length is {least[0]}: prompts and responses have at least one token each")
+        raise ValueError(
+            f"a length is {least[0]}: prompts and responses have at least one token each"
+        )
     if (told := sum(prompts) + sum(responses)) != len(tokens):
-        raise ValueError(f"the lengths of prompts and responses add up to {told}, and {len(tokens)} tokens are given")
+        raise ValueError(
+            f"the lengths of prompts and responses add up to {told}, and {len(tokens)} tokens are "
+            "given"
+        )
     if vocab is not None and not (type(vocab) is int and 1 <= vocab <= rows):
-        raise ValueError(f"vocab={shown(vocab)} must be null or a whole number from 1 to {rows}, the rows of this model's head")
+        raise ValueError(
+            f"vocab={shown(vocab)} must be null or a whole number from 1 to {rows}, the rows of "
+            "this model's head"
+        )
     kept = rows if vocab is None else vocab
     rollouts, at = [], 0
     for id, p, r in zip(names, prompts, responses):
-        rollouts.append(Rollout(id, tokens[at : at + p], tokens[at + p : at + p + r], [True] * r, [], [], ""))
+        rollouts.append(
+            Rollout(id, tokens[at : at + p], tokens[at + p : at + p + r], [True] * r, [], [], "")
+        )
         at += p + r
     layout = Layout(rollouts, max(responses, default=1))
     positions = _positions(layout, _integers(tensors, "positions"))
@@ -104,7 +142,10 @@ def unpack_request(body: bytes, rows: int) -> tuple[Layout, Tensor, list[Fact], 
     if len(models := {f.model for f in wanted}) > 1:  # type: ignore[union-attr]
         raise ValueError(f"facts of {len(models)} models are asked for, and there is one here")
     if wanted and (beyond := [t for r in rollouts for t in r.tokens if t >= kept]):
-        raise ValueError(f"Token id {beyond[0]} is out of vocabulary: the log-probs asked for are those of ids 0 to {kept - 1}")
+        raise ValueError(
+            f"Token id {beyond[0]} is out of vocabulary: the log-probs asked for are those of ids "
+            f"0 to {kept - 1}"
+        )
     ids: dict[TopFact, Tensor] = {}
     for i, fact in enumerate(as_fact(d, kept) for d in _entries(settings, "ids", dict)):
         if not isinstance(fact, TopFact) or fact.model in models:
@@ -113,8 +154,14 @@ def unpack_request(body: bytes, rows: int) -> tuple[Layout, Tensor, list[Fact], 
         if ids[fact].numel() and not (ids[fact].min() >= 0 and ids[fact].max() < kept):
             raise ValueError(f"'ids {i}' holds ids that are not from 0 to {kept - 1}")
     for fact in wanted:
-        if isinstance(fact, LogpAtFact) and fact.owner != fact.model and TopFact(fact.owner, fact.k) not in ids:
-            raise ValueError(f"{fact} is asked for, and the top {fact.k} ids of {fact.owner!r} are not given")
+        if (
+            isinstance(fact, LogpAtFact)
+            and fact.owner != fact.model
+            and TopFact(fact.owner, fact.k) not in ids
+        ):
+            raise ValueError(
+                f"{fact} is asked for, and the top {fact.k} ids of {fact.owner!r} are not given"
+            )
     return layout, positions, wanted, ids, vocab
 
 
@@ -124,14 +171,20 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + " ..."
 
 
-def _integers(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+def _integers(
+    tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...] | None = None
+) -> Tensor:
     """A tensor of whole numbers: of this shape, or [n]."""
     tensor = tensors.get(name)
     if tensor is None:
         raise ValueError(f"it holds no tensor {name!r}")
-    if tensor.dtype != torch.int64 or (tensor.dim() != 1 if shape is None else tensor.shape != shape):
+    if tensor.dtype != torch.int64 or (
+        tensor.dim() != 1 if shape is None else tensor.shape != shape
+    ):
         expected = "one row" if shape is None else list(shape)
-        raise ValueError(f"{name!r} is {tensor.dtype} {list(tensor.shape)}, where int64, {expected} is expected")
+        raise ValueError(
+            f"{name!r} is {tensor.dtype} {list(tensor.shape)}, where int64, {expected} is expected"
+        )
     return tensor
 
 
@@ -139,7 +192,9 @@ def _entries(settings: Mapping[str, Any], name: str, kind: type) -> list[Any]:
     """A list of a request's settings."""
     values = settings.get(name)
     if not isinstance(values, list) or not all(isinstance(v, kind) for v in values):
-        raise ValueError(f"{name!r} is {shown(values)}, where a list of {kind.__name__} is expected")
+        raise ValueError(
+            f"{name!r} is {shown(values)}, where a list of {kind.__name__} is expected"
+        )
     return values
 
 
@@ -151,7 +206,10 @@ def _positions(layout: Layout, positions: Tensor) -> Tensor:
         lengths = torch.tensor([len(r.tokens) for r in layout.rollouts], dtype=torch.int64)
         outside = positions % layout.width >= lengths[positions // layout.width]
     if bool(outside.any()):
-        raise ValueError(f"position {int(positions[outside][0])} is in no response: there are {cells} in {layout.width} columns")
+        raise ValueError(
+            f"position {int(positions[outside][0])} is in no response: there are {cells} in "
+            f"{layout.width} columns"
+        )
     if len(positions.unique()) < len(positions):
         raise ValueError("a position is asked about more than once")
     return positions
@@ -168,16 +226,21 @@ def as_fact(given: Mapping[str, Any], rows: int) -> Fact:
     if not isinstance(name, str) or name not in FACTS:
         raise ValueError(f"{shown(name)} is not a fact that a server can say")
     if set(values) != (known := {f.name for f in fields(FACTS[name])}):
-        raise ValueError(f"{name} is given by {', '.join(sorted(known))}, not by {shown(sorted(values))}")
+        raise ValueError(
+            f"{name} is given by {', '.join(sorted(known))}, not by {shown(sorted(values))}"
+        )
     for key, value in values.items():
         if key == "k" and not (type(value) is int and 1 <= value <= rows):
-            raise ValueError(f"{name} has k={shown(value)}, which must be a whole number from 1 to {rows}, the vocabulary")
+            raise ValueError(
+                f"{name} has k={shown(value)}, which must be a whole number from 1 to {rows}, the "
+                "vocabulary"
+            )
         if key != "k" and not isinstance(value, str):
             raise ValueError(f"{name} has {key}={shown(value)}, which must be a name")
     return FACTS[name](**values)
 
 
-# ------------------------------------------------------------------------------------------------------------ model, head
+# -------------------------------------------------------------------------------------- model, head
 
 
 def pack_head(head: Head) -> bytes:
@@ -195,7 +258,11 @@ def unpack_head(body: bytes) -> Head:
 
 def head_on(head: Head, device: torch.device) -> Head:
     assert head.weight is not None
-    return replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
+    return replace(
+        head,
+        weight=head.weight.to(device),
+        bias=None if head.bias is None else head.bias.to(device),
+    )
 
 
 def tokenizer_digest(vocab: Mapping[str, int]) -> str:
@@ -209,5 +276,7 @@ def model_digest(model: Any) -> str:
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         some = flat[:: max(1, len(flat) // 64)][:64].float().cpu().contiguous()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
+        digest.update(
+            f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes()
+        )
     return digest.hexdigest()[:16]

@@ -59,10 +59,14 @@ def route(name: str | None, known: Collection[str], who: str) -> str:
         return str(name)
     if "default" in known:
         return "default"
-    said = "names no teacher" if name is None else f"names the teacher {name!r}{nearest(name, list(known))}"
+    said = (
+        "names no teacher"
+        if name is None
+        else f"names the teacher {name!r}{nearest(name, list(known))}"
+    )
     raise UserError(
-        f"{who} {said}. The run has teachers for {', '.join(known)}, and none would score it: add that teacher to the run "
-        "(teacher.NAME=MODEL), or one called 'default'"
+        f"{who} {said}. The run has teachers for {', '.join(known)}, and none would score it: add "
+        "that teacher to the run (teacher.NAME=MODEL), or one called 'default'"
     )
 
 
@@ -76,16 +80,23 @@ class _Several:
 
     def cut(self, vocab: int | None) -> Self:
         """The same teachers, their heads kept to the first rows."""
-        return replace(self, teachers={name: cut(teacher, vocab) for name, teacher in self.teachers.items()})
+        return replace(
+            self, teachers={name: cut(teacher, vocab) for name, teacher in self.teachers.items()}
+        )
 
 
 @dataclass(frozen=True)
 class Routed(_Several):
-    """Several teachers; a row is scored by the one that its `teacher` column names. "default" serves rows that name none."""
+    """Several teachers; a row is scored by the one that its `teacher` column names. "default"
+    serves rows that name none.
+    """
 
     def source(self, layout: Layout, positions: Tensor) -> RoutedSource:
         which = routes(self.teachers, layout, positions.device)
-        sources = [t.source(layout, positions[which[positions] == i]) for i, t in enumerate(self.teachers.values())]
+        sources = [
+            t.source(layout, positions[which[positions] == i])
+            for i, t in enumerate(self.teachers.values())
+        ]
         return RoutedSource(sources, which)
 
 
@@ -93,14 +104,22 @@ class Routed(_Several):
 class RoutedRemote(_Several):
     """Several teachers by route, some of them elsewhere: they answer with numbers."""
 
-    def facts(self, wanted: Collection[Fact], layout: Layout, positions: Tensor, ids: Mapping[TopFact, Tensor]) -> Tensors:
+    def facts(
+        self,
+        wanted: Collection[Fact],
+        layout: Layout,
+        positions: Tensor,
+        ids: Mapping[TopFact, Tensor],
+    ) -> Tensors:
         which = routes(self.teachers, layout, positions.device)[positions]
         made: Tensors = {}
         for i, teacher in enumerate(self.teachers.values()):
             at = (which == i).nonzero()[:, 0]
             if not len(at):
                 continue
-            part = answers(teacher, wanted, layout, positions[at], {f: v[at] for f, v in ids.items()})
+            part = answers(
+                teacher, wanted, layout, positions[at], {f: v[at] for f, v in ids.items()}
+            )
             for fact, values in part.items():
                 if fact not in made:
                     made[fact] = values.new_zeros(len(positions), *values.shape[1:])
@@ -111,5 +130,7 @@ class RoutedRemote(_Several):
 def routes(teachers: Mapping[str, Any], layout: Layout, device: torch.device) -> Tensor:
     """[B * T]: number of the teacher that serves each position."""
     keys = list(teachers)
-    chosen = [keys.index(route(r.row.get("teacher"), keys, f"rollout {r.id}")) for r in layout.rollouts]
+    chosen = [
+        keys.index(route(r.row.get("teacher"), keys, f"rollout {r.id}")) for r in layout.rollouts
+    ]
     return torch.tensor(chosen, device=device).repeat_interleave(layout.width)

@@ -1,4 +1,6 @@
-"""The server behind `opdkit serve-teacher`: a local model that scores tokens over HTTP, exactly as it would in the training process."""
+"""The server behind `opdkit serve-teacher`: a local model that scores tokens over HTTP, exactly as
+it would in the training process.
+"""
 
 from __future__ import annotations
 
@@ -53,22 +55,28 @@ class Service:
     local: LocalModel
     tokenizer: Any
     name: str
-    worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="score"))
-    waiting: list[tuple[Rollout, int, Future[Any]]] = field(default_factory=list)  # prompts for /v1/completions
+    worker: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="score")
+    )
+    # prompts for /v1/completions
+    waiting: list[tuple[Rollout, int, Future[Any]]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         model = self.local.model
         self.fingerprint = protocol.model_digest(model)
-        self.limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.limit: int | None = getattr(
+            model.config.get_text_config(), "max_position_embeddings", None
+        )
         self.device = next(model.parameters()).device
         self.budget = self.local.micro_batch_tokens or batch_tokens(self.device)
         self.rows = self.local.head.size(torch.zeros(0))
         self.ids = min(self.rows, model.get_input_embeddings().weight.shape[0])
         known = real_vocabulary(self.tokenizer)
-        self.scored = self.local.cut(known if self.rows > known else None)  # rows that only pad the head are no tokens
+        # rows that only pad the head are no tokens
+        self.scored = self.local.cut(known if self.rows > known else None)
 
-    # ------------------------------------------------------------------------------------------------------- answers
+    # -------------------------------------------------------------------------------------- answers
 
     def models(self) -> dict[str, Any]:
         about = {
@@ -77,7 +85,13 @@ class Service:
             "rows": self.rows,
             "micro_batch_tokens": self.budget,
         }
-        card = {"id": self.name, "object": "model", "owned_by": "opdkit", "max_model_len": self.limit, "opdkit": about}
+        card = {
+            "id": self.name,
+            "object": "model",
+            "owned_by": "opdkit",
+            "max_model_len": self.limit,
+            "opdkit": about,
+        }
         return {"object": "list", "data": [card]}
 
     def vocabulary(self) -> dict[str, Any]:
@@ -89,49 +103,90 @@ class Service:
             layout, positions, wanted, ids, vocab = protocol.unpack_request(body, self.rows)
         except (ValueError, RecursionError) as error:  # RecursionError: JSON of a thousand brackets
             raise BadRequest(f"the body is no request for scores: {error}") from error
-        cells = len(layout.rollouts) * layout.width * (1 + sum(getattr(fact, "k", 1) for fact in (*wanted, *ids)))
+        cells = (
+            len(layout.rollouts)
+            * layout.width
+            * (1 + sum(getattr(fact, "k", 1) for fact in (*wanted, *ids)))
+        )
         if cells * CELL > LARGEST_TABLE:
             raise BadRequest(
-                f"{len(layout.rollouts)} rollouts, the longest of {layout.width} tokens, with all that is asked of them would fill "
-                f"{cells * CELL / 2**30:.1f} GiB: ask about fewer of them, or for a smaller k, at once"
+                f"{len(layout.rollouts)} rollouts, the longest of {layout.width} tokens, with all "
+                f"that is asked of them would fill {cells * CELL / 2**30:.1f} GiB: ask about fewer "
+                "of them, or for a smaller k, at once"
             )
         for rollout in layout.rollouts:
-            self.readable(rollout.prompt + rollout.tokens, f"rollout {protocol.shown(rollout.id)}", 0, self.ids)
+            self.readable(
+                rollout.prompt + rollout.tokens,
+                f"rollout {protocol.shown(rollout.id)}",
+                0,
+                self.ids,
+            )
         positions, local = positions.to(self.device), self.local.cut(vocab)
 
         def run() -> dict[str, Tensor]:
             if not wanted:
                 source = local.source(layout, positions)
                 return {"hidden": source.hidden[source.index[positions]]}
-            made = answers(local, wanted, layout, positions, {f: v.to(self.device) for f, v in ids.items()})
+            made = answers(
+                local, wanted, layout, positions, {f: v.to(self.device) for f, v in ids.items()}
+            )
             return {str(i): made[fact] for i, fact in enumerate(wanted)}
 
         return protocol.pack(self.worker.submit(run).result(), {})
 
     def completions(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The OpenAI form with vLLM's prompt_logprobs: prompts of token ids are scored, nothing is written."""
+        """The OpenAI form with vLLM's prompt_logprobs: prompts of token ids are scored, nothing is
+        written.
+        """
         prompts, k = self._asked(given)
         futures: list[Future[Any]] = [Future() for _ in prompts]
         with self.lock:
             for prompt, future in zip(prompts, futures):
                 self.waiting.append(
-                    (Rollout("prompt", prompt[:1], prompt[1:], [True] * (len(prompt) - 1), [], [], ""), k, future)
+                    (
+                        Rollout(
+                            "prompt", prompt[:1], prompt[1:], [True] * (len(prompt) - 1), [], [], ""
+                        ),
+                        k,
+                        future,
+                    )
                 )
         self.worker.submit(self._drain)
         choices = [
-            {"index": i, "text": "", "logprobs": None, "finish_reason": "length", "prompt_logprobs": future.result()}
+            {
+                "index": i,
+                "text": "",
+                "logprobs": None,
+                "finish_reason": "length",
+                "prompt_logprobs": future.result(),
+            }
             for i, future in enumerate(futures)
         ]
-        usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": 0, "total_tokens": sum(map(len, prompts))}
-        return {"id": "cmpl-opdkit", "object": "text_completion", "model": self.name, "choices": choices, "usage": usage}
+        usage = {
+            "prompt_tokens": sum(map(len, prompts)),
+            "completion_tokens": 0,
+            "total_tokens": sum(map(len, prompts)),
+        }
+        return {
+            "id": "cmpl-opdkit",
+            "object": "text_completion",
+            "model": self.name,
+            "choices": choices,
+            "usage": usage,
+        }
 
     def _asked(self, given: Mapping[str, Any]) -> tuple[list[list[int]], int]:
         """Prompts and the number of log-probs per token."""
         if given.get("model", self.name) != self.name:
-            raise BadRequest(f"The model `{given['model']}` does not exist: this server has {self.name}", 404)
+            raise BadRequest(
+                f"The model `{given['model']}` does not exist: this server has {self.name}", 404
+            )
         k, prompts = given.get("prompt_logprobs"), given.get("prompt")
         if type(k) is not int or not 0 <= k <= self.rows:
-            raise BadRequest(f"this server scores prompts: give prompt_logprobs, a whole number from 0 to {self.rows}")
+            raise BadRequest(
+                "this server scores prompts: give prompt_logprobs, a whole number from 0 to "
+                f"{self.rows}"
+            )
         spare, n = given.get("max_tokens", 16), given.get("n", 1)
         if (
             type(spare) is not int
@@ -141,27 +196,44 @@ class Service:
             or type(n) is not int
             or n != 1
         ):
-            raise BadRequest("this server writes nothing: max_tokens must be 0 or 1, n 1, and stream and echo off")
+            raise BadRequest(
+                "this server writes nothing: max_tokens must be 0 or 1, n 1, and stream and echo "
+                "off"
+            )
         if isinstance(prompts, list) and prompts and all(isinstance(t, int) for t in prompts):
             prompts = [prompts]
-        if not isinstance(prompts, list) or not prompts or not all(isinstance(p, list) and p for p in prompts):
+        if (
+            not isinstance(prompts, list)
+            or not prompts
+            or not all(isinstance(p, list) and p for p in prompts)
+        ):
             raise BadRequest(
-                "prompt must be token ids, or a list of such lists: text would be tokenised anew, and not into the same tokens"
+                "prompt must be token ids, or a list of such lists: text would be tokenised anew, "
+                "and not into the same tokens"
             )
         if (entries := sum(map(len, prompts)) * max(k, 1)) > MOST_ENTRIES:
             raise BadRequest(
-                f"{sum(map(len, prompts))} tokens with prompt_logprobs={k} are {entries} log-probs, and an answer holds at most "
-                f"{MOST_ENTRIES}: ask about fewer tokens, or for fewer log-probs, at once"
+                f"{sum(map(len, prompts))} tokens with prompt_logprobs={k} are {entries} "
+                f"log-probs, and an answer holds at most {MOST_ENTRIES}: ask about fewer tokens, "
+                "or for fewer log-probs, at once"
             )
         for prompt in prompts:
-            self.readable(prompt, "the prompt", spare, min(self.ids, self.scored.head.size(torch.zeros(0))))
+            self.readable(
+                prompt, "the prompt", spare, min(self.ids, self.scored.head.size(torch.zeros(0)))
+            )
         return prompts, k
 
     def readable(self, tokens: Sequence[Any], who: str, spare: int, ids: int) -> None:
         if wrong := [t for t in tokens if type(t) is not int or not 0 <= t < ids]:
-            raise BadRequest(f"Token id {protocol.shown(wrong[0])} is out of vocabulary: {who} may hold 0 to {ids - 1}")
+            raise BadRequest(
+                f"Token id {protocol.shown(wrong[0])} is out of vocabulary: {who} may hold 0 to "
+                f"{ids - 1}"
+            )
         if self.limit is not None and len(tokens) + spare > self.limit:
-            raise BadRequest(f"This model's maximum context length is {self.limit} tokens. However, {who} has {len(tokens)}.")
+            raise BadRequest(
+                f"This model's maximum context length is {self.limit} tokens. However, {who} has "
+                f"{len(tokens)}."
+            )
 
     def _drain(self) -> None:
         """Scores every waiting prompt, as many in one pass as its tokens allow."""
@@ -169,7 +241,10 @@ class Service:
             jobs, self.waiting = self.waiting, []
         try:
             for part in _together([(len(r.tokens), k) for r, k, _ in jobs]):
-                for job, entries in zip(jobs[part], self._entries([r for r, _, _ in jobs[part]], [k for _, k, _ in jobs[part]])):
+                for job, entries in zip(
+                    jobs[part],
+                    self._entries([r for r, _, _ in jobs[part]], [k for _, k, _ in jobs[part]]),
+                ):
                     job[2].set_result(entries)
         except Exception as error:
             for _, _, future in jobs:
@@ -177,14 +252,22 @@ class Service:
                     future.set_exception(error)
 
     def _entries(self, rollouts: list[Rollout], ks: list[int]) -> list[list[dict[str, Any] | None]]:
-        """Per prompt and token: {id: {logprob, rank, decoded_token}} of the k most probable ids and the token's own."""
+        """Per prompt and token: {id: {logprob, rank, decoded_token}} of the k most probable ids and
+        the token's own.
+        """
         layout, deepest = Layout(rollouts, max(len(r.tokens) for r in rollouts)), max(ks)
         at = [torch.arange(len(r.tokens)) + b * layout.width for b, r in enumerate(rollouts)]
         positions = torch.cat(at).to(self.device)
         own, top = LogpFact("m"), TopFact("m", deepest)
         made: Any = {}
         if len(positions):
-            made = answers(self.scored, [own, top, LogpAtFact("m", "m", deepest)] if deepest else [own], layout, positions, {})
+            made = answers(
+                self.scored,
+                [own, top, LogpAtFact("m", "m", deepest)] if deepest else [own],
+                layout,
+                positions,
+                {},
+            )
         logps, out, first = made.get(own, torch.zeros(0)).tolist(), [], 0
         ids = made[top].tolist() if deepest and made else []
         values = made[LogpAtFact("m", "m", deepest)].tolist() if deepest and made else []
@@ -200,11 +283,17 @@ class Service:
         return out
 
     def _entry(self, id: int, logp: float, rank: int | None) -> dict[str, Any]:
-        return {"logprob": max(logp, JSON_FLOOR), "rank": rank, "decoded_token": self.tokenizer.decode([id])}
+        return {
+            "logprob": max(logp, JSON_FLOOR),
+            "rank": rank,
+            "decoded_token": self.tokenizer.decode([id]),
+        }
 
 
 def _together(sizes: Sequence[tuple[int, int]]) -> Iterator[slice]:
-    """Prompts, by their tokens and log-probs per token, in turns: each is as long and as deep as its longest and deepest, in a table."""
+    """Prompts, by their tokens and log-probs per token, in turns: each is as long and as deep as
+    its longest and deepest, in a table.
+    """
     start, longest, deepest = 0, 1, 1
     for at, (tokens, k) in enumerate(sizes):
         longest, deepest = max(longest, tokens), max(deepest, k)
@@ -215,14 +304,15 @@ def _together(sizes: Sequence[tuple[int, int]]) -> Iterator[slice]:
         yield slice(start, len(sizes))
 
 
-# ----------------------------------------------------------------------------------------------------------------- http
+# --------------------------------------------------------------------------------------------- http
 
 
 class Handler(BaseHTTPRequestHandler):
     """Reads a request, asks the service, writes the answer."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # an answer's body would wait 40 ms for its headers' acknowledgement
+    # an answer's body would wait 40 ms for its headers' acknowledgement
+    disable_nagle_algorithm = True
     service: Service
     server: TeacherServer
 
@@ -253,11 +343,16 @@ class Handler(BaseHTTPRequestHandler):
         if said and not (said.isascii() and said.isdecimal()):
             raise BadRequest(f"Content-Length: {protocol.shown(said)} is no number of bytes")
         if not 0 < len(said) <= 12 or int(said) > LARGEST_BODY:
-            raise BadRequest(f"a request needs a Content-Length of at most {LARGEST_BODY} bytes", 413)
+            raise BadRequest(
+                f"a request needs a Content-Length of at most {LARGEST_BODY} bytes", 413
+            )
         came = bytearray()
         while len(came) < int(said):
             if not (piece := self.rfile.read(min(PIECE, int(said) - len(came)))):
-                raise BadRequest(f"the body ends after {len(came)} of the {said} bytes that Content-Length announces")
+                raise BadRequest(
+                    f"the body ends after {len(came)} of the {said} bytes that Content-Length "
+                    "announces"
+                )
             came += piece
         return bytes(came)
 
@@ -275,7 +370,10 @@ class Handler(BaseHTTPRequestHandler):
             except (BrokenPipeError, ConnectionResetError):
                 self.close_connection = True
             except Exception as error:
-                print(f"opdkit: {self.command} {path} failed: {type(error).__name__}: {error}", file=sys.stderr)
+                print(
+                    f"opdkit: {self.command} {path} failed: {type(error).__name__}: {error}",
+                    file=sys.stderr,
+                )
                 self.write(500, _error(f"{type(error).__name__}: {error}", 500))
 
     def write(self, status: int, value: Any) -> None:
@@ -341,11 +439,16 @@ class _Working:
             self.server.idle.notify_all()
 
 
-# ---------------------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ command
 
 
 def make_server(
-    model: Any, tokenizer: Any, name: str, host: str = "127.0.0.1", port: int = 8000, max_batch_tokens: int | None = None
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_batch_tokens: int | None = None,
 ) -> TeacherServer:
     """A server for a loaded model; port 0 takes a free one. `serve_forever()` runs it."""
     model = model.eval().requires_grad_(False)
@@ -353,13 +456,15 @@ def make_server(
     local = LocalModel(model, head_of(model), max_batch_tokens)
     if len(model.get_output_embeddings().weight) < real_vocabulary(tokenizer):
         raise UserError(
-            f"the head of {name} has fewer rows than its tokenizer has tokens: the checkpoint's parts do not belong together"
+            f"the head of {name} has fewer rows than its tokenizer has tokens: the checkpoint's "
+            "parts do not belong together"
         )
     try:
         return TeacherServer((host, port), Service(local, tokenizer, name))
     except OSError as error:
         raise UserError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another with --port, or --port 0"
+            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another with "
+            "--port, or --port 0"
         ) from error
 
 
@@ -375,30 +480,42 @@ def serve(
     allow_remote: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Serves a model until it is interrupted (Ctrl-C, SIGTERM or SIGHUP); what is under way then is finished."""
+    """Serves a model until it is interrupted (Ctrl-C, SIGTERM or SIGHUP); what is under way then is
+    finished.
+    """
     if max_batch_tokens is not None and max_batch_tokens < 1:
         raise UserError(f"max_batch_tokens={max_batch_tokens} must be at least 1")
     if not _loopback(host):
         if not allow_remote:
             raise UserError(
-                f"--host {host} can be reached from other machines, and the server asks for no password: whoever reaches it can read the "
-                "model's head and use the machine. Keep it on 127.0.0.1 behind an SSH tunnel, or say --allow-remote on a network you trust"
+                f"--host {host} can be reached from other machines, and the server asks for no "
+                "password: whoever reaches it can read the model's head and use the machine. Keep "
+                "it on 127.0.0.1 behind an SSH tunnel, or say --allow-remote on a network you trust"
             )
-        print(f"opdkit: warning: {host} can be reached from other machines, and there is no authentication", file=sys.stderr)
+        print(
+            f"opdkit: warning: {host} can be reached from other machines, and there is no "
+            "authentication",
+            file=sys.stderr,
+        )
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded = load_model(model, dtype, device, trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code)
     server = make_server(loaded, tokenizer, name or model, host, port, max_batch_tokens)
     where = f"http://{host if ':' not in host else f'[{host}]'}:{server.server_address[1]}"
-    print(f"serving {name or model} ({dtype}, {device}) at {where}\nopdkit train ... teacher={where}", flush=True)
+    print(
+        f"serving {name or model} ({dtype}, {device}) at {where}\nopdkit train ... teacher={where}",
+        flush=True,
+    )
     run_until_stopped(server)
 
 
 def run_until_stopped(server: TeacherServer) -> None:
     def stop(*_: object) -> None:
-        threading.Thread(target=server.shutdown, daemon=True).start()  # shutdown waits for the loop that this signal interrupted
+        # shutdown waits for the loop that this signal interrupted
+        threading.Thread(target=server.shutdown, daemon=True).start()
 
-    numbers = {signal.SIGINT, *(s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN)}  # under nohup SIGHUP is ignored
+    # under nohup SIGHUP is ignored
+    numbers = {signal.SIGINT, *(s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN)}
     before = {s: signal.signal(s, stop) for s in numbers}
     try:
         server.serve_forever(poll_interval=0.1)

@@ -1,4 +1,6 @@
-"""A teacher in a vLLM engine in this process: log-probs of the rollouts' tokens and of its own most probable ones."""
+"""A teacher in a vLLM engine in this process: log-probs of the rollouts' tokens and of its own most
+probable ones.
+"""
 
 from __future__ import annotations
 
@@ -21,37 +23,63 @@ from opdkit.teachers.kinds import Vllm, refuse_facts
 from opdkit.teachers.scored_facts import read_fact, without_positions
 
 
-def open_teacher(spec: Vllm, method: Any, tokenizer: Any, model: str = "teacher", trust_remote_code: bool = False) -> VllmTeacher:
-    """The teacher, started with as many log-probs per token as the method reads. `tokenizer` is the student's."""
-    refuse_facts(method.name or "own", "a vllm teacher", [f for f in method.needs.of(model) if not _says(f, model)])
-    if difference := same_tokenizer(tokenizer, load_tokenizer(spec.model, trust_remote_code=trust_remote_code)):
+def open_teacher(
+    spec: Vllm, method: Any, tokenizer: Any, model: str = "teacher", trust_remote_code: bool = False
+) -> VllmTeacher:
+    """The teacher, started with as many log-probs per token as the method reads.
+
+    `tokenizer` is the student's.
+    """
+    refuse_facts(
+        method.name or "own",
+        "a vllm teacher",
+        [f for f in method.needs.of(model) if not _says(f, model)],
+    )
+    if difference := same_tokenizer(
+        tokenizer, load_tokenizer(spec.model, trust_remote_code=trust_remote_code)
+    ):
         raise UserError(
-            f"the tokenizer of {spec.model} is not the student's: {difference}. Token-level distillation compares distributions over the same "
-            "ids; use a teacher of the student's family"
+            f"the tokenizer of {spec.model} is not the student's: {difference}. Token-level "
+            "distillation compares distributions over the same ids; use a teacher of the student's "
+            "family"
         )
     if spec.enable_sleep_mode and spec.sleep_level == 2:
         raise UserError(
-            "teacher.sleep_level=2 drops weights that nobody sends again: use 1, which keeps them in the machine's memory meanwhile"
+            "teacher.sleep_level=2 drops weights that nobody sends again: use 1, which keeps them "
+            "in the machine's memory meanwhile"
         )
-    return VllmTeacher(spec.model, tokenizer, spec, k=deepest(method.needs, model), trust_remote_code=trust_remote_code)
+    return VllmTeacher(
+        spec.model,
+        tokenizer,
+        spec,
+        k=deepest(method.needs, model),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _says(fact: Fact, model: str) -> bool:
     """Whether the engine can say a fact that involves the teacher."""
     if isinstance(fact, LogpAtFact):
-        return fact.owner == model  # another model's log-probs at this one's ids are that model's affair
+        # another model's log-probs at this one's ids are that model's affair
+        return fact.owner == model
     return isinstance(fact, (LogpFact, TopFact))
 
 
 def deepest(needs: Needs, model: str) -> int:
     """The most probable ids of a model that are read per token; 0: none."""
     tops = [f.k for f in needs.of(model) if isinstance(f, TopFact) and f.model == model]
-    return max([*tops, *(f.k for f in needs.of(model) if isinstance(f, LogpAtFact) and f.owner == model)], default=0)
+    return max(
+        [*tops, *(f.k for f in needs.of(model) if isinstance(f, LogpAtFact) and f.owner == model)],
+        default=0,
+    )
 
 
 @dataclass
 class VllmTeacher:
-    """Answers with numbers, in one batch per step. `k` is the depth that the engine is started for (vLLM's max_logprobs)."""
+    """Answers with numbers, in one batch per step.
+
+    `k` is the depth that the engine is started for (vLLM's max_logprobs).
+    """
 
     model: str
     tokenizer: Any
@@ -62,22 +90,37 @@ class VllmTeacher:
     def __post_init__(self) -> None:
         self.tokens = real_vocabulary(self.tokenizer)
         self.engine = Engine(
-            self.model, self.settings, max_logprobs=max(1, min(self.k, self.tokens)), trust_remote_code=self.trust_remote_code
+            self.model,
+            self.settings,
+            max_logprobs=max(1, min(self.k, self.tokens)),
+            trust_remote_code=self.trust_remote_code,
         )
         rows = self.engine.rows
         if rows < self.tokens:
             raise UserError(
-                f"the head of {self.model} has {rows} rows, fewer than the tokenizer's {self.tokens} tokens: it cannot score every token the "
-                "student may write. Use models of one family"
+                f"the head of {self.model} has {rows} rows, fewer than the tokenizer's "
+                f"{self.tokens} tokens: it cannot score every token the student may write. Use "
+                "models of one family"
             )
         if rows > self.tokens:
             self.engine.head(self.tokens)
 
-    def facts(self, wanted: Collection[Fact], layout: Layout, positions: Tensor, ids: Mapping[TopFact, Tensor]) -> Tensors:
-        """The wanted facts [N] or [N, k] at flat positions [N]. `ids` are not read: the engine knows its own most probable ones only."""
+    def facts(
+        self,
+        wanted: Collection[Fact],
+        layout: Layout,
+        positions: Tensor,
+        ids: Mapping[TopFact, Tensor],
+    ) -> Tensors:
+        """The wanted facts [N] or [N, k] at flat positions [N].
+
+        `ids` are not read: the engine knows its own most probable ones only.
+        """
         k = max((f.k for f in wanted if isinstance(f, (TopFact, LogpAtFact))), default=0)
         if k > self.k:
-            raise ValueError(f"the engine was started for {self.k} log-probs per token, and {k} are asked for")
+            raise ValueError(
+                f"the engine was started for {self.k} log-probs per token, and {k} are asked for"
+            )
         if not len(positions):
             return {fact: without_positions(fact, positions.device) for fact in wanted}
         rows, columns = positions.cpu() // layout.width, positions.cpu() % layout.width
@@ -86,7 +129,11 @@ class VllmTeacher:
         for at in index:
             rollout = layout.rollouts[int(rows[at[0]])]
             starts.append(len(rollout.prompt) + int(columns[at].min()))
-            sequences.append((rollout.prompt + rollout.tokens)[: len(rollout.prompt) + int(columns[at].max()) + 1])
+            sequences.append(
+                (rollout.prompt + rollout.tokens)[
+                    : len(rollout.prompt) + int(columns[at].max()) + 1
+                ]
+            )
             names.append(f"rollout {rollout.id} at {self.model}")
             self._fits(len(sequences[-1]), names[-1])
         self.engine.wake()
@@ -94,16 +141,26 @@ class VllmTeacher:
         self.engine.sleep()
         made: Tensors = {}
         for fact in wanted:
-            values = torch.cat([read_fact(fact, s)[columns[at] - columns[at].min()] for s, at in zip(scored, index)])
-            made[fact] = torch.empty_like(values).index_copy_(0, torch.cat(index), values).to(positions.device)
+            values = torch.cat(
+                [
+                    read_fact(fact, s)[columns[at] - columns[at].min()]
+                    for s, at in zip(scored, index)
+                ]
+            )
+            made[fact] = (
+                torch.empty_like(values)
+                .index_copy_(0, torch.cat(index), values)
+                .to(positions.device)
+            )
         return made
 
     def _fits(self, length: int, who: str) -> None:
         if length + 1 > self.engine.limit:
             raise UserError(
-                f"{who}: {length} tokens and one more do not fit the teacher's context of {self.engine.limit}. Nothing is cut, as a cut "
-                f"context changes every score: raise teacher.max_model_len to at least {length + 1}, or lower max_completion_length or "
-                "data.max_prompt_length"
+                f"{who}: {length} tokens and one more do not fit the teacher's context of "
+                f"{self.engine.limit}. Nothing is cut, as a cut context changes every score: raise "
+                f"teacher.max_model_len to at least {length + 1}, or lower max_completion_length "
+                "or data.max_prompt_length"
             )
 
     def close(self) -> None:

@@ -1,4 +1,6 @@
-"""How vLLM and SGLang are asked over HTTP for the log-probs of given tokens, and how their answers read."""
+"""How vLLM and SGLang are asked over HTTP for the log-probs of given tokens, and how their answers
+read.
+"""
 
 from __future__ import annotations
 
@@ -47,32 +49,52 @@ class Wire(Protocol):
 
 
 class Vllm:
-    """`/v1/completions` with prompt_logprobs; `/inference/v1/generate` for log-probs at given ids (vLLM 0.32 or newer on a GPU)."""
+    """`/v1/completions` with prompt_logprobs; `/inference/v1/generate` for log-probs at given ids
+    (vLLM 0.32 or newer on a GPU).
+    """
 
     kind = "vLLM"
 
     def _completions(self, endpoint: Endpoint, model: str, ask: Ask, k: int) -> Any:
-        body = {"model": model, "prompt": ask.tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": k}
+        body = {
+            "model": model,
+            "prompt": ask.tokens,
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": k,
+        }
         answer = post(endpoint, "/v1/completions", body, ask, k)
         same_model(answer.get("model"), model, ask.who)
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise UserError(f"{ask.who}: the server's answer has no single completion in it, but {str(choices)[:200]}")
+            raise UserError(
+                f"{ask.who}: the server's answer has no single completion in it, but "
+                f"{str(choices)[:200]}"
+            )
         return choices[0].get("prompt_logprobs")
 
     def scores(self, endpoint: Endpoint, model: str, ask: Ask, k: int) -> Scored:
-        return parse_prompt_logprobs(self._completions(endpoint, model, ask, k), ask.tokens, ask.start, k, ask.who)
+        return parse_prompt_logprobs(
+            self._completions(endpoint, model, ask, k), ask.tokens, ask.start, k, ask.who
+        )
 
     def at(self, endpoint: Endpoint, model: str, ask: Ask, ids: Tensor) -> Tensor:
         wanted = {"prompt_logprob_token_ids": ids.tolist(), "prompt_logprob_start": ask.start - 1}
-        body = {"model": model, "token_ids": ask.tokens, "sampling_params": {"max_tokens": 1, "temperature": 0.0, **wanted}}
+        body = {
+            "model": model,
+            "token_ids": ask.tokens,
+            "sampling_params": {"max_tokens": 1, "temperature": 0.0, **wanted},
+        }
         answer = post(endpoint, "/inference/v1/generate", body, ask, ids.shape[1])
         same_model(answer.get("model"), model, ask.who)
         try:
-            table = np.load(io.BytesIO(base64.b64decode(answer["prompt_token_id_logprobs"])), allow_pickle=False)
+            table = np.load(
+                io.BytesIO(base64.b64decode(answer["prompt_token_id_logprobs"])), allow_pickle=False
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{ask.who}: no log-probs at the ids that were asked about came back ({type(error).__name__}: {error})"
+                f"{ask.who}: no log-probs at the ids that were asked about came back "
+                f"({type(error).__name__}: {error})"
             ) from error
         return whole(torch.from_numpy(np.ascontiguousarray(table, dtype=np.float32)), ids, ask)
 
@@ -86,7 +108,10 @@ class Vllm:
 
 
 class SGLang:
-    """`/generate` with return_logprob. Ids at which log-probs are read are one list per request, so these are asked about in spans."""
+    """`/generate` with return_logprob.
+
+    Ids at which log-probs are read are one list per request, so these are asked about in spans.
+    """
 
     kind = "SGLang"
 
@@ -103,13 +128,16 @@ class SGLang:
         return meta if isinstance(meta, dict) else {}
 
     def _rows(self, meta: dict[str, Any], name: str, ask: Ask) -> list[Any]:
-        """The entries of the scored tokens; the first of the list stands for the token before them and is null."""
+        """The entries of the scored tokens; the first of the list stands for the token before them
+        and is null.
+        """
         rows = meta.get(name)
         expected = len(ask.tokens) - ask.start + 1
         if not isinstance(rows, list) or len(rows) != expected:
             got = len(rows) if isinstance(rows, list) else "none"
             raise UserError(
-                f"{ask.who}: {expected} entries of {name} were expected and {got} came back, so none can be assigned to its token"
+                f"{ask.who}: {expected} entries of {name} were expected and {got} came back, so "
+                "none can be assigned to its token"
             )
         return rows[1:]
 
@@ -120,8 +148,14 @@ class SGLang:
         entries = []
         for token, one, most in zip(ask.tokens[ask.start :], own, top):
             itself = one[1] in (token, 0)  # SGLang writes 0 for the last id of its vocabulary
-            entries.append({row[1]: row[0] for row in most or []} | {token: one[0]} if itself else {one[1]: one[0]})
-        return parse_prompt_logprobs([None] * ask.start + entries, ask.tokens, ask.start, k, ask.who)
+            entries.append(
+                {row[1]: row[0] for row in most or []} | {token: one[0]}
+                if itself
+                else {one[1]: one[0]}
+            )
+        return parse_prompt_logprobs(
+            [None] * ask.start + entries, ask.tokens, ask.start, k, ask.who
+        )
 
     def at(self, endpoint: Endpoint, model: str, ask: Ask, ids: Tensor) -> Tensor:
         parts = []
@@ -132,20 +166,26 @@ class SGLang:
             rows = self._rows(meta, "input_token_ids_logprobs", span)
             known = [{entry[1]: entry[0] for entry in row or []} for row in rows]
             parts.append([[of.get(i) for i in wanted] for of, wanted in zip(known, part.tolist())])
-        numbers = [[float("nan") if x is None else x for x in row] for part in parts for row in part]
+        numbers = [
+            [float("nan") if x is None else x for x in row] for part in parts for row in part
+        ]
         return whole(torch.tensor(numbers, dtype=torch.float32), ids, ask)
 
     def texts(self, endpoint: Endpoint, model: str, ask: Ask) -> dict[int, str]:
         meta = self._generate(endpoint, ask, return_text_in_logprobs=True)
         return {
-            row[1]: row[2] for row in self._rows(meta, "input_token_logprobs", ask) if len(row) > 2 and isinstance(row[2], str)
+            row[1]: row[2]
+            for row in self._rows(meta, "input_token_logprobs", ask)
+            if len(row) > 2 and isinstance(row[2], str)
         }
 
 
-# ---------------------------------------------------------------------------------------------------------------- checks
+# ------------------------------------------------------------------------------------------- checks
 
 
-def post(endpoint: Endpoint, path: str, body: dict[str, Any], ask: Ask, k: int = 0) -> dict[str, Any]:
+def post(
+    endpoint: Endpoint, path: str, body: dict[str, Any], ask: Ask, k: int = 0
+) -> dict[str, Any]:
     """A server's answer; what goes wrong is told with the rollout that it was asked about."""
     try:
         return endpoint.post(path, body)
@@ -159,8 +199,9 @@ def same_model(said: Any, model: str, who: str) -> None:
     """A server that was started again may serve something else."""
     if said is not None and said != model:
         raise UserError(
-            f"{who}: the answer is the model {said!r}'s, not {model!r}'s: the server was started again with another. "
-            "Nothing was learnt from this step; start the right one and continue with --resume"
+            f"{who}: the answer is the model {said!r}'s, not {model!r}'s: the server was started "
+            "again with another. Nothing was learnt from this step; start the right one and "
+            "continue with --resume"
         )
 
 
@@ -168,14 +209,16 @@ def whole(table: Tensor, ids: Tensor, ask: Ask) -> Tensor:
     """Log-probs [n, m] as they were asked for: none missing, all at most 0."""
     if table.shape != ids.shape:
         raise UserError(
-            f"{ask.who}: log-probs at {list(ids.shape)} ids were asked for and {list(table.shape)} came back, so none can be assigned"
+            f"{ask.who}: log-probs at {list(ids.shape)} ids were asked for and {list(table.shape)} "
+            "came back, so none can be assigned"
         )
     bad = table.isnan() | (table > 1e-3)
     if bool(bad.any()):
         row, column = bad.nonzero()[0].tolist()
         raise UserError(
-            f"{ask.who}: the log-prob of id {int(ids[row, column])} at token {ask.start + row} is {table[row, column].item()}, which is none. "
-            "Nothing was learnt from this step; check the model and its dtype"
+            f"{ask.who}: the log-prob of id {int(ids[row, column])} at token {ask.start + row} is "
+            f"{table[row, column].item()}, which is none. Nothing was learnt from this step; check "
+            "the model and its dtype"
         )
     return table
 
@@ -185,14 +228,15 @@ def advise(refused: Refused, k: int) -> str:
     said = refused.message
     if most := re.search(r"greater than max allowed: (\d+)", said):
         return (
-            f"{k} log-probs per token were asked for, and the server at {refused.url} returns at most {most[1]}. "
-            f"Start it with --max-logprobs {k}, or use k={most[1]} in the method"
+            f"{k} log-probs per token were asked for, and the server at {refused.url} returns at "
+            f"most {most[1]}. Start it with --max-logprobs {k}, or use k={most[1]} in the method"
         )
     if "out of vocabulary" in said or "vocab" in said.lower():
         return f"the server at {refused.url} does not know a token of the student: {said}. Use a teacher with the student's tokenizer"
     if re.search(r"context length|max_model_len|longer than the model", said, re.IGNORECASE):
         return (
-            f"the server at {refused.url} cannot read so many tokens: {said}. Nothing is cut here, as a cut context changes every score: "
-            "start it with a larger --max-model-len (vLLM) or --context-length (SGLang), or lower max_completion_length"
+            f"the server at {refused.url} cannot read so many tokens: {said}. Nothing is cut here, "
+            "as a cut context changes every score: start it with a larger --max-model-len (vLLM) "
+            "or --context-length (SGLang), or lower max_completion_length"
         )
     return str(refused)

@@ -1,4 +1,7 @@
-"""Checkpoints: complete or not there. Hugging Face weights, optimiser and counters, with a manifest of digests."""
+"""Checkpoints: complete or not there.
+
+Hugging Face weights, optimiser and counters, with a manifest of digests.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +51,14 @@ def save(folder: Path, state: State, student: Student, tokenizer: Any) -> Path:
     return final
 
 
-PARTIAL, REPLACED = ".partial-", ".replaced-"  # what is being written; the former one, for the moment of its replacement
+# what is being written; the former one, for the moment of its replacement
+PARTIAL, REPLACED = ".partial-", ".replaced-"
 
 
 def put(final: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside its final place, then move it there: a reader never sees half of one, and a former one stays until then."""
+    """Write a folder beside its final place, then move it there: a reader never sees half of one,
+    and a former one stays until then.
+    """
     folder = final.parent
     partial, former = folder / (PARTIAL + final.name), folder / (REPLACED + final.name)
     shutil.rmtree(partial, ignore_errors=True)
@@ -64,17 +70,21 @@ def put(final: Path, write: Callable[[Path], None]) -> None:
             os.replace(final, former)
         os.replace(partial, final)
         _sync(folder)
-    except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError, as the writer likes
+    # a full disk is an OSError, a SafetensorError or a RuntimeError, as the writer likes
+    except Exception as error:
         tidy(folder)
         raise UserError(
-            f"{final} could not be written ({type(error).__name__}: {error}). Earlier checkpoints are untouched; free some space or choose "
-            "another output folder, then continue with --resume"
+            f"{final} could not be written ({type(error).__name__}: {error}). Earlier checkpoints "
+            "are untouched; free some space or choose another output folder, then continue with "
+            "--resume"
         ) from error
     shutil.rmtree(former, ignore_errors=True)
 
 
 def tidy(folder: Path) -> None:
-    """Remove what an interruption left half written; what it was about to replace returns to its place."""
+    """Remove what an interruption left half written; what it was about to replace returns to its
+    place.
+    """
     for partial in folder.glob(PARTIAL + "*"):
         shutil.rmtree(partial, ignore_errors=True)
     for former in folder.glob(REPLACED + "*"):
@@ -97,7 +107,9 @@ def clear(folder: Path) -> None:
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Weights as safetensors (adapters alone, with LoRA), configuration and tokenizer: loads with plain from_pretrained."""
+    """Weights as safetensors (adapters alone, with LoRA), configuration and tokenizer: loads with
+    plain from_pretrained.
+    """
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
 
@@ -137,8 +149,8 @@ def verify(checkpoint: Path) -> None:
 
     def damaged(what: str) -> UserError:
         return UserError(
-            f"checkpoint {checkpoint} is damaged: {what}. Delete that folder to continue from the checkpoint before it "
-            "(or start again with --overwrite)"
+            f"checkpoint {checkpoint} is damaged: {what}. Delete that folder to continue from the "
+            "checkpoint before it (or start again with --overwrite)"
         )
 
     try:
@@ -168,7 +180,9 @@ def newest(folder: Path) -> Path | None:
 
 def restore(checkpoint: Path, student: Student) -> State:
     """Optimiser and counters; the weights were loaded with the model."""
-    student.optimiser.load_state_dict(torch.load(checkpoint / OPTIMISER, map_location="cpu", weights_only=True))
+    student.optimiser.load_state_dict(
+        torch.load(checkpoint / OPTIMISER, map_location="cpu", weights_only=True)
+    )
     state = State(**json.loads((checkpoint / STATE).read_text()))
     student.updates = state.updates
     return state

@@ -1,4 +1,7 @@
-"""What a step says about its tokens besides the loss: how far, how sure, how early and how many. Read off facts that are there anyway."""
+"""What a step says about its tokens besides the loss: how far, how sure, how early and how many.
+
+Read off facts that are there anyway.
+"""
 
 from __future__ import annotations
 
@@ -17,67 +20,98 @@ APART = 0.1  # nats of KL(student || teacher) from which the two count as apart
 
 
 def quantiles(values: Tensor) -> dict[str, Tensor]:
-    """Quantiles of values [n], each one of the values (nearest rank): an infinite one stays where it is. None of no values."""
+    """Quantiles of values [n], each one of the values (nearest rank): an infinite one stays where
+    it is. None of no values.
+    """
     ranked = values.sort().values
-    return {name: ranked[round(at * (len(ranked) - 1))] for name, at in QUANTILES.items()} if len(ranked) else {}
+    return (
+        {name: ranked[round(at * (len(ranked) - 1))] for name, at in QUANTILES.items()}
+        if len(ranked)
+        else {}
+    )
 
 
 def trust(log_ratio: Tensor) -> Tensor:
-    """[]: mean of min(pi_t / pi_s, 1) at tokens that the student drew, from log(teacher/student) [n].
+    """[]: mean of min(pi_t / pi_s, 1) at tokens that the student drew, from log(teacher/student)
+    [n].
 
-    The rate at which speculative sampling would accept them: an estimate of 1 - the total variation between the two.
+    The rate at which speculative sampling would accept them: an estimate of 1 - the total variation
+    between the two.
     """
     return log_ratio.clamp_max(0.0).exp().mean()
 
 
 def effective_tokens(weight: Tensor) -> Tensor:
-    """[]: (sum w)^2 / sum w^2 of weights of any shape: n equal ones count as n, one among zeros as 1; 0 where all are zero."""
+    """[]: (sum w)^2 / sum w^2 of weights of any shape: n equal ones count as n, one among zeros as
+    1; 0 where all are zero.
+    """
     weight = weight.double()
     squares = weight.square().sum()
-    return torch.where(squares > 0, weight.sum().square() / squares.clamp_min(torch.finfo(squares.dtype).tiny), 0.0)
+    return torch.where(
+        squares > 0, weight.sum().square() / squares.clamp_min(torch.finfo(squares.dtype).tiny), 0.0
+    )
 
 
 def quadrants(entropy: Tensor, gap: Tensor) -> dict[str, Tensor]:
-    """Shares of tokens [n] by student entropy and KL(student || teacher), nats: unsure or sure, apart or agreed (TIP, arXiv 2604.14084).
+    """Shares of tokens [n] by student entropy and KL(student || teacher), nats: unsure or sure,
+    apart or agreed (TIP, arXiv 2604.14084).
 
     `sure_apart` are confident mistakes; `sure_agreed` have nothing to teach.
     """
     unsure, apart = entropy >= UNSURE, gap >= APART
-    kinds = {"unsure_apart": unsure & apart, "unsure_agreed": unsure & ~apart, "sure_apart": ~unsure & apart}
+    kinds = {
+        "unsure_apart": unsure & apart,
+        "unsure_agreed": unsure & ~apart,
+        "sure_apart": ~unsure & apart,
+    }
     shares = {name: chosen.double().mean() for name, chosen in kinds.items()}
     return shares | {"sure_agreed": (~unsure & ~apart).double().mean()}
 
 
 def by_position(values: Tensor, mask: Tensor) -> list[Tensor]:
-    """Means of values [B, T] over each tenth of the responses' selected tokens, first to last; NaN where no token falls into it."""
+    """Means of values [B, T] over each tenth of the responses' selected tokens, first to last; NaN
+    where no token falls into it.
+    """
     rank, length = mask.long().cumsum(1) - 1, mask.sum(1, keepdim=True)
     part = (TENTHS * rank // length.clamp_min(1))[mask]
-    total, count = (torch.zeros(TENTHS, dtype=torch.float64, device=values.device) for _ in range(2))
+    total, count = (
+        torch.zeros(TENTHS, dtype=torch.float64, device=values.device) for _ in range(2)
+    )
     total.index_add_(0, part, values[mask].double())
     count.index_add_(0, part, torch.ones_like(part, dtype=torch.float64))
     return list(total / count)
 
 
 def top_k(facts: dict[Fact, Tensor], mask: Tensor) -> dict[str, Tensor]:
-    """Mean mass of each model on a known top k, and the share of the two models' top k that is the same."""
+    """Mean mass of each model on a known top k, and the share of the two models' top k that is the
+    same.
+    """
     out: dict[str, Tensor] = {}
     for fact, values in facts.items():
         if isinstance(fact, LogpAtFact) and {fact.model, fact.owner} <= {"student", "teacher"}:
-            out[f"mass/{fact.model}_on_{fact.owner}_top_{fact.k}"] = values[mask].exp().sum(-1).clamp_max(1.0).mean()
-        if isinstance(fact, TopFact) and fact.model == "student" and (other := TopFact("teacher", fact.k)) in facts:
+            out[f"mass/{fact.model}_on_{fact.owner}_top_{fact.k}"] = (
+                values[mask].exp().sum(-1).clamp_max(1.0).mean()
+            )
+        if (
+            isinstance(fact, TopFact)
+            and fact.model == "student"
+            and (other := TopFact("teacher", fact.k)) in facts
+        ):
             both = torch.cat([values[mask], facts[other][mask]], -1).sort(-1).values
-            out[f"overlap/top_{fact.k}"] = (both[:, 1:] == both[:, :-1]).double().sum(-1).mean() / values.shape[-1]
+            out[f"overlap/top_{fact.k}"] = (both[:, 1:] == both[:, :-1]).double().sum(
+                -1
+            ).mean() / values.shape[-1]
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------- of a step
+# ---------------------------------------------------------------------------------------- of a step
 
 
 def of_tokens(batch: Batch, entropy: Tensor, gap: Tensor) -> dict[str, Tensor]:
     """What the facts of a step say of the tokens that the student drew.
 
-    entropy and gap = log(student/teacher) [B, T] are those of the learning pass, NaN where it saw none; facts, which cover all trained
-    tokens, go before them.
+    entropy and gap = log(student/teacher) [B, T] are those of the learning pass, NaN where it saw
+    none; facts, which cover all trained tokens, go before them.
     """
     facts, out = batch.facts, dict[str, Tensor]()
     if LogpFact("teacher") in facts and LogpFact("student") in facts:
@@ -95,12 +129,17 @@ def of_tokens(batch: Batch, entropy: Tensor, gap: Tensor) -> dict[str, Tensor]:
     unsure = facts.get(EntropyFact("student"), entropy)
     known = own & ~unsure.isnan()
     if apart is not None and bool(known.any()):
-        out |= {f"quadrants/{name}": value for name, value in quadrants(unsure[known], apart[known]).items()}
+        out |= {
+            f"quadrants/{name}": value
+            for name, value in quadrants(unsure[known], apart[known]).items()
+        }
     return out | top_k(facts, own)
 
 
 def of_weights(plan: Plan) -> dict[str, Tensor]:
-    """Per term: quantiles of its weights where they are not a mere number, and the effective number of its tokens."""
+    """Per term: quantiles of its weights where they are not a mere number, and the effective number
+    of its tokens.
+    """
     out: dict[str, Tensor] = {}
     for part in plan.parts:
         on = part.weight[part.weight != 0]

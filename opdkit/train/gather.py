@@ -13,7 +13,16 @@ from torch import Tensor
 from opdkit.base.errors import UserError
 from opdkit.models.layout import Layout
 from opdkit.objective.batch import Batch
-from opdkit.objective.facts import ColumnFact, EntropyFact, Fact, LogpAtFact, LogpFact, SpanFact, TopFact, VocabularyFact
+from opdkit.objective.facts import (
+    ColumnFact,
+    EntropyFact,
+    Fact,
+    LogpAtFact,
+    LogpFact,
+    SpanFact,
+    TopFact,
+    VocabularyFact,
+)
 from opdkit.objective.head import flat_positions
 from opdkit.objective.needs import Needs, describe, models_of
 from opdkit.objective.supply import Tensors, supply
@@ -21,7 +30,8 @@ from opdkit.teachers import Remote, Scorer
 from opdkit.teachers.base import at_others_ids, scattered
 from opdkit.types import Rollout, row_keys
 
-HELD = 1 << 17  # input tokens whose hidden states are held at once where only numbers are read off them
+# input tokens whose hidden states are held at once where only numbers are read off them
+HELD = 1 << 17
 
 
 def gather(
@@ -39,56 +49,85 @@ def gather(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Batch:
-    """The facts that `needs` names. `scorers` hold "student" (as it is now) and every other model in this process.
+    """The facts that `needs` names.
 
-    The student's log-probs before the step are the sampler's where those are the plain softmax of the same weights
-    (`policy_version` is the number of optimiser steps these have taken); no other forward pass of the student is made unless
-    something else of it is read.
+    `scorers` hold "student" (as it is now) and every other model in this process.
+
+    The student's log-probs before the step are the sampler's where those are the plain softmax of
+    the same weights (`policy_version` is the number of optimiser steps these have taken); no other
+    forward pass of the student is made unless something else of it is read.
     """
     batch = collate(rollouts, device, dtype, correct_sampling)
     batch.step, batch.total_steps, batch.seed = step, total_steps, seed
     batch.memory = dict(memory or {})
     _columns(batch, rollouts, needs)
     layout, positions = Layout(rollouts, batch.shape[1]), flat_positions(batch.mask)
-    written = all(len(r.logp) == len(r.tokens) for r in rollouts)  # false for responses read from data
+    # false for responses read from data
+    written = all(len(r.logp) == len(r.tokens) for r in rollouts)
     fresh = all(r.policy_version == policy_version for r in rollouts)  # false for replayed ones
     if written and fresh and not recompute_student and not correct_sampling:
         batch.facts[LogpFact("student")] = batch.facts[LogpFact("sampler")]
         _noted(batch, rollouts, needs)
     read = needs.facts - needs.of("live") | {as_student(fact) for fact in needs.of("live")}
-    wanted: set[Fact] = {fact for fact in read if fact not in batch.facts and not isinstance(fact, ColumnFact)}
+    wanted: set[Fact] = {
+        fact for fact in read if fact not in batch.facts and not isinstance(fact, ColumnFact)
+    }
     if not written:
         wanted = {f for f in wanted if f != LogpFact("sampler")} | (
             {LogpFact("student")} if LogpFact("sampler") in wanted else set()
         )
     made = _ask(batch, wanted, scorers, layout, positions)
     if not written and LogpFact("sampler") in needs.facts:
-        made[LogpFact("sampler")] = made[LogpFact("student")]  # the student might as well have written it: ratio 1
+        # the student might as well have written it: ratio 1
+        made[LogpFact("sampler")] = made[LogpFact("student")]
     for fact, values in made.items():
         _refuse_nan(fact, values, batch, rollouts)
     batch.facts |= made
-    for fact in needs.of("live"):  # until the first optimiser step the live student is the student before it
+    # until the first optimiser step the live student is the student before it
+    for fact in needs.of("live"):
         batch.facts[fact] = batch.facts[as_student(fact)]
-    batch.sources = {m: s for m, s in batch.sources.items() if VocabularyFact(m) in needs.facts or needs.spans(m)}
+    batch.sources = {
+        m: s for m, s in batch.sources.items() if VocabularyFact(m) in needs.facts or needs.spans(m)
+    }
     return batch
 
 
-def _ask(batch: Batch, wanted: set[Fact], scorers: Mapping[str, Scorer | Remote], layout: Layout, positions: Tensor) -> Tensors:
-    """The wanted facts [B, T] or [B, T, k]: one pass over the models whose vocabulary is at hand, numbers from those elsewhere.
+def _ask(
+    batch: Batch,
+    wanted: set[Fact],
+    scorers: Mapping[str, Scorer | Remote],
+    layout: Layout,
+    positions: Tensor,
+) -> Tensors:
+    """The wanted facts [B, T] or [B, T, k]: one pass over the models whose vocabulary is at hand,
+    numbers from those elsewhere.
 
     A model elsewhere is asked twice only where it is read at ids that another model names.
     """
-    wanted = wanted | {TopFact(f.owner, f.k) for f in wanted if isinstance(f, LogpAtFact)} - set(batch.facts)
+    wanted = wanted | {TopFact(f.owner, f.k) for f in wanted if isinstance(f, LogpAtFact)} - set(
+        batch.facts
+    )
     models = {
-        m for f in wanted for m in models_of(f) if not (isinstance(f, LogpAtFact) and m == f.owner != f.model and _held(batch, f))
+        m
+        for f in wanted
+        for m in models_of(f)
+        if not (isinstance(f, LogpAtFact) and m == f.owner != f.model and _held(batch, f))
     }
-    remote = {m: s for m in models if isinstance(s := scorers[m], Remote) and not Needs(frozenset(wanted)).whole(m)}
+    remote = {
+        m: s
+        for m in models
+        if isinstance(s := scorers[m], Remote) and not Needs(frozenset(wanted)).whole(m)
+    }
     asked = {m: [f for f in wanted if models_of(f)[0] == m] for m in remote}
     made: Tensors = {}
 
     def ask(model: str, facts: list[Fact]) -> None:
         if facts:
-            ids = {f: v.flatten(0, 1)[positions] for f, v in (batch.facts | made).items() if isinstance(f, TopFact)}
+            ids = {
+                f: v.flatten(0, 1)[positions]
+                for f, v in (batch.facts | made).items()
+                if isinstance(f, TopFact)
+            }
             for fact, values in remote[model].facts(facts, layout, positions, ids).items():
                 values = values.to(batch.dtype) if values.is_floating_point() else values
                 made[fact] = batch.facts[fact] = scattered(values, positions, batch)
@@ -101,7 +140,8 @@ def _ask(batch: Batch, wanted: set[Fact], scorers: Mapping[str, Scorer | Remote]
             scorer: Any = scorers[model]
             batch.sources[model] = scorer.source(layout, part)
         for fact, values in supply(batch, wanted, part).items():
-            made[fact] = values if fact not in made else made[fact] + values  # each is zero where the other is not
+            # each is zero where the other is not
+            made[fact] = values if fact not in made else made[fact] + values
     for model in sorted(remote):
         ask(model, [f for f in asked[model] if at_others_ids(f)])
     return made
@@ -113,15 +153,24 @@ def _held(batch: Batch, fact: LogpAtFact) -> bool:
 
 
 def _noted(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
-    """What the sampler noted of its distribution is what the student thinks, while it has the same weights."""
+    """What the sampler noted of its distribution is what the student thinks, while it has the same
+    weights.
+    """
     notes = [r.notes for r in rollouts if r.notes is not None]
     if not notes or len(notes) < len(rollouts):
         return
 
     def table(parts: list[Tensor]) -> Tensor:
         values = torch.cat(parts).to(batch.device)
-        where = torch.tensor([[t < len(r.tokens) for t in range(batch.shape[1])] for r in rollouts], device=batch.device)
-        return scattered(values.to(batch.dtype) if values.is_floating_point() else values, flat_positions(where), batch)
+        where = torch.tensor(
+            [[t < len(r.tokens) for t in range(batch.shape[1])] for r in rollouts],
+            device=batch.device,
+        )
+        return scattered(
+            values.to(batch.dtype) if values.is_floating_point() else values,
+            flat_positions(where),
+            batch,
+        )
 
     entropies = [n.entropy for n in notes if n.entropy is not None]
     if len(entropies) == len(notes):
@@ -130,7 +179,11 @@ def _noted(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
     if len(tops) < len(notes):
         return
     ids, logps = (table(list(parts)) for parts in zip(*tops))
-    read = [f for f in needs.of("student") if isinstance(f, TopFact) or (isinstance(f, LogpAtFact) and f.owner == "student")]
+    read = [
+        f
+        for f in needs.of("student")
+        if isinstance(f, TopFact) or (isinstance(f, LogpAtFact) and f.owner == "student")
+    ]
     for k in {f.k for f in read if f.k <= ids.shape[-1]}:
         batch.facts[TopFact("student", k)] = ids[..., :k]
         batch.facts[LogpAtFact("student", "student", k)] = logps[..., :k]
@@ -140,12 +193,15 @@ def as_student(fact: Fact) -> Fact:
     """A fact of the live student, as one of the student before the step."""
     if not isinstance(fact, (LogpFact, EntropyFact)):
         raise UserError(
-            f"the objective reads {describe(fact)}: of the live student only log-probs and entropies of tokens can be read"
+            f"the objective reads {describe(fact)}: of the live student only log-probs and "
+            "entropies of tokens can be read"
         )
     return replace(fact, model="student")
 
 
-def refresh(batch: Batch, needs: Needs, scorers: Mapping[str, Any], rollouts: Sequence[Rollout]) -> None:
+def refresh(
+    batch: Batch, needs: Needs, scorers: Mapping[str, Any], rollouts: Sequence[Rollout]
+) -> None:
     """Facts of the live student anew, after it has moved; the signals are computed again."""
     layout, positions = Layout(rollouts, batch.shape[1]), flat_positions(batch.mask)
     facts = needs.of("live")
@@ -157,12 +213,21 @@ def refresh(batch: Batch, needs: Needs, scorers: Mapping[str, Any], rollouts: Se
     batch.signals.clear()
 
 
-def collate(rollouts: Sequence[Rollout], device: torch.device | str, dtype: torch.dtype, correct_sampling: bool = False) -> Batch:
+def collate(
+    rollouts: Sequence[Rollout],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    correct_sampling: bool = False,
+) -> Batch:
     """Tokens, masks, marks, ids and the sampler's log-probs as tensors, padded on the right."""
     width = max((len(r.tokens) for r in rollouts), default=0)
 
     def table(rows: list[list[Any]], kind: torch.dtype) -> Tensor:
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=kind).view(len(rows), width).to(device)
+        return (
+            torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=kind)
+            .view(len(rows), width)
+            .to(device)
+        )
 
     batch = Batch(
         table([r.tokens for r in rollouts], torch.int64),
@@ -185,11 +250,15 @@ def _columns(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
     """What is known of the rollouts besides tokens."""
     device, facts = batch.device, batch.facts
     groups: dict[str, int] = {}
-    facts[ColumnFact("group")] = torch.tensor([groups.setdefault(r.group, len(groups)) for r in rollouts], device=device)
+    facts[ColumnFact("group")] = torch.tensor(
+        [groups.setdefault(r.group, len(groups)) for r in rollouts], device=device
+    )
     rewards = [r.reward for r in rollouts]
     if rewards and all(r is not None for r in rewards):
         facts[ColumnFact("reward")] = torch.tensor(rewards, dtype=batch.dtype, device=device)
-        right = [bool(r.correct) if r.correct is not None else (r.reward or 0) > 0 for r in rollouts]
+        right = [
+            bool(r.correct) if r.correct is not None else (r.reward or 0) > 0 for r in rollouts
+        ]
         facts[ColumnFact("correct")] = torch.tensor(right, device=device)
     for column in sorted(needs.columns):
         kind, _, name = column.partition(":")
@@ -199,13 +268,18 @@ def _columns(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
                 [known.get(r.group, math.nan) for r in rollouts], dtype=batch.dtype, device=device
             )
         if kind == "row":
-            facts[ColumnFact(column)] = torch.tensor([_number(r, name) for r in rollouts], dtype=batch.dtype, device=device)
+            facts[ColumnFact(column)] = torch.tensor(
+                [_number(r, name) for r in rollouts], dtype=batch.dtype, device=device
+            )
 
 
 def _number(rollout: Rollout, name: str) -> float:
     value = rollout.row.get(name)
     if not isinstance(value, (int, float)):
-        raise UserError(f"the method reads the column {name!r} as a number; in the row of rollout {rollout.id} it is {value!r}")
+        raise UserError(
+            f"the method reads the column {name!r} as a number; in the row of rollout {rollout.id} "
+            f"it is {value!r}"
+        )
     return float(value)
 
 
@@ -216,13 +290,16 @@ def _refuse_nan(fact: Fact, values: Tensor, batch: Batch, rollouts: Sequence[Rol
     if bool(bad.any()):
         row, position = bad.nonzero()[0].tolist()
         raise UserError(
-            f"{describe(fact)} is NaN at token {position} of rollout {rollouts[row].id}: the model's output is broken there "
-            "(its files damaged, its dtype too narrow?). Nothing was learnt from this step"
+            f"{describe(fact)} is NaN at token {position} of rollout {rollouts[row].id}: the "
+            "model's output is broken there (its files damaged, its dtype too narrow?). Nothing "
+            "was learnt from this step"
         )
 
 
 def mean_gap(batch: Batch, a: str, b: str, where: Tensor | None = None) -> float:
-    """Mean of log pi_a - log pi_b over the trained tokens, or those of a mask [B, T], nats; NaN where one was not read."""
+    """Mean of log pi_a - log pi_b over the trained tokens, or those of a mask [B, T], nats; NaN
+    where one was not read.
+    """
     facts, mask = batch.facts, batch.mask if where is None else where
     if LogpFact(a) not in facts or LogpFact(b) not in facts or not bool(mask.any()):
         return math.nan

@@ -28,7 +28,8 @@ class Job:
     needs: Needs
     student: Student
     sampler: Sampler
-    scorers: Mapping[str, Scorer | Remote]  # "student" as it is now, and every model the objective reads
+    # "student" as it is now, and every model the objective reads
+    scorers: Mapping[str, Scorer | Remote]
     prompts: Questions
     stream: Any  # data.PromptStream
     sampling: Sampling
@@ -49,18 +50,27 @@ class Job:
     overlong_margin: int | None = None
     recompute_student: bool = False
     correct_sampling: bool = False
-    newlines: frozenset[int] = frozenset()  # tokens whose text ends a line, where the objective reads their mark
+    # tokens whose text ends a line, where the objective reads their mark
+    newlines: frozenset[int] = frozenset()
     evaluate: Callable[[int], float] | None = None  # step -> score
-    validate: Callable[[], float] | None = None  # loss on held-out reference responses, for curricula that want it
+    # loss on held-out reference responses, for curricula that want it
+    validate: Callable[[], float] | None = None
     evaluate_every: int = 0
     term_gradients_every: int = 0
 
     def ended(self, state: State) -> bool:
         """Whether the last step is done."""
-        return state.step >= self.steps or (self.max_tokens is not None and state.tokens >= self.max_tokens)
+        return state.step >= self.steps or (
+            self.max_tokens is not None and state.tokens >= self.max_tokens
+        )
 
     def expected_steps(self, state: State) -> int:
-        """Steps the run will have taken at its end: what schedules are laid out for. With `max_tokens`, by the tokens a step took so far."""
+        """Steps the run will have taken at its end: what schedules are laid out for.
+
+        With `max_tokens`, by the tokens a step took so far.
+        """
         if self.max_tokens is None or not state.step or not state.tokens:
             return self.steps
-        return min(self.steps, max(state.step + 1, round(state.step * self.max_tokens / state.tokens)))
+        return min(
+            self.steps, max(state.step + 1, round(state.step * self.max_tokens / state.tokens))
+        )

@@ -1,4 +1,6 @@
-"""The loop: plan, sample, reward, gather facts, weigh, learn per micro-batch, step, sync, observe, record. It knows no method."""
+"""The loop: plan, sample, reward, gather facts, weigh, learn per micro-batch, step, sync, observe,
+record. It knows no method.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,22 @@ from opdkit.types import Rollout
 
 
 def train(job: Job, state: State) -> State:
-    """From `state` to the last step. An error before the weights move leaves the step before it saved: only its own step is lost."""
+    """From `state` to the last step.
+
+    An error before the weights move leaves the step before it saved: only its own step is lost.
+    """
     job.stream.load(state.stream or job.stream.state())
-    saved = replace(state)  # as it was loaded: a new run has nothing to save yet, a resumed one only what it adds
+    # as it was loaded: a new run has nothing to save yet, a resumed one only what it adds
+    saved = replace(state)
     while True:
         with _kept(job, state):
             _evaluate(job, state)
         last = job.ended(state)
-        due = last or state.step == state.best_step or (job.checkpoint.every and state.step % job.checkpoint.every == 0)
+        due = (
+            last
+            or state.step == state.best_step
+            or (job.checkpoint.every and state.step % job.checkpoint.every == 0)
+        )
         if due and state.step and state != saved:
             with held():
                 checkpoints.save(job.folder, state, job.student, job.tokenizer)
@@ -47,7 +57,9 @@ def train(job: Job, state: State) -> State:
 
 @contextmanager
 def _kept(job: Job, state: State) -> Iterator[None]:
-    """Work that may fail: if the weights have not moved by then, they are saved with the state from before."""
+    """Work that may fail: if the weights have not moved by then, they are saved with the state from
+    before.
+    """
     before, updates = replace(state), job.student.updates
     try:
         yield
@@ -96,21 +108,28 @@ def train_step(job: Job, state: State) -> None:
     state.memory = job.curriculum.observe(rollouts, state.memory)  # observe
     state.step += 1
     state.stream = job.stream.state()
-    job.recorder.step(state.step, state.tokens, rollouts, batch, record, clock.seconds, student)  # record
+    # record
+    job.recorder.step(state.step, state.tokens, rollouts, batch, record, clock.seconds, student)
 
 
 def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> Iterator[Tensor | None]:
-    """Rows of each optimiser step: `passes` times through the rollouts in `minibatches` parts; a prompt's rollouts stay together."""
+    """Rows of each optimiser step: `passes` times through the rollouts in `minibatches` parts; a
+    prompt's rollouts stay together.
+    """
     if job.optim.minibatches == 1:
         yield from [None] * job.optim.passes
         return
     groups = list(dict.fromkeys(r.group for r in rollouts))
     for number in range(job.optim.passes):
         keys = torch.arange(len(groups))
-        order = keyed_uniform(job.seed, step, f"pass {number}", keys, 1, torch.float64)[:, 0].argsort()
+        order = keyed_uniform(job.seed, step, f"pass {number}", keys, 1, torch.float64)[
+            :, 0
+        ].argsort()
         for part in order.tensor_split(min(job.optim.minibatches, len(groups))):
             mine = {groups[i] for i in part.tolist()}
-            yield torch.tensor([b for b, r in enumerate(rollouts) if r.group in mine], device=job.student.device)
+            yield torch.tensor(
+                [b for b, r in enumerate(rollouts) if r.group in mine], device=job.student.device
+            )
 
 
 def _learn(job: Job, plan: Plan, rollouts: Sequence[Rollout], record: StepRecord) -> None:
@@ -118,10 +137,14 @@ def _learn(job: Job, plan: Plan, rollouts: Sequence[Rollout], record: StepRecord
     student = job.student
     layout = Layout(rollouts, plan.batch.shape[1])
     with student.learning(job.seed):
-        for positions in layout.micro_batches(flat_positions(plan.selected), job.micro_batch_tokens):
+        for positions in layout.micro_batches(
+            flat_positions(plan.selected), job.micro_batch_tokens
+        ):
             with student.autocast():
                 states = layout.states(student.model, positions)
-                learned = learn(plan, positions, states, student.head, term_gradients=record.term_gradients)
+                learned = learn(
+                    plan, positions, states, student.head, term_gradients=record.term_gradients
+                )
             if not bool(learned.loss.isfinite()):
                 raise UserError(_not_finite(plan, positions, rollouts, learned.parts))
             learned.loss.backward()
@@ -129,8 +152,8 @@ def _learn(job: Job, plan: Plan, rollouts: Sequence[Rollout], record: StepRecord
     norm = student.gradient_norm()
     if not bool(norm.isfinite()):
         raise UserError(
-            f"the gradient is not finite (norm {norm.item()}) though the loss is: the optimiser was not moved. Lower the learning rate, "
-            "or train in float32"
+            f"the gradient is not finite (norm {norm.item()}) though the loss is: the optimiser "
+            "was not moved. Lower the learning rate, or train in float32"
         )
     record.close(plan, norm, student.rate(student.updates))
     student.step()
@@ -138,24 +161,38 @@ def _learn(job: Job, plan: Plan, rollouts: Sequence[Rollout], record: StepRecord
 
 def _not_finite(plan: Plan, positions: Tensor, rollouts: Sequence[Rollout], parts: Tensor) -> str:
     """Which term and which rollout made a loss infinite, and what to do."""
-    part = next((p for p, value in zip(plan.parts, parts) if not bool(value.isfinite())), plan.parts[0])
+    part = next(
+        (p for p, value in zip(plan.parts, parts) if not bool(value.isfinite())), plan.parts[0]
+    )
     rows = (positions // plan.batch.shape[1]).unique().tolist()
     suspects = [b for b in rows if not bool(_inputs_finite(plan.batch, b))] or rows[:1]
     return (
-        f"the loss of term {part.name} is not finite at rollout {rollouts[suspects[0]].id}: a model gave a token probability zero, or its "
-        f"output is broken. The optimiser was not moved. If the teacher rules tokens out, use a method that masks them, or floors its credits"
+        f"the loss of term {part.name} is not finite at rollout {rollouts[suspects[0]].id}: a "
+        "model gave a token probability zero, or its output is broken. The optimiser was not "
+        "moved. If the teacher rules tokens out, use a method that masks them, or floors its "
+        "credits"
     )
 
 
 def _inputs_finite(batch: Batch, row: int) -> Tensor:
     mask = batch.mask[row]
-    numbers = [v[row][mask] for v in batch.facts.values() if v.is_floating_point() and v.dim() == 2 and v.shape == batch.shape]
+    numbers = [
+        v[row][mask]
+        for v in batch.facts.values()
+        if v.is_floating_point() and v.dim() == 2 and v.shape == batch.shape
+    ]
     return torch.stack([n.isfinite().all() for n in numbers]).all() if numbers else torch.ones(())
 
 
 def _evaluate(job: Job, state: State) -> None:
-    """Score the student where it is due: before the first step, every so many, after the last; remember the best."""
-    due = state.step == 0 or job.ended(state) or (job.evaluate_every and state.step % job.evaluate_every == 0)
+    """Score the student where it is due: before the first step, every so many, after the last;
+    remember the best.
+    """
+    due = (
+        state.step == 0
+        or job.ended(state)
+        or (job.evaluate_every and state.step % job.evaluate_every == 0)
+    )
     if not due or state.evaluated == state.step:
         return
     if job.validate is not None:

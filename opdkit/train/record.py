@@ -1,4 +1,6 @@
-"""What a step leaves behind: one line of metrics, now and then a few rollouts with their credits, and a line on the screen."""
+"""What a step leaves behind: one line of metrics, now and then a few rollouts with their credits,
+and a line on the screen.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,8 @@ class StepRecord:
         if math.isnan(gap) and self.gap:
             gap = torch.cat(self.gap).nanmean().item()
         if not math.isnan(gap):
-            out["teacher_kl/sampled"] = gap  # one-sample estimate of KL(student || teacher), mean over tokens
+            # one-sample estimate of KL(student || teacher), mean over tokens
+            out["teacher_kl/sampled"] = gap
         out |= self.mismatch(batch)
         out |= self.distributions(batch)
         out["grad_norm"] = torch.stack(self.norms).mean().item()
@@ -89,25 +92,43 @@ class StepRecord:
         return out
 
     def mismatch(self, batch: Batch) -> dict[str, float]:
-        """How far what the sampler said of its tokens is from what the trainer says, nats; another engine rounds differently."""
+        """How far what the sampler said of its tokens is from what the trainer says, nats; another
+        engine rounds differently.
+        """
         if LogpFact("sampler") not in batch.facts or not self.logp:
             return {}
         apart = (self.spread(batch, self.logp) - batch["sampler"].logp).abs()
         apart = apart[apart.isfinite()]
-        return {"sampling/mismatch": apart.mean().item(), "sampling/mismatch_max": apart.max().item()} if len(apart) else {}
+        return (
+            {"sampling/mismatch": apart.mean().item(), "sampling/mismatch_max": apart.max().item()}
+            if len(apart)
+            else {}
+        )
 
     def distributions(self, batch: Batch) -> dict[str, float]:
-        """How tokens, weights and, where measured, the gradients of terms are distributed: see `opdkit.train.diagnostics`."""
+        """How tokens, weights and, where measured, the gradients of terms are distributed: see
+        `opdkit.train.diagnostics`.
+        """
         found = diagnostics.of_weights(self.plans[0])
-        found |= diagnostics.of_tokens(batch, self.spread(batch, self.entropy), self.spread(batch, self.gap))
+        found |= diagnostics.of_tokens(
+            batch, self.spread(batch, self.entropy), self.spread(batch, self.gap)
+        )
         if self.term_gradients and self.slope_norms:
             norms = torch.stack(self.slope_norms).mean(0)
             found |= {f"term_gradient/{name}": norm for name, norm in zip(self.names, norms)}
-        return dict(zip(found, torch.stack([value.double() for value in found.values()]).tolist())) if found else {}
+        return (
+            dict(zip(found, torch.stack([value.double() for value in found.values()]).tolist()))
+            if found
+            else {}
+        )
 
     def spread(self, batch: Batch, values: Sequence[Tensor]) -> Tensor:
-        """[B, T]: numbers of micro-batches at their positions, as they were when first seen; NaN elsewhere."""
-        table = torch.full((batch.tokens.numel(),), torch.nan, dtype=batch.dtype, device=batch.device)
+        """[B, T]: numbers of micro-batches at their positions, as they were when first seen; NaN
+        elsewhere.
+        """
+        table = torch.full(
+            (batch.tokens.numel(),), torch.nan, dtype=batch.dtype, device=batch.device
+        )
         for positions, numbers in list(zip(self.seen, values))[::-1]:
             table[positions] = numbers
         return table.view(batch.shape)
@@ -123,10 +144,10 @@ class Recorder:
     keep_samples: int = 8
     sample_every: int = 10
     show: Callable[[int, Mapping[str, float]], None] | None = None
-    route: Callable[[Rollout], str] | None = None  # where there are several teachers: the one that scores a rollout
-    use: Callable[[Sequence[Rollout], Mapping[str, float]], dict[str, float]] | None = (
-        None  # of the device's arithmetic, by phase
-    )
+    # where there are several teachers: the one that scores a rollout
+    route: Callable[[Rollout], str] | None = None
+    # of the device's arithmetic, by phase
+    use: Callable[[Sequence[Rollout], Mapping[str, float]], dict[str, float]] | None = None
 
     def step(
         self,
@@ -139,7 +160,11 @@ class Recorder:
         student: Student,
     ) -> None:
         """Record step number `step` (from 1)."""
-        metrics = record.metrics(batch) | rollout_metrics(rollouts) | speed(rollouts, record.positions, seconds)
+        metrics = (
+            record.metrics(batch)
+            | rollout_metrics(rollouts)
+            | speed(rollouts, record.positions, seconds)
+        )
         if self.route is not None:
             metrics |= teacher_metrics(batch, [self.route(r) for r in rollouts])
         if self.use is not None:
@@ -179,7 +204,9 @@ class Recorder:
         path = self.folder / "samples" / f"step_{step:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line, default=str) + "\n" for line in lines), encoding="utf-8")
+        partial.write_text(
+            "".join(json.dumps(line, default=str) + "\n" for line in lines), encoding="utf-8"
+        )
         os.replace(partial, path)
 
 
@@ -190,14 +217,18 @@ def _numbers(values: Tensor | None, row: int, n: int) -> list[float | None]:
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Lengths, truncation, rewards, and how far the sampling distribution is from the plain softmax."""
+    """Lengths, truncation, rewards, and how far the sampling distribution is from the plain
+    softmax.
+    """
     lengths = [len(r.tokens) for r in rollouts]
     out = {
         "completions/mean_length": sum(lengths) / max(len(lengths), 1),
         "completions/min_length": float(min(lengths, default=0)),
         "completions/max_length": float(max(lengths, default=0)),
-        "completions/truncated_fraction": sum(r.finish == "length" for r in rollouts) / max(len(rollouts), 1),
-        "completions/student_written": sum(r.finish != "given" for r in rollouts) / max(len(rollouts), 1),
+        "completions/truncated_fraction": sum(r.finish == "length" for r in rollouts)
+        / max(len(rollouts), 1),
+        "completions/student_written": sum(r.finish != "given" for r in rollouts)
+        / max(len(rollouts), 1),
         "tokens/trained": float(sum(sum(r.trained) for r in rollouts)),
     }
     rewards = [r.reward for r in rollouts if r.reward is not None]
@@ -215,7 +246,9 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def teacher_metrics(batch: Batch, names: Sequence[str]) -> dict[str, float]:
-    """Of each of several teachers: its share of the trained tokens, and the mean of log pi_s - log pi_t on them, nats."""
+    """Of each of several teachers: its share of the trained tokens, and the mean of log pi_s - log
+    pi_t on them, nats.
+    """
     out: dict[str, float] = {}
     for name in sorted(set(names)):
         mine = batch.mask & torch.tensor([n == name for n in names], device=batch.device)[:, None]
@@ -226,7 +259,9 @@ def teacher_metrics(batch: Batch, names: Sequence[str]) -> dict[str, float]:
     return out
 
 
-def speed(rollouts: Sequence[Rollout], positions: int, seconds: Mapping[str, float]) -> dict[str, float]:
+def speed(
+    rollouts: Sequence[Rollout], positions: int, seconds: Mapping[str, float]
+) -> dict[str, float]:
     """Seconds and tokens per second of each phase; response tokens only."""
     tokens = sum(len(r.tokens) for r in rollouts)
     total = sum(seconds.values())
@@ -238,7 +273,8 @@ def speed(rollouts: Sequence[Rollout], positions: int, seconds: Mapping[str, flo
     return out
 
 
-TIMINGS = ("seconds/", "tokens_per_second/", "mfu/", "memory/")  # metrics that differ between equal runs
+# metrics that differ between equal runs
+TIMINGS = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 
 
 def peak_memory(device: torch.device) -> float:

@@ -11,10 +11,15 @@ from opdkit.models.quantize import check_quantize
 
 SCHEDULES = ("constant", "linear", "cosine")
 
-# With other numbers a run goes on, step by step, and learns nothing, or goes uphill: what will do, what it must be, what else happens.
+# With other numbers a run goes on, step by step, and learns nothing, or goes uphill: what will do,
+# what it must be, what else happens.
 Rules = Mapping[str, tuple[Callable[[Any], bool], str, str]]
 LORA: Rules = {
-    "r": (lambda r: r >= 1, "at least 1", "it is the rank of the adapters, and without one nothing is learnt"),
+    "r": (
+        lambda r: r >= 1,
+        "at least 1",
+        "it is the rank of the adapters, and without one nothing is learnt",
+    ),
     "alpha": (
         lambda a: a >= 1,
         "at least 1",
@@ -30,28 +35,37 @@ OPTIM: Rules = {
     "learning_rate": (
         lambda rate: rate is None or 0 < rate < math.inf,
         "positive and finite, or null for the usual one",
-        "at 0 nothing is learnt, and below it every step goes uphill, away from what the method teaches",
+        "at 0 nothing is learnt, and below it every step goes uphill, away from what the method "
+        "teaches",
     ),
-    "warmup_steps": (lambda n: n >= 0, "at least 0", "it is the number of optimiser steps over which the learning rate rises"),
+    "warmup_steps": (
+        lambda n: n >= 0,
+        "at least 0",
+        "it is the number of optimiser steps over which the learning rate rises",
+    ),
     "weight_decay": (
         lambda decay: 0 <= decay < math.inf,
         "at least 0 and finite",
-        "every step shrinks the weights by the share learning_rate * weight_decay, and a negative one makes them grow without end",
+        "every step shrinks the weights by the share learning_rate * weight_decay, and a negative "
+        "one makes them grow without end",
     ),
     "betas": (
         lambda betas: all(0 <= beta < 1 for beta in betas),
         "two numbers in [0, 1)",
-        "each is the share of AdamW's running mean that a step keeps; at 1 no gradient ever enters it, and nothing is learnt",
+        "each is the share of AdamW's running mean that a step keeps; at 1 no gradient ever enters "
+        "it, and nothing is learnt",
     ),
     "eps": (
         lambda eps: 0 < eps < math.inf,
         "positive and finite",
-        "AdamW divides by sqrt(v) + eps: at 0 a weight without gradient becomes 0/0, and below it a step can turn round",
+        "AdamW divides by sqrt(v) + eps: at 0 a weight without gradient becomes 0/0, and below it "
+        "a step can turn round",
     ),
     "max_grad_norm": (
         lambda norm: norm is None or 0 <= norm < math.inf,
         "positive and finite, or null (or 0) for no clipping",
-        "long gradients are multiplied by max_grad_norm / norm, and a negative one turns every such step uphill",
+        "long gradients are multiplied by max_grad_norm / norm, and a negative one turns every "
+        "such step uphill",
     ),
 }
 

@@ -22,7 +22,10 @@ ADAPTER_SEED = 0x10A  # adapters start the same whatever was drawn before
 
 @dataclass
 class Student:
-    """A Hugging Face model with AdamW. With `bfloat16` the matrix products are bfloat16 and the weights stay float32."""
+    """A Hugging Face model with AdamW.
+
+    With `bfloat16` the matrix products are bfloat16 and the weights stay float32.
+    """
 
     model: Any
     optim: Optim
@@ -36,8 +39,13 @@ class Student:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         decayed = [p for p in parameters if p.dim() >= 2]
         plain = [p for p in parameters if p.dim() < 2]  # norms and biases are not decayed
-        groups = [{"params": decayed, "weight_decay": self.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.optimiser = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.optim.betas, eps=self.optim.eps, fused=True)
+        groups = [
+            {"params": decayed, "weight_decay": self.optim.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        self.optimiser = torch.optim.AdamW(
+            groups, lr=self.learning_rate, betas=self.optim.betas, eps=self.optim.eps, fused=True
+        )
         self.parameters = parameters
 
     @property
@@ -54,31 +62,44 @@ class Student:
 
     @contextmanager
     def learning(self, seed: int) -> Iterator[None]:
-        """Train mode, with dropout keyed by the seed and the optimiser step: a resumed run drops the same units."""
+        """Train mode, with dropout keyed by the seed and the optimiser step: a resumed run drops
+        the same units.
+        """
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(int(row_keys([f"dropout {seed} {self.updates}"])))
             self.model.train()
             yield
 
     def rate(self, update: int) -> float:
-        """Learning rate of the optimiser step number `update`, from 0: linear warm-up, then the schedule."""
+        """Learning rate of the optimiser step number `update`, from 0: linear warm-up, then the
+        schedule.
+        """
         warm, total = self.optim.warmup_steps, self.total_updates
         if update < warm:
             return self.learning_rate * (update + 1) / warm
         done = min((update - warm) / max(total - warm, 1), 1.0)
-        shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+        shape = {
+            "constant": 1.0,
+            "linear": 1 - done,
+            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        }
         return self.learning_rate * shape[self.optim.schedule]
 
     def gradient_norm(self) -> Tensor:
-        """[]: norm of all gradients before clipping; clips them to `max_grad_norm`, where there is one."""
-        limit = self.optim.max_grad_norm or math.inf  # by which gradients are multiplied by 1: the same bits
+        """[]: norm of all gradients before clipping; clips them to `max_grad_norm`, where there is
+        one.
+        """
+        # by which gradients are multiplied by 1: the same bits
+        limit = self.optim.max_grad_norm or math.inf
         return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
 
     def step(self) -> None:
         """One optimiser step, gradients cleared."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate(self.updates)
-        self.updates += 1  # first: when the next line is interrupted, the weights are no longer those of the step before
+        # first: when the next line is interrupted, the weights are no longer those of the step
+        # before
+        self.updates += 1
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
@@ -88,7 +109,13 @@ def with_adapters(model: Any, lora: Lora) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(ADAPTER_SEED)
         try:

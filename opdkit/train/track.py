@@ -24,7 +24,10 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All trackers of a run. `log` once per step with flat names such as `reward/mean`; usable as a context manager."""
+    """All trackers of a run.
+
+    `log` once per step with flat names such as `reward/mean`; usable as a context manager.
+    """
 
     def __init__(self, trackers: Sequence[Tracker]):
         self._trackers = list(trackers)
@@ -46,28 +49,38 @@ class Trackers:
         self.close()
 
 
-def open_trackers(folder: Path, names: Sequence[str] = (), config: Mapping[str, Any] | None = None) -> Trackers:
-    """metrics.jsonl in the run folder, and the trackers in `names`: tensorboard, trackio, wandb. `config` is shown by them.
+def open_trackers(
+    folder: Path, names: Sequence[str] = (), config: Mapping[str, Any] | None = None
+) -> Trackers:
+    """metrics.jsonl in the run folder, and the trackers in `names`: tensorboard, trackio, wandb.
+
+    `config` is shown by them.
 
     Continues an existing file: call `truncate_metrics` first when resuming from a checkpoint.
     """
     unknown = [name for name in names if name not in BACKENDS]
     if unknown:
-        raise UserError(f"There is no tracker named {unknown[0]!r}{nearest(unknown[0], list(BACKENDS))}.")
+        raise UserError(
+            f"There is no tracker named {unknown[0]!r}{nearest(unknown[0], list(BACKENDS))}."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     trackers = [JsonLines(folder / "metrics.jsonl")]
-    return Trackers([*trackers, *(BACKENDS[name](folder, dict(config or {})) for name in dict.fromkeys(names))])
+    return Trackers(
+        [*trackers, *(BACKENDS[name](folder, dict(config or {})) for name in dict.fromkeys(names))]
+    )
 
 
 def _number(value: Any) -> int | float:
     return value.item() if hasattr(value, "item") else value
 
 
-# -------------------------------------------------------------------------------------------------------- metrics.jsonl
+# ------------------------------------------------------------------------------------ metrics.jsonl
 
 
 class JsonLines:
-    """One strict JSON object per line: {"step": 3, "loss": 0.25}; what is not finite is null and named under "nonfinite"."""
+    """One strict JSON object per line: {"step": 3, "loss": 0.25}; what is not finite is null and
+    named under "nonfinite".
+    """
 
     def __init__(self, path: Path):
         truncate_metrics(path)  # a line cut by a crash would swallow the next one
@@ -75,7 +88,9 @@ class JsonLines:
 
     def log(self, step: int, metrics: Metrics) -> None:
         bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
-        line: dict[str, Any] = {"step": step} | {name: None if name in bad else value for name, value in metrics.items()}
+        line: dict[str, Any] = {"step": step} | {
+            name: None if name in bad else value for name, value in metrics.items()
+        }
         if bad:
             line["nonfinite"] = bad
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -85,11 +100,14 @@ class JsonLines:
         self.file.close()
 
 
-# ------------------------------------------------------------------------------------------------------- other trackers
+# ----------------------------------------------------------------------------------- other trackers
 
 
 def _missing(name: str, install: str) -> UserError:
-    return UserError(f"The tracker {name!r} needs a package that is not installed. Run `pip install {install}`, or leave it out.")
+    return UserError(
+        f"The tracker {name!r} needs a package that is not installed. Run `pip install {install}`, "
+        "or leave it out."
+    )
 
 
 class TensorBoard:
@@ -102,8 +120,12 @@ class TensorBoard:
             raise _missing("tensorboard", "tensorboard") from error
         lines = read_lines(folder / "metrics.jsonl")
         # Resumed: the curves begin again after the last step that was kept.
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=lines[-1]["step"] + 1 if lines else None)
-        self.writer.add_text("config", "```json\n" + json.dumps(config, indent=2, default=str) + "\n```")
+        self.writer = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=lines[-1]["step"] + 1 if lines else None
+        )
+        self.writer.add_text(
+            "config", "```json\n" + json.dumps(config, indent=2, default=str) + "\n```"
+        )
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -123,7 +145,10 @@ class Trackio:
             raise _missing("trackio", "trackio") from error
         self.trackio = trackio
         trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", "opdkit"), name=_run_name(folder, "trackio"), config=config, resume="allow"
+            project=os.environ.get("TRACKIO_PROJECT", "opdkit"),
+            name=_run_name(folder, "trackio"),
+            config=config,
+            resume="allow",
         )
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -134,7 +159,10 @@ class Trackio:
 
 
 class Wandb:
-    """Weights & Biases; project from WANDB_PROJECT, else `opdkit`. A resumed run continues its own curve."""
+    """Weights & Biases; project from WANDB_PROJECT, else `opdkit`.
+
+    A resumed run continues its own curve.
+    """
 
     def __init__(self, folder: Path, config: dict[str, Any]):
         try:
@@ -162,7 +190,8 @@ def _run_name(folder: Path, tracker: str) -> str:
     """A name no other run has, kept in the run folder so that a resumed run finds its own curves."""
     path = folder / f"{tracker}_id.txt"
     if not path.exists():
-        stem = re.sub(r"[^\w.-]", "-", folder.resolve().name)[:80]  # wandb refuses "/", ":" and the like in an id
+        # wandb refuses "/", ":" and the like in an id
+        stem = re.sub(r"[^\w.-]", "-", folder.resolve().name)[:80]
         path.write_text(f"{stem}-{secrets.token_hex(3)}\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
 

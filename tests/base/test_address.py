@@ -46,7 +46,9 @@ def test_relative_to_the_working_directory(mine, monkeypatch):
 
 def test_what_is_an_address():
     assert is_address("a.py:f") and is_address("dir/a.py:f")
-    assert not any(map(is_address, ("math", "a.py", "regex:a.py", "opdkit.methods:opd", "openai/gsm8k:main")))
+    assert not any(
+        map(is_address, ("math", "a.py", "regex:a.py", "opdkit.methods:opd", "openai/gsm8k:main"))
+    )
 
 
 @pytest.mark.parametrize(

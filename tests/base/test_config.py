@@ -1,4 +1,6 @@
-"""Runs from YAML and overrides: strict, with errors that name the key; defaults in one place; what is written can be run again."""
+"""Runs from YAML and overrides: strict, with errors that name the key; defaults in one place; what
+is written can be run again.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,22 @@ class Outer:
     table: dict[str, float] = field(default_factory=dict)
 
 
-# ------------------------------------------------------------------------------------------------------------------- build
+# -------------------------------------------------------------------------------------------- build
 
 
 def test_a_nested_mapping_becomes_what_it_describes() -> None:
     made = build(
-        Outer, {"size": 3, "inner": {"rate": 2, "names": ["a", "b"], "pair": [4, 5]}, "either": {"rate": 1.0}, "table": {"x": 1}}
+        Outer,
+        {
+            "size": 3,
+            "inner": {"rate": 2, "names": ["a", "b"], "pair": [4, 5]},
+            "either": {"rate": 1.0},
+            "table": {"x": 1},
+        },
     )
-    assert made == Outer(3, either=Inner(1.0), inner=Inner(2.0, ("a", "b"), (4, 5.0)), table={"x": 1.0})
+    assert made == Outer(
+        3, either=Inner(1.0), inner=Inner(2.0, ("a", "b"), (4, 5.0)), table={"x": 1.0}
+    )
     assert isinstance(made.inner.rate, float)
 
 
@@ -84,9 +94,13 @@ def test_what_does_not_fit_is_named_with_its_path(values: dict[str, Any], said: 
 
 
 def test_a_groups_own_rules_are_told_with_its_name() -> None:
-    with pytest.raises(UserError, match=r"^optim: schedule='step' must be one of constant, linear, cosine$"):
+    with pytest.raises(
+        UserError, match=r"^optim: schedule='step' must be one of constant, linear, cosine$"
+    ):
         make_run({**LEAST, "optim": {"schedule": "step"}})
-    with pytest.raises(UserError, match=r"^Run: steps, prompts_per_step and micro_batch_tokens must be at least 1$"):
+    with pytest.raises(
+        UserError, match=r"^Run: steps, prompts_per_step and micro_batch_tokens must be at least 1$"
+    ):
         make_run({**LEAST, "steps": 0})
 
 
@@ -105,15 +119,20 @@ NOT_TO_BE = {  # values with which a run would go on and learn nothing, or the r
 
 
 @pytest.mark.parametrize(
-    ("group", "name", "value"), [(g, n, v) for g, names in NOT_TO_BE.items() for n, values in names.items() for v in values]
+    ("group", "name", "value"),
+    [(g, n, v) for g, names in NOT_TO_BE.items() for n, values in names.items() for v in values],
 )
-def test_numbers_that_learn_nothing_or_the_reverse_are_refused(group: str, name: str, value: Any) -> None:
+def test_numbers_that_learn_nothing_or_the_reverse_are_refused(
+    group: str, name: str, value: Any
+) -> None:
     with pytest.raises(UserError, match=rf"^{group}: {name}=.* must be .*: .{{20}}"):
         make_run({**LEAST, group: {name: value}})
 
 
 def test_bounds_that_are_values() -> None:
-    """0 / 1 as far as they mean something: no decay, no momentum, no warm-up, no dropout, no clipping."""
+    """0 / 1 as far as they mean something: no decay, no momentum, no warm-up, no dropout, no
+    clipping.
+    """
     optim = {"weight_decay": 0, "betas": [0, 0], "warmup_steps": 0, "max_grad_norm": 0}
     run = make_run({**LEAST, "optim": optim, "lora": {"r": 1, "alpha": 1, "dropout": 0}})
     assert run.optim == Optim(weight_decay=0.0, betas=(0.0, 0.0), warmup_steps=0, max_grad_norm=0.0)
@@ -121,18 +140,31 @@ def test_bounds_that_are_values() -> None:
 
 @pytest.mark.parametrize("key", ["max_grad_norm", "optim.max_grad_norm"])
 @pytest.mark.parametrize(("text", "value"), [("null", None), ("0", 0.0), ("1e-1", 0.1)])
-def test_clipping_from_the_command_line_and_from_the_resolved_run(tmp_path: Path, key: str, text: str, value: Any) -> None:
+def test_clipping_from_the_command_line_and_from_the_resolved_run(
+    tmp_path: Path, key: str, text: str, value: Any
+) -> None:
     run = make_run(LEAST, [f"{key}={text}"])
     assert run.optim.max_grad_norm == value
     (tmp_path / "run.yaml").write_text(run.yaml(), encoding="utf-8")
     assert load_run(tmp_path / "run.yaml") == run
 
 
-# --------------------------------------------------------------------------------------------------------------- overrides
+# ---------------------------------------------------------------------------------------- overrides
 
 
 def test_values_of_overrides_mean_what_they_look_like() -> None:
-    texts = ["a=3", "b=true", "c=null", "d=[1, 2]", "e=1e-5", "f=", "g=x=y", "h={k: 1}", "i=text", 'j="3"']
+    texts = [
+        "a=3",
+        "b=true",
+        "c=null",
+        "d=[1, 2]",
+        "e=1e-5",
+        "f=",
+        "g=x=y",
+        "h={k: 1}",
+        "i=text",
+        'j="3"',
+    ]
     expected = [
         ("a", 3),
         ("b", True),
@@ -154,7 +186,8 @@ def test_values_of_overrides_mean_what_they_look_like() -> None:
 def test_a_setting_goes_by_its_path_or_by_its_last_name_where_that_is_unique() -> None:
     known = leaves(Run)
     assert known["learning_rate"] == known["optim.learning_rate"] == "optim.learning_rate"
-    assert known["num_generations"] == "sampling.num_generations"  # evaluate has one too, which is given in full
+    # evaluate has one too, which is given in full
+    assert known["num_generations"] == "sampling.num_generations"
     assert known["evaluate.num_generations"] == "evaluate.num_generations"
     assert known["evaluate.sampling.temperature"] == "evaluate.sampling.temperature"
     assert known["seed"] == "seed" and known["source"] == "data.source"
@@ -162,7 +195,9 @@ def test_a_setting_goes_by_its_path_or_by_its_last_name_where_that_is_unique() -
 
 
 def test_an_unknown_override_names_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"unknown key 'lerning_rate'; did you mean 'learning_rate'\?"):
+    with pytest.raises(
+        UserError, match=r"unknown key 'lerning_rate'; did you mean 'learning_rate'\?"
+    ):
         override({}, Run, "lerning_rate", 1)
     with pytest.raises(UserError, match=r"unknown key 'steps\.more'"):
         override({}, Run, "steps.more", 1)
@@ -173,27 +208,57 @@ def test_an_unknown_override_names_the_nearest() -> None:
     [
         ({}, "learning_rate=1e-4", lambda run: run.optim.learning_rate, 1e-4),
         ({}, "sampling.temperature=0.7", lambda run: run.sampling, Sampling(temperature=0.7)),
-        ({"optim": {"eps": 1e-6}}, "schedule=linear", lambda run: run.optim, Optim(eps=1e-6, schedule="linear")),
+        (
+            {"optim": {"eps": 1e-6}},
+            "schedule=linear",
+            lambda run: run.optim,
+            Optim(eps=1e-6, schedule="linear"),
+        ),
         ({}, "betas=[0.8, 0.9]", lambda run: run.optim.betas, (0.8, 0.9)),
         ({}, "lora.r=8", lambda run: run.lora, Lora(r=8)),
         ({"lora": {"r": 8}}, "lora=null", lambda run: run.lora, None),
         ({}, "trackers=[tensorboard]", lambda run: run.trackers, ("tensorboard",)),
         ({}, "data.limit=5", lambda run: run.prompts, Data("d.jsonl", limit=5)),
         ({}, "limit=5", lambda run: run.prompts, Data("d.jsonl", limit=5)),
-        ({"data": {"source": "a", "limit": 5}}, "data=b", lambda run: run.prompts, Data("b", limit=5)),
+        (
+            {"data": {"source": "a", "limit": 5}},
+            "data=b",
+            lambda run: run.prompts,
+            Data("b", limit=5),
+        ),
         ({}, "data.columns.prompt=problem", lambda run: run.prompts.columns, {"prompt": "problem"}),
         ({}, "method=gkd", lambda run: run.method_spec, MethodSpec("gkd")),
         ({}, "method.k=64", lambda run: run.method_spec, MethodSpec("opd", {"k": 64})),
-        ({"method": "gkd"}, "method.beta=0.5", lambda run: run.method_spec, MethodSpec("gkd", {"beta": 0.5})),
+        (
+            {"method": "gkd"},
+            "method.beta=0.5",
+            lambda run: run.method_spec,
+            MethodSpec("gkd", {"beta": 0.5}),
+        ),
         (
             {"method": {"name": "gkd", "beta": 1}},
             "method.arguments.beta=0.5",
             lambda run: run.method_spec,
             MethodSpec("gkd", {"beta": 0.5}),
         ),
-        ({"method": {"name": "gkd", "beta": 1}}, "method.name=opd", lambda run: run.method_spec, MethodSpec("opd", {"beta": 1})),
-        ({"evaluate": {"data": "e"}}, "evaluate.ks=[1, 4]", lambda run: run.evaluate, Evaluate("e", ks=(1, 4))),
-        ({"evaluate": {"data": "e"}}, "evaluate.data.limit=9", lambda run: run.evaluate, Evaluate(Data("e", limit=9))),
+        (
+            {"method": {"name": "gkd", "beta": 1}},
+            "method.name=opd",
+            lambda run: run.method_spec,
+            MethodSpec("opd", {"beta": 1}),
+        ),
+        (
+            {"evaluate": {"data": "e"}},
+            "evaluate.ks=[1, 4]",
+            lambda run: run.evaluate,
+            Evaluate("e", ks=(1, 4)),
+        ),
+        (
+            {"evaluate": {"data": "e"}},
+            "evaluate.data.limit=9",
+            lambda run: run.evaluate,
+            Evaluate(Data("e", limit=9)),
+        ),
         ({}, "models.critic=c", lambda run: run.models, {"critic": "c"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -214,15 +279,19 @@ def test_an_override_changes_its_setting_and_leaves_the_others(
         ({"math": "t"}, "teacher=u", "u"),
         ({"math": "t"}, "teacher.code=u", {"math": "t", "code": "u"}),
         ({"math": "t"}, "teacher.math=u", {"math": "u"}),
-        ("t", "teacher.math=u", {"default": "t", "math": "u"}),  # the only teacher so far serves what the new one does not
+        # the only teacher so far serves what the new one does not
+        ("t", "teacher.math=u", {"default": "t", "math": "u"}),
     ],
 )
 def test_r4_overrides_reach_the_teacher(teacher: Any, text: str, expected: Any) -> None:
     assert make_run({**LEAST, "teacher": teacher}, [text]).teacher == expected
-    assert make_run({**LEAST, "teacher": teacher}, ["teacher_dtype=bfloat16"]).teacher_dtype == "bfloat16"
+    assert (
+        make_run({**LEAST, "teacher": teacher}, ["teacher_dtype=bfloat16"]).teacher_dtype
+        == "bfloat16"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------- defaults
+# ----------------------------------------------------------------------------------------- defaults
 
 
 def test_r4_defaults_are_those_of_the_dataclasses_wherever_a_run_comes_from(tmp_path: Path) -> None:
@@ -239,11 +308,13 @@ def test_r4_the_command_line_has_no_defaults_of_its_own() -> None:
     options = cli._parser().parse_args(["train"])
     assert {name for name, value in vars(options).items() if value and name != "run"} == set()
     for command in ("eval", "sample"):
-        options = cli._parser().parse_args([command, "model", *(["--data=d"] if command == "eval" else [])])
+        options = cli._parser().parse_args(
+            [command, "model", *(["--data=d"] if command == "eval" else [])]
+        )
         assert cli._sampling(options) == Sampling()
 
 
-# --------------------------------------------------------------------------------------------------------------------- YAML
+# --------------------------------------------------------------------------------------------- YAML
 
 RUNS = [
     Run("s", "t", "d.jsonl"),
@@ -262,7 +333,13 @@ RUNS = [
         sampling=Sampling(temperature=0.7, stop=("\n\n", "null", "3")),
         optim=Optim(learning_rate=1e-5, betas=(0.8, 0.999), eps=1e-12),
         lora=Lora(targets=("q_proj", "v_proj")),
-        evaluate=Evaluate(Data("e.jsonl", limit=4), every=5, sampling=Sampling(temperature=0.0), ks=(1, 8), num_generations=8),
+        evaluate=Evaluate(
+            Data("e.jsonl", limit=4),
+            every=5,
+            sampling=Sampling(temperature=0.0),
+            ks=(1, 8),
+            num_generations=8,
+        ),
         trackers=("tensorboard",),
         seed=-1,
     ),
@@ -279,7 +356,10 @@ def test_yaml_holds_every_setting_by_its_name() -> None:
     def names(value: Any) -> set[str]:
         out = {f.name for f in fields(value)}
         return out | {
-            f"{f.name}.{n}" for f in fields(value) if is_dataclass(getattr(value, f.name)) for n in names(getattr(value, f.name))
+            f"{f.name}.{n}"
+            for f in fields(value)
+            if is_dataclass(getattr(value, f.name))
+            for n in names(getattr(value, f.name))
         }
 
     written = yaml.safe_load(to_yaml(RUNS[1]))

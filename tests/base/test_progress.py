@@ -34,7 +34,10 @@ def test_unknown_total_counts(capsys):
     with progress("Reading", unit="rows", every=1, clock=clock) as tick:
         clock.now = 2.0
         tick(500)
-    assert capsys.readouterr().err.splitlines() == ["Reading: 500 rows, 250 rows/s", "Reading: 500 rows in 2 s"]
+    assert capsys.readouterr().err.splitlines() == [
+        "Reading: 500 rows, 250 rows/s",
+        "Reading: 500 rows in 2 s",
+    ]
 
 
 def test_nested_bars_in_a_terminal(monkeypatch):
@@ -43,8 +46,13 @@ def test_nested_bars_in_a_terminal(monkeypatch):
     from rich.console import Console
 
     screen = io.StringIO()
-    monkeypatch.setattr("opdkit.base.progress._CONSOLES", [Console(file=screen, force_terminal=True, width=100)])
-    with progress("Training", total=2, unit="steps") as outer, progress("Sampling [x]", total=8, unit="rollouts") as inner:
+    monkeypatch.setattr(
+        "opdkit.base.progress._CONSOLES", [Console(file=screen, force_terminal=True, width=100)]
+    )
+    with (
+        progress("Training", total=2, unit="steps") as outer,
+        progress("Sampling [x]", total=8, unit="rollouts") as inner,
+    ):
         inner(8)
         outer(1)
     assert "Training" in screen.getvalue()
@@ -54,4 +62,9 @@ def test_nested_bars_in_a_terminal(monkeypatch):
 
 def test_durations_and_rates():
     assert [duration(s) for s in (8.4, 59.6, 185, 7385)] == ["8 s", "1:00", "3:05", "2:03:05"]
-    assert [rate(r, "steps") for r in (0, 0.25, 12.34, 15000)] == ["", "4.0 s each", "12.3 steps/s", "15,000 steps/s"]
+    assert [rate(r, "steps") for r in (0, 0.25, 12.34, 15000)] == [
+        "",
+        "4.0 s each",
+        "12.3 steps/s",
+        "15,000 steps/s",
+    ]

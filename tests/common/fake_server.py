@@ -1,4 +1,6 @@
-"""A stand-in for vLLM or SGLang on a real socket, a tiny model behind it, with faults that happen at chosen requests."""
+"""A stand-in for vLLM or SGLang on a real socket, a tiny model behind it, with faults that happen
+at chosen requests.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong, from which request for scores on (counted from 1), and how often (0: from then on always).
+    """What goes wrong, from which request for scores on (counted from 1), and how often (0: from
+    then on always).
 
-    die: the server is gone. close: the connection ends in the middle of the answer. hang: no answer. 500 and the like: that status.
-    nan, null: one number is none. shifted: scores one token early. short: the last token's are missing. other: another model answers.
-    broken: half of the JSON.
+    die: the server is gone. close: the connection ends in the middle of the answer. hang: no
+    answer. 500 and the like: that status. nan, null: one number is none. shifted: scores one token
+    early. short: the last token's are missing. other: another model answers. broken: half of the
+    JSON.
     """
 
     kind: str
@@ -44,7 +48,10 @@ class Answer(Exception):
 
 @dataclass
 class FakeServer:
-    """`with FakeServer(model, tokenizer) as server:` serves at `server.url`. kind: vllm or sglang, as their /v1/models say."""
+    """`with FakeServer(model, tokenizer) as server:` serves at `server.url`.
+
+    kind: vllm or sglang, as their /v1/models say.
+    """
 
     model: Any
     tokenizer: Any
@@ -56,7 +63,8 @@ class FakeServer:
     max_model_len: int | None = 4096
     retry_after: str | None = None  # sent with every error
     at_ids: bool = False  # vLLM 0.32's prompt_logprob_token_ids
-    requests: list[dict[str, Any]] = field(default_factory=list)  # bodies of the requests for scores
+    # bodies of the requests for scores
+    requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)  # of all requests
 
     def __post_init__(self) -> None:
@@ -68,7 +76,9 @@ class FakeServer:
         self.http = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         self.http.daemon_threads = True
         self.port = self.http.server_address[1]
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.005}, daemon=True)
+        self.thread = threading.Thread(
+            target=self.http.serve_forever, kwargs={"poll_interval": 0.005}, daemon=True
+        )
         self.thread.start()
         return self
 
@@ -81,10 +91,12 @@ class FakeServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    # ------------------------------------------------------------------------------------------------------- answers
+    # -------------------------------------------------------------------------------------- answers
 
     def logps(self, tokens: Sequence[int]) -> Tensor:
-        """[L, V]: row i is what the model says of token i; row 0, which nothing precedes, is of no use."""
+        """[L, V]: row i is what the model says of token i; row 0, which nothing precedes, is of no
+        use.
+        """
         with self.lock, torch.no_grad():
             logits = self.model(input_ids=torch.tensor([list(tokens)])).logits[0].float()
         return torch.cat([logits[:1], logits[:-1]]).log_softmax(-1)
@@ -96,7 +108,12 @@ class FakeServer:
             ("sglang", "/generate"): self.generate_sglang,
         }
         if path == "/v1/models":
-            card = {"id": self.name, "object": "model", "owned_by": self.kind, "max_model_len": self.max_model_len}
+            card = {
+                "id": self.name,
+                "object": "model",
+                "owned_by": self.kind,
+                "max_model_len": self.max_model_len,
+            }
             return {"object": "list", "data": [card]}
         if (self.kind, path) not in routes:
             raise Answer(404, "Not Found")
@@ -110,23 +127,34 @@ class FakeServer:
         if self.max_model_len is not None and len(tokens) >= self.max_model_len:
             raise Answer(
                 400,
-                f"This model's maximum context length is {self.max_model_len} tokens. However, you requested 1 output tokens and your prompt "
-                f"contains {len(tokens)} input tokens.",
+                f"This model's maximum context length is {self.max_model_len} tokens. However, you "
+                f"requested 1 output tokens and your prompt contains {len(tokens)} input tokens.",
             )
 
     def completions(self, body: dict[str, Any]) -> Any:
-        """vLLM's prompt_logprobs: the k most probable ids and the token itself, in no order that could be relied on."""
+        """vLLM's prompt_logprobs: the k most probable ids and the token itself, in no order that
+        could be relied on.
+        """
         tokens, k = body["prompt"], body["prompt_logprobs"]
         self.check(tokens, body["model"])
         if k > self.max_logprobs:
-            raise Answer(400, f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}")
+            raise Answer(
+                400,
+                f"Requested prompt logprobs of {k}, which is greater than max allowed: "
+                f"{self.max_logprobs}",
+            )
         logps = self.logps(tokens)
         entries: list[Any] = [None]
         for row, token in zip(logps[1:], tokens[1:]):
             ids = [token, *(i for i in row.topk(k).indices.tolist() if i != token)]
             entries.append({str(i): self.entry(row, i) for i in ids})
         choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": entries}
-        return {"id": "cmpl-1", "object": "text_completion", "model": self.name, "choices": [choice]}
+        return {
+            "id": "cmpl-1",
+            "object": "text_completion",
+            "model": self.name,
+            "choices": [choice],
+        }
 
     def entry(self, row: Tensor, i: int) -> dict[str, Any]:
         rank = int((row > row[i]).sum()) + 1
@@ -136,12 +164,20 @@ class FakeServer:
         tokens, wanted = body["token_ids"], body["sampling_params"]
         self.check(tokens, body["model"])
         if not self.at_ids:
-            raise Answer(400, "prompt_logprob_token_ids requires the V2 model runner (VLLM_USE_V2_MODEL_RUNNER=1).")
+            raise Answer(
+                400,
+                "prompt_logprob_token_ids requires the V2 model runner "
+                "(VLLM_USE_V2_MODEL_RUNNER=1).",
+            )
         ids = torch.tensor(wanted["prompt_logprob_token_ids"])
         scores = self.logps(tokens)[wanted["prompt_logprob_start"] + 1 :].gather(1, ids)
         buffer = io.BytesIO()
         np.save(buffer, scores.numpy())
-        return {"model": self.name, "choices": [], "prompt_token_id_logprobs": base64.b64encode(buffer.getvalue()).decode()}
+        return {
+            "model": self.name,
+            "choices": [],
+            "prompt_token_id_logprobs": base64.b64encode(buffer.getvalue()).decode(),
+        }
 
     def generate_sglang(self, body: dict[str, Any]) -> Any:
         tokens, start = body["input_ids"], body["logprob_start_len"]
@@ -157,7 +193,10 @@ class FakeServer:
         own = [[r[t].item(), t if t < last else 0, text([t if t < last else 0])] for r, t in rows]
         meta["input_token_logprobs"] = [[None, tokens[start], text([tokens[start]])], *own]
         if k := body.get("top_logprobs_num"):
-            meta["input_top_logprobs"] = [None, *(say(r, r.topk(k).indices.tolist()) for r, _ in rows)]
+            meta["input_top_logprobs"] = [
+                None,
+                *(say(r, r.topk(k).indices.tolist()) for r, _ in rows),
+            ]
         if ids := body.get("token_ids_logprob"):
             meta["input_token_ids_logprobs"] = [None, *(say(r, ids) for r, _ in rows)]
         return {"text": "", "meta_info": meta}
@@ -188,7 +227,16 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             status, value = 200, fake.answer(self.path, body)
         except Answer as error:
-            status, value = error.status, {"error": {"message": error.message, "type": "BadRequestError", "code": error.status}}
+            status, value = (
+                error.status,
+                {
+                    "error": {
+                        "message": error.message,
+                        "type": "BadRequestError",
+                        "code": error.status,
+                    }
+                },
+            )
         if fault is not None and status == 200:
             spoil(fault.kind, value)
         self.write(status, json.dumps(value).encode(), None if fault is None else fault.kind)
@@ -196,7 +244,8 @@ class _Handler(BaseHTTPRequestHandler):
     def fails(self, fault: Fault) -> bool:
         """Faults instead of an answer."""
         if fault.kind == "die":
-            self.fake.http.socket.shutdown(socket.SHUT_RDWR)  # refuses at once; closing alone waits for the loop that polls it
+            # refuses at once; closing alone waits for the loop that polls it
+            self.fake.http.socket.shutdown(socket.SHUT_RDWR)
             self.fake.http.socket.close()
             threading.Thread(target=self.fake.http.shutdown, daemon=True).start()
         elif fault.kind == "hang":

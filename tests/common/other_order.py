@@ -1,7 +1,9 @@
-"""A pytest plugin, `-p tests.common.other_order`: products, sums and means on the CPU add up in another order, as unseen kernels would.
+"""A pytest plugin, `-p tests.common.other_order`: products, sums and means on the CPU add up in
+another order, as unseen kernels would.
 
-The terms of every sum are permuted, the same way for the same number of terms, so results differ by rounding alone. It stands in for
-processors that are not at hand: a test that fails under it asks for one order of adding up. Processes that a test starts keep theirs.
+The terms of every sum are permuted, the same way for the same number of terms, so results differ by
+rounding alone. It stands in for processors that are not at hand: a test that fails under it asks
+for one order of adding up. Processes that a test starts keep theirs.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     at = order(a.shape[1])
-    return OPS.addmm.out(bias, a[:, at], b[at], beta=beta, alpha=alpha, out=a.new_empty(a.shape[0], b.shape[1]))
+    return OPS.addmm.out(
+        bias, a[:, at], b[at], beta=beta, alpha=alpha, out=a.new_empty(a.shape[0], b.shape[1])
+    )
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -46,14 +50,28 @@ def permuted(x: Tensor, dims: Any) -> Tensor:
 def total(x: Tensor, dims: Any, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     inexact = x.is_floating_point() or x.is_complex()
     dtype = dtype or (x.dtype if inexact else torch.int64)
-    return OPS.sum.IntList_out(permuted(x, dims) if inexact else x, dims, keepdim, dtype=dtype, out=torch.empty(0, dtype=dtype))
+    return OPS.sum.IntList_out(
+        permuted(x, dims) if inexact else x,
+        dims,
+        keepdim,
+        dtype=dtype,
+        out=torch.empty(0, dtype=dtype),
+    )
 
 
 def mean(x: Tensor, dims: Any, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    return OPS.mean.out(permuted(x, dims), dims, keepdim, dtype=dtype, out=torch.empty(0, dtype=dtype or x.dtype))
+    return OPS.mean.out(
+        permuted(x, dims), dims, keepdim, dtype=dtype, out=torch.empty(0, dtype=dtype or x.dtype)
+    )
 
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
-    for name, function in (("mm", mm), ("addmm", addmm), ("bmm", bmm), ("sum.dim_IntList", total), ("mean.dim", mean)):
+    for name, function in (
+        ("mm", mm),
+        ("addmm", addmm),
+        ("bmm", bmm),
+        ("sum.dim_IntList", total),
+        ("mean.dim", mean),
+    ):
         library.impl(name, function, "CPU")

@@ -1,4 +1,6 @@
-"""Faults of estimators that other systems shipped (PITFALLS E1 to E8, and R5): named by their number."""
+"""Faults of estimators that other systems shipped (PITFALLS E1 to E8, and R5): named by their
+number.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ K3 = Exp(CREDIT) - CREDIT - 1  # exp(-d) + d - 1 with d = log pi_s - log pi_t
 
 def test_the_shared_numbers():
     s, t = numbers(*Z_S).log_softmax(0), numbers(*Z_T).log_softmax(0)
-    assert close(s.exp(), (0.643914, 0.236883, 0.087144, 0.032059)) and close(t.exp(), (0.187800, 0.510493, 0.113906, 0.187800))
+    assert close(s.exp(), (0.643914, 0.236883, 0.087144, 0.032059)) and close(
+        t.exp(), (0.187800, 0.510493, 0.113906, 0.187800)
+    )
     assert close((s.exp() * (s - t)).sum(), REVERSE) and close((t.exp() * (t - s)).sum(), 0.523059)
     assert close(reverse_kl_gradient(P, Q), REVERSE_GRAD) and close(s.exp() - t.exp(), FORWARD_GRAD)
 
@@ -39,7 +43,9 @@ class K1(TokenLoss):
 def test_E1_k1_backpropagated_is_blind_to_the_teacher_and_refused():
     with pytest.raises(ValueError, match="teacher drops out"):
         Estimator("k1")
-    assert close(expected(K1(), P, Q), (0, 0, 0, 0), 12) and close(expected(K1(), P, P[::-1]), (0, 0, 0, 0), 12)
+    assert close(expected(K1(), P, Q), (0, 0, 0, 0), 12) and close(
+        expected(K1(), P, P[::-1]), (0, 0, 0, 0), 12
+    )
     assert close(expected(Estimator("k1+"), P, Q), REVERSE_GRAD)
 
 
@@ -105,7 +111,9 @@ def test_E5_a_credit_never_carries_a_gradient():
     s, t = student.log_softmax(-1)[0, 0, 0], teacher.log_softmax(-1)[0, 0, 0]
     (right,) = torch.autograd.grad(-(t - s).detach() * s, student, retain_graph=True)
     (wrong,) = torch.autograd.grad(-(t - s) * s, student)
-    assert torch.allclose(out.grad, right, rtol=0, atol=1e-12) and not torch.allclose(out.grad, wrong, atol=0.1)
+    assert torch.allclose(out.grad, right, rtol=0, atol=1e-12) and not torch.allclose(
+        out.grad, wrong, atol=0.1
+    )
 
 
 def test_E5_facts_come_without_a_gradient():
@@ -119,7 +127,10 @@ def test_E5_facts_come_without_a_gradient():
 def test_E6_discount_zero_is_the_per_token_objective_and_one_sums_what_follows():
     case = fabricate(load("opd").objective)
     assert load("opd", discount=0.0).objective == load("opd").objective
-    token, whole = case.run(load("opd").objective).terms[0], case.run(load("opd", discount=1.0).objective).terms[0]
+    token, whole = (
+        case.run(load("opd").objective).terms[0],
+        case.run(load("opd", discount=1.0).objective).terms[0],
+    )
     r = torch.where(case.mask, token.credit, 0.0)
     naive = torch.stack([torch.where(case.mask[:, t], r[:, t:].sum(1), 0.0) for t in range(7)], 1)
     assert torch.allclose(whole.credit, naive, rtol=0, atol=1e-12)
@@ -131,7 +142,8 @@ def test_E7_the_teachers_credit_is_not_standardised():
     once, ten = (case.run(Objective(PolicyGradient(c))) for c in (CREDIT, 10 * CREDIT))
     assert torch.allclose(ten.grad, 10 * once.grad, rtol=1e-12)
     mixed = case.run(grpo() + PolicyGradient(CREDIT))
-    assert torch.equal(mixed.terms[1].credit, once.terms[0].credit)  # nor when a reward stands beside it
+    # nor when a reward stands beside it
+    assert torch.equal(mixed.terms[1].credit, once.terms[0].credit)
 
 
 @pytest.mark.parametrize("reward", [[1.0] * 6, [0.0] * 6])
@@ -142,24 +154,44 @@ def test_E8_no_variance_of_the_reward_leaves_the_teacher(reward):
     assert out.terms[0].value == 0 and torch.equal(out.grad, alone.grad) and alone.grad.norm() > 0
 
 
-@pytest.mark.parametrize("name", ["opd", "gkd", "exopd", "tropd", "iw_opd", "position_opd", "scope", "vopd"])
+@pytest.mark.parametrize(
+    "name", ["opd", "gkd", "exopd", "tropd", "iw_opd", "position_opd", "scope", "vopd"]
+)
 @pytest.mark.parametrize("correct", [True, False])
 def test_E8_a_prompt_with_one_rollout_of_one_token_still_learns(name, correct):
-    student, teacher, reference = (torch.tensor([[z]], dtype=torch.float64) for z in (Z_S, Z_T, Z_T[::-1]))
+    student, teacher, reference = (
+        torch.tensor([[z]], dtype=torch.float64) for z in (Z_S, Z_T, Z_T[::-1])
+    )
     models = {"teacher": teacher, "reference": reference}
-    out = evaluate(load(name), student, torch.tensor([[1]]), models=models, correct=[correct], group=[0])
+    out = evaluate(
+        load(name), student, torch.tensor([[1]]), models=models, correct=[correct], group=[0]
+    )
     assert out.grad.isfinite().all() and out.grad.norm() > 0.05
 
 
 def test_R5_an_agreeing_teacher_is_zero_for_every_estimator_and_weighting():
     student = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ids = torch.randint(6, (3, 4), generator=torch.Generator().manual_seed(1))
-    weights = [1, 0.5, Exp(Entropy("student")), MeanOne(Entropy("teacher")), Advantage("mean"), abs(CREDIT) + 1]
+    weights = [
+        1,
+        0.5,
+        Exp(Entropy("student")),
+        MeanOne(Entropy("teacher")),
+        Advantage("mean"),
+        abs(CREDIT) + 1,
+    ]
     losses = [PolicyGradient(CREDIT), *(Estimator(k) for k in ("k2", "k3", "k1+", "k3+"))]
     losses += [Divergence(k, k=n) for k in ("reverse_kl", "forward_kl", "jsd") for n in (None, 6)]
     for loss in losses:
         for weight in weights:
             for over in ("tokens", "own", "rows", "row_sums", 7):
                 term = (Term(loss) * weight).per(over)
-                out = evaluate(term, student, ids, models={"teacher": student}, reward=[1.0, 0.0, 0.5], group=[0, 0, 0])
+                out = evaluate(
+                    term,
+                    student,
+                    ids,
+                    models={"teacher": student},
+                    reward=[1.0, 0.0, 0.5],
+                    group=[0, 0, 0],
+                )
                 assert abs(out.loss) < 1e-12 and out.grad.abs().max() < 1e-12, str(term)

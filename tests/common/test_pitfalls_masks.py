@@ -1,4 +1,6 @@
-"""Faults of masks, alignment and reduction that other systems shipped (PITFALLS M2 to M5, M7, M9): named by their number."""
+"""Faults of masks, alignment and reduction that other systems shipped (PITFALLS M2 to M5, M7, M9):
+named by their number.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,19 @@ def test_M2_column_t_of_every_model_scores_token_t():
     for name, z in {"student": case.before, "sampler": case.sampler, **case.models}.items():
         if LogpFact(name) in batch.facts:
             for b, t in case.mask.nonzero().tolist():
-                assert close(batch[name].logp[b, t], z[b, t].log_softmax(-1)[case.tokens[b, t]].item(), 12)
+                assert close(
+                    batch[name].logp[b, t], z[b, t].log_softmax(-1)[case.tokens[b, t]].item(), 12
+                )
 
 
 def test_M2_a_teacher_one_position_off_is_seen():
     student = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ids = torch.zeros(2, 5, dtype=torch.int64)
     for name in ("opd", "gkd", "vopd"):
-        right, off = (evaluate(load(name), student, ids, models={"teacher": t}) for t in (student, student.roll(1, 1)))
+        right, off = (
+            evaluate(load(name), student, ids, models={"teacher": t})
+            for t in (student, student.roll(1, 1))
+        )
         assert abs(right.loss) < 1e-15 and right.grad.norm() < 1e-15 and off.grad.norm() > 0.01
 
 
@@ -50,7 +57,9 @@ def test_M3_empty_responses(name):
         mask = case.mask.clone()
         mask[list(empty)] = False
         out = replace(case, mask=mask).run(objective, [[0, 1, 2], [3, 4], [5]])
-        assert out.loss.isfinite() and out.grad.isfinite().all() and (out.grad[list(empty)] == 0).all()
+        assert (
+            out.loss.isfinite() and out.grad.isfinite().all() and (out.grad[list(empty)] == 0).all()
+        )
         assert (out.loss == 0) == (len(empty) == 6)
         assert all(t.denominator.min() >= 1 for t in out.terms)
 
@@ -73,7 +82,8 @@ def test_M3_an_empty_row_is_as_good_as_none(name):
         {k: v[keep] for k, v in case.marks.items()},
         case.settings | {"keys": case.settings["keys"][keep]},
     )
-    if name == "scope":  # its prompts then have other members; compare where the row was alone in its set
+    # its prompts then have other members; compare where the row was alone in its set
+    if name == "scope":
         mask[4], keep = case.mask[4], torch.arange(6)
         fewer = case
     a, b = replace(case, mask=mask).run(objective), fewer.run(objective)
@@ -86,7 +96,8 @@ STEP = Case(torch.zeros(2, 9, dtype=torch.int64), ragged(LOSSES), mask_of(LOSSES
 
 
 @pytest.mark.parametrize(
-    ("over", "value"), [("tokens", 2.8), ("own", 2.8), ("rows", 2.0), ("row_sums", 14.0), (9, 28 / 18), (100, 0.14)]
+    ("over", "value"),
+    [("tokens", 2.8), ("own", 2.8), ("rows", 2.0), ("row_sums", 14.0), (9, 28 / 18), (100, 0.14)],
 )
 def test_M4_denominators(over, value):
     objective = Objective(Likelihood().per(over))
@@ -96,7 +107,12 @@ def test_M4_denominators(over, value):
 
 @pytest.mark.parametrize("over", ["tokens", "own", "rows", "row_sums", 5])
 @pytest.mark.parametrize(
-    "loss", [Likelihood() * Entropy("student"), PolicyGradient(Advantage()) * 2, Divergence("jsd") * Exp(Entropy("teacher"))]
+    "loss",
+    [
+        Likelihood() * Entropy("student"),
+        PolicyGradient(Advantage()) * 2,
+        Divergence("jsd") * Exp(Entropy("teacher")),
+    ],
 )
 def test_M4_micro_batches_do_not_change_the_gradient(loss, over):
     objective = Objective(loss.per(over))
@@ -104,20 +120,25 @@ def test_M4_micro_batches_do_not_change_the_gradient(loss, over):
     base = case.run(objective)
     for parts in ([[i] for i in range(6)], [[5, 0], [1, 2, 3], [4]], [[2], [0, 1, 3, 4, 5]]):
         out = case.run(objective, parts)
-        assert (out.grad - base.grad).norm() < 1e-9 * base.grad.norm() and close(out.loss, base.loss.item(), 12)
+        assert (out.grad - base.grad).norm() < 1e-9 * base.grad.norm() and close(
+            out.loss, base.loss.item(), 12
+        )
 
 
 def test_M4_neither_do_they_for_losses_over_whole_rollouts():
     objective = Objective(SequenceClipped(Advantage()).per("row_sums")) + Likelihood()
     case = fabricate(objective)
     base, split = case.run(objective), case.run(objective, [[i] for i in range(6)], chunk=2)
-    assert (split.grad - base.grad).norm() < 1e-9 * base.grad.norm() and close(split.loss, base.loss.item(), 12)
+    assert (split.grad - base.grad).norm() < 1e-9 * base.grad.norm() and close(
+        split.loss, base.loss.item(), 12
+    )
 
 
 def test_M5_only_trained_tokens_are_counted_over_the_whole_optimiser_step():
     case = fabricate(load("opd").objective)
     batch = case.batch(load("opd").objective)
-    for rows in (None, torch.tensor([0, 3]), torch.tensor([2])):  # several optimiser steps may share one batch of rollouts
+    # several optimiser steps may share one batch of rollouts
+    for rows in (None, torch.tensor([0, 3]), torch.tensor([2])):
         plan = load("opd").objective.plan(batch, rows)
         trained = case.mask if rows is None else case.mask[rows]
         assert plan.parts[0].denominator == trained.sum() and plan.mask.sum() == trained.sum()
@@ -129,7 +150,9 @@ CREDIT = LogRatio("teacher", "student")
 ONES = Exp(LogRatio("student", "student"))
 
 
-@pytest.mark.parametrize("loss", [PolicyGradient(CREDIT), Likelihood(), Divergence("reverse_kl"), Divergence("jsd", k=3)])
+@pytest.mark.parametrize(
+    "loss", [PolicyGradient(CREDIT), Likelihood(), Divergence("reverse_kl"), Divergence("jsd", k=3)]
+)
 @pytest.mark.parametrize("over", ["tokens", "own", "rows", "row_sums", 5])
 def test_M7_weights_of_one_are_no_weights(loss, over):
     case = fabricate(Objective(Term(loss)))
@@ -141,11 +164,20 @@ def test_M7_a_weight_scales_and_mean_one_divides_by_the_sum_of_weights():
     student, weights = [[-1.0, -2.0], [-3.0]], numbers(2.0, 5.0, 1.0)
     teacher = [[x + w for x, w in zip((-1.0, -2.0), weights[:2].log().tolist())], [-3.0]]
     by = {"models": {"teacher": [[min(x, -1e-9) for x in row] for row in teacher]}}
-    w = (ragged(by["models"]["teacher"])[mask_of(student)][:, 0] - ragged(student)[mask_of(student)][:, 0]).exp()
+    w = (
+        ragged(by["models"]["teacher"])[mask_of(student)][:, 0]
+        - ragged(student)[mask_of(student)][:, 0]
+    ).exp()
     losses = numbers(1.0, 2.0, 3.0)
     for over, value in (("tokens", (w * losses).sum() / 3), ("own", (w * losses).sum() / 3)):
-        assert close(on((Likelihood() * Exp(CREDIT)).per(over), student, **by).loss, value.item(), 12)
-    assert close(on(Likelihood() * MeanOne(Exp(CREDIT)), student, **by).loss, ((w * losses).sum() / w.sum()).item(), 12)
+        assert close(
+            on((Likelihood() * Exp(CREDIT)).per(over), student, **by).loss, value.item(), 12
+        )
+    assert close(
+        on(Likelihood() * MeanOne(Exp(CREDIT)), student, **by).loss,
+        ((w * losses).sum() / w.sum()).item(),
+        12,
+    )
     assert close(slopes(on(Likelihood() * 2, student), student), (-2 / 3,) * 3, 12)
 
 
@@ -173,5 +205,8 @@ def test_M9_under_top_p_the_sampled_estimator_is_off_by_the_log_of_the_kept_mass
 
 
 def test_M9_full_divergences_do_not_see_how_the_token_was_drawn():
-    grads = [evaluate(load("gkd"), logits(P), torch.tensor([[y]]), models={"teacher": logits(Q)}).grad for y in range(4)]
+    grads = [
+        evaluate(load("gkd"), logits(P), torch.tensor([[y]]), models={"teacher": logits(Q)}).grad
+        for y in range(4)
+    ]
     assert all(torch.equal(g, grads[0]) for g in grads)

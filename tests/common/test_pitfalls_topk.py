@@ -1,4 +1,6 @@
-"""Faults of top-k divergences that other systems shipped (PITFALLS K1 to K7): named by their number."""
+"""Faults of top-k divergences that other systems shipped (PITFALLS K1 to K7): named by their
+number.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +26,34 @@ def run(loss, student, teacher, **more) -> Evaluation:
 def test_K1_a_truncated_forward_kl_can_be_negative_and_still_learns():
     p, q = (0.6, 0.35, 0.03, 0.02), (0.5, 0.3, 0.12, 0.08)
     raw = run(Divergence("forward_kl", k=2), p, q)
-    assert close(raw.loss, -0.137406) and close(raw.grad[0, 0], 0.8 * numbers(*p) - numbers(0.5, 0.3, 0, 0), 12)
+    assert close(raw.loss, -0.137406) and close(
+        raw.grad[0, 0], 0.8 * numbers(*p) - numbers(0.5, 0.3, 0, 0), 12
+    )
     assert raw.grad.norm() > 0.04  # a clamp at zero would leave none
     tail = run(Divergence("forward_kl", k=2, rest="tail"), p, q)
-    assert close(tail.loss, 0.139853) and close(tail.loss, run(Divergence("forward_kl"), p, q).loss.item(), 12)
+    assert close(tail.loss, 0.139853) and close(
+        tail.loss, run(Divergence("forward_kl"), p, q).loss.item(), 12
+    )
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "tv", "hellinger2", "chi2"])
 def test_K1_with_the_tail_it_is_between_zero_and_the_whole(kind):
     for seed in range(30):
-        p, q = torch.randn(2, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(2).softmax(-1).tolist()
+        p, q = (
+            torch.randn(2, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            .mul(2)
+            .softmax(-1)
+            .tolist()
+        )
         whole = run(Divergence(kind), p, q).loss
         for support in ("teacher", "student"):
-            part = [run(Divergence(kind, k=k, support=support, rest="tail"), p, q).loss.item() for k in (1, 3, 5, 7)]
-            assert 0 <= part[0] <= part[1] + 1e-12 <= part[2] + 2e-12 <= part[3] + 3e-12 and close(whole, part[3], 9)
+            part = [
+                run(Divergence(kind, k=k, support=support, rest="tail"), p, q).loss.item()
+                for k in (1, 3, 5, 7)
+            ]
+            assert 0 <= part[0] <= part[1] + 1e-12 <= part[2] + 2e-12 <= part[3] + 3e-12 and close(
+                whole, part[3], 9
+            )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +66,9 @@ def test_K1_with_the_tail_it_is_between_zero_and_the_whole(kind):
 )
 def test_K2_the_raw_students_top_k_rewards_leaking(p, raw, full):
     q = (0.4, 0.3, 0.2, 0.1)
-    assert close(run(Divergence("reverse_kl", k=2), p, q).loss, raw) and close(run(Divergence("reverse_kl"), p, q).loss, full)
+    assert close(run(Divergence("reverse_kl", k=2), p, q).loss, raw) and close(
+        run(Divergence("reverse_kl"), p, q).loss, full
+    )
     for rest in ("renormalise", "tail"):  # what to use instead: never below zero
         assert run(Divergence("reverse_kl", k=2, rest=rest), p, q).loss >= -1e-12
 
@@ -80,9 +98,14 @@ def test_K3_a_k_of_the_whole_vocabulary_is_the_full_divergence(kind, support, re
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("sure", ["both", "student", "teacher"])
 def test_K4_a_top_k_that_holds_all_mass_has_a_finite_tail(dtype, kind, sure):
-    sharp, flat = torch.tensor([[[30.0, 29.0, -30.0, -31.0]]], dtype=dtype), torch.tensor([[[1.0, 0.9, 0.0, -0.1]]], dtype=dtype)
+    sharp, flat = (
+        torch.tensor([[[30.0, 29.0, -30.0, -31.0]]], dtype=dtype),
+        torch.tensor([[[1.0, 0.9, 0.0, -0.1]]], dtype=dtype),
+    )
     student, teacher = (sharp if sure in ("both", who) else flat for who in ("student", "teacher"))
-    out = evaluate(Divergence(kind, k=2, rest="tail"), student, tokens(0), models={"teacher": teacher})
+    out = evaluate(
+        Divergence(kind, k=2, rest="tail"), student, tokens(0), models={"teacher": teacher}
+    )
     assert out.loss.isfinite() and out.grad.isfinite().all() and out.loss >= -1e-6
     assert out.loss < 1e-5 if sure == "both" else out.loss > 0.01
 
@@ -95,10 +118,12 @@ def test_K4_the_students_tail_has_a_floor_and_the_teachers_none():
     ls, lt = restrict(nearly, half, "tail")
     assert close(ls[-1], math.log(1e-8), 12) and close(lt[-1], math.log(0.5), 12)
     ls, lt = restrict(half, nearly, "tail")
-    assert close(lt[-1], math.log(1e-12), 3) and left_over(torch.zeros(1).double()) == 0  # as small as it is
+    # as small as it is
+    assert close(lt[-1], math.log(1e-12), 3) and left_over(torch.zeros(1).double()) == 0
 
 
-# A server's answer: ids and log-probs, k + 1 or fewer entries, in any order, an absent entry -inf under id 0.
+# A server's answer: ids and log-probs, k + 1 or fewer entries, in any order, an absent entry -inf
+# under id 0.
 STUDENT = numbers(0.1, 0.5, 0.2, 0.15, 0.05).log()
 
 
@@ -131,9 +156,17 @@ def test_K5_entries_are_read_by_token_id_not_by_column(kind, rest):
 @pytest.mark.parametrize("rest", ["raw", "renormalise", "target", "tail"])
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "tv"])
 def test_K6_padded_entries_have_no_value_and_no_gradient(kind, rest):
-    """Token 0 stands in the padding: it is no candidate, so only the softmax's own pull may move it."""
-    short = served(list(NAMED), list(NAMED.values()), Divergence(kind, k=3, support="teacher", rest=rest))
-    padded = served([*NAMED, 0, 0], [*NAMED.values(), -math.inf, -math.inf], Divergence(kind, k=5, support="teacher", rest=rest))
+    """Token 0 stands in the padding: it is no candidate, so only the softmax's own pull may move
+    it.
+    """
+    short = served(
+        list(NAMED), list(NAMED.values()), Divergence(kind, k=3, support="teacher", rest=rest)
+    )
+    padded = served(
+        [*NAMED, 0, 0],
+        [*NAMED.values(), -math.inf, -math.inf],
+        Divergence(kind, k=5, support="teacher", rest=rest),
+    )
     assert close(padded.loss, short.loss.item(), 12) and close(padded.grad, short.grad, 12)
     if rest == "renormalise":
         assert abs(padded.grad[0, 0]) < 1e-15
@@ -152,10 +185,15 @@ def test_K7_whose_top_k_is_named_and_matters():
         for s in ("teacher", "student", "union", "intersection")
     }
     entry = numbers(*p) * (numbers(*p) / numbers(*q)).log()
-    sets = {"teacher": [3, 1], "student": [0, 1], "union": [0, 1, 3], "intersection": [1]}  # token 1, named twice, counts once
+    # token 1, named twice, counts once
+    sets = {"teacher": [3, 1], "student": [0, 1], "union": [0, 1, 3], "intersection": [1]}
     for support, ids in sets.items():
         assert losses[support] == pytest.approx(entry[ids].sum().item(), abs=1e-12)
-    assert [Divergence(k, k=2).support for k in ("forward_kl", "reverse_kl", "jsd")] == ["teacher", "student", "union"]
+    assert [Divergence(k, k=2).support for k in ("forward_kl", "reverse_kl", "jsd")] == [
+        "teacher",
+        "student",
+        "union",
+    ]
     assert "support=teacher" in str(Divergence("reverse_kl", k=2, support="teacher"))
 
 

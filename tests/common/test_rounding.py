@@ -1,4 +1,6 @@
-"""What tests allow for rounding is more than rounding takes, on any processor, and far less than a fault would."""
+"""What tests allow for rounding is more than rounding takes, on any processor, and far less than a
+fault would.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def test_errors_are_proportional_to_the_precision() -> None:
 
 
 def test_a_model_that_amplifies_rounding_is_told() -> None:
-    """Adapters of ones swamp the weights they stand beside: all outputs of a layer are nearly one number, and differ by little."""
+    """Adapters of ones swamp the weights they stand beside: all outputs of a layer are nearly one
+    number, and differ by little.
+    """
     pytest.importorskip("peft")
     model = with_adapters(tiny_model(hidden=64, seed=1, spread=0.1), Lora(r=4))
     for name, p in model.named_parameters():

@@ -1,4 +1,6 @@
-"""Tiny models and tokenizers for tests: seconds on a CPU, no network, the same code paths as the real ones."""
+"""Tiny models and tokenizers for tests: seconds on a CPU, no network, the same code paths as the
+real ones.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import Any
 import torch
 
 VOCAB = 320  # 3 special tokens, 256 bytes, 61 merges
-PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2; END is the end-of-sequence token
+# ids 0, 1, 2; END is the end-of-sequence token
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 TEXTS = (
     "What is 12 plus 30? The answer is 42.",
     "Question: Tom has 3 apples and buys 4 more. How many apples does Tom have?",
@@ -17,13 +20,18 @@ TEXTS = (
     "user assistant system",
 )
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' "
+    "}}{% endif %}"
 )
 
 
-def tiny_tokenizer(texts: Sequence[str] | None = None, vocab_size: int = VOCAB, chat_template: bool = True) -> Any:
-    """A byte-level BPE tokenizer trained on `texts`: at most `vocab_size` entries, every text decodes back exactly."""
+def tiny_tokenizer(
+    texts: Sequence[str] | None = None, vocab_size: int = VOCAB, chat_template: bool = True
+) -> Any:
+    """A byte-level BPE tokenizer trained on `texts`: at most `vocab_size` entries, every text
+    decodes back exactly.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +46,11 @@ def tiny_tokenizer(texts: Sequence[str] | None = None, vocab_size: int = VOCAB, 
     )
     core.train_from_iterator(texts or TEXTS, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False, model_max_length=4096
+        tokenizer_object=core,
+        eos_token=END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
     )
     if chat_template:
         tokenizer.chat_template = TEMPLATE
@@ -56,11 +68,17 @@ def tiny_model(
 ) -> Any:
     """A random causal LM in float32 and eval mode: kind is qwen3, llama, gemma2, granite or cohere.
 
-    `spread` is the standard deviation of its weights: at the usual 0.02 a tiny model is almost uniform and tests would see nothing.
+    `spread` is the standard deviation of its weights: at the usual 0.02 a tiny model is almost
+    uniform and tests would see nothing.
     """
     import transformers as hf
 
-    kinds = {"qwen3": hf.Qwen3Config, "llama": hf.LlamaConfig, "gemma2": hf.Gemma2Config, "granite": hf.GraniteConfig}
+    kinds = {
+        "qwen3": hf.Qwen3Config,
+        "llama": hf.LlamaConfig,
+        "gemma2": hf.Gemma2Config,
+        "granite": hf.GraniteConfig,
+    }
     kinds["cohere"] = hf.CohereConfig
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -80,14 +98,22 @@ def tiny_model(
         settings["query_pre_attn_scalar"] = hidden // 4
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = hf.AutoModelForCausalLM.from_config(kinds[kind](**(settings | config)), dtype=torch.float32)
+        model = hf.AutoModelForCausalLM.from_config(
+            kinds[kind](**(settings | config)), dtype=torch.float32
+        )
     return model.eval()
 
 
 def save_tiny(
-    path: str | Path, kind: str = "qwen3", texts: Sequence[str] | None = None, vocab_size: int = VOCAB, **model: Any
+    path: str | Path,
+    kind: str = "qwen3",
+    texts: Sequence[str] | None = None,
+    vocab_size: int = VOCAB,
+    **model: Any,
 ) -> str:
-    """Write a tiny model and its tokenizer as a Hugging Face checkpoint; returns the path as a string."""
+    """Write a tiny model and its tokenizer as a Hugging Face checkpoint; returns the path as a
+    string.
+    """
     tiny_tokenizer(texts, vocab_size).save_pretrained(path)
     tiny_model(kind, vocab_size, **model).save_pretrained(path)
     return str(path)

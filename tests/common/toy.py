@@ -1,4 +1,6 @@
-"""The shared numbers of the estimator tests, and the objective computed the naive way: everything dense, autograd, no chunks."""
+"""The shared numbers of the estimator tests, and the objective computed the naive way: everything
+dense, autograd, no chunks.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,25 @@ import torch
 from torch import Tensor
 
 from opdkit.objective.batch import Live
-from opdkit.objective.facts import ColumnFact, EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, TopFact
+from opdkit.objective.facts import (
+    ColumnFact,
+    EntropyFact,
+    Fact,
+    GapFact,
+    LogpAtFact,
+    LogpFact,
+    TopFact,
+)
 from opdkit.objective.grammar import Objective, RolloutLoss
 from opdkit.testing import Case
 
-# Two models over four tokens: their logits, probabilities, divergences, and the gradients with respect to the student's logits.
+# Two models over four tokens: their logits, probabilities, divergences, and the gradients with
+# respect to the student's logits.
 Z_S, Z_T = (2.0, 1.0, 0.0, -1.0), (0.5, 1.5, 0.0, 0.5)
-P = tuple(math.exp(z) / sum(map(math.exp, Z_S)) for z in Z_S)  # 0.643914, 0.236883, 0.087144, 0.032059
-Q = tuple(math.exp(z) / sum(map(math.exp, Z_T)) for z in Z_T)  # 0.187800, 0.510493, 0.113906, 0.187800
+# 0.643914, 0.236883, 0.087144, 0.032059
+P = tuple(math.exp(z) / sum(map(math.exp, Z_S)) for z in Z_S)
+# 0.187800, 0.510493, 0.113906, 0.187800
+Q = tuple(math.exp(z) / sum(map(math.exp, Z_T)) for z in Z_T)
 REVERSE, FORWARD = 0.531530, 0.523059  # KL(P || Q), KL(Q || P)
 REVERSE_GRAD = (0.451164, -0.307792, -0.069658, -0.073714)
 FORWARD_GRAD = (0.456114, -0.273611, -0.026762, -0.155741)  # P - Q
@@ -38,9 +51,15 @@ def naive_fact(fact: Fact, logps: dict[str, Tensor], tokens: Tensor) -> Tensor:
 def naive(objective: Objective, case: Case) -> tuple[Tensor, Tensor]:
     """Loss and gradient [B, T, V] of a case: dense facts, one graph over all logits, one backward."""
     batch = case.batch(objective)
-    logps = {name: source.logits(torch.arange(case.tokens.numel())).log_softmax(-1) for name, source in batch.sources.items()}
+    logps = {
+        name: source.logits(torch.arange(case.tokens.numel())).log_softmax(-1)
+        for name, source in batch.sources.items()
+    }
     logps = {name: lp.view(*case.tokens.shape, -1) for name, lp in logps.items()}
-    batch.facts = {f: v if isinstance(f, ColumnFact) else naive_fact(f, logps, case.tokens) for f, v in batch.facts.items()}
+    batch.facts = {
+        f: v if isinstance(f, ColumnFact) else naive_fact(f, logps, case.tokens)
+        for f, v in batch.facts.items()
+    }
     leaf = case.student.clone().requires_grad_()
     loss = torch.zeros((), dtype=leaf.dtype)
     for part in objective.plan(batch).parts:
@@ -48,8 +67,15 @@ def naive(objective: Objective, case: Case) -> tuple[Tensor, Tensor]:
         rows = at.div(case.tokens.shape[1], rounding_mode="floor").unique()
         if isinstance(part.term.loss, RolloutLoss):
             logp = leaf.log_softmax(-1).gather(-1, case.tokens[..., None])[..., 0]
-            scale = torch.stack([s[w != 0][0] for s, w in zip(part.scale[rows], part.weight[rows])]) if len(rows) else rows
-            loss = loss + (scale * part.term.loss.value(logp[rows], batch.mask[rows], rows, batch)).sum()
+            scale = (
+                torch.stack([s[w != 0][0] for s, w in zip(part.scale[rows], part.weight[rows])])
+                if len(rows)
+                else rows
+            )
+            loss = (
+                loss
+                + (scale * part.term.loss.value(logp[rows], batch.mask[rows], rows, batch)).sum()
+            )
         else:
             live = Live(batch, at, leaf.flatten(0, 1)[at])
             loss = loss + (part.scale.flatten()[at] * part.term.loss.value(live)).sum()  # type: ignore[attr-defined]

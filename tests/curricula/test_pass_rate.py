@@ -9,7 +9,10 @@ from opdkit.types import Rollout
 
 
 def rollouts(prompt, results, **more):
-    return [Rollout(f"{prompt}/{i}", [1], [2], [True], [0.0], [0.0], prompt, correct=r, **more) for i, r in enumerate(results)]
+    return [
+        Rollout(f"{prompt}/{i}", [1], [2], [True], [0.0], [0.0], prompt, correct=r, **more)
+        for i, r in enumerate(results)
+    ]
 
 
 def test_share_of_the_last_rollouts():
@@ -17,8 +20,10 @@ def test_share_of_the_last_rollouts():
     memory = curriculum.observe(rollouts("a", [True, False]) + rollouts("b", [False]), memory)
     assert memory["pass_rate"] == {"a": 0.5, "b": 0.0} and memory["other"] == 1
     memory = curriculum.observe(rollouts("a", [True, True, True]), memory)
-    assert memory["pass_rate"] == {"a": 0.75, "b": 0.0}  # the last four of a: False, True, True, True
-    assert curriculum.observe(rollouts("b", [True] * 6), memory)["pass_rate"]["b"] == 1.0  # a visit counts whole
+    # the last four of a: False, True, True, True
+    assert memory["pass_rate"] == {"a": 0.75, "b": 0.0}
+    # a visit counts whole
+    assert curriculum.observe(rollouts("b", [True] * 6), memory)["pass_rate"]["b"] == 1.0
 
 
 def test_survives_a_checkpoint_and_leaves_the_past_alone():
@@ -31,5 +36,7 @@ def test_survives_a_checkpoint_and_leaves_the_past_alone():
 
 
 def test_rewards_stand_in_for_correctness_and_none_teaches_nothing():
-    memory = PassRates().observe(rollouts("a", [None, None], reward=0.5) + rollouts("b", [None]), {})
+    memory = PassRates().observe(
+        rollouts("a", [None, None], reward=0.5) + rollouts("b", [None]), {}
+    )
     assert memory["pass_rate"] == {"a": 1.0}

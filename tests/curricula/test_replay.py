@@ -14,7 +14,15 @@ from opdkit.types import Rollout
 
 def rollout(name: str, **changes) -> Rollout:
     plain = Rollout(
-        name, [1, 2], [3, 4], [True, True], [-0.5, -0.1], [-0.5, -0.1], "p", marks={"guided": [True, False]}, row={"a": 1}
+        name,
+        [1, 2],
+        [3, 4],
+        [True, True],
+        [-0.5, -0.1],
+        [-0.5, -0.1],
+        "p",
+        marks={"guided": [True, False]},
+        row={"a": 1},
     )
     return replace(plain, **changes)
 
@@ -36,7 +44,9 @@ def test_share_stays_at_one():
     assert Replay().validated(5.0, memory)["phi"] == 1.0
 
 
-@pytest.mark.parametrize(("schedule", "q"), [("decreasing", 0.15), ("constant", 0.1), ("increasing", 0.05)])
+@pytest.mark.parametrize(
+    ("schedule", "q"), [("decreasing", 0.15), ("constant", 0.1), ("increasing", 0.05)]
+)
 def test_fresh_share(schedule, q):
     assert Replay(schedule).fresh(0.2, 500, 2000) == pytest.approx(q, abs=1e-12)
 
@@ -57,7 +67,9 @@ def test_threshold_is_the_share_before_anything_is_validated():
 
 
 def test_shares_over_many_steps():
-    """phi 0.6, constant: 0.3 written anew, 0.3 replayed, 0.4 from the data; deviation of 4000 draws 0.008."""
+    """phi 0.6, constant: 0.3 written anew, 0.3 replayed, 0.4 from the data; deviation of 4000 draws
+    0.008.
+    """
     memory = {"phi": 0.6, "store": [{}] * 10}
     replay = Replay("constant", capacity=10)
     seen = [replay.source(step, 1, 3, memory) for step in range(4000)]
@@ -82,7 +94,9 @@ def test_replayed_responses_are_different_whole_and_survive_a_checkpoint():
     drawn = replay.replay(5, 7, 0, memory)
     assert len({r.id for r in drawn}) == 5 and drawn[0] == rollout(drawn[0].id)
     assert drawn == replay.replay(5, 7, 0, memory)
-    assert {r.id for step in range(20) for r in replay.replay(5, step, 0, memory)} == set("01234567")
+    assert {r.id for step in range(20) for r in replay.replay(5, step, 0, memory)} == set(
+        "01234567"
+    )
 
 
 def test_a_store_smaller_than_a_batch_is_explained():

@@ -1,4 +1,6 @@
-"""A cache gives back what was put in, to float16; it notices a changed byte, and says what it does not hold."""
+"""A cache gives back what was put in, to float16; it notices a changed byte, and says what it does
+not hold.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,24 @@ from opdkit.types import Prompt, Rollout, Sampling
 from tests.common.tiny import tiny_tokenizer
 
 STUDENT, TEACHER = Identity("student", "a" * 64), Identity("teacher", "b" * 64)
-ORIGIN = Origin(STUDENT, TEACHER, "c" * 64, "d" * 64, 5, Sampling(num_generations=2), 0, 3, "float32", "float32", 2)
+ORIGIN = Origin(
+    STUDENT,
+    TEACHER,
+    "c" * 64,
+    "d" * 64,
+    5,
+    Sampling(num_generations=2),
+    0,
+    3,
+    "float32",
+    "float32",
+    2,
+)
 
 
-def stored(seed: int, prompts: int = 5, generations: int = 2, k: int = 3, length: int = 40) -> list[tuple[Rollout, Scored]]:
+def stored(
+    seed: int, prompts: int = 5, generations: int = 2, k: int = 3, length: int = 40
+) -> list[tuple[Rollout, Scored]]:
     """Made-up rollouts of every length from 1, with log-probs of every size."""
     rng = np.random.default_rng(seed)
 
@@ -47,16 +63,33 @@ def stored(seed: int, prompts: int = 5, generations: int = 2, k: int = 3, length
         prompt = rng.integers(300, size=1 + p).tolist()
         for g in range(generations):
             n = 1 + int(rng.integers(length))
-            row = {"id": f"q{p}", "prompt": f"Question {p}? é", "answer": str(p), "more": [1, {"a": None}]}
+            row = {
+                "id": f"q{p}",
+                "prompt": f"Question {p}? é",
+                "answer": str(p),
+                "more": [1, {"a": None}],
+            }
             tokens, logp = rng.integers(300, size=n).tolist(), logps(n).tolist()
             made = Rollout(
-                f"q{p}/{g}", prompt, tokens, [True] * n, logp, logp, f"q{p}", 0, ["stop", "length"][g], f"text {g}\n", row=row
+                f"q{p}/{g}",
+                prompt,
+                tokens,
+                [True] * n,
+                logp,
+                logp,
+                f"q{p}",
+                0,
+                ["stop", "length"][g],
+                f"text {g}\n",
+                row=row,
             )
             out.append((made, Scored(logps(n), rng.integers(300, size=(n, k)), logps(n, k))))
     return out
 
 
-def write(folder: Path, pairs: list[tuple[Rollout, Scored]], origin: Origin = ORIGIN, drawn: bool = False) -> Path:
+def write(
+    folder: Path, pairs: list[tuple[Rollout, Scored]], origin: Origin = ORIGIN, drawn: bool = False
+) -> Path:
     """A cache of these rollouts, two prompts to a shard."""
     folder.mkdir(parents=True, exist_ok=True)
     size, entries = origin.prompts_per_shard * origin.sampling.num_generations, {}
@@ -84,13 +117,17 @@ def half(values: Any) -> np.ndarray:
 
 def test_what_was_put_in_comes_back_rounded_to_float16(folder: Path) -> None:
     cache, pairs = open_cache(folder), stored(0)
-    assert [row["id"] for row in cache.rows] == ["q0", "q1", "q2", "q3", "q4"] and cache.rows[2] == pairs[4][0].row
+    assert [row["id"] for row in cache.rows] == ["q0", "q1", "q2", "q3", "q4"] and cache.rows[
+        2
+    ] == pairs[4][0].row
     for number, (rollout, scores) in reversed(list(enumerate(pairs))):  # in any order
         again = cache.rollouts(prompt(rollout))[number % 2]
         rounded = half(rollout.logp).tolist()
         assert again == replace(rollout, logp=rounded, drawn_logp=rounded, policy_version=-1)
         found = cache.scores(again)
-        assert (found.logp == half(scores.logp)).all() and (found.top_logp == half(scores.top_logp)).all()
+        assert (found.logp == half(scores.logp)).all() and (
+            found.top_logp == half(scores.top_logp)
+        ).all()
         assert (found.top_ids == scores.top_ids).all()
 
 
@@ -99,7 +136,10 @@ def test_the_rounding_is_relative_to_the_eleventh_bit(tmp_path: Path) -> None:
     cache = open_cache(write(tmp_path / "c", pairs, replace(ORIGIN, prompts=40)))
     exact = np.concatenate([s.logp for _, s in pairs])
     found = np.concatenate([cache.scores(r).logp.astype(np.float32) for r, _ in pairs])
-    assert len(exact) > 5000 and (np.abs(found - exact) <= np.maximum(np.abs(exact) * 2**-11, 2**-25)).all()
+    assert (
+        len(exact) > 5000
+        and (np.abs(found - exact) <= np.maximum(np.abs(exact) * 2**-11, 2**-25)).all()
+    )
     relative = np.abs(found - exact) / np.abs(exact)
     assert relative[np.abs(exact) > 1e-4].max() > 2**-12  # the bound is no wider than need be
 
@@ -107,7 +147,9 @@ def test_the_rounding_is_relative_to_the_eleventh_bit(tmp_path: Path) -> None:
 def test_a_log_prob_takes_about_two_bytes_whatever_its_value(tmp_path: Path) -> None:
     """Random ones, which no compression makes smaller than they must be."""
     pairs = stored(2, prompts=64, k=20, length=300)
-    path = write(tmp_path / "c", pairs, replace(ORIGIN, prompts=64, prompts_per_shard=64, top_k=20)) / shard_name(0)
+    path = write(
+        tmp_path / "c", pairs, replace(ORIGIN, prompts=64, prompts_per_shard=64, top_k=20)
+    ) / shard_name(0)
     file = shards.Shard.open(path).file
     tokens = sum(len(r.tokens) for r, _ in pairs)
     sizes = dict.fromkeys(file.schema_arrow.names, 0)
@@ -115,7 +157,9 @@ def test_a_log_prob_takes_about_two_bytes_whatever_its_value(tmp_path: Path) -> 
         for column in range(file.metadata.num_columns):
             part = file.metadata.row_group(group).column(column)
             sizes[part.path_in_schema.split(".")[0]] += part.total_compressed_size
-    assert 1.5 < sizes["teacher_logp"] / tokens < 2.2 and 1.5 < sizes["top_logp"] / tokens / 20 < 2.2
+    assert (
+        1.5 < sizes["teacher_logp"] / tokens < 2.2 and 1.5 < sizes["top_logp"] / tokens / 20 < 2.2
+    )
 
 
 def test_minus_infinity_and_a_distribution_of_ones_own_are_kept(tmp_path: Path) -> None:
@@ -125,22 +169,30 @@ def test_minus_infinity_and_a_distribution_of_ones_own_are_kept(tmp_path: Path) 
     cache = open_cache(write(tmp_path / "c", [(rollout, scores), *rest], drawn=True))
     assert cache.scores(cache.rollouts(prompt(rollout))[0]).top_logp[0, 2] == -np.inf
     again = cache.rollouts(prompt(rollout))[0]
-    assert again.drawn_logp == half(rollout.drawn_logp).tolist() and again.logp == half(rollout.logp).tolist()
+    assert (
+        again.drawn_logp == half(rollout.drawn_logp).tolist()
+        and again.logp == half(rollout.logp).tolist()
+    )
 
 
 def test_only_the_columns_and_row_groups_that_are_asked_for_are_read(tmp_path: Path) -> None:
     pairs = stored(4, prompts=40)
-    cache = open_cache(write(tmp_path / "c", pairs, replace(ORIGIN, prompts=40, prompts_per_shard=40)))
+    cache = open_cache(
+        write(tmp_path / "c", pairs, replace(ORIGIN, prompts=40, prompts_per_shard=40))
+    )
     rollout = pairs[50][0]
     seen = []
     real = shards.Shard.read
     try:
-        shards.Shard.read = lambda self, columns, group=None: seen.append((group, columns)) or real(self, columns, group)  # type: ignore[method-assign, func-returns-value]
+        shards.Shard.read = lambda self, columns, group=None: (
+            seen.append((group, columns)) or real(self, columns, group)
+        )  # type: ignore[method-assign, func-returns-value]
         cache.rollouts(prompt(rollout))
         cache.rollouts(prompt(rollout))
     finally:
         shards.Shard.read = real  # type: ignore[method-assign]
-    assert seen == [(3, ("tokens", "finish", "text", "logp", "drawn_logp"))]  # the fourth sixteen; the second time nothing
+    # the fourth sixteen; the second time nothing
+    assert seen == [(3, ("tokens", "finish", "text", "logp", "drawn_logp"))]
 
 
 def test_a_cache_is_opened_once_until_a_file_changes(folder: Path) -> None:
@@ -157,7 +209,10 @@ def test_any_changed_byte_is_found_and_its_shard_named(folder: Path) -> None:
         good = path.read_bytes()
         at, bit = rng.randrange(len(good)), 1 << rng.randrange(8)
         path.write_bytes(good[:at] + bytes([good[at] ^ bit]) + good[at + 1 :])
-        with pytest.raises(UserError, match=f"{path.name} is damaged: .*digest differs.*rewrites that shard and no other"):
+        with pytest.raises(
+            UserError,
+            match=f"{path.name} is damaged: .*digest differs.*rewrites that shard and no other",
+        ):
             open_cache(folder)
         path.write_bytes(good)
     path.unlink()
@@ -171,12 +226,21 @@ def manifest(folder: Path, **changes: Any) -> None:
 
 
 def test_a_manifest_reads_as_it_was_written(folder: Path) -> None:
-    assert read_manifest(folder).origin == ORIGIN and is_cache(folder) and not is_cache(folder.parent) and not is_cache(None)
+    assert (
+        read_manifest(folder).origin == ORIGIN
+        and is_cache(folder)
+        and not is_cache(folder.parent)
+        and not is_cache(None)
+    )
     before = (folder / "manifest.json").read_bytes()
     read_manifest(folder).write(folder)
     assert (folder / "manifest.json").read_bytes() == before
     told = json.loads(before)
-    assert told["complete"] and told["rollouts"] == 10 and told["tokens"] == sum(len(r.tokens) for r, _ in stored(0))
+    assert (
+        told["complete"]
+        and told["rollouts"] == 10
+        and told["tokens"] == sum(len(r.tokens) for r, _ in stored(0))
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,7 +253,9 @@ def test_a_manifest_reads_as_it_was_written(folder: Path) -> None:
         ({"shards": [{"name": "x"}]}, "is damaged"),
     ],
 )
-def test_a_manifest_of_something_else_is_refused(folder: Path, change: dict[str, Any], words: str) -> None:
+def test_a_manifest_of_something_else_is_refused(
+    folder: Path, change: dict[str, Any], words: str
+) -> None:
     manifest(folder, **change)
     with pytest.raises(UserError, match=words):
         verified(folder)
@@ -211,7 +277,9 @@ def test_other_tokens_than_those_that_were_scored_are_refused(folder: Path) -> N
         replace(rollout, tokens=rollout.tokens[:-1]),
         replace(rollout, prompt=[1, *rollout.prompt]),
     ):
-        with pytest.raises(UserError, match="q1/1 has other tokens than the one that the teacher scored"):
+        with pytest.raises(
+            UserError, match="q1/1 has other tokens than the one that the teacher scored"
+        ):
             cache.scores(other)
     with pytest.raises(UserError, match=r"0/q1/1 is not in .*its teacher never scored it"):
         cache.scores(replace(rollout, id="0/q1/1"))
@@ -223,9 +291,13 @@ def test_other_tokens_than_those_that_were_scored_are_refused(folder: Path) -> N
 
 def test_its_prompts_are_the_stored_ids_and_its_tokenizer_must_be_the_one(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    cache = open_cache(write(tmp_path / "c", stored(0), replace(ORIGIN, tokenizer=tokenizer_digest(tokenizer))))
+    cache = open_cache(
+        write(tmp_path / "c", stored(0), replace(ORIGIN, tokenizer=tokenizer_digest(tokenizer)))
+    )
     prompts = CachedPrompts(cache, cache.rows, tokenizer)
-    assert [p.tokens for p in prompts] == [r.prompt for r, _ in stored(0)[::2]] and prompts[3].row["answer"] == "3"
+    assert [p.tokens for p in prompts] == [r.prompt for r, _ in stored(0)[::2]] and prompts[3].row[
+        "answer"
+    ] == "3"
     assert len(CachedPrompts(cache, cache.rows, tokenizer, 3)) == 3  # the longer ones are dropped
     with pytest.raises(UserError, match=r"data\.template writes prompts as text"):
         CachedPrompts(cache, cache.rows, tokenizer, template="{prompt}", chat=None)
@@ -234,9 +306,16 @@ def test_its_prompts_are_the_stored_ids_and_its_tokenizer_must_be_the_one(tmp_pa
 
 
 def test_what_differs_is_named_setting_by_setting() -> None:
-    assert ORIGIN.differences(replace(ORIGIN, student=replace(STUDENT, name="/elsewhere/student"))) == []
+    assert (
+        ORIGIN.differences(replace(ORIGIN, student=replace(STUDENT, name="/elsewhere/student")))
+        == []
+    )
     other = replace(
-        ORIGIN, top_k=8, sampling=replace(ORIGIN.sampling, temperature=0.7), teacher=Identity("teacher", "e" * 64), data="x"
+        ORIGIN,
+        top_k=8,
+        sampling=replace(ORIGIN.sampling, temperature=0.7),
+        teacher=Identity("teacher", "e" * 64),
+        data="x",
     )
     said = ORIGIN.differences(other)
     assert said == [
@@ -254,4 +333,7 @@ def test_notes_on_the_pair_of_models(tmp_path: Path) -> None:
     assert "written by student (aaaaaaaaaaaa), not by the student trained (ffffffffffff)" in note
     assert replace(ORIGIN, sft_teacher=Identity("my/teacher", "b" * 64)).notes() == []
     (note,) = replace(ORIGIN, sft_teacher=Identity("other")).notes()
-    assert "fine-tuned on responses of other, and teacher (bbbbbbbbbbbb) scored" in note and "biased" in note
+    assert (
+        "fine-tuned on responses of other, and teacher (bbbbbbbbbbbb) scored" in note
+        and "biased" in note
+    )

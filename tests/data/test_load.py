@@ -25,7 +25,7 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------ columns
+# ------------------------------------------------------------------------------------------ columns
 
 
 @pytest.mark.parametrize(
@@ -45,14 +45,24 @@ def write(path: Path, rows: list[dict]) -> Path:
             "\\frac{1}{3}",
             "x = 3,\nso \\boxed{\\frac{1}{3}}.",
         ),
-        ({"problem": "P", "solution": "x = 3,\nwhich we guess"}, "P", None, "x = 3,\nwhich we guess"),
+        (
+            {"problem": "P", "solution": "x = 3,\nwhich we guess"},
+            "P",
+            None,
+            "x = 3,\nwhich we guess",
+        ),
         ({"problem": "P", "solution": "$\\boxed{5}$"}, "P", "5", None),
         ({"problem": "P", "solution": "5"}, "P", "5", None),
         ({"problem": "P", "solution": "Thus\n5", "answer": "025"}, "P", "025", "Thus\n5"),
         ({"query": "Q", "ground_truth": [1, 2]}, "Q", "[1, 2]", None),
         ({"instruction": "Add.", "input": "1 1", "output": "2"}, "Add.\n\n1 1", None, "2"),
         ({"instruction": "Sing.", "input": "", "output": "La"}, "Sing.", None, "La"),
-        ({"prompt": CHAT[:1], "reward_model": {"ground_truth": "2", "style": "rule"}}, CHAT[:1], "2", None),
+        (
+            {"prompt": CHAT[:1], "reward_model": {"ground_truth": "2", "style": "rule"}},
+            CHAT[:1],
+            "2",
+            None,
+        ),
         ({"prompt": CHAT[:1], "reward_model": '{"ground_truth": 2}'}, CHAT[:1], "2", None),
         ({"prompt": "p", "final_answer": "9", "response": "it is 9"}, "p", "9", "it is 9"),
     ],
@@ -63,7 +73,17 @@ def test_layouts(row, prompt, answer, response):
 
 
 @pytest.mark.parametrize(
-    "column", ["teacher_id", "opd_teacher", "teacher", "teacher_tag", "tag", "domain", "data_source", "dataset"]
+    "column",
+    [
+        "teacher_id",
+        "opd_teacher",
+        "teacher",
+        "teacher_tag",
+        "tag",
+        "domain",
+        "data_source",
+        "dataset",
+    ],
 )
 def test_routing_columns(column):
     assert canonical({"prompt": "p", column: "math"})["teacher"] == "math"
@@ -71,7 +91,10 @@ def test_routing_columns(column):
 
 
 def test_the_most_explicit_route_wins():
-    assert canonical({"prompt": "p", "data_source": "gsm8k", "opd_teacher": "math"})["teacher"] == "math"
+    assert (
+        canonical({"prompt": "p", "data_source": "gsm8k", "opd_teacher": "math"})["teacher"]
+        == "math"
+    )
     assert canonical({"prompt": "p", "metadata": {"opd_teacher": "code"}})["teacher"] == "code"
     assert canonical({"prompt": "p", "extra_info": '{"teacher_id": "code"}'})["teacher"] == "code"
 
@@ -85,12 +108,23 @@ def test_a_rows_own_columns_stay():
         "canonical_solution": "  pass",
     }
     [out] = normalise([row])
-    assert out == {**row, "answer": None, "response": "  pass", "teacher": None, "id": "HumanEval/0"}
+    assert out == {
+        **row,
+        "answer": None,
+        "response": "  pass",
+        "teacher": None,
+        "id": "HumanEval/0",
+    }
     assert "id" not in row
 
 
 def test_ids_are_unique_and_stable():
-    rows = [{"prompt": "p", "id": 7}, {"prompt": "p", "id": "7"}, {"prompt": "p", "id": "7#2"}, {"prompt": "p"}]
+    rows = [
+        {"prompt": "p", "id": 7},
+        {"prompt": "p", "id": "7"},
+        {"prompt": "p", "id": "7#2"},
+        {"prompt": "p"},
+    ]
     assert [row["id"] for row in normalise(rows)] == ["7", "7#2", "7#2#2", "3"]
 
 
@@ -102,7 +136,13 @@ def test_normalised_rows_pass_through():
 def test_named_columns():
     row = {"q": "Q", "meta": {"gold": 5}, "prompt": "not this", "solver": "big", "key": "k"}
     named = {"prompt": "q", "answer": "meta.gold", "teacher": "solver", "id": "key"}
-    assert canonical(row, columns=named) == {"prompt": "Q", "answer": "5", "response": None, "teacher": "big", "id": "k"}
+    assert canonical(row, columns=named) == {
+        "prompt": "Q",
+        "answer": "5",
+        "response": None,
+        "teacher": "big",
+        "id": "k",
+    }
 
 
 @pytest.mark.parametrize(
@@ -111,13 +151,18 @@ def test_named_columns():
         (
             {"text": "x", "label": 1},
             None,
-            r"row 0 has no prompt: none of its columns \(text, label\) is a prompt.*question, problem",
+            r"row 0 has no prompt: none of its columns \(text, label\) is a prompt.*question, "
+            r"problem",
         ),
         ({"prompt": ""}, None, "row 0 has no prompt: its column 'prompt' is empty"),
         ({"prompt": 5}, None, "neither text nor messages, but int: '5'"),
         ({"prompt": [{"text": "x"}]}, None, "neither text nor messages, but list"),
         ({"messages": CHAT[1:]}, None, "only an assistant's message"),
-        ({"question": "x"}, {"prompt": "quest"}, r"does not have; did you mean 'question'\?. Its columns: question"),
+        (
+            {"question": "x"},
+            {"prompt": "quest"},
+            r"does not have; did you mean 'question'\?. Its columns: question",
+        ),
         ({"question": "x"}, {"promt": "question"}, r"did you mean 'prompt'\?"),
     ],
 )
@@ -126,7 +171,7 @@ def test_rows_that_cannot_be_read(row, columns, message):
         normalise([row], columns)
 
 
-# ------------------------------------------------------------------------------------------------------------ sources
+# ------------------------------------------------------------------------------------------ sources
 
 
 def test_files_of_all_kinds_hold_the_same_rows(tmp_path):
@@ -142,7 +187,9 @@ def test_files_of_all_kinds_hold_the_same_rows(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps({"version": 1, "data": rows}))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     expected = load_rows(rows)
-    assert [(r["prompt"], r["answer"], r["id"]) for r in expected] == [(f"äöü {i}", str(i), str(i)) for i in range(3)]
+    assert [(r["prompt"], r["answer"], r["id"]) for r in expected] == [
+        (f"äöü {i}", str(i), str(i)) for i in range(3)
+    ]
     for name in ("a.jsonl", "a.jsonl.gz", "a.json", "b.json", "a.parquet"):
         assert load_rows(tmp_path / name) == expected
         assert load_rows(str(tmp_path / name), limit=2) == expected[:2]
@@ -157,7 +204,9 @@ def test_folders_and_their_splits(tmp_path):
     from datasets import Dataset, DatasetDict
 
     train, test = [{"prompt": "a"}, {"prompt": "b"}], [{"prompt": "c"}]
-    plain, hub, shards, saved, saved_dict = (tmp_path / name for name in ("plain", "hub", "shards", "saved", "saved_dict"))
+    plain, hub, shards, saved, saved_dict = (
+        tmp_path / name for name in ("plain", "hub", "shards", "saved", "saved_dict")
+    )
     plain.mkdir(), (hub / "data").mkdir(parents=True), shards.mkdir()
     write(plain / "train.jsonl", train), write(plain / "test.jsonl", test)
     Dataset.from_list(train[:1]).to_parquet(hub / "data" / "train-00000-of-00002.parquet")
@@ -165,7 +214,9 @@ def test_folders_and_their_splits(tmp_path):
     Dataset.from_list(test).to_parquet(hub / "data" / "test-00000-of-00001.parquet")
     write(shards / "x.jsonl", train), write(shards / "y.jsonl", test)
     Dataset.from_list(train).save_to_disk(saved)
-    DatasetDict({"train": Dataset.from_list(train), "test": Dataset.from_list(test)}).save_to_disk(saved_dict)
+    DatasetDict({"train": Dataset.from_list(train), "test": Dataset.from_list(test)}).save_to_disk(
+        saved_dict
+    )
 
     def prompts(path, split=None):
         return "".join(row["prompt"] for row in load_rows(path, split=split))
@@ -187,7 +238,10 @@ def test_folders_and_their_splits(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "a"}\n{"prompt": \n', r"a.jsonl, line 2: not valid JSON \(.*this one begins '\{\"prompt\": "),
+        (
+            '{"prompt": "a"}\n{"prompt": \n',
+            r"a.jsonl, line 2: not valid JSON \(.*this one begins '\{\"prompt\": ",
+        ),
         ('\n["a"]\n', "a.jsonl, line 2: a row must be an object with columns, not list"),
         ("", "holds no rows"),
     ],
@@ -215,7 +269,11 @@ def test_sources_that_cannot_be_read(tmp_path):
         (tmp_path / "a.json", {}, "line 2: not valid JSON .*name the file .jsonl"),
         (tmp_path / "b.json", {}, "must hold a list of objects"),
         (tmp_path / "a.jsonl", {"split": "train"}, "which has no splits"),
-        (tmp_path / "bad.parquet", {}, "bad.parquet cannot be read .*: it is damaged, or not of the kind"),
+        (
+            tmp_path / "bad.parquet",
+            {},
+            "bad.parquet cannot be read .*: it is damaged, or not of the kind",
+        ),
         (tmp_path / "bad.jsonl.gz", {}, "cannot be read .EOFError"),
         (tmp_path / "latin.jsonl", {}, "cannot be read .UnicodeDecodeError"),
         (tmp_path / "empty", {}, "holds no data"),
@@ -244,32 +302,45 @@ def test_hub_names(monkeypatch):
     assert load_rows("openai/gsm8k:main")[0]["answer"] == "5"
     load_rows("openai/gsm8k", split="test[:10]")
     assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", None, "test[:10]")]
-    with pytest.raises(UserError, match=r"'a/absent' could not be read from the hub .*a/absent:CONFIG"):
+    with pytest.raises(
+        UserError, match=r"'a/absent' could not be read from the hub .*a/absent:CONFIG"
+    ):
         load_rows("a/absent", split="train")
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda repo, config: ["dev", "test"])
     with pytest.raises(UserError, match="has the splits dev, test: say which"):
         load_rows("a/b")
 
 
-# ------------------------------------------------------------------------------------------------------ reasoning-gym
+# ------------------------------------------------------------------------------------ reasoning-gym
 
 
 def test_reasoning_gym_rows():
     pytest.importorskip("reasoning_gym")
     rows = load_rows("reasoning_gym:chain_sum?size=20&seed=3&min_terms=2&max_terms=2", limit=5)
     assert len(rows) == 5 and rows[2]["id"] == "chain_sum-3-2"
-    assert all(row["prompt"] == row["question"] and len(row["metadata"]["expression"].split()) == 3 for row in rows)
+    assert all(
+        row["prompt"] == row["question"] and len(row["metadata"]["expression"].split()) == 3
+        for row in rows
+    )
     again = load_rows("reasoning_gym:chain_sum?min_terms=2&max_terms=2", seed=3, limit=5)
     assert [row["answer"] for row in again] == [row["answer"] for row in rows]
-    assert [row["answer"] for row in load_rows("reasoning_gym:chain_sum?size=5", seed=4)] != [row["answer"] for row in rows]
+    assert [row["answer"] for row in load_rows("reasoning_gym:chain_sum?size=5", seed=4)] != [
+        row["answer"] for row in rows
+    ]
 
 
 @pytest.mark.parametrize(
     ("address", "message"),
     [
         ("reasoning_gym:chain_sums", r"no task 'chain_sums'; did you mean 'chain_sum'\?"),
-        ("reasoning_gym:chain_sum?max_term=3", r"has no setting 'max_term'; did you mean 'max_terms'\?"),
-        ("reasoning_gym:chain_sum?min_terms=9&max_terms=2", "refuses these settings of 'chain_sum'"),
+        (
+            "reasoning_gym:chain_sum?max_term=3",
+            r"has no setting 'max_term'; did you mean 'max_terms'\?",
+        ),
+        (
+            "reasoning_gym:chain_sum?min_terms=9&max_terms=2",
+            "refuses these settings of 'chain_sum'",
+        ),
     ],
 )
 def test_reasoning_gym_mistakes(address, message):
@@ -278,11 +349,13 @@ def test_reasoning_gym_mistakes(address, message):
         load_rows(address)
 
 
-# ----------------------------------------------------------------------------------------------------- real data sets
+# ----------------------------------------------------------------------------------- real data sets
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
-@pytest.mark.parametrize(("name", "size"), [("gsm8k_train.jsonl", 7473), ("aime24.jsonl", 30), ("amc23.jsonl", 40)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("gsm8k_train.jsonl", 7473), ("aime24.jsonl", 30), ("amc23.jsonl", 40)]
+)
 def test_real_mathematics(name, size):
     rows = load_rows(SHARED / name)
     assert len(rows) == size == len({row["id"] for row in rows})
@@ -295,4 +368,7 @@ def test_real_mathematics(name, size):
 def test_real_code():
     rows = load_rows(SHARED / "HumanEval.jsonl.gz")
     assert len(rows) == 164 and rows[0]["id"] == "HumanEval/0"
-    assert all(row["entry_point"] in row["prompt"] and "def check" in row["test"] and row["answer"] is None for row in rows)
+    assert all(
+        row["entry_point"] in row["prompt"] and "def check" in row["test"] and row["answer"] is None
+        for row in rows
+    )

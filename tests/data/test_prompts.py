@@ -8,8 +8,20 @@ from tests.common.tiny import END, tiny_tokenizer
 
 ROWS = load_rows(
     [
-        {"prompt": "What is 12 plus 30?", "answer": "42", "response": "It is 42.", "unit": "apples", "id": "a"},
-        {"prompt": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "And 3 plus 4?"}], "unit": "pears"},
+        {
+            "prompt": "What is 12 plus 30?",
+            "answer": "42",
+            "response": "It is 42.",
+            "unit": "apples",
+            "id": "a",
+        },
+        {
+            "prompt": [
+                {"role": "system", "content": "Be short."},
+                {"role": "user", "content": "And 3 plus 4?"},
+            ],
+            "unit": "pears",
+        },
         {"prompt": "Tom has 3 apples and buys 4 more. " * 5, "unit": "apples", "id": "long"},
     ]
 )
@@ -32,16 +44,25 @@ def turn(role: str, content: str) -> str:
 def test_the_chat_template_is_applied(chat):
     prompts = Prompts(ROWS, chat)
     assert [p.id for p in prompts] == ["a", "1", "long"] and prompts[0].row["answer"] == "42"
-    assert chat.decode(prompts[0].tokens) == turn("user", "What is 12 plus 30?") + "<|im_start|>assistant\n"
+    assert (
+        chat.decode(prompts[0].tokens)
+        == turn("user", "What is 12 plus 30?") + "<|im_start|>assistant\n"
+    )
     assert prompts[0].tokens[0] == 1  # the mark as one token, not as text
-    expected = turn("system", "Be short.") + turn("user", "And 3 plus 4?") + "<|im_start|>assistant\n"
+    expected = (
+        turn("system", "Be short.") + turn("user", "And 3 plus 4?") + "<|im_start|>assistant\n"
+    )
     assert chat.decode(prompts[1].tokens) == expected
     assert prompts[1:] == [prompts[1], prompts[2]] and prompts[-1] is prompts[2]
 
 
 def test_template_and_system(chat):
-    prompts = Prompts(ROWS, chat, template="{prompt}\nIn {unit}, inside \\boxed{{}}.", system="Be kind.")
-    asked = turn("system", "Be kind.") + turn("user", "What is 12 plus 30?\nIn apples, inside \\boxed{}.")
+    prompts = Prompts(
+        ROWS, chat, template="{prompt}\nIn {unit}, inside \\boxed{{}}.", system="Be kind."
+    )
+    asked = turn("system", "Be kind.") + turn(
+        "user", "What is 12 plus 30?\nIn apples, inside \\boxed{}."
+    )
     assert chat.decode(prompts[0].tokens) == asked + "<|im_start|>assistant\n"
     own = turn("system", "Be short.") + turn("user", "And 3 plus 4?\nIn pears, inside \\boxed{}.")
     assert chat.decode(prompts[1].tokens) == own + "<|im_start|>assistant\n"
@@ -50,8 +71,13 @@ def test_template_and_system(chat):
 
 def test_enable_thinking_reaches_the_template(chat):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if enable_thinking is false %} quick{% endif %}"
-    ends = [tokenizer.decode(Prompts(ROWS[:1], tokenizer, enable_thinking=think)[0].tokens)[-5:] for think in (None, True, False)]
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}{% if enable_thinking is false %} quick{% endif %}"
+    )
+    ends = [
+        tokenizer.decode(Prompts(ROWS[:1], tokenizer, enable_thinking=think)[0].tokens)[-5:]
+        for think in (None, True, False)
+    ]
     assert ends == ["s 30?", "s 30?", "quick"]
 
 
@@ -65,7 +91,8 @@ def test_plain_text_keeps_the_tokenizers_start_and_not_its_end(plain):
     )
     bare = plain("What is 12 plus 30?")["input_ids"]
     assert Prompts(ROWS[:1], tokenizer)[0].tokens == [1, *bare]
-    assert Prompts(load_rows([{"prompt": f"x{END}"}]), tokenizer)[0].tokens[-1] == 2  # an end that was written stays
+    # an end that was written stays
+    assert Prompts(load_rows([{"prompt": f"x{END}"}]), tokenizer)[0].tokens[-1] == 2
     assert Prompts(ROWS[:1], tokenizer, template="Q: {prompt}\nA:")[0].tokens == [
         1,
         *plain("Q: What is 12 plus 30?\nA:")["input_ids"],
@@ -84,20 +111,28 @@ def test_long_prompts_are_dropped_never_cut(chat):
     assert prompts.dropped == [f"long ({lengths[2]} tokens)"]
     assert (
         prompts.report()
-        == f"2 of 3 prompts; 1 dropped, longer than max_prompt_length={max(lengths[:2])}: long ({lengths[2]} tokens)"
+        == f"2 of 3 prompts; 1 dropped, longer than max_prompt_length={max(lengths[:2])}: long "
+        f"({lengths[2]} tokens)"
     )
     assert everything.report() == "3 prompts" and everything.dropped == []
-    with pytest.raises(UserError, match=rf"all 3 prompts are longer than max_prompt_length=5.*longest {max(lengths)}"):
+    with pytest.raises(
+        UserError,
+        match=rf"all 3 prompts are longer than max_prompt_length=5.*longest {max(lengths)}",
+    ):
         Prompts(ROWS, chat, max_prompt_length=5)
 
 
 def test_many_dropped_prompts_are_counted(chat):
-    rows = load_rows([{"prompt": "short"}, *({"prompt": "quite a lot longer than this " * 3} for _ in range(12))])
+    rows = load_rows(
+        [{"prompt": "short"}, *({"prompt": "quite a lot longer than this " * 3} for _ in range(12))]
+    )
     assert Prompts(rows, chat, max_prompt_length=30).report().endswith(" and 2 more")
 
 
 def test_dropping_keeps_responses_with_their_prompts(chat):
-    rows = load_rows([{"prompt": "long " * 50, "response": "no"}, {"prompt": "short", "response": "yes"}])
+    rows = load_rows(
+        [{"prompt": "long " * 50, "response": "no"}, {"prompt": "short", "response": "yes"}]
+    )
     prompts = Prompts(rows, chat, max_prompt_length=30)
     assert chat.decode(prompts.response_tokens(0)) == f"yes{END}"
 
@@ -106,7 +141,10 @@ def test_response_tokens_are_what_the_template_would_write(chat):
     prompts = Prompts(ROWS, chat)
     response = prompts.response_tokens(0)
     assert response[-1] == chat.eos_token_id and prompts.response_tokens(1) is None
-    whole = [{"role": "user", "content": "What is 12 plus 30?"}, {"role": "assistant", "content": "It is 42."}]
+    whole = [
+        {"role": "user", "content": "What is 12 plus 30?"},
+        {"role": "assistant", "content": "It is 42."},
+    ]
     written = chat.apply_chat_template(whole, return_dict=False)
     assert written[: len(prompts[0].tokens) + len(response)] == prompts[0].tokens + response
     ended = Prompts(load_rows([{"prompt": "p", "response": f"It is 42.{END}"}]), chat)
@@ -136,9 +174,15 @@ def test_tokenised_once_and_when_read(chat):
         ({"system": "s"}, "system is part of a chat"),
         ({"enable_thinking": False}, "enable_thinking is part of a chat"),
         ({"template": "no column"}, "every prompt would be the same"),
-        ({"template": "{prompt} \\boxed{}"}, r"names no column.*write a literal one twice, as in \\boxed\{\{\}\}"),
+        (
+            {"template": "{prompt} \\boxed{}"},
+            r"names no column.*write a literal one twice, as in \\boxed\{\{\}\}",
+        ),
         ({"template": "{prompt} {"}, "cannot be read"),
-        ({"template": "{promt}"}, r"reads the column 'promt', which row 'a' does not have; did you mean 'prompt'\?"),
+        (
+            {"template": "{promt}"},
+            r"reads the column 'promt', which row 'a' does not have; did you mean 'prompt'\?",
+        ),
     ],
 )
 def test_options_that_make_no_prompt(plain, options, message):

@@ -56,7 +56,9 @@ def test_the_order_is_the_same_everywhere():
 
 
 def test_orders_are_unbiased():
-    """Each index is first, and each pair of neighbours is in order, about as often as chance has it: 5 standard deviations."""
+    """Each index is first, and each pair of neighbours is in order, about as often as chance has
+    it: 5 standard deviations.
+    """
     orders = [permutation(8, seed, epoch).tolist() for seed in range(50) for epoch in range(40)]
     firsts = [sum(order[0] == i for order in orders) for i in range(8)]
     assert all(abs(n - 250) < 5 * (2000 * 1 / 8 * 7 / 8) ** 0.5 for n in firsts)

@@ -1,4 +1,6 @@
-"""A workshop for whole runs: tiny students and a teacher with one tokenizer, rows as in GSM8K, a reward, and the command line."""
+"""A workshop for whole runs: tiny students and a teacher with one tokenizer, rows as in GSM8K, a
+reward, and the command line.
+"""
 
 from __future__ import annotations
 
@@ -49,13 +51,23 @@ class Shop:
             **QUICK,
         }
         for key, value in settings.items():
-            out[key] = {**out[key], **value} if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+            out[key] = (
+                {**out[key], **value}
+                if isinstance(value, dict) and isinstance(out.get(key), dict)
+                else value
+            )
         return out
 
     def run(self, output: Path | str, **settings: Any) -> Run:
         return make_run(self.values(output, **settings))
 
-    def train(self, output: Path | str, *arguments: str, student: str | None = None, teacher: str | None = None) -> int:
+    def train(
+        self,
+        output: Path | str,
+        *arguments: str,
+        student: str | None = None,
+        teacher: str | None = None,
+    ) -> int:
         """`opdkit train` with the settings of a quick run; its exit code."""
         return train(
             f"--student={student or self.student}",
@@ -66,21 +78,63 @@ class Shop:
         )
 
     def cache(self, out: Path | str, *arguments: str) -> int:
-        """`opdkit cache-teacher`: six prompts in three files, two responses each, the teacher's top 4; its exit code."""
-        flags = [f"--student={self.student}", f"--teacher={self.teacher}", f"--data={self.data}", f"--out={out}"]
-        quick = ["--top-k=4", "--num-generations=2", "--prompts-per-shard=2", "max_completion_length=8", "device=cpu"]
+        """`opdkit cache-teacher`: six prompts in three files, two responses each, the teacher's top
+        4; its exit code.
+        """
+        flags = [
+            f"--student={self.student}",
+            f"--teacher={self.teacher}",
+            f"--data={self.data}",
+            f"--out={out}",
+        ]
+        quick = [
+            "--top-k=4",
+            "--num-generations=2",
+            "--prompts-per-shard=2",
+            "max_completion_length=8",
+            "device=cpu",
+        ]
         return main(["cache-teacher", *flags, *quick, *arguments])
 
     def offline(self, output: Path | str, cache: Path | str, *arguments: str) -> int:
         """`opdkit train` with Lightning OPD on a cache; its exit code."""
-        flags = ["--method=lightning_opd", f"--student={self.student}", f"--teacher=cached:{cache}", f"--output={output}"]
-        return main(["train", *flags, "steps=2", "prompts_per_step=3", "learning_rate=1e-3", "device=cpu", *arguments])
+        flags = [
+            "--method=lightning_opd",
+            f"--student={self.student}",
+            f"--teacher=cached:{cache}",
+            f"--output={output}",
+        ]
+        return main(
+            [
+                "train",
+                *flags,
+                "steps=2",
+                "prompts_per_step=3",
+                "learning_rate=1e-3",
+                "device=cpu",
+                *arguments,
+            ]
+        )
 
 
 def train(*arguments: str) -> int:
     """`opdkit train`; later arguments win over the quick ones."""
-    quick = ("steps=2", "prompts_per_step=2", "num_generations=2", "max_completion_length=8", "learning_rate=1e-3", "device=cpu")
-    return main(["train", *(a for a in arguments if a.startswith("-")), *quick, *(a for a in arguments if not a.startswith("-"))])
+    quick = (
+        "steps=2",
+        "prompts_per_step=2",
+        "num_generations=2",
+        "max_completion_length=8",
+        "learning_rate=1e-3",
+        "device=cpu",
+    )
+    return main(
+        [
+            "train",
+            *(a for a in arguments if a.startswith("-")),
+            *quick,
+            *(a for a in arguments if not a.startswith("-")),
+        ]
+    )
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
@@ -91,7 +145,10 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 def gsm8k_rows(n: int) -> list[dict[str, Any]]:
     """Rows with GSM8K's columns."""
     return [
-        {"question": f"Tom has {i} apples and buys {i + 1} more.", "answer": f"{i} + {i + 1} = {2 * i + 1}\n#### {2 * i + 1}"}
+        {
+            "question": f"Tom has {i} apples and buys {i + 1} more.",
+            "answer": f"{i} + {i + 1} = {2 * i + 1}\n#### {2 * i + 1}",
+        }
         for i in range(n)
     ]
 

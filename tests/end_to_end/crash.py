@@ -1,4 +1,6 @@
-"""Runs in child processes that kill themselves at a chosen moment, and what a run leaves behind, to compare."""
+"""Runs in child processes that kill themselves at a chosen moment, and what a run leaves behind, to
+compare.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,20 @@ MOMENTS = (
     "before recording",
     "after recording",
 )
-NOT_COMPARED = ("report.html", "run.yaml", "manifest.json")  # hold timings, the folder's name, digests of a zip file
+# hold timings, the folder's name, digests of a zip file
+NOT_COMPARED = ("report.html", "run.yaml", "manifest.json")
 
 
-def in_child(values: dict[str, Any], *, resume: bool = False, moment: str = "", step: int = 0) -> int:
-    """Trains in a forked process; its exit code, -9 where it killed itself at the moment of the step (counted from 1)."""
+def in_child(
+    values: dict[str, Any], *, resume: bool = False, moment: str = "", step: int = 0
+) -> int:
+    """Trains in a forked process; its exit code, -9 where it killed itself at the moment of the
+    step (counted from 1).
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "opdkit.run.launch", "transformers.models.qwen3.modeling_qwen3", "peft"])
+    context.set_forkserver_preload(
+        [__name__, "opdkit.run.launch", "transformers.models.qwen3.modeling_qwen3", "peft"]
+    )
     child = context.Process(target=_train, args=(values, resume, moment, step))
     child.start()
     child.join()
@@ -80,7 +89,8 @@ def _arm(moment: str, step: int) -> None:
 
         return called
 
-    where: dict[str, tuple[Any, str, int, bool]] = {  # owner, function, which call of the step, whether after it
+    # owner, function, which call of the step, whether after it
+    where: dict[str, tuple[Any, str, int, bool]] = {
         "sampling": (hf, "choose", 3, False),
         "rewarding": (collect, "score", 1, False),
         "between micro-batches": (loop, "learn", 2, False),
@@ -92,7 +102,8 @@ def _arm(moment: str, step: int) -> None:
     }
     owner, name, calls, after = where[moment]
     setattr(owner, name, deadly(getattr(owner, name), calls, after))
-    if moment != "writing a checkpoint":  # a step that never gets to the moment (it samples nothing, selects nothing) ends here
+    # a step that never gets to the moment (it samples nothing, selects nothing) ends here
+    if moment != "writing a checkpoint":
         Recorder.step = deadly(Recorder.step, 1, True)  # type: ignore[method-assign]
     loop.train_step = count(loop.train_step)
 
@@ -110,9 +121,15 @@ def _content(path: Path) -> Any:
         return _flat(torch.load(path, weights_only=True))
     if path.name in ("metrics.jsonl", "evals.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return [{k: v for k, v in line.items() if not k.startswith((*TIMINGS, "seconds"))} for line in lines]
+        return [
+            {k: v for k, v in line.items() if not k.startswith((*TIMINGS, "seconds"))}
+            for line in lines
+        ]
     if path.name == "adapter_config.json":  # peft writes its set of layers in any order
-        return {k: sorted(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
+        return {
+            k: sorted(v) if isinstance(v, list) else v
+            for k, v in json.loads(path.read_text()).items()
+        }
     return path.read_bytes()
 
 

@@ -1,5 +1,7 @@
-"""A teacher's server fails in the middle of a run: what can succeed is tried again, else the run stops with the rollout and the reason, and
-resumed it is the run that nothing happened to, bit for bit (PITFALLS R6)."""
+"""A teacher's server fails in the middle of a run: what can succeed is tried again, else the run
+stops with the rollout and the reason, and resumed it is the run that nothing happened to, bit for
+bit (PITFALLS R6).
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,25 @@ def parts(shop: Shop) -> tuple[Any, Any]:
     return load_model(shop.teacher), load_tokenizer(shop.teacher)
 
 
-def train(shop: Shop, output: Path, *urls: str, resume: bool = False, method: Any = "opd", timeout: float = 10.0) -> None:
-    teacher = {"kind": "server", "urls": list(urls), "timeout": timeout, "retries": 1, "concurrency": 1}
-    execute(shop.run(output, teacher=teacher, method=method, steps=STEPS, checkpoint={"every": 10}), resume=resume)
+def train(
+    shop: Shop,
+    output: Path,
+    *urls: str,
+    resume: bool = False,
+    method: Any = "opd",
+    timeout: float = 10.0,
+) -> None:
+    teacher = {
+        "kind": "server",
+        "urls": list(urls),
+        "timeout": timeout,
+        "retries": 1,
+        "concurrency": 1,
+    }
+    execute(
+        shop.run(output, teacher=teacher, method=method, steps=STEPS, checkpoint={"every": 10}),
+        resume=resume,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +112,9 @@ def test_what_lasts_stops_the_run_with_the_rollout_and_resumed_nothing_is_lost(
 
 
 @pytest.mark.parametrize("kind", ["die", "500", "hang"])
-def test_another_server_takes_over(kind: str, shop: Shop, parts: tuple[Any, Any], tmp_path: Path, whole: Path) -> None:
+def test_another_server_takes_over(
+    kind: str, shop: Shop, parts: tuple[Any, Any], tmp_path: Path, whole: Path
+) -> None:
     with FakeServer(*parts, faults=[Fault(kind, at=6, times=0)]) as ill, FakeServer(*parts) as well:
         train(shop, tmp_path / "run", ill.url, well.url, timeout=0.3 if kind == "hang" else 10.0)
         assert ill.scored == 6 and well.scored > STEPS * PER_STEP // 2
@@ -102,10 +122,18 @@ def test_another_server_takes_over(kind: str, shop: Shop, parts: tuple[Any, Any]
 
 
 def test_another_model_at_the_restart_is_refused_and_nothing_is_overwritten(
-    shop: Shop, parts: tuple[Any, Any], tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+    shop: Shop,
+    parts: tuple[Any, Any],
+    tmp_path: Path,
+    whole: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def start(fake: FakeServer, *arguments: str) -> int:
-        models = (f"--student={shop.student}", f"--data={shop.data}", f"--output={tmp_path / 'run'}")
+        models = (
+            f"--student={shop.student}",
+            f"--data={shop.data}",
+            f"--output={tmp_path / 'run'}",
+        )
         server = ("teacher.kind=server", f"teacher.urls=[{fake.url}]", "teacher.model=teacher")
         return command(*models, *server, f"steps={STEPS}", "checkpoint.every=10", *arguments)
 
@@ -118,13 +146,15 @@ def test_another_model_at_the_restart_is_refused_and_nothing_is_overwritten(
     assert_same(tmp_path / "run", whole)
 
 
-# -------------------------------------------------------------------------------------------------- opdkit serve-teacher
+# ----------------------------------------------------------------------------- opdkit serve-teacher
 
 
 @contextmanager
 def serving(parts: tuple[Any, Any]) -> Iterator[TeacherServer]:
     server = make_server(*parts, "teacher", port=0)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.005}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.005}, daemon=True
+    ).start()
     try:
         yield server
     finally:
@@ -140,7 +170,10 @@ def url(server: TeacherServer) -> str:
 def test_a_served_teacher_is_the_teacher_in_process_also_when_it_fails_on_the_way(
     method: Any, shop: Shop, parts: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Log-probs, the whole vocabulary, and entropy with the teacher's top k. The server fails once, then for good in the third step."""
+    """Log-probs, the whole vocabulary, and entropy with the teacher's top k.
+
+    The server fails once, then for good in the third step.
+    """
     execute(shop.run(tmp_path / "local", method=method, steps=STEPS, checkpoint={"every": 10}))
     asked, real, failing = 0, Service.score, {2, 4, 5}
 
@@ -153,7 +186,9 @@ def test_a_served_teacher_is_the_teacher_in_process_also_when_it_fails_on_the_wa
 
     monkeypatch.setattr(Service, "score", score)
     with serving(parts) as server:
-        with pytest.raises(UserError, match=r"^rollouts 2/.* at teacher: .*500 RuntimeError: CUDA error"):
+        with pytest.raises(
+            UserError, match=r"^rollouts 2/.* at teacher: .*500 RuntimeError: CUDA error"
+        ):
             train(shop, tmp_path / "run", url(server), method=method)
         train(shop, tmp_path / "run", url(server), method=method, resume=True)
     assert_same(tmp_path / "run", tmp_path / "local")

@@ -1,4 +1,6 @@
-"""SIGTERM and SIGHUP end a run as Ctrl-C does: saved, with the usual exit status, and resumed it is the run that was never interrupted."""
+"""SIGTERM and SIGHUP end a run as Ctrl-C does: saved, with the usual exit status, and resumed it is
+the run that was never interrupted.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,12 @@ def values(shop: Shop, folder: Path) -> dict[str, Any]:
     """Six steps, saved every third; while there is a file `armed`, the fifth waits."""
     (folder / "reward.py").write_text(REWARD.format(armed=str(folder / "armed")))
     return shop.values(
-        folder / "run", steps=6, checkpoint={"every": 3}, reward=f"{folder / 'reward.py'}:even", sample_every=2, method="opd"
+        folder / "run",
+        steps=6,
+        checkpoint={"every": 3},
+        reward=f"{folder / 'reward.py'}:even",
+        sample_every=2,
+        method="opd",
     )
 
 
@@ -70,7 +77,9 @@ def unbroken(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def start(shop: Shop, folder: Path, how: tuple[str, ...] = COMMAND, ignored: tuple[int, ...] = ()) -> subprocess.Popen[str]:
+def start(
+    shop: Shop, folder: Path, how: tuple[str, ...] = COMMAND, ignored: tuple[int, ...] = ()
+) -> subprocess.Popen[str]:
     """A run in a process of its own that has come to its fifth step."""
     (folder / "armed").touch()
     (folder / "run.yaml").write_text(make_run(values(shop, folder)).yaml())
@@ -99,13 +108,19 @@ def newest(folder: Path) -> str:
     return found.name
 
 
-@pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143), (HUP, 129)], ids=["int", "term", "hup"])
-def test_a_signal_saves_the_run(shop: Shop, tmp_path: Path, unbroken: Path, number: int, code: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(INT, 130), (TERM, 143), (HUP, 129)], ids=["int", "term", "hup"]
+)
+def test_a_signal_saves_the_run(
+    shop: Shop, tmp_path: Path, unbroken: Path, number: int, code: int
+) -> None:
     child = start(shop, tmp_path)
     child.send_signal(number)
     _, said = child.communicate()
     assert child.returncode == code
-    assert said.endswith("opdkit: interrupted; continue with --resume\n") and "Traceback" not in said
+    assert (
+        said.endswith("opdkit: interrupted; continue with --resume\n") and "Traceback" not in said
+    )
     assert newest(tmp_path) == "checkpoint-4"
     (tmp_path / "armed").unlink()
     assert in_child(values(shop, tmp_path), resume=True) == 0
@@ -122,18 +137,22 @@ def test_a_signal_that_is_ignored_stays_ignored(shop: Shop, tmp_path: Path, unbr
     assert_same(tmp_path / "run", unbroken)
 
 
-def test_a_program_that_calls_distill_ends_with_the_signals_status(shop: Shop, tmp_path: Path, unbroken: Path) -> None:
+def test_a_program_that_calls_distill_ends_with_the_signals_status(
+    shop: Shop, tmp_path: Path, unbroken: Path
+) -> None:
     child = start(shop, tmp_path, ("-c", SCRIPT))
     child.send_signal(TERM)
     out, said = child.communicate()
-    assert child.returncode == 143 and out.endswith("the end is reached\n") and "Traceback" not in said
+    assert (
+        child.returncode == 143 and out.endswith("the end is reached\n") and "Traceback" not in said
+    )
     assert newest(tmp_path) == "checkpoint-4"
     (tmp_path / "armed").unlink()
     assert in_child(values(shop, tmp_path), resume=True) == 0
     assert_same(tmp_path / "run", unbroken)
 
 
-# --------------------------------------------------------------------------------------------------------- in this process
+# ---------------------------------------------------------------------------------- in this process
 
 
 def raising(number: int, at: str = "4/") -> Callable[[Any], float]:
@@ -177,14 +196,18 @@ def test_a_signal_while_a_checkpoint_that_is_due_is_written_waits_too(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish = checkpoints._finish
-    monkeypatch.setattr(checkpoints, "_finish", lambda folder: (signal.raise_signal(TERM), finish(folder)))
+    monkeypatch.setattr(
+        checkpoints, "_finish", lambda folder: (signal.raise_signal(TERM), finish(folder))
+    )
     with pytest.raises(Stopped):
         train(shop, tmp_path, raising(TERM, at="none"))
     assert newest(tmp_path) == "checkpoint-3"
 
 
 def test_a_handler_of_the_program_stays_in_charge(shop: Shop, tmp_path: Path) -> None:
-    """One that only notes the signal lets the run go on; one that raises KeyboardInterrupt saves it."""
+    """One that only notes the signal lets the run go on; one that raises KeyboardInterrupt saves
+    it.
+    """
     noted: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -196,17 +219,33 @@ def test_a_handler_of_the_program_stays_in_charge(shop: Shop, tmp_path: Path) ->
     (tmp_path / "on").mkdir()
     signal.signal(TERM, note)
     train(shop, tmp_path / "on", raising(TERM))
-    assert noted == [TERM] and newest(tmp_path / "on") == "checkpoint-6" and signal.getsignal(TERM) is note
+    assert (
+        noted == [TERM]
+        and newest(tmp_path / "on") == "checkpoint-6"
+        and signal.getsignal(TERM) is note
+    )
     (tmp_path / "off").mkdir()
     signal.signal(TERM, stop)
     with pytest.raises(KeyboardInterrupt) as caught:
         train(shop, tmp_path / "off", raising(TERM))
-    assert status(caught.value) == 130 and newest(tmp_path / "off") == "checkpoint-4" and signal.getsignal(TERM) is stop
+    assert (
+        status(caught.value) == 130
+        and newest(tmp_path / "off") == "checkpoint-4"
+        and signal.getsignal(TERM) is stop
+    )
 
 
 def test_it_is_both_kinds_of_end() -> None:
-    assert issubclass(Stopped, KeyboardInterrupt) and issubclass(Stopped, SystemExit) and not issubclass(Stopped, Exception)
-    assert [status(stop) for stop in (KeyboardInterrupt(), Stopped(TERM), Stopped(HUP))] == [130, 143, 129]
+    assert (
+        issubclass(Stopped, KeyboardInterrupt)
+        and issubclass(Stopped, SystemExit)
+        and not issubclass(Stopped, Exception)
+    )
+    assert [status(stop) for stop in (KeyboardInterrupt(), Stopped(TERM), Stopped(HUP))] == [
+        130,
+        143,
+        129,
+    ]
 
 
 def test_other_threads_leave_signals_alone() -> None:

@@ -1,6 +1,8 @@
-"""Every method against every kind of teacher: it trains, or is refused with the reason and the remedy before any model is loaded.
+"""Every method against every kind of teacher: it trains, or is refused with the reason and the
+remedy before any model is loaded.
 
-The outcomes are the table in docs/teachers.md: `OPDKIT_WRITE_TABLE=1 pytest tests/end_to_end/test_kinds.py` writes it anew.
+The outcomes are the table in docs/teachers.md: `OPDKIT_WRITE_TABLE=1 pytest
+tests/end_to_end/test_kinds.py` writes it anew.
 """
 
 from __future__ import annotations
@@ -53,17 +55,29 @@ SMALL = {
 @pytest.fixture(scope="module")
 def data(shop: Shop) -> str:
     """Rows with everything a method may read: a route, a reference response."""
-    rows = [{**row, "teacher": "ab"[i % 2], "response": f" {i + 1}"} for i, row in enumerate(gsm8k_rows(2))]
+    rows = [
+        {**row, "teacher": "ab"[i % 2], "response": f" {i + 1}"}
+        for i, row in enumerate(gsm8k_rows(2))
+    ]
     return write_rows(shop.folder / "kinds.jsonl", rows)
 
 
 @pytest.fixture(scope="module")
-def teachers(shop: Shop, data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def teachers(
+    shop: Shop, data: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
     """What a run says of its teacher, by kind: real servers on this machine, a real cache."""
     folder = tmp_path_factory.mktemp("kinds")
     other = save_tiny(folder / "other", "llama", seed=7)
-    wide = save_tiny(folder / "wide", "qwen3", seed=3, hidden=128, spread=0.1)  # heads of 32, the least that vLLM has kernels for
-    run = {"student": shop.student, "teacher": shop.teacher, "data": data, "output": str(folder / "cache"), **SMALL}
+    # heads of 32, the least that vLLM has kernels for
+    wide = save_tiny(folder / "wide", "qwen3", seed=3, hidden=128, spread=0.1)
+    run = {
+        "student": shop.student,
+        "teacher": shop.teacher,
+        "data": data,
+        "output": str(folder / "cache"),
+        **SMALL,
+    }
     cache_teacher(make_run(run), folder / "cache", top_k=64)
     model, tokenizer = load_model(shop.teacher), load_tokenizer(shop.teacher)
     with (
@@ -112,7 +126,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def outcome(shop: Shop, data: str, teacher: Any, kind: str, method: str, folder: Path, loaded: list[str]) -> str:
+def outcome(
+    shop: Shop, data: str, teacher: Any, kind: str, method: str, folder: Path, loaded: list[str]
+) -> str:
     """trains, or why it is refused."""
     run = make_run(
         {
@@ -123,7 +139,11 @@ def outcome(shop: Shop, data: str, teacher: Any, kind: str, method: str, folder:
             "reward": shop.reward,
             "output": str(folder),
             **SMALL,
-            **({"rollouts": "cache", "data": teacher.removeprefix("cached:")} if kind == "cached" else {}),
+            **(
+                {"rollouts": "cache", "data": teacher.removeprefix("cached:")}
+                if kind == "cached"
+                else {}
+            ),
         }
     )
     claim_folder(run.folder, resume=False)
@@ -135,25 +155,35 @@ def outcome(shop: Shop, data: str, teacher: Any, kind: str, method: str, folder:
     before = [p.detach().clone() for p in job.student.parameters]
     train_step(job, state)
     assert all(bool(p.isfinite().all()) for p in job.student.parameters)
-    assert state.step == 1 and any(not torch.equal(a, b) for a, b in zip(before, job.student.parameters))
+    assert state.step == 1 and any(
+        not torch.equal(a, b) for a, b in zip(before, job.student.parameters)
+    )
     return "trains"
 
 
 FOUND: dict[tuple[str, str], str] = {}
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.vllm) if k == "vllm" else k for k in KINDS])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.vllm) if k == "vllm" else k for k in KINDS]
+)
 @pytest.mark.parametrize("method", methods())
 def test_a_method_trains_or_is_refused_before_anything_is_loaded(
-    method: str, kind: str, shop: Shop, data: str, teachers: dict[str, Any], tmp_path: Path, loaded: list[str]
+    method: str,
+    kind: str,
+    shop: Shop,
+    data: str,
+    teachers: dict[str, Any],
+    tmp_path: Path,
+    loaded: list[str],
 ) -> None:
     found = outcome(shop, data, teachers[kind], kind, method, tmp_path / "run", loaded)
     FOUND[method, kind] = found
     if found != "trains":
         assert method in found, "a refusal names the method"
-        assert re.search(r"\b(use|set|give|train|take|start|raise|rerun|choose|let)\b", found, re.I), (
-            f"a refusal says what to do: {found}"
-        )
+        assert re.search(
+            r"\b(use|set|give|train|take|start|raise|rerun|choose|let)\b", found, re.I
+        ), f"a refusal says what to do: {found}"
     if not os.environ.get("OPDKIT_WRITE_TABLE"):
         assert cell(found) == documented()[method, kind], f"{method} with {kind}: {found}"
 
@@ -176,15 +206,28 @@ def cell(found: str) -> str:
 def documented() -> dict[tuple[str, str], str]:
     """The cells of the table in the docs, by method and kind."""
     text = PAGE.read_text(encoding="utf-8")
-    rows = [line.strip("| ").split(" | ") for line in text[text.index(BEGIN) : text.index(END)].splitlines()[3:]]
-    return {(row[0].strip("`"), kind): said.strip() for row in rows for kind, said in zip(KINDS, row[1:])}
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in text[text.index(BEGIN) : text.index(END)].splitlines()[3:]
+    ]
+    return {
+        (row[0].strip("`"), kind): said.strip()
+        for row in rows
+        for kind, said in zip(KINDS, row[1:])
+    }
 
 
 def write(cells: dict[tuple[str, str], str]) -> None:
-    """The table anew; the vLLM columns of methods that were not run with a real engine keep what they say."""
+    """The table anew; the vLLM columns of methods that were not run with a real engine keep what
+    they say.
+    """
     text = PAGE.read_text(encoding="utf-8")
     lines = ["| method | " + " | ".join(KINDS.values()) + " |", "|---" * (len(KINDS) + 1) + "|"]
     for method in methods():
-        lines.append(f"| `{method}` | " + " | ".join(cells.get((method, kind), "?") for kind in KINDS) + " |")
+        lines.append(
+            f"| `{method}` | " + " | ".join(cells.get((method, kind), "?") for kind in KINDS) + " |"
+        )
     table = "\n".join([BEGIN, *lines, END])
-    PAGE.write_text(text[: text.index(BEGIN)] + table + text[text.index(END) + len(END) :], encoding="utf-8")
+    PAGE.write_text(
+        text[: text.index(BEGIN)] + table + text[text.index(END) + len(END) :], encoding="utf-8"
+    )

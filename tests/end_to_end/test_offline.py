@@ -1,4 +1,6 @@
-"""Training from a cache, with neither teacher nor sampler: the same first update, the same run when killed, and what is refused."""
+"""Training from a cache, with neither teacher nor sampler: the same first update, the same run when
+killed, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,11 @@ ROUNDING = 2**-11  # of float16, relative
 
 
 def test_it_trains_with_neither_teacher_nor_sampler(
-    shop: Shop, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shop: Shop,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("the sampler was called")
@@ -43,7 +49,8 @@ def test_it_trains_with_neither_teacher_nor_sampler(
     loaded = []
     monkeypatch.setattr(HFSampler, "sample", never)
     monkeypatch.setattr(
-        "opdkit.run.open.load_model", lambda name, **settings: loaded.append(name) or load_model(name, **settings)
+        "opdkit.run.open.load_model",
+        lambda name, **settings: loaded.append(name) or load_model(name, **settings),
     )
     assert shop.offline(tmp_path / "run", cache, "steps=6", "prompts_per_step=6") == 0
     assert loaded == [shop.student]
@@ -57,15 +64,21 @@ def test_it_trains_with_neither_teacher_nor_sampler(
 def test_the_first_update_is_that_of_online_opd_on_the_same_rollouts(
     shop: Shop, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the loop. With the same rounding of the teacher's numbers to float noise; without it, to float16's 2^-11 of log pi_t.
+    """Through the loop.
 
-    A credit log(pi_t/pi_s) is smaller than log pi_t, here by about four, so its relative error is larger by as much.
+    With the same rounding of the teacher's numbers to float noise; without it, to float16's 2^-11
+    of log pi_t.
+
+    A credit log(pi_t/pi_s) is smaller than log pi_t, here by about four, so its relative error is
+    larger by as much.
     """
     gradients: list[torch.Tensor] = []
     real = Student.gradient_norm
 
     def keep(self: Student) -> torch.Tensor:
-        gradients.append(torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
+        )
         return real(self)
 
     monkeypatch.setattr(Student, "gradient_norm", keep)
@@ -79,7 +92,11 @@ def test_the_first_update_is_that_of_online_opd_on_the_same_rollouts(
             "output": str(tmp_path / "run"),
             "method": method,
         }
-        settings = {"prompts_per_step": 6, "device": "cpu", "sampling": {"num_generations": 2, "max_completion_length": 8}}
+        settings = {
+            "prompts_per_step": 6,
+            "device": "cpu",
+            "sampling": {"num_generations": 2, "max_completion_length": 8},
+        }
         job, state = build.prepare(make_run({**values, **settings}), overwrite=True)
         for name, change in changes.items():
             setattr(job, name, change(getattr(job, name)))
@@ -90,7 +107,10 @@ def test_the_first_update_is_that_of_online_opd_on_the_same_rollouts(
     stored = first_update({"name": "lightning_opd", "denominator": "tokens"}, f"cached:{cache}")
     online = first_update({"name": "opd"}, shop.teacher, sampler=SameDraws)
     rounded = first_update(
-        {"name": "opd"}, shop.teacher, sampler=SameDraws, scorers=lambda s: {**s, "teacher": Rounded(s["teacher"])}
+        {"name": "opd"},
+        shop.teacher,
+        sampler=SameDraws,
+        scorers=lambda s: {**s, "teacher": Rounded(s["teacher"])},
     )
     size = online.norm()
     assert size > 0.1
@@ -118,7 +138,10 @@ class Rounded:
         self.real = real
 
     def facts(self, wanted: Any, layout: Any, positions: torch.Tensor, ids: Any) -> Tensors:
-        return {fact: values.half().float() for fact, values in answers(self.real, wanted, layout, positions, ids).items()}
+        return {
+            fact: values.half().float()
+            for fact, values in answers(self.real, wanted, layout, positions, ids).items()
+        }
 
 
 def test_shuffled_rows_and_other_batches_read_the_same_numbers(cache: Path) -> None:
@@ -126,10 +149,14 @@ def test_shuffled_rows_and_other_batches_read_the_same_numbers(cache: Path) -> N
     logp = LogpFact("teacher")
     table = gather(made, Needs(frozenset({logp})), teacher).read(logp)
     order = torch.randperm(len(made), generator=torch.Generator().manual_seed(0)).tolist()
-    assert torch.equal(gather([made[i] for i in order], Needs(frozenset({logp})), teacher).read(logp), table[order])
+    assert torch.equal(
+        gather([made[i] for i in order], Needs(frozenset({logp})), teacher).read(logp), table[order]
+    )
 
 
-def test_killed_and_resumed_it_is_the_run_that_was_never_killed(shop: Shop, cache: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_it_is_the_run_that_was_never_killed(
+    shop: Shop, cache: Path, tmp_path: Path
+) -> None:
     values = {
         "student": shop.student,
         "teacher": f"cached:{cache}",
@@ -141,24 +168,49 @@ def test_killed_and_resumed_it_is_the_run_that_was_never_killed(shop: Shop, cach
         "device": "cpu",
     }
     assert in_child({**values, "output": str(tmp_path / "unbroken")}) == 0
-    assert in_child({**values, "output": str(tmp_path / "run")}, moment="between micro-batches", step=4) == KILLED
+    assert (
+        in_child(
+            {**values, "output": str(tmp_path / "run")}, moment="between micro-batches", step=4
+        )
+        == KILLED
+    )
     assert in_child({**values, "output": str(tmp_path / "run")}, resume=True) == 0
     assert_same(tmp_path / "run", tmp_path / "unbroken")
 
 
-def test_other_methods_take_their_rollouts_from_it_where_they_say_so(shop: Shop, cache: Path, tmp_path: Path) -> None:
+def test_other_methods_take_their_rollouts_from_it_where_they_say_so(
+    shop: Shop, cache: Path, tmp_path: Path
+) -> None:
     """The teacher's top k from the cache, and of the live teacher on the same stored rollouts."""
-    forms = ["--method=opd", "method.support=teacher", "method.k=3", "method.kind=forward_kl", "rollouts=cache"]
+    forms = [
+        "--method=opd",
+        "method.support=teacher",
+        "method.k=3",
+        "method.kind=forward_kl",
+        "rollouts=cache",
+    ]
     assert shop.offline(tmp_path / "stored", cache, *forms) == 0
-    assert shop.offline(tmp_path / "live", cache, *forms, f"--teacher={shop.teacher}", f"--data={cache}") == 0
+    assert (
+        shop.offline(
+            tmp_path / "live", cache, *forms, f"--teacher={shop.teacher}", f"--data={cache}"
+        )
+        == 0
+    )
     stored, live = (read_lines(tmp_path / name / "metrics.jsonl")[0] for name in ("stored", "live"))
-    assert stored["loss"] != live["loss"] and abs(stored["loss"] - live["loss"]) < 2 * ROUNDING * live["loss"]
+    assert (
+        stored["loss"] != live["loss"]
+        and abs(stored["loss"] - live["loss"]) < 2 * ROUNDING * live["loss"]
+    )
     assert abs(stored["grad_norm"] - live["grad_norm"]) < 2 * ROUNDING * live["grad_norm"]
     assert stored["tokens/sampled_so_far"] == 0
 
 
-def test_rollouts_may_be_of_the_data_they_came_from_or_of_a_part(shop: Shop, cache: Path, tmp_path: Path) -> None:
-    """Rows then are those of the data, such as with a corrected answer; prompts must be what they were."""
+def test_rollouts_may_be_of_the_data_they_came_from_or_of_a_part(
+    shop: Shop, cache: Path, tmp_path: Path
+) -> None:
+    """Rows then are those of the data, such as with a corrected answer; prompts must be what they
+    were.
+    """
     assert shop.offline(tmp_path / "a", cache) == 0
     assert shop.offline(tmp_path / "b", cache, f"data={shop.data}") == 0
     a, b = (read_lines(tmp_path / name / "metrics.jsonl")[-1] for name in "ab")
@@ -177,29 +229,67 @@ def test_a_reward_and_an_evaluation_work_beside_it(shop: Shop, cache: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--method=opd"], ["trains on responses written at each step", "lightning_opd", "rollouts=cache", "live teacher"]),
-        (["--method=opd", "rollouts=cache", "method.support=teacher", "method.k=5"], ["top 5", "--top-k 5", "k=4"]),
-        (["--method=opd", "rollouts=cache", "method.support=student", "method.k=2"], ["student's top 2", "cannot say"]),
+        (
+            ["--method=opd"],
+            [
+                "trains on responses written at each step",
+                "lightning_opd",
+                "rollouts=cache",
+                "live teacher",
+            ],
+        ),
+        (
+            ["--method=opd", "rollouts=cache", "method.support=teacher", "method.k=5"],
+            ["top 5", "--top-k 5", "k=4"],
+        ),
+        (
+            ["--method=opd", "rollouts=cache", "method.support=student", "method.k=2"],
+            ["student's top 2", "cannot say"],
+        ),
         (["--method=gkd", "rollouts=cache"], ["whole vocabulary", "cannot say"]),
         (["--method=gkd", "rollouts=cache", "method.lmbda=0.5"], ["cannot"]),
         (["--method=tropd", "rollouts=cache"], ["tropd and rollouts=cache cannot be combined"]),
         (["rollouts=stored"], ["rollouts='stored' must be student or cache"]),
-        (["--teacher={teacher}", "--data={data}"], ["takes its rollouts from a folder that `opdkit cache-teacher` wrote"]),
+        (
+            ["--teacher={teacher}", "--data={data}"],
+            ["takes its rollouts from a folder that `opdkit cache-teacher` wrote"],
+        ),
         (["--teacher=cached:{teacher}"], ["holds no cache"]),
         (["data={other}"], ["2 prompts of the data are not in", "for example 6"]),
         (["data={changed}"], ["has other tokens than the one in"]),
         (["data.system=Think."], ["data.system writes prompts as text"]),
-        (["evaluate.data={data}", "--reward={reward}", "evaluate.teacher=true"], ["must run in this process"]),
+        (
+            ["evaluate.data={data}", "--reward={reward}", "evaluate.teacher=true"],
+            ["must run in this process"],
+        ),
     ],
     ids=lambda value: " ".join(value),
 )
 def test_what_a_cache_is_not_for_is_refused_with_a_way_out(
-    shop: Shop, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+    shop: Shop,
+    cache: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: list[str],
 ) -> None:
     other = write_rows(tmp_path / "more.jsonl", gsm8k_rows(8))
-    changed = write_rows(tmp_path / "changed.jsonl", [{**row, "question": row["question"] + "!"} for row in gsm8k_rows(6)])
-    known = {"teacher": shop.teacher, "data": shop.data, "other": other, "changed": changed, "reward": shop.reward}
-    refused(capsys, shop.offline(tmp_path / "run", cache, *(a.format(**known) for a in arguments)), *words)
+    changed = write_rows(
+        tmp_path / "changed.jsonl",
+        [{**row, "question": row["question"] + "!"} for row in gsm8k_rows(6)],
+    )
+    known = {
+        "teacher": shop.teacher,
+        "data": shop.data,
+        "other": other,
+        "changed": changed,
+        "reward": shop.reward,
+    }
+    refused(
+        capsys,
+        shop.offline(tmp_path / "run", cache, *(a.format(**known) for a in arguments)),
+        *words,
+    )
 
 
 def test_another_student_is_warned_of_and_another_tokenizer_refused(
@@ -209,7 +299,11 @@ def test_another_student_is_warned_of_and_another_tokenizer_refused(
     said = capsys.readouterr().err
     assert f"were written by {shop.student} (" in said and "off-policy from the first step" in said
     backwards = save_tiny(tmp_path / "backwards", texts=[text[::-1] for text in TEXTS])
-    refused(capsys, shop.offline(tmp_path / "b", cache, f"--student={backwards}"), "tokenizer is not that of")
+    refused(
+        capsys,
+        shop.offline(tmp_path / "b", cache, f"--student={backwards}"),
+        "tokenizer is not that of",
+    )
 
 
 def test_another_teacher_than_the_fine_tunings_is_warned_of(
@@ -217,8 +311,13 @@ def test_another_teacher_than_the_fine_tunings_is_warned_of(
 ) -> None:
     assert shop.cache(tmp_path / "c", f"--sft-teacher={shop.llama}") == 0
     assert shop.offline(tmp_path / "run", tmp_path / "c") == 0
-    warned = [line for line in capsys.readouterr().err.splitlines() if "was fine-tuned on responses of" in line]
-    assert len(warned) == 2 and shop.llama in warned[0] and "biased" in warned[0]  # when it is written, and when it is used
+    warned = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "was fine-tuned on responses of" in line
+    ]
+    # when it is written, and when it is used
+    assert len(warned) == 2 and shop.llama in warned[0] and "biased" in warned[0]
     copied = shutil.copytree(shop.teacher, tmp_path / "the same under another name")
     assert shop.cache(tmp_path / "d", f"--sft-teacher={copied}") == 0
     assert "fine-tuned" not in capsys.readouterr().err

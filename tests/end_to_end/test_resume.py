@@ -31,7 +31,9 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def values(shop: Shop, output: Path, **settings: Any) -> dict[str, Any]:
-    """A run that evaluates every second step, saves every third, and needs several micro-batches for a step."""
+    """A run that evaluates every second step, saves every third, and needs several micro-batches
+    for a step.
+    """
     return shop.values(
         output,
         **{
@@ -67,19 +69,31 @@ def test_killed_twice_at_random_moments_and_resumed_is_the_run_that_was_never_ki
     for resume, step in ((False, first), (True, second)):
         moment = rng.choice(MOMENTS)
         print(f"killed at step {step}, {moment}")
-        assert in_child(values(shop, tmp_path / "broken", **settings), resume=resume, moment=moment, step=step) == KILLED
+        assert (
+            in_child(
+                values(shop, tmp_path / "broken", **settings),
+                resume=resume,
+                moment=moment,
+                step=step,
+            )
+            == KILLED
+        )
     assert in_child(values(shop, tmp_path / "broken", **settings), resume=True) == 0
     assert_same(tmp_path / "broken", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_every_moment_of_a_step_can_be_the_last(shop: Shop, tmp_path: Path, unbroken: Path, moment: str) -> None:
+def test_every_moment_of_a_step_can_be_the_last(
+    shop: Shop, tmp_path: Path, unbroken: Path, moment: str
+) -> None:
     assert in_child(values(shop, tmp_path / "run"), moment=moment, step=5) == KILLED
     assert in_child(values(shop, tmp_path / "run"), resume=True) == 0
     assert_same(tmp_path / "run", unbroken)
 
 
-def test_killed_while_a_checkpoint_is_written_falls_back_to_the_one_before(shop: Shop, tmp_path: Path, unbroken: Path) -> None:
+def test_killed_while_a_checkpoint_is_written_falls_back_to_the_one_before(
+    shop: Shop, tmp_path: Path, unbroken: Path
+) -> None:
     run = values(shop, tmp_path / "run")
     assert in_child(run, moment="writing a checkpoint", step=6) == KILLED
     assert (tmp_path / "run" / ".partial-checkpoint-6").is_dir()
@@ -90,7 +104,9 @@ def test_killed_while_a_checkpoint_is_written_falls_back_to_the_one_before(shop:
     assert_same(tmp_path / "run", unbroken)
 
 
-def test_killed_before_the_first_checkpoint_starts_again_and_repeats_no_line(shop: Shop, tmp_path: Path, unbroken: Path) -> None:
+def test_killed_before_the_first_checkpoint_starts_again_and_repeats_no_line(
+    shop: Shop, tmp_path: Path, unbroken: Path
+) -> None:
     assert in_child(values(shop, tmp_path / "run"), moment="after recording", step=1) == KILLED
     assert checkpoints.newest(tmp_path / "run") is None
     assert in_child(values(shop, tmp_path / "run"), resume=True) == 0
@@ -107,7 +123,14 @@ def train(shop: Shop, output: Path, reward: Any, **settings: Any) -> None:
     """The run in this process, with a reward of one's own."""
     given = values(shop, output, **settings)
     del given["reward"]
-    distill(given.pop("student"), given.pop("teacher"), given.pop("data"), given.pop("method", "opd"), reward=reward, **given)
+    distill(
+        given.pop("student"),
+        given.pop("teacher"),
+        given.pop("data"),
+        given.pop("method", "opd"),
+        reward=reward,
+        **given,
+    )
 
 
 def even(rollout: Any) -> float:
@@ -132,8 +155,12 @@ def whole(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("error", [UserError("the judge is away"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
-def test_an_error_in_a_step_saves_the_step_before_it(shop: Shop, tmp_path: Path, whole: Path, error: BaseException) -> None:
+@pytest.mark.parametrize(
+    "error", [UserError("the judge is away"), KeyboardInterrupt()], ids=["error", "ctrl-c"]
+)
+def test_an_error_in_a_step_saves_the_step_before_it(
+    shop: Shop, tmp_path: Path, whole: Path, error: BaseException
+) -> None:
     """Rollouts of the sixth step are called 5/...; checkpoints are due every three steps."""
     with pytest.raises(type(error)):
         train(shop, tmp_path / "run", failing("5/", error))
@@ -144,7 +171,9 @@ def test_an_error_in_a_step_saves_the_step_before_it(shop: Shop, tmp_path: Path,
     assert_same(tmp_path / "run", whole)
 
 
-def test_an_error_in_an_evaluation_saves_its_step_and_evaluates_again(shop: Shop, tmp_path: Path, whole: Path) -> None:
+def test_an_error_in_an_evaluation_saves_its_step_and_evaluates_again(
+    shop: Shop, tmp_path: Path, whole: Path
+) -> None:
     asked = 0
 
     def reward(rollout: Any) -> float:

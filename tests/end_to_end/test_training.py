@@ -1,4 +1,6 @@
-"""Whole runs through the command line and the loop: every method of the first group learns, saves and loads, and nothing is computed twice."""
+"""Whole runs through the command line and the loop: every method of the first group learns, saves
+and loads, and nothing is computed twice.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from tests.end_to_end.conftest import Shop, gsm8k_rows, write_rows
 GROUP_ONE = ("opd", "gkd", "gopd", "exopd", "tropd", "iw_opd", "position_opd", "scope", "vopd")
 GSM8K = Path(__file__).parents[2] / "../shared/data/gsm8k_train.jsonl"
 needs_gsm8k = pytest.mark.skipif(
-    not GSM8K.exists(), reason=f"{GSM8K.name} is not there: the shared data are not part of the repository"
+    not GSM8K.exists(),
+    reason=f"{GSM8K.name} is not there: the shared data are not part of the repository",
 )
 
 
@@ -61,14 +64,17 @@ def check_trained(folder: Path, start: str, steps: int) -> None:
     logits = []
     for path in (folder / f"checkpoint-{steps}", folder / "model"):
         model: Any = AutoModelForCausalLM.from_pretrained(path)
-        assert model.generate(prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 7)
+        assert model.generate(
+            prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False
+        ).shape == (1, 7)
         logits.append(model(prompt).logits)
-    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=FORWARD)  # adapters beside the weights, or merged into them
+    # adapters beside the weights, or merged into them
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=FORWARD)
     before = AutoModelForCausalLM.from_pretrained(start)(prompt).logits
     assert (logits[1] - before).abs().max().item() > 10 * FORWARD
 
 
-# ------------------------------------------------------------------------------------------------------------ every method
+# ------------------------------------------------------------------------------------- every method
 
 
 @pytest.mark.parametrize("lora", [(), ("lora.r=4",)], ids=["full", "lora"])
@@ -78,15 +84,24 @@ def test_a_method_trains_a_student_of_either_family_with_all_weights_and_with_ad
     shop: Shop, tmp_path: Path, method: str, family: str, lora: tuple[str, ...]
 ) -> None:
     student = getattr(shop, family)
-    assert shop.train(tmp_path, f"--method={method}", f"--reward={shop.reward}", *lora, student=student) == 0
+    assert (
+        shop.train(
+            tmp_path, f"--method={method}", f"--reward={shop.reward}", *lora, student=student
+        )
+        == 0
+    )
     check_trained(tmp_path, student, 2)
 
 
 @needs_gsm8k
 def test_gsm8k_as_published_trains(shop: Shop, tmp_path: Path) -> None:
-    assert shop.train(tmp_path, f"data={GSM8K}", "data.limit=8", "--reward=math", "--method=tropd") == 0
+    assert (
+        shop.train(tmp_path, f"data={GSM8K}", "data.limit=8", "--reward=math", "--method=tropd")
+        == 0
+    )
     check_trained(tmp_path, shop.student, 2)
-    assert metrics(tmp_path)[0]["share/likelihood"] > 0  # its worked answers guide the first rollouts
+    # its worked answers guide the first rollouts
+    assert metrics(tmp_path)[0]["share/likelihood"] > 0
 
 
 @pytest.mark.slow
@@ -94,17 +109,36 @@ def test_gsm8k_as_published_trains(shop: Shop, tmp_path: Path) -> None:
 @pytest.mark.parametrize("lora", [(), ("lora.r=4",)], ids=["full", "lora"])
 @pytest.mark.parametrize("family", ["student", "llama"])
 @pytest.mark.parametrize("method", GROUP_ONE)
-def test_ten_steps_on_gsm8k(shop: Shop, tmp_path: Path, method: str, family: str, lora: tuple[str, ...]) -> None:
+def test_ten_steps_on_gsm8k(
+    shop: Shop, tmp_path: Path, method: str, family: str, lora: tuple[str, ...]
+) -> None:
     student = getattr(shop, family)
-    size = ("steps=10", "prompts_per_step=4", "num_generations=4", "max_completion_length=32", "checkpoint.every=5")
-    assert shop.train(tmp_path, f"data={GSM8K}", "--reward=math", f"--method={method}", *size, *lora, student=student) == 0
+    size = (
+        "steps=10",
+        "prompts_per_step=4",
+        "num_generations=4",
+        "max_completion_length=32",
+        "checkpoint.every=5",
+    )
+    assert (
+        shop.train(
+            tmp_path,
+            f"data={GSM8K}",
+            "--reward=math",
+            f"--method={method}",
+            *size,
+            *lora,
+            student=student,
+        )
+        == 0
+    )
     check_trained(tmp_path, student, 10)
 
 
 def test_a_method_in_ones_own_file_trains(shop: Shop, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from opdkit.objective import LogRatio, Objective, PolicyGradient\n"
-        "def gentle(slope: float = 1.0):\n    return Objective(PolicyGradient(LogRatio('teacher', 'student')) * slope)\n"
+        "from opdkit.objective import LogRatio, Objective, PolicyGradient\ndef gentle(slope: float "
+        "= 1.0):\n    return Objective(PolicyGradient(LogRatio('teacher', 'student')) * slope)\n"
     )
     mine = f"--method={tmp_path / 'mine.py'}:gentle"
     assert shop.train(tmp_path / "whole", mine) == 0
@@ -118,27 +152,54 @@ def test_a_method_in_ones_own_file_trains(shop: Shop, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["opd", "gkd"])
 def test_the_student_comes_nearer_to_its_teacher(shop: Shop, tmp_path: Path, method: str) -> None:
     assert (
-        shop.train(tmp_path, f"--method={method}", "steps=40", "prompts_per_step=6", "learning_rate=5e-3", "keep_samples=0") == 0
+        shop.train(
+            tmp_path,
+            f"--method={method}",
+            "steps=40",
+            "prompts_per_step=6",
+            "learning_rate=5e-3",
+            "keep_samples=0",
+        )
+        == 0
     )
     gaps = [line["teacher_kl/sampled"] for line in metrics(tmp_path)]
     assert sum(gaps[-8:]) < 0.7 * sum(gaps[:8])
 
 
-@pytest.mark.parametrize("method", [m for m in GROUP_ONE if m != "scope"])  # its likelihood of right answers has no zero here
-def test_r5_a_teacher_that_is_the_student_teaches_nothing(shop: Shop, tmp_path: Path, method: str) -> None:
-    """Through the loop, in float64: what is left is the rounding of two ways through the same network."""
+# its likelihood of right answers has no zero here
+@pytest.mark.parametrize("method", [m for m in GROUP_ONE if m != "scope"])
+def test_r5_a_teacher_that_is_the_student_teaches_nothing(
+    shop: Shop, tmp_path: Path, method: str
+) -> None:
+    """Through the loop, in float64: what is left is the rounding of two ways through the same
+    network.
+    """
     plain = write_rows(
         tmp_path / "plain.jsonl", [{"prompt": row["question"]} for row in gsm8k_rows(4)]
     )  # no answers to be guided by
-    assert shop.train(tmp_path / "run", f"--method={method}", f"data={plain}", "dtype=float64", teacher=shop.student) == 0
+    assert (
+        shop.train(
+            tmp_path / "run",
+            f"--method={method}",
+            f"data={plain}",
+            "dtype=float64",
+            teacher=shop.student,
+        )
+        == 0
+    )
     first = metrics(tmp_path / "run")[0]
     assert first["grad_norm"] < 1e-12 and abs(first["loss"]) < 1e-12
 
 
 def test_without_clipping_the_norm_is_still_recorded(shop: Shop, tmp_path: Path) -> None:
-    """null and 0 are one run; a limit of a millionth changes what is learnt, not the norm it is recorded from."""
+    """null and 0 are one run; a limit of a millionth changes what is learnt, not the norm it is
+    recorded from.
+    """
     for limit in ("null", "0", "1e-6"):
-        assert shop.train(tmp_path / limit, f"max_grad_norm={limit}", "eps=1e-3", "keep_samples=0") == 0
+        assert (
+            shop.train(tmp_path / limit, f"max_grad_norm={limit}", "eps=1e-3", "keep_samples=0")
+            == 0
+        )
     none, zero, little = (metrics(tmp_path / limit) for limit in ("null", "0", "1e-6"))
     assert none[0]["grad_norm"] == zero[0]["grad_norm"] == little[0]["grad_norm"] > 1e-3
     assert none[1]["grad_norm"] == zero[1]["grad_norm"] != little[1]["grad_norm"]
@@ -146,26 +207,41 @@ def test_without_clipping_the_norm_is_still_recorded(shop: Shop, tmp_path: Path)
     assert metrics(tmp_path / "again")[1]["grad_norm"] == none[1]["grad_norm"]
 
 
-# ------------------------------------------------------------------------------------------------- what must not matter
+# ----------------------------------------------------------------------------- what must not matter
 
 
 @pytest.mark.parametrize("method", ["opd", "gkd", "iw_opd", "scope"])
-def test_micro_batches_change_memory_and_nothing_else(shop: Shop, tmp_path: Path, method: str) -> None:
-    common = (f"--method={method}", f"--reward={shop.reward}", "dtype=float64", "prompts_per_step=4")
+def test_micro_batches_change_memory_and_nothing_else(
+    shop: Shop, tmp_path: Path, method: str
+) -> None:
+    common = (
+        f"--method={method}",
+        f"--reward={shop.reward}",
+        "dtype=float64",
+        "prompts_per_step=4",
+    )
     assert shop.train(tmp_path / "small", *common, "micro_batch_tokens=1") == 0
     assert shop.train(tmp_path / "large", *common, "micro_batch_tokens=100000") == 0
     assert difference(tmp_path / "small", tmp_path / "large") < 1e-9
 
 
 @pytest.mark.parametrize("lora", [(), ("lora.r=4",)], ids=["full", "lora"])
-def test_gradient_checkpointing_changes_memory_and_nothing_else(shop: Shop, tmp_path: Path, lora: tuple[str, ...]) -> None:
+def test_gradient_checkpointing_changes_memory_and_nothing_else(
+    shop: Shop, tmp_path: Path, lora: tuple[str, ...]
+) -> None:
     assert shop.train(tmp_path / "kept", "dtype=float64", *lora) == 0
-    assert shop.train(tmp_path / "again", "dtype=float64", "gradient_checkpointing=true", *lora) == 0
+    assert (
+        shop.train(tmp_path / "again", "dtype=float64", "gradient_checkpointing=true", *lora) == 0
+    )
     assert difference(tmp_path / "kept", tmp_path / "again") < 1e-12
 
 
-def test_v2_rows_that_pad_the_teachers_vocabulary_change_nothing(shop: Shop, tmp_path: Path) -> None:
-    """V1, V2: 384 rows for the same 320 tokens; the padding is huge, so that it would take all the mass were it looked at."""
+def test_v2_rows_that_pad_the_teachers_vocabulary_change_nothing(
+    shop: Shop, tmp_path: Path
+) -> None:
+    """V1, V2: 384 rows for the same 320 tokens; the padding is huge, so that it would take all the
+    mass were it looked at.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     teacher = AutoModelForCausalLM.from_pretrained(shop.teacher)
@@ -188,7 +264,7 @@ def test_bfloat16_products_with_float32_weights(shop: Shop, tmp_path: Path) -> N
     assert {w.dtype for w in weights(tmp_path / "half" / "model").values()} == {torch.float32}
 
 
-# ------------------------------------------------------------------------------------------------------- forward passes
+# ----------------------------------------------------------------------------------- forward passes
 
 
 def counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -216,23 +292,29 @@ def counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
-def test_the_samplers_log_probs_save_a_forward_pass(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_samplers_log_probs_save_a_forward_pass(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts = counted(shop.run(tmp_path, steps=3, micro_batch_tokens=64), monkeypatch)
     assert counts["scoring"] == 0
     assert counts["learning"] == counts["micro-batches"] > 3
     assert counts["teacher"] == 3
 
 
-def test_the_student_is_scored_again_where_asked(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_student_is_scored_again_where_asked(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts = counted(shop.run(tmp_path, steps=3, recompute_student=True), monkeypatch)
     assert (counts["scoring"], counts["learning"], counts["teacher"]) == (3, 3, 3)
 
 
-# --------------------------------------------------------------------------------------------------- where text comes from
+# ---------------------------------------------------------------------------- where text comes from
 
 
 def test_gkd_without_the_students_text_learns_from_the_data(shop: Shop, tmp_path: Path) -> None:
-    run = shop.run(tmp_path, method={"name": "gkd", "lmbda": 0.0}, sampling={"max_completion_length": 64})
+    run = shop.run(
+        tmp_path, method={"name": "gkd", "lmbda": 0.0}, sampling={"max_completion_length": 64}
+    )
     execute(run)
     assert [line["completions/student_written"] for line in metrics(tmp_path)] == [0.0, 0.0]
     sample = read_lines(tmp_path / "samples" / "step_000001.jsonl")[0]
@@ -240,62 +322,108 @@ def test_gkd_without_the_students_text_learns_from_the_data(shop: Shop, tmp_path
     assert "".join(sample["pieces"]) in answers and sample["finish"] == "given"
 
 
-def test_tropds_guided_rollouts_begin_with_the_reference_and_carry_its_mark(shop: Shop, tmp_path: Path) -> None:
+def test_tropds_guided_rollouts_begin_with_the_reference_and_carry_its_mark(
+    shop: Shop, tmp_path: Path
+) -> None:
     run = shop.run(tmp_path, method="tropd", sampling={"max_completion_length": 8})
     job, state = prepare(run)
     written = collect(job, state, Clock(job.student.device))
     guided = [r for r in written if r.marks]
-    assert (len(written), len(guided)) == (6, 2)  # two prompts, two plain rollouts and one guided each
+    # two prompts, two plain rollouts and one guided each
+    assert (len(written), len(guided)) == (6, 2)
     rows = {row["id"]: index for index, row in enumerate(job.prompts.rows)}  # type: ignore[attr-defined]
     for r in guided:
         reference = given(job, job.prompts[rows[r.row["id"]]], rows[r.row["id"]], "reference")
-        assert r.tokens == reference.tokens and r.marks["guided"] == [True] * 8  # all of it at the first step
+        # all of it at the first step
+        assert r.tokens == reference.tokens and r.marks["guided"] == [True] * 8
 
 
-@pytest.mark.parametrize("ends", [2, [2, *range(40, 120)], None], ids=["one end", "a list of ends", "no end"])
+@pytest.mark.parametrize(
+    "ends", [2, [2, *range(40, 120)], None], ids=["one end", "a list of ends", "no end"]
+)
 def test_m1_padding_that_is_the_end_of_sequence(shop: Shop, tmp_path: Path, ends: Any) -> None:
-    """The prompts hold the end of sequence; a response stops with the first end that it writes, which is trained, or is cut."""
+    """The prompts hold the end of sequence; a response stops with the first end that it writes,
+    which is trained, or is cut.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(shop.student), AutoTokenizer.from_pretrained(shop.student)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(shop.student),
+        AutoTokenizer.from_pretrained(shop.student),
+    )
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.eos_token = None if ends is None else tokenizer.eos_token
     model.generation_config.eos_token_id = ends
     model.save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
-    run = shop.run(tmp_path / "run", student=str(tmp_path / "student"), prompts_per_step=6, sampling={"num_generations": 4})
+    run = shop.run(
+        tmp_path / "run",
+        student=str(tmp_path / "student"),
+        prompts_per_step=6,
+        sampling={"num_generations": 4},
+    )
     job, state = prepare(run)
     known = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
     finished = 0
     for r in collect(job, state, Clock(job.student.device)):
         assert 2 in r.prompt and all(r.trained) and len(r.trained) == len(r.tokens)
         assert [t for t in r.tokens[:-1] if t in known] == []
-        assert (r.finish == "stop") == (r.tokens[-1] in known) and (r.finish == "stop" or len(r.tokens) == 8)
+        assert (r.finish == "stop") == (r.tokens[-1] in known) and (
+            r.finish == "stop" or len(r.tokens) == 8
+        )
         finished += r.finish == "stop"
     assert finished > 12 if isinstance(ends, list) else finished == 0 if ends is None else True
     with job.recorder.trackers:
         assert loop.train(job, state).step == 2
 
 
-def test_several_passes_and_minibatches_are_as_many_optimiser_steps(shop: Shop, tmp_path: Path) -> None:
-    job, state = prepare(shop.run(tmp_path, optim={"passes": 3, "minibatches": 2, "schedule": "linear"}, method="drift_gating"))
+def test_several_passes_and_minibatches_are_as_many_optimiser_steps(
+    shop: Shop, tmp_path: Path
+) -> None:
+    job, state = prepare(
+        shop.run(
+            tmp_path,
+            optim={"passes": 3, "minibatches": 2, "schedule": "linear"},
+            method="drift_gating",
+        )
+    )
     with job.recorder.trackers:
         loop.train(job, state)
     assert job.student.updates == 2 * 3 * 2
-    assert [line["learning_rate"] for line in metrics(tmp_path)] == pytest.approx([1e-3 * (1 - 5 / 12), 1e-3 * (1 - 11 / 12)])
+    assert [line["learning_rate"] for line in metrics(tmp_path)] == pytest.approx(
+        [1e-3 * (1 - 5 / 12), 1e-3 * (1 - 11 / 12)]
+    )
 
 
 def test_a_loaded_student_keeps_its_own_start_as_reference(shop: Shop, tmp_path: Path) -> None:
-    """exopd reads the student's initial weights; they must stand still while the student, handed over as an object, moves."""
+    """exopd reads the student's initial weights; they must stand still while the student, handed
+    over as an object, moves.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from opdkit import distill
 
-    student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in (shop.student, shop.teacher))
-    settings = {k: v for k, v in shop.values("").items() if k not in ("student", "teacher", "data", "output")} | {"steps": 4}
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(path) for path in (shop.student, shop.teacher)
+    )
+    settings = {
+        k: v
+        for k, v in shop.values("").items()
+        if k not in ("student", "teacher", "data", "output")
+    } | {"steps": 4}
     tokenizer = AutoTokenizer.from_pretrained(shop.student)
-    distill(student, teacher, shop.data, "exopd", tokenizer=tokenizer, output=str(tmp_path / "objects"), **settings)
-    distill(shop.student, shop.teacher, shop.data, "exopd", output=str(tmp_path / "paths"), **settings)
+    distill(
+        student,
+        teacher,
+        shop.data,
+        "exopd",
+        tokenizer=tokenizer,
+        output=str(tmp_path / "objects"),
+        **settings,
+    )
+    distill(
+        shop.student, shop.teacher, shop.data, "exopd", output=str(tmp_path / "paths"), **settings
+    )
     assert difference(tmp_path / "objects", tmp_path / "paths") == 0
 
 
@@ -305,14 +433,23 @@ def test_the_student_may_be_its_own_teacher_as_one_object(shop: Shop, tmp_path: 
     from opdkit import distill
 
     model = AutoModelForCausalLM.from_pretrained(shop.student)
-    settings = {k: v for k, v in shop.values("").items() if k not in ("student", "teacher", "data", "output")}
+    settings = {
+        k: v
+        for k, v in shop.values("").items()
+        if k not in ("student", "teacher", "data", "output")
+    }
     out = distill(
-        model, model, shop.data, tokenizer=AutoTokenizer.from_pretrained(shop.student), output=str(tmp_path / "self"), **settings
+        model,
+        model,
+        shop.data,
+        tokenizer=AutoTokenizer.from_pretrained(shop.student),
+        output=str(tmp_path / "self"),
+        **settings,
     )
     assert out.metrics[0]["grad_norm"] < 1e-4
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 LOSS_PATHS: dict[str, Any] = {
     "sampled token": "opd",
@@ -329,8 +466,12 @@ LOSS_PATHS: dict[str, Any] = {
 @pytest.mark.parametrize("path", LOSS_PATHS)
 def test_r3_evaluation_works_in_every_loss_path(shop: Shop, tmp_path: Path, path: str) -> None:
     evaluate = {"data": shop.data, "every": 1, "num_generations": 2, "ks": [1, 2]}
-    out = execute(shop.run(tmp_path, method=LOSS_PATHS[path], reward=shop.reward, evaluate=evaluate))
-    assert [(e.name, e.step, e.n_problems) for e in out.evaluations] == [("student", step, 6) for step in range(3)]
+    out = execute(
+        shop.run(tmp_path, method=LOSS_PATHS[path], reward=shop.reward, evaluate=evaluate)
+    )
+    assert [(e.name, e.step, e.n_problems) for e in out.evaluations] == [
+        ("student", step, 6) for step in range(3)
+    ]
     assert all(0 <= e.avg_at_k.value <= e.pass_at_k[2].value <= 1 for e in out.evaluations)
     assert out.evaluations[0].avg_at_k.value > 0
 
@@ -347,20 +488,26 @@ def test_the_best_checkpoint_is_kept_beside_the_last(shop: Shop, tmp_path: Path)
     out = execute(run)
     scores = {e.step: e.avg_at_k.value for e in out.evaluations if e.step}
     best = max(scores, key=lambda step: (scores[step], -step))
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == sorted({f"checkpoint-{best}", "checkpoint-6"})
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == sorted(
+        {f"checkpoint-{best}", "checkpoint-6"}
+    )
 
 
 def test_run_yaml_trains_the_same_model_again(shop: Shop, tmp_path: Path) -> None:
     from opdkit.cli import main
 
     assert shop.train(tmp_path / "first", "--method=gkd", "method.beta=0.25") == 0
-    assert main(["train", str(tmp_path / "first" / "run.yaml"), f"output={tmp_path / 'second'}"]) == 0
+    assert (
+        main(["train", str(tmp_path / "first" / "run.yaml"), f"output={tmp_path / 'second'}"]) == 0
+    )
     assert difference(tmp_path / "first", tmp_path / "second") == 0
 
 
 def test_several_teachers_each_get_their_own_metrics(shop: Shop, tmp_path: Path) -> None:
     """R10. The rows of a teacher that is the student's twin are at distance 0."""
-    rows = [{**row, "teacher": name} for row, name in zip(gsm8k_rows(4), ["twin", "far", "twin", None])]
+    rows = [
+        {**row, "teacher": name} for row, name in zip(gsm8k_rows(4), ["twin", "far", "twin", None])
+    ]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     values = shop.values(tmp_path / "run", data=data, prompts_per_step=4, dtype="float64") | {
         "teacher": {"twin": shop.student, "far": shop.teacher, "default": shop.llama}
@@ -368,16 +515,25 @@ def test_several_teachers_each_get_their_own_metrics(shop: Shop, tmp_path: Path)
     first = execute(make_run(values)).metrics[0]
     fractions = {name: first[f"teacher_token_frac/{name}"] for name in ("twin", "far", "default")}
     assert sum(fractions.values()) == pytest.approx(1) and min(fractions.values()) > 0
-    assert abs(first["teacher_kl/twin"]) < 1e-12 < 0.1 < min(first["teacher_kl/far"], first["teacher_kl/default"])
+    assert (
+        abs(first["teacher_kl/twin"])
+        < 1e-12
+        < 0.1
+        < min(first["teacher_kl/far"], first["teacher_kl/default"])
+    )
     whole = sum(fractions[name] * first[f"teacher_kl/{name}"] for name in fractions)
     assert first["teacher_kl/sampled"] == pytest.approx(whole)
 
 
-# ------------------------------------------------------------------------------------------------------------- what is logged
+# ----------------------------------------------------------------------------------- what is logged
 
 
-def test_a_sampler_that_says_other_log_probs_than_the_trainer_shows(shop: Shop, tmp_path: Path) -> None:
-    """As another engine's do: the mean and the largest distance, for a method that reads no student log-prob as for one that does."""
+def test_a_sampler_that_says_other_log_probs_than_the_trainer_shows(
+    shop: Shop, tmp_path: Path
+) -> None:
+    """As another engine's do: the mean and the largest distance, for a method that reads no student
+    log-prob as for one that does.
+    """
     for method in ("opd", "gkd"):
         job, state = prepare(shop.run(tmp_path / method, method=method, recompute_student=True))
         train_step(job, state)
@@ -386,7 +542,9 @@ def test_a_sampler_that_says_other_log_probs_than_the_trainer_shows(shop: Shop, 
         sample = job.sampler.sample
 
         def lying(*args: Any, sample: Any = sample, **kwargs: Any) -> list[Rollout]:
-            return [replace(r, logp=[r.logp[0] - 0.5, *r.logp[1:]]) for r in sample(*args, **kwargs)]
+            return [
+                replace(r, logp=[r.logp[0] - 0.5, *r.logp[1:]]) for r in sample(*args, **kwargs)
+            ]
 
         job.sampler.sample = lying  # type: ignore[method-assign]
         train_step(job, state)
@@ -396,17 +554,25 @@ def test_a_sampler_that_says_other_log_probs_than_the_trainer_shows(shop: Shop, 
         assert told["sampling/mismatch"] == pytest.approx(0.5 * rollouts / tokens, abs=FORWARD)
 
 
-def test_utilisation_is_operations_over_what_the_device_could_do(shop: Shop, tmp_path: Path) -> None:
-    """Twice the parameters of the bodies and heads for each token, at the least; no more than the padding of tiny models allows."""
+def test_utilisation_is_operations_over_what_the_device_could_do(
+    shop: Shop, tmp_path: Path
+) -> None:
+    """Twice the parameters of the bodies and heads for each token, at the least; no more than the
+    padding of tiny models allows.
+    """
     run = shop.run(tmp_path / "run")
     execute(run)
     line = metrics(tmp_path / "run")[-1]
     use = use_of(run)
     assert use is not None
-    rollouts = [Rollout(f"{i}", [1] * 10, [2] * 8, [True] * 8, [], [], str(i // 2)) for i in range(4)]
+    rollouts = [
+        Rollout(f"{i}", [1] * 10, [2] * 8, [True] * 8, [], [], str(i // 2)) for i in range(4)
+    ]
     shape = use.models[0].shaped
     learned = use(rollouts, {"learn": 2.0})["mfu/learn"] * 2.0 * use.device.tflops32 * 1e12
     tokens, matrices = 4 * 18, 6 * shape.active
     attention = 12 * shape.layers * shape.queries * 4 * 18**2 / 2
-    assert learned == pytest.approx(tokens * matrices + attention + 6 * shape.head * 4 * 8, rel=1e-9)
+    assert learned == pytest.approx(
+        tokens * matrices + attention + 6 * shape.head * 4 * 8, rel=1e-9
+    )
     assert 0 < line["mfu/learn"] < 1 and 0 < line["mfu/step"] < 1

@@ -1,4 +1,6 @@
-"""Whole runs between two tokenizers: they learn, are refused where token ids are compared, and the example does what it says."""
+"""Whole runs between two tokenizers: they learn, are refused where token ids are compared, and the
+example does what it says.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def far(shop: Shop) -> str:
 @pytest.fixture(scope="module")
 def data(shop: Shop) -> str:
     return write_rows(
-        shop.folder / "answers.jsonl", [{"prompt": f"Tom buys {i} apples", "response": OTHER[i % 3]} for i in range(6)]
+        shop.folder / "answers.jsonl",
+        [{"prompt": f"Tom buys {i} apples", "response": OTHER[i % 3]} for i in range(6)],
     )
 
 
@@ -49,32 +52,58 @@ def test_a_student_learns_from_a_teacher_with_another_tokenizer(
     shop: Shop, far: str, data: str, tmp_path: Path, method: str
 ) -> None:
     evaluate = (f"evaluate.data={data}", "evaluate.teacher=true", f"reward={shop.reward}")
-    assert shop.train(tmp_path, f"data={data}", f"--method={method}", "steps=3", *evaluate, teacher=far) == 0
+    assert (
+        shop.train(
+            tmp_path, f"data={data}", f"--method={method}", "steps=3", *evaluate, teacher=far
+        )
+        == 0
+    )
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert len(lines) == 3 and all(math.isfinite(x["loss"]) and x["loss"] > 0 for x in lines)
     assert max(x["grad_norm"] for x in lines) > 0 and lines[0]["tokens/trained"] > 0
     assert {e["name"] for e in read_lines(tmp_path / "evals.jsonl")} == {"student", "teacher"}
-    assert load_tokenizer(str(tmp_path / "model")).get_vocab() == load_tokenizer(shop.student).get_vocab()
+    assert (
+        load_tokenizer(str(tmp_path / "model")).get_vocab()
+        == load_tokenizer(shop.student).get_vocab()
+    )
 
 
-def test_with_the_students_tokenizer_gold_trains_as_gkd(shop: Shop, data: str, tmp_path: Path) -> None:
+def test_with_the_students_tokenizer_gold_trains_as_gkd(
+    shop: Shop, data: str, tmp_path: Path
+) -> None:
     for name in ("gold", "gkd"):
-        assert shop.train(tmp_path / name, f"data={data}", f"--method={name}(lmbda=0.5)", "steps=3") == 0
+        assert (
+            shop.train(tmp_path / name, f"data={data}", f"--method={name}(lmbda=0.5)", "steps=3")
+            == 0
+        )
     ours, gkd = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("gold", "gkd"))
     for a, b in zip(ours, gkd, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-5
+        )
         assert a["teacher_kl/sampled"] == pytest.approx(b["teacher_kl/sampled"], rel=1e-5)
 
 
 def test_loaded_models_with_their_tokenizers(shop: Shop, far: str, tmp_path: Path) -> None:
     student, teacher = load_model(shop.student), load_model(far)
-    settings = {"steps": 1, "num_generations": 2, "max_completion_length": 8, "output": str(tmp_path), "device": "cpu"}
-    tokenizers = {"tokenizer": load_tokenizer(shop.student), "teacher_tokenizer": load_tokenizer(far)}
-    result = opdkit.distill(student, teacher, ["Tom has", "12 plus"], "uld", **tokenizers, **settings)
+    settings = {
+        "steps": 1,
+        "num_generations": 2,
+        "max_completion_length": 8,
+        "output": str(tmp_path),
+        "device": "cpu",
+    }
+    tokenizers = {
+        "tokenizer": load_tokenizer(shop.student),
+        "teacher_tokenizer": load_tokenizer(far),
+    }
+    result = opdkit.distill(
+        student, teacher, ["Tom has", "12 plus"], "uld", **tokenizers, **settings
+    )
     assert result.metrics[0]["loss"] > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- refused
+# ------------------------------------------------------------------------------------------ refused
 
 
 @pytest.fixture
@@ -89,18 +118,28 @@ def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("weightless")
 @pytest.mark.parametrize("method", ["opd", "gkd", "gold + opd"])
-def test_a_method_that_compares_ids_is_refused(shop: Shop, far: str, tmp_path: Path, method: str, capsys) -> None:
+def test_a_method_that_compares_ids_is_refused(
+    shop: Shop, far: str, tmp_path: Path, method: str, capsys
+) -> None:
     assert shop.train(tmp_path, f"--method={method}", teacher=far) == 2
     said = capsys.readouterr().err
-    assert "is not the student's" in said and "use a teacher of the student's family, or method gold or uld" in said
+    assert (
+        "is not the student's" in said
+        and "use a teacher of the student's family, or method gold or uld" in said
+    )
 
 
 @pytest.mark.usefixtures("weightless")
 @pytest.mark.parametrize("teacher", ["server:http://127.0.0.1:9", "vllm:MODEL", "cached:FOLDER"])
 @pytest.mark.parametrize("method", ["uld", "gold"])
-def test_a_teacher_elsewhere_is_refused(shop: Shop, tmp_path: Path, method: str, teacher: str, capsys) -> None:
+def test_a_teacher_elsewhere_is_refused(
+    shop: Shop, tmp_path: Path, method: str, teacher: str, capsys
+) -> None:
     assert shop.train(tmp_path, f"--method={method}", teacher=teacher) == 2
-    assert f"a {teacher.partition(':')[0]} teacher cannot say. Use a teacher in this process" in capsys.readouterr().err
+    assert (
+        f"a {teacher.partition(':')[0]} teacher cannot say. Use a teacher in this process"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.usefixtures("weightless")
@@ -108,15 +147,19 @@ def test_a_chat_without_a_template_is_refused(shop: Shop, tmp_path: Path, capsys
     plain = str(tmp_path / "plain")
     sentencepiece().save_pretrained(plain)
     assert shop.train(tmp_path / "run", "--method=gold", teacher=plain) == 2
-    assert "the teacher's tokenizer" in (said := capsys.readouterr().err) and "data.chat=false" in said
+    assert (
+        "the teacher's tokenizer" in (said := capsys.readouterr().err) and "data.chat=false" in said
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- the example
+# -------------------------------------------------------------------------------------- the example
 
 
 @pytest.mark.slow
 def test_the_example_raises_the_accuracy(tmp_path: Path) -> None:
-    """Measured: from .45 to .87 (uld), .84 (gold), .90 (hybrid, longer spans by rank), of 256 problems."""
+    """Measured: from .45 to .87 (uld), .84 (gold), .90 (hybrid, longer spans by rank), of 256
+    problems.
+    """
     run = [sys.executable, "examples/two_tokenizers.py", str(tmp_path)]
     said = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     summary = json.loads(said.splitlines()[-1])

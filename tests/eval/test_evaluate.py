@@ -12,7 +12,15 @@ from opdkit.types import Prompt, Rollout, Sampling
 PROMPTS = [
     Prompt("a", [1], {"prompt": "2 + 2?", "answer": "4"}),
     Prompt(
-        "b", [2], {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3 + 3?"}], "answer": "6"}
+        "b",
+        [2],
+        {
+            "prompt": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "3 + 3?"},
+            ],
+            "answer": "6",
+        },
     ),
 ]
 ANSWERS = {"a": ["4", "5", "5", "5"], "b": ["6", "6", "6 \ud83d", "cut"]}
@@ -49,7 +57,9 @@ def reward(rollout):
 
 
 def run(sampler=None, prompts=PROMPTS, **settings):
-    return evaluate_model(sampler or Scripted(), prompts, reward, Sampling(num_generations=4), **settings)
+    return evaluate_model(
+        sampler or Scripted(), prompts, reward, Sampling(num_generations=4), **settings
+    )
 
 
 def test_numbers_of_an_evaluation():
@@ -58,9 +68,16 @@ def test_numbers_of_an_evaluation():
     assert sampler.asked == [(2, 4, 7, 30)]
     assert result.per_problem == {"a": 0.25, "b": 0.75}
     assert result.avg_at_k.value == result.pass_at_k[1].value == result.reward_mean == 0.5
-    assert result.pass_at_k[2].value == 0.75  # (1/2 + 1) / 2: one right of four, then three right of four
-    assert (result.avg_at_k.interval.low, result.avg_at_k.interval.high) == (0.25, 0.75)  # two problems: either may come twice
-    assert (result.n_problems, result.samples_per_problem, result.step, result.name) == (2, 4, 30, "student")
+    # (1/2 + 1) / 2: one right of four, then three right of four
+    assert result.pass_at_k[2].value == 0.75
+    # two problems: either may come twice
+    assert (result.avg_at_k.interval.low, result.avg_at_k.interval.high) == (0.25, 0.75)
+    assert (result.n_problems, result.samples_per_problem, result.step, result.name) == (
+        2,
+        4,
+        30,
+        "student",
+    )
     assert result.tokens == 2 * (1 + 2 + 3 + 4)
     assert result.mean_length == 2.5
     assert result.truncated_share == 1 / 8
@@ -87,7 +104,8 @@ def test_samples_are_kept_for_people(tmp_path):
         "n_tokens": 1,
     }
     assert lines[1]["prompt"] == "system: Be brief.\n\nuser: 3 + 3?"
-    assert lines[5]["text"] == "6 \ud83d"  # half a character, as a byte-level tokenizer may leave it
+    # half a character, as a byte-level tokenizer may leave it
+    assert lines[5]["text"] == "6 \ud83d"
     assert lines[7]["finish"] == "length"
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no partial file left
 

@@ -49,7 +49,8 @@ def test_bootstrap_agrees_with_the_normal_interval():
     values = [0.0, 1.0] * 200
     interval = bootstrap(values)
     half = 1.96 * 0.5 / np.sqrt(400)
-    # Monte Carlo error of a 2.5% quantile over 2000 resamples is about 0.06 standard errors = 0.0015; the grid is 1/400.
+    # Monte Carlo error of a 2.5% quantile over 2000 resamples is about 0.06 standard errors =
+    # 0.0015; the grid is 1/400.
     assert interval.low == pytest.approx(0.5 - half, abs=0.006)
     assert interval.high == pytest.approx(0.5 + half, abs=0.006)
 
@@ -77,7 +78,9 @@ def test_paired_difference_cancels_how_hard_problems_are():
     a = np.linspace(0, 0.75, 40)
     # Each problem gains exactly a quarter: the difference is certain although both means are not.
     change = paired_difference(a.tolist(), (a + 0.25).tolist())
-    assert (change.value, change.interval.low, change.interval.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert (change.value, change.interval.low, change.interval.high) == pytest.approx(
+        (0.25, 0.25, 0.25)
+    )
     own = bootstrap(a.tolist())
     assert own.high - own.low > 0.1
 

@@ -27,16 +27,25 @@ def mask_of(rows: Rows) -> Tensor:
 
 
 def on(method: AnyObjective, student: Rows, **facts) -> Evaluation:
-    """`evaluate` with log-probs [B][T] of the sampled tokens; models, before and sampler are given in the same way."""
+    """`evaluate` with log-probs [B][T] of the sampled tokens; models, before and sampler are given
+    in the same way.
+    """
     models = {name: ragged(rows) for name, rows in facts.pop("models", {}).items()}
-    others = {f"{name}_logits": ragged(facts.pop(name)) for name in ("before", "sampler") if name in facts}
+    others = {
+        f"{name}_logits": ragged(facts.pop(name)) for name in ("before", "sampler") if name in facts
+    }
     s, mask = ragged(student), mask_of(student)
-    return evaluate(method, s, torch.zeros_like(mask, dtype=torch.int64), mask, models=models, **others, **facts)
+    return evaluate(
+        method, s, torch.zeros_like(mask, dtype=torch.int64), mask, models=models, **others, **facts
+    )
 
 
 def shifted(rows: Rows, by: float | Rows = LEVEL) -> list[list[float]]:
     """The rows with a number, or other rows, added."""
-    return [[x + (by if isinstance(by, float) else by[b][t]) for t, x in enumerate(row)] for b, row in enumerate(rows)]
+    return [
+        [x + (by if isinstance(by, float) else by[b][t]) for t, x in enumerate(row)]
+        for b, row in enumerate(rows)
+    ]
 
 
 def slopes(out: Evaluation, student: Rows) -> Tensor:

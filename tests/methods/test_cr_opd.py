@@ -8,7 +8,16 @@ import torch
 from opdkit.base.errors import UserError
 from opdkit.methods.method import load
 from opdkit.testing import check, evaluate
-from tests.methods.toy import P_S, P_T, close, expected, logits, numbers, reverse_kl_gradient, tokens
+from tests.methods.toy import (
+    P_S,
+    P_T,
+    close,
+    expected,
+    logits,
+    numbers,
+    reverse_kl_gradient,
+    tokens,
+)
 
 S, T = logits(P_S), {"teacher": logits(P_T)}
 
@@ -19,15 +28,20 @@ def test_mass_goes_where_the_teacher_wants_it():
     assert close(out.grad[0, 0], 0.916291 * (numbers(*P_S) - numbers(0, 0.625, 0.375)))
     plain = evaluate(load("opd"), S, tokens(0), models=T)
     assert close(plain.grad[0, 0], (0.458145, -0.274887, -0.183258))
-    assert close(out.grad[0, 0, 0], plain.grad[0, 0, 0].item(), 12)  # the same push on the token itself
+    # the same push on the token itself
+    assert close(out.grad[0, 0, 0], plain.grad[0, 0, 0].item(), 12)
 
 
 @pytest.mark.parametrize("arguments", [{"k": 1}, {"eps": 0.4}])
 def test_only_reachable_favourites_of_the_teacher_are_destinations(arguments):
     out = evaluate(load("cr_opd", **{"eps": 0.25, **arguments}), S, tokens(0), models=T)
-    destination = numbers(0, 1, 0) if "k" in arguments else None  # p_s < 0.4 everywhere else: nowhere to go
+    # p_s < 0.4 everywhere else: nowhere to go
+    destination = numbers(0, 1, 0) if "k" in arguments else None
     plain = evaluate(load("opd"), S, tokens(0), models=T)
-    assert close(out.grad[0, 0], plain.grad[0, 0] if destination is None else 0.916291 * (numbers(*P_S) - destination))
+    assert close(
+        out.grad[0, 0],
+        plain.grad[0, 0] if destination is None else 0.916291 * (numbers(*P_S) - destination),
+    )
 
 
 @pytest.mark.parametrize("y", [1, 2])
@@ -37,7 +51,8 @@ def test_wanted_tokens_have_the_plain_update(y):
 
 
 def test_a_teacher_that_only_lowers_the_token_has_the_plain_update():
-    teacher = {"teacher": logits((0.2, 0.48, 0.32))}  # odds 0.3 : 0.2 on the others, as the student's
+    # odds 0.3 : 0.2 on the others, as the student's
+    teacher = {"teacher": logits((0.2, 0.48, 0.32))}
     ours, plain = (evaluate(load(m), S, tokens(0), models=teacher) for m in ("cr_opd", "opd"))
     assert close(ours.grad, plain.grad, 12)
 
@@ -53,7 +68,9 @@ def test_agreement_is_zero():
     assert out.loss == 0 and (out.grad == 0).all()
 
 
-@pytest.mark.parametrize("arguments", [{}, {"k": 3, "eps": 0.01}, {"clip": (0.2, 0.2), "dual_clip": 3, "rollout_cap": 5}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"k": 3, "eps": 0.01}, {"clip": (0.2, 0.2), "dual_clip": 3, "rollout_cap": 5}]
+)
 def test_check(arguments):
     check(load("cr_opd", **arguments))
 

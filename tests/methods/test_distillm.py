@@ -43,9 +43,13 @@ def test_the_codes_value_is_larger_by_the_teachers_entropy():
 
 
 def test_their_mean_at_one_half_is_jensen_shannon():
-    skl, srkl = (at(load("distillm", kind=kind, alpha=0.5))[0] for kind in ("skew_forward", "skew_reverse"))
+    skl, srkl = (
+        at(load("distillm", kind=kind, alpha=0.5))[0] for kind in ("skew_forward", "skew_reverse")
+    )
     assert close(skl, 0.054345) and close(srkl, 0.047404)
-    assert close((skl + srkl) / 2, 0.050875) and close((skl + srkl) / 2, at(load("gkd"))[0].item(), 12)
+    assert close((skl + srkl) / 2, 0.050875) and close(
+        (skl + srkl) / 2, at(load("gkd"))[0].item(), 12
+    )
 
 
 def test_its_other_losses_are_elsewhere():
@@ -76,7 +80,9 @@ def test_who_writes():
     assert load("distillm", schedule=None).curriculum == Plain()
 
 
-@pytest.mark.parametrize("arguments", [{}, {"kind": "skew_reverse"}, {"alpha": 0.0}, {"schedule": None}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"kind": "skew_reverse"}, {"alpha": 0.0}, {"schedule": None}]
+)
 def test_check(arguments):
     check(load("distillm", **arguments))
 

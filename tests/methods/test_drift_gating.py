@@ -30,7 +30,14 @@ def run(method, drift=DRIFT, mask=None):
     base = math.log(0.3)
     student, sampler = binary([base + d for d in drift]), binary([base] * len(drift))
     tokens = torch.zeros(1, len(drift), dtype=torch.int64)
-    return evaluate(method, student, tokens, mask, models={"teacher": binary([-2.0] * len(drift))}, sampler_logits=sampler)
+    return evaluate(
+        method,
+        student,
+        tokens,
+        mask,
+        models={"teacher": binary([-2.0] * len(drift))},
+        sampler_logits=sampler,
+    )
 
 
 def test_gates_of_blocks_of_two():
@@ -57,12 +64,16 @@ def test_without_drift_or_tau_it_is_the_base(base):
 
 def test_the_gate_has_no_gradient():
     ours, plain = run(load("drift_gating", block=2)), run(load("opd"))
-    assert close(ours.grad, ours.terms[0].weight[..., None] * plain.grad, 12) and not close(ours.grad, plain.grad, 3)
+    assert close(ours.grad, ours.terms[0].weight[..., None] * plain.grad, 12) and not close(
+        ours.grad, plain.grad, 3
+    )
 
 
 def test_signed_means():
     cancel = run(load("drift_gating", block=2), (0.4, -0.4, 0.1, 0.1))  # gates 1 and exp(-0.1)
-    assert close(cancel.terms[0].weight, [[2 / (1 + math.exp(-0.1))] * 2 + [2 / (1 + math.exp(0.1))] * 2], 12)
+    assert close(
+        cancel.terms[0].weight, [[2 / (1 + math.exp(-0.1))] * 2 + [2 / (1 + math.exp(0.1))] * 2], 12
+    )
     flipped = run(load("drift_gating", block=2), tuple(-d for d in DRIFT))
     assert close(flipped.terms[0].weight, run(load("drift_gating", block=2)).terms[0].weight, 12)
     equal = run(load("drift_gating", block=2), (0.3, 0.3, -0.3, -0.3))
@@ -73,22 +84,34 @@ def test_block_of_one_and_of_the_whole_response():
     each = run(load("drift_gating", block=1)).terms[0].weight[0]
     wanted = torch.tensor([math.exp(-abs(d)) for d in DRIFT], dtype=torch.float64)
     assert close(each, wanted / wanted.mean(), 12)
-    assert close(run(load("drift_gating", block=6)).terms[0].weight, torch.ones(1, 6), 12)  # one gate: its own mean
+    # one gate: its own mean
+    assert close(run(load("drift_gating", block=6)).terms[0].weight, torch.ones(1, 6), 12)
 
 
 def test_every_term_of_the_base_keeps_its_weight_and_denominator():
     base, gated = load("scope"), load("drift_gating", base="scope")
-    assert [t.denominator for t in gated.objective.terms] == [t.denominator for t in base.objective.terms] == ["own", "tokens"]
+    assert (
+        [t.denominator for t in gated.objective.terms]
+        == [t.denominator for t in base.objective.terms]
+        == ["own", "tokens"]
+    )
     assert load("drift_gating", base="tropd").curriculum == load("tropd").curriculum
-    assert load("drift_gating", base=load("kl_mixing", prefix="teacher")).curriculum.student_share == 0
-    assert load("drift_gating", clip=(0.2, 0.2)).objective.terms[0].loss == load("opd", clip=(0.2, 0.2)).objective.terms[0].loss
+    assert (
+        load("drift_gating", base=load("kl_mixing", prefix="teacher")).curriculum.student_share == 0
+    )
+    assert (
+        load("drift_gating", clip=(0.2, 0.2)).objective.terms[0].loss
+        == load("opd", clip=(0.2, 0.2)).objective.terms[0].loss
+    )
 
 
 def blocks(signal, width, newlines=()):
     marked = torch.zeros(1, width, dtype=torch.bool)
     marked[0, list(newlines)] = True
     ones = torch.ones(1, width, dtype=torch.bool)
-    return signal(Batch(torch.zeros(1, width, dtype=torch.int64), ones, {ColumnFact("mark:newline"): marked}))[0].tolist()
+    return signal(
+        Batch(torch.zeros(1, width, dtype=torch.int64), ones, {ColumnFact("mark:newline"): marked})
+    )[0].tolist()
 
 
 def test_blocks():
@@ -96,11 +119,16 @@ def test_blocks():
     assert blocks(Blocks(3), 8) == [0, 0, 0, 1, 1, 1, 2, 2]
     assert blocks(lines, 9) == blocks(Blocks(8), 9) == [0] * 8 + [1]  # no newline: fixed length
     assert blocks(lines, 7, [2, 4]) == [0, 0, 0, 1, 1, 2, 2]  # a block ends with its newline
-    assert blocks(lines, 7, [0, 1, 2]) == [0, 0, 1, 1, 1, 1, 1]  # spans of 1 are short: each joins the next
-    assert blocks(lines, 14, [9, 11]) == [0] * 8 + [1, 1, 2, 2, 3, 3]  # a span of 10 is split into 8 and 2
+    # spans of 1 are short: each joins the next
+    assert blocks(lines, 7, [0, 1, 2]) == [0, 0, 1, 1, 1, 1, 1]
+    # a span of 10 is split into 8 and 2
+    assert blocks(lines, 14, [9, 11]) == [0] * 8 + [1, 1, 2, 2, 3, 3]
     assert blocks(lines, 12, [2, 11]) == [0] * 3 + [1] * 8 + [2]
     for width in range(1, 30):
-        assert blocks(lines, width, [n for n in (3, 4, 20) if n < width]) == blocks(lines, 30, [3, 4, 20])[:width]
+        assert (
+            blocks(lines, width, [n for n in (3, 4, 20) if n < width])
+            == blocks(lines, 30, [3, 4, 20])[:width]
+        )
 
 
 def test_newlines_shape_the_gates():
@@ -115,7 +143,13 @@ def test_newlines_shape_the_gates():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"block": 2}, {"spans": "newline", "block": 3}, {"base": "topk_opd", "block": 2}, {"base": "tropd", "clip": (0.2, 0.2)}],
+    [
+        {},
+        {"block": 2},
+        {"spans": "newline", "block": 3},
+        {"base": "topk_opd", "block": 2},
+        {"base": "tropd", "clip": (0.2, 0.2)},
+    ],
 )
 def test_check(arguments):
     check(load("drift_gating", **arguments))
@@ -123,7 +157,9 @@ def test_check(arguments):
 
 def test_fresh_rollouts_have_gates_of_one():
     student = logits(P_S, P_S)
-    out = evaluate(load("drift_gating"), student, torch.tensor([[0, 1]]), models={"teacher": logits(P_T, P_T)})
+    out = evaluate(
+        load("drift_gating"), student, torch.tensor([[0, 1]]), models={"teacher": logits(P_T, P_T)}
+    )
     assert (out.terms[0].weight == 1).all()
 
 

@@ -1,4 +1,6 @@
-"""Methods multiplied by weights and added: what comes out, how it is spelled, and what is refused, with the reason."""
+"""Methods multiplied by weights and added: what comes out, how it is spelled, and what is refused,
+with the reason.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ BASES = ("opd", "gkd", "tropd", "exopd", "vopd")
 WEIGHTS = ("iw_opd", "tip", "paced", "drift_gating", "position_opd", "scope")
 
 
-# ------------------------------------------------------------------------------------------------------------- pairs
+# -------------------------------------------------------------------------------------------- pairs
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -35,10 +37,17 @@ def test_every_pair_passes_check_and_is_the_base_times_the_weight(base, weight):
     made, alone = load(f"{base} * {weight}"), load(base)
     assert len(check(made).passed) == 14
     batch = fabricate(made.objective).batch(made.objective)
-    factor = torch.where(batch.mask, weight_of(weight)(batch).expand(batch.shape).to(batch.dtype), 0.0)
+    factor = torch.where(
+        batch.mask, weight_of(weight)(batch).expand(batch.shape).to(batch.dtype), 0.0
+    )
     for mine, was in zip(made.objective.plan(batch).parts, alone.objective.plan(batch).parts):
-        assert torch.allclose(mine.weight, was.weight * factor, rtol=1e-12) and mine.term.loss == was.term.loss
-        assert mine.term.denominator == was.term.denominator and torch.equal(mine.denominator, was.denominator)
+        assert (
+            torch.allclose(mine.weight, was.weight * factor, rtol=1e-12)
+            and mine.term.loss == was.term.loss
+        )
+        assert mine.term.denominator == was.term.denominator and torch.equal(
+            mine.denominator, was.denominator
+        )
 
 
 @pytest.mark.parametrize("base", WEIGHTS)
@@ -54,21 +63,38 @@ def test_weights_multiply_each_other_but_not_themselves(base, weight):
 
 def test_the_weights_of_opds_own_variants_give_these_variants():
     assert load("opd * iw_opd(gamma=0.7)").objective == load("iw_opd", gamma=0.7).objective
-    assert load("opd * position_opd(part=last)").objective == load("position_opd", part="last").objective
+    assert (
+        load("opd * position_opd(part=last)").objective
+        == load("position_opd", part="last").objective
+    )
     for base in ("tropd", "scope", "gkd(beta=0.1)", "iw_opd"):
-        assert (load(base) * load("drift_gating")).objective == load("drift_gating", base=load(base)).objective
+        assert (load(base) * load("drift_gating")).objective == load(
+            "drift_gating", base=load(base)
+        ).objective
 
 
 def test_iw_weights_on_a_divergence():
-    """Gaps (.2, -.3, .5), gamma .5: weights (1.5, 1.4, 1.25), as in IW-OPD's own example; the mean is over all three tokens."""
+    """Gaps (.2, -.3, .5), gamma .5: weights (1.5, 1.4, 1.25), as in IW-OPD's own example; the mean
+    is over all three tokens.
+    """
     student = (-1.0, -0.9, -1.2)
     s = logits(*((torch.tensor(x).exp().item(), 1 - torch.tensor(x).exp().item()) for x in student))
     t = logits(
-        *((torch.tensor(x + d).exp().item(), 1 - torch.tensor(x + d).exp().item()) for x, d in zip(student, (0.2, -0.3, 0.5)))
+        *(
+            (torch.tensor(x + d).exp().item(), 1 - torch.tensor(x + d).exp().item())
+            for x, d in zip(student, (0.2, -0.3, 0.5))
+        )
     )
-    made, alone = (evaluate(m, s, tokens(0, 0, 0), models={"teacher": t}) for m in ("gkd(beta=1) * iw_opd", "gkd(beta=1)"))
+    made, alone = (
+        evaluate(m, s, tokens(0, 0, 0), models={"teacher": t})
+        for m in ("gkd(beta=1) * iw_opd", "gkd(beta=1)")
+    )
     assert close(made.terms[0].weight[0], (1.5, 1.4, 1.25)) and made.terms[0].denominator == 3
-    assert torch.allclose(made.grad, alone.grad * torch.tensor([1.5, 1.4, 1.25], dtype=torch.float64)[:, None], atol=1e-7)
+    assert torch.allclose(
+        made.grad,
+        alone.grad * torch.tensor([1.5, 1.4, 1.25], dtype=torch.float64)[:, None],
+        atol=1e-7,
+    )
 
 
 def test_scopes_weight_is_each_rollouts_share_in_its_own_set():
@@ -86,7 +112,10 @@ def test_scopes_weight_is_each_rollouts_share_in_its_own_set():
 def test_the_denominator_stays_the_bases():
     """Tip alone is a mean over the kept tokens; as a weight it leaves the mean over all."""
     case = fabricate(load("tip").objective)
-    own, over_all = case.run(load("tip").objective), case.run(load("opd(support=full) * tip").objective)
+    own, over_all = (
+        case.run(load("tip").objective),
+        case.run(load("opd(support=full) * tip").objective),
+    )
     assert over_all.terms[0].denominator == case.mask.sum() > own.terms[0].denominator
     ratio = own.terms[0].denominator / over_all.terms[0].denominator
     assert torch.allclose(over_all.grad, own.grad * ratio, rtol=1e-12)
@@ -94,11 +123,12 @@ def test_the_denominator_stays_the_bases():
 
 def test_what_a_methods_weight_is():
     assert weight_of("paced", two_stage=True) == weight_of("paced")  # the factor of both stages
-    assert weight_of("drift_gating", base="eopd") == weight_of("drift_gating")  # of every term, whatever the base
+    # of every term, whatever the base
+    assert weight_of("drift_gating", base="eopd") == weight_of("drift_gating")
     assert weight_of(load("iw_opd") * load("paced")) == weight_of("iw_opd") * weight_of("paced")
 
 
-# -------------------------------------------------------------------------------------------------- sums and numbers
+# --------------------------------------------------------------------------------- sums and numbers
 
 
 def test_a_sum_has_the_sum_of_gradients():
@@ -113,7 +143,7 @@ def test_a_weight_on_a_sum_is_on_both_terms():
     assert [term.weight for term in made.objective.terms] == [weight_of("iw_opd")] * 2
 
 
-# ------------------------------------------------------------------------------------------------------------ spelling
+# ----------------------------------------------------------------------------------------- spelling
 
 
 @pytest.mark.parametrize(
@@ -140,39 +170,58 @@ def test_spellings_that_mean_the_same():
     assert load("tropd", k=32) * load("iw_opd", gamma=1) == made
     assert load("tropd", k=32).objective * weight_of("iw_opd", gamma=1) == made.objective
     assert MethodSpec("tropd", {"k": 32}, (MethodSpec("iw_opd", {"gamma": 1}),)).load() == made
-    assert load("opd(support=student, k=4) * tip(least=1)") == load("opd(support='student', k=4) * tip(least=1)")
+    assert load("opd(support=student, k=4) * tip(least=1)") == load(
+        "opd(support='student', k=4) * tip(least=1)"
+    )
 
 
 def test_a_signal_of_ones_own_multiplies_a_method():
     sure = Exp(-Entropy("teacher"))
     made = load("tropd") * sure
-    assert made.name == "own" and made.objective == load("tropd").objective * sure and made.curriculum == TeacherPrefix()
+    assert (
+        made.name == "own"
+        and made.objective == load("tropd").objective * sure
+        and made.curriculum == TeacherPrefix()
+    )
     assert "4 times" not in made.doc and len(check(made).passed) == 14
 
 
 def test_files_of_ones_own_in_an_expression(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(
-        "from opdkit.objective import Entropy, LogRatio, PolicyGradient\n"
-        "def sure(t=1.0):\n    return PolicyGradient(LogRatio('teacher', 'student')) * Entropy('teacher') * t\n"
+        "from opdkit.objective import Entropy, LogRatio, PolicyGradient\ndef sure(t=1.0):\n    "
+        "return PolicyGradient(LogRatio('teacher', 'student')) * Entropy('teacher') * t\n"
     )
     made = load("./mine.py:sure(t=2.0) * iw_opd")
     assert made.name == "./mine.py:sure(t=2.0) * iw_opd" and load(made.name) == made
-    assert str(weight_of("mine.py:sure")) == "Entropy(teacher) * 1" and load("gkd * mine.py:sure").curriculum == Mixed(1.0)
+    assert str(weight_of("mine.py:sure")) == "Entropy(teacher) * 1" and load(
+        "gkd * mine.py:sure"
+    ).curriculum == Mixed(1.0)
     assert expression.base_of(made.name) == "./mine.py:sure(t=2.0)"
     assert len(check(made).passed) == 14
 
 
 def test_in_a_run(tmp_path):
     base = {"student": "s", "teacher": "t", "data": "d"}
-    run = make_run(base | {"method": {"name": "tropd", "k": 32, "times": ["iw_opd", {"name": "paced", "a": 2}]}})
-    assert run.method_spec.load().name == "tropd(k=32) * iw_opd * paced(a=2)" == str(run.method_spec)
+    run = make_run(
+        base
+        | {"method": {"name": "tropd", "k": 32, "times": ["iw_opd", {"name": "paced", "a": 2}]}}
+    )
+    assert (
+        run.method_spec.load().name == "tropd(k=32) * iw_opd * paced(a=2)" == str(run.method_spec)
+    )
     (tmp_path / "run.yaml").write_text(run.yaml())
     assert load_run(tmp_path / "run.yaml") == run
     flags = ["method=tropd", f"method.times={json.dumps(['iw_opd', 'paced(a=2)'])}", "method.k=32"]
     assert make_run(base, flags).method_spec.load() == run.method_spec.load()
-    assert make_run(base, ["method=tropd(k=32) * iw_opd * paced(a=2)"]).method_spec.load() == run.method_spec.load()
-    assert make_run(base | {"method": {"name": "opd", "times": "iw_opd"}}).method_spec.load().name == "opd * iw_opd"
+    assert (
+        make_run(base, ["method=tropd(k=32) * iw_opd * paced(a=2)"]).method_spec.load()
+        == run.method_spec.load()
+    )
+    assert (
+        make_run(base | {"method": {"name": "opd", "times": "iw_opd"}}).method_spec.load().name
+        == "opd * iw_opd"
+    )
 
 
 def test_on_the_command_line(capsys):
@@ -180,7 +229,10 @@ def test_on_the_command_line(capsys):
     assert "pass  micro-batches" in capsys.readouterr().out
     assert main(["explain", "tropd * tip"]) == 0
     shown = capsys.readouterr().out
-    assert "every term times the weight of tip" in shown and "new beside those of tropd alone: student, without gradient" in shown
+    assert (
+        "every term times the weight of tip" in shown
+        and "new beside those of tropd alone: student, without gradient" in shown
+    )
     assert main(["check", "gkd * opd"]) == 2
     assert "opd has no weight" in capsys.readouterr().err
     command = [
@@ -207,7 +259,7 @@ def test_explain_says_when_a_weight_costs_no_forward_pass():
     assert "new beside" not in explain("tropd") and "new beside" not in explain("opd + gkd")
 
 
-# ------------------------------------------------------------------------------------------------------------- refused
+# ------------------------------------------------------------------------------------------ refused
 
 
 @pytest.mark.parametrize(
@@ -286,7 +338,9 @@ IMPORTS = (
     ],
 )
 def test_credits_that_are_wrong_are_refused_in_ones_own_method(tmp_path, credit, reason):
-    (tmp_path / "mine.py").write_text(f"{IMPORTS}def method():\n    return PolicyGradient({credit})\n")
+    (tmp_path / "mine.py").write_text(
+        f"{IMPORTS}def method():\n    return PolicyGradient({credit})\n"
+    )
     address = f"{tmp_path}/mine.py:method"
     if reason:
         for use in (load, lambda a: load(f"{a} * iw_opd")):
@@ -298,42 +352,66 @@ def test_credits_that_are_wrong_are_refused_in_ones_own_method(tmp_path, credit,
 
 
 def test_minillm_whitens_by_its_own_definition(tmp_path):
-    (tmp_path / "mine.py").write_text("from opdkit import load\ndef method():\n    return 0.123456789 * load('minillm')\n")
+    (tmp_path / "mine.py").write_text(
+        "from opdkit import load\ndef method():\n    return 0.123456789 * load('minillm')\n"
+    )
     assert load(f"{tmp_path}/mine.py:method").objective == load("0.123456789 * minillm").objective
     credit = load("minillm").objective.terms[0].loss.credit
     assert credits.standardised(credit) and len(check("minillm * paced").passed) == 14
 
 
-# ----------------------------------------------------------------------------------------------------------- curricula
+# ---------------------------------------------------------------------------------------- curricula
 
 
 def test_curricula_of_both_sides():
     def of(text):
         return load(text).curriculum
 
-    assert of("opd * paced") == PassRates() == of("gkd * paced") and of("gkd * iw_opd") == Mixed(1.0)
-    assert of("tropd * paced") == together.Together((TeacherPrefix(), PassRates())) == of("tropd * paced * iw_opd")
-    assert of("tropd + opd") == TeacherPrefix() == of("opd + tropd") and of("tropd + tropd(k=8)") == TeacherPrefix()
+    assert of("opd * paced") == PassRates() == of("gkd * paced") and of("gkd * iw_opd") == Mixed(
+        1.0
+    )
+    assert (
+        of("tropd * paced")
+        == together.Together((TeacherPrefix(), PassRates()))
+        == of("tropd * paced * iw_opd")
+    )
+    assert (
+        of("tropd + opd") == TeacherPrefix() == of("opd + tropd")
+        and of("tropd + tropd(k=8)") == TeacherPrefix()
+    )
     assert of("opd + gkd") == Plain()
 
 
 def test_together_one_writes_and_the_other_remembers():
     both = load("tropd * paced").curriculum
-    asks = both.plan([Prompt("q", [1])], Sampling(max_completion_length=9), lambda p: [5, 6, 7, 8], 0, 10, {})
+    asks = both.plan(
+        [Prompt("q", [1])], Sampling(max_completion_length=9), lambda p: [5, 6, 7, 8], 0, 10, {}
+    )
     assert [[p.prefix for p in ask.prompts] for ask in asks] == [[[]], [[5, 6, 7, 8]]]
     seen = [Rollout(str(i), [1], [2], [True], [0.0], [0.0], "q", correct=i < 3) for i in range(4)]
-    assert both.observe(seen, {"kept": 1})["pass_rate"] == {"q": 0.75} and both.observe(seen, {"kept": 1})["kept"] == 1
+    assert (
+        both.observe(seen, {"kept": 1})["pass_rate"] == {"q": 0.75}
+        and both.observe(seen, {"kept": 1})["kept"] == 1
+    )
     assert both.source(0, 10, 0, {}) == "student" and not both.validates
 
 
 def test_together_is_a_whole_curriculum():
-    asked = [name for name, _ in inspect.getmembers(Curriculum, inspect.isfunction) if not name.startswith("_")]
+    asked = [
+        name
+        for name, _ in inspect.getmembers(Curriculum, inspect.isfunction)
+        if not name.startswith("_")
+    ]
     assert set(asked) | {"validates"} <= set(vars(together.Together))
 
 
 def test_a_draw_is_the_same_with_and_without_a_weight():
     trusted = Draw(Exp(LogRatio("teacher", "student")))
     case = fabricate(load("tropd * iw_opd").objective)
-    made, alone = (case.run(load(m).objective).terms[0].weight != 0 for m in ("tropd * iw_opd", "tropd"))
-    assert torch.equal(made, alone) and trusted in algebra.factors(load("tropd * iw_opd").objective.terms[0].weight)
+    made, alone = (
+        case.run(load(m).objective).terms[0].weight != 0 for m in ("tropd * iw_opd", "tropd")
+    )
+    assert torch.equal(made, alone) and trusted in algebra.factors(
+        load("tropd * iw_opd").objective.terms[0].weight
+    )
     assert algebra.factors(Const(2) * trusted) == (trusted,)

@@ -1,4 +1,6 @@
-"""GKD: the generalised Jensen-Shannon divergence in value and gradient, its ends, and its share of student text."""
+"""GKD: the generalised Jensen-Shannon divergence in value and gradient, its ends, and its share of
+student text.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ S, T = logits(P_S), {"teacher": logits(P_T)}
 
 
 def loss(student=P_S, teacher=P_T, **arguments):
-    return evaluate(load("gkd", **arguments), logits(student), tokens(0), models={"teacher": logits(teacher)}).loss.item()
+    return evaluate(
+        load("gkd", **arguments), logits(student), tokens(0), models={"teacher": logits(teacher)}
+    ).loss.item()
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,9 @@ def test_the_ends_are_a_jump_that_the_normalised_form_has_not():
     for beta, value in ((0.1, 0.195140), (0.5, 0.203498), (0.9, 0.218458)):
         assert loss(beta=beta, normalised=True) == pytest.approx(value, abs=5e-7)
     for end, near in ((0.0, 1e-7), (1.0, 1 - 1e-7)):
-        assert loss(beta=near, normalised=True) == pytest.approx(loss(beta=end, normalised=True), abs=1e-6)
+        assert loss(beta=near, normalised=True) == pytest.approx(
+            loss(beta=end, normalised=True), abs=1e-6
+        )
         assert loss(beta=end, normalised=True) == loss(beta=end)
 
 
@@ -54,18 +60,30 @@ def test_swapping_the_models_swaps_beta(beta):
 def test_half_is_symmetric_and_at_most_log_two():
     assert loss() == pytest.approx(loss(P_T, P_S), abs=1e-12)
     for seed in range(20):
-        a, b = (torch.randn(4, generator=torch.Generator().manual_seed(s)).mul(5).softmax(0).tolist() for s in (seed, seed + 100))
+        a, b = (
+            torch.randn(4, generator=torch.Generator().manual_seed(s)).mul(5).softmax(0).tolist()
+            for s in (seed, seed + 100)
+        )
         assert 0 < loss(a, b) <= math.log(2)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_disjoint_supports_are_finite(beta):
-    student, teacher = torch.tensor([[[0.0, 0.0, -math.inf]]]).double(), torch.tensor([[[-math.inf, -math.inf, 0.0]]]).double()
+    student, teacher = (
+        torch.tensor([[[0.0, 0.0, -math.inf]]]).double(),
+        torch.tensor([[[-math.inf, -math.inf, 0.0]]]).double(),
+    )
     out = evaluate(load("gkd", beta=beta), student, tokens(0), models={"teacher": teacher})
-    assert close(out.loss, -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)) and out.grad.isfinite().all()
+    assert (
+        close(out.loss, -beta * math.log(beta) - (1 - beta) * math.log(1 - beta))
+        and out.grad.isfinite().all()
+    )
 
 
-@pytest.mark.parametrize("arguments", [{}, {"beta": 0}, {"beta": 1}, {"beta": 0.1, "normalised": True}, {"temperature": 2.0}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"beta": 0}, {"beta": 1}, {"beta": 0.1, "normalised": True}, {"temperature": 2.0}],
+)
 def test_agreement_is_zero(arguments):
     out = evaluate(load("gkd", **arguments), S, tokens(0), models={"teacher": S})
     assert close(out.loss, 0.0, 12) and close(out.grad, torch.zeros(1, 1, 3), 12)
@@ -74,13 +92,18 @@ def test_agreement_is_zero(arguments):
 def test_temperature_divides_the_logits_of_both():
     hot = evaluate(load("gkd", temperature=2.0), S, tokens(0), models=T)
     plain = evaluate(load("gkd"), S / 2, tokens(0), models={"teacher": T["teacher"] / 2})
-    assert close(hot.loss, plain.loss.item(), 12) and close(hot.grad, plain.grad / 2, 12)  # and no factor T^2
+    # and no factor T^2
+    assert close(hot.loss, plain.loss.item(), 12) and close(hot.grad, plain.grad / 2, 12)
 
 
 def test_who_writes():
-    assert load("gkd").curriculum.student_share == 1.0 and load("gkd", lmbda=0.25).curriculum.student_share == 0.25
+    assert (
+        load("gkd").curriculum.student_share == 1.0
+        and load("gkd", lmbda=0.25).curriculum.student_share == 0.25
+    )
     assert load("gkd", lmbda=0.0).curriculum.student_share == 0.0
-    assert load("gkd", lmbda=0.3).objective == load("gkd").objective  # at a given prefix it does not matter
+    # at a given prefix it does not matter
+    assert load("gkd", lmbda=0.3).objective == load("gkd").objective
 
 
 def test_special_cases():
@@ -104,7 +127,9 @@ def test_two_micro_batches_of_three_and_five_tokens_equal_one_of_eight():
     one, two = case.run(objective), case.run(objective, [[0], [1]])
     assert close(two.loss, one.loss.item(), 12) and close(two.grad, one.grad, 12)
     alone = [
-        evaluate(objective, student[[i], :n], case.tokens[[i], :n], models={"teacher": teacher[[i], :n]})
+        evaluate(
+            objective, student[[i], :n], case.tokens[[i], :n], models={"teacher": teacher[[i], :n]}
+        )
         for i, n in enumerate((3, 5))
     ]
     assert close(one.loss, (3 * alone[0].loss + 5 * alone[1].loss).item() / 8, 12)

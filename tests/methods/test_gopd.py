@@ -1,4 +1,6 @@
-"""G-OPD and ExOPD: credits, gradients and optimum of the card, and the reference that is not loaded at scale 1."""
+"""G-OPD and ExOPD: credits, gradients and optimum of the card, and the reference that is not loaded
+at scale 1.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ OPD = (-0.916291, 0.510826, 0.405465)
 def each(scale, student=P_S, teacher=P_T, reference=P_REF):
     """The evaluation at each token that could be sampled."""
     models = {"teacher": logits(teacher), "reference": logits(reference)}
-    return [evaluate(load("gopd", scale=scale), logits(student), tokens(y), models=models) for y in range(3)]
+    return [
+        evaluate(load("gopd", scale=scale), logits(student), tokens(y), models=models)
+        for y in range(3)
+    ]
 
 
 def credit(scale, **models):
@@ -39,7 +44,8 @@ def gradient(scale, student=P_S, **models):
 )
 def test_credits(scale, numbers_):
     assert close(credit(scale), numbers_)
-    assert close(credit(scale), (1 - scale) * credit(0) + scale * credit(1), 12)  # affine in the scale
+    # affine in the scale
+    assert close(credit(scale), (1 - scale) * credit(0) + scale * credit(1), 12)
 
 
 def test_at_zero_the_teacher_drops_out():
@@ -56,7 +62,8 @@ def test_at_one_it_is_opd_bit_for_bit_and_no_reference_is_read():
 
 
 @pytest.mark.parametrize(
-    ("scale", "expected"), [(1.25, (0.408069, -0.252015, -0.156054)), (0.5, (0.222591, -0.157137, -0.065454))]
+    ("scale", "expected"),
+    [(1.25, (0.408069, -0.252015, -0.156054)), (0.5, (0.222591, -0.157137, -0.065454))],
 )
 def test_full_gradient(scale, expected):
     assert close(gradient(scale), expected)
@@ -85,20 +92,32 @@ def test_reference_that_is_the_teacher_or_the_student(scale):
 def test_truncated_weights(log_ratio, weight):
     models = {"teacher": binary([-0.5]), "reference": binary([-2.0])}
     sampler = binary([-1.5 - log_ratio])
-    out = evaluate(load("exopd", rollout_cap=5.0), binary([-1.5]), tokens(0), models=models, sampler_logits=sampler)
+    out = evaluate(
+        load("exopd", rollout_cap=5.0),
+        binary([-1.5]),
+        tokens(0),
+        models=models,
+        sampler_logits=sampler,
+    )
     assert close(out.terms[0].weight, [[weight]])
     assert close(out.loss, -weight * (1.0 + 0.25 * 1.5), 5)
 
 
 def test_rows_do_not_see_each_others_teacher():
-    """Two domains with a teacher each: every row has the gradient it would have, were its teacher the only one."""
+    """Two domains with a teacher each: every row has the gradient it would have, were its teacher
+    the only one.
+    """
     objective = load("exopd").objective
     a, b = fabricate(objective, 0), fabricate(objective, 1)
     domain = torch.tensor([True, False, True, False, False, True])[:, None, None]
     other = a.models | {"teacher": b.models["teacher"]}
     mixed = a.models | {"teacher": torch.where(domain, a.models["teacher"], b.models["teacher"])}
-    grads = [type(a)(**{**vars(a), "models": m}).run(objective).grad for m in (a.models, other, mixed)]
-    assert close(grads[2], torch.where(domain, grads[0], grads[1]), 12) and not torch.equal(grads[0], grads[1])
+    grads = [
+        type(a)(**{**vars(a), "models": m}).run(objective).grad for m in (a.models, other, mixed)
+    ]
+    assert close(grads[2], torch.where(domain, grads[0], grads[1]), 12) and not torch.equal(
+        grads[0], grads[1]
+    )
 
 
 def test_exopd_is_gopd_at_its_scale():

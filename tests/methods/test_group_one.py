@@ -1,4 +1,6 @@
-"""What every method of the first group must keep, with its defaults and with each other value of its arguments."""
+"""What every method of the first group must keep, with its defaults and with each other value of
+its arguments.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,23 @@ from tests.common.toy import naive
 
 LAYER = [{"clip": (0.2, 0.2)}, {"clip": (0.1, 0.3), "dual_clip": 3.0}, {"rollout_cap": 1.1}]
 SUPPORTS = [
-    {"support": s, "k": 5, "rest": r} for s in ("teacher", "student", "union") for r in ("renormalise", "raw", "target", "tail")
+    {"support": s, "k": 5, "rest": r}
+    for s in ("teacher", "student", "union")
+    for r in ("renormalise", "raw", "target", "tail")
 ]
-KINDS = [{"kind": k} for k in ("forward_kl", "jsd", "skew_forward", "skew_reverse", "alpha", "hellinger2", "tv", "chi2")]
+KINDS = [
+    {"kind": k}
+    for k in (
+        "forward_kl",
+        "jsd",
+        "skew_forward",
+        "skew_reverse",
+        "alpha",
+        "hellinger2",
+        "tv",
+        "chi2",
+    )
+]
 OPD = [
     {"support": "full"},
     {"beta": 0.1},
@@ -30,18 +46,39 @@ OPD = [
 OPD.append({"kind": "forward_kl", "support": "teacher", "k": 5, "rest": "raw"})
 ARGUMENTS = {
     "opd": [*OPD, *SUPPORTS, *KINDS, *LAYER],
-    "gkd": [{"beta": 0.0}, {"beta": 0.1}, {"beta": 1.0}, {"lmbda": 0.5}, {"temperature": 2.0}, {"normalised": True}],
+    "gkd": [
+        {"beta": 0.0},
+        {"beta": 0.1},
+        {"beta": 1.0},
+        {"lmbda": 0.5},
+        {"temperature": 2.0},
+        {"normalised": True},
+    ],
     "gopd": [{"scale": 0.0}, {"scale": 0.5}, *LAYER],
     "exopd": [{"scale": 1.5}, *LAYER],
-    "tropd": [{"k": 4}, {"beta": 0.5}, {"outliers": "mask"}, {"outliers": "clip"}, {"outliers": "clip", "floor": -0.5}]
+    "tropd": [
+        {"k": 4},
+        {"beta": 0.5},
+        {"outliers": "mask"},
+        {"outliers": "clip"},
+        {"outliers": "clip", "floor": -0.5},
+    ]
     + [{"rest": r} for r in ("renormalise", "target", "tail")]
     + [{"outlier_gradient": "credit"}, {"prefix": "credit"}, *LAYER],
     "iw_opd": [{"gamma": 0.0}, {"gamma": 2.0}, {"mean_one": True}, *LAYER],
-    "position_opd": [{"part": "last"}, {"share": 0.6}, {"anneal": "cosine"}, {"anneal": "linear"}, *LAYER],
+    "position_opd": [
+        {"part": "last"},
+        {"share": 0.6},
+        {"anneal": "cosine"},
+        {"anneal": "linear"},
+        *LAYER,
+    ],
     "scope": [{"tau": 0.5}, {"student_power": -1}, {"teacher_power": 1}, *LAYER],
     "vopd": [{"k": 5}, *LAYER],
 }
-EVERY = [pytest.param(n, a, id=f"{n}-{a}") for n, others in ARGUMENTS.items() for a in ({}, *others)]
+EVERY = [
+    pytest.param(n, a, id=f"{n}-{a}") for n, others in ARGUMENTS.items() for a in ({}, *others)
+]
 DEFAULTS = sorted(METHODS)
 
 
@@ -50,11 +87,13 @@ def test_check(name, arguments):
     assert not check(load(name, **arguments)).failed
 
 
-ALIGNED = ("uld", "gold")  # over spans of text: their values and gradients are in test_uld.py and test_gold.py
+# over spans of text: their values and gradients are in test_uld.py and test_gold.py
+ALIGNED = ("uld", "gold")
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [*EVERY, *(pytest.param(n, {}, id=n) for n in DEFAULTS if n not in (*ARGUMENTS, *ALIGNED))]
+    ("name", "arguments"),
+    [*EVERY, *(pytest.param(n, {}, id=n) for n in DEFAULTS if n not in (*ARGUMENTS, *ALIGNED))],
 )
 def test_the_chunked_pass_equals_a_dense_graph(name, arguments):
     objective = load(name, **arguments).objective
@@ -62,7 +101,10 @@ def test_the_chunked_pass_equals_a_dense_graph(name, arguments):
     loss, grad = naive(objective, case)
     for chunk in (None, 1, 3, 10_000):
         out = case.run(objective, chunk=chunk)
-        assert abs(out.loss - loss) <= 1e-9 * max(1.0, abs(loss)) and (out.grad - grad).norm() <= 1e-9 * grad.norm()
+        assert (
+            abs(out.loss - loss) <= 1e-9 * max(1.0, abs(loss))
+            and (out.grad - grad).norm() <= 1e-9 * grad.norm()
+        )
     assert grad.norm() > 0
 
 
@@ -119,4 +161,5 @@ def test_each_argument_makes_another_method():
     for name, others in ARGUMENTS.items():
         made = [load(name, **a) for a in ({}, *others)]
         assert len({(m.objective, m.curriculum) for m in made}) == len(made), name
-        assert len({str(m) for m in made}) == len(made) - (name == "gkd"), name  # lmbda lies outside the formula
+        # lmbda lies outside the formula
+        assert len({str(m) for m in made}) == len(made) - (name == "gkd"), name

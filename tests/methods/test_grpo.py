@@ -12,7 +12,16 @@ from opdkit.methods.method import load
 from opdkit.objective import LogRatio, Objective, policy_gradient
 from opdkit.testing import check, evaluate
 from tests.methods.ragged import LEVEL, on, ragged, shifted, slopes
-from tests.methods.toy import P_S, P_T, close, expected, logits, numbers, reverse_kl_gradient, tokens
+from tests.methods.toy import (
+    P_S,
+    P_T,
+    close,
+    expected,
+    logits,
+    numbers,
+    reverse_kl_gradient,
+    tokens,
+)
 
 LOG_RATIOS = [[0.2, -0.1], [0.4, 0.1, -0.3, 0.2]]
 FRESH = [[LEVEL] * 2, [LEVEL] * 4]
@@ -27,26 +36,39 @@ def moved(method):
 
 @pytest.mark.parametrize(
     ("advantage", "values"),
-    [("std", (1.5, -0.5, -0.5, -0.5)), ("mean", (0.75, -0.25, -0.25, -0.25)), ("rloo", (1.0, -1 / 3, -1 / 3, -1 / 3))],
+    [
+        ("std", (1.5, -0.5, -0.5, -0.5)),
+        ("mean", (0.75, -0.25, -0.25, -0.25)),
+        ("rloo", (1.0, -1 / 3, -1 / 3, -1 / 3)),
+    ],
 )
 def test_advantages(advantage, values):
-    out = on(load("grpo", advantage=advantage), [[LEVEL]] * 4, reward=[1.0, 0.0, 0.0, 0.0], group=[7] * 4)
-    assert close(out.terms[0].credit[:, 0], values, 5)  # the 1e-6 beside the deviation shows in the sixth digit
+    out = on(
+        load("grpo", advantage=advantage), [[LEVEL]] * 4, reward=[1.0, 0.0, 0.0, 0.0], group=[7] * 4
+    )
+    # the 1e-6 beside the deviation shows in the sixth digit
+    assert close(out.terms[0].credit[:, 0], values, 5)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_equal_rewards_teach_nothing(loss):
-    out = on(load("grpo", loss=loss), shifted(LOG_RATIOS), before=FRESH, reward=[1.0, 1.0], group=[0, 0])
+    out = on(
+        load("grpo", loss=loss), shifted(LOG_RATIOS), before=FRESH, reward=[1.0, 1.0], group=[0, 0]
+    )
     assert out.loss == 0 and (out.grad == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("advantage", ["std", "mean", "rloo"])
 @pytest.mark.parametrize(
-    "method", [("grpo", {"loss": loss}) for loss in LOSSES] + [("kdrl", {"beta": 0.0}), ("rlad", {})], ids=str
+    "method",
+    [("grpo", {"loss": loss}) for loss in LOSSES] + [("kdrl", {"beta": 0.0}), ("rlad", {})],
+    ids=str,
 )
 def test_equal_rewards_teach_nothing_whatever_they_are(method, advantage, dtype):
-    """Sixteen times 0.7 and 32 times 0.96, whose means round in float32, beside a prompt that has something to teach."""
+    """Sixteen times 0.7 and 32 times 0.96, whose means round in float32, beside a prompt that has
+    something to teach.
+    """
     name, arguments = method
     reward, group = [0.7] * 16 + [0.96] * 32 + [1.0, 0.0], [0] * 16 + [1] * 32 + [2] * 2
     torch.manual_seed(5)
@@ -78,25 +100,40 @@ def test_equal_rewards_teach_nothing_whatever_they_are(method, advantage, dtype)
 
 @pytest.mark.parametrize(("loss", "value"), [("grpo", 0.0), ("dapo", 1 / 3), ("dr_grpo", 0.125)])
 def test_reductions_on_fresh_rollouts(loss, value):
-    """-1 on two tokens, +1 on four: 0 as a mean of rollouts, 2/6 as a mean of tokens, 2/(2 * 8) over a fixed length."""
-    out = on(load("grpo", loss=loss, max_completion_length=8, **PAIR), FRESH, reward=[1.0, 0.0], group=[0, 0])
+    """-1 on two tokens, +1 on four: 0 as a mean of rollouts, 2/6 as a mean of tokens, 2/(2 * 8)
+    over a fixed length.
+    """
+    out = on(
+        load("grpo", loss=loss, max_completion_length=8, **PAIR),
+        FRESH,
+        reward=[1.0, 0.0],
+        group=[0, 0],
+    )
     assert close(out.loss, value)
 
 
-@pytest.mark.parametrize(("loss", "value"), [("grpo", 0.045740), ("dapo", 0.415360), ("dr_grpo", 0.311520)])
+@pytest.mark.parametrize(
+    ("loss", "value"), [("grpo", 0.045740), ("dapo", 0.415360), ("dr_grpo", 0.311520)]
+)
 def test_clipped_losses(loss, value):
     """Token losses -1.221403, -0.904837 | 1.491825, 1.105171, 0.8, 1.221403."""
     out = moved(load("grpo", loss=loss, clip=(0.2, 0.28), max_completion_length=4, **PAIR))
     assert close(out.loss, value)
-    live = numbers(-1.221403, -0.904837, 1.491825, 1.105171, 0.0, 1.221403)  # the clipped token has no gradient
-    share = {"grpo": numbers(4, 4, 8, 8, 8, 8), "dapo": numbers(*[6] * 6), "dr_grpo": numbers(*[8] * 6)}[loss]
+    # the clipped token has no gradient
+    live = numbers(-1.221403, -0.904837, 1.491825, 1.105171, 0.0, 1.221403)
+    share = {
+        "grpo": numbers(4, 4, 8, 8, 8, 8),
+        "dapo": numbers(*[6] * 6),
+        "dr_grpo": numbers(*[8] * 6),
+    }[loss]
     assert close(slopes(out, shifted(LOG_RATIOS)), live / share)
 
 
 def test_gspo_clips_whole_rollouts():
     out = moved(load("grpo", loss="gspo", clip=(3e-4, 4e-4), **PAIR))
     assert close(out.loss, 0.052385)
-    # the first, 1.051271 with A = 1, is clipped; the second, 1.105171 with A = -1, is not: s / (2 rollouts * 4 tokens) each
+    # the first, 1.051271 with A = 1, is clipped; the second, 1.105171 with A = -1, is not: s / (2
+    # rollouts * 4 tokens) each
     assert close(slopes(out, shifted(LOG_RATIOS)), [0, 0, *[1.105171 / 8] * 4])
 
 
@@ -115,7 +152,10 @@ def test_gspo_token_is_gspo_for_one_advantage_per_rollout():
 
 @pytest.mark.parametrize(
     ("clip", "weights"),
-    [((0.2, 0.28), (1.28, 1.105171, 0.8, 1.221403)), ((1, 4), (1.491825, 1.105171, 0.740818, 1.221403))],
+    [
+        ((0.2, 0.28), (1.28, 1.105171, 0.8, 1.221403)),
+        ((1, 4), (1.491825, 1.105171, 0.740818, 1.221403)),
+    ],
 )
 def test_cispo_keeps_every_token(clip, weights):
     out = moved(load("grpo", loss="cispo", clip=clip, **PAIR))
@@ -123,18 +163,26 @@ def test_cispo_keeps_every_token(clip, weights):
 
 
 @pytest.mark.parametrize("loss", ["dapo", "gspo"])
-@pytest.mark.parametrize(("ratio", "value", "slope"), [(0.5, 0.8, 0.0), (1.5, 1.5, 1.5), (12.0, 3.0, 0.0)])
+@pytest.mark.parametrize(
+    ("ratio", "value", "slope"), [(0.5, 0.8, 0.0), (1.5, 1.5, 1.5), (12.0, 3.0, 0.0)]
+)
 def test_dual_clip(loss, ratio, value, slope):
     student = [[-1.0], []]
     method = load("grpo", loss=loss, dual_clip=3.0, **PAIR)
-    out = on(method, student, before=[[-1.0 - math.log(ratio)], []], reward=[0.0, 1.0], group=[0, 0])
+    out = on(
+        method, student, before=[[-1.0 - math.log(ratio)], []], reward=[0.0, 1.0], group=[0, 0]
+    )
     assert close(out.loss, value) and close(slopes(out, student), [slope])
 
 
-@pytest.mark.parametrize(("estimator", "value"), [("k3", 0.0408182), ("k2", 0.045), ("k3+", 0.0408182)])
+@pytest.mark.parametrize(
+    ("estimator", "value"), [("k3", 0.0408182), ("k2", 0.045), ("k3+", 0.0408182)]
+)
 def test_reference_penalty(estimator, value):
     method = load("grpo", reference_kl=1.0, reference_estimator=estimator)
-    out = on(method, [[-1.0]] * 2, models={"reference": [[-1.3]] * 2}, reward=[1.0, 1.0], group=[0, 0])
+    out = on(
+        method, [[-1.0]] * 2, models={"reference": [[-1.3]] * 2}, reward=[1.0, 1.0], group=[0, 0]
+    )
     assert close(out.loss, value, 7)
 
 
@@ -146,14 +194,23 @@ def test_gradient_of_the_penalty(estimator, gradient):
     s, ref = logits(P_S).expand(2, -1, -1), logits(P_T).expand(2, -1, -1)
     mean = sum(
         p
-        * evaluate(method, s, tokens(y).expand(2, -1), models={"reference": ref}, reward=[1.0, 1.0], group=[0, 0]).grad.sum(0)[0]
+        * evaluate(
+            method,
+            s,
+            tokens(y).expand(2, -1),
+            models={"reference": ref},
+            reward=[1.0, 1.0],
+            group=[0, 0],
+        ).grad.sum(0)[0]
         for y, p in enumerate(P_S)
     )
     assert close(mean, reverse_kl_gradient(P_S, P_T) if gradient is None else gradient)
 
 
 def test_fresh_rollouts_make_token_forms_one():
-    """At ratio 1 PPO's loss, CISPO and plain policy gradient have the same gradient, and GSPO that of GRPO."""
+    """At ratio 1 PPO's loss, CISPO and plain policy gradient have the same gradient, and GSPO that
+    of GRPO.
+    """
     make = lambda **a: on(load("grpo", **PAIR, **a), FRESH, reward=[1.0, 0.0], group=[0, 0]).grad  # noqa: E731
     plain = make(loss="dapo", clip=None)
     for other in (make(loss="dapo"), make(loss="cispo"), make(loss="cispo", clip=None)):
@@ -162,7 +219,9 @@ def test_fresh_rollouts_make_token_forms_one():
 
 
 def test_with_the_teachers_credit_it_is_opd():
-    """No group, the token mean, A = log(teacher/student): the clipped loss is OPD's on fresh rollouts."""
+    """No group, the token mean, A = log(teacher/student): the clipped loss is OPD's on fresh
+    rollouts.
+    """
     clipped = Objective(policy_gradient(LogRatio("teacher", "student"), clip=(0.2, 0.2)))
     assert close(expected(clipped, P_S, P_T), expected("opd", P_S, P_T), 12)
 
@@ -171,16 +230,28 @@ def test_with_the_teachers_credit_it_is_opd():
 def test_rollout_cap_weighs_what_trainer_and_sampler_disagree_about(loss):
     """The student is twice as sure as its sampler was: fresh for the ratio, weighed by min(2, 1.5)."""
     student, sampler = [[-0.1] * 2] * 2, [[-0.1 - math.log(2)] * 2] * 2
-    out = on(load("grpo", loss=loss, rollout_cap=1.5, **PAIR), student, sampler=sampler, reward=[1.0, 0.0], group=[0, 0])
+    out = on(
+        load("grpo", loss=loss, rollout_cap=1.5, **PAIR),
+        student,
+        sampler=sampler,
+        reward=[1.0, 0.0],
+        group=[0, 0],
+    )
     assert close(slopes(out, student), [-1.5 / 4, -1.5 / 4, 1.5 / 4, 1.5 / 4])
 
 
 def test_reads_a_reference_only_for_its_penalty():
-    assert "reference" not in load("grpo").needs.models and "reference" in load("grpo", reference_kl=0.04).needs.models
+    assert (
+        "reference" not in load("grpo").needs.models
+        and "reference" in load("grpo", reference_kl=0.04).needs.models
+    )
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("arguments", [{}, {"clip": None, "advantage": "mean"}, {"reference_kl": 0.1, "rollout_cap": 2.0}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"clip": None, "advantage": "mean"}, {"reference_kl": 0.1, "rollout_cap": 2.0}],
+)
 def test_check(loss, arguments):
     check(load("grpo", loss=loss, **arguments))
 
@@ -197,4 +268,8 @@ def test_bad_arguments_are_explained():
 
 
 def test_ragged_rows_have_the_log_probs_they_were_given():
-    assert close(ragged([[-0.5], [-1.0, -2.0]]).log_softmax(-1)[..., 0], torch.tensor([[-0.5, LEVEL], [-1.0, -2.0]]).double(), 12)
+    assert close(
+        ragged([[-0.5], [-1.0, -2.0]]).log_softmax(-1)[..., 0],
+        torch.tensor([[-0.5, LEVEL], [-1.0, -2.0]]).double(),
+        12,
+    )

@@ -24,15 +24,24 @@ from tests.methods.toy import P_S, P_T, close, logits, numbers, tokens
 )
 def test_mixture(lam, value, gradient):
     for prefix in ("student", "teacher"):  # at a given prefix it does not matter who wrote it
-        out = evaluate(load("kl_mixing", lam=lam, prefix=prefix), logits(P_S), tokens(0), models={"teacher": logits(P_T)})
+        out = evaluate(
+            load("kl_mixing", lam=lam, prefix=prefix),
+            logits(P_S),
+            tokens(0),
+            models={"teacher": logits(P_T)},
+        )
         assert close(out.loss, value) and close(out.grad[0, 0], gradient)
 
 
 def test_prefix_says_who_writes():
-    assert load("kl_mixing").curriculum.student_share == 1 and load("kl_mixing", prefix="teacher").curriculum.student_share == 0
+    assert (
+        load("kl_mixing").curriculum.student_share == 1
+        and load("kl_mixing", prefix="teacher").curriculum.student_share == 0
+    )
 
 
-STUDENT = {(): 0.5, (0,): 0.5, (1,): torch.tensor(0.5, dtype=torch.float64).sigmoid().item()}  # prefix -> P(1)
+# prefix -> P(1)
+STUDENT = {(): 0.5, (0,): 0.5, (1,): torch.tensor(0.5, dtype=torch.float64).sigmoid().item()}
 TEACHER = {(): 0.7, (0,): 0.4, (1,): 0.9}
 
 
@@ -48,7 +57,12 @@ def over_prefixes(writer, lam):
 
 @pytest.mark.parametrize(
     ("writer", "lam", "value"),
-    [(TEACHER, 0.0, 0.227619), (TEACHER, 1.0, 0.283738), (STUDENT, 0.0, 0.191848), (STUDENT, 1.0, 0.233410)],
+    [
+        (TEACHER, 0.0, 0.227619),
+        (TEACHER, 1.0, 0.283738),
+        (STUDENT, 0.0, 0.191848),
+        (STUDENT, 1.0, 0.233410),
+    ],
 )
 def test_four_objectives_and_the_two_that_are_sequence_divergences(writer, lam, value):
     loss = over_prefixes(writer, lam)
@@ -67,15 +81,23 @@ def test_four_objectives_and_the_two_that_are_sequence_divergences(writer, lam, 
 
 @pytest.mark.parametrize("lam", [0.0, 0.25, 1.0])
 def test_agreement_is_zero(lam):
-    out = evaluate(load("kl_mixing", lam=lam), logits(P_S), tokens(0), models={"teacher": logits(P_S)})
+    out = evaluate(
+        load("kl_mixing", lam=lam), logits(P_S), tokens(0), models={"teacher": logits(P_S)}
+    )
     assert close(out.loss, 0.0, 12) and close(out.grad, torch.zeros(1, 1, 3), 12)
 
 
 def test_half_is_symmetric_in_value_and_no_jensen_shannon():
     method = load("kl_mixing", lam=0.5)
-    ours, swapped = (evaluate(method, logits(a), tokens(0), models={"teacher": logits(b)}) for a, b in ((P_S, P_T), (P_T, P_S)))
+    ours, swapped = (
+        evaluate(method, logits(a), tokens(0), models={"teacher": logits(b)})
+        for a, b in ((P_S, P_T), (P_T, P_S))
+    )
     assert close(ours.loss, swapped.loss.item(), 12)
-    assert close(evaluate(load("gkd"), logits(P_S), tokens(0), models={"teacher": logits(P_T)}).loss, 0.050875)
+    assert close(
+        evaluate(load("gkd"), logits(P_S), tokens(0), models={"teacher": logits(P_T)}).loss,
+        0.050875,
+    )
 
 
 @pytest.mark.parametrize("arguments", [{}, {"lam": 0.0}, {"lam": 1.0}, {"prefix": "teacher"}])

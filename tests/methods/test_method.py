@@ -1,4 +1,6 @@
-"""Methods by name and from one's own file: found, refused with the nearest name, compared, printed and saved."""
+"""Methods by name and from one's own file: found, refused with the nearest name, compared, printed
+and saved.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,16 @@ def own(tmp_path):
 
 
 def test_the_table_and_the_package_agree():
-    assert opdkit.methods() == methods() and set(methods()) >= {"opd", "gkd", "gopd", "exopd", "tropd", "iw_opd", "scope", "vopd"}
+    assert opdkit.methods() == methods() and set(methods()) >= {
+        "opd",
+        "gkd",
+        "gopd",
+        "exopd",
+        "tropd",
+        "iw_opd",
+        "scope",
+        "vopd",
+    }
     assert opdkit.load("opd") == load("opd")
     for name in methods():
         made = load(name)
@@ -82,7 +93,11 @@ def test_a_method_in_ones_own_file(own):
     assert made.summary == "Credits of at most `size` nats." and made.arguments == (("size", 0.5),)
     out = evaluate(made, logits(P_S), tokens(0), models={"teacher": logits(P_T)})
     assert close(out.terms[0].credit, [[-0.5 * torch.tanh(torch.tensor(0.916291 / 0.5)).item()]])
-    assert not check(f"{own}:bounded").failed and not check(made).failed and not check(f"{own}:as_term").failed
+    assert (
+        not check(f"{own}:bounded").failed
+        and not check(made).failed
+        and not check(f"{own}:as_term").failed
+    )
 
 
 def test_it_is_a_value_like_the_others(own):
@@ -98,9 +113,17 @@ def test_it_is_a_value_like_the_others(own):
         ("opdd", {}, "unknown method 'opdd'; did you mean 'opd'"),
         ("iw-opd", {}, "did you mean 'iw_opd'"),
         ("zzzz", {}, "known: .*opd.*file.py:function"),
-        ("opd", {"discont": 0.5}, "method 'opd' has no argument 'discont'; did you mean 'discount'"),
+        (
+            "opd",
+            {"discont": 0.5},
+            "method 'opd' has no argument 'discont'; did you mean 'discount'",
+        ),
         ("gkd", {"lambda": 0.5}, "has no argument 'lambda'; did you mean 'lmbda'"),
-        ("tropd", {"outliers": "drop"}, "method 'tropd': outliers='drop' must be one of forward_kl, mask, clip"),
+        (
+            "tropd",
+            {"outliers": "drop"},
+            "method 'tropd': outliers='drop' must be one of forward_kl, mask, clip",
+        ),
         ("OWN:bounde", {}, "defines no 'bounde'; did you mean 'bounded'"),
         ("OWN:bounded", {"sise": 1}, "has no argument 'sise'; did you mean 'size'"),
         ("OWN:wrong", {}, "returned int"),
@@ -124,7 +147,9 @@ def test_as_method():
 
 
 def test_lists_of_a_yaml_file_are_tuples():
-    assert load("opd", clip=[0.1, 0.2]) == load("opd", clip=(0.1, 0.2)) and hash(load("opd", clip=[0.1, 0.2]))
+    assert load("opd", clip=[0.1, 0.2]) == load("opd", clip=(0.1, 0.2)) and hash(
+        load("opd", clip=[0.1, 0.2])
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,9 +161,10 @@ def test_lists_of_a_yaml_file_are_tuples():
         ("vopd", "PolicyGradient(log(teacher/student) + Gap(kind=reverse_kl))"),
         (
             "tropd",
-            "PolicyGradient(log(teacher/student)) * Draw(exp(log(teacher/student))) * ~Mark(guided)\n"
-            "  + Divergence(kind=forward_kl, k=64, support=teacher) * ~Draw(exp(log(teacher/student))) * ~Mark(guided)\n"
-            "  + Likelihood() * Mark(guided) * 0.001",
+            "PolicyGradient(log(teacher/student)) * Draw(exp(log(teacher/student))) * "
+            "~Mark(guided)\n  + Divergence(kind=forward_kl, k=64, support=teacher) * "
+            "~Draw(exp(log(teacher/student))) * ~Mark(guided)\n  + Likelihood() * Mark(guided) * "
+            "0.001",
         ),
     ],
 )
@@ -149,4 +175,6 @@ def test_a_method_prints_as_its_formula(name, text):
 def test_a_method_carries_what_lies_outside_its_objective():
     made = load("tropd")
     assert made.curriculum == TeacherPrefix() and made.needs == load("tropd").needs
-    assert Method(Objective(Likelihood())) != Method(Objective(Likelihood()), curriculum=TeacherPrefix())
+    assert Method(Objective(Likelihood())) != Method(
+        Objective(Likelihood()), curriculum=TeacherPrefix()
+    )

@@ -1,4 +1,6 @@
-"""MiniLLM: returns, whitening, the weight of teacher-mixed sampling, and the gradient of the sequence divergence."""
+"""MiniLLM: returns, whitening, the weight of teacher-mixed sampling, and the gradient of the
+sequence divergence.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ POLICY = {"single_step": 0.0, "whiten": False}
 def credit(gaps=GAPS, **arguments):
     """[number of trained tokens]."""
     fresh = [[LEVEL] * len(row) for row in gaps]
-    out = on(load("minillm", single_step=0.0, **arguments), fresh, models={"teacher": shifted(gaps)})
+    out = on(
+        load("minillm", single_step=0.0, **arguments), fresh, models={"teacher": shifted(gaps)}
+    )
     return out.terms[0].credit[mask_of(gaps)]
 
 
@@ -45,7 +49,9 @@ def test_scale_and_whitening():
 
 
 def test_whitening_counts_trained_tokens_only():
-    """A second row of one token; with its two pads as zeros, as in the official code, it would be (-.189050, -.362244, 2.150290)."""
+    """A second row of one token; with its two pads as zeros, as in the official code, it would be
+    (-.189050, -.362244, 2.150290).
+    """
     assert close(credit([*GAPS, [0.15]]), [-0.564330, -0.733570, 1.721595, -0.423695])
     padded = numbers(0.241, 0.17, 1.2, 0.3, 0.0, 0.0)
     theirs = (padded - padded.mean()) / (padded.var(correction=0) + 1e-8).sqrt()
@@ -54,29 +60,54 @@ def test_whitening_counts_trained_tokens_only():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_whitening_leaves_nothing_of_equal_returns(dtype):
-    """Of four alike the teacher is sure: log 4 / 0.5 meets the clamp at every token. The mean of 45 times 0.96 rounds."""
+    """Of four alike the teacher is sure: log 4 / 0.5 meets the clamp at every token.
+
+    The mean of 45 times 0.96 rounds.
+    """
     ids = torch.arange(45).view(9, 5) % 4
-    student, teacher = torch.zeros(9, 5, 4, dtype=dtype), 30 * torch.nn.functional.one_hot(ids, 4).to(dtype)
+    student, teacher = (
+        torch.zeros(9, 5, 4, dtype=dtype),
+        30 * torch.nn.functional.one_hot(ids, 4).to(dtype),
+    )
     out = evaluate(
-        load("minillm", discount=0.0, clamp=0.96, length_norm=False, single_step=0.0), student, ids, models={"teacher": teacher}
+        load("minillm", discount=0.0, clamp=0.96, length_norm=False, single_step=0.0),
+        student,
+        ids,
+        models={"teacher": teacher},
     )
     assert (out.terms[0].credit == 0).all() and out.loss == 0 and (out.grad == 0).all()
 
 
 def test_clamp_bounds_the_scaled_gap():
-    assert close(credit(scale=0.5, clamp=0.5, discount=0.0, whiten=False, length_norm=False), [0.4, -0.5, 0.5])
+    assert close(
+        credit(scale=0.5, clamp=0.5, discount=0.0, whiten=False, length_norm=False),
+        [0.4, -0.5, 0.5],
+    )
 
 
 def weight(student, teacher, mix):
-    """The ratio at a fresh token: the slope of a loss whose credit is the reward's advantage of -1 (clipping is off)."""
-    method = load("minillm", **{**POLICY, "scale": math.inf}, advantage="rloo", clip=None, teacher_mix=mix)
-    facts = {"models": {"teacher": [[math.log(teacher)], []]}, "reward": [0.0, 1.0], "group": [0, 0]}
+    """The ratio at a fresh token: the slope of a loss whose credit is the reward's advantage of -1
+    (clipping is off).
+    """
+    method = load(
+        "minillm", **{**POLICY, "scale": math.inf}, advantage="rloo", clip=None, teacher_mix=mix
+    )
+    facts = {
+        "models": {"teacher": [[math.log(teacher)], []]},
+        "reward": [0.0, 1.0],
+        "group": [0, 0],
+    }
     return slopes(on(method, [[math.log(student)], []], **facts), [[math.log(student)], []])
 
 
 @pytest.mark.parametrize(
     ("student", "teacher", "mix", "value"),
-    [(0.5, 0.2, 0.0, 1.0), (0.5, 0.2, 0.2, 1.136364), (0.5, 0.2, 1.0, 2.5), (0.01, 0.8, 0.2, 0.059524)],
+    [
+        (0.5, 0.2, 0.0, 1.0),
+        (0.5, 0.2, 0.2, 1.136364),
+        (0.5, 0.2, 1.0, 2.5),
+        (0.01, 0.8, 0.2, 0.059524),
+    ],
 )
 def test_weight_of_teacher_mixed_sampling(student, teacher, mix, value):
     assert close(weight(student, teacher, mix), [value])
@@ -88,22 +119,30 @@ def test_weight_is_inside_the_clip(mix, loss, slope):
     """A = 0.5 and no move since sampling: 1.136364 passes, 2.5 is clipped at 1.2."""
     method = load("minillm", **{**POLICY, "scale": math.inf}, advantage="rloo", teacher_mix=mix)
     student = [[math.log(0.5)], []]
-    out = on(method, student, models={"teacher": [[math.log(0.2)], []]}, reward=[0.5, 0.0], group=[0, 0])
+    out = on(
+        method, student, models={"teacher": [[math.log(0.2)], []]}, reward=[0.5, 0.0], group=[0, 0]
+    )
     assert close(out.loss, loss) and close(slopes(out, student), [slope])
 
 
-STUDENT, TEACHER = {(): 0.0, (0,): 0.0, (1,): 0.5}, {(): 0.7, (0,): 0.4, (1,): 0.9}  # logit of 1 / P(1), by prefix
+# logit of 1 / P(1), by prefix
+STUDENT, TEACHER = {(): 0.0, (0,): 0.0, (1,): 0.5}, {(): 0.7, (0,): 0.4, (1,): 0.9}
 
 
 def sequence_gradient(**arguments):
-    """d KL(student || teacher) of a sequence of two binary tokens, with respect to the logits at (), 0 and 1, by enumeration."""
+    """d KL(student || teacher) of a sequence of two binary tokens, with respect to the logits at
+    (), 0 and 1, by enumeration.
+    """
     p1 = {prefix: 1 / (1 + math.exp(-z)) for prefix, z in STUDENT.items()}
     total = dict.fromkeys(STUDENT, 0.0)
     for a, b in itertools.product((0, 1), repeat=2):
         s, t = (logits(*((1 - m[q], m[q]) for q in ((), (a,)))) for m in (p1, TEACHER))
-        grad = evaluate(load("minillm", discount=1.0, clip=None, **arguments), s, tokens(a, b), models={"teacher": t}).grad[
-            0, :, 1
-        ]
+        grad = evaluate(
+            load("minillm", discount=1.0, clip=None, **arguments),
+            s,
+            tokens(a, b),
+            models={"teacher": t},
+        ).grad[0, :, 1]
         chance = (p1[()] if a else 1 - p1[()]) * (p1[a,] if b else 1 - p1[a,])
         for prefix, slope in zip(((), (a,)), grad.tolist()):
             total[prefix] += 2 * chance * slope  # 2: the loss is a mean over two tokens
@@ -136,9 +175,14 @@ def test_stripped_it_is_opd_bit_for_bit():
 
 
 def test_gradient_by_enumeration():
-    """TRL leaves r attached: its gradient at y = 0 is (.958145, -.574887, -.383258), the mean is the same."""
+    """TRL leaves r attached: its gradient at y = 0 is (.958145, -.574887, -.383258), the mean is
+    the same.
+    """
     method = load("minillm", discount=0.0, **BARE)
-    at = [evaluate(method, logits(P_S), tokens(y), models={"teacher": logits(P_T)}).grad[0, 0] for y in range(3)]
+    at = [
+        evaluate(method, logits(P_S), tokens(y), models={"teacher": logits(P_T)}).grad[0, 0]
+        for y in range(3)
+    ]
     assert close(at[0], [0.458145, -0.274887, -0.183258])
     assert close(sum(p * g for p, g in zip(P_S, at)), reverse_kl_gradient(P_S, P_T), 12)
 

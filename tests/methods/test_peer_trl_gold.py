@@ -1,4 +1,6 @@
-"""ULD and GOLD against TRL's own loss on the same tensors: losses and gradients, and the one departure by its exact amount."""
+"""ULD and GOLD against TRL's own loss on the same tensors: losses and gradients, and the one
+departure by its exact amount.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ pytestmark = pytest.mark.peer
 B, V, W = 4, 23, 31
 PROMPT = (3, 5)  # tokens of the prompt on both sides
 G = torch.Generator().manual_seed(0)
-ENDS = [[1, 3, 4, 8, 9, 12], [2, 5], [4], [1, 2, 3]]  # of the student's answers; an end of sequence follows
+# of the student's answers; an end of sequence follows
+ENDS = [[1, 3, 4, 8, 9, 12], [2, 5], [4], [1, 2, 3]]
 OTHERS = [[3, 4, 6, 12], [1, 2, 5], [2, 4], [1, 2, 3]]
 T, U = (1 + max(map(len, rows)) for rows in (ENDS, OTHERS))
 STUDENT = 2 * torch.randn(B, T, V, generator=G, dtype=torch.float64)
@@ -40,15 +43,23 @@ MASK = ALIGNMENT.student_ends != OUT
 def whole(logits, ids, ends, prompt, shift):
     """TRL's input of one side: logits and ids of prompt and answer, labels, byte offsets [B, L, 2].
 
-    Its row l predicts token l + 1. `shift` moves the rows on by one, so that what it reads at a token's own place is what predicts it.
+    Its row l predicts token l + 1. `shift` moves the rows on by one, so that what it reads at a
+    token's own place is what predicts it.
     """
     before = prompt - 1 + shift
     padded = torch.cat(
-        [torch.zeros(B, before, logits.shape[-1], dtype=logits.dtype), logits, torch.zeros(B, 1, logits.shape[-1])], 1
+        [
+            torch.zeros(B, before, logits.shape[-1], dtype=logits.dtype),
+            logits,
+            torch.zeros(B, 1, logits.shape[-1]),
+        ],
+        1,
     )
     first = torch.zeros(B, prompt, dtype=torch.int64)
     labels = torch.cat([first - 100, torch.where(ends != OUT, ids, -100)], 1)
-    offsets = torch.stack([torch.zeros_like(ends), torch.where(ends == EOS, ends.amax(1, keepdim=True), ends)], -1)
+    offsets = torch.stack(
+        [torch.zeros_like(ends), torch.where(ends == EOS, ends.amax(1, keepdim=True), ends)], -1
+    )
     return (
         padded[:, : prompt + ids.shape[1]],
         torch.cat([first, ids], 1),
@@ -57,7 +68,15 @@ def whole(logits, ids, ends, prompt, shift):
     )
 
 
-def theirs(extended=True, merge="bayesian", shift=0, hybrid=False, beta=0.5, weights=(None, None), **temperatures):
+def theirs(
+    extended=True,
+    merge="bayesian",
+    shift=0,
+    hybrid=False,
+    beta=0.5,
+    weights=(None, None),
+    **temperatures,
+):
     """Loss and gradient of TRL with respect to the student's logits [B, T, V]."""
     from trl.experimental.gold.gold_trainer import ULDLoss
 
@@ -77,7 +96,10 @@ def theirs(extended=True, merge="bayesian", shift=0, hybrid=False, beta=0.5, wei
     )
     words = [f"s{i}" for i in range(V)]
     named = {words[s] if s >= 0 else f"t{t}": t for t, s in enumerate(SAME.tolist())}
-    vocabularies = [SimpleNamespace(get_vocab=lambda: dict(zip(words, range(V)))), SimpleNamespace(get_vocab=lambda: named)]
+    vocabularies = [
+        SimpleNamespace(get_vocab=lambda: dict(zip(words, range(V)))),
+        SimpleNamespace(get_vocab=lambda: named),
+    ]
     loss = ULDLoss(config, *vocabularies)
     leaf = STUDENT.clone().requires_grad_()
     a = whole(leaf, IDS, ALIGNMENT.student_ends, PROMPT[0], shift)
@@ -87,7 +109,14 @@ def theirs(extended=True, merge="bayesian", shift=0, hybrid=False, beta=0.5, wei
 
 
 def ours(name, **arguments):
-    out = evaluate(load(name, **arguments), STUDENT, IDS, MASK, {"teacher": TEACHER}, alignments={"teacher": ALIGNMENT})
+    out = evaluate(
+        load(name, **arguments),
+        STUDENT,
+        IDS,
+        MASK,
+        {"teacher": TEACHER},
+        alignments={"teacher": ALIGNMENT},
+    )
     return out.loss, out.grad
 
 
@@ -97,19 +126,28 @@ def equal(a, b):
 
 @pytest.mark.parametrize("temperatures", ARGUMENTS, ids=str)
 def test_uld(temperatures):
-    """TRL's tokens pair by position; the rows that predict them are those of its "bayesian" setting."""
+    """TRL's tokens pair by position; the rows that predict them are those of its "bayesian"
+    setting.
+    """
     assert equal(ours("uld", **temperatures), theirs(extended=False, **temperatures))
 
 
 @pytest.mark.parametrize("temperatures", ARGUMENTS, ids=str)
-@pytest.mark.parametrize("settings", [{}, *({"hybrid": True, "beta": b} for b in (0.0, 0.3, 1.0))], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, *({"hybrid": True, "beta": b} for b in (0.0, 0.3, 1.0))], ids=str
+)
 def test_gold_bayesian(settings, temperatures):
-    assert equal(ours("gold", merge="bayesian", **settings, **temperatures), theirs(**settings, **temperatures))
+    assert equal(
+        ours("gold", merge="bayesian", **settings, **temperatures),
+        theirs(**settings, **temperatures),
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"hybrid": True, "beta": 0.5}], ids=str)
 def test_gold_observed_on_rows_that_predict(settings):
-    """Given rows moved on by one, TRL's "observed" reads what predicts each token, as ours does; on its own rows it differs."""
+    """Given rows moved on by one, TRL's "observed" reads what predicts each token, as ours does; on
+    its own rows it differs.
+    """
     mine = ours("gold", merge="observed", **settings)
     assert equal(mine, theirs(merge="observed", shift=1, **settings))
     assert not equal(mine, theirs(merge="observed", **settings))

@@ -1,4 +1,6 @@
-"""The same tensors into TRL's GRPO loss variants and MiniLLM and into ours: losses and gradients, every departure by name."""
+"""The same tensors into TRL's GRPO loss variants and MiniLLM and into ours: losses and gradients,
+every departure by name.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def minillm_trainer():
 
 
 def random(seed: int, scale: float = 1.0) -> torch.Tensor:
-    return scale * torch.randn(B, T, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * torch.randn(
+        B, T, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 OLD, TOKENS = random(0), torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
@@ -48,7 +52,9 @@ def logp(logits):
 
 
 def trainer(kind, student, **settings):
-    """A trainer of TRL without its engine: what its loss reads, and the student's log-probs where it would run a model."""
+    """A trainer of TRL without its engine: what its loss reads, and the student's log-probs where
+    it would run a model.
+    """
     made = object.__new__(kind)
     defaults = {
         "aux_loss_enabled": False,
@@ -65,9 +71,17 @@ def trainer(kind, student, **settings):
         "max_completion_length": LIMIT,
         "_entropy_bonus_enabled": False,
         "_metrics": {"train": defaultdict(list)},
-        "accelerator": SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
-        "args": SimpleNamespace(use_bias_correction_kl=False, delta=settings.pop("delta", None), steps_per_generation=1),
-        "_get_per_token_logps_and_entropies": lambda *_, **__: (logp(student), torch.zeros(B, T), None),
+        "accelerator": SimpleNamespace(
+            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
+        ),
+        "args": SimpleNamespace(
+            use_bias_correction_kl=False, delta=settings.pop("delta", None), steps_per_generation=1
+        ),
+        "_get_per_token_logps_and_entropies": lambda *_, **__: (
+            logp(student),
+            torch.zeros(B, T),
+            None,
+        ),
     }
     for name, value in (defaults | settings).items():
         setattr(made, name, value)
@@ -104,17 +118,25 @@ def ours(mask, **arguments):
         ({"loss_type": "dr_grpo", "beta": 0.3}, {"loss": "dr_grpo", "reference_kl": 0.3}),
         # GSPO is TRL's "grpo" at the level of sequences
         ({"loss_type": "grpo", "importance_sampling_level": "sequence"}, {"loss": "gspo"}),
-        ({"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.3}, {"loss": "gspo", "reference_kl": 0.3}),
-        # TRL's epsilon_high of CISPO is the cap itself and it has no lower one: ours is 1 + high, and 1 - low = 0
+        (
+            {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.3},
+            {"loss": "gspo", "reference_kl": 0.3},
+        ),
+        # TRL's epsilon_high of CISPO is the cap itself and it has no lower one: ours is 1 + high,
+        # and 1 - low = 0
         ({"loss_type": "cispo", "epsilon_high": 1.2}, {"loss": "cispo", "clip": (1.0, 0.2)}),
     ],
 )
 @pytest.mark.parametrize("mask", [EVERY, RAGGED], ids=["whole", "ragged"])
 def test_loss_variants(grpo_trainer, theirs, mine, mask):
-    """The advantages are ours: TRL's, made elsewhere, adds 1e-4 to the deviation where we, as verl, add 1e-6."""
+    """The advantages are ours: TRL's, made elsewhere, adds 1e-4 to the deviation where we, as verl,
+    add 1e-6.
+    """
     out = ours(mask, max_completion_length=LIMIT, **mine)
     student = STUDENT.clone().requires_grad_()
-    loss = trainer(grpo_trainer, student, **theirs)._compute_loss(None, inputs(mask, out.terms[0].credit[:, 0]))
+    loss = trainer(grpo_trainer, student, **theirs)._compute_loss(
+        None, inputs(mask, out.terms[0].credit[:, 0])
+    )
     loss.backward()
     assert close(out.loss, loss.item(), 10) and close(out.grad, student.grad, 10)
 
@@ -123,7 +145,9 @@ def test_dr_grpo_counts_empty_rollouts_in_trl(grpo_trainer):
     """TRL divides by all rollouts, we by those with a trained token: 4 and 3."""
     mask = RAGGED & (torch.arange(B) != 2)[:, None]
     out = ours(mask, loss="dr_grpo", max_completion_length=LIMIT)
-    loss = trainer(grpo_trainer, STUDENT, loss_type="dr_grpo")._compute_loss(None, inputs(mask, out.terms[0].credit[:, 0]))
+    loss = trainer(grpo_trainer, STUDENT, loss_type="dr_grpo")._compute_loss(
+        None, inputs(mask, out.terms[0].credit[:, 0])
+    )
     assert close(out.loss * 3 / 4, loss.item(), 10)
 
 
@@ -134,11 +158,17 @@ MINILLM = {"scale": 1.0, "discount": 0.0, "length_norm": False, "whiten": False}
 def test_minillm(minillm_trainer, single_step):
     """Fresh rollouts, all of one length, as TRL takes the padding for text.
 
-    TRL leaves log pi_s attached inside its advantage, which adds the gradient of mean log pi_s, zero on average.
+    TRL leaves log pi_s attached inside its advantage, which adds the gradient of mean log pi_s,
+    zero on average.
     """
     end = torch.zeros(B, 1, V, dtype=torch.float64)
     student = OLD.clone().requires_grad_()
-    settings = {"kd_temperature": 1.0, "rkl_advantage": True, "gamma": 0.0, "length_normalization": False}
+    settings = {
+        "kd_temperature": 1.0,
+        "rkl_advantage": True,
+        "gamma": 0.0,
+        "length_normalization": False,
+    }
 
     class Teacher:
         def eval(self): ...
@@ -146,19 +176,29 @@ def test_minillm(minillm_trainer, single_step):
         def __call__(self, **_):
             return SimpleNamespace(logits=torch.cat([OTHER, end], 1))
 
-    made = trainer(minillm_trainer, student, teacher_model=Teacher(), single_step_decomposition=single_step, **settings)
+    made = trainer(
+        minillm_trainer,
+        student,
+        teacher_model=Teacher(),
+        single_step_decomposition=single_step,
+        **settings,
+    )
     reward = {"group": GROUP, "reward": REWARD}
     method = load("minillm", advantage="std", single_step=float(single_step), **MINILLM)
     out = evaluate(method, OLD, TOKENS, models={"teacher": OTHER}, **reward)
     advantage = evaluate("grpo", OLD, TOKENS, **reward).terms[0].credit[:, 0]
-    loss = made.compute_loss(lambda **_: SimpleNamespace(logits=torch.cat([student, end], 1)), inputs(EVERY, advantage))
+    loss = made.compute_loss(
+        lambda **_: SimpleNamespace(logits=torch.cat([student, end], 1)), inputs(EVERY, advantage)
+    )
     attached = torch.autograd.grad(logp(student).mean(), student)[0]
     loss.backward()
     assert close(out.loss, loss.item(), 10) and close(out.grad + attached, student.grad, 10)
 
 
 def test_minillm_returns_of_trl(minillm_trainer):
-    """TRL's discounted return carries a factor gamma^t, and its length is discounted too; ours are the paper's."""
+    """TRL's discounted return carries a factor gamma^t, and its length is discounted too; ours are
+    the paper's.
+    """
     gaps = numbers(0.2, -0.4, 0.6)[None]
     for length_norm, theirs, mine in (
         (False, (0.3615, 0.1615, 0.5415), (0.3615, 0.17, 0.6)),

@@ -1,4 +1,6 @@
-"""IW-OPD and GKD against TRL's own loss functions on the same tensors: losses, gradients, and each departure by its exact amount."""
+"""IW-OPD and GKD against TRL's own loss functions on the same tensors: losses, gradients, and each
+departure by its exact amount.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ pytestmark = pytest.mark.peer
 
 B, T, V = 4, 9, 23
 G = torch.Generator().manual_seed(0)
-STUDENT, TEACHER, DRIFT = (2 * torch.randn(B, T, V, generator=G, dtype=torch.float64) for _ in range(3))
+STUDENT, TEACHER, DRIFT = (
+    2 * torch.randn(B, T, V, generator=G, dtype=torch.float64) for _ in range(3)
+)
 TOKENS = torch.randint(V, (B, T), generator=G)
 MASK = torch.arange(T) < torch.tensor([[9], [5], [1], [0]])  # an empty response as well
 MASK[0, 3] = False  # a tool's token
@@ -48,7 +52,9 @@ def iw_opd(trl, gamma, student=STUDENT, rollout=None, count=None):
         model=SimpleNamespace(training=True),
         _metrics={"train": defaultdict(list)},
     )
-    loss = trl.iw_opd._compute_iw_opd_loss(settings, leaf, TOKENS, LABELS, at_tokens(TEACHER), rollout, count)
+    loss = trl.iw_opd._compute_iw_opd_loss(
+        settings, leaf, TOKENS, LABELS, at_tokens(TEACHER), rollout, count
+    )
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
@@ -66,10 +72,12 @@ def near(a, b, relative=1e-9):
     return torch.allclose(a, b, rtol=relative, atol=1e-12)
 
 
-EPSILON = 1e-7  # relative: a rollout's total |gap| is max(total, 1e-8) in TRL and total + 1e-8, as in the authors' code, in ours
+# relative: a rollout's total |gap| is max(total, 1e-8) in TRL and total + 1e-8, as in the authors'
+# code, in ours
+EPSILON = 1e-7
 
 
-# ----------------------------------------------------------------------------------------------------------------- IW-OPD
+# ------------------------------------------------------------------------------------------- IW-OPD
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
@@ -79,7 +87,10 @@ def test_iw_opd_has_trl_s_gradient(trl, gamma):
 
 
 def test_iw_opd_s_value_is_another(trl):
-    """Departure: TRL minimises -A log pi_s, ours -A pi_s/pi_sampler. One gradient on fresh rollouts, another number in the log."""
+    """Departure: TRL minimises -A log pi_s, ours -A pi_s/pi_sampler.
+
+    One gradient on fresh rollouts, another number in the log.
+    """
     value, out = iw_opd(trl, 0.5)[0], ours(load("iw_opd"))
     advantage = out.terms[0].weight * out.terms[0].credit
     assert near(value, -(advantage * at_tokens(STUDENT))[MASK].mean(), EPSILON)
@@ -87,7 +98,10 @@ def test_iw_opd_s_value_is_another(trl):
 
 
 def test_iw_opd_on_stale_rollouts(trl):
-    """Departure: no importance ratio in TRL. Ours weighs each token by pi_s/pi_sampler; the gap itself is the sampler's in both."""
+    """Departure: no importance ratio in TRL.
+
+    Ours weighs each token by pi_s/pi_sampler; the gap itself is the sampler's in both.
+    """
     before = STUDENT + 0.1 * DRIFT
     gradient = iw_opd(trl, 0.5, rollout=at_tokens(before))[1]
     out = ours(load("iw_opd"), before_logits=before)
@@ -96,38 +110,49 @@ def test_iw_opd_on_stale_rollouts(trl):
 
 
 def test_iw_opd_without_cached_scores_takes_the_gap_of_the_moved_student(trl):
-    """Departure: where TRL has no cached rollout log-probs it takes the gap from the student being trained, we from before the step."""
+    """Departure: where TRL has no cached rollout log-probs it takes the gap from the student being
+    trained, we from before the step.
+    """
     moved, before = STUDENT, STUDENT + 0.1 * DRIFT
     gradient = iw_opd(trl, 0.5, moved)[1]
-    assert near(ours(load("iw_opd"), moved).grad, gradient, EPSILON)  # the same where nothing has moved
+    # the same where nothing has moved
+    assert near(ours(load("iw_opd"), moved).grad, gradient, EPSILON)
     assert not near(ours(load("iw_opd"), moved, before_logits=before).grad, gradient, 1e-3)
 
 
 def test_iw_opd_with_a_count_over_micro_batches(trl):
-    assert near(iw_opd(trl, 0.5, count=torch.tensor(int(MASK.sum())))[1], ours(load("iw_opd")).grad, EPSILON)
+    assert near(
+        iw_opd(trl, 0.5, count=torch.tensor(int(MASK.sum())))[1], ours(load("iw_opd")).grad, EPSILON
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------------- GKD
+# ---------------------------------------------------------------------------------------------- GKD
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_gkd_is_trl_s(trl, beta, temperature):
-    """Departure only in what the trainers pass: TRL's samples at 0.9 and leaves the loss at 1; our `temperature` is the loss's."""
+    """Departure only in what the trainers pass: TRL's samples at 0.9 and leaves the loss at 1; our
+    `temperature` is the loss's.
+    """
     value, gradient = gkd(trl.gkd.generalized_jsd_loss, beta=beta, temperature=temperature)
     out = ours(load("gkd", beta=beta, temperature=temperature))
     assert near(out.loss, value) and near(out.grad, gradient)
 
 
 def test_gkd_with_a_count_over_micro_batches(trl):
-    value, gradient = gkd(trl.gkd.generalized_jsd_loss, num_items_in_batch=torch.tensor(int(MASK.sum())))
+    value, gradient = gkd(
+        trl.gkd.generalized_jsd_loss, num_items_in_batch=torch.tensor(int(MASK.sum()))
+    )
     out = ours(load("gkd"))
     assert near(out.loss, value) and near(out.grad, gradient)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0])
 def test_gkd_where_tokens_are_ruled_out(trl, beta):
-    """Departure: a probability of exactly 0 makes TRL's loss infinite (reverse KL) or NaN (both 0); ours stays finite."""
+    """Departure: a probability of exactly 0 makes TRL's loss infinite (reverse KL) or NaN (both 0);
+    ours stays finite.
+    """
     student, teacher = STUDENT.clone(), TEACHER.clone()
     teacher[..., 0] = -torch.inf
     if beta == 0.5:
@@ -140,7 +165,7 @@ def test_gkd_where_tokens_are_ruled_out(trl, beta):
         assert near(out.loss, less)
 
 
-# ------------------------------------------------------------------------------------------- top-k, in TRL's IW-OPD trainer
+# ------------------------------------------------------------------- top-k, in TRL's IW-OPD trainer
 
 
 @pytest.mark.parametrize(("beta", "support"), [(0.0, "teacher"), (0.5, "union"), (1.0, "student")])

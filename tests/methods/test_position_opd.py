@@ -17,7 +17,12 @@ def kept(lengths, width=None, step=0, total_steps=1, **arguments):
     z = torch.zeros(len(lengths), width, 2, dtype=torch.float64)
     where = {"step": step, "total_steps": total_steps}
     return evaluate(
-        load("position_opd", **arguments), z, torch.zeros_like(mask, dtype=torch.int64), mask, {"teacher": z}, **where
+        load("position_opd", **arguments),
+        z,
+        torch.zeros_like(mask, dtype=torch.int64),
+        mask,
+        {"teacher": z},
+        **where,
     )
 
 
@@ -30,7 +35,8 @@ def test_how_many_tokens(length, count, part):
 
 
 def test_a_share_of_a_tenth_of_thirty_is_three():
-    assert kept([30], share=0.1).terms[0].weight.sum() == 3  # 0.1 * 30 is a little more than 3 in floating point
+    # 0.1 * 30 is a little more than 3 in floating point
+    assert kept([30], share=0.1).terms[0].weight.sum() == 3
 
 
 def test_at_least_one_token():
@@ -43,7 +49,10 @@ def test_rows_of_their_own_length_and_all_tokens_in_the_denominator():
 
 
 def test_only_trained_tokens_count():
-    z, mask = torch.zeros(1, 6, 2, dtype=torch.float64), torch.tensor([[False, True, False, True, True, True]])
+    z, mask = (
+        torch.zeros(1, 6, 2, dtype=torch.float64),
+        torch.tensor([[False, True, False, True, True, True]]),
+    )
     ids = torch.zeros(1, 6, dtype=torch.int64)
     first, last = (
         evaluate(load("position_opd", part=p, share=0.5), z, ids, mask, {"teacher": z})
@@ -58,7 +67,9 @@ def test_only_trained_tokens_count():
 
 @pytest.mark.parametrize(("step", "share"), [(0, 0.3), (25, 0.402513), (50, 0.65), (100, 1.0)])
 def test_cosine_growth(step, share):
-    count = kept([100_000], anneal="cosine", step=step, total_steps=101).terms[0].weight.sum().item()
+    count = (
+        kept([100_000], anneal="cosine", step=step, total_steps=101).terms[0].weight.sum().item()
+    )
     assert count / 100_000 == pytest.approx(share, abs=1.01e-5)
 
 

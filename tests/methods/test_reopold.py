@@ -20,14 +20,21 @@ EARLY, LATE = {"step": 0, "total_steps": 2}, {"step": 1, "total_steps": 2}
 def run(method, phase, ratios=R):
     base = math.log(0.25)
     student, teacher = binary([base] * len(ratios)), binary([base + r for r in ratios])
-    return evaluate(method, student, tokens(*[0] * len(ratios)), models={"teacher": teacher}, **phase)
+    return evaluate(
+        method, student, tokens(*[0] * len(ratios)), models={"teacher": teacher}, **phase
+    )
 
 
 @pytest.mark.parametrize(
-    ("lam", "floor"), [(0.1, -2.558428), (0.2, -2.011797), (0.3, -1.719961), (0.5, -1.386294), (0.999999, -1.0)]
+    ("lam", "floor"),
+    [(0.1, -2.558428), (0.2, -2.011797), (0.3, -1.719961), (0.5, -1.386294), (0.999999, -1.0)],
 )
 def test_floor(lam, floor):
-    assert close(run(load("reopold", lam=lam), EARLY, (-9.0,)).terms[0].credit, [[floor]], 5 if lam > 0.9 else 6)
+    assert close(
+        run(load("reopold", lam=lam), EARLY, (-9.0,)).terms[0].credit,
+        [[floor]],
+        5 if lam > 0.9 else 6,
+    )
 
 
 def test_first_phase_drops_floored_tokens():
@@ -43,8 +50,15 @@ def test_second_phase_keeps_the_most_uncertain_tokens_and_the_floor():
     wanted = student[:, 1] * numbers(*R).exp()  # token 1 is sampled
     teacher = student * ((1 - wanted) / (1 - student[:, 1]))[:, None]
     teacher[:, 1] = wanted
-    out = evaluate(load("reopold"), student.log()[None], tokens(*[1] * 5), models={"teacher": teacher.log()[None]}, **LATE)
-    assert out.terms[0].weight.tolist() == [[0, 1, 0, 0, 0]]  # the quantile is 1.36; "lower" (1.2) would keep two
+    out = evaluate(
+        load("reopold"),
+        student.log()[None],
+        tokens(*[1] * 5),
+        models={"teacher": teacher.log()[None]},
+        **LATE,
+    )
+    # the quantile is 1.36; "lower" (1.2) would keep two
+    assert out.terms[0].weight.tolist() == [[0, 1, 0, 0, 0]]
     assert close(out.loss, 1.0) and close(out.terms[0].credit[0, 0], -2.558428)
 
 
@@ -57,7 +71,8 @@ def test_quantile_is_linear_and_finds_the_value_it_falls_on():
 
 
 @pytest.mark.parametrize(
-    ("r", "mixed", "bound"), [(-6, -2.280522, -2.302585), (-0.5, -0.437145, -0.45), (0, 0, 0), (0.5, 0.459858, 0.45)]
+    ("r", "mixed", "bound"),
+    [(-6, -2.280522, -2.302585), (-0.5, -0.437145, -0.45), (0, 0, 0), (0.5, 0.459858, 0.45)],
 )
 def test_the_mixture_lies_above_the_relaxed_credit(r, mixed, bound):
     value = mixture(numbers(0), numbers(r), 0.1)  # log(lam + (1 - lam) e^R)
@@ -71,8 +86,12 @@ def test_without_floor_and_switch_it_is_opd():
 
 
 def test_switch_is_half_of_the_run():
-    for step, weight in ((149, 0), (150, 1)):  # -4 is floored early; alone, it is the most uncertain token late
-        assert run(load("reopold"), {"step": step, "total_steps": 300}, (-4.0,)).terms[0].weight.item() == weight
+    # -4 is floored early; alone, it is the most uncertain token late
+    for step, weight in ((149, 0), (150, 1)):
+        assert (
+            run(load("reopold"), {"step": step, "total_steps": 300}, (-4.0,)).terms[0].weight.item()
+            == weight
+        )
 
 
 @pytest.mark.parametrize("phase", [EARLY, LATE])
@@ -88,7 +107,8 @@ def test_keeping_all_keeps_all():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"switch": 0.0}, {"switch": 0.0, "keep": 1.0}, {"clip": (0.2, 0.28), "rollout_cap": 5}]
+    "arguments",
+    [{}, {"switch": 0.0}, {"switch": 0.0, "keep": 1.0}, {"clip": (0.2, 0.28), "rollout_cap": 5}],
 )
 def test_check(arguments):
     check(load("reopold", **arguments))

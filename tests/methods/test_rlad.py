@@ -15,17 +15,25 @@ from tests.methods.toy import close
 
 
 def one_token(a, advantage, student, before, teacher, **arguments):
-    """Minus the loss, and its slope, at one token whose rollout has the advantage 1 or -1; the other rollout is empty."""
+    """Minus the loss, and its slope, at one token whose rollout has the advantage 1 or -1; the
+    other rollout is empty.
+    """
     method = load("rlad", a=a, advantage="rloo", **arguments)
     reward = [1.0, 0.0] if advantage > 0 else [0.0, 1.0]
     models = {"teacher": [[teacher], []]} if a != 1 else {}
-    out = on(method, [[student], []], before=[[before], []], models=models, reward=reward, group=[0, 0])
+    out = on(
+        method, [[student], []], before=[[before], []], models=models, reward=reward, group=[0, 0]
+    )
     return -out.loss, -slopes(out, [[student], []])
 
 
 @pytest.mark.parametrize(
     ("a", "up", "down", "clipped"),
-    [(1.0, 1.2, -1.221403, (True, False)), (0.5, 0.951229, -0.951229, (False, False)), (0.0, 0.740818, -0.8, (False, True))],
+    [
+        (1.0, 1.2, -1.221403, (True, False)),
+        (0.5, 0.951229, -0.951229, (False, False)),
+        (0.0, 0.740818, -0.8, (False, True)),
+    ],
 )
 def test_ratio_and_objective(a, up, down, clipped):
     """log pi_s -0.8, before -1.0, teacher -0.5: ratios 1.221403, 0.951229, 0.740818."""
@@ -69,12 +77,22 @@ def test_all_weight_on_the_student_is_grpo():
 
 @pytest.mark.parametrize("a", [0.0, 0.3, 0.5])
 def test_a_teacher_like_the_old_student_is_grpo(a):
-    grpo, rlad = on(load("grpo", loss="dapo"), ROWS, **PAIR), on(load("rlad", a=a), ROWS, models={"teacher": BEFORE}, **PAIR)
+    grpo, rlad = (
+        on(load("grpo", loss="dapo"), ROWS, **PAIR),
+        on(load("rlad", a=a), ROWS, models={"teacher": BEFORE}, **PAIR),
+    )
     assert close(grpo.loss, rlad.loss.item(), 12) and close(grpo.grad, rlad.grad, 12)
 
 
 def test_without_advantage_nothing_is_learnt():
-    out = on(load("rlad"), ROWS, models={"teacher": [[-0.1, -0.1], [-3.0] * 3]}, before=BEFORE, reward=[1.0, 1.0], group=[0, 0])
+    out = on(
+        load("rlad"),
+        ROWS,
+        models={"teacher": [[-0.1, -0.1], [-3.0] * 3]},
+        before=BEFORE,
+        reward=[1.0, 1.0],
+        group=[0, 0],
+    )
     assert out.loss == 0 and (out.grad == 0).all()
 
 
@@ -87,7 +105,13 @@ def test_penalty():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"a": 0.0}, {"a": 1.0}, {"clip": None}, {"reference_kl": 0.1, "dual_clip": 3.0, "rollout_cap": 2.0}],
+    [
+        {},
+        {"a": 0.0},
+        {"a": 1.0},
+        {"clip": None},
+        {"reference_kl": 0.1, "dual_clip": 3.0, "rollout_cap": 2.0},
+    ],
 )
 def test_check(arguments):
     check(load("rlad", **arguments))

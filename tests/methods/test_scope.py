@@ -17,11 +17,17 @@ STUDENT, TEACHER = (1.2, 2.6, 3.8), (4.5, 2.9, 1.7)  # perplexities
 
 
 def weights(perplexities, correct, lengths=(1, 1, 1), **arguments):
-    """[R]: the weight of each rollout in its path; the perplexities are the student's if they are correct, else the teacher's."""
+    """[R]: the weight of each rollout in its path; the perplexities are the student's if they are
+    correct, else the teacher's.
+    """
     rows = [[-math.log(p)] * n for p, n in zip(perplexities, lengths)]
     flat = [[-1.0] * n for n in lengths]
     student, teacher = (rows, flat) if correct else (flat, rows)
-    facts = {"correct": [correct] * len(rows), "group": [0] * len(rows), "models": {"teacher": teacher}}
+    facts = {
+        "correct": [correct] * len(rows),
+        "group": [0] * len(rows),
+        "models": {"teacher": teacher},
+    }
     return on(load("scope", **arguments), student, **facts).terms[not correct].weight[:, 0]
 
 
@@ -30,8 +36,10 @@ def weights(perplexities, correct, lengths=(1, 1, 1), **arguments):
     [
         (STUDENT, True, {}, (0.473684, 1.026316, 1.5)),
         (TEACHER, False, {}, (0.577058, 0.895435, 1.527507)),
-        (STUDENT, True, {"student_power": -1}, (1.687927, 0.779043, 0.533030)),  # the launch scripts
-        (TEACHER, False, {"teacher_power": 1}, (1.483516, 0.956044, 0.560440)),  # the config's default: 3 * PPL / 9.1
+        # the launch scripts
+        (STUDENT, True, {"student_power": -1}, (1.687927, 0.779043, 0.533030)),
+        # the config's default: 3 * PPL / 9.1
+        (TEACHER, False, {"teacher_power": 1}, (1.483516, 0.956044, 0.560440)),
     ],
 )
 def test_shares(perplexities, correct, arguments, mean_one):
@@ -64,7 +72,8 @@ def test_they_are_a_softmax_of_mean_log_probs():
 def test_alone_equal_or_repeated():
     assert weights([7.0], True, (2,)) == 1 and weights([7.0], False, (2,)) == 1
     assert close(weights([2.5] * 3, True), (1, 1, 1), 12)
-    assert close(weights(STUDENT, True, (4, 8, 2)), weights(STUDENT, True, (2, 4, 1)), 12)  # tokens twice: the same mean
+    # tokens twice: the same mean
+    assert close(weights(STUDENT, True, (4, 8, 2)), weights(STUDENT, True, (2, 4, 1)), 12)
 
 
 def test_sets_do_not_see_each_other():
@@ -79,14 +88,17 @@ def test_denominators():
     """Likelihood over the tokens of correct rollouts, distillation over all: 2 and 5 here."""
     student = [[-0.5, -0.7], [-1.0, -2.0, -0.4]]
     facts = {"correct": [True, False], "group": [0, 0]}
-    out = on(load("scope"), student, models={"teacher": [[-1.0, -1.0], [-1.5, -1.0, -0.4]]}, **facts)
+    out = on(
+        load("scope"), student, models={"teacher": [[-1.0, -1.0], [-1.5, -1.0, -0.4]]}, **facts
+    )
     assert [t.denominator.item() for t in out.terms] == [2, 5]
     assert close(out.loss, (0.5 + 0.7) / 2 + (0.5 - 1.0) / 5)
 
 
 def test_all_wrong_with_uniform_weights_is_opd():
     case = fabricate(load("scope").objective)
-    wrong = type(case)(**{**vars(case), "columns": {"group": range(6), "correct": [False] * 6}})  # alone in its prompt: weight 1
+    # alone in its prompt: weight 1
+    wrong = type(case)(**{**vars(case), "columns": {"group": range(6), "correct": [False] * 6}})
     ours, opd = wrong.run(load("scope").objective), wrong.run(load("opd").objective)
     assert torch.equal(ours.loss, opd.loss) and torch.equal(ours.grad, opd.grad)
 
@@ -94,7 +106,11 @@ def test_all_wrong_with_uniform_weights_is_opd():
 def test_all_correct_does_not_see_the_teacher():
     case = fabricate(load("scope").objective)
     correct = {**vars(case), "columns": case.columns | {"correct": [True] * 6}}
-    other = {"teacher": torch.randn(case.student.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)}
+    other = {
+        "teacher": torch.randn(
+            case.student.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
+        )
+    }
     a, b = (
         type(case)(**correct).run(load("scope").objective),
         type(case)(**{**correct, "models": other}).run(load("scope").objective),
@@ -110,14 +126,27 @@ def test_a_correct_rollout_has_no_part_in_distillation():
 
 
 def test_the_likelihood_has_no_ratio():
-    out = on(load("scope"), [[-0.5]], before=[[-1.0]], sampler=[[-2.0]], models={"teacher": [[-3.0]]}, correct=[True], group=[0])
+    out = on(
+        load("scope"),
+        [[-0.5]],
+        before=[[-1.0]],
+        sampler=[[-2.0]],
+        models={"teacher": [[-3.0]]},
+        correct=[True],
+        group=[0],
+    )
     assert close(out.loss, 0.5, 12)
 
 
 def test_weights_are_those_before_the_step():
     facts = {"models": {"teacher": [[-1.0], [-1.0]]}, "correct": [True, True], "group": [0, 0]}
-    a, b = (on(load("scope"), s, before=[[-0.2], [-0.6]], **facts) for s in ([[-0.2], [-0.6]], [[-3.0], [-0.1]]))
-    assert torch.equal(a.terms[0].weight, b.terms[0].weight) and close(a.terms[0].weight[:, 0] / 2, (0.401312, 0.598688))
+    a, b = (
+        on(load("scope"), s, before=[[-0.2], [-0.6]], **facts)
+        for s in ([[-0.2], [-0.6]], [[-3.0], [-0.1]])
+    )
+    assert torch.equal(a.terms[0].weight, b.terms[0].weight) and close(
+        a.terms[0].weight[:, 0] / 2, (0.401312, 0.598688)
+    )
 
 
 def test_bad_arguments_are_explained():
@@ -130,5 +159,7 @@ def test_tokens_of_a_tool_are_in_no_perplexity():
     z[0, 1, 0] = 30.0
     mask = torch.tensor([[True, False, True], [True, True, True]])
     facts = {"correct": [True, True], "group": [0, 0]}
-    out = evaluate(load("scope"), z, torch.zeros(2, 3, dtype=torch.int64), mask, {"teacher": z}, **facts)
+    out = evaluate(
+        load("scope"), z, torch.zeros(2, 3, dtype=torch.int64), mask, {"teacher": z}, **facts
+    )
     assert close(out.terms[0].weight, mask.double(), 12)

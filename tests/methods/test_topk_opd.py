@@ -1,4 +1,6 @@
-"""Top-k OPD: values and gradients of the card; the bias of the naive form and its absence in the others."""
+"""Top-k OPD: values and gradients of the card; the bias of the naive form and its absence in the
+others.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,15 @@ def test_two_of_four(mode, value, gradient):
 def test_renormalised_on_both():
     out = evaluate(load("opd", support="student", k=2), S, tokens(0), models=T)
     assert close(out.loss, 0.118641) and close(out.grad[0, 0], (0.240203, -0.240203, 0, 0))
-    alike = {"teacher": logits((0.3, 0.4, 0.1, 0.2))}  # names the same two: the intersection is S, and sg changes nothing
+    # names the same two: the intersection is S, and sg changes nothing
+    alike = {"teacher": logits((0.3, 0.4, 0.1, 0.2))}
     ours = evaluate(load("topk_opd", mode="intersect_sg_norm", k=2), S, tokens(0), models=alike)
     plain = evaluate(load("opd", support="student", k=2), S, tokens(0), models=alike)
-    assert close(ours.loss, plain.loss.item(), 12) and close(ours.grad, plain.grad, 12) and plain.loss > 0.01
+    assert (
+        close(ours.loss, plain.loss.item(), 12)
+        and close(ours.grad, plain.grad, 12)
+        and plain.loss > 0.01
+    )
 
 
 def test_intersection():
@@ -42,7 +49,10 @@ def test_intersection():
     out = evaluate(method, S, tokens(0), models=T)
     assert close(out.loss, 0.081093) and close(out.grad[0, 0], (0, 0.194623, -0.194623, 0))
     one = evaluate(
-        load("topk_opd", mode="intersect_sg_norm", k=2), S, tokens(0), models={"teacher": logits((0.4, 0.2, 0.3, 0.1))}
+        load("topk_opd", mode="intersect_sg_norm", k=2),
+        S,
+        tokens(0),
+        models={"teacher": logits((0.4, 0.2, 0.3, 0.1))},
     )
     assert one.loss == 0 and (one.grad == 0).all()
 
@@ -51,7 +61,9 @@ def test_models_that_do_not_meet_count_in_the_denominator():
     student, teacher = logits(P_S, P_S), {"teacher": logits(P_T, (0.2, 0.4, 0.3, 0.1))}
     method = load("topk_opd", mode="intersect_sg_norm", k=2)  # {0, 1} and {3, 2}; {0, 1} and {1, 2}
     out = evaluate(method, student, tokens(0, 0), models=teacher)
-    assert out.loss == 0 and out.grad.isfinite().all() and out.terms[0].denominator.tolist() == [[2]]
+    assert (
+        out.loss == 0 and out.grad.isfinite().all() and out.terms[0].denominator.tolist() == [[2]]
+    )
 
 
 @pytest.mark.parametrize("mode", ["notail", "notail_sg", "tail", "intersect_sg_norm"])
@@ -64,13 +76,16 @@ def test_agreement_is_zero_but_for_the_bias_of_the_naive_form(mode):
 @pytest.mark.parametrize("mode", ["notail", "notail_sg", "tail", "intersect_sg_norm"])
 def test_the_whole_vocabulary_has_the_gradient_of_reverse_kl(mode):
     gradient = expected(load("topk_opd", mode=mode, k=4), P_S, P_T)
-    assert close(gradient, (0.371944, -0.015291, -0.172380, -0.184273)) and close(gradient, reverse_kl_gradient(P_S, P_T), 12)
+    assert close(gradient, (0.371944, -0.015291, -0.172380, -0.184273)) and close(
+        gradient, reverse_kl_gradient(P_S, P_T), 12
+    )
 
 
 def test_single_tokens_weighted_by_their_inverse_probability_add_up_to_reverse_kl():
     total = torch.zeros(4, dtype=torch.float64)
     for v, (p, q) in enumerate(zip(P_S, P_T)):
-        chose = torch.full((4,), 0.01).index_fill(0, torch.tensor(v), 0.97).tolist()  # S = {v}, chosen before the step
+        # S = {v}, chosen before the step
+        chose = torch.full((4,), 0.01).index_fill(0, torch.tensor(v), 0.97).tolist()
         out = evaluate(load("topk_opd", k=1), S, tokens(0), models=T, before_logits=logits(chose))
         slope = p * (torch.eye(4, dtype=torch.float64)[v] - numbers(*P_S))  # grad p_s(v)
         assert close(out.grad[0, 0], numbers(p / q).log() * slope, 12)
@@ -85,9 +100,14 @@ def test_the_fixed_form_is_no_divergence():
 
 
 def test_mean_over_tokens_then_over_rollouts():
-    student, teacher = logits(P_S, P_S).expand(2, -1, -1), {"teacher": logits(P_T, P_S).expand(2, -1, -1)}
+    student, teacher = (
+        logits(P_S, P_S).expand(2, -1, -1),
+        {"teacher": logits(P_T, P_S).expand(2, -1, -1)},
+    )
     mask = torch.tensor([[True, False], [True, True]])
-    out = evaluate(load("topk_opd", k=2), student, torch.zeros(2, 2, dtype=torch.int64), mask, models=teacher)
+    out = evaluate(
+        load("topk_opd", k=2), student, torch.zeros(2, 2, dtype=torch.int64), mask, models=teacher
+    )
     assert close(out.loss, (0.676157 + 0.676157 / 2) / 2)
 
 

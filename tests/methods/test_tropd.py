@@ -24,7 +24,14 @@ def draw(u):
 
 def run(y=0, u=0.0, student=S, models=T, guided=None, **arguments):
     marks = None if guided is None else {"guided": guided}
-    return evaluate(load("tropd", **{"k": 2, **arguments}), student, tokens(y), models=models, marks=marks, uniform=draw(u))
+    return evaluate(
+        load("tropd", **{"k": 2, **arguments}),
+        student,
+        tokens(y),
+        models=models,
+        marks=marks,
+        uniform=draw(u),
+    )
 
 
 def over_draws(y, read, **arguments):
@@ -58,24 +65,30 @@ def test_share_and_density_of_trusted_tokens():
 def test_masking_outliers():
     credit = mean(lambda out: trusted(out) * out.terms[0].credit.item(), outliers="mask")
     assert credit == pytest.approx(0.051083, abs=5e-7)
-    assert close(mean(lambda out: out.grad[0, 0], outliers="mask"), (0.208799, -0.137923, -0.070877))
+    assert close(
+        mean(lambda out: out.grad[0, 0], outliers="mask"), (0.208799, -0.137923, -0.070877)
+    )
 
 
 def test_a_distrusted_token_teaches_the_teachers_favourites():
     out = run(0, 0.9)
     assert close(out.loss, 0.377052) and close(out.grad[0, 0], (0.4, -0.26, -0.14))
     assert [t.value.item() == 0 for t in out.terms] == [True, False, True]
-    assert close(run(1, 0.9).grad[0, 0], (0.255413, -0.357578, 0.102165))  # pi_t > pi_s: trusted, OPD
+    # pi_t > pi_s: trusted, OPD
+    assert close(run(1, 0.9).grad[0, 0], (0.255413, -0.357578, 0.102165))
 
 
 def test_expected_gradient_with_the_forward_kl_on_outliers():
     masked = mean(lambda out: out.grad[0, 0], outliers="mask")
-    assert close(mean(lambda out: out.grad[0, 0]), masked + 0.3 * numbers(0.4, -0.26, -0.14), 12)  # 0.5 * 0.6 are not trusted
+    # 0.5 * 0.6 are not trusted
+    assert close(mean(lambda out: out.grad[0, 0]), masked + 0.3 * numbers(0.4, -0.26, -0.14), 12)
 
 
 def test_outlier_divergence_as_credit():
     out = run(0, 0.9, outlier_gradient="credit", rest="renormalise")
-    assert close(out.terms[1].credit, [[-0.001312]]) and close(out.grad[0, 0], (0.000656, -0.000394, -0.000262))
+    assert close(out.terms[1].credit, [[-0.001312]]) and close(
+        out.grad[0, 0], (0.000656, -0.000394, -0.000262)
+    )
 
 
 def test_rest_of_the_teachers_mass():
@@ -85,13 +98,21 @@ def test_rest_of_the_teachers_mass():
     assert close(run(0, 0.9, rest="renormalise").loss, 0.001312)
 
 
-@pytest.mark.parametrize(("student", "teacher", "credit"), [(0.35, 1e-6, -12.7657), (0.25, 0.4, 0.4700)])
+@pytest.mark.parametrize(
+    ("student", "teacher", "credit"), [(0.35, 1e-6, -12.7657), (0.25, 0.4, 0.4700)]
+)
 def test_scale_of_an_outlier(student, teacher, credit):
     s, t = (logits((p, 1 - p)) for p in (student, teacher))
     out = run(0, 0.0, student=s, models={"teacher": t})
     assert close(out.terms[0].credit, [[credit]], 4)
-    assert close(run(0, 0.0, student=s, models={"teacher": t}, outliers="clip").terms[0].credit, [[max(credit, -2.5)]], 4)
-    assert (run(0, 1e-4, student=s, models={"teacher": t}).terms[0].value == 0) == (teacher < student)
+    assert close(
+        run(0, 0.0, student=s, models={"teacher": t}, outliers="clip").terms[0].credit,
+        [[max(credit, -2.5)]],
+        4,
+    )
+    assert (run(0, 1e-4, student=s, models={"teacher": t}).terms[0].value == 0) == (
+        teacher < student
+    )
 
 
 def test_clip_has_no_draw():
@@ -102,14 +123,27 @@ def test_clip_has_no_draw():
 def test_agreement_is_opd():
     g = torch.Generator().manual_seed(0)
     student = torch.randn(2, 4, 5, generator=g, dtype=torch.float64)
-    ids, u = torch.randint(5, (2, 4), generator=g), torch.rand(2, 4, generator=g, dtype=torch.float64)
+    ids, u = (
+        torch.randint(5, (2, 4), generator=g),
+        torch.rand(2, 4, generator=g, dtype=torch.float64),
+    )
     sampler = student + 0.3 * torch.randn(student.shape, generator=g, dtype=torch.float64)
     ours, opd = (
-        evaluate(load(m), student, ids, models={"teacher": student}, sampler_logits=sampler, uniform=u) for m in ("tropd", "opd")
+        evaluate(
+            load(m), student, ids, models={"teacher": student}, sampler_logits=sampler, uniform=u
+        )
+        for m in ("tropd", "opd")
     )
-    assert (ours.terms[0].weight == 1).all() and torch.equal(ours.grad, opd.grad) and (opd.grad == 0).all()
-    lucky, other = torch.zeros_like(u), {"teacher": student + 0.01 * student.square()}  # a draw of 0 trusts every token
-    ours, opd = (evaluate(load(m), student, ids, models=other, uniform=lucky) for m in ("tropd", "opd"))
+    assert (
+        (ours.terms[0].weight == 1).all()
+        and torch.equal(ours.grad, opd.grad)
+        and (opd.grad == 0).all()
+    )
+    # a draw of 0 trusts every token
+    lucky, other = torch.zeros_like(u), {"teacher": student + 0.01 * student.square()}
+    ours, opd = (
+        evaluate(load(m), student, ids, models=other, uniform=lucky) for m in ("tropd", "opd")
+    )
     assert torch.equal(ours.grad, opd.grad) and opd.grad.norm() > 0
 
 
@@ -120,13 +154,22 @@ TWO, TWO_T = logits(P_S, P_S), {"teacher": logits(P_T, P_T)}
 @pytest.mark.parametrize(("prefix", "sign"), [("likelihood", 1.0), ("credit", None)])
 def test_guided_tokens(prefix, sign):
     method = load("tropd", k=2, beta=0.1, prefix=prefix)
-    out = evaluate(method, TWO, tokens(1, 1), models=TWO_T, marks={"guided": GUIDED}, uniform=torch.zeros(1, 2).double())
+    out = evaluate(
+        method,
+        TWO,
+        tokens(1, 1),
+        models=TWO_T,
+        marks={"guided": GUIDED},
+        uniform=torch.zeros(1, 2).double(),
+    )
     push = torch.tensor([0, 1, 0]) - numbers(*P_S)  # grad log pi_s(1)
-    assert close(out.grad[0, 1], -0.510826 / 2 * push)  # the student's own token: plain OPD, over both tokens
+    # the student's own token: plain OPD, over both tokens
+    assert close(out.grad[0, 1], -0.510826 / 2 * push)
     if sign:
         assert close(out.grad[0, 0], -0.1 / 2 * push, 12)  # towards the teacher's token
     else:
-        assert close(out.grad[0, 0], 0.1 * 0.510826 / 2 * push)  # the code's sign: away from it, as pi_t > pi_s
+        # the code's sign: away from it, as pi_t > pi_s
+        assert close(out.grad[0, 0], 0.1 * 0.510826 / 2 * push)
         assert out.terms[-1].credit[0, 0].item() == pytest.approx(-0.510826, abs=5e-7)
 
 
@@ -134,12 +177,24 @@ def test_guided_tokens(prefix, sign):
 def test_guided_tokens_are_in_no_other_term(outliers):
     method = load("tropd", k=2, outliers=outliers)
     for u in (0.0, 0.99):
-        out = evaluate(method, TWO, tokens(0, 0), models=TWO_T, marks={"guided": GUIDED}, uniform=torch.full((1, 2), u).double())
-        assert all(t.weight[0, 0] == 0 for t in out.terms[:-1]) and out.terms[-1].weight[0].tolist() == [1e-3, 0]
+        out = evaluate(
+            method,
+            TWO,
+            tokens(0, 0),
+            models=TWO_T,
+            marks={"guided": GUIDED},
+            uniform=torch.full((1, 2), u).double(),
+        )
+        assert all(t.weight[0, 0] == 0 for t in out.terms[:-1]) and out.terms[-1].weight[
+            0
+        ].tolist() == [1e-3, 0]
 
 
 def test_without_guided_tokens_beta_does_not_matter():
-    a, b = (evaluate(load("tropd", k=2, beta=b), S, tokens(0), models=T, uniform=draw(0.2)) for b in (0.0, 7.0))
+    a, b = (
+        evaluate(load("tropd", k=2, beta=b), S, tokens(0), models=T, uniform=draw(0.2))
+        for b in (0.0, 7.0)
+    )
     assert torch.equal(a.loss, b.loss) and torch.equal(a.grad, b.grad)
 
 
@@ -156,17 +211,27 @@ def test_draws_are_keyed():
     ids = torch.randint(5, (8, 16), generator=g)
 
     def weight(**where):
-        return evaluate(load("tropd", k=2), student, ids, models={"teacher": teacher}, **where).terms[0].weight
+        return (
+            evaluate(load("tropd", k=2), student, ids, models={"teacher": teacher}, **where)
+            .terms[0]
+            .weight
+        )
 
     assert torch.equal(weight(seed=3), weight(seed=3))
-    assert not torch.equal(weight(seed=3), weight(seed=4)) and not torch.equal(weight(step=0), weight(step=1, total_steps=2))
+    assert not torch.equal(weight(seed=3), weight(seed=4)) and not torch.equal(
+        weight(step=0), weight(step=1, total_steps=2)
+    )
 
 
 @pytest.mark.parametrize(
-    ("step", "alpha", "length"), [(0, 1, 1000), (50, 0.853553, 853), (100, 0.5, 500), (150, 0.146447, 146), (200, 0, 0)]
+    ("step", "alpha", "length"),
+    [(0, 1, 1000), (50, 0.853553, 853), (100, 0.5, 500), (150, 0.146447, 146), (200, 0, 0)],
 )
 def test_schedule(step, alpha, length):
-    assert prefix_share(step, 200) == pytest.approx(alpha, abs=5e-7) and math.floor(prefix_share(step, 200) * 1000) == length
+    assert (
+        prefix_share(step, 200) == pytest.approx(alpha, abs=5e-7)
+        and math.floor(prefix_share(step, 200) * 1000) == length
+    )
 
 
 def test_the_method_brings_its_curriculum():

@@ -23,7 +23,9 @@ def run(method, gaps=SCORES, correct=(True, True, False, False), group=None, **f
     """On fresh rollouts whose log(teacher/student) is given."""
     student = [[LEVEL] * len(row) for row in gaps]
     correct, group = torch.tensor(correct), [0] * len(gaps) if group is None else group
-    return on(method, student, models={"teacher": shifted(gaps)}, correct=correct, group=group, **facts)
+    return on(
+        method, student, models={"teacher": shifted(gaps)}, correct=correct, group=group, **facts
+    )
 
 
 def credits(**arguments):
@@ -55,7 +57,8 @@ def test_mask_drops_the_worst_right_then_the_best_wrong():
     """Without -.50 the gap is .125, then without -.05 .30; each kind keeps its last."""
     out = run(load("uni_opd", action="mask"))
     assert out.terms[0].weight[:, 0].tolist() == [1, 0, 0, 1]
-    assert close(out.terms[0].credit[:, 0], [x for (x,) in SCORES])  # those that stay are as they were
+    # those that stay are as they were
+    assert close(out.terms[0].credit[:, 0], [x for (x,) in SCORES])
     assert (out.grad[1:3] == 0).all() and (out.grad[[0, 3]] != 0).all()
 
 
@@ -74,7 +77,9 @@ def test_of_two_equal_removals_the_right_answer_goes():
 
 def test_least_share_of_a_kind_stays():
     """Eight right answers: int(0.25 * 8) = 2 stay, however far the gap."""
-    right, _ = MarginMask(Const(0), Const(1), "group", 100.0, "mean").of([float(i) for i in range(8)], [0.0])
+    right, _ = MarginMask(Const(0), Const(1), "group", 100.0, "mean").of(
+        [float(i) for i in range(8)], [0.0]
+    )
     assert right == [0, 0, 0, 0, 0, 0, 1, 1]
 
 
@@ -98,19 +103,25 @@ def test_shift_is_constant_inside_a_response_and_keeps_the_mean():
     gaps = [[0.1, -0.4, 0.2], [-0.3, 0.0, -0.6], [0.2, 0.3, -0.1], [0.4, -0.2, 0.1]]
     credit = run(load("uni_opd"), gaps).terms[0].credit
     before = torch.tensor(gaps, dtype=torch.float64)
-    assert close(credit - credit[:, :1], before - before[:, :1], 12) and not close(credit, before, 2)
-    assert close(credit.mean(), before.mean().item(), 12)  # as many right as wrong, all of one length
+    assert close(credit - credit[:, :1], before - before[:, :1], 12) and not close(
+        credit, before, 2
+    )
+    # as many right as wrong, all of one length
+    assert close(credit.mean(), before.mean().item(), 12)
 
 
 def test_prompts_are_calibrated_apart_or_together():
     apart = run(load("uni_opd"), group=[0, 1, 0, 1]).terms[0].credit[:, 0]
-    assert close(apart, [-0.10 + 0.225, -0.50 + 0.25, -0.05 - 0.225, -0.40 - 0.25])  # gaps -0.05 and -0.1
+    # gaps -0.05 and -0.1
+    assert close(apart, [-0.10 + 0.225, -0.50 + 0.25, -0.05 - 0.225, -0.40 - 0.25])
     together = run(load("uni_opd", scope="step"), group=[0, 1, 0, 1]).terms[0].credit[:, 0]
     assert close(together, credits())
 
 
 def kept(right, wrong, ratio):
-    parts = Balanced(Lot(), Const(1), "group", ratio).of([i / 10 for i in range(right)], [i / 10 for i in range(wrong)])
+    parts = Balanced(Lot(), Const(1), "group", ratio).of(
+        [i / 10 for i in range(right)], [i / 10 for i in range(wrong)]
+    )
     return tuple(int(sum(part)) for part in parts)
 
 
@@ -142,13 +153,17 @@ def test_balance_takes_rollouts_out_of_loss_and_scores():
         (chosen,) = weight[:4].nonzero()[:, 0].tolist()
         drawn.add(chosen)
         lack = 1.0 - gaps[chosen][0]
-        assert weight.sum() == 2 and close(out.terms[0].credit[[chosen, 4], 0], [gaps[chosen][0] + lack / 2, -lack / 2], 12)
+        assert weight.sum() == 2 and close(
+            out.terms[0].credit[[chosen, 4], 0], [gaps[chosen][0] + lack / 2, -lack / 2], 12
+        )
         assert close(out.terms[0].denominator[:, 0], [5.0] * 5)  # the mean is still over all five
     assert drawn == {0, 1, 2, 3}
 
 
 def test_balance_over_the_step():
-    out = run(load("uni_opd", balance_scope="step"), correct=(True, True, True, False), group=[0, 0, 1, 1])
+    out = run(
+        load("uni_opd", balance_scope="step"), correct=(True, True, True, False), group=[0, 0, 1, 1]
+    )
     assert out.terms[0].weight.sum() == 2 and out.terms[0].weight[3, 0] == 1
 
 

@@ -8,14 +8,26 @@ import torch
 from opdkit.methods.method import load
 from opdkit.objective import LogRatio, Objective, PolicyGradient
 from opdkit.testing import evaluate
-from tests.methods.toy import P_S, P_T, close, expected, logits, numbers, reverse_kl_gradient, tokens
+from tests.methods.toy import (
+    P_S,
+    P_T,
+    close,
+    expected,
+    logits,
+    numbers,
+    reverse_kl_gradient,
+    tokens,
+)
 
 S, T = logits(P_S), {"teacher": logits(P_T)}
 REVERSE = (0.346243, -0.220389, -0.125854)
 
 
 def each(method, student=P_S, teacher=P_T):
-    return [evaluate(method, logits(student), tokens(y), models={"teacher": logits(teacher)}) for y in range(len(student))]
+    return [
+        evaluate(method, logits(student), tokens(y), models={"teacher": logits(teacher)})
+        for y in range(len(student))
+    ]
 
 
 def credit(method, **models):
@@ -30,13 +42,18 @@ def test_credit():
 
 @pytest.mark.parametrize(
     ("y", "gradient"),
-    [(0, (0.346243, -0.207746, -0.138497)), (1, (0.367315, -0.514241, 0.146926)), (2, (0.314635, 0.188781, -0.503416))],
+    [
+        (0, (0.346243, -0.207746, -0.138497)),
+        (1, (0.367315, -0.514241, 0.146926)),
+        (2, (0.314635, 0.188781, -0.503416)),
+    ],
 )
 def test_gradient_of_a_sample(y, gradient):
     out = each(load("vopd"))[y]
     assert close(out.grad[0, 0], gradient)
     a = out.terms[0].credit.item()
-    assert close(out.grad[0, 0], a * (numbers(*P_S) - torch.eye(3, dtype=torch.float64)[y]), 12)  # none through the baseline
+    # none through the baseline
+    assert close(out.grad[0, 0], a * (numbers(*P_S) - torch.eye(3, dtype=torch.float64)[y]), 12)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"k": 1}, {"k": 2}, {"k": 3}])
@@ -73,11 +90,16 @@ def test_variances():
     p = numbers(*P_S)
     assert (p * credit(load("vopd")).square()).sum() < (p * credit(load("opd")).square()).sum()
     for seed in range(20):
-        a, b = torch.randn(2, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).softmax(-1)
+        a, b = torch.randn(
+            2, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        ).softmax(-1)
         r = (b / a).log()
         ours = credit(load("vopd"), student=a.tolist(), teacher=b.tolist())
         variance = (a * r.square()).sum() - (a * r).sum().square()
-        assert close((a * ours.square()).sum(), variance.item(), 9) and variance <= (a * r.square()).sum()
+        assert (
+            close((a * ours.square()).sum(), variance.item(), 9)
+            and variance <= (a * r.square()).sum()
+        )
     # the gradient's spread, in contrast, need not fall
     assert close(spread(load("vopd")), 0.110715) and close(spread(load("opd")), 0.068510)
     best = Objective(PolicyGradient(LogRatio("teacher", "student") - 0.040176))

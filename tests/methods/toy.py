@@ -1,4 +1,6 @@
-"""Distributions with answers known by hand, and expected gradients by enumeration over what could have been sampled."""
+"""Distributions with answers known by hand, and expected gradients by enumeration over what could
+have been sampled.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ def close(a: Tensor, b: Tensor | Sequence[float] | float, digits: int = 6) -> bo
 def expected(method: AnyObjective, student: Sequence[float], teacher: Sequence[float]) -> Tensor:
     """[V]: the gradient at one position, averaged over the token that the student may sample there."""
     s, t = logits(student), logits(teacher)
-    return sum(p * evaluate(method, s, tokens(y), models={"teacher": t}).grad[0, 0] for y, p in enumerate(student))  # type: ignore[return-value]
+    return sum(
+        p * evaluate(method, s, tokens(y), models={"teacher": t}).grad[0, 0]
+        for y, p in enumerate(student)
+    )  # type: ignore[return-value]
 
 
 def reverse_kl_gradient(student: Sequence[float], teacher: Sequence[float]) -> Tensor:
@@ -53,7 +58,9 @@ def with_entropy(nats: float, vocabulary: int = 16) -> Tensor:
     """[V]: one favourite token, the rest equal, with this entropy."""
 
     def spread(top: float) -> Tensor:
-        return torch.full((vocabulary,), (1 - top) / (vocabulary - 1), dtype=torch.float64).index_fill(0, torch.tensor(0), top)
+        return torch.full(
+            (vocabulary,), (1 - top) / (vocabulary - 1), dtype=torch.float64
+        ).index_fill(0, torch.tensor(0), top)
 
     low, high = 1 / vocabulary, 1.0
     for _ in range(200):
@@ -64,11 +71,15 @@ def with_entropy(nats: float, vocabulary: int = 16) -> Tensor:
 
 
 def at_distance(student: Tensor, nats: float) -> Tensor:
-    """[V]: a teacher with KL(student || teacher) = nats, the student with mass moved to the last token."""
+    """[V]: a teacher with KL(student || teacher) = nats, the student with mass moved to the last
+    token.
+    """
     aim = torch.zeros_like(student).index_fill(0, torch.tensor(len(student) - 1), 1.0)
     low, high = 0.0, 1.0
     for _ in range(200):
         middle = (low + high) / 2
         t = (1 - middle) * student + middle * aim
-        low, high = (middle, high) if (student * (student / t).log()).sum() < nats else (low, middle)
+        low, high = (
+            (middle, high) if (student * (student / t).log()).sum() < nats else (low, middle)
+        )
     return (1 - low) * student + low * aim

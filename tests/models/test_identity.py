@@ -46,7 +46,9 @@ def test_the_same_weights_anywhere_else_are_the_same(model: Path, tmp_path: Path
     digest = checkpoint_digest(model)
     assert digest is not None and changed(model, tmp_path, lambda weights: None) == digest
     config = json.loads((model / "config.json").read_text())
-    (tmp_path / "changed" / "config.json").write_text(json.dumps({**config, "transformers_version": "0", "_name_or_path": "x"}))
+    (tmp_path / "changed" / "config.json").write_text(
+        json.dumps({**config, "transformers_version": "0", "_name_or_path": "x"})
+    )
     weights = load_file(model / "model.safetensors")  # in two files instead of one
     names = sorted(weights)
     (tmp_path / "changed" / "model.safetensors").unlink()
@@ -70,10 +72,16 @@ def test_another_configuration_is_another_model(model: Path, tmp_path: Path) -> 
 def test_without_files_the_name_is_all_there_is(tmp_path: Path) -> None:
     assert identify("nobody/has-downloaded-this") == Identity("nobody/has-downloaded-this")
     assert identify(str(tmp_path)) == Identity(str(tmp_path))  # a folder without weights
-    assert Identity("a", "1").same(Identity("b", "1")) and not Identity("a", "1").same(Identity("a", "2"))
+    assert Identity("a", "1").same(Identity("b", "1")) and not Identity("a", "1").same(
+        Identity("a", "2")
+    )
     assert Identity("a", "1").same(Identity("a")) and not Identity("a").same(Identity("b", "1"))
 
 
 def test_a_tokenizer_is_its_map_of_ids() -> None:
-    assert tokenizer_digest(tiny_tokenizer()) == tokenizer_digest(tiny_tokenizer(chat_template=False))
-    assert tokenizer_digest(tiny_tokenizer()) != tokenizer_digest(tiny_tokenizer(["abc abd", "dada"]))
+    assert tokenizer_digest(tiny_tokenizer()) == tokenizer_digest(
+        tiny_tokenizer(chat_template=False)
+    )
+    assert tokenizer_digest(tiny_tokenizer()) != tokenizer_digest(
+        tiny_tokenizer(["abc abd", "dada"])
+    )

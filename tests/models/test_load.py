@@ -29,11 +29,15 @@ def lora(model: Any, **settings: Any) -> Any:
     """The model with adapters that change it."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    settings = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False} | settings
+    settings = {
+        "r": 4,
+        "target_modules": ["q_proj", "down_proj"],
+        "init_lora_weights": False,
+    } | settings
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
 
 
-# ------------------------------------------------------------------------------------------------------- body and head
+# ------------------------------------------------------------------------------------ body and head
 
 
 @pytest.mark.parametrize(
@@ -49,7 +53,9 @@ def lora(model: Any, **settings: Any) -> Any:
     ],
 )
 @torch.no_grad()
-def test_hidden_states_and_head_give_the_models_own_logits(kind: str, config: dict[str, Any]) -> None:
+def test_hidden_states_and_head_give_the_models_own_logits(
+    kind: str, config: dict[str, Any]
+) -> None:
     model = tiny_model(kind, **config)
     assert torch.allclose(split_logits(model), model(IDS).logits, atol=FORWARD)
     check_head(model)
@@ -59,7 +65,13 @@ def test_hidden_states_and_head_give_the_models_own_logits(kind: str, config: di
 def test_a_head_with_a_bias() -> None:
     from transformers import PhiConfig, PhiForCausalLM
 
-    config = PhiConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    config = PhiConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
     model = PhiForCausalLM(config).eval()
     model.lm_head.bias.uniform_(-1, 1)
     assert torch.allclose(split_logits(model), model(IDS).logits, atol=FORWARD)
@@ -70,7 +82,9 @@ def test_a_head_with_a_bias() -> None:
 def test_vocab_keeps_the_first_rows() -> None:
     model = tiny_model()
     hidden = hidden_states(model, IDS, ONES)
-    assert torch.allclose(head_of(model, 40).logits(hidden), model(IDS).logits[..., :40], atol=FORWARD)
+    assert torch.allclose(
+        head_of(model, 40).logits(hidden), model(IDS).logits[..., :40], atol=FORWARD
+    )
 
 
 def test_a_model_that_does_something_else_with_its_logits_is_refused() -> None:
@@ -109,7 +123,9 @@ def test_a_head_trained_whole_beside_adapters() -> None:
 
 
 def test_adapters_on_the_head_are_refused() -> None:
-    """Fresh ones change no logit, so a probe of values alone would let them pass, and they would never be trained."""
+    """Fresh ones change no logit, so a probe of values alone would let them pass, and they would
+    never be trained.
+    """
     model = lora(tiny_model(), target_modules=["lm_head"], init_lora_weights=True)
     with pytest.raises(UserError, match=r"not a plain linear layer[\s\S]*modules_to_save"):
         check_head(model)
@@ -120,7 +136,9 @@ def test_padding_on_the_left_changes_nothing() -> None:
     model = tiny_model()
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), IDS], 1)
     mask = torch.cat([torch.zeros(2, 3, dtype=torch.int64), ONES], 1)
-    assert torch.allclose(hidden_states(model, padded, mask)[:, 3:], hidden_states(model, IDS, None), atol=FORWARD)
+    assert torch.allclose(
+        hidden_states(model, padded, mask)[:, 3:], hidden_states(model, IDS, None), atol=FORWARD
+    )
 
 
 @torch.no_grad()
@@ -128,7 +146,10 @@ def test_a_cache_continues_where_it_ended() -> None:
     from transformers import DynamicCache
 
     model, cache = tiny_model(), DynamicCache()
-    padded, mask = torch.cat([torch.zeros_like(IDS[:, :1]), IDS], 1), torch.cat([torch.zeros_like(ONES[:, :1]), ONES], 1)
+    padded, mask = (
+        torch.cat([torch.zeros_like(IDS[:, :1]), IDS], 1),
+        torch.cat([torch.zeros_like(ONES[:, :1]), ONES], 1),
+    )
     hidden_states(model, padded[:, :4], mask[:, :4], past_key_values=cache)
     rest = hidden_states(model, padded[:, 4:], mask, past_key_values=cache)
     assert cache.get_seq_length() == 7
@@ -142,7 +163,9 @@ def test_gradient_checkpointing_gives_the_same_gradient() -> None:
 
     model = tiny_model()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert torch.allclose(gradient(model.train()), gradient(tiny_model().train()), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(
+        gradient(model.train()), gradient(tiny_model().train()), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_evaluating_gives_every_module_its_own_mode_back() -> None:
@@ -156,7 +179,7 @@ def test_evaluating_gives_every_module_its_own_mode_back() -> None:
     assert True in modes and False in modes
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +193,12 @@ def test_a_checkpoint_loads_with_the_asked_dtype(checkpoint: str) -> None:
     model = load_model(checkpoint)
     assert torch.equal(model(IDS).logits, expected) and not model.training
     assert load_model(checkpoint, dtype="bfloat16").lm_head.weight.dtype == torch.bfloat16
-    assert torch.allclose(load_model(checkpoint, dtype="float64")(IDS).logits, expected.double(), atol=FORWARD)
-    assert load_model(checkpoint, attn_implementation="eager").config._attn_implementation == "eager"
+    assert torch.allclose(
+        load_model(checkpoint, dtype="float64")(IDS).logits, expected.double(), atol=FORWARD
+    )
+    assert (
+        load_model(checkpoint, attn_implementation="eager").config._attn_implementation == "eager"
+    )
     assert load_model(model) is model
 
 
@@ -183,7 +210,11 @@ def test_a_tokenizer_loads_and_passes_through(checkpoint: str) -> None:
 
 def test_parameters_are_counted_without_loading_weights(checkpoint: str, tmp_path: Path) -> None:
     model = tiny_model("llama")
-    assert parameter_count(checkpoint) == parameter_count(model) == sum(p.numel() for p in model.parameters())
+    assert (
+        parameter_count(checkpoint)
+        == parameter_count(model)
+        == sum(p.numel() for p in model.parameters())
+    )
     tied = tiny_model("gemma2")
     tied.config.save_pretrained(tmp_path)  # a configuration alone: there are no weights to load
     assert parameter_count(str(tmp_path)) == sum(p.numel() for p in tied.parameters())
@@ -198,12 +229,17 @@ def test_a_missing_folder_is_named() -> None:
 def test_an_unreachable_hub_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for load in (load_model, load_tokenizer, parameter_count):
-        with pytest.raises(UserError, match=r"'no-such/name'[\s\S]*no local folder, so it was looked for on the hub"):
+        with pytest.raises(
+            UserError,
+            match=r"'no-such/name'[\s\S]*no local folder, so it was looked for on the hub",
+        ):
             load("no-such/name")  # type: ignore[operator]
 
 
 def test_a_folder_without_a_checkpoint_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"must be a Hugging Face checkpoint: config.json and \*.safetensors"):
+    with pytest.raises(
+        UserError, match=r"must be a Hugging Face checkpoint: config.json and \*.safetensors"
+    ):
         load_model(str(tmp_path))
 
 
@@ -222,7 +258,10 @@ def test_a_checkpoint_with_missing_weights_is_refused(checkpoint: str, tmp_path:
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"no weights for 1 tensors of LlamaForCausalLM, for example model\.norm\.weight"):
+    with pytest.raises(
+        UserError,
+        match=r"no weights for 1 tensors of LlamaForCausalLM, for example model\.norm\.weight",
+    ):
         load_model(str(tmp_path))
 
 
@@ -231,7 +270,7 @@ def test_an_unknown_dtype_suggests_the_nearest() -> None:
         load_model("anything", dtype="bfloat61")
 
 
-# ---------------------------------------------------------------------------------------------------------- tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
 
 def test_tokenizers_agree_by_their_ids_and_not_by_their_size() -> None:
@@ -250,22 +289,33 @@ def test_a_token_with_another_id_is_named() -> None:
     message = same_tokenizer(with_vocab(a=0, b=1, c=2), with_vocab(a=0, c=1, b=2))
     assert (
         message
-        == "the tokenizers 'a+b+c' and 'a+c+b' differ in 2 of 3 tokens: 'b' has id 1 in the first and has id 2 in the second"
+        == "the tokenizers 'a+b+c' and 'a+c+b' differ in 2 of 3 tokens: 'b' has id 1 in the first "
+        "and has id 2 in the second"
     )
 
 
 def test_an_added_token_makes_a_difference() -> None:
     first, second = tiny_tokenizer(), tiny_tokenizer()
     second.add_tokens(["<think>"])
-    assert f"'<think>' is unknown in the first and has id {VOCAB} in the second" in str(same_tokenizer(first, second))
+    assert f"'<think>' is unknown in the first and has id {VOCAB} in the second" in str(
+        same_tokenizer(first, second)
+    )
     assert (real_vocabulary(first), real_vocabulary(second)) == (VOCAB, VOCAB + 1)
 
 
 @pytest.mark.parametrize(
     ("declared", "eos", "expected"),
-    [(7, END, {2, 7}), ([7, 8], END, {2, 7, 8}), (None, END, {2}), ([7], None, {7}), (None, None, set())],
+    [
+        (7, END, {2, 7}),
+        ([7, 8], END, {2, 7, 8}),
+        (None, END, {2}),
+        ([7], None, {7}),
+        (None, None, set()),
+    ],
 )
-def test_stop_ids_are_one_several_or_none(declared: Any, eos: str | None, expected: set[int]) -> None:
+def test_stop_ids_are_one_several_or_none(
+    declared: Any, eos: str | None, expected: set[int]
+) -> None:
     model, tokenizer = tiny_model(layers=1), tiny_tokenizer()
     model.generation_config.eos_token_id = declared
     tokenizer.eos_token = eos

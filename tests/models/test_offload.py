@@ -1,4 +1,6 @@
-"""Teachers that wait on the CPU: there while they score, gone afterwards whatever happened, and the scores are the same."""
+"""Teachers that wait on the CPU: there while they score, gone afterwards whatever happened, and the
+scores are the same.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ NEEDS = Needs(frozenset({LogpFact("teacher"), GapFact(ReverseKL(), "student", "t
 
 
 class Device:
-    """Stands for a GPU: what is fetched to it are copies, whose memory it watches and does not keep alive."""
+    """Stands for a GPU: what is fetched to it are copies, whose memory it watches and does not keep
+    alive.
+    """
 
     def __init__(self) -> None:
         self.fetched: list[weakref.ref[np.ndarray[Any, Any]]] = []
@@ -69,7 +73,11 @@ def body_bytes(model: Any) -> int:
 
 def facts(teacher: Any, rows: Any = None) -> Any:
     student = tiny_model(seed=1)
-    return gather(rows or rollouts(), NEEDS, {"student": LocalModel(student, head_of(student)), "teacher": teacher})
+    return gather(
+        rows or rollouts(),
+        NEEDS,
+        {"student": LocalModel(student, head_of(student)), "teacher": teacher},
+    )
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -78,8 +86,12 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 @pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
-def test_it_is_on_the_device_only_while_it_scores_and_scores_the_same(config: dict[str, Any]) -> None:
-    expected = facts(LocalModel(tiny_model(seed=2, **config), head_of(tiny_model(seed=2, **config))))
+def test_it_is_on_the_device_only_while_it_scores_and_scores_the_same(
+    config: dict[str, Any],
+) -> None:
+    expected = facts(
+        LocalModel(tiny_model(seed=2, **config), head_of(tiny_model(seed=2, **config)))
+    )
     model, device = tiny_model(seed=2, **config), Device()
     teacher = offloaded(model, device)
     before = [getattr(owner, name).data_ptr() for owner, name in tensor_slots(model)]
@@ -87,12 +99,16 @@ def test_it_is_on_the_device_only_while_it_scores_and_scores_the_same(config: di
 
     def look(module: Any, args: Any) -> None:
         head = model.lm_head.weight
-        assert all(device.holds(getattr(o, n)) or getattr(o, n).data_ptr() == head.data_ptr() for o, n in tensor_slots(model))
+        assert all(
+            device.holds(getattr(o, n)) or getattr(o, n).data_ptr() == head.data_ptr()
+            for o, n in tensor_slots(model)
+        )
         seen.append(sum(memory.nbytes for memory in device.here))
 
     model.get_decoder().register_forward_pre_hook(look)
     assert_same(facts(teacher), expected)
-    assert seen and set(seen) == {body_bytes(model)}  # tied: without the embedding, which stays with the head
+    # tied: without the embedding, which stays with the head
+    assert seen and set(seen) == {body_bytes(model)}
     assert device.here == []
     assert [getattr(owner, name).data_ptr() for owner, name in tensor_slots(model)] == before
     assert_same(facts(teacher), expected)  # and again
@@ -104,7 +120,9 @@ def test_the_head_stays_and_what_it_is_read_for_needs_no_body() -> None:
     teacher = offloaded(model, device)
     source = teacher.source(Layout(rows, 8), torch.arange(5))
     assert source.head.weight is model.lm_head.weight and not device.here
-    assert not any(t.data_ptr() == model.lm_head.weight.data_ptr() for _, _, t in teacher.around.kept)  # type: ignore[attr-defined]
+    assert not any(
+        t.data_ptr() == model.lm_head.weight.data_ptr() for _, _, t in teacher.around.kept
+    )  # type: ignore[attr-defined]
     assert source.logits(torch.arange(5)).shape == (5, 320) and not device.here
 
 
@@ -113,9 +131,15 @@ def test_of_several_teachers_one_is_there_at_a_time(arranged: Any) -> None:
     device, names = Device(), ("a", "b", "c")
     rows = [replace(r, row={"teacher": name}) for r, name in zip(rollouts(), "abcab")]
     models = {name: tiny_model(seed=seed) for seed, name in enumerate(names, 2)}
-    expected = facts(arranged({name: LocalModel(m, head_of(m)) for name, m in models.items()}), rows)
-    assert_same(facts(arranged({name: offloaded(m, device) for name, m in models.items()}), rows), expected)
-    assert len(device.fetched) % 3 == 0 and device.most == body_bytes(models["a"]) and not device.here
+    expected = facts(
+        arranged({name: LocalModel(m, head_of(m)) for name, m in models.items()}), rows
+    )
+    assert_same(
+        facts(arranged({name: offloaded(m, device) for name, m in models.items()}), rows), expected
+    )
+    assert (
+        len(device.fetched) % 3 == 0 and device.most == body_bytes(models["a"]) and not device.here
+    )
 
 
 def test_an_error_in_the_middle_sends_it_back() -> None:
@@ -139,13 +163,17 @@ def test_a_device_that_fills_up_on_the_way_is_left_empty_and_explained() -> None
 
     def small(tensor: Tensor) -> Tensor:
         if len(device.fetched) == 5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."
+            )
         return device(tensor)
 
     head = head_of(model)
     teacher = LocalModel(model, head, around=Offloaded(model, head, "cpu", small))
     with pytest.raises(
-        UserError, match=r"out of memory while Qwen3ForCausalLM scored[\s\S]*offload: true.*quantize: 8bit or 4bit"
+        UserError,
+        match=r"out of memory while Qwen3ForCausalLM scored[\s\S]*offload: true.*quantize: 8bit or "
+        r"4bit",
     ):
         facts(teacher)
     assert len(device.fetched) == 5 and not device.here
@@ -158,7 +186,10 @@ def test_out_of_memory_with_the_student_says_what_helps_it() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     model.get_decoder().register_forward_pre_hook(full)
-    with pytest.raises(UserError, match=r"CUDA out of memory\.\nTrain adapters .*quantize: 4bit.*gradient_checkpointing"):
+    with pytest.raises(
+        UserError,
+        match=r"CUDA out of memory\.\nTrain adapters .*quantize: 4bit.*gradient_checkpointing",
+    ):
         LocalModel(model, head_of(model)).source(Layout(rollouts(), 8), torch.arange(5))
 
 
@@ -205,7 +236,7 @@ def test_quantised_weights_move_with_all_that_belongs_to_them(tmp_path: Path, bi
     assert_same(facts(teacher), expected)
 
 
-# ------------------------------------------------------------------------------------------------------------ whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 def a_run(tmp_path: Path, teacher: Any, **settings: Any) -> tuple[Run, Given]:
@@ -218,7 +249,9 @@ def a_run(tmp_path: Path, teacher: Any, **settings: Any) -> tuple[Run, Given]:
         "sampling": {"max_completion_length": 6},
         "device": "cpu",
     }
-    return make_run(values | settings), Given(rows=[{"prompt": f"Tom has {i} apples."} for i in range(4)])
+    return make_run(values | settings), Given(
+        rows=[{"prompt": f"Tom has {i} apples."} for i in range(4)]
+    )
 
 
 def test_a_run_is_the_same_with_its_teacher_offloaded(
@@ -230,7 +263,9 @@ def test_a_run_is_the_same_with_its_teacher_offloaded(
     class Watched(Offloaded):
         def __init__(self, model: Any, head: Any, where: str):
             super().__init__(model, head, where, device)
-            model.get_decoder().register_forward_pre_hook(lambda *_: met.append(device.holds(model.model.norm.weight)))
+            model.get_decoder().register_forward_pre_hook(
+                lambda *_: met.append(device.holds(model.model.norm.weight))
+            )
 
     monkeypatch.setattr("opdkit.run.open.Offloaded", Watched)
     lines = []
@@ -239,25 +274,45 @@ def test_a_run_is_the_same_with_its_teacher_offloaded(
         evaluate = {"data": "in memory", "teacher": True}
         teacher = {"kind": "local", "model": path, "offload": offload}
         run, given = a_run(tmp_path, teacher, output=str(output), evaluate=evaluate)
-        execute(run, replace(given, eval_rows=given.rows, reward=lambda rollout: float(sum(rollout.tokens) % 2 == 0)))
+        execute(
+            run,
+            replace(
+                given,
+                eval_rows=given.rows,
+                reward=lambda rollout: float(sum(rollout.tokens) % 2 == 0),
+            ),
+        )
         lines.append([line["loss"] for line in read_lines(output / "metrics.jsonl")])
         lines.append([line["avg_at_k"] for line in read_lines(output / "evals.jsonl")])
     assert lines[:2] == lines[2:] and len(lines[0]) == 2
     assert met and all(met) and not device.here
-    assert f"offload of {path} changes nothing here: the run's device is the CPU" in capsys.readouterr().err
+    assert (
+        f"offload of {path} changes nothing here: the run's device is the CPU"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_teacher_that_takes_part_in_sampling_cannot_be_away(tmp_path: Path) -> None:
     teacher = {"kind": "local", "model": save_tiny(tmp_path / "teacher", seed=2), "offload": True}
     run, given = a_run(
-        tmp_path, teacher, output=str(tmp_path / "run"), method={"name": "minillm", "arguments": {"teacher_mix": 0.2}}
+        tmp_path,
+        teacher,
+        output=str(tmp_path / "run"),
+        method={"name": "minillm", "arguments": {"teacher_mix": 0.2}},
     )
-    with pytest.raises(UserError, match=r"draws tokens from a mixture with the teacher.*set offload: false"):
+    with pytest.raises(
+        UserError, match=r"draws tokens from a mixture with the teacher.*set offload: false"
+    ):
         execute(run, given)
 
 
 def test_weights_of_another_quantisation_are_not_moved() -> None:
     model = tiny_model()
-    model.hf_quantizer = type("Quantizer", (), {"quantization_config": type("Config", (), {"quant_method": "gptq"})})
-    with pytest.raises(UserError, match=r"stored as gptq, whose layers keep tensors of their own\. Set offload: false"):
+    model.hf_quantizer = type(
+        "Quantizer", (), {"quantization_config": type("Config", (), {"quant_method": "gptq"})}
+    )
+    with pytest.raises(
+        UserError,
+        match=r"stored as gptq, whose layers keep tensors of their own\. Set offload: false",
+    ):
         offloaded(model, Device())

@@ -1,4 +1,6 @@
-"""Spans of two tokenisations against the walk written out, and the merged distributions that losses see."""
+"""Spans of two tokenisations against the walk written out, and the merged distributions that losses
+see.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tests.methods.toy import close, logits, tokens
 
 
 def walk(s_ends: list[int], t_ends: list[int]) -> list[tuple[list[int], list[int]]]:
-    """The card's words as a loop: advance the side that ends earlier, close where both end; left-overs are a last pair."""
+    """The card's words as a loop: advance the side that ends earlier, close where both end;
+    left-overs are a last pair.
+    """
     groups, s0, t0, s, t = [], 0, 0, 0, 0
     while s < len(s_ends) and t < len(t_ends):
         if s_ends[s] < t_ends[t]:
@@ -34,7 +38,9 @@ def walk(s_ends: list[int], t_ends: list[int]) -> list[tuple[list[int], list[int
     return [(a, b) for a, b in groups if a and b]
 
 
-def groups(s_rows: list[list[int]], t_rows: list[list[int]]) -> list[list[tuple[list[int], list[int]]]]:
+def groups(
+    s_rows: list[list[int]], t_rows: list[list[int]]
+) -> list[list[tuple[list[int], list[int]]]]:
     """What `align` finds, row by row."""
     sides = [torch.full((len(rows), 2 + max(map(len, rows))), -1) for rows in (s_rows, t_rows)]
     for side, rows in zip(sides, (s_rows, t_rows)):
@@ -51,7 +57,8 @@ def groups(s_rows: list[list[int]], t_rows: list[list[int]]) -> list[list[tuple[
 CARD = [
     ([3, 5, 9], [5, 9], [([0, 1], [0]), ([2], [1])]),
     ([2, 4, 6], [3, 6], [([0, 1, 2], [0, 1])]),
-    ([3, 6, 7], [3, 6], [([0], [0]), ([1], [1])]),  # a third group of the student's has no other side
+    # a third group of the student's has no other side
+    ([3, 6, 7], [3, 6], [([0], [0]), ([1], [1])]),
     ([2, 5], [2, 3, 4, 5], [([0], [0]), ([1], [1, 2, 3])]),
     ([3, 5], [3, 6], [([0], [0]), ([1], [1])]),  # left over on both sides
     ([2, 2, 5], [2, 5], [([0], [0]), ([1, 2], [1])]),  # a token without bytes
@@ -69,7 +76,9 @@ def test_rows_do_not_reach_into_each_other():
     assert groups(*rows) == [c[2] for c in CARD]
 
 
-ENDS = st.lists(st.integers(0, 3), max_size=12).map(lambda steps: torch.tensor([0, *steps]).cumsum(0)[1:].tolist())
+ENDS = st.lists(st.integers(0, 3), max_size=12).map(
+    lambda steps: torch.tensor([0, *steps]).cumsum(0)[1:].tolist()
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -87,13 +96,13 @@ def test_every_byte_belongs_to_one_group_on_each_side(a, b, total):
     """Identity 8: two divisions of one text leave nothing over."""
     a, b = [*a, total], [*b, total]
     (found,) = groups([a], [b])
-    assert [k for mine, _ in found for k in mine] == list(range(len(a))) and [k for _, other in found for k in other] == list(
-        range(len(b))
-    )
+    assert [k for mine, _ in found for k in mine] == list(range(len(a))) and [
+        k for _, other in found for k in other
+    ] == list(range(len(b)))
     assert all(a[mine[-1]] == b[other[-1]] for mine, other in found)
 
 
-# --------------------------------------------------------------------------------------------------- merged distributions
+# ----------------------------------------------------------------------------- merged distributions
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,9 @@ ROWS = [(0.6, 0.3, 0.1), (0.2, 0.5, 0.3), (0.1, 0.1, 0.8)]
 def seen(merge, student, teacher, s_ids, t_ids, s_ends, t_ends):
     """The merged distributions [N, V] of both sides."""
     spans = Alignment(torch.tensor([t_ids]), torch.tensor([s_ends]), torch.tensor([t_ends]))
-    Case(tokens(*s_ids), student, models={"teacher": teacher}, alignments={"teacher": spans}).run(Objective(Seen(merge)))
+    Case(tokens(*s_ids), student, models={"teacher": teacher}, alignments={"teacher": spans}).run(
+        Objective(Seen(merge))
+    )
     return SEEN[-1]
 
 
@@ -120,51 +131,84 @@ def test_merged_rows():
     """Identity 2: .6 (.2, .5, .3) and the second span as it is; observed .5 (.6, .3, .1)."""
     for merge, first in (("bayesian", (0.12, 0.3, 0.18)), ("observed", (0.3, 0.15, 0.05))):
         p, q = seen(merge, logits(*ROWS), logits(*ROWS[:2]), (0, 1, 2), (0, 0), (3, 5, 9), (5, 9))
-        assert close(p, torch.tensor([first, ROWS[2]]).double()) and close(q, torch.tensor(ROWS[:2]).double())
+        assert close(p, torch.tensor([first, ROWS[2]]).double()) and close(
+            q, torch.tensor(ROWS[:2]).double()
+        )
         assert close(p.sum(-1), (sum(first), 1.0), 12)  # .6 and .5: not normalised
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=7), st.data())
 def test_the_entry_at_the_last_token_is_the_probability_of_the_span(ids, data):
-    """Identity 4: .6 * .5 = .3, and whatever the grouping their product is that of all conditionals."""
+    """Identity 4: .6 * .5 = .3, and whatever the grouping their product is that of all
+    conditionals.
+    """
     g = torch.Generator().manual_seed(len(ids))
     student = torch.randn(1, len(ids), 3, generator=g).double()
-    others = data.draw(st.lists(st.integers(1, len(ids)), unique=True).map(lambda cut: sorted({*cut, len(ids)})))
+    others = data.draw(
+        st.lists(st.integers(1, len(ids)), unique=True).map(lambda cut: sorted({*cut, len(ids)}))
+    )
     teacher = torch.randn(1, len(others), 3, generator=g).double()
-    p, _ = seen("bayesian", student, teacher, ids, [0] * len(others), list(range(1, len(ids) + 1)), others)
+    p, _ = seen(
+        "bayesian", student, teacher, ids, [0] * len(others), list(range(1, len(ids) + 1)), others
+    )
     conditional = student.softmax(-1)[0].gather(-1, torch.tensor(ids)[:, None])[:, 0]
     spans = [conditional[a:b].prod() for a, b in zip([0, *others], others)]
-    assert close(p.gather(-1, torch.tensor([ids[b - 1] for b in others])[:, None])[:, 0], torch.stack(spans), 9)
+    assert close(
+        p.gather(-1, torch.tensor([ids[b - 1] for b in others])[:, None])[:, 0],
+        torch.stack(spans),
+        9,
+    )
     assert (torch.stack(spans).prod() - conditional.prod()).abs() < 1e-12
 
 
 def test_factors_have_a_floor():
     rows = [(1 - 1e-12, 1e-12), (0.5, 0.5)]
     p, q = seen("bayesian", logits(*rows), logits(*rows), (1, 0), (1, 0), (1, 5), (2, 5))
-    assert close(p * 1e8, torch.tensor([[0.5, 0.5]]).double(), 3) and close(q * 1e8, torch.tensor([[0.5, 0.5]]).double(), 3)
+    assert close(p * 1e8, torch.tensor([[0.5, 0.5]]).double(), 3) and close(
+        q * 1e8, torch.tensor([[0.5, 0.5]]).double(), 3
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- chunks, sorting
+# ---------------------------------------------------------------------------------- chunks, sorting
 
 
 def test_chunks_do_not_part_a_span():
     joined = torch.tensor([False, True, True, False, False, True, False])  # spans of 3, 1, 2 and 1
-    found = {size: [(at.start, at.stop) for at in cuts(joined, size)] for size in (1, 2, 3, 4, 5, 100)}
+    found = {
+        size: [(at.start, at.stop) for at in cuts(joined, size)] for size in (1, 2, 3, 4, 5, 100)
+    }
     assert found[1] == [*found[2][:1], (3, 4), (4, 6), (6, 7)] == [(0, 3), (3, 4), (4, 6), (6, 7)]
-    assert found[3] == [(0, 3), (3, 6), (6, 7)] and found[4] == [(0, 4), (4, 7)] and found[100] == [(0, 7)]
+    assert (
+        found[3] == [(0, 3), (3, 6), (6, 7)]
+        and found[4] == [(0, 4), (4, 7)]
+        and found[100] == [(0, 7)]
+    )
     assert list(cuts(joined[:0], 3)) == []
 
 
 def test_a_position_that_is_only_read_is_projected_with_its_span():
-    spans = Alignment(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[1, 2, 3, 4]]), torch.tensor([[3, 4]]))
-    case = Case(tokens(0, 0, 0, 0), logits(*[ROWS[0]] * 4), models={"teacher": logits(*ROWS[:2])}, alignments={"teacher": spans})
+    spans = Alignment(
+        torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[1, 2, 3, 4]]), torch.tensor([[3, 4]])
+    )
+    case = Case(
+        tokens(0, 0, 0, 0),
+        logits(*[ROWS[0]] * 4),
+        models={"teacher": logits(*ROWS[:2])},
+        alignments={"teacher": spans},
+    )
     objective = Objective(Seen("bayesian") * ~Before(3))
     plan = objective.plan(case.batch(objective))
-    assert flat_positions(plan.parts[0].weight != 0).tolist() == [3] == flat_positions(plan.selected).tolist()
+    assert (
+        flat_positions(plan.parts[0].weight != 0).tolist()
+        == [3]
+        == flat_positions(plan.selected).tolist()
+    )
     objective = Objective(Seen("bayesian") * Before(3))
     plan = objective.plan(case.batch(objective))
-    assert flat_positions(plan.parts[0].weight != 0).tolist() == [2] and flat_positions(plan.selected).tolist() == [0, 1, 2]
+    assert flat_positions(plan.parts[0].weight != 0).tolist() == [2] and flat_positions(
+        plan.selected
+    ).tolist() == [0, 1, 2]
 
 
 @dataclass(frozen=True)
@@ -179,12 +223,18 @@ class Before(Signal):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sorting(dtype):
-    p = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0), dtype=dtype).mul(30).softmax(-1)
+    p = (
+        torch.randn(3, 5000, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        .mul(30)
+        .softmax(-1)
+    )
     p[:, 17:900] = 0  # many equal entries
     values, ids = descending(p)
     expected = p.sort(-1, descending=True).values
     assert torch.equal(values, expected) and torch.equal(descending_values(p), expected)
-    assert torch.equal(p.gather(-1, ids), values) and all(sorted(row) == list(range(5000)) for row in ids.tolist())
+    assert torch.equal(p.gather(-1, ids), values) and all(
+        sorted(row) == list(range(5000)) for row in ids.tolist()
+    )
 
 
 def test_what_rounding_parts_is_tied():
@@ -195,5 +245,8 @@ def test_what_rounding_parts_is_tied():
 
 def test_matching():
     match = Match.of(torch.tensor([1, -1, 4, -1]), 6)
-    assert (match.student.tolist(), match.teacher.tolist()) == ([1, 4], [0, 2]) and match.share == 0.5
+    assert (match.student.tolist(), match.teacher.tolist()) == (
+        [1, 4],
+        [0, 2],
+    ) and match.share == 0.5
     assert (match.student_rest.tolist(), match.teacher_rest.tolist()) == ([0, 2, 3, 5], [1, 3])

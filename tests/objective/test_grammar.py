@@ -1,4 +1,6 @@
-"""The grammar: arithmetic of signals, terms and denominators, sums of terms, and that all of it is a value that prints."""
+"""The grammar: arithmetic of signals, terms and denominators, sums of terms, and that all of it is
+a value that prints.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,17 @@ OTHER = torch.tensor([[2.0, 2.0, math.inf], [-1.0, 4.0, -1.0]], dtype=torch.floa
 
 
 def batch(**columns) -> Batch:
-    facts = {LogpFact("a"): VALUES, LogpFact("b"): OTHER, LogpFact("zero"): torch.zeros_like(VALUES)}
+    facts = {
+        LogpFact("a"): VALUES,
+        LogpFact("b"): OTHER,
+        LogpFact("zero"): torch.zeros_like(VALUES),
+    }
     facts |= {ColumnFact(name.replace("_", ":")): value for name, value in columns.items()}
     mask = torch.tensor([[True, True, True], [True, True, False]])
     return Batch(torch.zeros(2, 3, dtype=torch.int64), mask, facts, dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------------------------- signals
+# ------------------------------------------------------------------------------------------ signals
 
 
 @pytest.mark.parametrize(
@@ -120,11 +126,16 @@ def test_a_signal_prints_as_it_is_written(signal, text):
 
 def test_signals_are_values():
     a, b = (1 + 0.5 * Exp(LogRatio("a", "zero")) * ~Mark("guided") for _ in range(2))
-    assert a == b and hash(a) == hash(b) and pickle.loads(pickle.dumps(a)) == a and copy.deepcopy(a) == a
+    assert (
+        a == b
+        and hash(a) == hash(b)
+        and pickle.loads(pickle.dumps(a)) == a
+        and copy.deepcopy(a) == a
+    )
     assert len({a, b, 1 + 0.5 * Exp(B) * ~Mark("guided")}) == 2
 
 
-# --------------------------------------------------------------------------------------------------- terms, objectives
+# -------------------------------------------------------------------------------- terms, objectives
 
 
 @pytest.mark.parametrize(
@@ -162,13 +173,21 @@ def test_an_unknown_denominator_is_refused(bad):
 
 def test_weights_multiply_and_denominators_stay():
     term = (Likelihood() * 2 * A).per("rows") * B
-    assert term == Term(Likelihood(), lift(2) * A * B, "rows") and 2 * Likelihood() == Likelihood() * 2
+    assert (
+        term == Term(Likelihood(), lift(2) * A * B, "rows") and 2 * Likelihood() == Likelihood() * 2
+    )
     assert Term(Likelihood()) * A == Likelihood() * A  # a weight of one is no factor
 
 
 def test_sums_are_flat_and_ordered():
     a, b, c = Likelihood() * 2, PolicyGradient(LogRatio("teacher", "student")), Divergence("jsd")
-    for objective in (a + b + c, a + (b + c), Objective(a, b, c), Objective(a, Objective(b, c)), (a + b) + Objective(c)):
+    for objective in (
+        a + b + c,
+        a + (b + c),
+        Objective(a, b, c),
+        Objective(a, Objective(b, c)),
+        (a + b) + Objective(c),
+    ):
         assert objective == Objective(a, Term(b), Term(c))
     assert (a + b) * 3 == Objective(a * 3, b * 3)
     with pytest.raises(TypeError, match="sum of losses and terms"):
@@ -184,16 +203,28 @@ def test_names_are_unique():
 def test_an_objective_prints_as_its_formula():
     pg = PolicyGradient(LogRatio("teacher", "student"))
     text = str(pg * ~Mark("guided") + (Likelihood() * Mark("guided") * 0.001).per("own"))
-    assert text == "PolicyGradient(log(teacher/student)) * ~Mark(guided)\n  + Likelihood() * Mark(guided) * 0.001 per own"
+    assert (
+        text
+        == "PolicyGradient(log(teacher/student)) * ~Mark(guided)\n  + Likelihood() * Mark(guided) "
+        "* 0.001 per own"
+    )
 
 
 def test_the_loss_is_the_sum_of_its_terms():
-    s, t = logits((0.5, 0.3, 0.2), (0.1, 0.2, 0.7)), {"teacher": logits((0.2, 0.5, 0.3), (0.3, 0.3, 0.4))}
+    s, t = (
+        logits((0.5, 0.3, 0.2), (0.1, 0.2, 0.7)),
+        {"teacher": logits((0.2, 0.5, 0.3), (0.3, 0.3, 0.4))},
+    )
     parts = [
         Divergence("jsd") * 2,
         (Likelihood() * (LogRatio("teacher", "student") > 0)).per("own"),
         Likelihood().per("row_sums"),
     ]
-    whole, alone = evaluate(Objective(*parts), s, tokens(1, 2), models=t), [evaluate(p, s, tokens(1, 2), models=t) for p in parts]
-    assert close(whole.loss, sum(x.loss for x in alone).item(), 12) and close(whole.grad, sum(x.grad for x in alone), 12)
+    whole, alone = (
+        evaluate(Objective(*parts), s, tokens(1, 2), models=t),
+        [evaluate(p, s, tokens(1, 2), models=t) for p in parts],
+    )
+    assert close(whole.loss, sum(x.loss for x in alone).item(), 12) and close(
+        whole.grad, sum(x.grad for x in alone), 12
+    )
     assert [x.value.item() for x in whole.terms] == pytest.approx([x.loss.item() for x in alone])

@@ -1,4 +1,6 @@
-"""The one pass over the vocabulary: equal to a dense graph in value and gradient, whatever the chunk, head, dtype or selection."""
+"""The one pass over the vocabulary: equal to a dense graph in value and gradient, whatever the
+chunk, head, dtype or selection.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from torch import Tensor
 from opdkit.objective.batch import Batch, Live
 from opdkit.objective.facts import ColumnFact, LogpFact
 from opdkit.objective.grammar import Objective, RolloutLoss
-from opdkit.objective.head import CHUNK_ENTRIES, Head, Source, chunk_rows, flat_positions, learn, scan
+from opdkit.objective.head import (
+    CHUNK_ENTRIES,
+    Head,
+    Source,
+    chunk_rows,
+    flat_positions,
+    learn,
+    scan,
+)
 from opdkit.objective.losses import Divergence, Likelihood, PolicyGradient
 from opdkit.objective.signals import Advantage, Entropy, LogRatio, Mark
 from opdkit.testing import evaluate, fabricate
@@ -23,7 +33,11 @@ from tests.methods.toy import close, logits, tokens
 
 B, T, H, V, ROWS = 3, 5, 8, 11, 13  # 13 rows in the matrix, 11 tokens: two pad it
 
-OBJECTIVE = Divergence("reverse_kl") + Divergence("jsd") * Entropy("teacher") + (Likelihood() * Mark("guided")).per("own") * 0.3
+OBJECTIVE = (
+    Divergence("reverse_kl")
+    + Divergence("jsd") * Entropy("teacher")
+    + (Likelihood() * Mark("guided")).per("own") * 0.3
+)
 
 HEADS = [{}, {"bias": True}, {"scale": 0.3}, {"softcap": 2.0}, {"vocab": V}]
 HEADS.append({"bias": True, "scale": 1.7, "softcap": 3.0, "vocab": V})
@@ -39,10 +53,16 @@ def setting(dtype=torch.float64, bias=False, vocab=None, **more):
     hidden, weight = random(B * T, H), random(ROWS, H)
     head = Head(weight.to(dtype), random(ROWS).to(dtype) if bias else None, vocab=vocab, **more)
     cells = torch.arange(B * T)
-    other = Source(random(B * T, 2 * H).to(dtype), cells, Head(0.3 * random(ROWS, 2 * H).to(dtype), vocab=vocab, softcap=4.0))
+    other = Source(
+        random(B * T, 2 * H).to(dtype),
+        cells,
+        Head(0.3 * random(ROWS, 2 * H).to(dtype), vocab=vocab, softcap=4.0),
+    )
     mask = torch.arange(T) < torch.tensor([5, 2, 4])[:, None]
     ids = torch.randint(V, (B, T), generator=g)
-    batch = Batch(ids, mask, {ColumnFact("mark:guided"): ids % 2 == 0}, {"teacher": other}, dtype=dtype)
+    batch = Batch(
+        ids, mask, {ColumnFact("mark:guided"): ids % 2 == 0}, {"teacher": other}, dtype=dtype
+    )
     entropy = torch.distributions.Categorical(logits=other.logits(cells)).entropy().view(B, T)
     batch.signals[Entropy("teacher")] = entropy
     return hidden.to(dtype), head, batch
@@ -68,7 +88,9 @@ def dense(hidden, head, batch, objective=OBJECTIVE):
     loss = torch.zeros((), dtype=hidden.dtype)
     for part in plan.parts:
         at = flat_positions(part.weight != 0)
-        loss = loss + (part.scale.flatten()[at] * part.term.loss.value(Live(batch, at, z[at]))).sum()  # type: ignore[attr-defined]
+        loss = (
+            loss + (part.scale.flatten()[at] * part.term.loss.value(Live(batch, at, z[at]))).sum()
+        )  # type: ignore[attr-defined]
     return loss, torch.autograd.grad(loss, leaves)
 
 
@@ -82,13 +104,17 @@ def test_equal_to_a_dense_graph(head, dtype, tolerance):
         assert abs(out.loss - loss) <= tolerance * abs(loss) and out.positions == 11
         for a, b in zip(ours, gradients, strict=True):
             assert (a - b).norm() <= tolerance * b.norm() and b.norm() > 0
-        assert (ours[0][~batch.mask.flatten()] == 0).all() and (ours[1][head.vocab or ROWS :] == 0).all()
+        assert (ours[0][~batch.mask.flatten()] == 0).all() and (
+            ours[1][head.vocab or ROWS :] == 0
+        ).all()
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 5])
 def test_no_positions(chunk):
     hidden, head, batch = setting(bias=True)
-    out, gradients = chunked(hidden, head, batch, chunk, positions=torch.zeros(0, dtype=torch.int64))
+    out, gradients = chunked(
+        hidden, head, batch, chunk, positions=torch.zeros(0, dtype=torch.int64)
+    )
     assert out.loss == 0 and out.positions == 0 and all((g == 0).all() for g in gradients)
 
 
@@ -98,9 +124,13 @@ def test_only_what_wants_a_gradient_gets_one():
     at = flat_positions(plan.selected)
     _, (to_hidden, to_weight, _) = chunked(hidden, head, batch, 4)
     frozen = hidden[at].requires_grad_()  # the head is a constant
-    assert close(torch.autograd.grad(learn(plan, at, frozen, head, 4).loss, frozen)[0], to_hidden[at], 12)
+    assert close(
+        torch.autograd.grad(learn(plan, at, frozen, head, 4).loss, frozen)[0], to_hidden[at], 12
+    )
     alone = replace(head, weight=head.weight.clone().requires_grad_())
-    assert close(torch.autograd.grad(learn(plan, at, hidden[at], alone).loss, alone.weight)[0], to_weight, 12)
+    assert close(
+        torch.autograd.grad(learn(plan, at, hidden[at], alone).loss, alone.weight)[0], to_weight, 12
+    )
 
 
 def test_the_incoming_gradient_scales():
@@ -119,12 +149,14 @@ def test_a_tied_matrix_gets_both_of_its_gradients():
     embedded = table[torch.arange(B * T) % ROWS] + hidden
     plan = OBJECTIVE.plan(batch)
     at = flat_positions(plan.selected)
-    (tied,) = torch.autograd.grad(learn(plan, at, embedded[at], replace(head, weight=table)).loss, table)
+    (tied,) = torch.autograd.grad(
+        learn(plan, at, embedded[at], replace(head, weight=table)).loss, table
+    )
     _, (to_hidden, to_weight) = chunked(embedded.detach(), head, batch, None)
     assert close(tied, to_weight.index_add(0, torch.arange(B * T) % ROWS, to_hidden), 12)
 
 
-# ------------------------------------------------------------------------------------------------- memory, precision
+# -------------------------------------------------------------------------------- memory, precision
 
 MEMORY = """
 import resource, sys, torch
@@ -153,10 +185,17 @@ torch.save((loss.detach(), *gradients, extra / 2**20), sys.argv[2])
 
 @pytest.mark.slow
 def test_memory_is_that_of_a_chunk(tmp_path):
-    """Full-vocabulary reverse KL at 4096 positions of 151936 tokens. The dense graph keeps no logits, only what autograd must."""
+    """Full-vocabulary reverse KL at 4096 positions of 151936 tokens.
+
+    The dense graph keeps no logits, only what autograd must.
+    """
     out = {}
     for way in ("dense", "0"):  # 0: the default chunk
-        subprocess.run([sys.executable, "-c", MEMORY, way, str(tmp_path / way)], check=True, cwd=Path(__file__).parents[2])
+        subprocess.run(
+            [sys.executable, "-c", MEMORY, way, str(tmp_path / way)],
+            check=True,
+            cwd=Path(__file__).parents[2],
+        )
         out[way] = torch.load(tmp_path / way)
         print(f"{way}: loss {out[way][0]:.6f}, {out[way][3]:.2f} GiB")
     loss, *gradients, large = out["dense"]
@@ -182,7 +221,9 @@ def test_the_heads_gradient_is_summed_in_float32():
     narrow = torch.zeros_like(weight)
     for i in range(n):  # what a sum in the weight's own type would be
         leaf = weight.clone().requires_grad_()
-        narrow += torch.autograd.grad(learn(plan, at[i : i + 1], hidden[i : i + 1], Head(leaf)).loss, leaf)[0]
+        narrow += torch.autograd.grad(
+            learn(plan, at[i : i + 1], hidden[i : i + 1], Head(leaf)).loss, leaf
+        )[0]
     errors = [((x.double() - truth).norm() / truth.norm()).item() for x in (ours, narrow)]
     assert ours.dtype == torch.bfloat16 and errors[0] < 0.004 < 3 * errors[0] < errors[1]
 
@@ -190,11 +231,14 @@ def test_the_heads_gradient_is_summed_in_float32():
 def test_narrow_hidden_states_are_scored_in_float32():
     hidden, head, _ = setting(torch.float32)
     narrow = Head(head.weight.bfloat16())
-    assert narrow.logits(hidden.bfloat16()).dtype == torch.float32 and head.logits(hidden.double()).dtype == torch.float32
+    assert (
+        narrow.logits(hidden.bfloat16()).dtype == torch.float32
+        and head.logits(hidden.double()).dtype == torch.float32
+    )
     assert Head(head.weight.double()).logits(hidden.double()).dtype == torch.float64
 
 
-# ------------------------------------------------------------------------------------------------ losses over a rollout
+# ---------------------------------------------------------------------------- losses over a rollout
 
 
 @dataclass(frozen=True)
@@ -210,7 +254,9 @@ WHOLE = [
     Objective((Best() * Advantage("mean")).per("row_sums")),  # negative for some
     Objective((Best() * -1).per("row_sums")),
     Objective((Best() * (Advantage("mean") > 0)).per(4)),  # some rollouts left out
-    Best().per("row_sums") * 0.5 + Divergence("jsd") + Likelihood() * (LogRatio("teacher", "student") > 0),
+    Best().per("row_sums") * 0.5
+    + Divergence("jsd")
+    + Likelihood() * (LogRatio("teacher", "student") > 0),
 ]
 
 
@@ -221,7 +267,9 @@ def test_rollout_losses_equal_a_dense_graph(objective):
     for chunk in (None, 1, 3):
         for parts in (None, [[3, 0], [1, 2, 4], [5]]):
             out = case.run(objective, parts, chunk)
-            assert close(out.loss, loss.item(), 10) and (out.grad - grad).norm() <= 1e-10 * grad.norm()
+            assert (
+                close(out.loss, loss.item(), 10) and (out.grad - grad).norm() <= 1e-10 * grad.norm()
+            )
             assert close(sum(t.value for t in out.terms), loss.item(), 10)
 
 
@@ -231,7 +279,7 @@ def test_a_rollout_loss_has_one_weight_per_rollout():
         fabricate(objective).run(objective)
 
 
-# ----------------------------------------------------------------------------------------------------------- selection
+# ---------------------------------------------------------------------------------------- selection
 
 
 class Spy(Head):
@@ -251,14 +299,17 @@ def test_positions_without_weight_are_never_projected():
     seen.clear()
     at = flat_positions(plan.selected)
     learn(plan, at, hidden[at].requires_grad_(), Spy(head.weight), chunk=2)
-    assert sum(seen) == int((batch.mask & batch.mark("guided")).sum()) < int(batch.mask.sum())  # and each of them once
+    # and each of them once
+    assert sum(seen) == int((batch.mask & batch.mark("guided")).sum()) < int(batch.mask.sum())
 
 
 def test_another_models_vocabulary_is_made_only_where_a_term_reads_it():
     hidden, head, batch = setting()
     source = batch.sources["teacher"]
     batch.sources["teacher"] = Source(source.hidden, source.index, Spy(source.head.weight))
-    plan = (Divergence("reverse_kl") * Mark("guided") + Divergence("jsd") * Mark("guided")).plan(batch)
+    plan = (Divergence("reverse_kl") * Mark("guided") + Divergence("jsd") * Mark("guided")).plan(
+        batch
+    )
     seen.clear()
     at = flat_positions(plan.selected)
     learn(plan, at, hidden[at], head)
@@ -266,31 +317,66 @@ def test_another_models_vocabulary_is_made_only_where_a_term_reads_it():
 
 
 def test_an_infinite_score_at_a_token_left_out_never_reaches_a_gradient():
-    student, teacher = logits((0.5, 0.3, 0.2), (0.5, 0.3, 0.2)), logits((0.0, 0.6, 0.4), (0.2, 0.5, 0.3))
+    student, teacher = (
+        logits((0.5, 0.3, 0.2), (0.5, 0.3, 0.2)),
+        logits((0.0, 0.6, 0.4), (0.2, 0.5, 0.3)),
+    )
     trusted = LogRatio("teacher", "student") > -5
     for loss in (Likelihood(), Divergence("chi2"), Divergence("reverse_kl")):
         out, alone = (
-            evaluate(loss * trusted, student[:, n:], tokens(0, 0)[:, n:], models={"teacher": teacher[:, n:]}) for n in (0, 1)
+            evaluate(
+                loss * trusted,
+                student[:, n:],
+                tokens(0, 0)[:, n:],
+                models={"teacher": teacher[:, n:]},
+            )
+            for n in (0, 1)
         )
-        assert out.grad.isfinite().all() and (out.grad[0, 0] == 0).all() and close(2 * out.grad[0, 1], alone.grad[0, 0], 12)
-    credit = LogRatio("teacher", "student")  # -inf at the first token, which the other term does look at
-    both = evaluate(PolicyGradient(credit) * trusted + Likelihood(), student, tokens(0, 0), models={"teacher": teacher})
-    assert both.loss.isfinite() and close(both.grad[0, 0], evaluate(Likelihood(), student, tokens(0, 0)).grad[0, 0], 12)
+        assert (
+            out.grad.isfinite().all()
+            and (out.grad[0, 0] == 0).all()
+            and close(2 * out.grad[0, 1], alone.grad[0, 0], 12)
+        )
+    # -inf at the first token, which the other term does look at
+    credit = LogRatio("teacher", "student")
+    both = evaluate(
+        PolicyGradient(credit) * trusted + Likelihood(),
+        student,
+        tokens(0, 0),
+        models={"teacher": teacher},
+    )
+    assert both.loss.isfinite() and close(
+        both.grad[0, 0], evaluate(Likelihood(), student, tokens(0, 0)).grad[0, 0], 12
+    )
 
 
 def test_what_the_log_shows():
     hidden, head, batch = setting()
     out, _ = chunked(hidden, head, batch, 3)
     at = flat_positions(batch.mask)
-    s, t = head.logits(hidden[at]).log_softmax(-1), batch.sources["teacher"].logits(at).log_softmax(-1)
+    s, t = (
+        head.logits(hidden[at]).log_softmax(-1),
+        batch.sources["teacher"].logits(at).log_softmax(-1),
+    )
     ids = batch.tokens.flatten()[at][:, None]
-    assert close(out.entropy, -(s.exp() * s).sum(-1), 10) and close(out.gap, (s - t).gather(-1, ids)[:, 0], 10)
+    assert close(out.entropy, -(s.exp() * s).sum(-1), 10) and close(
+        out.gap, (s - t).gather(-1, ids)[:, 0], 10
+    )
     assert close(out.parts.sum(), out.loss.item(), 12) and len(out.parts) == 3
 
 
 def test_scan_and_chunk_sizes():
     hidden, head, _ = setting(vocab=V)
     for chunk in (1, 4, 100):
-        assert close(scan(hidden, head, lambda at, z: z.logsumexp(-1), chunk), head.logits(hidden).logsumexp(-1), 12)
+        assert close(
+            scan(hidden, head, lambda at, z: z.logsumexp(-1), chunk),
+            head.logits(hidden).logsumexp(-1),
+            12,
+        )
     assert scan(hidden[:0], head, lambda at, z: z.logsumexp(-1)).shape == (0,)
-    assert chunk_rows(CHUNK_ENTRIES // 5) == 5 and chunk_rows(10**9) == 1 and head.size(hidden) == V and Head().size(hidden) == H
+    assert (
+        chunk_rows(CHUNK_ENTRIES // 5) == 5
+        and chunk_rows(10**9) == 1
+        and head.size(hidden) == V
+        and Head().size(hidden) == H
+    )

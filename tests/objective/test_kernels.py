@@ -1,6 +1,8 @@
-"""The passes over whole vocabularies: equal to autograd through log-softmax in value and gradient, in blocks and as Triton kernels.
+"""The passes over whole vocabularies: equal to autograd through log-softmax in value and gradient,
+in blocks and as Triton kernels.
 
-Under TRITON_INTERPRET=1 the same cases run the Triton kernels on the CPU; one case starts that. Where there is a GPU they run on it too.
+Under TRITON_INTERPRET=1 the same cases run the Triton kernels on the CPU; one case starts that.
+Where there is a GPU they run on it too.
 """
 
 from __future__ import annotations
@@ -19,7 +21,17 @@ from opdkit.objective import kernels, maths
 from opdkit.objective.kernels import Vocabulary, vocabulary
 from opdkit.objective.kernels.formula import formula
 from opdkit.objective.losses import Divergence
-from opdkit.objective.maths import JSD, Alpha, ForwardKL, Hellinger2, Kind, ReverseKL, SkewForward, SkewReverse, TotalVariation
+from opdkit.objective.maths import (
+    JSD,
+    Alpha,
+    ForwardKL,
+    Hellinger2,
+    Kind,
+    ReverseKL,
+    SkewForward,
+    SkewReverse,
+    TotalVariation,
+)
 from opdkit.testing import evaluate
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,7 +57,9 @@ def device(request, monkeypatch):
 
 
 def logits(dtype, device="cpu"):
-    """Student and teacher [7, V]: plain, what the teacher, the student or both rule out, agreement, underflow, and a tile of nothing."""
+    """Student and teacher [7, V]: plain, what the teacher, the student or both rule out, agreement,
+    underflow, and a tile of nothing.
+    """
     g = torch.Generator().manual_seed(0)
     z, y = (3 * torch.randn(7, V, generator=g, dtype=torch.float64) for _ in range(2))
     y[1, :30] = -INF
@@ -59,7 +73,9 @@ def logits(dtype, device="cpu"):
 
 def plain(kind, z, y, temperature=1.0, cap=None):
     """Autograd through everything."""
-    return maths.divergence(kind, (z / temperature).log_softmax(-1), (y / temperature).log_softmax(-1), cap)
+    return maths.divergence(
+        kind, (z / temperature).log_softmax(-1), (y / temperature).log_softmax(-1), cap
+    )
 
 
 def ours(kind, z, y, temperature=1.0, cap=None):
@@ -71,14 +87,20 @@ def with_gradient(way, kind, z, y, *arguments):
     leaf = z.clone().requires_grad_()
     value = way(kind, leaf, y, *arguments)
     weights = torch.linspace(0.5, 2, len(z), dtype=z.dtype, device=z.device)
-    return value.detach(), torch.autograd.grad((weights * value).sum(), leaf)[0] if value.requires_grad else torch.zeros_like(z)
+    return value.detach(), torch.autograd.grad((weights * value).sum(), leaf)[
+        0
+    ] if value.requires_grad else torch.zeros_like(z)
 
 
 def agree(a, b, tolerance):
-    return all(torch.allclose(x, y, rtol=tolerance, atol=tolerance) for x, y in zip(a, b, strict=True))
+    return all(
+        torch.allclose(x, y, rtol=tolerance, atol=tolerance) for x, y in zip(a, b, strict=True)
+    )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance", "temperature"), [(torch.float64, 1e-12, 2.5), (torch.float32, 1e-5, 1.0)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "temperature"), [(torch.float64, 1e-12, 2.5), (torch.float32, 1e-5, 1.0)]
+)
 @pytest.mark.parametrize("kind", [*MIXTURES, *OTHERS], ids=repr)
 def test_values_and_gradients_are_those_of_autograd(kind, dtype, tolerance, temperature, device):
     z, y = logits(dtype, device)
@@ -88,7 +110,9 @@ def test_values_and_gradients_are_those_of_autograd(kind, dtype, tolerance, temp
     assert (out[1][z == -INF] == 0).all()
 
 
-@pytest.mark.parametrize("kind", [ReverseKL(), ForwardKL(), JSD(0.3), SkewForward(), SkewReverse()], ids=repr)
+@pytest.mark.parametrize(
+    "kind", [ReverseKL(), ForwardKL(), JSD(0.3), SkewForward(), SkewReverse()], ids=repr
+)
 def test_gradcheck(kind, device):
     z, y = (x[:2, :5].contiguous() for x in logits(torch.float64, device))
     y[1] = torch.tensor([1.0, -INF, 0, 2, -1], dtype=y.dtype)
@@ -119,7 +143,9 @@ def test_the_numbers_of_a_hand_worked_pair(device):
         leaf = z.clone().requires_grad_()
         out = ours(kind, leaf, y)
         assert out.item() == pytest.approx(value, abs=1e-6)
-        assert torch.autograd.grad(out.sum(), leaf)[0][0].tolist() == pytest.approx(gradient, abs=1e-6)
+        assert torch.autograd.grad(out.sum(), leaf)[0][0].tolist() == pytest.approx(
+            gradient, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("kind", [ReverseKL(), JSD(0.3)], ids=repr)
@@ -130,7 +156,9 @@ def test_a_cap_bounds_each_entry(kind, device):
     assert (out[0] < ours(kind, z, y)).any()
 
 
-@pytest.mark.parametrize("kind", [ReverseKL(), ForwardKL(), JSD(), SkewForward(), TotalVariation()], ids=repr)
+@pytest.mark.parametrize(
+    "kind", [ReverseKL(), ForwardKL(), JSD(), SkewForward(), TotalVariation()], ids=repr
+)
 def test_columns_of_padding_change_nothing(kind, device):
     z, y = logits(torch.float64, device)
     padded = [torch.nn.functional.pad(x, (0, 20), value=-INF) for x in (z, y)]
@@ -141,9 +169,16 @@ def test_columns_of_padding_change_nothing(kind, device):
 
 def test_rows_far_apart_in_memory(device):
     """Logits that are a part of a wider matrix, or turned."""
-    wide = torch.randn(6, 80, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
-    for z, y in ((wide[:, :V], wide[:, 40 : 40 + V]), (wide.T[:40].contiguous().T, wide.T[40:].contiguous().T)):
-        assert agree(with_gradient(ours, JSD(0.2), z, y), with_gradient(plain, JSD(0.2), z, y), 1e-12)
+    wide = torch.randn(6, 80, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        device
+    )
+    for z, y in (
+        (wide[:, :V], wide[:, 40 : 40 + V]),
+        (wide.T[:40].contiguous().T, wide.T[40:].contiguous().T),
+    ):
+        assert agree(
+            with_gradient(ours, JSD(0.2), z, y), with_gradient(plain, JSD(0.2), z, y), 1e-12
+        )
 
 
 @pytest.mark.parametrize("kind", [ReverseKL(), TotalVariation()], ids=repr)
@@ -179,7 +214,7 @@ def test_vocabularies_of_different_size_are_refused():
         ours(ReverseKL(), torch.zeros(2, 5), torch.zeros(2, 6))
 
 
-# ------------------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -188,8 +223,14 @@ def test_statistics(temperature, device):
         z, _ = logits(dtype, device)
         normaliser, entropy = Vocabulary(z).statistics(temperature)
         logp = (z.double() / temperature).log_softmax(-1)
-        assert agree((normaliser,), ((z.double() / temperature).logsumexp(-1, keepdim=True).to(dtype),), tolerance)
-        assert agree((entropy,), (-(logp.exp() * logp.nan_to_num(neginf=0)).sum(-1).to(dtype),), tolerance)
+        assert agree(
+            (normaliser,),
+            ((z.double() / temperature).logsumexp(-1, keepdim=True).to(dtype),),
+            tolerance,
+        )
+        assert agree(
+            (entropy,), (-(logp.exp() * logp.nan_to_num(neginf=0)).sum(-1).to(dtype),), tolerance
+        )
 
 
 def test_log_probs_at_ids_and_of_all(device):
@@ -198,8 +239,14 @@ def test_log_probs_at_ids_and_of_all(device):
     weights = torch.linspace(-1, 2, 3, dtype=z.dtype, device=device)
     leaf = z.clone().requires_grad_()
     for way, naive in (
-        (lambda x: Vocabulary(x).at(ids) * weights, lambda x: x.log_softmax(-1).gather(-1, ids) * weights),
-        (lambda x: Vocabulary(x).logps(2.0)[:, :3] * weights, lambda x: (x / 2).log_softmax(-1)[:, :3] * weights),
+        (
+            lambda x: Vocabulary(x).at(ids) * weights,
+            lambda x: x.log_softmax(-1).gather(-1, ids) * weights,
+        ),
+        (
+            lambda x: Vocabulary(x).logps(2.0)[:, :3] * weights,
+            lambda x: (x / 2).log_softmax(-1)[:, :3] * weights,
+        ),
     ):
         pairs = [(out := f(leaf).clamp_min(-1e3)).detach() for f in (way, naive)]
         slopes = [torch.autograd.grad(f(leaf).clamp_min(-1e3).sum(), leaf)[0] for f in (way, naive)]
@@ -223,13 +270,18 @@ def test_models_that_agree_do_so_to_the_last_bit(device):
 @pytest.mark.parametrize("kind", [ReverseKL(), ForwardKL(), JSD(0.3), TotalVariation()], ids=repr)
 def test_an_objective_uses_them(kind):
     z, y = (x[:6].view(2, 3, V) for x in logits(torch.float64))
-    out = evaluate(Divergence(kind, temperature=2.0), z, torch.zeros(2, 3, dtype=torch.int64), models={"teacher": y})
+    out = evaluate(
+        Divergence(kind, temperature=2.0),
+        z,
+        torch.zeros(2, 3, dtype=torch.int64),
+        models={"teacher": y},
+    )
     leaf = z.clone().requires_grad_()
     value = plain(kind, leaf.flatten(0, 1), y.flatten(0, 1), 2.0).mean()
     assert agree((out.loss, out.grad), (value.detach(), torch.autograd.grad(value, leaf)[0]), 1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------------------- Triton
+# ------------------------------------------------------------------------------------------- Triton
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run that the case starts")
@@ -237,7 +289,9 @@ def test_an_objective_uses_them(kind):
 def test_the_triton_kernels_in_its_interpreter():
     """All of the above; a process of its own, as Triton decides when it is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
-    out = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    out = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert out.returncode == 0, out.stdout[-3000:]
 
 
@@ -255,7 +309,8 @@ def forget(monkeypatch):
 
 
 def test_without_triton(forget, monkeypatch, recwarn):
-    monkeypatch.setitem(sys.modules, "opdkit.objective.kernels.fused", None)  # as where importing it fails
+    # as where importing it fails
+    monkeypatch.setitem(sys.modules, "opdkit.objective.kernels.fused", None)
     monkeypatch.delattr("opdkit.objective.kernels.fused", raising=False)
     assert vocabulary.fused("cpu") is None and len(recwarn) == 0
     z, y = logits(torch.float64)

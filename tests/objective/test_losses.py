@@ -1,4 +1,6 @@
-"""The losses at one position: policy gradient and its clipped form, likelihood, estimators, divergences on a support."""
+"""The losses at one position: policy gradient and its clipped form, likelihood, estimators,
+divergences on a support.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,29 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from opdkit.objective.losses import Candidates, Clipped, Divergence, Estimator, Likelihood, PolicyGradient, policy_gradient
+from opdkit.objective.losses import (
+    Candidates,
+    Clipped,
+    Divergence,
+    Estimator,
+    Likelihood,
+    PolicyGradient,
+    policy_gradient,
+)
 from opdkit.objective.maths import JSD, Alpha, Kind, SkewReverse
 from opdkit.objective.signals import Ceiling, Exp, Gap, Logp, LogRatio
 from opdkit.testing import evaluate
 from tests.methods.ragged import on
-from tests.methods.toy import P_S, P_T, close, expected, logits, numbers, reverse_kl_gradient, tokens
+from tests.methods.toy import (
+    P_S,
+    P_T,
+    close,
+    expected,
+    logits,
+    numbers,
+    reverse_kl_gradient,
+    tokens,
+)
 
 CREDIT = LogRatio("teacher", "student")
 S, T = logits(P_S), {"teacher": logits(P_T)}
@@ -20,7 +39,13 @@ S, T = logits(P_S), {"teacher": logits(P_T)}
 
 def test_policy_gradient_on_a_stale_rollout():
     """Ratio to the sampler, credit from the student before the step, gradient through neither."""
-    out = on(PolicyGradient(CREDIT), [[-1.0]], before=[[-1.2]], sampler=[[-1.5]], models={"teacher": [[-0.7]]})
+    out = on(
+        PolicyGradient(CREDIT),
+        [[-1.0]],
+        before=[[-1.2]],
+        sampler=[[-1.5]],
+        models={"teacher": [[-0.7]]},
+    )
     ratio = numbers(0.5).exp().item()
     assert close(out.loss, -ratio * 0.5, 12)
     p = numbers(-1.0).exp().item()
@@ -29,9 +54,17 @@ def test_policy_gradient_on_a_stale_rollout():
 
 @pytest.mark.parametrize("base", ["student", "sampler", "reference", Logp("reference")])
 def test_the_ratio_may_be_to_any_model(base):
-    by = {"before": [[-1.2]], "sampler": [[-1.5]], "models": {"teacher": [[-0.7]], "reference": [[-0.4]]}}
+    by = {
+        "before": [[-1.2]],
+        "sampler": [[-1.5]],
+        "models": {"teacher": [[-0.7]], "reference": [[-0.4]]},
+    }
     below = {"student": -1.2, "sampler": -1.5}.get(base, -0.4) if isinstance(base, str) else -0.4
-    assert close(on(PolicyGradient(CREDIT, base), [[-1.0]], **by).loss, -numbers(-1.0 - below).exp().item() * 0.5, 12)
+    assert close(
+        on(PolicyGradient(CREDIT, base), [[-1.0]], **by).loss,
+        -numbers(-1.0 - below).exp().item() * 0.5,
+        12,
+    )
 
 
 @pytest.mark.parametrize("low", [0.1, 0.3])
@@ -45,7 +78,12 @@ def test_clipped_is_ppos_formula(low, high, dual):
         loss = -torch.minimum(rho * a, rho.clamp(1 - low, 1 + high) * a)
         if dual is not None and a < 0:
             loss = torch.minimum(loss, numbers(-dual * a))
-        out = on(Clipped(CREDIT, low, high, dual), [[live]], before=[[base]], models={"teacher": [[teacher]]})
+        out = on(
+            Clipped(CREDIT, low, high, dual),
+            [[live]],
+            before=[[base]],
+            models={"teacher": [[teacher]]},
+        )
         assert close(out.loss, loss.item(), 12)
 
 
@@ -53,7 +91,9 @@ def test_the_layer_that_methods_share():
     plain, clip = policy_gradient(CREDIT), policy_gradient(CREDIT, (0.1, 0.2), 3.0)
     assert plain.loss == PolicyGradient(CREDIT) and clip.loss == Clipped(CREDIT, 0.1, 0.2, 3.0)
     capped = policy_gradient(CREDIT, rollout_cap=5)
-    assert capped.loss == PolicyGradient(CREDIT, "student") and capped.weight == Ceiling(Exp(LogRatio("student", "sampler")), 5)
+    assert capped.loss == PolicyGradient(CREDIT, "student") and capped.weight == Ceiling(
+        Exp(LogRatio("student", "sampler")), 5
+    )
     assert policy_gradient(CREDIT, base="reference").loss == PolicyGradient(CREDIT, "reference")
     with pytest.raises(ValueError, match="give clip="):
         policy_gradient(CREDIT, dual_clip=3.0)
@@ -61,7 +101,9 @@ def test_the_layer_that_methods_share():
 
 def test_likelihood():
     out = evaluate(Likelihood(), S, tokens(1))
-    assert close(out.loss, -numbers(0.3).log().item(), 12) and close(out.grad[0, 0], (0.5, -0.7, 0.2), 12)
+    assert close(out.loss, -numbers(0.3).log().item(), 12) and close(
+        out.grad[0, 0], (0.5, -0.7, 0.2), 12
+    )
 
 
 @pytest.mark.parametrize("kind", ["k2", "k3", "k1+", "k3+"])
@@ -70,7 +112,9 @@ def test_estimators_read_the_live_student(kind):
     value = {"k2": 0.5 * d**2, "k1+": d}.get(kind, (-d).exp() + d - 1)
     slope = (1 - (-d).exp()) if kind == "k3" else d
     out = on(Estimator(kind), [[-1.0]], before=[[-3.0]], models={"teacher": [[-0.6]]})
-    assert close(out.loss, value.item(), 12) and close(out.grad[0, 0, 0] / (1 - numbers(-1.0).exp()), slope, 12)
+    assert close(out.loss, value.item(), 12) and close(
+        out.grad[0, 0, 0] / (1 - numbers(-1.0).exp()), slope, 12
+    )
 
 
 def test_estimator_against_another_model():
@@ -82,7 +126,9 @@ def test_estimator_against_another_model():
 
 def test_candidates_are_a_policy_gradient_on_the_whole_top():
     every = evaluate(Candidates(k=3), S, tokens(0), models=T)
-    assert close(every.grad[0, 0], reverse_kl_gradient(P_S, P_T), 12) and close(every.loss, 0.223805)
+    assert close(every.grad[0, 0], reverse_kl_gradient(P_S, P_T), 12) and close(
+        every.loss, 0.223805
+    )
     mean = expected(PolicyGradient(CREDIT), P_S, P_T)
     assert close(every.grad[0, 0], mean, 12)  # no sampling is left
 
@@ -90,11 +136,15 @@ def test_candidates_are_a_policy_gradient_on_the_whole_top():
 def test_candidates_with_a_stale_student():
     now = logits((0.4, 0.4, 0.2))
     out = evaluate(Candidates(k=2), now, tokens(2), models=T, before_logits=S)
-    w, a, rho = numbers(0.625, 0.375), (numbers(0.2, 0.5) / numbers(0.5, 0.3)).log(), numbers(0.8, 4 / 3)
+    w, a, rho = (
+        numbers(0.625, 0.375),
+        (numbers(0.2, 0.5) / numbers(0.5, 0.3)).log(),
+        numbers(0.8, 4 / 3),
+    )
     assert close(out.loss, -(w * a * rho).sum().item(), 12)
 
 
-# ---------------------------------------------------------------------------------------------------------- divergences
+# -------------------------------------------------------------------------------------- divergences
 
 
 def test_the_cap_bounds_what_each_entry_adds():
@@ -107,7 +157,12 @@ def test_the_cap_bounds_what_each_entry_adds():
 
 @pytest.mark.parametrize("t", [0.5, 2.0])
 def test_temperature_on_a_renormalised_support(t):
-    out = evaluate(Divergence("reverse_kl", k=2, support="student", rest="renormalise", temperature=t), S, tokens(0), models=T)
+    out = evaluate(
+        Divergence("reverse_kl", k=2, support="student", rest="renormalise", temperature=t),
+        S,
+        tokens(0),
+        models=T,
+    )
     a, b = (numbers(*x[:2]) ** (1 / t) for x in (P_S, P_T))
     a, b = a / a.sum(), b / b.sum()
     assert close(out.loss, (a * (a / b).log()).sum().item(), 12)
@@ -127,13 +182,22 @@ def test_temperature_is_positive(t):
 
 def test_another_teacher():
     models = {"teacher": S, "second": logits(P_T)}
-    assert close(evaluate(Divergence("reverse_kl", teacher="second"), S, tokens(0), models=models).loss, 0.223805)
-    ours = evaluate(Divergence("reverse_kl", k=2, teacher="second"), S, tokens(0), models=models).loss
-    assert close(ours, evaluate(Divergence("reverse_kl", k=2), S, tokens(0), models=T).loss.item(), 12)
+    assert close(
+        evaluate(Divergence("reverse_kl", teacher="second"), S, tokens(0), models=models).loss,
+        0.223805,
+    )
+    ours = evaluate(
+        Divergence("reverse_kl", k=2, teacher="second"), S, tokens(0), models=models
+    ).loss
+    assert close(
+        ours, evaluate(Divergence("reverse_kl", k=2), S, tokens(0), models=T).loss.item(), 12
+    )
 
 
 def test_names_in_the_log():
-    names = [Divergence(k).name for k in ("forward_kl", JSD(), JSD(0.1), Alpha(0.3), SkewReverse(0.2))]
+    names = [
+        Divergence(k).name for k in ("forward_kl", JSD(), JSD(0.1), Alpha(0.3), SkewReverse(0.2))
+    ]
     assert names == ["forward_kl", "jsd", "jsd", "alpha", "skewreverse"]
     assert str(Divergence("forward_kl", 64)) == "Divergence(kind=forward_kl, k=64, support=teacher)"
 
@@ -147,15 +211,23 @@ def test_gap_and_divergence_agree():
             ("union", 1, "target"),
         ):
             loss = evaluate(Divergence(kind, k, support, rest), S, tokens(0), models=T).loss
-            gap = evaluate(Likelihood() * Gap(kind, support, k, rest), S, tokens(0), models=T).terms[0].weight
+            gap = (
+                evaluate(Likelihood() * Gap(kind, support, k, rest), S, tokens(0), models=T)
+                .terms[0]
+                .weight
+            )
             assert close(gap, [[loss.item()]], 12)
 
 
 def test_the_divergence_follows_the_live_student_and_the_gap_does_not():
     now = logits((0.1, 0.2, 0.7))
-    out = evaluate(Divergence("reverse_kl") + Likelihood() * Gap(), now, tokens(0), models=T, before_logits=S)
+    out = evaluate(
+        Divergence("reverse_kl") + Likelihood() * Gap(), now, tokens(0), models=T, before_logits=S
+    )
     p, q = numbers(0.1, 0.2, 0.7), numbers(*P_T)
-    assert close(out.terms[0].value, (p * (p / q).log()).sum().item(), 12) and close(out.terms[1].weight, [[0.223805]])
+    assert close(out.terms[0].value, (p * (p / q).log()).sum().item(), 12) and close(
+        out.terms[1].weight, [[0.223805]]
+    )
 
 
 def test_a_user_can_bring_a_divergence():

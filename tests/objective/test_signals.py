@@ -47,8 +47,17 @@ SIGNAL = Logp("x")
 
 
 def batch(mask=MASK, x=X, **more) -> Batch:
-    columns = {ColumnFact(k.replace("_of_", ":")): torch.as_tensor(v) for k, v in more.pop("columns", {}).items()}
-    return Batch(torch.zeros(x.shape, dtype=torch.int64), mask, {LogpFact("x"): x, **columns}, dtype=torch.float64, **more)
+    columns = {
+        ColumnFact(k.replace("_of_", ":")): torch.as_tensor(v)
+        for k, v in more.pop("columns", {}).items()
+    }
+    return Batch(
+        torch.zeros(x.shape, dtype=torch.int64),
+        mask,
+        {LogpFact("x"): x, **columns},
+        dtype=torch.float64,
+        **more,
+    )
 
 
 def models(signal: Signal) -> torch.Tensor:
@@ -57,7 +66,7 @@ def models(signal: Signal) -> torch.Tensor:
     return signal(Case(tokens(0), logits(P_S), None, {"teacher": logits(P_T)}).batch(objective))
 
 
-# ---------------------------------------------------------------------------------------------------- what models say
+# ---------------------------------------------------------------------------------- what models say
 
 
 def test_log_ratio_entropy_and_gaps():
@@ -69,7 +78,10 @@ def test_log_ratio_entropy_and_gaps():
     assert close(models(Gap()), [[0.223805]]) and close(models(Gap("forward_kl")), [[0.193794]])
     assert close(models(Gap("reverse_kl", "student", 2, "renormalise")), [[0.247591]])
     assert close(models(Gap("forward_kl", "teacher", 2)), [[0.377052]])
-    assert close(models(Gap("reverse_kl", student="teacher", teacher="student")), [[(q * (q / p).log()).sum().item()]])
+    assert close(
+        models(Gap("reverse_kl", student="teacher", teacher="student")),
+        [[(q * (q / p).log()).sum().item()]],
+    )
 
 
 def test_an_absent_model_or_column_says_how_to_supply_it():
@@ -84,11 +96,18 @@ def test_an_absent_model_or_column_says_how_to_supply_it():
             signal(batch())
 
 
-# ----------------------------------------------------------------------------------------------- what is known of rollouts
+# ------------------------------------------------------------------------ what is known of rollouts
 
 
 def test_columns():
-    here = batch(columns={"reward": [2.0, -1.0], "correct": [True, False], "row_of_level": [3, 5], "mark_of_guided": MASK})
+    here = batch(
+        columns={
+            "reward": [2.0, -1.0],
+            "correct": [True, False],
+            "row_of_level": [3, 5],
+            "mark_of_guided": MASK,
+        }
+    )
     assert Reward()(here).tolist() == [[2], [-1]] and Correct()(here).tolist() == [[True], [False]]
     assert Row("level")(here).tolist() == [[3], [5]] and torch.equal(Mark("guided")(here), MASK)
     assert not Mark("other")(here).any()  # no rollout of the step has it
@@ -99,13 +118,16 @@ REWARDS, GROUPS = [1.0, 0.0, 0.5, 2.0, 2.0, 7.0], [4, 4, 4, 8, 8, 9]
 
 def advantages(kind):
     six = torch.ones(6, 1, dtype=torch.float64)
-    return Advantage(kind)(batch(six > 0, six, columns={"reward": numbers(*REWARDS), "group": GROUPS}))[:, 0]
+    return Advantage(kind)(
+        batch(six > 0, six, columns={"reward": numbers(*REWARDS), "group": GROUPS})
+    )[:, 0]
 
 
 def test_advantages():
     assert close(advantages("mean"), (0.5, -0.5, 0, 0, 0, 0), 12)
     assert close(advantages("rloo"), (1 - 0.25, 0 - 0.75, 0.5 - 0.5, 0, 0, 0), 12)
-    assert close(advantages("std"), (0.5 / 0.500001, -0.5 / 0.500001, 0, 0, 0, 7), 12)  # sample std 0.5; alone: the reward
+    # sample std 0.5; alone: the reward
+    assert close(advantages("std"), (0.5 / 0.500001, -0.5 / 0.500001, 0, 0, 0, 7), 12)
     with pytest.raises(ValueError, match="rloo"):
         Advantage("zscore")
 
@@ -115,8 +137,14 @@ def test_advantages():
 def test_equal_rewards_have_no_advantage(kind, dtype):
     """Groups of 16, 32, 2 and 1 in turns. The last keeps its reward under std."""
     reward = [0.7] * 16 + [0.96] * 32 + [0.1] * 2 + [0.3]
-    group, order = [3] * 16 + [1] * 32 + [8] * 2 + [2], torch.randperm(51, generator=torch.Generator().manual_seed(4))
-    columns = {"reward": torch.tensor(reward, dtype=dtype)[order], "group": torch.tensor(group)[order]}
+    group, order = (
+        [3] * 16 + [1] * 32 + [8] * 2 + [2],
+        torch.randperm(51, generator=torch.Generator().manual_seed(4)),
+    )
+    columns = {
+        "reward": torch.tensor(reward, dtype=dtype)[order],
+        "group": torch.tensor(group)[order],
+    }
     here = batch(torch.ones(51, 1, dtype=torch.bool), torch.zeros(51, 1), columns=columns)
     here.dtype = dtype
     out = Advantage(kind)(here)[:, 0]
@@ -126,18 +154,24 @@ def test_equal_rewards_have_no_advantage(kind, dtype):
         and (out[~alone] == 0).all()
         and out[alone].item() == (columns["reward"][alone] if kind == "std" else 0)
     )
-    assert torch.equal(GroupMean(Reward())(here)[:, 0], columns["reward"])  # a baseline of one's own is as exact
+    # a baseline of one's own is as exact
+    assert torch.equal(GroupMean(Reward())(here)[:, 0], columns["reward"])
 
 
 def test_pass_rates():
     six = torch.ones(6, 1, dtype=torch.float64)
     columns = {"correct": [True, False, False, True, True, False], "group": GROUPS}
-    assert close(PassRate()(batch(six > 0, six, columns=columns))[:, 0], (1 / 3,) * 3 + (1, 1, 0), 12)
-    columns["memory_of_pass_rate"] = numbers(0.9, 0.9, 0.9, math.nan, math.nan, 0.2)  # unknown where the prompt is new
-    assert close(PassRate()(batch(six > 0, six, columns=columns))[:, 0], (0.9,) * 3 + (1, 1, 0.2), 12)
+    assert close(
+        PassRate()(batch(six > 0, six, columns=columns))[:, 0], (1 / 3,) * 3 + (1, 1, 0), 12
+    )
+    # unknown where the prompt is new
+    columns["memory_of_pass_rate"] = numbers(0.9, 0.9, 0.9, math.nan, math.nan, 0.2)
+    assert close(
+        PassRate()(batch(six > 0, six, columns=columns))[:, 0], (0.9,) * 3 + (1, 1, 0.2), 12
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ functions
+# ---------------------------------------------------------------------------------------- functions
 
 
 @pytest.mark.parametrize(
@@ -164,7 +198,9 @@ def test_functions(signal, value):
 
 def test_means_and_shares_inside_a_group():
     six = torch.arange(6, dtype=torch.float64)[:, None]
-    here = batch(six >= 0, six, columns={"correct": [True, True, False, True, False, False], "group": GROUPS})
+    here = batch(
+        six >= 0, six, columns={"correct": [True, True, False, True, False, False], "group": GROUPS}
+    )
     assert GroupMean(RowMean(SIGNAL))(here)[:, 0].tolist() == [1, 1, 1, 3.5, 3.5, 5]
     assert close(GroupMean(Correct())(here)[:, 0], (2 / 3,) * 3 + (0.5, 0.5, 0), 12)
     share = GroupShare(RowMean(SIGNAL), Correct())(here)[:, 0]
@@ -176,13 +212,19 @@ def test_schedules():
         return signal(batch(step=step, total_steps=total)).item()
 
     assert (
-        [at(Progress(), s) for s in range(5)] == [0, 0.25, 0.5, 0.75, 1] and at(Progress(), 9) == 1 and at(Progress(), 0, 1) == 0
+        [at(Progress(), s) for s in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+        and at(Progress(), 9) == 1
+        and at(Progress(), 0, 1) == 0
     )
     assert [at(Early(0.5), s, 4) for s in range(4)] == [True, True, False, False]
-    assert sum(at(Early(0.1), s, 30) for s in range(30)) == 3 and at(Early(1.0), 29, 30) and not at(Early(0.0), 0, 30)
+    assert (
+        sum(at(Early(0.1), s, 30) for s in range(30)) == 3
+        and at(Early(1.0), 29, 30)
+        and not at(Early(0.0), 0, 30)
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------- draws
+# -------------------------------------------------------------------------------------------- draws
 
 
 def drawn(p=0.3, rows=64, length=256, **more) -> torch.Tensor:
@@ -217,11 +259,13 @@ def test_given_uniforms_replace_the_keyed_ones():
     assert Draw(SIGNAL)(batch(x > 0, x, uniform=u)).tolist() == [[True, True, False], [False] * 3]
     objective = load("tropd").objective
     case = fabricate(objective)
-    out = replace(case, settings=case.settings | {"uniform": torch.zeros(6, 7, dtype=torch.float64)}).run(objective)
+    out = replace(
+        case, settings=case.settings | {"uniform": torch.zeros(6, 7, dtype=torch.float64)}
+    ).run(objective)
     assert torch.equal(out.terms[0].weight != 0, case.mask & ~case.marks["guided"])
 
 
-# --------------------------------------------------------------------------------------------- what a credit depends on
+# ------------------------------------------------------------------------- what a credit depends on
 
 
 @dataclass(frozen=True)
@@ -242,13 +286,25 @@ class Wrapped(Signal):
         return self.of(batch)
 
 
-@pytest.mark.parametrize("signal", [Logp("a"), LogRatio("a", "b") + Gap(), Reward() * 2, Own(), Wrapped(Logp("a")), -Advantage()])
+@pytest.mark.parametrize(
+    "signal",
+    [Logp("a"), LogRatio("a", "b") + Gap(), Reward() * 2, Own(), Wrapped(Logp("a")), -Advantage()],
+)
 def test_credits_that_depend_on_the_sample(signal):
     assert depends_on_sample(signal)
 
 
 @pytest.mark.parametrize(
-    "signal", [Gap(), Entropy("teacher"), Const(1), Progress(), Wrapped(Gap()), Exp(Gap()) * 3 + Progress(), ToGo(Gap(), 0)]
+    "signal",
+    [
+        Gap(),
+        Entropy("teacher"),
+        Const(1),
+        Progress(),
+        Wrapped(Gap()),
+        Exp(Gap()) * 3 + Progress(),
+        ToGo(Gap(), 0),
+    ],
 )
 def test_credits_that_do_not(signal):
     assert not depends_on_sample(signal)

@@ -1,4 +1,6 @@
-"""The quickstart's recipe: the written sums are right, the evaluation set is kept apart, and training starts as it should."""
+"""The quickstart's recipe: the written sums are right, the evaluation set is kept apart, and
+training starts as it should.
+"""
 
 import random
 import re
@@ -16,7 +18,9 @@ COLUMN = re.compile(r"(\d)\+(\d)\+([01])=(\d+)")
 
 
 def check_sum(row):
-    """Every column adds up and starts with the carry of the one before; returns whether the written result is the sum."""
+    """Every column adds up and starts with the carry of the one before; returns whether the written
+    result is the sum.
+    """
     a, b = re.fullmatch(r"(\d+)\+(\d+)=", row["prompt"]).groups()
     *lines, result = row["response"].split("\n")
     carry, digits = 0, ""
@@ -45,9 +49,15 @@ def test_every_written_sum_is_right(held):
 
 
 def test_a_worked_example():
-    assert arithmetic.written(4738, 2965, random.Random(0)) == "8+5+0=13\n3+6+1=10\n7+9+1=17\n4+2+1=7\n=7703"
+    assert (
+        arithmetic.written(4738, 2965, random.Random(0))
+        == "8+5+0=13\n3+6+1=10\n7+9+1=17\n4+2+1=7\n=7703"
+    )
     # all carries forgotten: 8+5, 3+6, 7+9 and 4+2 stand alone
-    assert arithmetic.written(4738, 2965, random.Random(0), forget=1.0) == "8+5+0=13\n3+6+0=9\n7+9+0=16\n4+2+0=6\n=6693"
+    assert (
+        arithmetic.written(4738, 2965, random.Random(0), forget=1.0)
+        == "8+5+0=13\n3+6+0=9\n7+9+0=16\n4+2+0=6\n=6693"
+    )
 
 
 def test_a_careless_pupil_forgets_at_its_rate():
@@ -60,15 +70,30 @@ def test_a_careless_pupil_forgets_at_its_rate():
             kept += after[2]
         assert all(x + y + c == total for x, y, c, total in columns)
     assert due > 2000
-    assert kept / due == pytest.approx(0.3, abs=0.03)  # 3 standard deviations of a mean over 2000 draws
+    # 3 standard deviations of a mean over 2000 draws
+    assert kept / due == pytest.approx(0.3, abs=0.03)
 
 
 def test_held_out_problems_are_never_trained_on():
-    train = {frozenset(row["prompt"][:-1].split("+")) for seed in range(4) for row in arithmetic.problems(2000, seed)}
-    held = {frozenset(row["prompt"][:-1].split("+")) for seed in range(4) for row in arithmetic.problems(2000, seed, held=True)}
+    train = {
+        frozenset(row["prompt"][:-1].split("+"))
+        for seed in range(4)
+        for row in arithmetic.problems(2000, seed)
+    }
+    held = {
+        frozenset(row["prompt"][:-1].split("+"))
+        for seed in range(4)
+        for row in arithmetic.problems(2000, seed, held=True)
+    }
     assert not train & held
-    assert all(arithmetic.held_out(a, b) == arithmetic.held_out(b, a) for a, b in [(1234, 5678), (9999, 1000)])
-    share = sum(arithmetic.held_out(a, b) for a in range(1000, 1100) for b in range(5000, 5100)) / 10_000
+    assert all(
+        arithmetic.held_out(a, b) == arithmetic.held_out(b, a)
+        for a, b in [(1234, 5678), (9999, 1000)]
+    )
+    share = (
+        sum(arithmetic.held_out(a, b) for a in range(1000, 1100) for b in range(5000, 5100))
+        / 10_000
+    )
     assert share == pytest.approx(1 / arithmetic.HELD_OUT, abs=0.01)
 
 
@@ -144,7 +169,13 @@ def test_pretraining_lowers_the_loss_and_repeats_exactly():
     for _ in range(2):
         model = arithmetic.model("student", len(tokenizer), seed=0)
         losses = arithmetic.pretrain(
-            model, tokenizer, rows, steps=12, batch_size=16, learning_rate=6e-3, progress=lambda *tick: seen.append(tick)
+            model,
+            tokenizer,
+            rows,
+            steps=12,
+            batch_size=16,
+            learning_rate=6e-3,
+            progress=lambda *tick: seen.append(tick),
         )
         runs.append((losses, model.lm_head.weight.detach().clone()))
     (losses, weight), (repeated, same_weight) = runs

@@ -14,7 +14,12 @@ from opdkit.cli import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL) for line in block.splitlines() if line]
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL)
+    for line in block.splitlines()
+    if line
+]
 ROWS = [
     (recipe, *(cell.strip() for cell in row.strip("|").split("|")))
     for recipe, section in re.findall(r"\n## (\w+)\n(.*?)(?=\n## |\Z)", TEXT, flags=re.DOTALL)
@@ -35,7 +40,13 @@ def told(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> Any:
 
 def clock(seconds: float) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if not hours else f"{hours} h {minutes:02} min"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{minutes} min"
+        if not hours
+        else f"{hours} h {minutes:02} min"
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -43,16 +54,31 @@ def test_every_command_describes_a_run(capsys: pytest.CaptureFixture[str], comma
     program, name, *arguments = shlex.split(command, comments=True)
     assert (program, name) == ("opdkit", "train")
     device = [] if any(a.startswith("--device") for a in arguments) else ["--device=h100"]
-    assert told(capsys, ["train", *(a for a in arguments if a not in ("--dry-run", "--json")), *device])["run"]["steps"] >= 50
+    assert (
+        told(
+            capsys, ["train", *(a for a in arguments if a not in ("--dry-run", "--json")), *device]
+        )["run"]["steps"]
+        >= 50
+    )
 
 
 @pytest.mark.parametrize(("recipe", "settings", "device", "memory", "step", "whole"), ROWS)
 def test_every_estimate_is_that_of_the_dry_run(
-    capsys: pytest.CaptureFixture[str], recipe: str, settings: str, device: str, memory: str, step: str, whole: str
+    capsys: pytest.CaptureFixture[str],
+    recipe: str,
+    settings: str,
+    device: str,
+    memory: str,
+    step: str,
+    whole: str,
 ) -> None:
     flags = shlex.split(settings.strip("`")) if settings.startswith("`") else []
     plan = told(capsys, ["train", f"--recipe={recipe}", *flags, f"--device={device}"])
-    said = f"{plan['memory']['peak'] / 2**30:.0f} GiB", clock(plan["time"]["step"]), clock(plan["time"]["run"])
+    said = (
+        f"{plan['memory']['peak'] / 2**30:.0f} GiB",
+        clock(plan["time"]["step"]),
+        clock(plan["time"]["run"]),
+    )
     assert plan["memory"]["fits"] and (memory, step, whole) == said
 
 

@@ -19,8 +19,9 @@ sampling: {temperature: 1.0, max_completion_length: 512, num_generations: 4}
 seed: 0
 """
 TEXT = (
-    "Let |x| be the number of apples.\n\nFirst, Natalia sold 48 clips in April.\nThen she sold half as many in May, that is "
-    "48 / 2 = 24.\nAltogether she sold 48 + 24 = 72 clips.\n\nThe answer is \\boxed{72}.<|im_end|>"
+    "Let |x| be the number of apples.\n\nFirst, Natalia sold 48 clips in April.\nThen she sold "
+    "half as many in May, that is 48 / 2 = 24.\nAltogether she sold 48 + 24 = 72 clips.\n\nThe "
+    "answer is \\boxed{72}.<|im_end|>"
 )
 
 
@@ -33,13 +34,20 @@ def fake_run(folder: Path, steps: int = 60, seed: int = 0) -> Path:
         for step in range(1, steps + 1):
             file.write(json.dumps(_metrics(rng, step, steps)) + "\n")
     evals = [_eval("student_before", 0.46, 0), _eval("teacher", 0.78, 0)]
-    evals += [_eval("student", 0.46 + 0.25 * (1 - math.exp(-3 * i / 5)), steps * i // 5) for i in range(1, 6)]
+    evals += [
+        _eval("student", 0.46 + 0.25 * (1 - math.exp(-3 * i / 5)), steps * i // 5)
+        for i in range(1, 6)
+    ]
     (folder / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evals))
     (folder / "samples").mkdir(exist_ok=True)
     for step in sorted({1, steps // 4, steps // 2, steps}):
         lines = [_sample(rng, step, steps, i) for i in range(4)]
-        (folder / "samples" / f"step_{step:06}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "summary.json").write_text(json.dumps({"steps": steps, "seconds": 5321.2, "device": "1 GPU"}))
+        (folder / "samples" / f"step_{step:06}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
+    (folder / "summary.json").write_text(
+        json.dumps({"steps": steps, "seconds": 5321.2, "device": "1 GPU"})
+    )
     return folder
 
 
@@ -86,13 +94,21 @@ def _metrics(rng: np.random.Generator, step: int, steps: int) -> dict[str, float
         "term_gradient/PolicyGradient": near(0.02),
         "mass/teacher_on_teacher_top_64": 0.99,
     }
-    row |= {f"log_ratio/{q}": near(v * gap * 5) for q, v in zip(("p01", "p05", "p50", "p95", "p99"), (-3, -1, 0, 0.4, 0.8))}
-    row |= {f"weights/PolicyGradient/{q}": v for q, v in zip(("p01", "p05", "p50", "p95", "p99"), (1, 1.1, 1.25, 1.4, near(1.5)))}
+    row |= {
+        f"log_ratio/{q}": near(v * gap * 5)
+        for q, v in zip(("p01", "p05", "p50", "p95", "p99"), (-3, -1, 0, 0.4, 0.8))
+    }
+    row |= {
+        f"weights/PolicyGradient/{q}": v
+        for q, v in zip(("p01", "p05", "p50", "p95", "p99"), (1, 1.1, 1.25, 1.4, near(1.5)))
+    }
     row |= {f"weights/Divergence/{q}": 1.0 for q in ("p01", "p05", "p50", "p95", "p99")}
     row |= {f"drift/tenth_{i:02}": near(gap * (0.5 + i / 10)) for i in range(1, 11)}
     row |= {
         f"quadrants/{kind}": share
-        for kind, share in zip(("unsure_apart", "unsure_agreed", "sure_apart", "sure_agreed"), (0.1, 0.1, 0.1, 0.7))
+        for kind, share in zip(
+            ("unsure_apart", "unsure_agreed", "sure_apart", "sure_agreed"), (0.1, 0.1, 0.1, 0.7)
+        )
     }
     return row | {f"seconds/{name}": value for name, value in seconds.items()}
 
@@ -106,28 +122,35 @@ def _eval(name: str, level: float, step: int) -> dict[str, object]:
         "n_problems": 1319,
         "samples_per_problem": 4,
         "avg_at_k": estimate,
-        "pass_at_k": {"1": estimate, "4": {"value": best, "low": best - half, "high": min(1.0, best + half)}},
+        "pass_at_k": {
+            "1": estimate,
+            "4": {"value": best, "low": best - half, "high": min(1.0, best + half)},
+        },
         "mean_length": 212.4,
         "truncated_share": 0.031,
         "reward_mean": level,
         "seconds": 184.0,
         "step": step,
         "tokens": 1120000,
-        "per_problem": {f"gsm8k-{i}": min(1.0, max(0.0, level + 0.5 * math.cos(i))) for i in range(100)},
+        "per_problem": {
+            f"gsm8k-{i}": min(1.0, max(0.0, level + 0.5 * math.cos(i))) for i in range(100)
+        },
     }
 
 
 def _sample(rng: np.random.Generator, step: int, steps: int, index: int) -> dict[str, object]:
     pieces = [piece for word in TEXT.split(" ") for piece in (" " + word,)]
-    pieces = [part for piece in pieces for part in ([piece[:4], piece[4:]] if len(piece) > 6 else [piece])]
+    pieces = [
+        part for piece in pieces for part in ([piece[:4], piece[4:]] if len(piece) > 6 else [piece])
+    ]
     n = len(pieces)
     credit = rng.normal(-0.2, 1, n) * (rng.random(n) < 0.4) * (1.3 - step / steps)
     logp = -rng.exponential(0.4, n)
     return {
         "id": f"{step}/gsm8k-{17 + index}/0",
         "step": step,
-        "prompt": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
-        "How many clips did Natalia sell altogether in April and May?",
+        "prompt": "Natalia sold clips to 48 of her friends in April, and then she sold half as "
+        "many clips in May. How many clips did Natalia sell altogether in April and May?",
         "pieces": pieces,
         "credit": [None if i == 3 else float(c) for i, c in enumerate(credit)],
         "weight": [0.0 if 20 < i < 30 else float(1.5 - i / n) for i in range(n)],

@@ -2,12 +2,40 @@
 
 import pytest
 
-from opdkit.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Line, Scale, line_chart, smoothed, thinned
+from opdkit.report.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Line,
+    Scale,
+    line_chart,
+    smoothed,
+    thinned,
+)
 from opdkit.report.numbers import duration, log_ticks, number, tick_labels, ticks
 
 
 def test_numbers_as_people_read_them():
-    values = [0.0, 0.04123, 0.69, 12.34, 123.4, 999.6, 1236.4, 12345, 15_100_000, 2.5e9, 1e-6, 2.5e-7, -0.5, None, float("nan")]
+    values = [
+        0.0,
+        0.04123,
+        0.69,
+        12.34,
+        123.4,
+        999.6,
+        1236.4,
+        12345,
+        15_100_000,
+        2.5e9,
+        1e-6,
+        2.5e-7,
+        -0.5,
+        None,
+        float("nan"),
+    ]
     expected = [
         "0",
         "0.0412",
@@ -50,7 +78,8 @@ def test_smoothing_keeps_levels_and_lags_nowhere():
     assert smoothed([2.0] * 40) == pytest.approx([2.0] * 40)
     assert smoothed([1.0, 9.0] * 5) == [1.0, 9.0] * 5  # too short to smooth
     line = [float(i) for i in range(301)]
-    assert smoothed(line)[150] == pytest.approx(150)  # a trailing average alone would be behind by several steps
+    # a trailing average alone would be behind by several steps
+    assert smoothed(line)[150] == pytest.approx(150)
     noisy = [(-1.0) ** i for i in range(200)]
     assert max(map(abs, smoothed(noisy)[20:-20])) < 0.2
 
@@ -86,7 +115,9 @@ def test_all_lines_are_read_at_the_same_step():
 
 
 def test_a_band_is_read_as_its_two_ends():
-    chart = line_chart("Length", [1, 2], [Line("mean", [5.0, 6.0]), Line("range", [1.0, 2.0], [9.0, 8.0])])
+    chart = line_chart(
+        "Length", [1, 2], [Line("mean", [5.0, 6.0]), Line("range", [1.0, 2.0], [9.0, 8.0])]
+    )
     mean, band = chart["curves"]
     assert band["value"] == "2 – 8"
     assert band["band"].endswith("Z")

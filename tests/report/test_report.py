@@ -72,7 +72,15 @@ def test_one_file_that_asks_no_server_for_anything(folder):
 
 def test_what_is_at_the_top(folder):
     text = "".join(page_of(folder).text)
-    for shown in ("my-run", "Finished, step 60 of 60", "iw_opd(gamma=0.5)", "Qwen/Qwen3-8B", "gsm8k", "69.8%", "Peak memory"):
+    for shown in (
+        "my-run",
+        "Finished, step 60 of 60",
+        "iw_opd(gamma=0.5)",
+        "Qwen/Qwen3-8B",
+        "gsm8k",
+        "69.8%",
+        "Peak memory",
+    ):
         assert shown in text
 
 
@@ -84,7 +92,8 @@ def test_key_figures_are_the_runs_numbers(folder):
     assert figures["Teacher gap closed"]["value"] == "74%"  # (69.755 - 46) / (78 - 46)
     assert figures["Steps"]["value"] == "60"
     kl = run.metrics["teacher_kl/sampled"]
-    assert figures["KL to the teacher"]["value"] == f"{sum(kl[-3:]) / 3:.3g}"  # the last twentieth of 60 steps
+    # the last twentieth of 60 steps
+    assert figures["KL to the teacher"]["value"] == f"{sum(kl[-3:]) / 3:.3g}"
     assert figures["KL to the teacher"]["note"] == f"nats per token, was {sum(kl[:3]) / 3:.3g}"
 
 
@@ -92,8 +101,9 @@ def test_every_metric_is_drawn_exactly_once_also_unknown_ones(folder):
     run = read_run(folder)
     sections = dict(chart_sections(run))
     assert [c["title"] for c in sections["More metrics"]] == ["iw_opd/mean_weight"]
-    # The standard deviation, and the least and greatest length, are ends of bands.
-    # Five quantiles are a line and two bands, twice; ten tenths a profile at three times; weights that never differ are not drawn.
+    # The standard deviation, and the least and greatest length, are ends of bands. Five quantiles
+    # are a line and two bands, twice; ten tenths a profile at three times; weights that never
+    # differ are not drawn.
     drawn = sum(len(c["curves"]) for charts in sections.values() for c in charts)
     assert drawn == len(run.metrics) - 1 - 2 * 2 - 7 - 5
     terms = {c["title"]: [k["name"] for k in c["curves"]] for c in sections["Terms"]}
@@ -108,7 +118,11 @@ def test_what_tokens_do_is_drawn(folder):
     run = read_run(folder)
     tokens = {c["title"]: c for c in dict(chart_sections(run))["Tokens"]}
     ratio = tokens["log(teacher / student)"]
-    assert [(k["name"], bool(k["band"])) for k in ratio["curves"]] == [("median", False), ("5 to 95%", True), ("1 to 99%", True)]
+    assert [(k["name"], bool(k["band"])) for k in ratio["curves"]] == [
+        ("median", False),
+        ("5 to 95%", True),
+        ("1 to 99%", True),
+    ]
     outer = ratio["data"]["lines"][2]
     low, high = (run.metrics[f"log_ratio/{q}"][0] for q in ("p01", "p99"))
     assert (outer["y"][0], outer["z"][0]) == pytest.approx((low, high), rel=1e-3)
@@ -116,8 +130,14 @@ def test_what_tokens_do_is_drawn(folder):
     assert (profile["along"], profile["data"]["steps"]) == ("tenth", list(range(1, 11)))
     early, _, late = (line["y"] for line in profile["data"]["lines"])
     first = run.metrics["drift/tenth_01"]
-    assert (early[0], late[0]) == pytest.approx((sum(first[:12]) / 12, sum(first[-12:]) / 12), rel=1e-3)  # fifths of 60 steps
-    assert {k["name"] for k in tokens["Sure or not, agreed or not"]["curves"]} >= {"sure agreed", "unsure apart"}
+    # fifths of 60 steps
+    assert (early[0], late[0]) == pytest.approx(
+        (sum(first[:12]) / 12, sum(first[-12:]) / 12), rel=1e-3
+    )
+    assert {k["name"] for k in tokens["Sure or not, agreed or not"]["curves"]} >= {
+        "sure agreed",
+        "unsure apart",
+    }
     titles = [c["title"] for c in dict(chart_sections(run))["Terms"]]
     assert "Weights of PolicyGradient" in titles and "Weights of Divergence" not in titles
 
@@ -136,14 +156,21 @@ def test_hostile_text_stays_text(folder, tmp_path):
     add_line(hostile / "metrics.jsonl", step=61, **{HOSTILE: 1.0})
     result = read_run(hostile).evals[0].to_dict()
     add_line(hostile / "evals.jsonl", **(result | {"name": HOSTILE}))
-    add_line(hostile / "samples" / "step_000061.jsonl", id=HOSTILE, prompt=HOSTILE, pieces=[HOSTILE, "ok"], credit=[1.0, None])
+    add_line(
+        hostile / "samples" / "step_000061.jsonl",
+        id=HOSTILE,
+        prompt=HOSTILE,
+        pieces=[HOSTILE, "ok"],
+        credit=[1.0, None],
+    )
     page = page_of(hostile)
     assert page.count("script") == clean.count("script") + 1  # the data of one more chart
     assert page.count("img") == 0
     assert not [a for _, attributes in page.tags for a in attributes if a.startswith("on")]
     text = "".join(page.text)
     assert "<b>run" in text
-    # Method, summary (twice), chart, table, two interval plots, and id, prompt and token of a rollout.
+    # Method, summary (twice), chart, table, two interval plots, and id, prompt and token of a
+    # rollout.
     assert text.count(HOSTILE) == 10
 
 
@@ -157,8 +184,20 @@ def test_invisible_and_broken_characters_are_shown(tmp_path):
 
 def test_credit_colours_tokens(tmp_path):
     credit = [2.0, 1.0, 0.1, 0.0, -0.5, -2.0, None]
-    row = {"pieces": list("abcdefg"), "credit": credit, "weight": [1, 1, 1, 0, 1, 1, None], "logp": [-0.5] * 7}
-    add_line(tmp_path / "samples" / "step_000004.jsonl", id="x", teacher_logp=[1.5], finish="length", reward=0.25, **row)
+    row = {
+        "pieces": list("abcdefg"),
+        "credit": credit,
+        "weight": [1, 1, 1, 0, 1, 1, None],
+        "logp": [-0.5] * 7,
+    }
+    add_line(
+        tmp_path / "samples" / "step_000004.jsonl",
+        id="x",
+        teacher_logp=[1.5],
+        finish="length",
+        reward=0.25,
+        **row,
+    )
     samples = sample_steps(read_run(tmp_path))
     step, (rollout,) = samples["steps"][0]
     assert (step, samples["full"]) == (4, "2")
@@ -187,7 +226,13 @@ def test_a_run_that_has_just_begun(tmp_path):
 
 
 def test_steps_without_a_finite_number_are_told(tmp_path):
-    add_line(tmp_path / "metrics.jsonl", step=1, grad_norm=None, **{"reward/mean": None}, nonfinite=["grad_norm", "reward/mean"])
+    add_line(
+        tmp_path / "metrics.jsonl",
+        step=1,
+        grad_norm=None,
+        **{"reward/mean": None},
+        nonfinite=["grad_norm", "reward/mean"],
+    )
     assert "Not a finite number: grad_norm at 1 of 1 steps" in "".join(page_of(tmp_path).text)
 
 
@@ -223,7 +268,14 @@ def fake_eval(name, value, step, problems=None):
     counts = {"n_problems": 4, "samples_per_problem": 2, "tokens": 80, "step": step}
     means = {"mean_length": 10.0, "truncated_share": 0.0, "reward_mean": value, "seconds": 1.0}
     passes = {"1": estimate, "2": estimate}
-    return {"name": name, "avg_at_k": estimate, "pass_at_k": passes, "per_problem": problems or {}, **counts, **means}
+    return {
+        "name": name,
+        "avg_at_k": estimate,
+        "pass_at_k": passes,
+        "per_problem": problems or {},
+        **counts,
+        **means,
+    }
 
 
 def results(*rows):
@@ -231,19 +283,34 @@ def results(*rows):
 
 
 def test_standings_take_the_first_and_last_student_where_nothing_is_named_before():
-    evals = results(("student", 0.4, 0), ("teacher", 0.8, 0), ("student", 0.5, 10), ("student", 0.7, 20))
+    evals = results(
+        ("student", 0.4, 0), ("teacher", 0.8, 0), ("student", 0.5, 10), ("student", 0.7, 20)
+    )
     found = standings(evals)
-    assert [(name, r.step) for name, r in found.items()] == [("student_before", 0), ("student", 20), ("teacher", 0)]
+    assert [(name, r.step) for name, r in found.items()] == [
+        ("student_before", 0),
+        ("student", 20),
+        ("teacher", 0),
+    ]
     assert gap_closed(found) == pytest.approx(0.75)
     curve = eval_curve(evals, found)
     assert curve["data"]["steps"] == [0, 10, 20]
     assert curve["levels"][0]["name"] == "teacher"
-    assert gap_closed(standings(results(("student", 0.9, 5), ("student_before", 0.85, 0), ("teacher", 0.8, 0)))) is None
+    assert (
+        gap_closed(
+            standings(
+                results(("student", 0.9, 5), ("student_before", 0.85, 0), ("teacher", 0.8, 0))
+            )
+        )
+        is None
+    )
 
 
 def test_change_is_paired_by_problem_and_only_over_the_same_problems():
     before, after, other = results(
-        ("a", 0.5, 0, {"p": 0.0, "q": 0.5}), ("b", 0.75, 1, {"q": 0.75, "p": 0.25}), ("c", 0.75, 1, {"p": 1.0})
+        ("a", 0.5, 0, {"p": 0.0, "q": 0.5}),
+        ("b", 0.75, 1, {"q": 0.75, "p": 0.25}),
+        ("c", 0.75, 1, {"p": 1.0}),
     )
     gain = change(before, after)
     assert (gain.value, gain.interval.low, gain.interval.high) == (0.25, 0.25, 0.25)

@@ -24,14 +24,16 @@ from arithmetic import NotArithmetic, checked  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="scorers are confined by Linux")
 
-# Each would leave the file TRAP, or turn its own score or a later one into 1, if anything evaluated it.
+# Each would leave the file TRAP, or turn its own score or a later one into 1, if anything evaluated
+# it.
 TOUCH = "__import__('os').system('touch TRAP')"
 PATCH = "__import__('sys').modules['reasoning_gym'].dataset.ProceduralDataset.score_answer"
 PAYLOADS = [
     TOUCH,
     f"[{TOUCH}, 1][1]",
     "open('TRAP', 'w').write(str(__import__('os').environ))",
-    "[c for c in ().__class__.__base__.__subclasses__() if c.__name__ == 'Popen'][0](['touch', 'TRAP'])",
+    "[c for c in ().__class__.__base__.__subclasses__() if c.__name__ == 'Popen'][0](['touch', "
+    "'TRAP'])",
     "(lambda: __import__('pathlib').Path('TRAP').touch())()",
     f"setattr({PATCH.rpartition('.')[0]}, 'score_answer', lambda *a: 1.0)",
     "__import__('os').write(3, b'[true, 1.0]') and __import__('os')._exit(0)",
@@ -68,7 +70,14 @@ def tasks() -> list[str]:
 
 FREE = {"game_of_life_halting"}  # its scorer pays any text
 MOST = 7  # payloads for a task that evaluates nothing
-EVALUATE = ("binary_matrix", "countdown", "intermediate_integration", "n_queens", "number_sorting", "polynomial_multiplication")
+EVALUATE = (
+    "binary_matrix",
+    "countdown",
+    "intermediate_integration",
+    "n_queens",
+    "number_sorting",
+    "polynomial_multiplication",
+)
 EVALUATE += ("puzzle24", "simple_integration", "spiral_matrix", "string_insertion")
 
 
@@ -83,7 +92,9 @@ def test_no_answer_is_run_by_any_task(tmp_path: Path) -> None:
             plain = [rollout(f"<answer>{text}</answer>", row) for text in (row["answer"], "banana")]
             before = score(plain, ReasoningGym())
             tried = payloads if task in EVALUATE else payloads[:MOST]
-            hostile = score([rollout(f"<answer>{text}</answer>", row) for text in tried], ReasoningGym())
+            hostile = score(
+                [rollout(f"<answer>{text}</answer>", row) for text in tried], ReasoningGym()
+            )
             assert task in FREE or max(r.reward for r in hostile) < 0.5, task
             assert score(plain, ReasoningGym()) == before, task
 
@@ -92,7 +103,12 @@ def test_no_answer_is_run_by_math(tmp_path: Path) -> None:
     pytest.importorskip("math_verify")
     with watched(tmp_path) as payloads:
         for text in payloads:
-            for form in (rf"\boxed{{{text}}}", f"The answer is ${text}$", rf"\boxed{{\frac{{{text}}}{{2}}}}", f"#### {text}"):
+            for form in (
+                rf"\boxed{{{text}}}",
+                f"The answer is ${text}$",
+                rf"\boxed{{\frac{{{text}}}{{2}}}}",
+                f"#### {text}",
+            ):
                 assert not right(form, "72") and not right(form, r"\frac{\sqrt{3}}{2}")
         assert right(r"\boxed{70+2}", "72") and not right(r"\boxed{banana}", "72")
 
@@ -108,7 +124,12 @@ ARITHMETIC = [
     "True",
     "1 < 2",
 ]
-SYMPY = ["Integer (94 )*Integer (4 )", "Symbol ('x' )**Integer (2 )", "sqrt (x )+pi", "Function ('f' )(Symbol ('x' ))"]
+SYMPY = [
+    "Integer (94 )*Integer (4 )",
+    "Symbol ('x' )**Integer (2 )",
+    "sqrt (x )+pi",
+    "Function ('f' )(Symbol ('x' ))",
+]
 PYTHON = [
     "x",
     "().__class__",
@@ -137,7 +158,8 @@ def test_nothing_else_is(text: str) -> None:
         checked(text, {"x": print, "eval": eval, "int": int, "print": print})
 
 
-# What a scorer could be made to do if an answer ran in it: in a process of the jail, by a scorer that does it.
+# What a scorer could be made to do if an answer ran in it: in a process of the jail, by a scorer
+# that does it.
 HOSTILE = """
 import json, os, pickle, socket, subprocess, sys, tempfile
 jail_folder, outside, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -178,11 +200,20 @@ print(json.dumps({"out": out, "held": held}))
 
 
 def test_what_ran_in_a_scorer_could_do_no_harm(tmp_path: Path) -> None:
-    """Each call has a fresh state, an empty folder of its own, no network, processes, environment or files, and limits."""
+    """Each call has a fresh state, an empty folder of its own, no network, processes, environment
+    or files, and limits.
+    """
     tmp_path.chmod(0o777)
     commands, ours = os.pipe()  # it works for as long as this end is open
     with socket.create_server(("127.0.0.1", 0)) as server:
-        run = [sys.executable, "-c", HOSTILE, str(JAIL), str(tmp_path), str(server.getsockname()[1])]
+        run = [
+            sys.executable,
+            "-c",
+            HOSTILE,
+            str(JAIL),
+            str(tmp_path),
+            str(server.getsockname()[1]),
+        ]
         said = subprocess.run(run, capture_output=True, text=True, check=True, stdin=commands)
     os.close(ours)
     os.close(commands)
@@ -201,7 +232,10 @@ def test_what_ran_in_a_scorer_could_do_no_harm(tmp_path: Path) -> None:
 def test_scorers_have_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_KEY", "x")
     worker = workers.Worker(Math().guard.jail)
-    names = {line.split("=")[0] for line in Path(f"/proc/{worker.process.pid}/environ").read_text().split("\0")}
+    names = {
+        line.split("=")[0]
+        for line in Path(f"/proc/{worker.process.pid}/environ").read_text().split("\0")
+    }
     worker.end()
     threads = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"}
     assert names <= {"", "PYTHONHASHSEED", "LD_LIBRARY_PATH", *threads}
@@ -212,11 +246,18 @@ def test_a_machine_that_cannot_confine_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(workers, "NEEDED", ("network", "moonlight"))
     monkeypatch.setattr(workers, "HELD", {**workers.HELD, "moonlight": "no moonlight"})
     with pytest.raises(
-        UserError, match=r"reward 'math'.*cannot be confined. Not enforced: no moonlight.*Math\(unprotected=True\)"
+        UserError,
+        match=r"reward 'math'.*cannot be confined. Not enforced: no "
+        r"moonlight.*Math\(unprotected=True\)",
     ):
         load_reward("math")
     Math(unprotected=True).check()
-    assert Math(unprotected=True)(rollout(r"\boxed{\frac{3}{\sqrt{2}}}", {"answer": r"\frac{3\sqrt{2}}{2}"})) == 1.0
+    assert (
+        Math(unprotected=True)(
+            rollout(r"\boxed{\frac{3}{\sqrt{2}}}", {"answer": r"\frac{3\sqrt{2}}{2}"})
+        )
+        == 1.0
+    )
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UserError, match=r"reward 'reasoning_gym'.*only Linux can confine that"):
         ReasoningGym().check()

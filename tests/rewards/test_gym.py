@@ -20,7 +20,9 @@ def rollout(text: str, row: dict) -> Rollout:
 def test_a_task_scores_its_own_answers():
     rows = load_rows("reasoning_gym:chain_sum?size=5&seed=3")
     right = [rollout(f"Let me see. <answer>{row['answer']}</answer>", row) for row in rows]
-    assert [(r.reward, r.correct) for r in score(right, load_reward("reasoning_gym"))] == [(1.0, True)] * 5
+    assert [(r.reward, r.correct) for r in score(right, load_reward("reasoning_gym"))] == [
+        (1.0, True)
+    ] * 5
 
 
 def test_another_solution_than_the_stored_one_is_right():
@@ -37,7 +39,15 @@ def test_credit_for_form_alone_is_not_correct():
 
 
 def test_nonsense_is_wrong_and_stops_nothing():
-    for task in ("countdown", "chain_sum", "binary_matrix", "string_insertion", "spiral_matrix", "graph_color", "power_function"):
+    for task in (
+        "countdown",
+        "chain_sum",
+        "binary_matrix",
+        "string_insertion",
+        "spiral_matrix",
+        "graph_color",
+        "power_function",
+    ):
         [row] = load_rows(f"reasoning_gym:{task}?size=1&seed=1")
         for text in ("", "[[[", "{}", "9**9**9**9**9 ((", "None", "\x00"):
             assert ReasoningGym()(rollout(text, row)) < 0.5

@@ -1,4 +1,6 @@
-"""A model as judge, on a real socket: what it is asked, how its words are read, what is kept, and what stops the run."""
+"""A model as judge, on a real socket: what it is asked, how its words are read, what is kept, and
+what stops the run.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,12 @@ class Bench(FakeServer):
             return {"data": [{"id": name} for name in self.listed]}
         assert path == "/v1/chat/completions" and body["temperature"] == 0
         return {
-            "choices": [{"message": {"role": "assistant", "content": self.says(body["messages"])}, "finish_reason": self.finish}]
+            "choices": [
+                {
+                    "message": {"role": "assistant", "content": self.says(body["messages"])},
+                    "finish_reason": self.finish,
+                }
+            ]
         }
 
 
@@ -49,10 +56,20 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rollout(text: str, id: str = "0/p/0", **row: Any) -> Rollout:
-    return Rollout(id, [1], [2], [True], [0.0], [0.0], "p", text=text, row={"prompt": "What is 2 + 2?", "answer": "4", **row})
+    return Rollout(
+        id,
+        [1],
+        [2],
+        [True],
+        [0.0],
+        [0.0],
+        "p",
+        text=text,
+        row={"prompt": "What is 2 + 2?", "answer": "4", **row},
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- verdicts
+# ----------------------------------------------------------------------------------------- verdicts
 
 
 @pytest.mark.parametrize(
@@ -93,7 +110,7 @@ def test_a_verdict_is_yes_or_no(said: str, value: float | None) -> None:
     assert read_verdict(said, "verdict") == value
 
 
-# ------------------------------------------------------------------------------------------------------------------ rewards
+# ------------------------------------------------------------------------------------------ rewards
 
 
 def test_rewards_are_scaled_and_correct_from_a_grade_on() -> None:
@@ -113,7 +130,9 @@ def test_rewards_are_scaled_and_correct_from_a_grade_on() -> None:
 
 
 def test_equal_questions_are_asked_once_and_never_again(kept: Path) -> None:
-    """Also by another process, or a resumed run; another rubric, judge, answer or response is another question."""
+    """Also by another process, or a resumed run; another rubric, judge, answer or response is
+    another question.
+    """
     with Bench() as bench:
         ask = [rollout("four", "a"), rollout("four", "b"), rollout("five", "c")]
         assert Judge((bench.url,)).score_many(ask) == [0.7] * 3 and len(bench.requests) == 2
@@ -136,7 +155,9 @@ def test_grades_given_before_a_failure_are_kept() -> None:
     with Bench(says=says) as bench:
         judge = Judge((bench.url,), concurrency=1)
         with pytest.raises(
-            UserError, match="rollout b: the judge judge-1 named no grade, asked twice; its answer ends 'nothing'"
+            UserError,
+            match="rollout b: the judge judge-1 named no grade, asked twice; its answer ends "
+            "'nothing'",
         ):
             judge.score_many([rollout("four", "a"), rollout("five", "b")])
         assert len(bench.requests) == 3
@@ -144,7 +165,9 @@ def test_grades_given_before_a_failure_are_kept() -> None:
 
 
 def test_a_judge_without_a_verdict_is_asked_once_more() -> None:
-    with Bench(says=lambda messages: "Grade: 3" if len(messages) == 4 else "Well, three perhaps.") as bench:
+    with Bench(
+        says=lambda messages: "Grade: 3" if len(messages) == 4 else "Well, three perhaps."
+    ) as bench:
         assert Judge((bench.url,)).score_many([rollout("four")]) == [0.3]
         first, second = bench.requests
         assert second["messages"][:2] == first["messages"]
@@ -166,7 +189,9 @@ def test_what_passes_is_tried_again(kind: str) -> None:
         assert Judge((bench.url,)).score_many([rollout("four")]) == [0.7]
 
 
-@pytest.mark.parametrize(("kind", "words"), [("500", "does not answer POST"), ("401", "with 401: out of memory")])
+@pytest.mark.parametrize(
+    ("kind", "words"), [("500", "does not answer POST"), ("401", "with 401: out of memory")]
+)
 def test_what_lasts_names_the_rollout(kind: str, words: str) -> None:
     with (
         Bench(faults=[Fault(kind, times=0)]) as bench,
@@ -175,7 +200,7 @@ def test_what_lasts_names_the_rollout(kind: str, words: str) -> None:
         Judge((bench.url,), retries=1).score_many([rollout("four")])
 
 
-# ---------------------------------------------------------------------------------------------------------------- questions
+# ---------------------------------------------------------------------------------------- questions
 
 
 def test_the_response_stands_between_marks_that_it_cannot_close() -> None:
@@ -197,14 +222,18 @@ def test_the_response_stands_between_marks_that_it_cannot_close() -> None:
 def test_a_rubric_of_ones_own_names_columns(tmp_path: Path) -> None:
     (tmp_path / "kind.txt").write_text("Is it {{kind}}? {response} Topic: {topic}. Turns: {prompt}")
     (tmp_path / "judge.yaml").write_text(
-        "urls: [http://127.0.0.1:9]\nmodel: m\nrubric: kind.txt\nscale: verdict\ncorrect_from: 1.0\n"
+        "urls: [http://127.0.0.1:9]\nmodel: m\nrubric: kind.txt\nscale: verdict\ncorrect_from: "
+        "1.0\n"
     )
     judge = load_reward(f"judge:{tmp_path / 'judge.yaml'}")
     assert isinstance(judge, Judge)
     turns = [{"role": "user", "content": "Hi {x}"}, {"role": "assistant", "content": "Yes?"}]
     said = judge.messages(rollout("hello", prompt=turns, topic=5))[1]["content"]
     plain = re.sub(r"</?\w+-\w+>", "|", said)
-    assert plain == "Is it {kind}? |\nhello\n| Topic: |\n5\n|. Turns: |\nuser: Hi {x}\n\nassistant: Yes?\n|"
+    assert (
+        plain
+        == "Is it {kind}? |\nhello\n| Topic: |\n5\n|. Turns: |\nuser: Hi {x}\n\nassistant: Yes?\n|"
+    )
 
 
 WRONG = {
@@ -237,7 +266,10 @@ def test_rubrics_that_will_not_do(text: str, words: str, tmp_path: Path) -> None
 
 
 def test_settings_that_will_not_do(tmp_path: Path) -> None:
-    for line, words in (("scale: stars", "scale='stars' must be grade or verdict"), ("modell: x", "unknown key 'judge.modell'")):
+    for line, words in (
+        ("scale: stars", "scale='stars' must be grade or verdict"),
+        ("modell: x", "unknown key 'judge.modell'"),
+    ):
         (tmp_path / "judge.yaml").write_text(f"urls: [http://127.0.0.1:9]\n{line}\n")
         with pytest.raises(UserError, match=words):
             load_reward(f"judge:{tmp_path / 'judge.yaml'}")
@@ -256,7 +288,8 @@ def test_the_judge_that_is_meant_must_be_there() -> None:
 def test_many_writers_share_one_file(tmp_path: Path) -> None:
     stores = [Grades(tmp_path / "x.sqlite") for _ in range(4)]
     threads = [
-        threading.Thread(target=lambda s=s, i=i: [s.write(f"{i}/{n}", n / 10) for n in range(10)]) for i, s in enumerate(stores)
+        threading.Thread(target=lambda s=s, i=i: [s.write(f"{i}/{n}", n / 10) for n in range(10)])
+        for i, s in enumerate(stores)
     ]
     for thread in threads:
         thread.start()

@@ -137,11 +137,20 @@ def test_wrong(text, answer):
 
 
 def test_pathological_answers_end_and_are_wrong():
-    """Expressions that sympy would never finish, and texts on which a careless pattern or a recursion would not."""
+    """Expressions that sympy would never finish, and texts on which a careless pattern or a
+    recursion would not.
+    """
     limit = GUARD("72", "9^{9^{9^{9}}}", seconds=0.3)
     assert isinstance(limit, Failed) and "0.3 s" in limit.why
     assert GUARD("72", "70+2") is True
-    for text in [r"\boxed{" * 5000, r"\boxed{" + "{" * 5000, "answer is " * 20_000, "$" * 20_000, "1," * 20_000, "9" * 20_000]:
+    for text in [
+        r"\boxed{" * 5000,
+        r"\boxed{" + "{" * 5000,
+        "answer is " * 20_000,
+        "$" * 20_000,
+        "1," * 20_000,
+        "9" * 20_000,
+    ]:
         assert not right(text, "72")
         assert not right(text, r"\frac{\sqrt{3}}{2}")
 
@@ -152,9 +161,14 @@ def test_a_long_expression_is_wrong_without_being_read():
 
 def test_threads_agree_with_the_main_thread():
     """math-verify's own limits are signals, which raise outside the main thread."""
-    cases = [(rf"\boxed{{\sqrt{{{n * n}}} + \sqrt{{2}} - \sqrt{{2}}}}", str(n + n % 2)) for n in (1, 2)]
+    cases = [
+        (rf"\boxed{{\sqrt{{{n * n}}} + \sqrt{{2}} - \sqrt{{2}}}}", str(n + n % 2)) for n in (1, 2)
+    ]
     out: dict[int, bool] = {}
-    threads = [threading.Thread(target=lambda i=i, c=c: out.update({i: right(*c)})) for i, c in enumerate(cases)]
+    threads = [
+        threading.Thread(target=lambda i=i, c=c: out.update({i: right(*c)}))
+        for i, c in enumerate(cases)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -192,7 +206,10 @@ def test_quantities(text, amount, scale, unit):
     assert q is not None and (q.amount, q.scale, q.unit) == (amount, scale, unit)
 
 
-@pytest.mark.parametrize("text", ["", "x", "5x", "2 pi", "1, 2", "1.5 1/2", "1/0", "2^3", "5 or 6", ".", "12am", "1" * 200])
+@pytest.mark.parametrize(
+    "text",
+    ["", "x", "5x", "2 pi", "1, 2", "1.5 1/2", "1/0", "2^3", "5 or 6", ".", "12am", "1" * 200],
+)
 def test_what_is_no_quantity(text):
     assert quantity(text) is None
 
@@ -208,14 +225,18 @@ def test_the_reward_reads_the_row():
         Math()(rollout("72", question="?"))
 
 
-@pytest.mark.skipif(not (DATA / "gsm8k_train.jsonl").is_file(), reason="the shared data sets are not here")
+@pytest.mark.skipif(
+    not (DATA / "gsm8k_train.jsonl").is_file(), reason="the shared data sets are not here"
+)
 def test_gsm8k_references_are_right_by_their_own_solutions():
     """And wrong by the next problem's, where the two answers differ."""
     lines = (DATA / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()[::37][:200]
     solutions = [json.loads(line)["answer"] for line in lines]
     answers = [solution.split("#### ")[1] for solution in solutions]
     assert len(answers) == 200 and all(right(s, a) for s, a in zip(solutions, answers, strict=True))
-    spoken_only = [s.split("####")[0] + f"The answer is {a}." for s, a in zip(solutions, answers, strict=True)]
+    spoken_only = [
+        s.split("####")[0] + f"The answer is {a}." for s, a in zip(solutions, answers, strict=True)
+    ]
     assert all(right(s, a) for s, a in zip(spoken_only, answers, strict=True))
     shifted = answers[1:] + answers[:1]
     different = [

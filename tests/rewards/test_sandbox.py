@@ -1,4 +1,6 @@
-"""Attacks on the sandbox: each is a real one, and must fail its case, leave nothing behind and do no harm."""
+"""Attacks on the sandbox: each is a real one, and must fail its case, leave nothing behind and do
+no harm.
+"""
 
 import json
 import os
@@ -24,7 +26,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are co
 LAYERS = [(), ("landlock",), ("user",), ("landlock", "user")]  # what is left out
 
 
-def calls(program: str, *tests: str, wanted: tuple[str, ...] = ("f",), setup: tuple[str, ...] = ()) -> Calls:
+def calls(
+    program: str, *tests: str, wanted: tuple[str, ...] = ("f",), setup: tuple[str, ...] = ()
+) -> Calls:
     return Calls((program,), tests, wanted, setup=setup)
 
 
@@ -39,13 +43,25 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def run(case: Calls | Prints, *, without: tuple[str, ...] = (), seconds: int = 2, memory: int = 256, partial=False) -> Verdict:
-    """The verdict, having seen that in the end no process, no file and no memory is left of it, within the time allowed."""
+def run(
+    case: Calls | Prints,
+    *,
+    without: tuple[str, ...] = (),
+    seconds: int = 2,
+    memory: int = 256,
+    partial=False,
+) -> Verdict:
+    """The verdict, having seen that in the end no process, no file and no memory is left of it,
+    within the time allowed.
+    """
     box = Sandbox(Limits(seconds, memory), workers=1, partial=partial, without=without)
     box.check()
     start = time.monotonic()
     [verdict] = box.run([case])
-    assert time.monotonic() - start < 3 * seconds * (len(case.inputs) if isinstance(case, Prints) else 1) + 5
+    assert (
+        time.monotonic() - start
+        < 3 * seconds * (len(case.inputs) if isinstance(case, Prints) else 1) + 5
+    )
     nothing_left(without)
     return verdict
 
@@ -80,38 +96,57 @@ def holds(what: str, without: tuple[str, ...] = ()) -> None:
 def attempts(*lines: str) -> str:
     """A program whose f() tells which of the lines succeed."""
     return (
-        "import os, socket, ctypes, subprocess, shutil, signal\n"
-        f"def f():\n    done = []\n    for line in {lines!r}:\n"
-        "        try:\n            exec(line, globals())\n        except BaseException:\n            continue\n"
-        "        done.append(line)\n    return done\n"
+        "import os, socket, ctypes, subprocess, shutil, signal\ndef f():\n    done = []\n    for "
+        f"line in {lines!r}:\n        try:\n            exec(line, globals())\n        except "
+        "BaseException:\n            continue\n        done.append(line)\n    return done\n"
     )
 
 
 def test_what_is_right_passes_and_what_is_wrong_does_not():
-    assert run(calls("def f(x): return x + 1", "assert f(1) == 2", "assert f(2) == 3")) == Verdict(2, 2)
-    wrong = run(calls("def f(x): return 2", "assert f(1) == 2", "assert f(2) == 3", "assert f(1) == 2"))
-    assert (wrong.passed, wrong.total, wrong.why) == (1, 3, "AssertionError:  in 'assert f(2) == 3'")
-    assert run(calls("def f(x): return 2", "assert f(1) == 2", "assert f(2) == 3", "assert f(1) == 2"), partial=True).passed == 2
+    assert run(calls("def f(x): return x + 1", "assert f(1) == 2", "assert f(2) == 3")) == Verdict(
+        2, 2
+    )
+    wrong = run(
+        calls("def f(x): return 2", "assert f(1) == 2", "assert f(2) == 3", "assert f(1) == 2")
+    )
+    assert (wrong.passed, wrong.total, wrong.why) == (
+        1,
+        3,
+        "AssertionError:  in 'assert f(2) == 3'",
+    )
+    assert (
+        run(
+            calls("def f(x): return 2", "assert f(1) == 2", "assert f(2) == 3", "assert f(1) == 2"),
+            partial=True,
+        ).passed
+        == 2
+    )
 
 
-# --------------------------------------------------------------------------------------------------- time and memory
+# ---------------------------------------------------------------------------------- time and memory
 
 
-IGNORE = (
-    "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\n"
-)
+IGNORE = "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\n"
 ENDLESS = {
     "a loop in a function": calls("def f(x):\n    while True: pass", "f(1)"),
     "a loop when imported": calls("while True: pass", "f(1)"),
     "signals are ignored": calls(IGNORE + "while True: pass", "f(1)"),
     "it sleeps": calls("import time\ndef f(x): time.sleep(1000)", "f(1)"),
-    "it stops itself": calls("import os, signal\ndef f(x): os.kill(os.getpid(), signal.SIGSTOP)", "f(1)"),
-    "it waits for input": calls("import time\nwhile True:\n    try: input()\n    except EOFError: time.sleep(1)", "f(1)"),
-    "a fork bomb": calls("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", "f(1)"),
+    "it stops itself": calls(
+        "import os, signal\ndef f(x): os.kill(os.getpid(), signal.SIGSTOP)", "f(1)"
+    ),
+    "it waits for input": calls(
+        "import time\nwhile True:\n    try: input()\n    except EOFError: time.sleep(1)", "f(1)"
+    ),
+    "a fork bomb": calls(
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", "f(1)"
+    ),
     "it never answers": calls("import os, time\nos.write(3, b'\\9\\0')\ntime.sleep(1000)", "f(1)"),
     "tests that hang": calls("def f(x): return 2", "while f(1): pass"),
     "a loop that prints nothing": Prints(("while True: pass",), ("",), ("",)),
-    "standard output closed": Prints(("import os, time\nos.close(1)\ntime.sleep(1000)",), ("",), ("",)),
+    "standard output closed": Prints(
+        ("import os, time\nos.close(1)\ntime.sleep(1000)",), ("",), ("",)
+    ),
 }
 
 
@@ -121,14 +156,18 @@ def test_what_never_ends_is_ended():
     verdicts = box.run(list(ENDLESS.values()))
     assert time.monotonic() - start < 15
     for name, verdict in zip(ENDLESS, verdicts, strict=True):
-        assert verdict.passed == 0 and ("killed at a limit" in verdict.why or "it took too long" in verdict.why), name
+        assert verdict.passed == 0 and (
+            "killed at a limit" in verdict.why or "it took too long" in verdict.why
+        ), name
     nothing_left(())
 
 
 def test_much_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert "MemoryError" in fails("def f(x): return len(bytearray(10 << 30))")
-    assert "MemoryError" in fails("def f(x):\n    a = []\n    while True: a.append(bytearray(1 << 20))")
+    assert "MemoryError" in fails(
+        "def f(x):\n    a = []\n    while True: a.append(bytearray(1 << 20))"
+    )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
 
 
@@ -141,7 +180,7 @@ def test_a_crash():
     assert "crashed" in fails("import ctypes\ndef f(x): return ctypes.string_at(0)")
 
 
-# --------------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 @pytest.mark.parametrize("without", LAYERS)
@@ -190,12 +229,14 @@ def test_no_other_process_is_reached(without):
     assert sees(attempts(*tried), without=without) == []
 
 
-# ------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 @pytest.fixture
 def open_folder():
-    """A folder that every user of this machine may write: what keeps a program out of it is the sandbox alone."""
+    """A folder that every user of this machine may write: what keeps a program out of it is the
+    sandbox alone.
+    """
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o777)
         yield Path(name)
@@ -209,9 +250,15 @@ def test_nothing_is_written_outside(without, open_folder):
     empty.mkdir(mode=0o777)
     before = kept.stat()
     tried = (
-        *(f"open({str(folder / 'new')!r}, 'w')" for folder in (open_folder, "/tmp" / Path(), Path("/dev/shm"), Path("/var/tmp"))),
+        *(
+            f"open({str(folder / 'new')!r}, 'w')"
+            for folder in (open_folder, "/tmp" / Path(), Path("/dev/shm"), Path("/var/tmp"))
+        ),
         *(f"open({str(kept)!r}, {mode!r})" for mode in ("w", "a", "r+")),
-        *(f"os.open({str(kept)!r}, os.{flags})" for flags in ("O_WRONLY", "O_RDWR", "O_TRUNC", "O_RDONLY | os.O_TRUNC")),
+        *(
+            f"os.open({str(kept)!r}, os.{flags})"
+            for flags in ("O_WRONLY", "O_RDWR", "O_TRUNC", "O_RDONLY | os.O_TRUNC")
+        ),
         f"os.open({str(open_folder)!r}, os.O_TMPFILE | os.O_RDWR)",
         f"os.open({str(open_folder / 'new')!r}, os.O_CREAT)",
         f"os.truncate({str(kept)!r}, 0)",
@@ -255,12 +302,21 @@ def test_without_landlock_it_writes_nothing_at_all():
 def test_a_large_file_and_many_files_and_deep_folders():
     holds("reading")
     assert (
-        sees("def f():\n    try: open('a', 'wb').write(bytes(20 << 20))\n    except OSError as e: return e.errno") == 27
+        sees(
+            "def f():\n    try: open('a', 'wb').write(bytes(20 << 20))\n    except OSError as e: "
+            "return e.errno"
+        )
+        == 27
     )  # EFBIG
     disk = "def f(x):\n    for i in range(10**9):\n        with open(str(i), 'wb') as out: out.write(bytes(4 << 20))"
     assert "64 MiB" in fails(disk, seconds=20)
-    assert "1000 files" in fails("def f(x):\n    for i in range(10**9): open(str(i), 'w').close()", seconds=20)
-    assert sees(attempts("os.mkdir('a')", "os.symlink('/', 'a')", "os.makedirs('/'.join('a' * 1000))")) == []
+    assert "1000 files" in fails(
+        "def f(x):\n    for i in range(10**9): open(str(i), 'w').close()", seconds=20
+    )
+    assert (
+        sees(attempts("os.mkdir('a')", "os.symlink('/', 'a')", "os.makedirs('/'.join('a' * 1000))"))
+        == []
+    )
 
 
 @pytest.mark.parametrize("without", [(), ("user",)])
@@ -270,34 +326,47 @@ def test_it_reads_only_what_python_needs(without, open_folder):
     secret.write_text("token")
     secret.chmod(0o644)
     here = Path(sandbox.__file__)
-    tried = [f"open({str(p)!r}).read()" for p in (secret, "/etc/passwd", "/proc/self/status", "/proc/cpuinfo", here)]
+    tried = [
+        f"open({str(p)!r}).read()"
+        for p in (secret, "/etc/passwd", "/proc/self/status", "/proc/cpuinfo", here)
+    ]
     tried += [f"os.listdir({p!r})" for p in ("/", "/tmp", "/proc", str(Path.home()))]
-    works = "import colorsys, sqlite3, ssl", "open('/dev/null', 'w').write('x')", "open('/dev/urandom', 'rb').read(1)"
+    works = (
+        "import colorsys, sqlite3, ssl",
+        "open('/dev/null', 'w').write('x')",
+        "open('/dev/urandom', 'rb').read(1)",
+    )
     assert sees(attempts(*tried, *works), without=without) == list(works)
 
 
-# ----------------------------------------------------------------------------------------------- environment, network
+# ----------------------------------------------------------------------------- environment, network
 
 
 @pytest.mark.parametrize("without", [(), ("user",), ("landlock",)])
 def test_no_environment_is_read(without, monkeypatch):
-    """Not its own, the workers' or ours: the last has secrets, and is seen by this process at least."""
+    """Not its own, the workers' or ours: the last has secrets, and is seen by this process at
+    least.
+    """
     holds("neighbours", without)
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     assert Path(f"/proc/{os.getpid()}/environ").read_bytes()
     program = (
-        "import os\ndef f():\n    seen = []\n    for pid in range(1, 70000):\n"
-        "        try: seen.append(open(f'/proc/{pid}/environ', 'rb').read().decode('latin-1'))\n        except OSError: pass\n"
-        "    return [sorted(os.environ), [s for s in seen if s]]"
+        "import os\ndef f():\n    seen = []\n    for pid in range(1, 70000):\n        try: "
+        "seen.append(open(f'/proc/{pid}/environ', 'rb').read().decode('latin-1'))\n        except "
+        "OSError: pass\n    return [sorted(os.environ), [s for s in seen if s]]"
     )
     environment, seen = sees(program, without=without)
     assert environment == ["MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"]
-    assert [s for s in seen if not s.startswith(("PYTHONHASHSEED", "LD_LIBRARY_PATH"))] == []  # its own, without Landlock
+    # its own, without Landlock
+    assert [s for s in seen if not s.startswith(("PYTHONHASHSEED", "LD_LIBRARY_PATH"))] == []
 
 
 @pytest.mark.parametrize("without", LAYERS)
 def test_no_socket_is_opened(without):
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as local:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as local,
+    ):
         path = f"/tmp/opdkit-{os.getpid()}-{len(without)}"
         local.bind("\0" + path)
         server.settimeout(0)
@@ -305,12 +374,16 @@ def test_no_socket_is_opened(without):
         port = server.getsockname()[1]
         tried = (
             f"socket.create_connection(('127.0.0.1', {port}))",
-            *(f"socket.socket(socket.{family})" for family in ("AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK", "AF_PACKET")),
+            *(
+                f"socket.socket(socket.{family})"
+                for family in ("AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK", "AF_PACKET")
+            ),
             f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port}')",
             f"socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'x', '\\0{path}')",
             f"socket.socketpair(type=socket.SOCK_DGRAM)[0].connect('\\0{path}')",
             f"socket.socketpair(type=socket.SOCK_DGRAM)[0].sendmsg([b'x'], [], 0, '\\0{path}')",
-            "assert ctypes.CDLL(None).syscall(425, 8, ctypes.create_string_buffer(256)) >= 0",  # io_uring_setup
+            # io_uring_setup
+            "assert ctypes.CDLL(None).syscall(425, 8, ctypes.create_string_buffer(256)) >= 0",
         )
         assert sees(attempts(*tried), without=without) == []
         with pytest.raises(BlockingIOError):
@@ -319,17 +392,23 @@ def test_no_socket_is_opened(without):
             local.recv(1)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one way into the kernel")
+@pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="other processors have one way into the kernel"
+)
 def test_the_kernels_other_doors_are_shut():
-    """32-bit system calls, and those of the x32 kind, have other numbers: a filter that forgets them lets everything through."""
+    """32-bit system calls, and those of the x32 kind, have other numbers: a filter that forgets
+    them lets everything through.
+    """
     program = (
-        "import ctypes, mmap\nlibc = ctypes.CDLL(None)\n"
-        "def f(code):\n    if code == 'x32': return libc.syscall(0x40000000 + 39)\n"
-        "    page = mmap.mmap(-1, 4096, prot=7)\n    page.write(bytes.fromhex(code))\n"
-        "    return ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()"
+        "import ctypes, mmap\nlibc = ctypes.CDLL(None)\ndef f(code):\n    if code == 'x32': return "
+        "libc.syscall(0x40000000 + 39)\n    page = mmap.mmap(-1, 4096, prot=7)\n    "
+        "page.write(bytes.fromhex(code))\n    return "
+        "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()"
     )
-    assert run(calls(program, "assert f('b807000000c3') == 7", "assert f('x32') == -1")).right  # mov eax, 7; ret
-    assert "signal 31" in fails(program, "f('b814000000cd80c3')")  # mov eax, 20 (getpid); int 0x80; ret
+    # mov eax, 7; ret
+    assert run(calls(program, "assert f('b807000000c3') == 7", "assert f('x32') == -1")).right
+    # mov eax, 20 (getpid); int 0x80; ret
+    assert "signal 31" in fails(program, "f('b814000000cd80c3')")
 
 
 def test_asyncio_works():
@@ -349,7 +428,7 @@ def test_nothing_outlives_it_in_the_kernel():
     assert sees(attempts(*tried)) == []
 
 
-# ------------------------------------------------------------------------------------------------------------ output
+# ------------------------------------------------------------------------------------------- output
 
 
 def test_a_gigabyte_of_output():
@@ -361,7 +440,7 @@ def test_a_gigabyte_of_output():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
 
 
-# ------------------------------------------------------------------------------------------------- verdicts not earned
+# ------------------------------------------------------------------------------ verdicts not earned
 
 
 @pytest.mark.parametrize(
@@ -376,7 +455,8 @@ def test_a_gigabyte_of_output():
         "def f(x): raise GeneratorExit",
         "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): exit()",
         "import os, signal\ndef f(x): os.kill(os.getpid(), signal.SIGTERM)",
-        "import threading, os\nthreading.Thread(target=lambda: os._exit(0)).start()\nimport time; time.sleep(1)",
+        "import threading, os\nthreading.Thread(target=lambda: os._exit(0)).start()\nimport time; "
+        "time.sleep(1)",
     ],
 )
 def test_ending_early_is_no_pass(program):
@@ -387,15 +467,19 @@ def test_ending_early_is_no_pass(program):
 @pytest.mark.parametrize(
     "program",
     [
-        "import builtins\nbuiltins.AssertionError = type('E', (Exception,), {})\nbuiltins.all = builtins.any = lambda x: True\n"
-        "builtins.abs = builtins.round = lambda *a: 2\ndef f(x): return 3",
-        "import sys\nsys.modules['math'] = sys.modules['unittest'] = sys.modules['__main__']\ndef f(x): return 3",
-        "import sys\ndef trace(frame, *_):\n    frame.f_locals.update(x=2, wanted=2)\n    return trace\nsys.settrace(trace)\n"
-        "def f(x): return 3",
-        "import sys, gc\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        frame.f_globals['check'] = lambda c: None\n"
-        "        frame = frame.f_back\n    for o in gc.get_objects():\n        if isinstance(o, dict) and 'check' in o: o['check'] = print\n"
+        "import builtins\nbuiltins.AssertionError = type('E', (Exception,), {})\nbuiltins.all = "
+        "builtins.any = lambda x: True\nbuiltins.abs = builtins.round = lambda *a: 2\ndef f(x): "
+        "return 3",
+        "import sys\nsys.modules['math'] = sys.modules['unittest'] = sys.modules['__main__']\ndef "
+        "f(x): return 3",
+        "import sys\ndef trace(frame, *_):\n    frame.f_locals.update(x=2, wanted=2)\n    return "
+        "trace\nsys.settrace(trace)\ndef f(x): return 3",
+        "import sys, gc\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        "
+        "frame.f_globals['check'] = lambda c: None\n        frame = frame.f_back\n    for o in "
+        "gc.get_objects():\n        if isinstance(o, dict) and 'check' in o: o['check'] = print\n"
         "    return 3",
-        "def check(candidate): pass\nassert_equal = abs = all = math = set = check\ndef f(x): return 3",
+        "def check(candidate): pass\nassert_equal = abs = all = math = set = check\ndef f(x): "
+        "return 3",
         "def f(x): raise AssertionError",
         "__builtins__ = {}\ndef f(x): return 3",
     ],
@@ -420,7 +504,9 @@ class Always{base}:
 """
 
 
-@pytest.mark.parametrize("base", ["", "(int)", "(str)", "(list)", "(float)", "(tuple)", "(dict)", "(set)"])
+@pytest.mark.parametrize(
+    "base", ["", "(int)", "(str)", "(list)", "(float)", "(tuple)", "(dict)", "(set)"]
+)
 def test_a_value_that_equals_everything_equals_nothing(base):
     program = ALWAYS.format(base=base) + "def f(x): return Always()"
     for test in (
@@ -440,13 +526,16 @@ def test_a_value_that_equals_everything_equals_nothing(base):
 
 
 def test_comparing_two_of_its_own_objects_is_the_programs_business():
-    program = (
-        "class P:\n    def __init__(self, x): self.x = x\n    def __eq__(self, o): return self.x == o.x\ndef f(x): return P(x)"
-    )
-    assert run(calls(program, "assert f(1) == P(1) and f(1) != P(2) and f(1) != 1", wanted=("f", "P"))).right
+    program = "class P:\n    def __init__(self, x): self.x = x\n    def __eq__(self, o): return self.x == o.x\ndef f(x): return P(x)"
+    assert run(
+        calls(program, "assert f(1) == P(1) and f(1) != P(2) and f(1) != 1", wanted=("f", "P"))
+    ).right
 
 
-@pytest.mark.parametrize("written", ["b'.' * 9", "b'#.' * 9", "b'\\xff' * 999", "b'\\x03\\x00\\x00\\x00[1]'", "b'\\x00' * 99999"])
+@pytest.mark.parametrize(
+    "written",
+    ["b'.' * 9", "b'#.' * 9", "b'\\xff' * 999", "b'\\x03\\x00\\x00\\x00[1]'", "b'\\x00' * 99999"],
+)
 def test_writing_to_all_open_files_forges_nothing(written):
     program = f"import os\nfor fd in range(99):\n    try: os.write(fd, {written})\n    except OSError: pass\n"
     fails(program + "def f(x): return 3", seconds=1)
@@ -456,8 +545,8 @@ def test_writing_to_all_open_files_forges_nothing(written):
 def test_a_program_that_speaks_the_protocol_can_still_only_answer():
     """It may write any message; what a test gets from one is a value of its own types."""
     speak = (
-        "import os, json\ndef say(*m):\n    d = json.dumps(m).encode(); os.write(3, len(d).to_bytes(4, 'little') + d)\n"
-        "def f(x):\n    {}\n    import time; time.sleep(1)"
+        "import os, json\ndef say(*m):\n    d = json.dumps(m).encode(); os.write(3, "
+        "len(d).to_bytes(4, 'little') + d)\ndef f(x):\n    {}\n    import time; time.sleep(1)"
     )
     for message in (
         "say('value', ['mine', 0], [])",
@@ -476,35 +565,40 @@ def test_a_program_that_speaks_the_protocol_can_still_only_answer():
 def test_tests_and_expected_values_are_not_in_its_memory():
     """Nor those of an earlier case of the same worker."""
     search = (
-        "import gc, sys\ndef f(x):\n    word = '_'.join(['needle', str(7340 + x)])\n    found = 0\n    seen = gc.get_objects()\n"
-        "    for o in list(seen): seen += [r for r in gc.get_referents(o) if isinstance(r, (str, bytes))]\n"
-        "    for o in seen:\n        if isinstance(o, str): found += word in o\n        if isinstance(o, bytes): found += word.encode() in o\n"
-        "    frame = sys._getframe().f_back\n    while frame:\n        found += word in repr(frame.f_locals)\n        frame = frame.f_back\n"
-        "    return found"
+        "import gc, sys\ndef f(x):\n    word = '_'.join(['needle', str(7340 + x)])\n    found = "
+        "0\n    seen = gc.get_objects()\n    for o in list(seen): seen += [r for r in "
+        "gc.get_referents(o) if isinstance(r, (str, bytes))]\n    for o in seen:\n        if "
+        "isinstance(o, str): found += word in o\n        if isinstance(o, bytes): found += "
+        "word.encode() in o\n    frame = sys._getframe().f_back\n    while frame:\n        found "
+        "+= word in repr(frame.f_locals)\n        frame = frame.f_back\n    return found"
     )
     for _ in range(2):
-        assert run(calls(search, "assert f(1) == len('needle_7341') - 11", "assert f(1) == 0")).right
+        assert run(
+            calls(search, "assert f(1) == len('needle_7341') - 11", "assert f(1) == 0")
+        ).right
 
 
 def test_a_program_may_not_look_into_what_a_test_gives_it():
     """A generator's frame would lead to the test's own variables."""
     program = (
-        "def f(given):\n    for name in ('gi_frame', 'gi_code', '__globals__', '__self__', '__code__', 'f_back'):\n"
-        "        try: return str(getattr(given, name))\n        except AttributeError: pass\n    return 'nothing'"
+        "def f(given):\n    for name in ('gi_frame', 'gi_code', '__globals__', '__self__', "
+        "'__code__', 'f_back'):\n        try: return str(getattr(given, name))\n        except "
+        "AttributeError: pass\n    return 'nothing'"
     )
     for given in ("(i for i in [1])", "lambda: 1", "print", "object()", "Exception('x')"):
         assert run(calls(program, f"assert f({given}) == 'nothing'")).right, given
 
 
-# ------------------------------------------------------------------------------------------------- around the sandbox
+# ------------------------------------------------------------------------------- around the sandbox
 
 
 def test_it_dies_with_the_process_that_asked():
     holds("reading")
     script = (
         "from opdkit.rewards.sandbox import *\nbox = Sandbox(Limits(60), workers=1)\n"
-        "box.check()\nworker = Sandbox().programs.idle[0]\nprint(worker.process.pid, worker.base, flush=True)\n"
-        "box.run([Calls(('open(\"started\", \"w\")\\nwhile True: pass',), ('f()',), ('f',))])"
+        "box.check()\nworker = Sandbox().programs.idle[0]\nprint(worker.process.pid, worker.base, "
+        "flush=True)\nbox.run([Calls(('open(\"started\", \"w\")\\nwhile True: pass',), ('f()',), "
+        "('f',))])"
     )
     asking = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert asking.stdout is not None
@@ -558,7 +652,9 @@ def test_the_same_program_gives_the_same_answer():
 def test_protection_says_what_holds():
     lines = protection()
     assert "no network: no socket can be opened" in lines
-    assert len([line for line in lines if line.removeprefix("NOT enforced: ") in workers.HELD.values()]) == len(workers.HELD)
+    assert len(
+        [line for line in lines if line.removeprefix("NOT enforced: ") in workers.HELD.values()]
+    ) == len(workers.HELD)
 
 
 def test_limits_that_let_nothing_start():
@@ -570,12 +666,19 @@ def test_limits_that_let_nothing_start():
 def test_a_machine_that_cannot_confine_is_refused_unless_one_insists():
     without = "landlock", "seccomp"
     with pytest.raises(
-        UserError, match=r"cannot be confined. Not enforced: no network.*no other processes.*Code\(unprotected=True\)"
+        UserError,
+        match=r"cannot be confined. Not enforced: no network.*no other "
+        r"processes.*Code\(unprotected=True\)",
     ):
         Sandbox(without=without).check()
     insisting = Sandbox(Limits(1), workers=1, without=without, unprotected=True)
     program = "import os\nos.fork()\nwhile True: pass"
-    assert [v.right for v in insisting.run([calls("def f(x): return 2", "assert f(1) == 2"), calls(program, "f(1)")])] == [
+    assert [
+        v.right
+        for v in insisting.run(
+            [calls("def f(x): return 2", "assert f(1) == 2"), calls(program, "f(1)")]
+        )
+    ] == [
         True,
         False,
     ]

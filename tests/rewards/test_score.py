@@ -43,7 +43,13 @@ def test_a_reward_of_ones_own_file(tmp_path):
 
 
 def test_exact():
-    assert [Exact()(rollout(t, answer="yes ")) for t in ("yes", " yes\n", "Yes", "yes.", "")] == [1, 1, 0, 0, 0]
+    assert [Exact()(rollout(t, answer="yes ")) for t in ("yes", " yes\n", "Yes", "yes.", "")] == [
+        1,
+        1,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_pattern_takes_the_last_match():
@@ -56,11 +62,20 @@ def test_pattern_takes_the_last_match():
 
 
 def test_score_fills_reward_and_correct_and_keeps_the_rest():
-    before = [rollout("#### 1", id="a", answer="1"), rollout("#### 2", id="b", answer="1", finish="length")]
+    before = [
+        rollout("#### 1", id="a", answer="1"),
+        rollout("#### 2", id="b", answer="1", finish="length"),
+    ]
     after = score(before, Math())
-    assert [(r.id, r.reward, r.correct, r.finish) for r in after] == [("a", 1.0, True, "stop"), ("b", 0.0, False, "length")]
+    assert [(r.id, r.reward, r.correct, r.finish) for r in after] == [
+        ("a", 1.0, True, "stop"),
+        ("b", 0.0, False, "length"),
+    ]
     assert before[0].reward is None
-    assert [r.correct for r in score(before, lambda r: -1.0 if r.id == "a" else 0.5)] == [False, True]
+    assert [r.correct for r in score(before, lambda r: -1.0 if r.id == "a" else 0.5)] == [
+        False,
+        True,
+    ]
 
 
 def test_threads_keep_the_order():
@@ -74,7 +89,9 @@ def test_threads_keep_the_order():
         return float(r.id)
 
     rollouts = [rollout("", id=str(i)) for i in range(8)]
-    assert [r.reward for r in score(rollouts, first_waits_for_last, workers=2)] == [float(i) for i in range(8)]
+    assert [r.reward for r in score(rollouts, first_waits_for_last, workers=2)] == [
+        float(i) for i in range(8)
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -82,7 +99,10 @@ def test_a_reward_that_raises_names_the_rollout(workers):
     def broken(r):
         return 1 / len(r.text)
 
-    with pytest.raises(UserError, match="reward broken failed on rollout 'q7' with ZeroDivisionError: division by zero"):
+    with pytest.raises(
+        UserError,
+        match="reward broken failed on rollout 'q7' with ZeroDivisionError: division by zero",
+    ):
         score([rollout("ok", id="q6"), rollout("", id="q7")], broken, workers=workers)
     with pytest.raises(UserError, match=r"rollout 'q8': the reward 'math' compares"):
         score([rollout("5", id="q8")], Math(), workers=workers)
@@ -108,4 +128,9 @@ def test_numpy_numbers_and_booleans_are_rewards():
 def test_importing_stays_light():
     heavy = "datasets", "pyarrow", "math_verify", "reasoning_gym", "transformers", "sympy"
     code = f"import sys, opdkit.data, opdkit.rewards, opdkit.base.address; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

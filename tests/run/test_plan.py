@@ -1,4 +1,6 @@
-"""The dry run: its numbers are those of real models, counted and measured on tiny ones, and hand-worked for large ones."""
+"""The dry run: its numbers are those of real models, counted and measured on tiny ones, and
+hand-worked for large ones.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,13 @@ def tiny_run(**settings: Any) -> Run:
 
 
 def qwen_run(**settings: Any) -> Run:
-    values = {"student": "Qwen/Qwen3-1.7B", "teacher": "Qwen/Qwen3-8B", "data": "d", "dtype": "bfloat16", **settings}
+    values = {
+        "student": "Qwen/Qwen3-1.7B",
+        "teacher": "Qwen/Qwen3-8B",
+        "data": "d",
+        "dtype": "bfloat16",
+        **settings,
+    }
     values["sampling"] = {"max_completion_length": 4096, **settings.get("sampling", {})}
     return make_run(values)
 
@@ -79,7 +87,7 @@ def tiny_student(run: Run, **config: Any) -> Any:
     return model.train()
 
 
-# ------------------------------------------------------------------------------------------------------------------ shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 @pytest.mark.parametrize(
@@ -95,7 +103,11 @@ def tiny_student(run: Run, **config: Any) -> Any:
 )
 def test_the_table_has_the_published_sizes(size: str, parameters: int) -> None:
     shape = shape_of(f"Qwen/Qwen3-{size}-Base")
-    assert (shape.parameters, shape.vocab, shape.origin) == (parameters, 151936, "table of published shapes")
+    assert (shape.parameters, shape.vocab, shape.origin) == (
+        parameters,
+        151936,
+        "table of published shapes",
+    )
     embeddings = (1 if size in ("0.6B", "1.7B", "4B") else 2) * shape.head
     norms = shape.layers * (2 * shape.hidden + 2 * shape.head_dim) + shape.hidden
     assert shape.active + embeddings + norms == parameters
@@ -107,8 +119,18 @@ def test_a_folder_is_described_by_its_configuration(kind: str, tmp_path: Path) -
     shape = shape_of(name)
     assert shape.origin == "its configuration"
     assert shape.parameters == model.num_parameters()
-    assert (shape.hidden, shape.layers, shape.queries, shape.keys, shape.intermediate) == (32, 2, 32, 16, 64)
-    assert shape.active == sum(x.inputs * x.outputs for x in shape.linears) == 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64)
+    assert (shape.hidden, shape.layers, shape.queries, shape.keys, shape.intermediate) == (
+        32,
+        2,
+        32,
+        16,
+        64,
+    )
+    assert (
+        shape.active
+        == sum(x.inputs * x.outputs for x in shape.linears)
+        == 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64)
+    )
 
 
 def test_of_experts_only_the_chosen_ones_count_as_work() -> None:
@@ -137,7 +159,7 @@ def test_a_name_that_is_nowhere_is_refused() -> None:
         shape_of("nobody/nothing")
 
 
-# ------------------------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 @modes
@@ -151,20 +173,30 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(settings: dict[st
     learning = sum(p.numel() * p.element_size() for p in student.parameters)
     gradients = sum(p.grad.nbytes for p in student.parameters if p.grad is not None)
     student.optimiser.step()
-    moments = sum(s[name].nbytes for s in student.optimiser.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    moments = sum(
+        s[name].nbytes
+        for s in student.optimiser.state.values()
+        for name in ("exp_avg", "exp_avg_sq")
+    )
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     size = trained(shape, run.lora) * trained_width(run)
     assert learning == gradients == size and moments == 2 * size
     assert stored(shape, student_dtype(run), None) == (learning if run.lora is None else frozen)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj"), r".*layers\.1\..*(k|v)_proj"])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ("q_proj", "down_proj"), r".*layers\.1\..*(k|v)_proj"]
+)
 def test_adapters_are_counted_by_the_layers_they_are_put_on(targets: Any) -> None:
     run = tiny_run(lora={"r": 3, "targets": targets})
     model = tiny_student(run)
     shape = read_shape(tiny_model().config, "here")
     assert run.lora is not None
-    assert shape.adapters(run.lora) == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
+    assert (
+        shape.adapters(run.lora)
+        == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        > 0
+    )
 
 
 @pytest.mark.parametrize("how", ["8bit", "4bit"])
@@ -181,8 +213,14 @@ def test_quantised_weights(how: str, tmp_path: Path) -> None:
 @modes
 @checkpointing
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
-def test_activations_are_what_autograd_keeps(kind: str, settings: dict[str, Any], checkpointed: bool) -> None:
-    """Within 5 %. Of checkpointed layers autograd keeps the inputs; one layer more is computed again in the backward pass."""
+def test_activations_are_what_autograd_keeps(
+    kind: str, settings: dict[str, Any], checkpointed: bool
+) -> None:
+    """Within 5 %.
+
+    Of checkpointed layers autograd keeps the inputs; one layer more is computed again in the
+    backward pass.
+    """
     run = tiny_run(gradient_checkpointing=checkpointed, **settings)
     model = tiny_student(run, kind=kind, hidden=64, layers=4)
     shape = read_shape(tiny_model(kind, hidden=64, layers=4).config, "here")
@@ -234,8 +272,12 @@ def peak_of(work: Any) -> int:
 
 @modes
 @checkpointing
-def test_the_peak_of_a_learning_pass_is_below_the_estimate_and_near_it(settings: dict[str, Any], checkpointed: bool) -> None:
-    """All that a pass allocates, backward too, against what is reckoned for it: at most 1.5 times as much."""
+def test_the_peak_of_a_learning_pass_is_below_the_estimate_and_near_it(
+    settings: dict[str, Any], checkpointed: bool
+) -> None:
+    """All that a pass allocates, backward too, against what is reckoned for it: at most 1.5 times
+    as much.
+    """
     prompt, response, count, budget = 16, 112, 8, 512
     run = tiny_run(
         data={"source": "d", "max_prompt_length": prompt},
@@ -248,13 +290,21 @@ def test_the_peak_of_a_learning_pass_is_below_the_estimate_and_near_it(settings:
     config = {"hidden": 128, "layers": 4, "vocab_size": 64}
     model, teacher = tiny_student(run, **config), tiny_model(**config)
     shape = read_shape(teacher.config, "here")
-    models = [Held("student", "s", HERE, shape, student_dtype(run)), Held("teacher", "t", HERE, shape, run.dtype)]
+    models = [
+        Held("student", "s", HERE, shape, student_dtype(run)),
+        Held("teacher", "t", HERE, shape, run.dtype),
+    ]
     method = run.method_spec.load()
     memory = memory_of(run, method, models, step_of(run, cpu()), cpu())
     student = Student(model, run.optim, 1e-3, 10, run.dtype == "bfloat16")
     rows = rollouts(lengths=((prompt, response),) * count, vocabulary=64)
     batch = gather(
-        rows, method.needs, {"student": LocalModel(model, student.head), "teacher": LocalModel(teacher, head_of(teacher))}
+        rows,
+        method.needs,
+        {
+            "student": LocalModel(model, student.head),
+            "teacher": LocalModel(teacher, head_of(teacher)),
+        },
     )
     made, layout = method.objective.plan(batch), Layout(rows, response)
 
@@ -265,7 +315,11 @@ def test_the_peak_of_a_learning_pass_is_below_the_estimate_and_near_it(settings:
             learned.loss.backward()
 
     held = ("weights,", "moments", "adapters", "facts")  # before the pass begins
-    reckoned = sum(part.bytes.get("learn", 0) for part in memory.parts if not any(word in part.name for word in held))
+    reckoned = sum(
+        part.bytes.get("learn", 0)
+        for part in memory.parts
+        if not any(word in part.name for word in held)
+    )
     measured = peak_of(work)
     assert measured <= reckoned <= 1.5 * measured
 
@@ -280,8 +334,13 @@ def test_a_large_run_by_hand() -> None:
     assert parts["two moments of AdamW"] == dict.fromkeys(PHASES, 8 * small)
     assert parts["gradients"] == {"learn": 4 * small}
     assert parts["hidden states of scored tokens"] == {"score": (1 << 17) * 4096 * 2}
-    between, layer = 16384 * 2048 * 4, 16384 * (26 * 2048 + 10 * 2048 + 10 * 1024 + 8 * 6144 + 4 * (2 + 16 + 16 + 8))
-    assert parts["activations of 16,384 tokens, recomputed layer by layer"] == {"learn": 28 * between + layer + 3 * between}
+    between, layer = (
+        16384 * 2048 * 4,
+        16384 * (26 * 2048 + 10 * 2048 + 10 * 1024 + 8 * 6144 + 4 * (2 + 16 + 16 + 8)),
+    )
+    assert parts["activations of 16,384 tokens, recomputed layer by layer"] == {
+        "learn": 28 * between + layer + 3 * between
+    }
     assert made.memory.total("learn") == sum(sizes.get("learn", 0) for sizes in parts.values())
     assert made.memory.fits and made.changes == []
 
@@ -291,21 +350,36 @@ def test_engines_servers_offload_and_sleep() -> None:
         return {part.name: part.bytes for part in plan(qwen_run(**settings), H100).memory.parts}
 
     whole = 2 * 8_190_735_360
-    waiting = parts(teacher={"kind": "local", "model": "Qwen/Qwen3-8B", "offload": True})["teacher weights, bfloat16"]
-    assert waiting == {"sample": 2 * 151936 * 4096, "score": whole, "learn": 2 * 151936 * 4096}  # its head stays
+    waiting = parts(teacher={"kind": "local", "model": "Qwen/Qwen3-8B", "offload": True})[
+        "teacher weights, bfloat16"
+    ]
+    # its head stays
+    assert waiting == {"sample": 2 * 151936 * 4096, "score": whole, "learn": 2 * 151936 * 4096}
     assert not any("teacher" in name for name in parts(teacher="http://elsewhere:8000"))
-    engine = parts(teacher={"kind": "vllm", "model": "Qwen/Qwen3-8B", "gpu_memory_utilization": 0.25})
+    engine = parts(
+        teacher={"kind": "vllm", "model": "Qwen/Qwen3-8B", "gpu_memory_utilization": 0.25}
+    )
     assert engine["teacher's vLLM engine"] == dict.fromkeys(PHASES, round(0.25 * H100.memory))
     sampler = {"kind": "vllm", "dtype": "bfloat16", "gpu_memory_utilization": 0.5}
-    assert parts(sampler=sampler)["sampler's vLLM engine"] == dict.fromkeys(PHASES, round(0.5 * H100.memory))
-    assert parts(sampler={**sampler, "enable_sleep_mode": True})["sampler's vLLM engine"] == {"sample": round(0.5 * H100.memory)}
-    assert "hidden states of scored tokens" in parts(sampler=sampler, teacher="http://elsewhere:8000")  # the student's
+    assert parts(sampler=sampler)["sampler's vLLM engine"] == dict.fromkeys(
+        PHASES, round(0.5 * H100.memory)
+    )
+    assert parts(sampler={**sampler, "enable_sleep_mode": True})["sampler's vLLM engine"] == {
+        "sample": round(0.5 * H100.memory)
+    }
+    # the student's
+    assert "hidden states of scored tokens" in parts(
+        sampler=sampler, teacher="http://elsewhere:8000"
+    )
 
 
 def test_what_the_loss_reads_whole_is_held_while_learning() -> None:
     sampled, whole = (plan(qwen_run(method=name), H100).memory for name in ("opd", "gkd"))
     held = 32 * 4096 * 4096 * 2
-    assert {p.name: p.bytes for p in whole.parts}["hidden states that the loss reads"] == {"score": held, "learn": held}
+    assert {p.name: p.bytes for p in whole.parts}["hidden states that the loss reads"] == {
+        "score": held,
+        "learn": held,
+    }
     assert whole.total("learn") > sampled.total("learn")
 
 
@@ -321,13 +395,16 @@ def test_a_shared_checkpoint_is_loaded_once() -> None:
     assert kept == ["teacher.math weights, bfloat16", "teacher.default weights, bfloat16"]
 
 
-# -------------------------------------------------------------------------------------------------------------------- work
+# --------------------------------------------------------------------------------------------- work
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 8}], ids=["all weights", "LoRA"])
 @checkpointing
 def test_operations_of_the_body_are_those_counted(lora: Any, checkpointed: bool) -> None:
-    """Within 3 %: below adapters the first layer takes no gradient of its input. Eager attention computes the whole square."""
+    """Within 3 %: below adapters the first layer takes no gradient of its input.
+
+    Eager attention computes the whole square.
+    """
     run = tiny_run(lora=lora, gradient_checkpointing=checkpointed)
     model = tiny_student(run, hidden=64, layers=3)
     model.set_attn_implementation("eager")
@@ -344,7 +421,9 @@ def test_operations_of_the_body_are_those_counted(lora: Any, checkpointed: bool)
     [("opd", 0), ("gkd", 1), ({"name": "grpo", "loss": "gspo"}, 0)],
 )
 def test_operations_of_the_head_are_those_counted(method: Any, also: int) -> None:
-    """The counter does not know the product that adds to the head's gradient in place, which `head` tells apart."""
+    """The counter does not know the product that adds to the head's gradient in place, which `head`
+    tells apart.
+    """
     run = tiny_run(method=method)
     made, model = run.method_spec.load(), tiny_model()
     rows = rollouts(lengths=((4, 8),) * 4, reward=1.0, correct=True)
@@ -365,7 +444,12 @@ def test_longer_and_more_rollouts_take_more_memory_and_time() -> None:
 
     def take(**settings: Any) -> tuple[int, int, float, float]:
         made = plan(qwen_run(gradient_checkpointing=True, **settings), KNOWN["h200"])
-        return made.memory.total("score"), made.memory.total("learn"), made.step_seconds, made.phases[-1].operations
+        return (
+            made.memory.total("score"),
+            made.memory.total("learn"),
+            made.step_seconds,
+            made.phases[-1].operations,
+        )
 
     for rising in (
         [take(sampling={"max_completion_length": n}) for n in (512, 1024, 4096, 16384, 32768)],
@@ -383,7 +467,9 @@ def test_seconds_by_hand() -> None:
     score = next(phase for phase in made.phases if phase.name == "score")
     matrices = 2 * 6_945_767_424 * 32 * 2248
     attention = 4 * 36 * 4096 * 32 * 2248**2 / 2
-    assert score.operations == pytest.approx(matrices + attention + 2 * 151936 * 4096 * 32 * 2048, rel=1e-12)
+    assert score.operations == pytest.approx(
+        matrices + attention + 2 * 151936 * 4096 * 32 * 2048, rel=1e-12
+    )
     assert score.seconds == pytest.approx(score.operations / (989e12 * 0.5), rel=1e-12)
     assert made.seconds == pytest.approx(100 * sum(p.seconds for p in made.phases))
 
@@ -399,7 +485,7 @@ def test_evaluations_count_where_the_number_of_problems_is_known() -> None:
     assert unknown.seconds == pytest.approx(100 * unknown.step_seconds)
 
 
-# ------------------------------------------------------------------------------------------------------- devices, the page
+# -------------------------------------------------------------------------------- devices, the page
 
 
 def test_devices_by_name_by_numbers_and_changed() -> None:
@@ -407,7 +493,12 @@ def test_devices_by_name_by_numbers_and_changed() -> None:
     given = device_of("h100", memory="40GiB", tflops=400, bandwidth="300 GB/s")
     assert (given.memory, given.tflops, given.bandwidth) == (40 * 2**30, 400, 0.3)
     alone = device_of(memory="80GB", tflops=400, bandwidth="3.35TB/s", setting="cpu")
-    assert (alone.memory, alone.tflops32, alone.bandwidth, alone.gpu) == (80_000_000_000, 25, 3.35, True)
+    assert (alone.memory, alone.tflops32, alone.bandwidth, alone.gpu) == (
+        80_000_000_000,
+        25,
+        3.35,
+        True,
+    )
     assert device_of("cpu").gpu is False and device_of(setting="cpu") == cpu()
     for arguments, told in (
         ({"name": "h1000"}, "did you mean 'h100'"),
@@ -423,9 +514,15 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
     tight = plan(run, KNOWN["l4"])
     assert not tight.memory.fits and "does not fit" in str(tight)
     found = {change.setting: change for change in tight.changes}
-    assert {"lora.r=32", "gradient_checkpointing=true", "micro_batch_tokens=5120", "teacher.offload=true"} <= set(found)
+    assert {
+        "lora.r=32",
+        "gradient_checkpointing=true",
+        "micro_batch_tokens=5120",
+        "teacher.offload=true",
+    } <= set(found)
     assert [c.peak for c in tight.changes] == sorted(c.peak for c in tight.changes)
-    for setting in ("lora.r=32", "gradient_checkpointing=true", "micro_batch_tokens=5120"):  # each is what the setting does
+    # each is what the setting does
+    for setting in ("lora.r=32", "gradient_checkpointing=true", "micro_batch_tokens=5120"):
         values = {
             "student": run.student,
             "teacher": run.teacher,
@@ -434,7 +531,10 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
             "sampling": {"max_completion_length": 4096},
         }
         alone = plan(make_run(values, [setting]), KNOWN["l4"])
-        assert (alone.memory.peak[0], alone.memory.fits) == (found[setting].peak, found[setting].fits)
+        assert (alone.memory.peak[0], alone.memory.fits) == (
+            found[setting].peak,
+            found[setting].fits,
+        )
 
 
 def test_text_and_json_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
@@ -452,12 +552,22 @@ def test_text_and_json_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     memory, time = told["memory"], told["time"]
-    assert f"memory: about {memory['peak'] / 2**30:.2f} GiB in {memory['peak_phase']}" in text and memory["fits"] is True
-    assert sum(part["bytes"].get("learn", 0) for part in memory["parts"]) == memory["total"]["learn"]
+    assert (
+        f"memory: about {memory['peak'] / 2**30:.2f} GiB in {memory['peak_phase']}" in text
+        and memory["fits"] is True
+    )
+    assert (
+        sum(part["bytes"].get("learn", 0) for part in memory["parts"]) == memory["total"]["learn"]
+    )
     assert [phase["name"] for phase in time["phases"]] == list(PHASES)
     assert time["step"] == pytest.approx(sum(phase["seconds"] for phase in time["phases"]))
-    assert [(m["role"], m["parameters"]) for m in told["models"]] == [("student", 596_049_920), ("teacher", 4_022_468_096)]
-    assert told["run"]["dtype"] == "bfloat16" and told["passes"][-1].startswith("student, with gradient")
+    assert [(m["role"], m["parameters"]) for m in told["models"]] == [
+        ("student", 596_049_920),
+        ("teacher", 4_022_468_096),
+    ]
+    assert told["run"]["dtype"] == "bfloat16" and told["passes"][-1].startswith(
+        "student, with gradient"
+    )
 
 
 def test_rates_lengths_and_unknown_devices(capsys: pytest.CaptureFixture[str]) -> None:
@@ -478,9 +588,13 @@ def test_rates_lengths_and_unknown_devices(capsys: pytest.CaptureFixture[str]) -
     slow, fast = told("--device=h100", "--mfu=0.2"), told("--device=h100", "--mfu=0.4")
     assert slow["phases"][2]["seconds"] > 1.5 * fast["phases"][2]["seconds"]
     assert slow["phases"][1]["seconds"] == fast["phases"][1]["seconds"]
-    short, long = told("--device=h100", "--response-length=64"), told("--device=h100", "--response-length=512")
+    short, long = (
+        told("--device=h100", "--response-length=64"),
+        told("--device=h100", "--response-length=512"),
+    )
     assert short["step"] < long["step"]
-    assert told("--device-memory=80GB")["step"] is None  # a device of which only the memory is known
+    # a device of which only the memory is known
+    assert told("--device-memory=80GB")["step"] is None
     for flags in (["--mfu=2"], ["--response-length=0"], ["--device=h1"]):
         assert main([*command, *flags]) == 2
     assert main(["train", "--student=s", "--teacher=t", "--data=d", "--device=h100"]) == 2
@@ -510,6 +624,8 @@ def test_a_reward_that_is_not_installed_here_is_a_note(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("opdkit.run.plan.estimate.load_reward", missing)
     made = plan(qwen_run(reward="math"), H100)
-    assert str(made).endswith("note: the reward cannot be used on this machine: math_verify is not installed")
+    assert str(made).endswith(
+        "note: the reward cannot be used on this machine: math_verify is not installed"
+    )
     with pytest.raises(UserError):
         plan(qwen_run(reward="maths"), H100)

@@ -1,4 +1,6 @@
-"""Attention of one token to its cache is the stock kernel's, for shared heads and masks, and is gone after sampling."""
+"""Attention of one token to its cache is the stock kernel's, for shared heads and masks, and is
+gone after sampling.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,24 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from opdkit.sampling.attention import decode_attention, decoding
 from tests.common.tiny import tiny_model
 
-MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7, [0] * 6 + [1]], dtype=torch.bool)[:, None, None]
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7, [0] * 6 + [1]], dtype=torch.bool)[
+    :, None, None
+]
 
 
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-@pytest.mark.parametrize("mask", [None, MASK, torch.zeros(MASK.shape, dtype=torch.float64).masked_fill(~MASK, -torch.inf)])
+@pytest.mark.parametrize(
+    "mask",
+    [None, MASK, torch.zeros(MASK.shape, dtype=torch.float64).masked_fill(~MASK, -torch.inf)],
+)
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_one_query_gives_what_sdpa_gives(key_heads: int, mask: torch.Tensor | None, scaling: float | None) -> None:
+def test_one_query_gives_what_sdpa_gives(
+    key_heads: int, mask: torch.Tensor | None, scaling: float | None
+) -> None:
     torch.manual_seed(0)
     query = torch.randn(3, 4, 1, 8, dtype=torch.float64)
-    key, value = (torch.randn(3, key_heads, 9, 8, dtype=torch.float64)[:, :, :7] for _ in range(2))  # a buffer with room behind
+    # a buffer with room behind
+    key, value = (torch.randn(3, key_heads, 9, 8, dtype=torch.float64)[:, :, :7] for _ in range(2))
     module = torch.nn.Module()
     module.num_key_value_groups = 4 // key_heads  # type: ignore[assignment]
     expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
@@ -32,7 +42,8 @@ def test_several_queries_go_to_sdpa() -> None:
     query, key, value = (torch.randn(2, 4, 5, 8) for _ in range(3))
     module = torch.nn.Module()
     assert torch.equal(
-        decode_attention(module, query, key, value, None)[0], sdpa_attention_forward(module, query, key, value, None)[0]
+        decode_attention(module, query, key, value, None)[0],
+        sdpa_attention_forward(module, query, key, value, None)[0],
     )
 
 

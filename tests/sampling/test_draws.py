@@ -14,7 +14,10 @@ from opdkit.types import Sampling, row_keys
 
 
 def some_logits(rows: int = 16, vocab: int = 50, scale: float = 2.0, seed: int = 0) -> Tensor:
-    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    return (
+        torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        * scale
+    )
 
 
 def some_uniforms(n: int, seed: int = 1) -> Tensor:
@@ -52,14 +55,18 @@ def test_recorded_log_probs_are_those_of_the_naive_distribution(sampling: Sampli
     logits = some_logits()
     for seed in range(20):
         token, logp, drawn_logp = choose(logits, sampling, some_uniforms(len(logits), seed))
-        expected = [math.log(naive(row, sampling)[t]) for row, t in zip(logits.tolist(), token.tolist())]
+        expected = [
+            math.log(naive(row, sampling)[t]) for row, t in zip(logits.tolist(), token.tolist())
+        ]
         assert drawn_logp.tolist() == pytest.approx(expected, abs=1e-9)
         assert torch.allclose(logp, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0])
         assert torch.equal(logp, drawn_logp) == sampling.plain
 
 
 @pytest.mark.parametrize("sampling", CUTS, ids=str)
-def test_a_token_is_drawn_where_the_uniform_falls_in_the_cumulative_distribution(sampling: Sampling) -> None:
+def test_a_token_is_drawn_where_the_uniform_falls_in_the_cumulative_distribution(
+    sampling: Sampling,
+) -> None:
     row = some_logits(1)[0]
     uniforms = torch.linspace(0, 1 - 2**-53, 2001, dtype=torch.float64)
     token, _, _ = choose(row.expand(len(uniforms), -1), sampling, uniforms)
@@ -75,8 +82,13 @@ def test_large_vocabularies_are_walked_block_by_block_to_the_same_token() -> Non
     uniform = some_uniforms(200)
     token, _, _ = choose(logits, Sampling(), uniform)
     sums = logits.double().softmax(-1).cumsum(-1)
-    below = sums.gather(-1, token[:, None])[:, 0] - logits.double().softmax(-1).gather(-1, token[:, None])[:, 0]
-    assert (below - 1e-6 <= uniform).all() and (uniform <= sums.gather(-1, token[:, None])[:, 0] + 1e-6).all()
+    below = (
+        sums.gather(-1, token[:, None])[:, 0]
+        - logits.double().softmax(-1).gather(-1, token[:, None])[:, 0]
+    )
+    assert (below - 1e-6 <= uniform).all() and (
+        uniform <= sums.gather(-1, token[:, None])[:, 0] + 1e-6
+    ).all()
     assert token.max() > 3 * BLOCK  # the incomplete last block is reached
 
 
@@ -100,7 +112,8 @@ def test_rounding_at_the_end_of_the_distribution_draws_no_dropped_token() -> Non
 
 def test_top_p_looks_further_where_the_distribution_is_flat() -> None:
     logits = some_logits(3, 4 * NUCLEUS, scale=0.1)
-    logits[0, 7] = 20.0  # one row's nucleus is a single token, the others' are most of the vocabulary
+    # one row's nucleus is a single token, the others' are most of the vocabulary
+    logits[0, 7] = 20.0
     _, _, drawn_logp = choose(logits, Sampling(top_p=0.9), some_uniforms(3))
     probs = logits.softmax(-1).sort(-1, descending=True).values
     mass = (probs * (probs.cumsum(-1) - probs < 0.9)).sum(-1)
@@ -125,10 +138,14 @@ def test_greedy_takes_the_most_probable_token_with_certainty() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(temperature=0.5, top_p=0.9, min_p=0.1), Sampling(temperature=0)], ids=str
+    "sampling",
+    [Sampling(), Sampling(temperature=0.5, top_p=0.9, min_p=0.1), Sampling(temperature=0)],
+    ids=str,
 )
 @pytest.mark.parametrize("vocab", [50, 5000])
-def test_broken_logits_show_in_the_log_prob_of_their_row_only(value: float, sampling: Sampling, vocab: int) -> None:
+def test_broken_logits_show_in_the_log_prob_of_their_row_only(
+    value: float, sampling: Sampling, vocab: int
+) -> None:
     logits = some_logits(3, vocab).float()
     logits[1, 4] = value
     token, logp, _ = choose(logits, sampling, some_uniforms(3))
@@ -141,7 +158,11 @@ def test_keyed_uniforms_depend_on_key_seed_and_position_only() -> None:
     uniform = row_uniform(keys, 3, position)
     order = torch.tensor([5, 2, 7])
     assert torch.equal(row_uniform(keys[order], 3, position[order]), uniform[order])
-    for other in (row_uniform(keys, 4, position), row_uniform(keys, 3, position + 1), row_uniform(keys.flip(0), 3, position)):
+    for other in (
+        row_uniform(keys, 4, position),
+        row_uniform(keys, 3, position + 1),
+        row_uniform(keys.flip(0), 3, position),
+    ):
         assert (other != uniform).all()
 
 

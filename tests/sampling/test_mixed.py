@@ -1,4 +1,6 @@
-"""Teacher-mixed sampling: tokens from a mixture of two models, with the student's own log-probs recorded."""
+"""Teacher-mixed sampling: tokens from a mixture of two models, with the student's own log-probs
+recorded.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ PROMPTS = [Prompt("a", [5, 6, 7]), Prompt("b", [9, 10, 11, 12, 13])]
 
 def rollouts(share: float, **sampling):
     sampler = HFSampler(STUDENT, TOKENIZER, guide=Guide(TEACHER, head_of(TEACHER), share))
-    return sampler.sample(PROMPTS, Sampling(max_completion_length=6, num_generations=2, **sampling), seed=3)
+    return sampler.sample(
+        PROMPTS, Sampling(max_completion_length=6, num_generations=2, **sampling), seed=3
+    )
 
 
 def logps(model, rollout):

@@ -1,4 +1,6 @@
-"""The sampler's side of the talk with `vllm serve`: the server is played by a copy of the student that takes weights as vLLM's workers do."""
+"""The sampler's side of the talk with `vllm serve`: the server is played by a copy of the student
+that takes weights as vLLM's workers do.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from tests.common.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [
-    Prompt(f"p{i}", TOKENIZER(text)["input_ids"], {}, [30] * i) for i, text in enumerate(["So", "What is 12 plus 30?", "user"])
+    Prompt(f"p{i}", TOKENIZER(text)["input_ids"], {}, [30] * i)
+    for i, text in enumerate(["So", "What is 12 plus 30?", "user"])
 ]
 GREEDY = Sampling(temperature=0, max_completion_length=8)
 
@@ -58,13 +61,18 @@ class Vllm(FakeServer):
         self.check(body["prompt"], body["model"])
         tokens: list[int] = []
         logps: list[float] = []
-        while len(tokens) < body["max_tokens"] and not (tokens and tokens[-1] in body.get("stop_token_ids", ())):
+        while len(tokens) < body["max_tokens"] and not (
+            tokens and tokens[-1] in body.get("stop_token_ids", ())
+        ):
             row = self.logps([*body["prompt"], *tokens, 0])[-1]
             tokens.append(int(row.argmax()))
             logps.append(float(row.max()))
         ended = "stop" if tokens[-1] in body.get("stop_token_ids", ()) else "length"
         choice = {"index": 0, "finish_reason": ended, "logprobs": {"token_logprobs": logps}}
-        return {"model": self.name, "choices": [choice | ({"token_ids": tokens} if self.ids else {"text": "x"})]}
+        return {
+            "model": self.name,
+            "choices": [choice | ({"token_ids": tokens} if self.ids else {"text": "x"})],
+        }
 
 
 @pytest.fixture
@@ -80,12 +88,19 @@ def servers() -> Iterator[list[Vllm]]:
 
 
 def connect(student: Any, servers: list[Vllm], **settings: Any) -> ServerSampler:
-    return ServerSampler(student, TOKENIZER, ServerSettings(tuple(s.url for s in servers), retries=0, **settings))
+    return ServerSampler(
+        student, TOKENIZER, ServerSettings(tuple(s.url for s in servers), retries=0, **settings)
+    )
 
 
-def test_every_server_has_the_weights_before_the_first_rollout(student: Any, servers: list[Vllm]) -> None:
+def test_every_server_has_the_weights_before_the_first_rollout(
+    student: Any, servers: list[Vllm]
+) -> None:
     sampler = connect(student, servers)
-    rollouts, theirs = sampler.sample(PROMPTS, GREEDY), HFSampler(student, TOKENIZER).sample(PROMPTS, GREEDY)
+    rollouts, theirs = (
+        sampler.sample(PROMPTS, GREEDY),
+        HFSampler(student, TOKENIZER).sample(PROMPTS, GREEDY),
+    )
     assert [(r.id, r.tokens, r.text, r.finish, r.marks) for r in rollouts] == [
         (r.id, r.tokens, r.text, r.finish, r.marks) for r in theirs
     ]
@@ -103,12 +118,19 @@ def test_after_a_step_they_have_the_new_ones(student: Any, servers: list[Vllm]) 
         student.model.layers[0].mlp.up_proj.weight.add_(0.1)
     sampler.sync(student, 1)
     for server in servers:
-        assert torch.equal(server.model.model.layers[0].mlp.up_proj.weight, student.model.layers[0].mlp.up_proj.weight)
+        assert torch.equal(
+            server.model.model.layers[0].mlp.up_proj.weight,
+            student.model.layers[0].mlp.up_proj.weight,
+        )
 
 
-def test_requests_hold_token_ids_and_leave_nothing_to_the_checkpoint(student: Any, servers: list[Vllm]) -> None:
+def test_requests_hold_token_ids_and_leave_nothing_to_the_checkpoint(
+    student: Any, servers: list[Vllm]
+) -> None:
     connect(student, servers[:1]).sample(PROMPTS, GREEDY)
-    asked = sorted((r for r in servers[0].requests if "return_token_ids" in r), key=lambda r: len(r["prompt"]))
+    asked = sorted(
+        (r for r in servers[0].requests if "return_token_ids" in r), key=lambda r: len(r["prompt"])
+    )
     assert [r["prompt"] for r in asked] == sorted((p.tokens + p.prefix for p in PROMPTS), key=len)
     neutral = {
         "repetition_penalty": 1.0,
@@ -138,7 +160,9 @@ def test_one_that_returns_texts_is_refused(student: Any, servers: list[Vllm]) ->
         connect(student, servers[:1]).sample(PROMPTS, GREEDY)
 
 
-def test_log_probs_of_the_plain_softmax_do_not_do_where_the_draw_is_cut(student: Any, servers: list[Vllm]) -> None:
+def test_log_probs_of_the_plain_softmax_do_not_do_where_the_draw_is_cut(
+    student: Any, servers: list[Vllm]
+) -> None:
     sampler = connect(student, servers)
     sampler.sample(PROMPTS, Sampling(max_completion_length=4))
     with pytest.raises(UserError, match="--logprobs-mode processed_logprobs"):
@@ -153,7 +177,9 @@ def test_a_padded_head_is_cut_first(servers: list[Vllm]) -> None:
     ] * 2
 
 
-def test_adapters_are_loaded_under_a_new_name_each_time(student: Any, servers: list[Vllm], tmp_path: Path) -> None:
+def test_adapters_are_loaded_under_a_new_name_each_time(
+    student: Any, servers: list[Vllm], tmp_path: Path
+) -> None:
     from opdkit.train.settings import Lora
     from opdkit.train.student import with_adapters
 
@@ -165,8 +191,12 @@ def test_adapters_are_loaded_under_a_new_name_each_time(student: Any, servers: l
         sampler.sync(model, version)
     names = [f"student-{sampler.run}-{version}" for version in range(2)]
     loaded = [body for path, body in server.calls if path == "/v1/load_lora_adapter"]
-    assert [b["lora_name"] for b in loaded] == names and all(b["lora_path"].startswith(str(tmp_path)) for b in loaded)
-    assert [body for path, body in server.calls if path == "/v1/unload_lora_adapter"] == [{"lora_name": names[0]}]
+    assert [b["lora_name"] for b in loaded] == names and all(
+        b["lora_path"].startswith(str(tmp_path)) for b in loaded
+    )
+    assert [body for path, body in server.calls if path == "/v1/unload_lora_adapter"] == [
+        {"lora_name": names[0]}
+    ]
     assert sampler.name == names[1] and list(tmp_path.iterdir()) == []
 
 
@@ -194,12 +224,21 @@ def test_files_reach_another_machine_through_a_shared_folder_only(
 ) -> None:
     monkeypatch.setattr("opdkit.sampling.server._served", lambda endpoint, model: ("student", 4096))
     with pytest.raises(UserError, match=r"gpu7 is another machine.*shared_folder"):
-        ServerSampler(student, TOKENIZER, ServerSettings(("http://127.0.0.1:1", "http://gpu7:8000")))
-    made = ServerSampler(student, TOKENIZER, ServerSettings(("http://gpu7:8000",), shared_folder=str(tmp_path / "new")))
+        ServerSampler(
+            student, TOKENIZER, ServerSettings(("http://127.0.0.1:1", "http://gpu7:8000"))
+        )
+    made = ServerSampler(
+        student,
+        TOKENIZER,
+        ServerSettings(("http://gpu7:8000",), shared_folder=str(tmp_path / "new")),
+    )
     assert made.folder == tmp_path / "new" and made.folder.is_dir()
 
 
-@pytest.mark.parametrize("wrong", [{"urls": ()}, {"concurrency": 0}, {"timeout": 0}, {"retries": -1}, {"dtype": "float64"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"urls": ()}, {"concurrency": 0}, {"timeout": 0}, {"retries": -1}, {"dtype": "float64"}],
+)
 def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).removesuffix("s")):
         ServerSettings(**({"urls": ("http://127.0.0.1:1",)} | wrong))

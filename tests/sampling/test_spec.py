@@ -15,9 +15,13 @@ RUN = {"student": "s", "teacher": "t", "data": "d"}
 
 def test_text_or_a_group_names_a_sampler() -> None:
     assert sampler_of("hf") == HfSettings() and sampler_of("vllm") == VllmSettings()
-    assert sampler_of("server:http://a:1,http://b:2") == ServerSettings(("http://a:1", "http://b:2"))
+    assert sampler_of("server:http://a:1,http://b:2") == ServerSettings(
+        ("http://a:1", "http://b:2")
+    )
     assert sampler_of("http://a:1") == ServerSettings(("http://a:1",))
-    assert sampler_of({"kind": "vllm", "gpu_memory_utilization": 0.5}) == VllmSettings(gpu_memory_utilization=0.5)
+    assert sampler_of({"kind": "vllm", "gpu_memory_utilization": 0.5}) == VllmSettings(
+        gpu_memory_utilization=0.5
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Comparisons: standings by hand, equal budgets and prompts, interruptions that change nothing, one page and one Parquet file."""
+"""Comparisons: standings by hand, equal budgets and prompts, interruptions that change nothing, one
+page and one Parquet file.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,20 @@ from opdkit.recipes import arithmetic
 from opdkit.run.settings import MethodSpec, Run, make_run
 from opdkit.study.compare import Comparison, _Screen, compare, contender
 from opdkit.study.page import per_seed, render, write_page
-from opdkit.study.standings import PLAN, accuracy_curve, metric_curve, read_comparison, standings, write_parquet
+from opdkit.study.standings import (
+    PLAN,
+    accuracy_curve,
+    metric_curve,
+    read_comparison,
+    standings,
+    write_parquet,
+)
 from opdkit.train.checkpoint import State
 from opdkit.train.job import Job
 from opdkit.train.record import TIMINGS, Recorder
 from tests.common.tiny import save_tiny
 
-# ------------------------------------------------------------------------------------------------ fabricated comparisons
+# --------------------------------------------------------------------------- fabricated comparisons
 
 PROBLEMS = "abcd"
 SCORES = {  # method -> seed -> right or wrong on problems a, b, c, d
@@ -56,26 +65,50 @@ def evaluation(scores: tuple[float, ...], step: int, name: str = "student") -> d
 
 
 def fabricate(folder: Path, labels: dict[str, str] | None = None) -> Path:
-    """20 steps of 10 tokens ("other", seed 1: 30 tokens); KL 1/step, plus 1 with seed 1; half right before the first step."""
+    """20 steps of 10 tokens ("other", seed 1: 30 tokens); KL 1/step, plus 1 with seed 1; half right
+    before the first step.
+    """
     methods = []
     for method, seeds in SCORES.items():
         label = (labels or {}).get(method, method)
-        methods.append({"label": label, "folder": method, "summary": f"of {label}", "formula": "A * B", "failed": {}})
+        methods.append(
+            {
+                "label": label,
+                "folder": method,
+                "summary": f"of {label}",
+                "formula": "A * B",
+                "failed": {},
+            }
+        )
         for seed, scores in seeds.items():
             run = folder / "runs" / method / f"seed-{seed}"
             (run / "model").mkdir(parents=True)
             (run / "run.yaml").write_text("steps: 20\n")
             tokens = 30 if (method, seed) == ("other", 1) else 10
             lines = [
-                {"step": s, "teacher_kl/sampled": 1 / s + seed, "seconds/step": 1.0, "tokens/sampled_so_far": tokens * s}
+                {
+                    "step": s,
+                    "teacher_kl/sampled": 1 / s + seed,
+                    "seconds/step": 1.0,
+                    "tokens/sampled_so_far": tokens * s,
+                }
                 for s in range(1, 21)
             ]
             evals = [evaluation((1, 0, 1, 0), 0), evaluation(scores, 20)]
             if (method, seed) == ("first", 0):
                 evals.insert(0, evaluation((1, 1, 1, 0.6), 0, "teacher"))
             for name, found in (("metrics", lines), ("evals", evals)):
-                (run / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
-    plan = {"recipe": "none", "budget": "200", "leader": "first", "seeds": [0, 1], "methods": methods, "run": {"steps": 20}}
+                (run / f"{name}.jsonl").write_text(
+                    "".join(json.dumps(line) + "\n" for line in found)
+                )
+    plan = {
+        "recipe": "none",
+        "budget": "200",
+        "leader": "first",
+        "seeds": [0, 1],
+        "methods": methods,
+        "run": {"steps": 20},
+    }
     (folder / PLAN).write_text(to_yaml(plan))
     return folder
 
@@ -88,7 +121,8 @@ def test_standings_are_the_hand_worked_numbers(tmp_path: Path) -> None:
     assert other.difference == paired_difference([1, 0, 0.5, 0.5], [1, 1, 0.5, 1])
     assert other.difference is not None and other.difference.value == 0.375
     assert other.by_seed == {0: 0.25, 1: 0.5}
-    assert first.kl == pytest.approx((1 / 19 + 1 / 20) / 2 + 0.5)  # the last tenth of 20 steps; seed 1 lies 1 higher
+    # the last tenth of 20 steps; seed 1 lies 1 higher
+    assert first.kl == pytest.approx((1 / 19 + 1 / 20) / 2 + 0.5)
     assert (first.tokens, other.tokens) == (200, 400)
     assert first.seconds == 20 * 1.0 + 2 * 2.0  # the teacher's evaluation is nobody's
     assert first.reward is None
@@ -116,14 +150,20 @@ def test_curves_are_means_and_ranges_over_seeds_by_tokens(tmp_path: Path) -> Non
 def test_parquet_holds_every_number(tmp_path: Path) -> None:
     rows = pq.read_table(write_parquet(read_comparison(fabricate(tmp_path)))).to_pylist()
     assert len(rows) == 4 * (20 + 2) + 1
-    step = next(r for r in rows if (r["method"], r["seed"], r["kind"], r["step"]) == ("other", 1, "step", 3))
+    step = next(
+        r for r in rows if (r["method"], r["seed"], r["kind"], r["step"]) == ("other", 1, "step", 3)
+    )
     assert (step["tokens"], step["teacher_kl/sampled"], step["eval/avg"]) == (90, 1 / 3 + 1, None)
     last = {
         (r["method"], r["seed"]): dict(r["eval/per_problem"])
         for r in rows
         if r["kind"] == "evaluation" and r["step"] == 20 and r["eval/model"] == "student"
     }
-    assert last == {(m, s): dict(zip(PROBLEMS, scores)) for m, seeds in SCORES.items() for s, scores in seeds.items()}
+    assert last == {
+        (m, s): dict(zip(PROBLEMS, scores))
+        for m, seeds in SCORES.items()
+        for s, scores in seeds.items()
+    }
     assert [r["eval/avg"] for r in rows if r["eval/model"] == "teacher"] == [0.9]
 
 
@@ -133,11 +173,22 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7
 def test_the_page_escapes_and_asks_no_server(tmp_path: Path) -> None:
     folder = fabricate(tmp_path, {"other": HOSTILE})
     html = write_page(read_comparison(folder)).read_text()
-    assert html.count("<script>") == html.count("</script>") - html.count('<script type="application/json">') == 2
+    assert (
+        html.count("<script>")
+        == html.count("</script>") - html.count('<script type="application/json">')
+        == 2
+    )
     assert "<img" not in html and "49" not in re.findall(r"alert\(2\).{0,12}", html)[0]
     assert not re.search(r"https?:|//[a-z]|@import|url\(|\bsrc=[^x]", html)
     assert "default-src 'none'" in html
-    for shown in ("4 of 4 runs finished", "87.5%", "+37.5", "+25.0, +50.0", "teacher", "KL to the teacher"):
+    for shown in (
+        "4 of 4 runs finished",
+        "87.5%",
+        "+37.5",
+        "+25.0, +50.0",
+        "teacher",
+        "KL to the teacher",
+    ):
         assert shown in html
 
 
@@ -153,7 +204,7 @@ def test_many_seeds_are_told_by_their_range(tmp_path: Path) -> None:
     assert per_seed(replace(other, by_seed={i: i / 100 for i in range(9)})) == "+0.0 to +8.0"
 
 
-# -------------------------------------------------------------------------------------------------------------- methods
+# ------------------------------------------------------------------------------------------ methods
 
 
 @pytest.mark.parametrize(
@@ -174,10 +225,16 @@ def test_spellings_of_a_method(text: str, label: str) -> None:
 
 def test_folders_stand_for_method_arguments_and_code(tmp_path: Path) -> None:
     assert contender("opd").folder == "opd"
-    assert contender("tropd:k=32").folder == contender("tropd(k=32)").folder != contender("tropd:k=16").folder
+    assert (
+        contender("tropd:k=32").folder
+        == contender("tropd(k=32)").folder
+        != contender("tropd:k=16").folder
+    )
     file = tmp_path / "mine.py"
     code = "from opdkit.objective import LogRatio, PolicyGradient\n"
-    code += 'def mine(c: float = 1.0):\n    return PolicyGradient(LogRatio("teacher", "student")) * c\n'
+    code += (
+        'def mine(c: float = 1.0):\n    return PolicyGradient(LogRatio("teacher", "student")) * c\n'
+    )
     file.write_text(code)
     before = contender(f"{file}:mine:c=2.0")
     assert before.label == f"{file}:mine(c=2.0)"
@@ -186,14 +243,19 @@ def test_folders_stand_for_method_arguments_and_code(tmp_path: Path) -> None:
     assert contender(f"{file}:mine:c=2.0").folder != before.folder
 
 
-# ----------------------------------------------------------------------------------------------------------- small runs
+# --------------------------------------------------------------------------------------- small runs
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("shop")
-    (folder / "reward.py").write_text("def even(rollout):\n    return float(sum(rollout.tokens) % 2 == 0)\n")
-    rows = [{"prompt": f"What is {i} plus 30?", "response": f"{i + 30}", "answer": str(i + 30)} for i in range(9)]
+    (folder / "reward.py").write_text(
+        "def even(rollout):\n    return float(sum(rollout.tokens) % 2 == 0)\n"
+    )
+    rows = [
+        {"prompt": f"What is {i} plus 30?", "response": f"{i + 30}", "answer": str(i + 30)}
+        for i in range(9)
+    ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return make_run(
         {
@@ -222,7 +284,12 @@ def made(base: Run, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 
 
 def test_one_page_and_one_parquet_file(made: Comparison) -> None:
-    assert {p.name for p in made.folder.iterdir()} == {"comparison.html", "comparison.parquet", "comparison.yaml", "runs"}
+    assert {p.name for p in made.folder.iterdir()} == {
+        "comparison.html",
+        "comparison.parquet",
+        "comparison.yaml",
+        "runs",
+    }
     assert (made.page.name, made.parquet.name) == ("comparison.html", "comparison.parquet")
     assert "4 of 4 runs finished" in made.page.read_text()
     assert not list(made.folder.rglob("checkpoint-*"))
@@ -235,7 +302,8 @@ def test_budgets_are_equal_in_student_tokens(made: Comparison, base: Run) -> Non
         budget = [line["tokens/sampled_so_far"] for line in read_lines(one / "metrics.jsonl")]
         spent = [line["tokens/sampled_so_far"] for line in read_lines(other / "metrics.jsonl")]
         assert len(budget) == base.steps
-        assert len(spent) > base.steps  # without guided rollouts on top of the plain ones, the same tokens are more steps
+        # without guided rollouts on top of the plain ones, the same tokens are more steps
+        assert len(spent) > base.steps
         assert spent[-2] < budget[-1] <= spent[-1]
     parquet = pq.read_table(made.parquet).to_pylist()
     assert {r["method"] for r in parquet} == {"opd", "tropd(k=8)"}
@@ -247,12 +315,20 @@ def test_the_prefix_that_a_guided_rollout_is_given_is_no_student_token(made: Com
     rollouts = read_lines(run / "samples" / "step_000001.jsonl")
     plain = sum(len(r["pieces"]) for r in rollouts if ":guided" not in r["id"])
     assert any(":guided" in r["id"] for r in rollouts)
-    assert first["tokens/sampled_so_far"] == plain  # at the first step the whole guided response is given, or cut at the limit
+    # at the first step the whole guided response is given, or cut at the limit
+    assert first["tokens/sampled_so_far"] == plain
 
 
 def test_prompts_are_the_same_for_all_methods_of_a_seed(made: Comparison) -> None:
     def asked(method: str, seed: int, step: int) -> set[str]:
-        path = made.folder / "runs" / contender(method).folder / f"seed-{seed}" / "samples" / f"step_{step:06d}.jsonl"
+        path = (
+            made.folder
+            / "runs"
+            / contender(method).folder
+            / f"seed-{seed}"
+            / "samples"
+            / f"step_{step:06d}.jsonl"
+        )
         return {r["prompt"] for r in read_lines(path)}
 
     for step in (1, 2, 3):
@@ -263,13 +339,18 @@ def test_prompts_are_the_same_for_all_methods_of_a_seed(made: Comparison) -> Non
 
 def test_the_teacher_is_evaluated_once(made: Comparison) -> None:
     rows = pq.read_table(made.parquet).to_pylist()
-    assert [(r["method"], r["seed"]) for r in rows if r["eval/model"] == "teacher"] == [("tropd(k=8)", 0)]
+    assert [(r["method"], r["seed"]) for r in rows if r["eval/model"] == "teacher"] == [
+        ("tropd(k=8)", 0)
+    ]
 
 
 def numbers(comparison: Comparison) -> list[dict[str, Any]]:
     """The Parquet rows without what a clock says."""
     rows = pq.read_table(comparison.parquet).to_pylist()
-    return [{k: v for k, v in row.items() if not k.startswith(TIMINGS) and k != "eval/seconds"} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(TIMINGS) and k != "eval/seconds"}
+        for row in rows
+    ]
 
 
 @pytest.mark.parametrize("steps", [3, 8])  # in the first run, in the second
@@ -293,17 +374,24 @@ def test_an_interrupted_comparison_continues_to_the_same_numbers(
     assert bool(before) == (steps > 3)
     again = compare(METHODS, base, seeds=2, out=tmp_path / "out")
     assert numbers(again) == numbers(made)
-    assert again.standings == [replace(new, seconds=old.seconds) for new, old in zip(made.standings, again.standings)]
-    assert all(path.stat().st_mtime_ns == when for path, when in before.items())  # what was finished is not run again
+    assert again.standings == [
+        replace(new, seconds=old.seconds) for new, old in zip(made.standings, again.standings)
+    ]
+    # what was finished is not run again
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
-def test_methods_and_seeds_can_be_added_and_settings_cannot_change(base: Run, tmp_path: Path) -> None:
+def test_methods_and_seeds_can_be_added_and_settings_cannot_change(
+    base: Run, tmp_path: Path
+) -> None:
     quick = replace(base, steps=2)
     compare(("opd", "iw_opd"), quick, seeds=1, out=tmp_path)
     model = tmp_path / "runs" / "opd" / "seed-0" / "model" / "model.safetensors"
     made_at = model.stat().st_mtime_ns
     more = compare(("gkd", "opd"), quick, seeds=2, out=tmp_path)
-    assert [s.label for s in more.standings] == ["gkd", "opd"] and more.standings[1].difference is not None
+    assert [s.label for s in more.standings] == ["gkd", "opd"] and more.standings[
+        1
+    ].difference is not None
     assert model.stat().st_mtime_ns == made_at
     with pytest.raises(UserError, match=r"other settings \(steps was 2 and is 3\)"):
         compare(("opd", "iw_opd"), quick, seeds=1, out=tmp_path, steps=3)
@@ -315,7 +403,12 @@ def test_a_method_that_fails_does_not_stop_the_others(base: Run, tmp_path: Path)
     rows = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(4)]  # no responses to read
     data = tmp_path / "bare.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = compare(("opd", "gkd:lmbda=0.0", "iw_opd"), replace(base, steps=1, data=str(data)), seeds=1, out=tmp_path / "out")
+    out = compare(
+        ("opd", "gkd:lmbda=0.0", "iw_opd"),
+        replace(base, steps=1, data=str(data)),
+        seeds=1,
+        out=tmp_path / "out",
+    )
     assert [s.label for s in out.standings] == ["opd", "iw_opd"]
     assert "no reference response" in out.failed["gkd(lmbda=0.0)", 0]
     assert "no reference response" in out.page.read_text()
@@ -328,7 +421,8 @@ def test_a_method_whose_student_writes_nothing_sets_no_budget(base: Run, tmp_pat
 
 def test_a_budget_in_tokens_holds_for_all(base: Run, tmp_path: Path) -> None:
     out = compare(("opd", "iw_opd"), base, seeds=1, out=tmp_path, max_tokens=50)
-    assert all(50 <= s.tokens < 50 + 24 for s in out.standings)  # a step is at most 2 prompts x 2 responses x 6 tokens
+    # a step is at most 2 prompts x 2 responses x 6 tokens
+    assert all(50 <= s.tokens < 50 + 24 for s in out.standings)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +473,17 @@ def test_a_runs_folder_is_left_alone(base: Run, tmp_path: Path) -> None:
 def test_the_command(base: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text(base.yaml())
     out = tmp_path / "out"
-    command = ["compare", "opd", "iw_opd:gamma=1.0", "--recipe", str(tmp_path / "run.yaml"), "--seeds", "1", "--out", str(out)]
+    command = [
+        "compare",
+        "opd",
+        "iw_opd:gamma=1.0",
+        "--recipe",
+        str(tmp_path / "run.yaml"),
+        "--seeds",
+        "1",
+        "--out",
+        str(out),
+    ]
     assert main([*command, "steps=1", "evaluate.teacher=false"]) == 0
     printed = capsys.readouterr()
     assert re.search(r"^iw_opd\(gamma=1\.0\) +\d+\.\d% ", printed.out, re.M)
@@ -389,7 +493,9 @@ def test_the_command(base: Run, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([*command, "steps=2"]) == 2
 
 
-def test_the_quickstart_recipe_makes_its_models_and_problems_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quickstart_recipe_makes_its_models_and_problems_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained = []
 
     def untrained(size: str, tokenizer: Any, seed: int, progress: Any) -> Any:
@@ -402,7 +508,10 @@ def test_the_quickstart_recipe_makes_its_models_and_problems_once(tmp_path: Path
     assert trained == [("teacher", 0), ("student", 0)]
     run = make_run(recipes.recipe("quickstart", tmp_path))
     assert run.evaluate is not None and isinstance(run.teacher, str)
-    asked, held_out = ({row["prompt"] for row in read_lines(Path(str(data)))} for data in (run.data, run.evaluate.data))
+    asked, held_out = (
+        {row["prompt"] for row in read_lines(Path(str(data)))}
+        for data in (run.data, run.evaluate.data)
+    )
     assert len(held_out) == 256 and not asked & held_out
     assert all((Path(model) / "model.safetensors").exists() for model in (run.student, run.teacher))
 
@@ -412,7 +521,7 @@ def test_the_package_offers_functions_whose_modules_have_the_same_name() -> None
         assert callable(opdkit.compare) and callable(opdkit.explain) and callable(opdkit.methods)
 
 
-# ---------------------------------------------------------------------------------------- ends of runs, and time left
+# ---------------------------------------------------------------------- ends of runs, and time left
 
 
 def test_schedules_are_laid_out_for_the_steps_that_a_token_budget_allows() -> None:
@@ -422,12 +531,18 @@ def test_schedules_are_laid_out_for_the_steps_that_a_token_budget_allows() -> No
     assert job.expected_steps(State(step=10, tokens=250)) == 40  # 25 tokens a step
     assert job.expected_steps(State(step=10, tokens=10)) == 80  # at most
     assert job.expected_steps(State(step=39, tokens=999)) == 40  # there is one more
-    assert [job.ended(State(step=s, tokens=t)) for s, t in ((79, 999), (80, 0), (1, 1000))] == [False, True, True]
+    assert [job.ended(State(step=s, tokens=t)) for s, t in ((79, 999), (80, 0), (1, 1000))] == [
+        False,
+        True,
+        True,
+    ]
     job.max_tokens = None
     assert job.expected_steps(State(step=10, tokens=250)) == 80
 
 
-def test_time_left_is_told_from_the_runs_of_this_session(base: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_left_is_told_from_the_runs_of_this_session(
+    base: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     now = 0.0
     screen = _Screen(total=4, done=1, clock=lambda: now)
     screen.begin("opd", replace(base, steps=10))

@@ -1,4 +1,6 @@
-"""A cached teacher answers as the model that was stored, for the rollouts that were stored, and says what it cannot."""
+"""A cached teacher answers as the model that was stored, for the rollouts that were stored, and
+says what it cannot.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,13 @@ def rollouts(folder: Path) -> list[Rollout]:
     return [r for made, _ in stored(0)[::2] for r in cache.rollouts(prompt(made))]
 
 
-def test_numbers_stand_at_the_positions_that_ask_for_them(folder: Path, rollouts: list[Rollout]) -> None:
+def test_numbers_stand_at_the_positions_that_ask_for_them(
+    folder: Path, rollouts: list[Rollout]
+) -> None:
     chosen = [rollouts[i] for i in (7, 0, 4)]
     layout = Layout(chosen, max(len(r.tokens) for r in chosen))
-    positions = torch.tensor([2 * layout.width, 0, len(chosen[0].tokens) - 1, 2 * layout.width + 1])  # in any order
+    # in any order
+    positions = torch.tensor([2 * layout.width, 0, len(chosen[0].tokens) - 1, 2 * layout.width + 1])
     told = CachedTeacher(open_cache(folder)).facts([LOGP, TOP, AT], layout, positions, {})
     scores = [{r.id: s for r, s in stored(0)}[r.id] for r in chosen]
     where = [(2, 0), (0, 0), (0, len(chosen[0].tokens) - 1), (2, 1)]
@@ -51,7 +56,9 @@ def test_numbers_stand_at_the_positions_that_ask_for_them(folder: Path, rollouts
     assert nowhere[LOGP].shape == (0,)
 
 
-def test_it_takes_its_place_among_a_steps_facts_whatever_the_order_of_rollouts(folder: Path, rollouts: list[Rollout]) -> None:
+def test_it_takes_its_place_among_a_steps_facts_whatever_the_order_of_rollouts(
+    folder: Path, rollouts: list[Rollout]
+) -> None:
     scorers = {"teacher": CachedTeacher(open_cache(folder))}
     needs = Needs(frozenset({LOGP, TOP, AT}))
     batch = gather(rollouts, needs, scorers)
@@ -64,10 +71,16 @@ def test_it_takes_its_place_among_a_steps_facts_whatever_the_order_of_rollouts(f
     assert (batch.read(LOGP)[~batch.mask] == 0).all()
 
 
-def test_stored_log_probs_of_the_writer_never_stand_for_the_students(folder: Path, rollouts: list[Rollout]) -> None:
+def test_stored_log_probs_of_the_writer_never_stand_for_the_students(
+    folder: Path, rollouts: list[Rollout]
+) -> None:
     """They are rounded, and the student has moved: its own are asked for even at the first step."""
     with pytest.raises(KeyError, match="student"):
-        gather(rollouts, Needs(frozenset({LOGP, LogpFact("student")})), {"teacher": CachedTeacher(open_cache(folder))})
+        gather(
+            rollouts,
+            Needs(frozenset({LOGP, LogpFact("student")})),
+            {"teacher": CachedTeacher(open_cache(folder))},
+        )
     batch = gather(rollouts, Needs(frozenset({LogpFact("sampler")})), {})
     assert batch.read(LogpFact("sampler"))[0, 0] == rollouts[0].logp[0]
 
@@ -77,7 +90,8 @@ def test_stored_log_probs_of_the_writer_never_stand_for_the_students(folder: Pat
     [
         (
             "opd",
-            r"method 'opd' trains on responses written at each step .*use lightning_opd, .*rollouts=cache, or use a live teacher",
+            r"method 'opd' trains on responses written at each step .*use lightning_opd, "
+            r".*rollouts=cache, or use a live teacher",
         ),
         (
             "lightning_opd + opd(support='teacher', k=5)",
@@ -90,12 +104,16 @@ def test_stored_log_probs_of_the_writer_never_stand_for_the_students(folder: Pat
         ("lightning_opd + gkd", r"which a cached teacher cannot say.*teacher in this process"),
     ],
 )
-def test_what_it_cannot_say_is_refused_with_a_way_out(folder: Path, method: str, words: str) -> None:
+def test_what_it_cannot_say_is_refused_with_a_way_out(
+    folder: Path, method: str, words: str
+) -> None:
     with pytest.raises(UserError, match=words):
         open_teacher(Cached(str(folder)), load(method), tiny_tokenizer())
 
 
-def test_another_tokenizer_and_other_facts_are_refused(folder: Path, rollouts: list[Rollout]) -> None:
+def test_another_tokenizer_and_other_facts_are_refused(
+    folder: Path, rollouts: list[Rollout]
+) -> None:
     with pytest.raises(UserError, match="tokenizer is not that of"):
         open_teacher(Cached(str(folder)), load("lightning_opd"), tiny_tokenizer(["abc abd"]))
     teacher = open_teacher(Cached(str(folder)), load("lightning_opd"), tiny_tokenizer())

@@ -1,4 +1,6 @@
-"""What a run may say of its teacher, and which facts each kind of teacher is refused for before anything is loaded."""
+"""What a run may say of its teacher, and which facts each kind of teacher is refused for before
+anything is loaded.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,17 @@ from opdkit import UserError, load
 from opdkit.run.settings import make_run
 from opdkit.sampling.spec import HfSettings
 from opdkit.sampling.vllm import VllmSettings
-from opdkit.teachers.kinds import Cached, Local, Mixture, Routes, Server, Vllm, refuse, spec_of, teacher_of
+from opdkit.teachers.kinds import (
+    Cached,
+    Local,
+    Mixture,
+    Routes,
+    Server,
+    Vllm,
+    refuse,
+    spec_of,
+    teacher_of,
+)
 
 
 def test_text_names_a_kind() -> None:
@@ -21,7 +33,9 @@ def test_text_names_a_kind() -> None:
 
 
 def test_a_group_names_a_kind_and_its_settings() -> None:
-    assert spec_of({"kind": "server", "urls": ["http://a:1"], "retries": 2}) == Server(("http://a:1",), retries=2)
+    assert spec_of({"kind": "server", "urls": ["http://a:1"], "retries": 2}) == Server(
+        ("http://a:1",), retries=2
+    )
     assert spec_of({"kind": "mixture", "of": {"a": "x", "b": "y"}}) == Mixture({"a": "x", "b": "y"})
     routes = teacher_of({"math": "x", "code": {"kind": "vllm", "model": "y"}})
     assert routes == Routes({"math": Local("x"), "code": Vllm(model="y")})
@@ -30,11 +44,19 @@ def test_a_group_names_a_kind_and_its_settings() -> None:
 def test_a_setting_of_a_teacher_given_as_text() -> None:
     base = {"student": "s", "teacher": "m", "data": "d"}
     assert make_run(base, ["teacher.quantize=4bit"]).teachers == Local("m", quantize="4bit")
-    assert make_run(base, ["teacher=server:http://a:1", "teacher.retries=2"]).teachers == Server(("http://a:1",), retries=2)
-    assert make_run(base, ["teacher.math=x"]).teachers == Routes({"default": Local("m"), "math": Local("x")})
-    assert make_run(base, ["sampler=vllm", "sampler.enforce_eager=true"]).sampler_spec == VllmSettings(enforce_eager=True)
+    assert make_run(base, ["teacher=server:http://a:1", "teacher.retries=2"]).teachers == Server(
+        ("http://a:1",), retries=2
+    )
+    assert make_run(base, ["teacher.math=x"]).teachers == Routes(
+        {"default": Local("m"), "math": Local("x")}
+    )
+    assert make_run(
+        base, ["sampler=vllm", "sampler.enforce_eager=true"]
+    ).sampler_spec == VllmSettings(enforce_eager=True)
     assert make_run(base, ["sampler.max_batch_tokens=99"]).sampler_spec == HfSettings(99)
-    assert make_run(base, ["sampler.kind=vllm", "sampler.max_num_seqs=9"]).sampler_spec == VllmSettings(max_num_seqs=9)
+    assert make_run(
+        base, ["sampler.kind=vllm", "sampler.max_num_seqs=9"]
+    ).sampler_spec == VllmSettings(max_num_seqs=9)
     assert make_run(base, ["teacher.kind=vllm"]).teachers == Vllm(model="m")
     with pytest.raises(UserError, match="sampler"):
         make_run(base, ["sampler.max_batch_token=99"])
@@ -44,12 +66,21 @@ def test_a_setting_of_a_teacher_given_as_text() -> None:
     ("value", "said"),
     [
         ({"kind": "serve", "urls": ["http://a:1"]}, "did you mean 'server'"),
-        ({"kind": "server", "urls": ["http://a:1"], "retry": 2}, "did you mean 'teacher.retries'|unknown key 'teacher.retry'"),
+        (
+            {"kind": "server", "urls": ["http://a:1"], "retry": 2},
+            "did you mean 'teacher.retries'|unknown key 'teacher.retry'",
+        ),
         ({"kind": "server", "urls": []}, "at least one url"),
         ({"kind": "server"}, "urls is missing"),
         ({"kind": "mixture", "of": {"a": "x"}}, "at least two"),
-        ({"kind": "mixture", "of": {"a": "x", "b": "y"}, "weights": {"a": 1.0}}, "weights name a, the teachers are a, b"),
-        ({"kind": "mixture", "of": {"a": "x", "b": "y"}, "weights": {"a": -1.0, "b": 1.0}}, "must not be negative"),
+        (
+            {"kind": "mixture", "of": {"a": "x", "b": "y"}, "weights": {"a": 1.0}},
+            "weights name a, the teachers are a, b",
+        ),
+        (
+            {"kind": "mixture", "of": {"a": "x", "b": "y"}, "weights": {"a": -1.0, "b": 1.0}},
+            "must not be negative",
+        ),
         ({}, "names no teacher"),
     ],
 )

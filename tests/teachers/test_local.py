@@ -1,4 +1,6 @@
-"""Teachers in this process: routed ones score as each would alone, and no pass disturbs the student."""
+"""Teachers in this process: routed ones score as each would alone, and no pass disturbs the
+student.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,12 @@ def test_routed_teachers_score_their_rows_as_each_alone(models: dict[str, Any]) 
     student = local(models["student"])
 
     def facts(teacher: Any) -> Any:
-        return gather(rows, Needs(frozenset(NEEDS)), {"student": student, "teacher": teacher}, dtype=torch.float64)
+        return gather(
+            rows,
+            Needs(frozenset(NEEDS)),
+            {"student": student, "teacher": teacher},
+            dtype=torch.float64,
+        )
 
     routed = facts(Routed({"a": local(models["a"]), "default": local(models["b"])}))
     alone = {name: facts(local(models[name])) for name in ("a", "b")}
@@ -59,9 +66,14 @@ def test_routed_teachers_score_their_rows_as_each_alone(models: dict[str, Any]) 
     assert not torch.equal(alone["a"]["teacher"].logp, alone["b"]["teacher"].logp)
 
 
-def test_a_routed_source_gives_whole_vocabularies_in_the_order_asked(models: dict[str, Any]) -> None:
+def test_a_routed_source_gives_whole_vocabularies_in_the_order_asked(
+    models: dict[str, Any],
+) -> None:
     """As training on full divergences reads it: any positions, in float64 where the teachers are."""
-    rows = [replace(r, row={"teacher": name}) for r, name in zip(rollouts(lengths=[(3, 4), (2, 4), (4, 4)]), "aba")]
+    rows = [
+        replace(r, row={"teacher": name})
+        for r, name in zip(rollouts(lengths=[(3, 4), (2, 4), (4, 4)]), "aba")
+    ]
     layout, positions = Layout(rows, 4), flat_positions(collate(rows, "cpu", torch.float64).mask)
     source = Routed({"a": local(models["a"]), "b": local(models["b"])}).source(layout, positions)
     asked = torch.tensor([9, 0, 5, 4, 11, 2])
@@ -69,7 +81,9 @@ def test_a_routed_source_gives_whole_vocabularies_in_the_order_asked(models: dic
     assert logps.dtype == torch.float64
     for n, position in enumerate(asked.tolist()):
         b, t = divmod(position, 4)
-        torch.testing.assert_close(logps[n], naive_logps(models["aba"[b]], rows[b])[t], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            logps[n], naive_logps(models["aba"[b]], rows[b])[t], rtol=0, atol=1e-12
+        )
     assert source.logits(asked[:0]).shape == (0, 320)
 
 
@@ -77,7 +91,11 @@ def test_a_teacher_without_rows_in_the_step_is_not_run(models: dict[str, Any]) -
     rows = [replace(r, row={"teacher": "a"}) for r in rollouts()]
     layout, positions = Layout(rows, 8), flat_positions(collate(rows, "cpu", torch.float64).mask)
     idle = local(models["b"])
-    hook = models["b"].get_decoder().register_forward_pre_hook(lambda module, args: pytest.fail("it was run"))
+    hook = (
+        models["b"]
+        .get_decoder()
+        .register_forward_pre_hook(lambda module, args: pytest.fail("it was run"))
+    )
     Routed({"a": local(models["a"]), "idle": idle}).source(layout, positions)
     hook.remove()
 
@@ -114,7 +132,9 @@ def test_s2_a_pass_leaves_gradients_mode_and_random_state_alone() -> None:
     assert torch.equal(first, again) and not first.requires_grad  # no dropout
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training and all(
-        torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters() if p.grad is not None
+        torch.equal(p.grad, gradients[name])
+        for name, p in model.named_parameters()
+        if p.grad is not None
     )
 
 
@@ -128,6 +148,8 @@ def test_s2_the_base_under_adapters_is_the_model_before_them() -> None:
         if "lora_B" in name:
             torch.nn.init.ones_(p)
     head = head_of(model)
-    reference = LocalModel(model, head, around=model.disable_adapter).source(layout, positions).hidden
+    reference = (
+        LocalModel(model, head, around=model.disable_adapter).source(layout, positions).hidden
+    )
     moved = LocalModel(model, head).source(layout, positions).hidden
     assert torch.equal(reference, before) and not torch.allclose(moved, before)

@@ -1,4 +1,6 @@
-"""A mixture is the weighted mean of distributions; several teachers by route and teachers elsewhere give the same facts as local ones."""
+"""A mixture is the weighted mean of distributions; several teachers by route and teachers elsewhere
+give the same facts as local ones.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,13 @@ class Elsewhere:
     model: LocalModel
     asked: list[tuple[set[Fact], set[TopFact]]]
 
-    def facts(self, wanted: Collection[Fact], layout: Layout, positions: Tensor, ids: Mapping[TopFact, Tensor]) -> Tensors:
+    def facts(
+        self,
+        wanted: Collection[Fact],
+        layout: Layout,
+        positions: Tensor,
+        ids: Mapping[TopFact, Tensor],
+    ) -> Tensors:
         self.asked.append((set(wanted), set(ids)))
         return answers(self.model, wanted, layout, positions, ids)
 
@@ -57,9 +65,13 @@ def local(model: Any) -> LocalModel:
     return LocalModel(model, head_of(model))
 
 
-def facts(models: dict[str, Any], teacher: Any, rows: Any, wanted: Collection[Fact] = tuple(FACTS)) -> Any:
+def facts(
+    models: dict[str, Any], teacher: Any, rows: Any, wanted: Collection[Fact] = tuple(FACTS)
+) -> Any:
     scorers = {"student": local(models["student"]), "teacher": teacher}
-    return gather(rows, Needs(frozenset(wanted)), scorers, recompute_student=True, dtype=torch.float64)
+    return gather(
+        rows, Needs(frozenset(wanted)), scorers, recompute_student=True, dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize("weights", [None, {"a": 3.0, "b": 1.0}, "blend"], ids=str)
@@ -68,15 +80,24 @@ def test_a_mixture_is_the_mean_of_its_distributions(models: dict[str, Any], weig
     rows = [replace(r, row={"blend": blend}) for r, blend in zip(rollouts(), blends)]
     mixed = Mixed({"a": local(models["a"]), "b": local(models["b"])}, weights)
     batch = facts(models, mixed, rows, [LogpFact("teacher"), EntropyFact("teacher")])
-    shares = {None: [0.5] * 5, "blend": [0.2, 1.0, 0.0, 0.25, 0.5]}.get(weights if isinstance(weights, str) else None, [0.5] * 5)
+    shares = {None: [0.5] * 5, "blend": [0.2, 1.0, 0.0, 0.25, 0.5]}.get(
+        weights if isinstance(weights, str) else None, [0.5] * 5
+    )
     if isinstance(weights, dict):
         shares = [0.75] * 5
     for b, (row, share) in enumerate(zip(rows, shares)):
-        probs = share * naive_logps(models["a"], row).exp() + (1 - share) * naive_logps(models["b"], row).exp()
+        probs = (
+            share * naive_logps(models["a"], row).exp()
+            + (1 - share) * naive_logps(models["b"], row).exp()
+        )
         chosen = torch.tensor(row.tokens, dtype=torch.int64)[:, None]
         n = len(row.tokens)
-        torch.testing.assert_close(batch["teacher"].logp[b, :n], probs.log().gather(-1, chosen)[:, 0], rtol=0, atol=1e-12)
-        torch.testing.assert_close(batch["teacher"].entropy[b, :n], -(probs * probs.log()).sum(-1), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            batch["teacher"].logp[b, :n], probs.log().gather(-1, chosen)[:, 0], rtol=0, atol=1e-12
+        )
+        torch.testing.assert_close(
+            batch["teacher"].entropy[b, :n], -(probs * probs.log()).sum(-1), rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize(
@@ -91,34 +112,58 @@ def test_a_mixture_is_the_mean_of_its_distributions(models: dict[str, Any], weig
 def test_bad_weights_name_the_rollout(models: dict[str, Any], blend: Any, said: str) -> None:
     rows = [replace(r, row={"blend": blend}) for r in rollouts()]
     with pytest.raises(UserError, match=said) as error:
-        facts(models, Mixed({"a": local(models["a"]), "b": local(models["b"])}, "blend"), rows, [LogpFact("teacher")])
+        facts(
+            models,
+            Mixed({"a": local(models["a"]), "b": local(models["b"])}, "blend"),
+            rows,
+            [LogpFact("teacher")],
+        )
     assert rows[0].id in str(error.value)
 
 
 def test_a_teacher_elsewhere_gives_the_facts_of_one_here(models: dict[str, Any]) -> None:
     asked: list[Any] = []
-    here, there = (facts(models, t, rollouts()) for t in (local(models["a"]), Elsewhere(local(models["a"]), asked)))
+    here, there = (
+        facts(models, t, rollouts())
+        for t in (local(models["a"]), Elsewhere(local(models["a"]), asked))
+    )
     for fact in FACTS:
         torch.testing.assert_close(there.read(fact), here.read(fact), rtol=0, atol=0)
     first, second = asked  # twice, as it is read at ids that the student names
-    assert first[0] == {LogpFact("teacher"), EntropyFact("teacher"), TopFact("teacher", 3), LogpAtFact("teacher", "teacher", 3)}
+    assert first[0] == {
+        LogpFact("teacher"),
+        EntropyFact("teacher"),
+        TopFact("teacher", 3),
+        LogpAtFact("teacher", "teacher", 3),
+    }
     assert second[0] == {LogpAtFact("teacher", "student", 2)} and TopFact("student", 2) in second[1]
 
 
 def test_a_teacher_elsewhere_is_asked_once_for_its_own_numbers(models: dict[str, Any]) -> None:
     asked: list[Any] = []
-    facts(models, Elsewhere(local(models["a"]), asked), rollouts(), [LogpFact("teacher"), LogpAtFact("student", "teacher", 3)])
+    facts(
+        models,
+        Elsewhere(local(models["a"]), asked),
+        rollouts(),
+        [LogpFact("teacher"), LogpAtFact("student", "teacher", 3)],
+    )
     assert [wanted for wanted, _ in asked] == [{LogpFact("teacher"), TopFact("teacher", 3)}]
 
 
 def test_routes_may_mix_teachers_here_and_elsewhere(models: dict[str, Any]) -> None:
     names = "abbab"
     rows = [replace(r, row={"teacher": name}) for r, name in zip(rollouts(), names)]
-    routed = facts(models, RoutedRemote({"a": Elsewhere(local(models["a"]), []), "b": local(models["b"])}), rows)
+    routed = facts(
+        models,
+        RoutedRemote({"a": Elsewhere(local(models["a"]), []), "b": local(models["b"])}),
+        rows,
+    )
     alone = {name: facts(models, local(models[name]), rows) for name in "ab"}
     for fact in FACTS:
         for b, name in enumerate(names):
-            torch.testing.assert_close(routed.read(fact)[b], alone[name].read(fact)[b], rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                routed.read(fact)[b], alone[name].read(fact)[b], rtol=0, atol=1e-12
+            )
 
 
 def test_a_mixture_has_every_teachers_head_cut_alike(models: dict[str, Any]) -> None:
@@ -127,4 +172,6 @@ def test_a_mixture_has_every_teachers_head_cut_alike(models: dict[str, Any]) -> 
     layout, positions = Layout(rows, 8), flat_positions(collate(rows, "cpu", torch.float64).mask)
     logps = mixed.source(layout, positions).logits(positions)
     assert logps.shape[1] == 300
-    torch.testing.assert_close(logps.logsumexp(-1), torch.zeros(len(positions), dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        logps.logsumexp(-1), torch.zeros(len(positions), dtype=torch.float64), rtol=0, atol=1e-12
+    )

@@ -1,4 +1,6 @@
-"""vLLM's prompt log-probs are read by token id (PITFALLS K5): k or k + 1 entries, None in front, and nothing that does not fit is believed."""
+"""vLLM's prompt log-probs are read by token id (PITFALLS K5): k or k + 1 entries, None in front,
+and nothing that does not fit is believed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from opdkit import UserError
 from opdkit.teachers.scored_facts import parse_prompt_logprobs
 
 TOKENS = [7, 3, 5, 3]
-LOGPS = (  # of the whole vocabulary at tokens 1, 2, 3: {id: log-prob}; the token itself is the second, the fourth, the first
+# of the whole vocabulary at tokens 1, 2, 3: {id: log-prob}; the token itself is the second, the
+# fourth, the first
+LOGPS = (
     {0: -1.0, 3: -1.5, 8: -2.0},
     {2: -0.5, 9: -1.0, 4: -3.0, 5: -4.0},
     {3: -0.1, 1: -3.0, 6: -4.0},
@@ -57,7 +61,10 @@ def objects(rows: list[dict[int, float] | None]) -> Any:
 
 
 def json(rows: list[dict[int, float] | None]) -> Any:
-    return [row and {str(i): {"logprob": x, "rank": 1, "decoded_token": "?"} for i, x in row.items()} for row in rows]
+    return [
+        row and {str(i): {"logprob": x, "rank": 1, "decoded_token": "?"} for i, x in row.items()}
+        for row in rows
+    ]
 
 
 def flat(rows: list[dict[int, float] | None]) -> Any:
@@ -81,8 +88,11 @@ FORMS = pytest.mark.parametrize("form", [objects, json, flat])
 def test_tokens_and_top_k_are_found_by_id(form: Callable[..., Any]) -> None:
     scored = parse_prompt_logprobs(form(entries(2)), TOKENS, 1, 2, "r")
     assert scored.logp.tolist() == pytest.approx([-1.5, -4.0, -0.1])
-    assert scored.top_ids.tolist() == [[0, 3], [2, 9], [3, 1]]  # the token counts among the k where it belongs, and only there
-    torch.testing.assert_close(scored.top_logp, torch.tensor([[-1.0, -1.5], [-0.5, -1.0], [-0.1, -3.0]]))
+    # the token counts among the k where it belongs, and only there
+    assert scored.top_ids.tolist() == [[0, 3], [2, 9], [3, 1]]
+    torch.testing.assert_close(
+        scored.top_logp, torch.tensor([[-1.0, -1.5], [-0.5, -1.0], [-0.1, -3.0]])
+    )
 
 
 @FORMS
@@ -95,7 +105,10 @@ def test_the_response_alone_is_read(form: Callable[..., Any]) -> None:
 @FORMS
 def test_k_0_reads_the_tokens(form: Callable[..., Any]) -> None:
     scored = parse_prompt_logprobs(form(entries(0)), TOKENS, 1, 0, "r")
-    assert scored.logp.tolist() == pytest.approx([-1.5, -4.0, -0.1]) and scored.top_ids.shape == (3, 0)
+    assert scored.logp.tolist() == pytest.approx([-1.5, -4.0, -0.1]) and scored.top_ids.shape == (
+        3,
+        0,
+    )
 
 
 @FORMS
@@ -107,7 +120,11 @@ def test_more_than_was_asked_for_is_cut(form: Callable[..., Any]) -> None:
 
 def test_the_order_of_columns_says_nothing() -> None:
     rows = [row and dict(reversed(row.items())) for row in entries(3)]
-    assert parse_prompt_logprobs(json(rows), TOKENS, 1, 2, "r").top_ids.tolist() == [[0, 3], [2, 9], [3, 1]]
+    assert parse_prompt_logprobs(json(rows), TOKENS, 1, 2, "r").top_ids.tolist() == [
+        [0, 3],
+        [2, 9],
+        [3, 1],
+    ]
 
 
 def test_a_token_that_ties_with_the_last_of_the_k() -> None:
@@ -133,7 +150,8 @@ def test_an_empty_response() -> None:
         ([None, *entries(2)[2:], {3: -1.0}], 2, "do not hold its own id 3"),  # shifted by one
         (entries(2), 3, "3 log-probs per token were asked for, and 2 came back"),
         ([None, {3: math.nan, 1: -1.0}, *entries(2)[2:]], 2, "token 1 are no log-probs"),
-        ([None, {3: 12.5, 1: -1.0}, *entries(2)[2:]], 2, "another mode than raw_logprobs"),  # logits
+        # logits
+        ([None, {3: 12.5, 1: -1.0}, *entries(2)[2:]], 2, "another mode than raw_logprobs"),
         ([None, None, *entries(2)[2:]], 2, "none came back"),
     ],
 )

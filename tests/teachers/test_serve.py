@@ -1,4 +1,6 @@
-"""`opdkit serve-teacher`: across HTTP a teacher says what it says in this process, to the bit, and refuses what it cannot read."""
+"""`opdkit serve-teacher`: across HTTP a teacher says what it says in this process, to the bit, and
+refuses what it cannot read.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,15 @@ from opdkit.models.engines import endpoint
 from opdkit.models.engines.endpoint import Endpoint, Refused
 from opdkit.models.layout import Layout
 from opdkit.models.tokenizers import real_vocabulary
-from opdkit.objective.facts import EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, TopFact, VocabularyFact
+from opdkit.objective.facts import (
+    EntropyFact,
+    Fact,
+    GapFact,
+    LogpAtFact,
+    LogpFact,
+    TopFact,
+    VocabularyFact,
+)
 from opdkit.objective.maths import JSD, ReverseKL
 from opdkit.objective.needs import Needs
 from opdkit.run.open import shared_vocabulary
@@ -48,17 +58,25 @@ NUMBERS: tuple[Fact, ...] = (
     LogpAtFact("teacher", "teacher", 3),
     LogpAtFact("teacher", "student", 4),
 )
-WHOLE: tuple[Fact, ...] = (*NUMBERS, GapFact(ReverseKL(), "student", "teacher"), GapFact(JSD(0.3), "student", "teacher", 2.0))
+WHOLE: tuple[Fact, ...] = (
+    *NUMBERS,
+    GapFact(ReverseKL(), "student", "teacher"),
+    GapFact(JSD(0.3), "student", "teacher", 2.0),
+)
 
 
 @contextmanager
-def serving(*models: Any, tokenizer: Any = None, name: str = "T", **settings: Any) -> Iterator[list[TeacherServer]]:
+def serving(
+    *models: Any, tokenizer: Any = None, name: str = "T", **settings: Any
+) -> Iterator[list[TeacherServer]]:
     """A server per model, on free ports."""
     with ExitStack() as stack:
         servers = []
         for model in models:
             one = make_server(model, tokenizer or tiny_tokenizer(), name, port=0, **settings)
-            thread = threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.005}, daemon=True)
+            thread = threading.Thread(
+                target=one.serve_forever, kwargs={"poll_interval": 0.005}, daemon=True
+            )
             thread.start()
             stack.callback(one.server_close)
             stack.callback(one.shutdown)
@@ -72,18 +90,31 @@ def url(one: TeacherServer) -> str:
 
 def opened(facts: tuple[Fact, ...], *servers: TeacherServer, tokenizer: Any = None) -> Any:
     spec = Server(tuple(map(url, servers)), retries=0)
-    return server.open_teacher(spec, SimpleNamespace(needs=Needs(frozenset(facts)), name="mine"), tokenizer or tiny_tokenizer())
+    return server.open_teacher(
+        spec,
+        SimpleNamespace(needs=Needs(frozenset(facts)), name="mine"),
+        tokenizer or tiny_tokenizer(),
+    )
 
 
-def gathered(facts: tuple[Fact, ...], teacher: Any, student: Any, vocab: int | None = None) -> Mapping[Fact, torch.Tensor]:
+def gathered(
+    facts: tuple[Fact, ...], teacher: Any, student: Any, vocab: int | None = None
+) -> Mapping[Fact, torch.Tensor]:
     local = LocalModel(student, head_of(student, vocab))
-    batch = gather(rollouts(), Needs(frozenset(facts)), {"student": local, "teacher": cut(teacher, vocab)})
+    batch = gather(
+        rollouts(), Needs(frozenset(facts)), {"student": local, "teacher": cut(teacher, vocab)}
+    )
     return {fact: batch.read(fact) for fact in facts}
 
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("qwen3", torch.float32), ("gemma2", torch.float32), ("granite", torch.bfloat16), ("cohere", torch.float32)],
+    [
+        ("qwen3", torch.float32),
+        ("gemma2", torch.float32),
+        ("granite", torch.bfloat16),
+        ("cohere", torch.float32),
+    ],
 )
 def test_every_fact_is_the_local_teachers_to_the_bit(kind: str, dtype: torch.dtype) -> None:
     """Also of heads with a scale, a cap or tied weights; with many small requests, and with one."""
@@ -100,8 +131,14 @@ def test_every_fact_is_the_local_teachers_to_the_bit(kind: str, dtype: torch.dty
 
 
 def test_rows_that_only_pad_the_teachers_head_are_cut() -> None:
-    """The student's head has the tokenizer's 320 rows, the teacher's 384; the local teacher is cut to 320."""
-    teacher, student, tokenizer = tiny_model("llama", vocab_size=384, seed=2), tiny_model("qwen3", seed=1), tiny_tokenizer()
+    """The student's head has the tokenizer's 320 rows, the teacher's 384; the local teacher is cut
+    to 320.
+    """
+    teacher, student, tokenizer = (
+        tiny_model("llama", vocab_size=384, seed=2),
+        tiny_model("qwen3", seed=1),
+        tiny_tokenizer(),
+    )
     local = LocalModel(teacher, head_of(teacher))
     known = real_vocabulary(tokenizer)
     vocab = shared_vocabulary([head_of(student), head_of(teacher)], known)
@@ -112,16 +149,24 @@ def test_rows_that_only_pad_the_teachers_head_are_cut() -> None:
         whole = opened(WHOLE, one)
         assert [len(h.weight) for h in heads_of(whole)] == [384]
         given = gathered(WHOLE, whole, student, vocab)
-        answer = Endpoint([url(one)]).post("/v1/completions", {"prompt": [5, 6], "max_tokens": 1, "prompt_logprobs": 384})
+        answer = Endpoint([url(one)]).post(
+            "/v1/completions", {"prompt": [5, 6], "max_tokens": 1, "prompt_logprobs": 384}
+        )
     for fact in NUMBERS:
         torch.testing.assert_close(numbers[fact], expected[fact], rtol=0, atol=FORWARD)
     assert all(torch.equal(given[fact], expected[fact]) for fact in WHOLE)
     entry = answer["choices"][0]["prompt_logprobs"][1]
-    assert len(entry) == known and sum(torch.tensor([e["logprob"] for e in entry.values()]).exp()) == pytest.approx(1, abs=1e-5)
+    assert len(entry) == known and sum(
+        torch.tensor([e["logprob"] for e in entry.values()]).exp()
+    ) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_served_teacher_among_local_ones_by_route() -> None:
-    a, b, student = tiny_model("llama", seed=2), tiny_model("qwen3", seed=3), tiny_model("qwen3", seed=1)
+    a, b, student = (
+        tiny_model("llama", seed=2),
+        tiny_model("qwen3", seed=3),
+        tiny_model("qwen3", seed=1),
+    )
     rows = [replace(r, row={"teacher": name}) for r, name in zip(rollouts(), "abbab")]
     needs = Needs(frozenset(WHOLE))
 
@@ -144,16 +189,21 @@ def test_no_positions_need_no_request() -> None:
     empty = rollouts(lengths=((3, 0), (2, 0)))
     with serving(teacher) as (one,):
         for facts in (NUMBERS, WHOLE):
-            scorers = {"student": LocalModel(student, head_of(student)), "teacher": opened(facts, one)}
+            scorers = {
+                "student": LocalModel(student, head_of(student)),
+                "teacher": opened(facts, one),
+            }
             batch = gather(empty, Needs(frozenset(facts)), scorers)
             assert batch.read(NUMBERS[0]).shape == (2, 0)
 
 
-# ------------------------------------------------------------------------------------------------------------ OpenAI form
+# -------------------------------------------------------------------------------------- OpenAI form
 
 
 def test_completions_have_vllms_form_whatever_comes_together() -> None:
-    """Twenty prompts at once, by one request or by twenty: every token's entry holds its own id and the k most probable ones."""
+    """Twenty prompts at once, by one request or by twenty: every token's entry holds its own id and
+    the k most probable ones.
+    """
     teacher = tiny_model("llama", seed=2)
     rows, tokenizer = rollouts(lengths=[(1, n) for n in range(20)]), tiny_tokenizer()
     prompts = [r.prompt + r.tokens for r in rows]
@@ -162,7 +212,12 @@ def test_completions_have_vllms_form_whatever_comes_together() -> None:
         ask = {"model": "T", "max_tokens": 1, "temperature": 0, "prompt_logprobs": 2}
         together = client.post("/v1/completions", {**ask, "prompt": prompts})["choices"]
         with ThreadPoolExecutor(20) as pool:
-            apart = list(pool.map(lambda p: client.post("/v1/completions", {**ask, "prompt": p})["choices"][0], prompts))
+            apart = list(
+                pool.map(
+                    lambda p: client.post("/v1/completions", {**ask, "prompt": p})["choices"][0],
+                    prompts,
+                )
+            )
     for choices in (together, apart):
         for row, choice in zip(rows, choices):
             entries, expected = choice["prompt_logprobs"], naive_logps(teacher, row)
@@ -177,11 +232,23 @@ def test_completions_have_vllms_form_whatever_comes_together() -> None:
 
 
 WRONG = {
-    "an id too large": ({"prompt": [5, 320]}, 400, "Token id 320 is out of vocabulary: the prompt may hold 0 to 319"),
-    "a long prompt": ({"prompt": [5] * 4096}, 400, "maximum context length is 4096 tokens. However, the prompt has 4096"),
+    "an id too large": (
+        {"prompt": [5, 320]},
+        400,
+        "Token id 320 is out of vocabulary: the prompt may hold 0 to 319",
+    ),
+    "a long prompt": (
+        {"prompt": [5] * 4096},
+        400,
+        "maximum context length is 4096 tokens. However, the prompt has 4096",
+    ),
     "text": ({"prompt": "hello"}, 400, "prompt must be token ids"),
     "nothing": ({"prompt": []}, 400, "prompt must be token ids"),
-    "another model": ({"prompt": [5], "model": "U"}, 404, "The model `U` does not exist: this server has T"),
+    "another model": (
+        {"prompt": [5], "model": "U"},
+        404,
+        "The model `U` does not exist: this server has T",
+    ),
     "writing": ({"prompt": [5], "max_tokens": 20}, 400, "this server writes nothing"),
     "no scores": ({"prompt": [5], "prompt_logprobs": None}, 400, "this server scores prompts"),
 }
@@ -191,7 +258,9 @@ WRONG = {
 def test_requests_that_cannot_be_answered(name: str) -> None:
     body, status, words = WRONG[name]
     with serving(tiny_model("llama")) as (one,), pytest.raises(Refused) as caught:
-        Endpoint([url(one)]).post("/v1/completions", {"max_tokens": 1, "prompt_logprobs": 1, **body})
+        Endpoint([url(one)]).post(
+            "/v1/completions", {"max_tokens": 1, "prompt_logprobs": 1, **body}
+        )
     assert caught.value.status == status and words in caught.value.message
 
 
@@ -219,23 +288,60 @@ def fact(name: str, **values: Any) -> dict[str, Any]:
 
 
 TOP = fact("TopFact", k=3)
-TOO_MUCH: dict[str, tuple[dict[str, Any], str]] = {  # what is changed in a good request of three rollouts, and what is said
-    "a response of 10^9 tokens": ({"responses": int64(10**9, 4, 3)}, "add up to 1000000014, and 19 tokens are given"),
-    "a prompt of 2^62 tokens": ({"prompts": int64(2**62, 3, 2)}, "add up to 4611686018427387921, and 19 tokens"),
-    "lengths that cancel": ({"prompts": int64(2**63 - 1, 3, 2), "responses": int64(5, -(2**63), 3)}, "a length is -92233720368"),
-    "a negative length": ({"responses": int64(5, -4, 11)}, "a length is -4: prompts and responses have at least one token"),
+# what is changed in a good request of three rollouts, and what is said
+TOO_MUCH: dict[str, tuple[dict[str, Any], str]] = {
+    "a response of 10^9 tokens": (
+        {"responses": int64(10**9, 4, 3)},
+        "add up to 1000000014, and 19 tokens are given",
+    ),
+    "a prompt of 2^62 tokens": (
+        {"prompts": int64(2**62, 3, 2)},
+        "add up to 4611686018427387921, and 19 tokens",
+    ),
+    "lengths that cancel": (
+        {"prompts": int64(2**63 - 1, 3, 2), "responses": int64(5, -(2**63), 3)},
+        "a length is -92233720368",
+    ),
+    "a negative length": (
+        {"responses": int64(5, -4, 11)},
+        "a length is -4: prompts and responses have at least one token",
+    ),
     "a prompt of nothing": ({"prompts": int64(0, 3, 4)}, "a length is 0"),
-    "a token too many": ({"tokens": torch.ones(20, dtype=torch.int64)}, "add up to 19, and 20 tokens are given"),
-    "lengths of other rollouts": ({"prompts": int64(2, 3)}, "3 rollouts, 2 lengths of prompts and 3 of responses"),
+    "a token too many": (
+        {"tokens": torch.ones(20, dtype=torch.int64)},
+        "add up to 19, and 20 tokens are given",
+    ),
+    "lengths of other rollouts": (
+        {"prompts": int64(2, 3)},
+        "3 rollouts, 2 lengths of prompts and 3 of responses",
+    ),
     "no lengths": ({"prompts": None}, "no tensor 'prompts'"),
-    "lengths that are fractions": ({"responses": torch.tensor([5.0, 4.0, 3.0])}, "'responses' is torch.float32 [3], where int64"),
-    "truths for tokens": ({"tokens": torch.ones(19, dtype=torch.bool)}, "'tokens' is torch.bool [19], where int64, one row"),
-    "lengths in a table": ({"prompts": int64([2, 3, 2])}, "'prompts' is torch.int64 [1, 3], where int64, one row"),
-    "a single number": ({"positions": torch.tensor(3)}, "'positions' is torch.int64 [], where int64, one row"),
+    "lengths that are fractions": (
+        {"responses": torch.tensor([5.0, 4.0, 3.0])},
+        "'responses' is torch.float32 [3], where int64",
+    ),
+    "truths for tokens": (
+        {"tokens": torch.ones(19, dtype=torch.bool)},
+        "'tokens' is torch.bool [19], where int64, one row",
+    ),
+    "lengths in a table": (
+        {"prompts": int64([2, 3, 2])},
+        "'prompts' is torch.int64 [1, 3], where int64, one row",
+    ),
+    "a single number": (
+        {"positions": torch.tensor(3)},
+        "'positions' is torch.int64 [], where int64, one row",
+    ),
     "an id too large": ({"tokens": int64(*[5] * 18, 320)}, "Token id 320 is out of vocabulary"),
     "a negative id": ({"tokens": int64(-1, *[5] * 18)}, "Token id -1 is out of vocabulary"),
-    "an id behind the rows kept": ({"tokens": int64(*[5] * 18, 319), "vocab": 300}, "Token id 319 is out of vocabulary"),
-    "a position far away": ({"positions": int64(0, 10**15)}, "position 1000000000000000 is in no response: there are 15 in 5"),
+    "an id behind the rows kept": (
+        {"tokens": int64(*[5] * 18, 319), "vocab": 300},
+        "Token id 319 is out of vocabulary",
+    ),
+    "a position far away": (
+        {"positions": int64(0, 10**15)},
+        "position 1000000000000000 is in no response: there are 15 in 5",
+    ),
     "a position before the first": ({"positions": int64(-1, 0)}, "position -1 is in no response"),
     "a position behind a response": ({"positions": int64(0, 9)}, "position 9 is in no response"),
     "a position twice": ({"positions": int64(0, 1, 1)}, "a position is asked about more than once"),
@@ -243,18 +349,36 @@ TOO_MUCH: dict[str, tuple[dict[str, Any], str]] = {  # what is changed in a good
         {"facts": [fact("TopFact", k=321)]},
         "k=321, which must be a whole number from 1 to 320",
     ),
-    "10^12 entries": ({"facts": [fact("LogpAtFact", owner="teacher", k=10**12)]}, "LogpAtFact has k=1000000000000, which"),
+    "10^12 entries": (
+        {"facts": [fact("LogpAtFact", owner="teacher", k=10**12)]},
+        "LogpAtFact has k=1000000000000, which",
+    ),
     "fewer than none": ({"facts": [fact("TopFact", k=-1)]}, "k=-1, which must be a whole number"),
-    "a truth for a number": ({"facts": [fact("TopFact", k=True)]}, "k=True, which must be a whole number"),
+    "a truth for a number": (
+        {"facts": [fact("TopFact", k=True)]},
+        "k=True, which must be a whole number",
+    ),
     "a fraction": ({"facts": [fact("TopFact", k=3.0)]}, "k=3.0, which must be a whole number"),
-    "more rows than there are": ({"vocab": 10**9}, "vocab=1000000000 must be null or a whole number from 1 to 320"),
+    "more rows than there are": (
+        {"vocab": 10**9},
+        "vocab=1000000000 must be null or a whole number from 1 to 320",
+    ),
     "rows that are none": ({"vocab": False}, "vocab=False must be null"),
     "a fact that is none": ({"facts": [{"fact": ["LogpFact"]}]}, "['LogpFact'] is not a fact"),
-    "a fact with more": ({"facts": [fact("LogpFact", k=3)]}, "LogpFact is given by model, not by ['k', 'model']"),
-    "a model that is no name": ({"facts": [{"fact": "LogpFact", "model": []}]}, "model=[], which must be a name"),
+    "a fact with more": (
+        {"facts": [fact("LogpFact", k=3)]},
+        "LogpFact is given by model, not by ['k', 'model']",
+    ),
+    "a model that is no name": (
+        {"facts": [{"fact": "LogpFact", "model": []}]},
+        "model=[], which must be a name",
+    ),
     "a fact in no list": ({"facts": TOP}, "'facts' is {'fact': 'TopFact'"),
     "two models": ({"facts": [TOP, {"fact": "LogpFact", "model": "other"}]}, "facts of 2 models"),
-    "names that are numbers": ({"rollouts": [1, 2, 3]}, "'rollouts' is [1, 2, 3], where a list of str is expected"),
+    "names that are numbers": (
+        {"rollouts": [1, 2, 3]},
+        "'rollouts' is [1, 2, 3], where a list of str is expected",
+    ),
     "a name too few": ({"rollouts": ["a", "b"]}, "2 rollouts, 3 lengths of prompts"),
     "ids that are not given": ({"ids 0": None}, "no tensor 'ids 0'"),
     "ids that are not said": ({"ids": []}, "the top 4 ids of 'student' are not given"),
@@ -262,7 +386,10 @@ TOO_MUCH: dict[str, tuple[dict[str, Any], str]] = {  # what is changed in a good
         {"ids 0": torch.ones(2, 4, dtype=torch.int64)},
         "'ids 0' is torch.int64 [2, 4], where int64, [12, 4]",
     ),
-    "ids too large": ({"ids 0": torch.full((12, 4), 320)}, "'ids 0' holds ids that are not from 0 to 319"),
+    "ids too large": (
+        {"ids 0": torch.full((12, 4), 320)},
+        "'ids 0' holds ids that are not from 0 to 319",
+    ),
     "its own ids": ({"ids": [fact("TopFact", k=4)]}, "only the top ids of other models can be"),
     "other settings": ({"settings": "[]"}, "its settings are no mapping"),
     "settings a thousand deep": ({"settings": "[" * 10**5}, "the body is no request for scores"),
@@ -270,7 +397,9 @@ TOO_MUCH: dict[str, tuple[dict[str, Any], str]] = {  # what is changed in a good
 
 
 def request(**changed: Any) -> bytes:
-    """Three rollouts of 2 + 5, 3 + 4 and 2 + 3 tokens, every fact at every position; then what is changed."""
+    """Three rollouts of 2 + 5, 3 + 4 and 2 + 3 tokens, every fact at every position; then what is
+    changed.
+    """
     rows = rollouts(lengths=((2, 5), (3, 4), (2, 3)))
     layout, at = Layout(rows, 5), int64(*range(5), *range(5, 9), *range(10, 13))
     ids = {TopFact("student", 4): torch.arange(48).view(12, 4)}
@@ -279,11 +408,17 @@ def request(**changed: Any) -> bytes:
     for name, value in changed.items():
         (settings if name in ("rollouts", "facts", "ids", "vocab") else tensors)[name] = value
     given = {name: t for name, t in tensors.items() if t is not None}
-    return protocol.pack(given, settings) if whole is None else safetensors.torch.save(given, {"settings": whole})
+    return (
+        protocol.pack(given, settings)
+        if whole is None
+        else safetensors.torch.save(given, {"settings": whole})
+    )
 
 
 def test_what_a_request_says_must_be_what_it_carries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is refused before anything is scored and without the memory it speaks of; the server goes on and says the same as before."""
+    """Each is refused before anything is scored and without the memory it speaks of; the server
+    goes on and says the same as before.
+    """
     with serving(tiny_model("llama", seed=2)) as (one,):
         service, client = one.RequestHandlerClass.service, Endpoint([url(one)], retries=0)
 
@@ -298,14 +433,20 @@ def test_what_a_request_says_must_be_what_it_carries(monkeypatch: pytest.MonkeyP
             for name, (changed, words) in TOO_MUCH.items():
                 with pytest.raises(Refused) as caught:
                     ask(request(**changed))
-                assert caught.value.status == 400 and words in caught.value.message, (name, caught.value.message)
+                assert caught.value.status == 400 and words in caught.value.message, (
+                    name,
+                    caught.value.message,
+                )
         assert scored == []
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + (64 << 10)  # KiB; the first one alone speaks of 20 GiB
+        # KiB; the first one alone speaks of 20 GiB
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + (64 << 10)
         assert ask(request()) == good
 
 
 def test_more_than_a_gibibyte_at_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table has a row for each rollout, as wide as the longest: 3 x 5 x (1 + 1 + 1 + 3 + 3 + 4 + 4) numbers of 16 bytes."""
+    """A table has a row for each rollout, as wide as the longest: 3 x 5 x (1 + 1 + 1 + 3 + 3 + 4 +
+    4) numbers of 16 bytes.
+    """
     with serving(tiny_model("llama", seed=2)) as (one,):
         for least, status in ((4080, 200), (4079, 400)):
             monkeypatch.setattr(serve, "LARGEST_TABLE", least)
@@ -322,12 +463,18 @@ BODIES: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "huge": ({"prompt": [5, 10**40]}, f"Token id {10**40} is out of vocabulary"),
     "nested": ({"prompt": [[5, [6]]]}, "Token id [6] is out of vocabulary"),
     "mixed": ({"prompt": [5, [6]]}, "prompt must be token ids"),
-    "rows that pad": ({"prompt": [5, 350]}, "Token id 350 is out of vocabulary: the prompt may hold 0 to 319"),
+    "rows that pad": (
+        {"prompt": [5, 350]},
+        "Token id 350 is out of vocabulary: the prompt may hold 0 to 319",
+    ),
     "all of them everywhere": (
         {"prompt": [[5] * 999] * 99, "prompt_logprobs": 384},
         "98901 tokens with prompt_logprobs=384 are 37977984",
     ),
-    "more than there are": ({"prompt": [5, 6], "prompt_logprobs": 385}, "a whole number from 0 to 384"),
+    "more than there are": (
+        {"prompt": [5, 6], "prompt_logprobs": 385},
+        "a whole number from 0 to 384",
+    ),
     "a truth": ({"prompt": [5, 6], "prompt_logprobs": True}, "a whole number from 0 to 384"),
     "a fraction": ({"prompt": [5, 6], "prompt_logprobs": 1.0}, "a whole number from 0 to 384"),
     "a truth of tokens": ({"prompt": [5, 6], "max_tokens": True}, "this server writes nothing"),
@@ -345,8 +492,14 @@ def test_completions_that_say_what_cannot_be() -> None:
         ask = {"max_tokens": 1, "prompt_logprobs": 2, "prompt": [5, 6, 7]}
         good = httpx2.post(where, json=ask).json()["choices"]
         for name, (body, words) in BODIES.items():
-            answer = httpx2.post(where, content=body if isinstance(body, bytes) else json.dumps({**ask, **body}).encode())
-            assert answer.status_code == 400 and words in answer.json()["error"]["message"], (name, answer.text)
+            answer = httpx2.post(
+                where,
+                content=body if isinstance(body, bytes) else json.dumps({**ask, **body}).encode(),
+            )
+            assert answer.status_code == 400 and words in answer.json()["error"]["message"], (
+                name,
+                answer.text,
+            )
         assert httpx2.post(where, json=ask).json()["choices"] == good
 
 
@@ -367,15 +520,20 @@ def test_bodies_of_another_length_than_is_said(headers: str, status: int, words:
         with socket.create_connection(one.server_address[:2], timeout=60) as raw:
             raw.sendall(f"POST /score HTTP/1.1\r\nHost: here\r\n{headers}\r\n\r\njunk".encode())
             raw.shutdown(socket.SHUT_WR)
-            answer = b"".join(iter(lambda: raw.recv(1 << 16), b"")).decode()  # to the end: the connection is closed
+            # to the end: the connection is closed
+            answer = b"".join(iter(lambda: raw.recv(1 << 16), b"")).decode()
         assert (
-            answer.startswith(f"HTTP/1.1 {status} ") and words in json.loads(answer.partition("\r\n\r\n")[2])["error"]["message"]
+            answer.startswith(f"HTTP/1.1 {status} ")
+            and words in json.loads(answer.partition("\r\n\r\n")[2])["error"]["message"]
         )
         assert Endpoint([url(one)], retries=0).get("/health") == {}
 
 
 def test_prompts_wait_for_a_table_that_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within 24 cells: 2 x 4 x 2, then 1 x 12 x 2, then 2 x 3 x 4. One that is more by itself is alone."""
+    """Within 24 cells: 2 x 4 x 2, then 1 x 12 x 2, then 2 x 3 x 4.
+
+    One that is more by itself is alone.
+    """
     monkeypatch.setattr(serve, "MOST_ENTRIES", 24)
     sizes = [(4, 2), (3, 0), (12, 2), (3, 4), (0, 0), (1, 4), (50, 1), (2, 2)]
     parts = [range(*part.indices(len(sizes))) for part in serve._together(sizes)]
@@ -383,14 +541,16 @@ def test_prompts_wait_for_a_table_that_holds_them(monkeypatch: pytest.MonkeyPatc
     assert list(serve._together([])) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_other_tokenizers_and_other_weights_are_refused() -> None:
     words = ["completely different words of another language entirely"] * 3
     with serving(tiny_model("llama", seed=2), tiny_model("llama", seed=3)) as (one, two):
         with pytest.raises(
-            UserError, match=r"tokenizer of the teacher's server is not the student's: the tokenizers .* differ in"
+            UserError,
+            match=r"tokenizer of the teacher's server is not the student's: the tokenizers .* "
+            r"differ in",
         ):
             opened(NUMBERS, one, tokenizer=tiny_tokenizer(words))
         with pytest.raises(UserError, match="all call their model 'T', but their weights differ"):
@@ -414,11 +574,16 @@ def test_hidden_states_that_are_no_numbers_name_their_rollout() -> None:
     broken = 299
     rows[1] = replace(rows[1], tokens=[broken, 5])
     with serving(teacher) as (one,):
-        scorers = {"student": LocalModel(student, head_of(student)), "teacher": opened(NUMBERS, one)}
+        scorers = {
+            "student": LocalModel(student, head_of(student)),
+            "teacher": opened(NUMBERS, one),
+        }
         with torch.no_grad():
             teacher.get_input_embeddings().weight[broken] = float("nan")
         with pytest.raises(
-            UserError, match=r"^rollouts 0/0/0, 0/1/0 at T .*not finite for rollout 0/1/0: .*Nothing was learnt from this step"
+            UserError,
+            match=r"^rollouts 0/0/0, 0/1/0 at T .*not finite for rollout 0/1/0: .*Nothing was "
+            r"learnt from this step",
         ):
             gather(rows, Needs(frozenset(NUMBERS)), scorers)
 
@@ -432,7 +597,7 @@ def test_a_body_cut_short_is_broken_not_believed() -> None:
             protocol.unpack(cut_short)
 
 
-# ----------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def free_port() -> int:
@@ -473,7 +638,9 @@ def test_the_command_serves_until_it_is_told_to_stop(
 
     def visit() -> Any:
         assert client.get("/v1/models")["data"][0]["id"] == "big"
-        return client.post("/v1/completions", {"prompt": [5, 6], "max_tokens": 0, "prompt_logprobs": 0})
+        return client.post(
+            "/v1/completions", {"prompt": [5, 6], "max_tokens": 0, "prompt_logprobs": 0}
+        )
 
     with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(visit)
@@ -481,7 +648,9 @@ def test_the_command_serves_until_it_is_told_to_stop(
         assert main(["serve-teacher", model, "--port", str(port), "--name", "big"]) == 0
     assert list(answer.result()["choices"][0]["prompt_logprobs"][1]) == ["6"]
     out = capsys.readouterr().out
-    assert f"serving big (float32, cpu) at http://127.0.0.1:{port}" in out and out.endswith("stopped\n")
+    assert f"serving big (float32, cpu) at http://127.0.0.1:{port}" in out and out.endswith(
+        "stopped\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -491,7 +660,9 @@ def test_the_command_serves_until_it_is_told_to_stop(
         (["--max-batch-tokens", "0"], "max_batch_tokens=0 must be at least 1"),
     ],
 )
-def test_settings_that_will_not_do(arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_will_not_do(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["serve-teacher", str(tmp_path), *arguments]) == 2
     assert words in capsys.readouterr().err
 
@@ -499,7 +670,9 @@ def test_settings_that_will_not_do(arguments: list[str], words: str, tmp_path: P
 def test_a_port_in_use() -> None:
     with (
         serving(tiny_model("llama")) as (one,),
-        pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1:.* choose another with --port"),
+        pytest.raises(
+            UserError, match=r"cannot listen on 127\.0\.0\.1:.* choose another with --port"
+        ),
     ):
         make_server(tiny_model("llama"), tiny_tokenizer(), "T", port=one.server_address[1])
 

@@ -1,4 +1,6 @@
-"""The teacher in a vLLM engine: what it is asked for and where its answers go; the engine is played by transformers."""
+"""The teacher in a vLLM engine: what it is asked for and where its answers go; the engine is played
+by transformers.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,12 @@ from tests.common.rounding import FORWARD
 from tests.common.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.train.rows import rollouts
 
-OWN: list[Fact] = [LogpFact("teacher"), TopFact("teacher", 5), LogpAtFact("teacher", "teacher", 5), TopFact("teacher", 2)]
+OWN: list[Fact] = [
+    LogpFact("teacher"),
+    TopFact("teacher", 5),
+    LogpAtFact("teacher", "teacher", 5),
+    TopFact("teacher", 2),
+]
 
 
 class Played:
@@ -44,14 +51,22 @@ class Played:
     def sleep(self) -> None:
         self.calls.append("sleep")
 
-    def score(self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str], k: int) -> list[Scored]:
+    def score(
+        self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str], k: int
+    ) -> list[Scored]:
         self.calls.append((k, list(who)))
         out = []
         for ids, start in zip(sequences, starts):
             with torch.no_grad():
                 logps = self.model(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
             top = logps.topk(k)
-            out.append(Scored(logps.gather(1, torch.tensor(ids[start:])[:, None])[:, 0], top.indices, top.values))
+            out.append(
+                Scored(
+                    logps.gather(1, torch.tensor(ids[start:])[:, None])[:, 0],
+                    top.indices,
+                    top.values,
+                )
+            )
         return out
 
 
@@ -62,7 +77,13 @@ def model() -> Any:
 
 def teacher(model: Any, k: int = 5) -> VllmTeacher:
     made: Any = object.__new__(VllmTeacher)
-    made.model, made.k, made.tokens, made.engine, made.settings = "M", k, 320, Played(model), EngineSettings()
+    made.model, made.k, made.tokens, made.engine, made.settings = (
+        "M",
+        k,
+        320,
+        Played(model),
+        EngineSettings(),
+    )
     return made
 
 
@@ -92,13 +113,18 @@ def test_only_what_is_wanted_is_asked_for(model: Any) -> None:
 
 def test_no_position(model: Any) -> None:
     made = teacher(model).facts(OWN, Layout(rollouts(), 8), torch.zeros(0, dtype=torch.int64), {})
-    assert [tuple(made[f].shape) for f in OWN] == [(0,), (0, 5), (0, 5), (0, 2)] and made[OWN[1]].dtype == torch.int64
+    assert [tuple(made[f].shape) for f in OWN] == [(0,), (0, 5), (0, 5), (0, 2)] and made[
+        OWN[1]
+    ].dtype == torch.int64
 
 
 def test_a_rollout_longer_than_its_context(model: Any) -> None:
     made = teacher(model)
     made.engine.limit = 8
-    with pytest.raises(UserError, match=r"rollout 0/2/0 at M: 9 tokens .* raise teacher.max_model_len to at least 10"):
+    with pytest.raises(
+        UserError,
+        match=r"rollout 0/2/0 at M: 9 tokens .* raise teacher.max_model_len to at least 10",
+    ):
         made.facts(OWN, Layout(rollouts(), 8), torch.tensor([16 + 7]), {})
 
 
@@ -113,7 +139,9 @@ def test_how_deep_a_method_reads() -> None:
     assert deepest(Needs(frozenset({LogpFact("teacher")})), "teacher") == 0
 
 
-def test_what_it_cannot_say_is_refused_before_an_engine_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_cannot_say_is_refused_before_an_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     folder, tokenizer = save_tiny(tmp_path / "m"), tiny_tokenizer()
     for fact in (EntropyFact("teacher"), LogpAtFact("teacher", "student", 4)):
@@ -123,6 +151,8 @@ def test_what_it_cannot_say_is_refused_before_an_engine_starts(tmp_path: Path, m
     with pytest.raises(UserError, match=r"tokenizer of .* is not the student's"):
         open_teacher(Vllm(model=folder), load("opd"), tiny_tokenizer(["other texts"], 300))
     with pytest.raises(UserError, match="weights that nobody sends again"):
-        open_teacher(Vllm(model=folder, enable_sleep_mode=True, sleep_level=2), load("opd"), tokenizer)
+        open_teacher(
+            Vllm(model=folder, enable_sleep_mode=True, sleep_level=2), load("opd"), tokenizer
+        )
     with pytest.raises(UserError, match="vLLM cannot be imported"):
         open_teacher(Vllm(model=folder), load("opd"), tokenizer)

@@ -1,4 +1,6 @@
-"""Rollouts of chosen lengths, and what a model says of them computed the naive way: each row alone, the whole model, no padding."""
+"""Rollouts of chosen lengths, and what a model says of them computed the naive way: each row alone,
+the whole model, no padding.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,31 @@ from torch import Tensor
 
 from opdkit.types import Rollout
 
-LENGTHS = ((3, 5), (7, 2), (1, 8), (4, 0), (6, 1))  # tokens of prompt and response; one response is empty
+# tokens of prompt and response; one response is empty
+LENGTHS = ((3, 5), (7, 2), (1, 8), (4, 0), (6, 1))
 
 
-def rollouts(seed: int = 0, lengths: Any = LENGTHS, vocabulary: int = 320, **fields: Any) -> list[Rollout]:
+def rollouts(
+    seed: int = 0, lengths: Any = LENGTHS, vocabulary: int = 320, **fields: Any
+) -> list[Rollout]:
     """Random tokens; the recorded log-probs are made up."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for i, (prompt, response) in enumerate(lengths):
         ids = torch.randint(vocabulary, (prompt + response,), generator=generator).tolist()
         logp = [-1.0 - 0.1 * t for t in range(response)]
-        made.append(Rollout(f"0/{i}/0", ids[:prompt], ids[prompt:], [True] * response, logp, logp, f"prompt {i}", **fields))
+        made.append(
+            Rollout(
+                f"0/{i}/0",
+                ids[:prompt],
+                ids[prompt:],
+                [True] * response,
+                logp,
+                logp,
+                f"prompt {i}",
+                **fields,
+            )
+        )
     return made
 
 

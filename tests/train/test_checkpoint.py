@@ -1,4 +1,6 @@
-"""A checkpoint is complete or not there; the newest whole one is found, damage is named, and only the old are removed."""
+"""A checkpoint is complete or not there; the newest whole one is found, damage is named, and only
+the old are removed.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ def student() -> Student:
 
 
 STATE = State(
-    step=3, stream={"seed": 1, "epoch": 0, "position": 6, "size": 9}, memory={"pass_rate": {"a": 1 / 3}}, best=0.1, best_step=2
+    step=3,
+    stream={"seed": 1, "epoch": 0, "position": 6, "size": 9},
+    memory={"pass_rate": {"a": 1 / 3}},
+    best=0.1,
+    best_step=2,
 )
 
 
@@ -44,8 +50,15 @@ def test_what_was_saved_is_restored(tmp_path: Path, student: Student, tokenizer:
     again = Student(tiny_model(hidden=16, layers=1), Optim(), 1e-3, 10)
     state = restore(path, again)
     assert state == STATE and (state.updates, again.updates) == (1, 1)
-    moments, expected = again.optimiser.state_dict()["state"], student.optimiser.state_dict()["state"]
-    assert all(torch.equal(moments[i][k], expected[i][k]) for i in expected for k in ("exp_avg", "exp_avg_sq", "step"))
+    moments, expected = (
+        again.optimiser.state_dict()["state"],
+        student.optimiser.state_dict()["state"],
+    )
+    assert all(
+        torch.equal(moments[i][k], expected[i][k])
+        for i in expected
+        for k in ("exp_avg", "exp_avg_sq", "step")
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing", "no manifest"])
@@ -79,9 +92,12 @@ def test_the_newest_is_the_one_of_most_steps_not_of_the_last_letter(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("keep", "best", "left"), [(1, None, [4]), (2, None, [3, 4]), (1, 2, [2, 4]), (0, 4, [4]), (9, 1, [1, 2, 3, 4])]
+    ("keep", "best", "left"),
+    [(1, None, [4]), (2, None, [3, 4]), (1, 2, [2, 4]), (0, 4, [4]), (9, 1, [1, 2, 3, 4])],
 )
-def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep: int, best: int | None, left: list[int]) -> None:
+def test_the_newest_and_the_best_are_kept(
+    tmp_path: Path, keep: int, best: int | None, left: list[int]
+) -> None:
     for step in range(1, 5):
         (tmp_path / f"checkpoint-{step}").mkdir()
     prune(tmp_path, keep, best)
@@ -100,17 +116,25 @@ def test_a_failed_write_leaves_the_former_folder_and_nothing_else(tmp_path: Path
         write("second")(folder)
         raise RuntimeError("file write failed")  # as torch says when a disk is full
 
-    with pytest.raises(UserError, match=r"model could not be written \(RuntimeError: file write failed\)"):
+    with pytest.raises(
+        UserError, match=r"model could not be written \(RuntimeError: file write failed\)"
+    ):
         put(final, fails)
-    assert [p.name for p in tmp_path.iterdir()] == ["model"] and (final / "file").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] and (
+        final / "file"
+    ).read_text() == "first"
     put(final, write("second"))
-    assert [p.name for p in tmp_path.iterdir()] == ["model"] and (final / "file").read_text() == "second"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] and (
+        final / "file"
+    ).read_text() == "second"
 
 
 def test_killed_between_the_two_moves_of_a_replacement_the_former_returns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process ends after the former folder was moved away and before the new one took its place."""
+    """The process ends after the former folder was moved away and before the new one took its
+    place.
+    """
     final = tmp_path / "checkpoint-3"
     put(final, write("first"))
 
@@ -132,7 +156,9 @@ def test_killed_between_the_two_moves_of_a_replacement_the_former_returns(
             put(final, write("second"))
     assert not final.exists()
     checkpoints.tidy(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"] and (final / "file").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"] and (
+        final / "file"
+    ).read_text() == "first"
 
 
 def test_overwriting_removes_a_run_and_only_that(tmp_path: Path) -> None:
@@ -155,4 +181,7 @@ def test_overwriting_removes_a_run_and_only_that(tmp_path: Path) -> None:
     assert all((tmp_path / name).exists() for name in own)
     fill("run.yaml")
     checkpoints.clear(tmp_path)
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == ["data/train.jsonl", "notes.txt"]
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
+        "data/train.jsonl",
+        "notes.txt",
+    ]

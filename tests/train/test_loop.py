@@ -14,11 +14,19 @@ from opdkit.types import Rollout
 
 
 def job(passes: int, minibatches: int) -> Any:
-    return SimpleNamespace(optim=Optim(passes=passes, minibatches=minibatches), seed=0, student=SimpleNamespace(device="cpu"))
+    return SimpleNamespace(
+        optim=Optim(passes=passes, minibatches=minibatches),
+        seed=0,
+        student=SimpleNamespace(device="cpu"),
+    )
 
 
 def rollouts(prompts: int, generations: int) -> list[Rollout]:
-    return [Rollout(f"0/{p}/{g}", [1], [2], [True], [-1.0], [-1.0], str(p)) for p in range(prompts) for g in range(generations)]
+    return [
+        Rollout(f"0/{p}/{g}", [1], [2], [True], [-1.0], [-1.0], str(p))
+        for p in range(prompts)
+        for g in range(generations)
+    ]
 
 
 @pytest.mark.parametrize("minibatches", [2, 3, 5, 9])
@@ -38,10 +46,14 @@ def test_every_pass_takes_every_rollout_once_and_keeps_a_prompts_together(miniba
 
 def test_the_order_is_the_same_in_a_resumed_run_and_another_at_another_step() -> None:
     rows = rollouts(6, 1)
-    parts = [[part.tolist() for part in _optimiser_steps(job(1, 3), rows, step)] for step in (4, 4, 5)]  # type: ignore[union-attr]
+    parts = [
+        [part.tolist() for part in _optimiser_steps(job(1, 3), rows, step)] for step in (4, 4, 5)
+    ]  # type: ignore[union-attr]
     assert parts[0] == parts[1] != parts[2]
 
 
 def test_one_minibatch_is_the_whole_batch() -> None:
     assert list(_optimiser_steps(job(3, 1), rollouts(2, 2), step=0)) == [None, None, None]
-    assert torch.equal(next(_optimiser_steps(job(1, 2), rollouts(1, 2), step=0)), torch.tensor([0, 1]))  # type: ignore[arg-type]
+    assert torch.equal(
+        next(_optimiser_steps(job(1, 2), rollouts(1, 2), step=0)), torch.tensor([0, 1])
+    )  # type: ignore[arg-type]

@@ -29,19 +29,31 @@ def test_warm_up_is_linear_and_reaches_the_rate_at_its_last_step(model: Any) -> 
 
 def test_the_linear_schedule_ends_at_zero_after_the_last_step(model: Any) -> None:
     """Two of warm-up, then 1 - n/4 for n = 0 ... 4."""
-    assert rates(model, 6, schedule="linear", warmup_steps=2) == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert rates(model, 6, schedule="linear", warmup_steps=2) == [
+        0.5,
+        1.0,
+        1.0,
+        0.75,
+        0.5,
+        0.25,
+        0.0,
+    ]
 
 
 def test_the_cosine_schedule_is_half_way_at_half_of_the_time(model: Any) -> None:
     """(1 + cos(pi n / 4)) / 2 = 1, (2 + sqrt 2) / 4, 1/2, (2 - sqrt 2) / 4, 0."""
     half = 2**0.5 / 4
-    assert rates(model, 4, schedule="cosine") == pytest.approx([1.0, 0.5 + half, 0.5, 0.5 - half, 0.0])
+    assert rates(model, 4, schedule="cosine") == pytest.approx(
+        [1.0, 0.5 + half, 0.5, 0.5 - half, 0.0]
+    )
 
 
 def test_a_schedule_stays_at_its_end(model: Any) -> None:
     student = Student(model, Optim(schedule="linear"), 1.0, total_updates=3)
     assert student.rate(7) == 0.0
-    assert Student(model, Optim(warmup_steps=9), 1.0, total_updates=3).rate(2) == pytest.approx(1 / 3)
+    assert Student(model, Optim(warmup_steps=9), 1.0, total_updates=3).rate(2) == pytest.approx(
+        1 / 3
+    )
 
 
 def test_only_matrices_are_decayed() -> None:
@@ -56,9 +68,16 @@ def test_only_matrices_are_decayed() -> None:
     assert student.updates == 1 and all(p.grad is None for p in student.parameters)
 
 
-@pytest.mark.parametrize(("limit", "left"), [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0]), (None, [3.0, 4.0]), (0.0, [3.0, 4.0])])
-def test_gradients_are_clipped_and_their_norm_is_that_before(limit: float | None, left: list[float]) -> None:
-    """(3, 4) has the norm 5; without a limit it stays as it is, to the bit, and the norm is still known."""
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0]), (None, [3.0, 4.0]), (0.0, [3.0, 4.0])],
+)
+def test_gradients_are_clipped_and_their_norm_is_that_before(
+    limit: float | None, left: list[float]
+) -> None:
+    """(3, 4) has the norm 5; without a limit it stays as it is, to the bit, and the norm is still
+    known.
+    """
     student = Student(tiny_model(), Optim(max_grad_norm=limit), 1.0, 1)
     for p in student.parameters:
         p.grad = torch.zeros_like(p)
@@ -93,7 +112,11 @@ def test_dropout_is_keyed_by_seed_and_step_and_leaves_the_random_state_alone() -
 def test_adapters_start_equal_whatever_was_drawn_before() -> None:
     def adapters() -> dict[str, torch.Tensor]:
         torch.rand(7)
-        return {n: p.detach() for n, p in with_adapters(tiny_model(), Lora(r=4)).named_parameters() if p.requires_grad}
+        return {
+            n: p.detach()
+            for n, p in with_adapters(tiny_model(), Lora(r=4)).named_parameters()
+            if p.requires_grad
+        }
 
     a, b = adapters(), adapters()
     assert all("lora_" in name for name in a) and all(torch.equal(a[name], b[name]) for name in a)

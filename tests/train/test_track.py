@@ -30,9 +30,12 @@ def strict(text):
 
 def test_each_step_is_one_strict_line_that_is_there_at_once(tmp_path):
     trackers = open_trackers(tmp_path)
-    trackers.log(1, {"loss": torch.tensor(0.5), "reward/mean": np.float32(0.25), "tokens/trained": 7})
+    trackers.log(
+        1, {"loss": torch.tensor(0.5), "reward/mean": np.float32(0.25), "tokens/trained": 7}
+    )
     trackers.log(2, {"loss": math.nan, "grad_norm": math.inf, "tokens/trained": 8})
-    first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before close: a run may be killed
+    # before close: a run may be killed
+    first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert strict(first) == {"step": 1, "loss": 0.5, "reward/mean": 0.25, "tokens/trained": 7}
     assert strict(second) == {
         "step": 2,
@@ -96,7 +99,10 @@ def test_unknown_tracker_names_the_nearest(tmp_path):
         open_trackers(tmp_path, ["tensorbord"])
 
 
-@pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("trackio",) * 2, ("wandb",) * 2])
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("tensorboard", "torch.utils.tensorboard"), ("trackio",) * 2, ("wandb",) * 2],
+)
 def test_missing_package_says_what_to_install(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)  # import raises ImportError
     with pytest.raises(UserError, match=f"pip install {name}"):
@@ -118,7 +124,10 @@ def test_tensorboard_gets_every_number_and_resumes(tmp_path):
 
 def test_wandb_continues_the_run_of_its_folder(tmp_path, monkeypatch):
     calls = []
-    fake = SimpleNamespace(log=lambda metrics, step: calls.append((step, metrics)), finish=lambda: calls.append("finish"))
+    fake = SimpleNamespace(
+        log=lambda metrics, step: calls.append((step, metrics)),
+        finish=lambda: calls.append("finish"),
+    )
 
     def init(**settings):
         calls.append(settings)
@@ -133,4 +142,9 @@ def test_wandb_continues_the_run_of_its_folder(tmp_path, monkeypatch):
     assert first["id"] == second["id"]
     assert not set(first["id"]) & set('/\\#?%: "')
     assert (first["resume"], first["config"], first["name"]) == ("allow", {"seed": 0}, "my run: 1")
-    assert [call for call in calls if not isinstance(call, dict)] == [(1, {"loss": 0.5}), "finish", (2, {"loss": 0.5}), "finish"]
+    assert [call for call in calls if not isinstance(call, dict)] == [
+        (1, {"loss": 0.5}),
+        "finish",
+        (2, {"loss": 0.5}),
+        "finish",
+    ]

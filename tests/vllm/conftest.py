@@ -1,4 +1,6 @@
-"""Real vLLM on a CPU: a student of a million weights, questions as in GSM8K, engines in this process and servers beside it."""
+"""Real vLLM on a CPU: a student of a million weights, questions as in GSM8K, engines in this
+process and servers beside it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ WRITTEN = (
     "Sue had 48 stamps and gave half of them away. How many are left?",
 )
 ROWS = 352  # of the head; the tokenizer has 320 tokens, so 32 of them only pad it
-SMALL = {"max_model_len": 384, "max_num_seqs": 64, "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
+SMALL = {
+    "max_model_len": 384,
+    "max_num_seqs": 64,
+    "kv_cache_memory_bytes": 64 << 20,
+    "enforce_eager": True,
+}
 SETTINGS = VllmSettings(**SMALL)
 
 
@@ -70,7 +77,10 @@ def checkpoint(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Call
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("data") / "questions.jsonl"
-    path.write_text("".join(json.dumps({"question": q, "answer": "42"}) + "\n" for q in questions()), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"question": q, "answer": "42"}) + "\n" for q in questions()),
+        encoding="utf-8",
+    )
     return str(path)
 
 
@@ -84,13 +94,44 @@ def serve(tokenizer: Any) -> Iterator[Callable[..., str]]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         sizes = [
-            x for name, value in SMALL.items() if name != "enforce_eager" for x in (f"--{name.replace('_', '-')}", str(value))
+            x
+            for name, value in SMALL.items()
+            if name != "enforce_eager"
+            for x in (f"--{name.replace('_', '-')}", str(value))
         ]
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "tiny"]
-        command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", *sizes, *options]
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            model,
+            "--served-model-name",
+            "tiny",
+        ]
+        command += [
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            *sizes,
+            *options,
+        ]
         command += ["--no-enable-chunked-prefill"]  # as `Engine` has it on a CPU
-        allowed = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
-        process = subprocess.Popen(command, env=os.environ | allowed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        allowed = {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        process = subprocess.Popen(
+            command,
+            env=os.environ | allowed,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         running.append(process)
         assert process.stdout is not None
         last: deque[str] = deque(maxlen=40)
@@ -100,7 +141,8 @@ def serve(tokenizer: Any) -> Iterator[Callable[..., str]]:
                 break
         else:
             pytest.fail("the server did not start:\n" + "".join(last))
-        threading.Thread(target=deque, args=(process.stdout, 0), daemon=True).start()  # a full pipe would stop the server
+        # a full pipe would stop the server
+        threading.Thread(target=deque, args=(process.stdout, 0), daemon=True).start()
         return f"http://127.0.0.1:{port}"
 
     yield start
@@ -112,5 +154,18 @@ def serve(tokenizer: Any) -> Iterator[Callable[..., str]]:
 @pytest.fixture(scope="session")
 def server(serve: Callable[..., str], checkpoint: Callable[..., str]) -> str:
     """A server with random weights, as one that is sent the student's is started."""
-    extension = ("--worker-extension-cls", "opdkit.models.engines.vllm_worker.Weights", "--load-format", "dummy")
-    return serve(checkpoint(0), *extension, "--logprobs-mode", "processed_logprobs", "--enable-lora", "--max-lora-rank", "8")
+    extension = (
+        "--worker-extension-cls",
+        "opdkit.models.engines.vllm_worker.Weights",
+        "--load-format",
+        "dummy",
+    )
+    return serve(
+        checkpoint(0),
+        *extension,
+        "--logprobs-mode",
+        "processed_logprobs",
+        "--enable-lora",
+        "--max-lora-rank",
+        "8",
+    )

@@ -1,4 +1,6 @@
-"""A student with adapters: sent alone, or added to the weights; either way the engine computes what the trainer computes."""
+"""A student with adapters: sent alone, or added to the weights; either way the engine computes what
+the trainer computes.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,12 @@ def sampler(request: pytest.FixtureRequest, tokenizer: Any) -> Iterator[VllmSamp
 
 
 def test_adapters_follow_every_update(sampler: VllmSampler, tokenizer: Any) -> None:
-    prompts = [Prompt(f"q{i}", tokenizer(text)["input_ids"]) for i, text in enumerate(questions()[:3])]
-    frozen = {name: p.clone() for name, p in sampler.model.named_parameters() if not p.requires_grad}
+    prompts = [
+        Prompt(f"q{i}", tokenizer(text)["input_ids"]) for i, text in enumerate(questions()[:3])
+    ]
+    frozen = {
+        name: p.clone() for name, p in sampler.model.named_parameters() if not p.requires_grad
+    }
     for version in range(3):
         if version:
             before = sampler.probe.expected()
@@ -67,7 +73,9 @@ def test_adapters_follow_every_update(sampler: VllmSampler, tokenizer: Any) -> N
         assert len(sampler.engine.llm.llm_engine.list_loras()) == 1  # former ones do not pile up
 
 
-def test_adapters_that_do_not_arrive_stop_the_run(sampler: VllmSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_that_do_not_arrive_stop_the_run(
+    sampler: VllmSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sampler, "_send", lambda version: None)
         move(sampler.model, 50)
@@ -78,4 +86,6 @@ def test_adapters_that_do_not_arrive_stop_the_run(sampler: VllmSampler, monkeypa
 
 def test_a_rank_that_vllm_has_no_kernel_for(tokenizer: Any) -> None:
     with pytest.raises(UserError, match="rank 600"):
-        VllmSampler(with_adapters(build(), Lora(r=600)), tokenizer, replace(SETTINGS, enable_lora=True))
+        VllmSampler(
+            with_adapters(build(), Lora(r=600)), tokenizer, replace(SETTINGS, enable_lora=True)
+        )

@@ -1,8 +1,10 @@
-"""Runs of ten steps with vLLM as sampler or as teacher: what the student learns from is what Hugging Face says, and the weights follow.
+"""Runs of ten steps with vLLM as sampler or as teacher: what the student learns from is what
+Hugging Face says, and the weights follow.
 
-At each step the facts are gathered twice, as the run does it and with both models of transformers in this process. Tolerances, float32: the two
-implementations add up in other orders, which moved no log-prob by more than 6e-6 nats where this was written (other processors have other
-kernels; 1e-4 is allowed), and the gradient, which is linear in them, by 2e-6 of its norm (1e-4 is allowed).
+At each step the facts are gathered twice, as the run does it and with both models of transformers
+in this process. Tolerances, float32: the two implementations add up in other orders, which moved no
+log-prob by more than 6e-6 nats where this was written (other processors have other kernels; 1e-4 is
+allowed), and the gradient, which is linear in them, by 2e-6 of its norm (1e-4 is allowed).
 """
 
 from __future__ import annotations
@@ -44,8 +46,10 @@ class Watch:
     steps: int = 0
     facts: dict[str, float] = field(default_factory=dict)
     gradient: float = 0.0  # share of its norm
-    probes: list[float] = field(default_factory=list)  # after each update: the engine from the trainer
-    moved: list[float] = field(default_factory=list)  # after each update: the trainer from its former self
+    # after each update: the engine from the trainer
+    probes: list[float] = field(default_factory=list)
+    # after each update: the trainer from its former self
+    moved: list[float] = field(default_factory=list)
 
     def see(self, name: str, difference: float) -> None:
         self.facts[name] = max(self.facts.get(name, 0.0), difference)
@@ -56,19 +60,28 @@ def gradient(job: Job, batch: Batch, rollouts: Any) -> Tensor:
     plan = job.objective.plan(batch, None)
     layout = Layout(rollouts, batch.shape[1])
     with job.student.learning(job.seed):
-        for positions in layout.micro_batches(flat_positions(plan.selected), job.micro_batch_tokens):
-            learn(plan, positions, layout.states(job.student.model, positions), job.student.head).loss.backward()
+        for positions in layout.micro_batches(
+            flat_positions(plan.selected), job.micro_batch_tokens
+        ):
+            learn(
+                plan, positions, layout.states(job.student.model, positions), job.student.head
+            ).loss.backward()
     flat = torch.cat([p.grad.flatten() for p in job.student.parameters if p.grad is not None])
     job.student.optimiser.zero_grad(set_to_none=True)
     return flat
 
 
-def follow(values: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Job, Watch]:
+def follow(
+    values: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Job, Watch]:
     """A run, watched."""
     job, state = prepare(make_run(values))
     vocabulary = real_vocabulary(job.tokenizer)
     model = load_model(teacher)
-    local: dict[str, Any] = {**job.scorers, "teacher": LocalModel(model, head_of(model, vocabulary))}
+    local: dict[str, Any] = {
+        **job.scorers,
+        "teacher": LocalModel(model, head_of(model, vocabulary)),
+    }
     watch = Watch()
 
     def twice(rollouts: Any, needs: Any, scorers: Any, **given: Any) -> Batch:
@@ -78,7 +91,8 @@ def follow(values: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
         for fact, values in own.facts.items():
             if isinstance(fact, (LogpFact, LogpAtFact)):
                 watch.see(str(fact), float((batch.facts[fact] - values)[mask].abs().max()))
-            if isinstance(fact, TopFact):  # ids whose log-probs are equal up to rounding may change places
+            # ids whose log-probs are equal up to rounding may change places
+            if isinstance(fact, TopFact):
                 assert float((batch.facts[fact] != values)[mask].double().mean()) < 0.02
         if LogpFact("sampler") in batch.facts and LogpFact("student") in own.facts:
             gap = (batch.facts[LogpFact("sampler")] - own.facts[LogpFact("student")])[mask]
@@ -129,14 +143,22 @@ def assert_same(watch: Watch) -> None:
 
 
 def assert_followed(watch: Watch) -> None:
-    """After each update the engine was where the trainer is, which had moved a thousand times farther than they differ."""
+    """After each update the engine was where the trainer is, which had moved a thousand times
+    farther than they differ.
+    """
     assert len(watch.probes) >= STEPS and len(watch.moved) >= STEPS
     assert max(watch.probes) < 1e-5 and min(watch.moved) > 1e-3
 
 
-@pytest.mark.parametrize("lora", [None, False, True], ids=["weights", "adapters added", "adapters alone"])
-def test_sampling_with_vllm_in_this_process(values: dict[str, Any], lora: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The student's log-probs before the step are the engine's here; by default the trainer would compute them again."""
+@pytest.mark.parametrize(
+    "lora", [None, False, True], ids=["weights", "adapters added", "adapters alone"]
+)
+def test_sampling_with_vllm_in_this_process(
+    values: dict[str, Any], lora: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student's log-probs before the step are the engine's here; by default the trainer would
+    compute them again.
+    """
     values["sampler"] = {"kind": "vllm", **SMALL, **({} if lora is None else {"enable_lora": lora})}
     values["recompute_student"] = False
     if lora is not None:
@@ -148,7 +170,9 @@ def test_sampling_with_vllm_in_this_process(values: dict[str, Any], lora: bool |
     job.sampler.close()  # type: ignore[attr-defined]
 
 
-def test_sampling_from_a_server(values: dict[str, Any], server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_from_a_server(
+    values: dict[str, Any], server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values |= {"sampler": f"server:{server}", "recompute_student": False}
     job, watch = follow(values, values["teacher"], monkeypatch)
     assert_same(watch)
@@ -158,13 +182,20 @@ def test_sampling_from_a_server(values: dict[str, Any], server: str, monkeypatch
 
 METHODS = [
     ("opd", {"LogpFact(model='teacher')"}),
-    ({"name": "opd", "k": 8, "support": "teacher"}, {"LogpAtFact(model='teacher', owner='teacher', k=8)"}),
+    (
+        {"name": "opd", "k": 8, "support": "teacher"},
+        {"LogpAtFact(model='teacher', owner='teacher', k=8)"},
+    ),
 ]
 
 
 @pytest.mark.parametrize(("method", "reads"), METHODS)
 def test_a_teacher_in_a_vllm_engine(
-    values: dict[str, Any], method: Any, reads: set[str], checkpoint: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    values: dict[str, Any],
+    method: Any,
+    reads: set[str],
+    checkpoint: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     teacher = {
         "kind": "vllm",
@@ -181,13 +212,23 @@ def test_a_teacher_in_a_vllm_engine(
 
 @pytest.mark.parametrize(("method", "reads"), METHODS)
 def test_a_teacher_behind_a_vllm_server(
-    values: dict[str, Any], method: Any, reads: set[str], teacher_server: str, checkpoint: Callable[..., str], monkeypatch: Any
+    values: dict[str, Any],
+    method: Any,
+    reads: set[str],
+    teacher_server: str,
+    checkpoint: Callable[..., str],
+    monkeypatch: Any,
 ) -> None:
-    _, watch = follow(values | {"teacher": f"server:{teacher_server}", "method": method}, checkpoint(7, 320), monkeypatch)
+    _, watch = follow(
+        values | {"teacher": f"server:{teacher_server}", "method": method},
+        checkpoint(7, 320),
+        monkeypatch,
+    )
     assert_same(watch)
     assert reads <= set(watch.facts)
 
 
 @pytest.fixture(scope="module")
 def teacher_server(serve: Callable[..., str], checkpoint: Callable[..., str]) -> str:
-    return serve(checkpoint(7, 320), "--max-logprobs", "32")  # its head has no padding, which a server would give a share
+    # its head has no padding, which a server would give a share
+    return serve(checkpoint(7, 320), "--max-logprobs", "32")

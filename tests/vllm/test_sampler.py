@@ -1,7 +1,8 @@
-"""Sampling with vLLM in this process: HFSampler's rollouts, exact log-probs, the model's distribution, and weights that follow the student.
+"""Sampling with vLLM in this process: HFSampler's rollouts, exact log-probs, the model's
+distribution, and weights that follow the student.
 
-Tolerances, float32: two implementations of a forward pass add up in other orders, which moves a log-prob by 1e-6 to 1e-5 nats; 1e-4 is
-allowed. Other weights move it by 0.01 and more.
+Tolerances, float32: two implementations of a forward pass add up in other orders, which moves a
+log-prob by 1e-6 to 1e-5 nats; 1e-4 is allowed. Other weights move it by 0.01 and more.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def sampler(student: Any, tokenizer: Any) -> Iterator[VllmSampler]:
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer: Any) -> list[Prompt]:
-    return [Prompt(f"q{i}", tokenizer(text)["input_ids"], {"answer": i}) for i, text in enumerate(questions()[:4])]
+    return [
+        Prompt(f"q{i}", tokenizer(text)["input_ids"], {"answer": i})
+        for i, text in enumerate(questions()[:4])
+    ]
 
 
 @torch.no_grad()
@@ -66,16 +70,26 @@ def at(logits: Tensor, tokens: Sequence[int]) -> Tensor:
 def worst(model: Any, rollouts: Sequence[Rollout], tokens: int = 320) -> float:
     """Largest difference of the recorded plain log-probs from transformers'."""
     return max(
-        float((torch.tensor(r.logp) - at(logits_of(model, r, tokens), r.tokens)).abs().max()) for r in rollouts if r.tokens
+        float((torch.tensor(r.logp) - at(logits_of(model, r, tokens), r.tokens)).abs().max())
+        for r in rollouts
+        if r.tokens
     )
 
 
 def assert_drawn(model: Any, rollout: Rollout, sampling: Sampling, given: int = 0) -> None:
-    """`drawn_logp` is of the cut distribution; a token at the edge of the cut, up to rounding, may be in it or not."""
+    """`drawn_logp` is of the cut distribution; a token at the edge of the cut, up to rounding, may
+    be in it or not.
+    """
     scaled = logits_of(model, rollout, 320) / sampling.temperature
     floor = _floor(scaled, sampling)
-    floors = [torch.full_like(scaled[:, :1], -math.inf)] if floor is None else [floor - EDGE, floor, floor + EDGE]
-    drawn = torch.stack([at(scaled.masked_fill(scaled < f, -math.inf), rollout.tokens) for f in floors])
+    floors = (
+        [torch.full_like(scaled[:, :1], -math.inf)]
+        if floor is None
+        else [floor - EDGE, floor, floor + EDGE]
+    )
+    drawn = torch.stack(
+        [at(scaled.masked_fill(scaled < f, -math.inf), rollout.tokens) for f in floors]
+    )
     gaps = (torch.tensor(rollout.drawn_logp) - drawn).abs().amin(0)[given:]
     assert not len(gaps) or float(gaps.max()) < CLOSE
 
@@ -91,13 +105,18 @@ def move(model: Any, seed: int, size: float = 0.01) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
 
 
-# ------------------------------------------------------------------------------------------------------------- rollouts
+# ----------------------------------------------------------------------------------------- rollouts
 
 
 @pytest.mark.parametrize("stop", [(), ("e",)])
 @pytest.mark.parametrize("prefix", [(), (20, 21, 22)])
 def test_greedy_rollouts_are_those_of_the_sampler_in_this_process(
-    sampler: VllmSampler, student: Any, tokenizer: Any, prompts: list[Prompt], stop: Any, prefix: Any
+    sampler: VllmSampler,
+    student: Any,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    stop: Any,
+    prefix: Any,
 ) -> None:
     sampling = replace(GREEDY, stop=stop)
     asked = [replace(p, prefix=list(prefix)) for p in prompts]
@@ -106,15 +125,25 @@ def test_greedy_rollouts_are_those_of_the_sampler_in_this_process(
     assert without_numbers(ours) == without_numbers(theirs)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=CLOSE, rtol=0)
-        torch.testing.assert_close(torch.tensor(a.drawn_logp), torch.tensor(b.drawn_logp), atol=CLOSE, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(a.drawn_logp), torch.tensor(b.drawn_logp), atol=CLOSE, rtol=0
+        )
 
 
-def test_a_prefix_that_is_the_whole_response(sampler: VllmSampler, student: Any, tokenizer: Any, prompts: list[Prompt]) -> None:
+def test_a_prefix_that_is_the_whole_response(
+    sampler: VllmSampler, student: Any, tokenizer: Any, prompts: list[Prompt]
+) -> None:
     """It ends with a stop token, or fills the length; its neighbours are drawn."""
-    asked = [replace(prompts[0], prefix=[30, 31, 2]), replace(prompts[1], prefix=[40] * 40), prompts[2]]
+    asked = [
+        replace(prompts[0], prefix=[30, 31, 2]),
+        replace(prompts[1], prefix=[40] * 40),
+        prompts[2],
+    ]
     seen: list[int] = []
     ours = sampler.sample(asked, GREEDY, progress=seen.append)
-    assert without_numbers(ours) == without_numbers(HFSampler(student, tokenizer).sample(asked, GREEDY))
+    assert without_numbers(ours) == without_numbers(
+        HFSampler(student, tokenizer).sample(asked, GREEDY)
+    )
     assert [r.finish for r in ours[:2]] == ["stop", "length"] and worst(student, ours) < CLOSE
     assert seen == [2, 3]
 
@@ -133,7 +162,9 @@ def test_a_prefix_that_is_the_whole_response(sampler: VllmSampler, student: Any,
 def test_both_log_probs_are_exact(
     sampler: VllmSampler, student: Any, prompts: list[Prompt], cuts: dict[str, Any], prefix: Any
 ) -> None:
-    """`logp` under the plain softmax over the real tokens, `drawn_logp` under what was drawn from; the head's padding has no part in either."""
+    """`logp` under the plain softmax over the real tokens, `drawn_logp` under what was drawn from;
+    the head's padding has no part in either.
+    """
     sampling = replace(DRAWN, **cuts)
     rollouts = sampler.sample([replace(p, prefix=list(prefix)) for p in prompts], sampling)
     assert len(rollouts) == 12 and worst(student, rollouts) < CLOSE
@@ -149,15 +180,22 @@ def test_draws_are_keyed_by_the_rollout(sampler: VllmSampler, prompts: list[Prom
     assert alone == {id: all_of[id] for id in alone} and len(alone) == 6
     assert len({tuple(tokens) for tokens in all_of.values()}) == 12
     assert {r.id: r.tokens for r in sampler.sample(prompts, DRAWN, seed=2)} != all_of
-    assert [r.tokens for r in sampler.sample(prompts, DRAWN, seed=1, step=1)] != list(all_of.values())
+    assert [r.tokens for r in sampler.sample(prompts, DRAWN, seed=1, step=1)] != list(
+        all_of.values()
+    )
 
 
-def test_tokens_come_in_the_shares_of_the_softmax(sampler: VllmSampler, student: Any, prompts: list[Prompt]) -> None:
-    """The first token of 3000 rollouts of one prompt. Chi-square over the 20 most probable tokens and the rest: 20 degrees of freedom exceed
-    45.3 once in a thousand times, and the seed is fixed. Their mean log-prob is minus the entropy, up to 4 standard errors.
+def test_tokens_come_in_the_shares_of_the_softmax(
+    sampler: VllmSampler, student: Any, prompts: list[Prompt]
+) -> None:
+    """The first token of 3000 rollouts of one prompt. Chi-square over the 20 most probable tokens
+    and the rest: 20 degrees of freedom exceed 45.3 once in a thousand times, and the seed is fixed.
+    Their mean log-prob is minus the entropy, up to 4 standard errors.
     """
     n = 3000
-    rollouts = sampler.sample(prompts[:1], Sampling(max_completion_length=1, num_generations=n), seed=0)
+    rollouts = sampler.sample(
+        prompts[:1], Sampling(max_completion_length=1, num_generations=n), seed=0
+    )
     logps = logits_of(student, rollouts[0], 320).log_softmax(-1)[0]
     counts = torch.bincount(torch.tensor([r.tokens[0] for r in rollouts]), minlength=320)
     top = logps.topk(20).indices
@@ -170,11 +208,15 @@ def test_tokens_come_in_the_shares_of_the_softmax(sampler: VllmSampler, student:
     assert abs(sum(r.logp[0] for r in rollouts) / n + entropy) < 4 * spread / n**0.5
 
 
-# ----------------------------------------------------------------------------------------------------------------- sync
+# --------------------------------------------------------------------------------------------- sync
 
 
-def test_log_probs_follow_every_update(sampler: VllmSampler, student: Any, prompts: list[Prompt]) -> None:
-    """Prompts are the same each time: keys and values of older weights in the prefix cache would show."""
+def test_log_probs_follow_every_update(
+    sampler: VllmSampler, student: Any, prompts: list[Prompt]
+) -> None:
+    """Prompts are the same each time: keys and values of older weights in the prefix cache would
+    show.
+    """
     for version in range(1, 4):
         before = sampler.probe.expected()
         move(student, version)
@@ -192,7 +234,8 @@ def test_an_update_that_does_not_arrive_stops_the_run(
         move(student, 10)
         with pytest.raises(UserError, match=r"optimiser step 4.* not the student's.*the run stops"):
             sampler.sync(student, 4)
-        patch.setattr(sampler.probe, "tolerance", 5.0)  # so wide that the numbers pass: they are still those of before, to a bit
+        # so wide that the numbers pass: they are still those of before, to a bit
+        patch.setattr(sampler.probe, "tolerance", 5.0)
         with pytest.raises(UserError, match=r"to a bit what they were before"):
             sampler.sync(student, 4)
             move(student, 11)
@@ -200,8 +243,12 @@ def test_an_update_that_does_not_arrive_stops_the_run(
     sampler.sync(student, 6)
 
 
-def test_the_packed_copy_of_a_tied_head_is_renewed(sampler: VllmSampler, student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PITFALLS R2b: without that, vLLM's reload on a CPU leaves it behind, and the probe catches it."""
+def test_the_packed_copy_of_a_tied_head_is_renewed(
+    sampler: VllmSampler, student: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PITFALLS R2b: without that, vLLM's reload on a CPU leaves it behind, and the probe catches
+    it.
+    """
     with monkeypatch.context() as patch:
         patch.setattr(vllm_worker, "_pack_again", lambda model: None)
         move(student, 20)
@@ -233,10 +280,12 @@ def test_an_engine_beside_another_is_its_own_and_its_end_harms_none(
     assert worst(student, sampler.sample(prompts, GREEDY)) < CLOSE
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
-def test_what_vllm_would_change_on_its_own_is_refused(sampler: VllmSampler, prompts: list[Prompt]) -> None:
+def test_what_vllm_would_change_on_its_own_is_refused(
+    sampler: VllmSampler, prompts: list[Prompt]
+) -> None:
     with pytest.raises(UserError, match="outside what vLLM samples with"):
         sampler.sample(prompts, Sampling(temperature=2.5))
     with pytest.raises(UserError, match="max_model_len="):
@@ -247,7 +296,9 @@ def test_what_vllm_would_change_on_its_own_is_refused(sampler: VllmSampler, prom
         VllmSampler(sampler.model, sampler.tokenizer, replace(SETTINGS, enable_lora=True))
 
 
-def test_broken_weights_are_named(sampler: VllmSampler, student: Any, prompts: list[Prompt]) -> None:
+def test_broken_weights_are_named(
+    sampler: VllmSampler, student: Any, prompts: list[Prompt]
+) -> None:
     weight = student.model.norm.weight
     kept = weight.detach().clone()
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Sampling from a vLLM server: token ids both ways, and weights or adapters that reach it through files. Tolerances as in test_sampler."""
+"""Sampling from a vLLM server: token ids both ways, and weights or adapters that reach it through
+files. Tolerances as in test_sampler.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,21 @@ def sampler(server: str, student: Any, tokenizer: Any) -> ServerSampler:
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer: Any) -> list[Prompt]:
-    return [Prompt(f"q{i}", tokenizer(text)["input_ids"], {"answer": i}) for i, text in enumerate(questions()[:4])]
+    return [
+        Prompt(f"q{i}", tokenizer(text)["input_ids"], {"answer": i})
+        for i, text in enumerate(questions()[:4])
+    ]
 
 
 @pytest.mark.parametrize("stop", [(), ("e",)])
 @pytest.mark.parametrize("prefix", [(), (20, 21, 22)])
 def test_greedy_rollouts_are_those_of_the_sampler_in_this_process(
-    sampler: ServerSampler, student: Any, tokenizer: Any, prompts: list[Prompt], stop: Any, prefix: Any
+    sampler: ServerSampler,
+    student: Any,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    stop: Any,
+    prefix: Any,
 ) -> None:
     sampling, asked = replace(GREEDY, stop=stop), [replace(p, prefix=list(prefix)) for p in prompts]
     ours = sampler.sample(asked, sampling, step=5, policy_version=7)
@@ -52,28 +62,43 @@ def test_greedy_rollouts_are_those_of_the_sampler_in_this_process(
     assert worst(student, ours) < CLOSE
 
 
-@pytest.mark.parametrize("cuts", [{}, {"temperature": 0.7, "top_p": 0.8, "top_k": 50}, {"temperature": 0.8, "min_p": 0.05}])
+@pytest.mark.parametrize(
+    "cuts",
+    [{}, {"temperature": 0.7, "top_p": 0.8, "top_k": 50}, {"temperature": 0.8, "min_p": 0.05}],
+)
 def test_both_log_probs_are_exact_and_draws_are_keyed(
     sampler: ServerSampler, student: Any, prompts: list[Prompt], cuts: dict[str, Any]
 ) -> None:
     sampling = Sampling(max_completion_length=24, num_generations=3, **cuts)
     seen: list[int] = []
     rollouts = sampler.sample(prompts, sampling, seed=1, progress=seen.append)
-    assert worst(student, rollouts) < CLOSE and max(max(r.tokens) for r in rollouts) < 320 and sorted(seen) == list(range(1, 13))
+    assert (
+        worst(student, rollouts) < CLOSE
+        and max(max(r.tokens) for r in rollouts) < 320
+        and sorted(seen) == list(range(1, 13))
+    )
     for r in rollouts:
         assert_drawn(student, r, sampling)
     alone = sampler.sample(prompts[2:3], sampling, seed=1)
     assert [r.tokens for r in alone] == [r.tokens for r in rollouts if r.group == "q2"]
-    assert [r.tokens for r in sampler.sample(prompts[2:3], sampling, seed=2)] != [r.tokens for r in alone]
+    assert [r.tokens for r in sampler.sample(prompts[2:3], sampling, seed=2)] != [
+        r.tokens for r in alone
+    ]
 
 
-def test_log_probs_follow_every_update_and_files_are_removed(sampler: ServerSampler, student: Any, prompts: list[Prompt]) -> None:
+def test_log_probs_follow_every_update_and_files_are_removed(
+    sampler: ServerSampler, student: Any, prompts: list[Prompt]
+) -> None:
     (probe,) = sampler.probe
     for version in range(1, 4):
         before = probe.expected()
         move(student, version)
         sampler.sync(student, version)
-        assert probe.gap is not None and probe.gap < 1e-5 and float((probe.expected() - before).abs().mean()) > 0.05
+        assert (
+            probe.gap is not None
+            and probe.gap < 1e-5
+            and float((probe.expected() - before).abs().mean()) > 0.05
+        )
         assert worst(student, sampler.sample(prompts, GREEDY, policy_version=version)) < CLOSE
     assert list(sampler.folder.iterdir()) == []
 
@@ -87,14 +112,19 @@ def test_an_update_that_does_not_arrive_stops_the_run(
         with pytest.raises(UserError, match=r"sending weights to http.* not the student's"):
             sampler.sync(student, 4)
     with monkeypatch.context() as patch:
-        patch.setattr("opdkit.sampling.server.save_weights", lambda weights, folder, dtype: folder)  # nothing lies in the folder
+        # nothing lies in the folder
+        patch.setattr("opdkit.sampling.server.save_weights", lambda weights, folder, dtype: folder)
         with pytest.raises(UserError, match=r"(?s)holds no weights.*--worker-extension-cls"):
             sampler.sync(student, 5)
     sampler.sync(student, 6)
 
 
-def test_adapters_alone(server: str, sampler: ServerSampler, tokenizer: Any, prompts: list[Prompt]) -> None:
-    """The server has the weights below them; each update is a new adapter, and former ones are unloaded."""
+def test_adapters_alone(
+    server: str, sampler: ServerSampler, tokenizer: Any, prompts: list[Prompt]
+) -> None:
+    """The server has the weights below them; each update is a new adapter, and former ones are
+    unloaded.
+    """
     model = adapters.student()
     base = build(0)
     ServerSampler(base, tokenizer, ServerSettings((server,))).sync(base, 0)
@@ -108,7 +138,9 @@ def test_adapters_alone(server: str, sampler: ServerSampler, tokenizer: Any, pro
         assert without_numbers(rollouts) == without_numbers(
             HFSampler(model, tokenizer).sample(prompts, GREEDY, policy_version=version)
         )
-        drawn = mine.sample(prompts, Sampling(temperature=0.8, max_completion_length=8), policy_version=version)
+        drawn = mine.sample(
+            prompts, Sampling(temperature=0.8, max_completion_length=8), policy_version=version
+        )
         assert worst(model, rollouts) < CLOSE and worst(model, drawn) < CLOSE
     known = [card["id"] for card in Endpoint([server]).get("/v1/models")["data"]]
     assert known == ["tiny", mine.name]
@@ -122,16 +154,23 @@ def test_adapters_alone(server: str, sampler: ServerSampler, tokenizer: Any, pro
 def test_a_server_that_is_started_otherwise(
     serve: Callable[..., str], checkpoint: Callable[..., str], tokenizer: Any, prompts: list[Prompt]
 ) -> None:
-    """Without the worker's methods no weights reach it; log-probs of the plain softmax alone do for plain sampling only."""
+    """Without the worker's methods no weights reach it; log-probs of the plain softmax alone do for
+    plain sampling only.
+    """
     url = serve(checkpoint(0))
     padded = build(0)
-    with pytest.raises(UserError, match=r"(?s)opdkit_head.*VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls"):
+    with pytest.raises(
+        UserError,
+        match=r"(?s)opdkit_head.*VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls",
+    ):
         ServerSampler(padded, tokenizer, ServerSettings((url,)))
     with pytest.raises(UserError, match="does not serve 'other' but tiny"):
         ServerSampler(padded, tokenizer, ServerSettings((url,), model="other"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ServerSampler, "_call", lambda self, method, argument: None)  # it holds the right weights from the start
-        mine = ServerSampler(padded, tokenizer, ServerSettings((url,), sync_tolerance=1.0))  # its head is not cut
+        # it holds the right weights from the start
+        patch.setattr(ServerSampler, "_call", lambda self, method, argument: None)
+        # its head is not cut
+        mine = ServerSampler(padded, tokenizer, ServerSettings((url,), sync_tolerance=1.0))
         assert len(mine.sample(prompts, GREEDY)) == 4
         with pytest.raises(UserError, match="--logprobs-mode processed_logprobs"):
             mine.sample(prompts, Sampling(temperature=0.7, max_completion_length=8))

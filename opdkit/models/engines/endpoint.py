@@ -1,4 +1,6 @@
-"""A client of HTTP model servers: several servers of one model, bounded concurrency, retries of what can succeed."""
+"""A client of HTTP model servers: several servers of one model, bounded concurrency, retries of
+what can succeed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from opdkit.base.errors import UserError
 
 T = TypeVar("T")
 
-AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # statuses after which the same request can succeed
+# statuses after which the same request can succeed
+AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds: the first pause, and the longest
 LONGEST_ASKED = 300.0  # seconds: of a pause that a server asks for
 REST = 30.0  # seconds for which a server that failed is left alone while others answer
@@ -68,11 +71,14 @@ class _Server:
 
 @dataclass
 class Endpoint:
-    """Servers of one model. Its methods may be called from many threads; `concurrency` bounds the requests under way.
+    """Servers of one model.
 
-    A URL may end in /v1 or not. A server that fails is left alone for a while and the others go on; a request fails when every server
-    has failed it `retries` + 1 times, with pauses that grow between the rounds (full jitter). The key is read from the
-    environment variable `key_variable`, if there is one.
+    Its methods may be called from many threads; `concurrency` bounds the requests under way.
+
+    A URL may end in /v1 or not. A server that fails is left alone for a while and the others go on;
+    a request fails when every server has failed it `retries` + 1 times, with pauses that grow
+    between the rounds (full jitter). The key is read from the environment variable `key_variable`,
+    if there is one.
     """
 
     urls: Sequence[str]
@@ -81,7 +87,8 @@ class Endpoint:
     retries: int = 5
     key_variable: str | None = None
     what: str = "the server"  # in messages
-    sleep: Callable[[float], None] | None = None  # null: time.sleep, cut short when another request of a `map` fails
+    # null: time.sleep, cut short when another request of a `map` fails
+    sleep: Callable[[float], None] | None = None
     clock: Callable[[], float] = time.monotonic
     rng: random.Random = field(default_factory=random.Random)
 
@@ -99,7 +106,8 @@ class Endpoint:
             return None
         if not (key := os.environ.get(self.key_variable)):
             raise UserError(
-                f"{self.what} needs a key from the environment variable {self.key_variable}, which is not set: export it"
+                f"{self.what} needs a key from the environment variable {self.key_variable}, which "
+                "is not set: export it"
             )
         return key
 
@@ -108,15 +116,18 @@ class Endpoint:
         return httpx2.Client(
             headers=headers,
             timeout=httpx2.Timeout(self.timeout, connect=min(self.timeout, CONNECT)),
-            limits=httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency),
-            trust_env=host not in ("localhost", "::1") and not host.startswith("127."),  # no proxy to this machine
+            limits=httpx2.Limits(
+                max_connections=self.concurrency, max_keepalive_connections=self.concurrency
+            ),
+            # no proxy to this machine
+            trust_env=host not in ("localhost", "::1") and not host.startswith("127."),
         )
 
     def each(self) -> list[Endpoint]:
         """One endpoint per server, to learn what each of them says."""
         return [replace(self, urls=[server.url]) for server in self._servers]
 
-    # ------------------------------------------------------------------------------------------------------- requests
+    # ------------------------------------------------------------------------------------- requests
 
     def post(self, path: str, body: Any) -> dict[str, Any]:
         """What a server answers to a JSON body, which must be a JSON object too."""
@@ -126,7 +137,9 @@ class Endpoint:
         return self.request("GET", path, None, _object)
 
     def request(self, method: str, path: str, body: Any, read: Callable[[httpx2.Response], T]) -> T:
-        """What `read` makes of a server's answer to JSON or bytes; a ValueError from it means a broken answer, which is tried again."""
+        """What `read` makes of a server's answer to JSON or bytes; a ValueError from it means a
+        broken answer, which is tried again.
+        """
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         for attempt in range(self.retries + 1):
             asked, servers = 0.0, self._round()
@@ -136,15 +149,21 @@ class Endpoint:
                 except _Fault as fault:
                     asked = max(asked, fault.pause)
             if attempt < self.retries:
-                self._pause(max(asked, self.rng.uniform(0, min(LONGEST_BACKOFF, BACKOFF * 2**attempt))))
+                self._pause(
+                    max(asked, self.rng.uniform(0, min(LONGEST_BACKOFF, BACKOFF * 2**attempt)))
+                )
         tried = "once" if self.retries == 0 else f"{self.retries + 1} times"
         raise UserError(
-            f"{self.what} does not answer {method} {path}, tried {tried}: {'; '.join(f'{s.url}: {s.said}' for s in self._servers)}. "
-            "Start it again, or look at its log"
+            f"{self.what} does not answer {method} {path}, tried {tried}: "
+            f"{'; '.join(f'{s.url}: {s.said}' for s in self._servers)}. Start it again, or look at "
+            "its log"
         )
 
     def _round(self) -> list[_Server]:
-        """The servers to try: those that do well, or all where none does. One that failed and has rested gets a single request."""
+        """The servers to try: those that do well, or all where none does.
+
+        One that failed and has rested gets a single request.
+        """
         with self._lock:
             now = self.clock()
             well = [s for s in self._servers if s.rests_until <= now]
@@ -154,7 +173,12 @@ class Endpoint:
             return well or list(self._servers)
 
     def _once(
-        self, servers: list[_Server], method: str, path: str, content: bytes | None, read: Callable[[httpx2.Response], T]
+        self,
+        servers: list[_Server],
+        method: str,
+        path: str,
+        content: bytes | None,
+        read: Callable[[httpx2.Response], T],
     ) -> T:
         """One request to the idlest of `servers`, which is taken off the list."""
         with self._places:
@@ -174,9 +198,20 @@ class Endpoint:
                 with self._lock:
                     server.busy -= 1
 
-    def _send(self, server: _Server, method: str, path: str, content: bytes | None, read: Callable[[httpx2.Response], T]) -> T:
+    def _send(
+        self,
+        server: _Server,
+        method: str,
+        path: str,
+        content: bytes | None,
+        read: Callable[[httpx2.Response], T],
+    ) -> T:
         url = server.path(path)
-        headers = {"Content-Type": "application/json"} if content is not None and content[:1] == b"{" else {}
+        headers = (
+            {"Content-Type": "application/json"}
+            if content is not None and content[:1] == b"{"
+            else {}
+        )
         try:
             response = server.client.request(method, url, content=content, headers=headers)
         except httpx2.TimeoutException as error:
@@ -189,7 +224,11 @@ class Endpoint:
         if status in AGAIN:
             raise _Fault(f"{status} {_message(response)}", _asked_pause(response))
         if status != 200:
-            advice = "" if status not in (401, 403) or not self.key_variable else f"; its key is read from {self.key_variable}"
+            advice = (
+                ""
+                if status not in (401, 403) or not self.key_variable
+                else f"; its key is read from {self.key_variable}"
+            )
             raise Refused(
                 f"{self.what} refuses {method} {url} with {status}: {_message(response)}{advice}",
                 status,
@@ -216,10 +255,14 @@ class Endpoint:
             time.sleep(seconds)
         self._check()
 
-    # ----------------------------------------------------------------------------------------------------------- many
+    # ----------------------------------------------------------------------------------------- many
 
-    def map(self, calls: Sequence[Callable[[], T]], tick: Callable[[int], None] | None = None) -> list[T]:
-        """The results of calls to this endpoint, in order, `concurrency` at once; the first failure ends all. `tick` hears the number done."""
+    def map(
+        self, calls: Sequence[Callable[[], T]], tick: Callable[[int], None] | None = None
+    ) -> list[T]:
+        """The results of calls to this endpoint, in order, `concurrency` at once; the first failure
+        ends all. `tick` hears the number done.
+        """
         stop, done = threading.Event(), 0
 
         def run(call: Callable[[], T]) -> T:
@@ -233,7 +276,9 @@ class Endpoint:
                     tick(done)
             return result
 
-        pool = ThreadPoolExecutor(min(self.concurrency, max(1, len(calls))), thread_name_prefix="endpoint")
+        pool = ThreadPoolExecutor(
+            min(self.concurrency, max(1, len(calls))), thread_name_prefix="endpoint"
+        )
         try:
             futures = [pool.submit(run, call) for call in calls]
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -246,7 +291,7 @@ class Endpoint:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- answers
+# ------------------------------------------------------------------------------------------ answers
 
 
 def _base(url: str) -> str:
@@ -254,7 +299,8 @@ def _base(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(
-            f"{url!r} is not the address of a server: it must start with http:// or https://, such as http://127.0.0.1:8000"
+            f"{url!r} is not the address of a server: it must start with http:// or https://, such "
+            "as http://127.0.0.1:8000"
         )
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
@@ -274,7 +320,8 @@ def _message(response: httpx2.Response) -> str:
         value = response.text
     while isinstance(value, dict):
         value = next(
-            (value[key] for key in ("error", "message", "detail", "errors") if value.get(key)), json.dumps(value, default=str)
+            (value[key] for key in ("error", "message", "detail", "errors") if value.get(key)),
+            json.dumps(value, default=str),
         )
     return " ".join(str(value).split())[:SAID].rstrip(".") or "(no message)"
 

@@ -1,4 +1,6 @@
-"""Whether an engine holds the student's weights: log-probs of a few fixed texts, the engine's against the trainer's own."""
+"""Whether an engine holds the student's weights: log-probs of a few fixed texts, the engine's
+against the trainer's own.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,14 @@ TEXTS = (
 )
 LENGTH = 48  # tokens of each text that are read
 
-# Mean absolute difference of log-probs, nats, that two correct implementations may show. In float32 it is 1e-6 to 1e-5, and up to 1e-3 on a
-# GPU whose matrix products are TF32; in 16 bits logits carry 8 to 11 significant bits: in bfloat16 it is 0.01 to 0.04.
+# Mean absolute difference of log-probs, nats, that two correct implementations may show. In float32
+# it is 1e-6 to 1e-5, and up to 1e-3 on a GPU whose matrix products are TF32; in 16 bits logits
+# carry 8 to 11 significant bits: in bfloat16 it is 0.01 to 0.04.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 MOVED = (
-    0.01  # of the tolerance: where the trainer's log-probs have moved by more, an engine whose own are the same to a bit is stale
+    # of the tolerance: where the trainer's log-probs have moved by more, an engine whose own are
+    # the same to a bit is stale
+    0.01
 )
 
 
@@ -58,16 +63,25 @@ class Probe:
         device = next(self.model.parameters()).device
         half = self.dtype != torch.float32
         ids = pad_sequence([torch.tensor(s) for s in self.sequences], batch_first=True).to(device)
-        with evaluating(self.model), torch.autocast(device.type, self.dtype if half else None, enabled=half):
+        with (
+            evaluating(self.model),
+            torch.autocast(device.type, self.dtype if half else None, enabled=half),
+        ):
             hidden = hidden_states(self.model, ids, None)
             logps = [
-                self.head.logits(hidden[i, : len(s) - 1]).float().log_softmax(-1).gather(1, ids[i, 1 : len(s), None])[:, 0]
+                self.head.logits(hidden[i, : len(s) - 1])
+                .float()
+                .log_softmax(-1)
+                .gather(1, ids[i, 1 : len(s), None])[:, 0]
                 for i, s in enumerate(self.sequences)
             ]
         return torch.cat(logps).cpu()
 
     def check(self, engine: Sequence[Tensor], version: int, how: str) -> float:
-        """Mean absolute difference; an error where the engine does not follow the trainer. `how` names the way weights are sent."""
+        """Mean absolute difference; an error where the engine does not follow the trainer.
+
+        `how` names the way weights are sent.
+        """
         theirs, own = torch.cat(list(engine)).float().cpu(), self.expected()
         gap = float((theirs - own).abs().mean())
         same = self._engine is not None and torch.equal(theirs, self._engine)
@@ -75,16 +89,20 @@ class Probe:
         self.gap, self._engine, self._trainer = gap, theirs, own
         if not gap <= self.tolerance:
             raise UserError(
-                f"after {how} (optimiser step {version}) the engine's log-probs are not the student's: they differ by {gap:.3g} nats in the "
-                f"mean over {len(own)} tokens, and by at most {float((theirs - own).abs().max()):.3g}; allowed in {self.dtype} is a mean of "
-                f"{self.tolerance:g}. It would sample from other weights than are trained, so the run stops. If it happens at the first "
-                "step, this engine computes the model otherwise than transformers does, or takes weights over in part only: sample in "
-                "this process instead (sampler=hf), or in float32 to see whether rounding is the cause. Where the difference is known and "
-                "harmless, raise sync_tolerance and set recompute_student=true"
+                f"after {how} (optimiser step {version}) the engine's log-probs are not the "
+                f"student's: they differ by {gap:.3g} nats in the mean over {len(own)} tokens, and "
+                f"by at most {float((theirs - own).abs().max()):.3g}; allowed in {self.dtype} is a "
+                f"mean of {self.tolerance:g}. It would sample from other weights than are trained, "
+                "so the run stops. If it happens at the first step, this engine computes the model "
+                "otherwise than transformers does, or takes weights over in part only: sample in "
+                "this process instead (sampler=hf), or in float32 to see whether rounding is the "
+                "cause. Where the difference is known and harmless, raise sync_tolerance and set "
+                "recompute_student=true"
             )
         if same and moved > MOVED * self.tolerance:
             raise UserError(
-                f"after {how} (optimiser step {version}) the engine's log-probs are to a bit what they were before, while the student's have "
-                f"moved by {moved:.3g} nats in the mean: the new weights did not arrive, so the run stops. Look at the engine's log"
+                f"after {how} (optimiser step {version}) the engine's log-probs are to a bit what "
+                f"they were before, while the student's have moved by {moved:.3g} nats in the "
+                "mean: the new weights did not arrive, so the run stops. Look at the engine's log"
             )
         return gap

@@ -1,4 +1,6 @@
-"""Reads vLLM's `prompt_logprobs`, as its engine returns them and as its server writes them in JSON: by token id, never by column order."""
+"""Reads vLLM's `prompt_logprobs`, as its engine returns them and as its server writes them in JSON:
+by token id, never by column order.
+"""
 
 from __future__ import annotations
 
@@ -17,35 +19,46 @@ JSON_FLOOR = -9999.0  # what the server writes for minus infinity, which JSON do
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model says of n tokens in a row, each given those before it; log-probs of the whole vocabulary's softmax, float32."""
+    """What a model says of n tokens in a row, each given those before it; log-probs of the whole
+    vocabulary's softmax, float32.
+    """
 
     logp: Tensor  # [n] of the tokens themselves
     top_ids: Tensor  # [n, k] int64, most probable first
     top_logp: Tensor  # [n, k]
 
 
-def parse_prompt_logprobs(prompt_logprobs: Any, tokens: Sequence[int], start: int, k: int, who: str) -> Scored:
-    """The scores of tokens[start:] of one request; `who` names it in errors (the rollout's id and the model).
+def parse_prompt_logprobs(
+    prompt_logprobs: Any, tokens: Sequence[int], start: int, k: int, who: str
+) -> Scored:
+    """The scores of tokens[start:] of one request; `who` names it in errors (the rollout's id and
+    the model).
 
-    `prompt_logprobs` has one entry per token of the request. The first is None (nothing precedes that token), the others hold the k most
-    probable ids, and the token itself where it is not among them: k or k + 1 entries. Accepted are a list of {id: Logprob},
-    of {"id": {"logprob": x, ...}}, and vLLM's FlatLogprobs. k = 0 reads the tokens alone.
+    `prompt_logprobs` has one entry per token of the request. The first is None (nothing precedes
+    that token), the others hold the k most probable ids, and the token itself where it is not among
+    them: k or k + 1 entries. Accepted are a list of {id: Logprob}, of {"id": {"logprob": x, ...}},
+    and vLLM's FlatLogprobs. k = 0 reads the tokens alone.
     """
     if prompt_logprobs is None or len(prompt_logprobs) != len(tokens):
         got = "none" if prompt_logprobs is None else len(prompt_logprobs)
         raise UserError(
-            f"{who}: log-probs of {len(tokens)} tokens were asked for, and {got} came back, so none can be assigned to its token. "
-            "The server must take token ids as they are (no special tokens added, nothing truncated) and return prompt_logprobs"
+            f"{who}: log-probs of {len(tokens)} tokens were asked for, and {got} came back, so "
+            "none can be assigned to its token. The server must take token ids as they are (no "
+            "special tokens added, nothing truncated) and return prompt_logprobs"
         )
     if start < 1:
-        raise UserError(f"{who}: nothing precedes the first token, so no model can score it: give the prompt at least one token")
+        raise UserError(
+            f"{who}: nothing precedes the first token, so no model can score it: give the prompt "
+            "at least one token"
+        )
     ids, logps = _table(prompt_logprobs, start)
     _refuse_broken(ids, logps, start, who)
     own = ids == torch.tensor(tokens[start:], dtype=torch.int64).view(-1, 1)
     if not bool(own.any(1).all()):
         position = start + int((~own.any(1)).nonzero()[0, 0])
         raise UserError(
-            f"{who}: the scores of token {position} do not hold its own id {tokens[position]}: the server scored other tokens than it was sent"
+            f"{who}: the scores of token {position} do not hold its own id {tokens[position]}: the "
+            "server scored other tokens than it was sent"
         )
     logp = logps.masked_fill(~own, -math.inf).amax(1) if len(ids) else logps.new_zeros(0)
     counts = (ids >= 0).sum(1)
@@ -60,15 +73,23 @@ def parse_prompt_logprobs(prompt_logprobs: Any, tokens: Sequence[int], start: in
 
 
 def _table(prompt_logprobs: Any, start: int) -> tuple[Tensor, Tensor]:
-    """Ids [n, m] (-1 where an entry has fewer than m) and log-probs [n, m] (-inf there) of the entries from `start` on."""
-    if hasattr(prompt_logprobs, "start_indices"):  # FlatLogprobs: the token in front, also where it is among the k
+    """Ids [n, m] (-1 where an entry has fewer than m) and log-probs [n, m] (-inf there) of the
+    entries from `start` on.
+    """
+    # FlatLogprobs: the token in front, also where it is among the k
+    if hasattr(prompt_logprobs, "start_indices"):
         bounds = list(zip(prompt_logprobs.start_indices, prompt_logprobs.end_indices))[start:]
-        rows = [_entry(dict(zip(prompt_logprobs.token_ids[a:b], prompt_logprobs.logprobs[a:b]))) for a, b in bounds]
+        rows = [
+            _entry(dict(zip(prompt_logprobs.token_ids[a:b], prompt_logprobs.logprobs[a:b])))
+            for a, b in bounds
+        ]
     else:
         rows = [_entry(entry) for entry in prompt_logprobs[start:]]
     width = max((len(ids) for ids, _ in rows), default=0)
     ids = torch.tensor([row + [-1] * (width - len(row)) for row, _ in rows], dtype=torch.int64)
-    logps = torch.tensor([row + [-math.inf] * (width - len(row)) for _, row in rows], dtype=torch.float32)
+    logps = torch.tensor(
+        [row + [-math.inf] * (width - len(row)) for _, row in rows], dtype=torch.float32
+    )
     ids, logps = ids.view(len(rows), width), logps.view(len(rows), width)
     return ids, logps.masked_fill(logps <= JSON_FLOOR, -math.inf)
 
@@ -82,7 +103,9 @@ def _entry(entry: Any) -> tuple[list[int], list[float]]:
 
 def _numbers(values: Iterable[Any]) -> Iterable[float]:
     for value in values:
-        number = value.get("logprob") if isinstance(value, dict) else getattr(value, "logprob", value)
+        number = (
+            value.get("logprob") if isinstance(value, dict) else getattr(value, "logprob", value)
+        )
         yield math.nan if number is None else float(number)
 
 
@@ -93,6 +116,8 @@ def _refuse_broken(ids: Tensor, logps: Tensor, start: int, who: str) -> None:
         row = int(bad.nonzero()[0, 0])
         found = [round(x, 4) for x in logps[row][ids[row] >= 0].tolist()][:4]
         raise UserError(
-            f"{who}: the scores of token {start + row} are no log-probs ({found or 'none came back'}): the model's output is broken there, "
-            "or another mode than raw_logprobs is set. Nothing was learnt from this step; check the model and its dtype"
+            f"{who}: the scores of token {start + row} are no log-probs "
+            f"({found or 'none came back'}): the model's output is broken there, or another mode "
+            "than raw_logprobs is set. Nothing was learnt from this step; check the model and its "
+            "dtype"
         )

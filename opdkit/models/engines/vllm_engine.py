@@ -1,4 +1,6 @@
-"""A vLLM engine in this process: started so that it takes weights by reference, fed with token ids, read by token id."""
+"""A vLLM engine in this process: started so that it takes weights by reference, fed with token ids,
+read by token id.
+"""
 
 from __future__ import annotations
 
@@ -29,29 +31,45 @@ class EngineSettings:
     """How a vLLM engine is started. Names as in vLLM."""
 
     dtype: str | None = None  # float32, bfloat16 or float16; null: of the model
-    gpu_memory_utilization: float = 0.3  # share of the device's memory (on a CPU: of the machine's) for weights and cache
-    kv_cache_memory_bytes: int | None = None  # of the cache alone; null: what gpu_memory_utilization leaves
-    max_model_len: int | None = None  # tokens of the longest prompt, its response and one more; null: the model's positions
+    # share of the device's memory (on a CPU: of the machine's) for weights and cache
+    gpu_memory_utilization: float = 0.3
+    # of the cache alone; null: what gpu_memory_utilization leaves
+    kv_cache_memory_bytes: int | None = None
+    # tokens of the longest prompt, its response and one more; null: the model's positions
+    max_model_len: int | None = None
     max_num_seqs: int = 256  # sequences decoded at once
     max_num_batched_tokens: int | None = None  # of one forward pass; null: vLLM's choice
     tensor_parallel_size: int = 1  # devices that share the weights
     enforce_eager: bool = False  # no compilation and no CUDA graphs: starts faster, samples slower
     enable_prefix_caching: bool = True  # prompts that open alike are read once
-    enable_sleep_mode: bool = False  # the engine leaves the GPU's memory to the trainer while it trains
-    sleep_level: int = 1  # 1: weights wait in the machine's memory; 2: they are dropped, and sent again
+    # the engine leaves the GPU's memory to the trainer while it trains
+    enable_sleep_mode: bool = False
+    # 1: weights wait in the machine's memory; 2: they are dropped, and sent again
+    sleep_level: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(
-                f"dtype={self.dtype!r}{nearest(self.dtype, list(DTYPES))} must be one that vLLM computes in: {', '.join(DTYPES)}"
+                f"dtype={self.dtype!r}{nearest(self.dtype, list(DTYPES))} must be one that vLLM "
+                f"computes in: {', '.join(DTYPES)}"
             )
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0 and at most 1")
+            raise ValueError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0 and at most "
+                "1"
+            )
         if self.sleep_level not in (1, 2):
             raise ValueError(
-                f"sleep_level={self.sleep_level} must be 1 (weights wait in the machine's memory) or 2 (they are sent again)"
+                f"sleep_level={self.sleep_level} must be 1 (weights wait in the machine's memory) "
+                "or 2 (they are sent again)"
             )
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "kv_cache_memory_bytes"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "tensor_parallel_size",
+            "kv_cache_memory_bytes",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -60,8 +78,9 @@ class EngineSettings:
 class Engine:
     """vLLM's LLM with what opdkit needs of it.
 
-    The core runs in this process (with one device: the model does too), so weights are handed over by reference. Starting it leaves the
-    random generators as they were. `lora_rank` is the rank of the adapters it will take, 0 for none.
+    The core runs in this process (with one device: the model does too), so weights are handed over
+    by reference. Starting it leaves the random generators as they were. `lora_rank` is the rank of
+    the adapters it will take, 0 for none.
     """
 
     def __init__(
@@ -80,25 +99,32 @@ class Engine:
         self.settings, self.cpu = settings, bool(current_platform.is_cpu())
         if settings.enable_sleep_mode and self.cpu:
             raise UserError(
-                "enable_sleep_mode=true frees a GPU's memory while the trainer works; this engine runs on the CPU, where vLLM has no such "
-                "mode. Set it to false"
+                "enable_sleep_mode=true frees a GPU's memory while the trainer works; this engine "
+                "runs on the CPU, where vLLM has no such mode. Set it to false"
             )
         if torch.distributed.is_initialized() and not OPEN:
             raise UserError(
-                "this process belongs to a training job of several processes, and an engine in it would use their process group: start "
-                "`vllm serve` beside the job and sample from it (sampler=server:URL, teacher=server:URL)"
+                "this process belongs to a training job of several processes, and an engine in it "
+                "would use their process group: start `vllm serve` beside the job and sample from "
+                "it (sampler=server:URL, teacher=server:URL)"
             )
         extra: dict[str, Any] = {}
         if lora_rank:
             if lora_rank > RANKS[-1]:
                 raise UserError(
-                    f"adapters of rank {lora_rank} do not fit vLLM, which takes at most {RANKS[-1]}: lower lora.r, or set enable_lora=false"
+                    f"adapters of rank {lora_rank} do not fit vLLM, which takes at most "
+                    f"{RANKS[-1]}: lower lora.r, or set enable_lora=false"
                 )
-            extra = {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(r for r in RANKS if r >= lora_rank)}
+            extra = {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_lora_rank": min(r for r in RANKS if r >= lora_rank),
+            }
         for name in ("kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens"):
             if (value := getattr(settings, name)) is not None:
                 extra[name] = value
-        if self.cpu:  # there a request with a seed ends the engine (vLLM 0.32) if its prompt is read in parts
+        # there a request with a seed ends the engine (vLLM 0.32) if its prompt is read in parts
+        if self.cpu:
             extra["enable_chunked_prefill"] = False
         with _starting(), _teaching(model):
             self.llm = vllm.LLM(
@@ -111,7 +137,8 @@ class Engine:
                 enforce_eager=settings.enforce_eager,
                 enable_prefix_caching=settings.enable_prefix_caching,
                 enable_sleep_mode=settings.enable_sleep_mode,
-                logprobs_mode="processed_logprobs",  # of drawn tokens; those of prompts are always of the plain softmax
+                # of drawn tokens; those of prompts are always of the plain softmax
+                logprobs_mode="processed_logprobs",
                 max_logprobs=max_logprobs,
                 generation_config="vllm",  # none of the checkpoint's own sampling settings
                 worker_extension_cls=EXTENSION,
@@ -126,14 +153,19 @@ class Engine:
         self.lora: Any = None  # the adapters that requests use
         self.asleep = False
         client, mark = self.llm.llm_engine.engine_core, object()
-        client._finalizer.detach()  # the end of one engine would take the process groups away that all engines of this process share
+        # the end of one engine would take the process groups away that all engines of this process
+        # share
+        client._finalizer.detach()
         OPEN.add(mark)
         self._end = weakref.finalize(self, _end, client.engine_core, mark)
 
-    # ------------------------------------------------------------------------------------------------------- requests
+    # ------------------------------------------------------------------------------------- requests
 
     def run(
-        self, prompts: Sequence[list[int]], params: Sequence[dict[str, Any]], tick: Callable[[int], None] | None = None
+        self,
+        prompts: Sequence[list[int]],
+        params: Sequence[dict[str, Any]],
+        tick: Callable[[int], None] | None = None,
     ) -> list[Any]:
         """vLLM's output of each request, in order; `params` are those of `SamplingParams`."""
         from vllm import SamplingParams
@@ -143,10 +175,17 @@ class Engine:
         done: dict[int, Any] = {}
         sent: list[str] = []
         try:
-            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # the trainer's is not the engine's
+            # the trainer's is not the engine's
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
                 for i, (prompt, given) in enumerate(zip(prompts, params, strict=True)):
-                    one = SamplingParams(**given, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
-                    sent.append(engine.add_request(str(i), {"prompt_token_ids": prompt}, one, lora_request=self.lora))
+                    one = SamplingParams(
+                        **given, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY
+                    )
+                    sent.append(
+                        engine.add_request(
+                            str(i), {"prompt_token_ids": prompt}, one, lora_request=self.lora
+                        )
+                    )
                 while engine.has_unfinished_requests():
                     finished = [output for output in engine.step() if output.finished]
                     done.update({int(output.request_id): output for output in finished})
@@ -157,24 +196,35 @@ class Engine:
             raise
         return [done[i] for i in range(len(prompts))]
 
-    def score(self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str], k: int = 0) -> list[Scored]:
-        """Log-probs of sequence[start:] under the plain softmax, and the k most probable ids; a token is drawn and dropped.
+    def score(
+        self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str], k: int = 0
+    ) -> list[Scored]:
+        """Log-probs of sequence[start:] under the plain softmax, and the k most probable ids; a
+        token is drawn and dropped.
 
         `who` names each in errors.
         """
         params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k, "detokenize": False}
         outputs = self.run(sequences, [params] * len(sequences))
-        return [parse_prompt_logprobs(o.prompt_logprobs, s, a, k, w) for o, s, a, w in zip(outputs, sequences, starts, who)]
+        return [
+            parse_prompt_logprobs(o.prompt_logprobs, s, a, k, w)
+            for o, s, a, w in zip(outputs, sequences, starts, who)
+        ]
 
-    # -------------------------------------------------------------------------------------------------------- weights
+    # -------------------------------------------------------------------------------------- weights
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """New weights by their names in the checkpoint: by reference, or through a folder where other processes hold the model."""
+        """New weights by their names in the checkpoint: by reference, or through a folder where
+        other processes hold the model.
+        """
         if self.settings.tensor_parallel_size == 1:
             self.llm.collective_rpc("opdkit_load", args=(weights.items(),))
         else:
             with tempfile.TemporaryDirectory(prefix="opdkit-weights-") as folder:
-                self.llm.collective_rpc("opdkit_load_folder", args=(str(save_weights(weights, Path(folder), self.dtype)),))
+                self.llm.collective_rpc(
+                    "opdkit_load_folder",
+                    args=(str(save_weights(weights, Path(folder), self.dtype)),),
+                )
         self.reset()
 
     def load_adapters(self, folder: Path, version: int) -> None:
@@ -182,9 +232,14 @@ class Engine:
         from vllm.lora.request import LoRARequest
 
         engine, former = self.llm.llm_engine, self.lora
-        adapters = LoRARequest(f"student-{version}", (former.lora_int_id if former else 0) + 1, str(folder))
+        adapters = LoRARequest(
+            f"student-{version}", (former.lora_int_id if former else 0) + 1, str(folder)
+        )
         if not engine.add_lora(adapters):
-            raise UserError(f"the engine did not take the student's adapters over (optimiser step {version}): look at its log")
+            raise UserError(
+                f"the engine did not take the student's adapters over (optimiser step {version}): "
+                "look at its log"
+            )
         if former is not None:
             engine.remove_lora(former.lora_int_id)
         self.lora = adapters
@@ -196,14 +251,17 @@ class Engine:
             raise RuntimeError("vLLM kept its prefix cache: requests are still under way")
 
     def head(self, rows: int) -> None:
-        """Keeps the rows of the head that stand for tokens: only these ids can be drawn or have a probability."""
+        """Keeps the rows of the head that stand for tokens: only these ids can be drawn or have a
+        probability.
+        """
         if not all(self.llm.collective_rpc("opdkit_head", args=(rows,))):
             raise UserError(
-                "vLLM's class for this model computes logits in a way of its own, so its head cannot be kept to the tokenizer's real tokens "
-                "and free of adapters: sample in this process (sampler=hf), or set enable_lora=false if the head is not padded"
+                "vLLM's class for this model computes logits in a way of its own, so its head "
+                "cannot be kept to the tokenizer's real tokens and free of adapters: sample in "
+                "this process (sampler=hf), or set enable_lora=false if the head is not padded"
             )
 
-    # ---------------------------------------------------------------------------------------------------------- sleep
+    # ---------------------------------------------------------------------------------------- sleep
 
     @property
     def dropped(self) -> bool:
@@ -217,7 +275,9 @@ class Engine:
             self.asleep = True
 
     def wake(self, weights: Callable[[], object] | None = None) -> None:
-        """Takes its memory again; `weights` sends them before the cache comes back, where they were dropped or are new."""
+        """Takes its memory again; `weights` sends them before the cache comes back, where they were
+        dropped or are new.
+        """
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
         if weights is not None:
@@ -227,7 +287,9 @@ class Engine:
             self.asleep = False
 
     def close(self) -> None:
-        """Ends the engine and frees its memory; without it, that is done when the engine is collected."""
+        """Ends the engine and frees its memory; without it, that is done when the engine is
+        collected.
+        """
         self._end()
 
 
@@ -246,8 +308,9 @@ def _import() -> Any:
         import vllm
     except ImportError as error:
         raise UserError(
-            f"vLLM cannot be imported ({error}): install it beside opdkit, `pip install vllm` for a GPU or `make install-vllm` for a CPU, or "
-            "use the engine of this process (sampler=hf, teacher=MODEL)"
+            f"vLLM cannot be imported ({error}): install it beside opdkit, `pip install vllm` for "
+            "a GPU or `make install-vllm` for a CPU, or use the engine of this process "
+            "(sampler=hf, teacher=MODEL)"
         ) from error
     return vllm
 
@@ -256,13 +319,19 @@ def _dtype(model: str, trust_remote_code: bool) -> str:
     """Of the checkpoint. vLLM's own choice would compute a float32 checkpoint in 16 bits."""
     from transformers import AutoConfig
 
-    dtype = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config().dtype
+    dtype = (
+        AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        .get_text_config()
+        .dtype
+    )
     return "auto" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 @contextmanager
 def _starting() -> Iterator[None]:
-    """vLLM seeds every generator when it starts in this process, and on a CPU forbids to change torch's threads: both are put back."""
+    """vLLM seeds every generator when it starts in this process, and on a CPU forbids to change
+    torch's threads: both are put back.
+    """
     import numpy as np
 
     name = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -291,6 +360,7 @@ def _teaching(model: str) -> Iterator[None]:
     except (ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:600]
         raise UserError(
-            f"vLLM cannot start {model!r}: {reason}\nIf memory is short, change gpu_memory_utilization or kv_cache_memory_bytes, or lower "
-            "max_model_len or max_num_seqs"
+            f"vLLM cannot start {model!r}: {reason}\nIf memory is short, change "
+            "gpu_memory_utilization or kv_cache_memory_bytes, or lower max_model_len or "
+            "max_num_seqs"
         ) from error

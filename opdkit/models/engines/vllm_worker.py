@@ -1,6 +1,8 @@
-"""What vLLM's workers learn from opdkit: to take the student's weights over, whole, and to keep to the tokenizer's real tokens.
+"""What vLLM's workers learn from opdkit: to take the student's weights over, whole, and to keep to
+the tokenizer's real tokens.
 
-vLLM mixes the class into its own: `worker_extension_cls`, or `vllm serve --worker-extension-cls opdkit.models.engines.vllm_worker.Weights`.
+vLLM mixes the class into its own: `worker_extension_cls`, or `vllm serve --worker-extension-cls
+opdkit.models.engines.vllm_worker.Weights`.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ class Weights:
         self.opdkit_load(_read(Path(folder)))
 
     def opdkit_head(self, rows: int) -> int:
-        """Logits of the first `rows` ids only, whose rows of the head stand for tokens, and without adapters of the head: opdkit has none, and
-        vLLM's wrapper for them cannot score prompts side by side. The number of heads.
+        """Logits of the first `rows` ids only, whose rows of the head stand for tokens, and without
+        adapters of the head: opdkit has none, and vLLM's wrapper for them cannot score prompts side
+        by side. The number of heads.
         """
         from vllm.lora.layers import LogitsProcessorWithLoRA
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -37,7 +40,9 @@ class Weights:
         for module in list(worker.get_model().modules()):
             for name, child in list(module.named_children()):
                 plain = child.base_layer if isinstance(child, LogitsProcessorWithLoRA) else child
-                if isinstance(plain, LogitsProcessor) and not isinstance(module, LogitsProcessorWithLoRA):
+                if isinstance(plain, LogitsProcessor) and not isinstance(
+                    module, LogitsProcessorWithLoRA
+                ):
                     setattr(module, name, plain)
                     plain.org_vocab_size = rows
                     heads += 1
@@ -45,8 +50,9 @@ class Weights:
 
 
 def _pack_again(model: Any) -> None:
-    """On a CPU vLLM multiplies with packed copies of the weights. Its reload packs the layers anew that got weights of their own; a head that
-    shares the embedding's weight got none, and keeps the old copy.
+    """On a CPU vLLM multiplies with packed copies of the weights. Its reload packs the layers anew
+    that got weights of their own; a head that shares the embedding's weight got none, and keeps the
+    old copy.
     """
     from vllm.platforms import current_platform
 
@@ -65,7 +71,10 @@ def _read(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no weights: is it on a file system that this worker shares with the trainer?")
+        raise FileNotFoundError(
+            f"{folder} holds no weights: is it on a file system that this worker shares with the "
+            "trainer?"
+        )
     for path in files:
         with safe_open(path, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict

@@ -1,4 +1,6 @@
-"""The student's weights as an engine takes them: names and tensors of its checkpoint, adapters added or written on their own."""
+"""The student's weights as an engine takes them: names and tensors of its checkpoint, adapters
+added or written on their own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from torch import Tensor
 from opdkit.base.errors import UserError
 from opdkit.models.load import CausalLM
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # that vLLM computes in
+# that vLLM computes in
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD = 4 << 30  # bytes of weights in one file
 
 
@@ -26,7 +29,8 @@ def engine_dtype(model: CausalLM, given: str | None) -> str:
     name = given or str(next(model.parameters()).dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise UserError(
-            f"vLLM does not compute in {name}: give the sampler a dtype ({', '.join(DTYPES)}), or sample in this process (sampler=hf)"
+            f"vLLM does not compute in {name}: give the sampler a dtype ({', '.join(DTYPES)}), or "
+            "sample in this process (sampler=hf)"
         )
     return name
 
@@ -35,33 +39,42 @@ def adapter_rank(model: CausalLM) -> int:
     """The largest rank of the student's adapters."""
     if not has_adapters(model):
         raise UserError(
-            "enable_lora=true sends adapters to the engine, but the student has none: set it to false, or give the run `lora`"
+            "enable_lora=true sends adapters to the engine, but the student has none: set it to "
+            "false, or give the run `lora`"
         )
     return max(config.r for config in model.peft_config.values())
 
 
 @torch.no_grad()
 def checkpoint_weights(model: CausalLM, merged: bool = True) -> dict[str, Tensor]:
-    """Names and tensors as a checkpoint of the model has them; tied ones once. The model stays as it is.
+    """Names and tensors as a checkpoint of the model has them; tied ones once.
 
-    Low-rank adapters are added to copies of the weights that they change; with `merged=False` they are left out.
+    The model stays as it is.
+
+    Low-rank adapters are added to copies of the weights that they change; with `merged=False` they
+    are left out.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     if stored := sorted({str(p.dtype) for p in model.parameters() if not p.is_floating_point()}):
         raise UserError(
-            f"the student's weights are quantised ({', '.join(stored)}), and an engine that is sent weights needs them whole: sample with the "
-            "model in this process (sampler=hf), or do not quantise the student"
+            f"the student's weights are quantised ({', '.join(stored)}), and an engine that is "
+            "sent weights needs them whole: sample with the model in this process (sampler=hf), or "
+            "do not quantise the student"
         )
     if not has_adapters(model):
-        return revert_weight_conversion(model, {name: p.detach() for name, p in model.named_parameters()})
+        return revert_weight_conversion(
+            model, {name: p.detach() for name, p in model.named_parameters()}
+        )
     base = model.get_base_model()
     lora = dict(_lora_layers(model, base))
     weights = {}
     for name, parameter in base.named_parameters():
         if ".lora_" in name or ".original_module." in name:
             continue
-        module, _, kind = name.replace(".base_layer", "").replace(".modules_to_save.default", "").rpartition(".")
+        module, _, kind = (
+            name.replace(".base_layer", "").replace(".modules_to_save.default", "").rpartition(".")
+        )
         weight = parameter.detach()
         if merged and kind == "weight" and module in lora:
             layer = lora[module]
@@ -79,12 +92,17 @@ def _lora_layers(model: CausalLM, base: Any) -> Iterator[tuple[str, Any]]:
     for name, module in base.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
-        plain = isinstance(module, LoraLayer) and not module.lora_variant and hasattr(module, "get_delta_weight")
+        plain = (
+            isinstance(module, LoraLayer)
+            and not module.lora_variant
+            and hasattr(module, "get_delta_weight")
+        )
         if not plain:
             kinds = ", ".join(sorted({str(c.peft_type.value) for c in model.peft_config.values()}))
             raise UserError(
-                f"the adapters of the student ({kinds}) at {name} are not plain low-rank matrices, and a vLLM engine cannot take them over: "
-                "use plain LoRA (run.lora), train all weights, or sample with the model in this process (sampler=hf)"
+                f"the adapters of the student ({kinds}) at {name} are not plain low-rank matrices, "
+                "and a vLLM engine cannot take them over: use plain LoRA (run.lora), train all "
+                "weights, or sample with the model in this process (sampler=hf)"
             )
         yield name, module
 
@@ -95,7 +113,9 @@ def save_adapters(model: CausalLM, folder: Path) -> Path:
     return folder
 
 
-def save_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype | None = None) -> Path:
+def save_weights(
+    weights: dict[str, Tensor], folder: Path, dtype: torch.dtype | None = None
+) -> Path:
     """Safetensors files for an engine in another process, in shards."""
     from safetensors.torch import save_file
 
@@ -107,7 +127,8 @@ def save_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype | 
         if shard and size + tensor.nbytes > SHARD:
             save_file(shard, folder / f"weights-{number:05d}.safetensors")
             shard, size, number = {}, 0, number + 1
-        shard[name] = tensor.clone() if tensor.data_ptr() == weight.data_ptr() else tensor  # safetensors refuses shared memory
+        # safetensors refuses shared memory
+        shard[name] = tensor.clone() if tensor.data_ptr() == weight.data_ptr() else tensor
         size += tensor.nbytes
     save_file(shard, folder / f"weights-{number:05d}.safetensors")
     return folder

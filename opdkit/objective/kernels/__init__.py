@@ -1,4 +1,6 @@
-"""The arithmetic over whole vocabularies: softmax statistics, log-probs and divergences of [n, V] logits, with their gradients."""
+"""The arithmetic over whole vocabularies: softmax statistics, log-probs and divergences of [n, V]
+logits, with their gradients.
+"""
 
 from opdkit.objective.kernels.vocabulary import Vocabulary, divergence
 

@@ -1,13 +1,15 @@
-"""Divergences to a mixture of teacher and student, written as one formula that has its gradient in closed form.
+"""Divergences to a mixture of teacher and student, written as one formula that has its gradient in
+closed form.
 
 With M = a q + (1 - a) p, p the student, q the teacher, ls, lt, m the logs of p, q, M:
 
     value = sum_v  t q (lt - m) + s p (ls - m)
-    slope = s p (ls - m) + k p q / M,   k = s a - t (1 - a)        d value / d ls, up to a multiple of p
+    slope = s p (ls - m) + k p q / M,   k = s a - t (1 - a)        d value / d ls, up to a multiple
+    of p
     d value / d logits = slope - p sum_v slope                      where that multiple cancels
 
-Forward KL is (a, t, s) = (0, 1, 0), where p q / M = q; reverse KL (1, 0, 1), where p q / M = p cancels; the generalised JSD
-(b, b, 1 - b), where k = 0.
+Forward KL is (a, t, s) = (0, 1, 0), where p q / M = q; reverse KL (1, 0, 1), where p q / M = p
+cancels; the generalised JSD (b, b, 1 - b), where k = 0.
 """
 
 from __future__ import annotations

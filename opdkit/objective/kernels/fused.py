@@ -1,4 +1,5 @@
-"""The passes over [n, V] logits as Triton kernels: one program per row and tile of the vocabulary, their sums added in PyTorch.
+"""The passes over [n, V] logits as Triton kernels: one program per row and tile of the vocabulary,
+their sums added in PyTorch.
 
 Logits are float32 or float64, as a head makes them.
 """
@@ -58,7 +59,8 @@ def _entries(
         value = slope + TW * q * (lt - m)
         if K != 0:
             slope += K * (p * q / mix)
-    return p, value, tl.where(x == float("-inf"), 0.0, slope)  # beyond the vocabulary value is 0: both rule the entry out
+    # beyond the vocabulary value is 0: both rule the entry out
+    return p, value, tl.where(x == float("-inf"), 0.0, slope)
 
 
 @triton.jit
@@ -90,31 +92,60 @@ def _gradients(
     tl.store(out + row * V + at, gradient, mask=at < V)
 
 
-# -------------------------------------------------------------------------------------------------------------- launches
+# ----------------------------------------------------------------------------------------- launches
 
 
 def statistics(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Normaliser [n, 1] and entropy [n] of logits [n, V] over `temperature`."""
     logits = _rows(logits)
     lse, inner = _partial(logits), _partial(logits)
-    _launch(_statistics, logits, logits, logits.stride(0), logits.shape[1], lse, inner, T=temperature)
+    _launch(
+        _statistics, logits, logits, logits.stride(0), logits.shape[1], lse, inner, T=temperature
+    )
     normaliser = lse.logsumexp(-1, keepdim=True)
     share = (lse - normaliser).exp()
-    return normaliser, (share * inner + torch.special.entr(share)).sum(-1)  # of the tile, and within it
+    # of the tile, and within it
+    return normaliser, (share * inner + torch.special.entr(share)).sum(-1)
 
 
-def values(form: Formula, z: Tensor, y: Tensor, lz: Tensor, ly: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Divergences [n] of logits z, y [n, V] with normalisers lz, ly [n, 1], and the sums of their slopes [n]."""
+def values(
+    form: Formula, z: Tensor, y: Tensor, lz: Tensor, ly: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Divergences [n] of logits z, y [n, V] with normalisers lz, ly [n, 1], and the sums of their
+    slopes [n].
+    """
     z, y = _rows(z), _rows(y)
     parts, totals = _partial(z), _partial(z)
-    _launch(_values, z, z, z.stride(0), y, y.stride(0), lz, ly, z.shape[1], parts, totals, **_settings(form, z, temperature))
+    _launch(
+        _values,
+        z,
+        z,
+        z.stride(0),
+        y,
+        y.stride(0),
+        lz,
+        ly,
+        z.shape[1],
+        parts,
+        totals,
+        **_settings(form, z, temperature),
+    )
     return parts.sum(-1), totals.sum(-1)
 
 
 def gradients(
-    form: Formula, z: Tensor, y: Tensor, lz: Tensor, ly: Tensor, temperature: float, totals: Tensor, grad: Tensor
+    form: Formula,
+    z: Tensor,
+    y: Tensor,
+    lz: Tensor,
+    ly: Tensor,
+    temperature: float,
+    totals: Tensor,
+    grad: Tensor,
 ) -> Tensor:
-    """[n, V]: gradient with respect to z, given that of the divergences [n] and the sums of their slopes [n]."""
+    """[n, V]: gradient with respect to z, given that of the divergences [n] and the sums of their
+    slopes [n].
+    """
     z, y = _rows(z), _rows(y)
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     arguments = (z, z.stride(0), y, y.stride(0), lz, ly, z.shape[1], totals, grad.contiguous(), out)
@@ -124,7 +155,15 @@ def gradients(
 
 def _settings(form: Formula, z: Tensor, temperature: float) -> dict[str, float]:
     tiny = torch.finfo(z.dtype).tiny
-    return {"T": temperature, "A": form.a, "TW": form.t, "SW": form.s, "K": form.k, "FLOOR": LOGP_FLOOR, "TINY": tiny}
+    return {
+        "T": temperature,
+        "A": form.a,
+        "TW": form.t,
+        "SW": form.s,
+        "K": form.k,
+        "FLOOR": LOGP_FLOOR,
+        "TINY": tiny,
+    }
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -140,4 +179,6 @@ def _launch(kernel: Any, x: Tensor, *arguments: Any, **settings: float) -> None:
     """One program per row and tile of x [n, V]."""
     if len(x) > 0:
         with torch.cuda.device_of(x):
-            kernel[len(x), triton.cdiv(x.shape[1], TILE)](*arguments, **settings, TILE=TILE, num_warps=8)
+            kernel[len(x), triton.cdiv(x.shape[1], TILE)](
+                *arguments, **settings, TILE=TILE, num_warps=8
+            )

@@ -1,7 +1,9 @@
-"""Two distributions over different vocabularies, compared by rank, or token by token where tokens correspond.
+"""Two distributions over different vocabularies, compared by rank, or token by token where tokens
+correspond.
 
-Each comparison gives its value and its slope with respect to the student's probabilities, block by block: a chunk keeps one [n, V]
-gradient and no sorted copy. On a CPU numpy sorts: 17 times the speed of torch at 151936 entries.
+Each comparison gives its value and its slope with respect to the student's probabilities, block by
+block: a chunk keeps one [n, V] gradient and no sorted copy. On a CPU numpy sorts: 17 times the
+speed of torch at 151936 entries.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from opdkit.objective.kernels.vocabulary import blocks
 from opdkit.objective.maths import Kind
 
 FLOOR = 1e-8  # least probability whose logarithm is taken
-ROUNDING = 16  # of the type's rounding error, relative to the larger: two probabilities closer than that are tied
+# of the type's rounding error, relative to the larger: two probabilities closer than that are tied
+ROUNDING = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +33,14 @@ class Match:
 
     @staticmethod
     def of(same: Tensor, vocabulary: int) -> Match:
-        """From `same` [V_t], the student's id of each of the teacher's tokens (-1: none), and the student's V_s."""
+        """From `same` [V_t], the student's id of each of the teacher's tokens (-1: none), and the
+        student's V_s.
+        """
         teacher = (same >= 0).nonzero()[:, 0]
         student = same[teacher]
-        rest = torch.ones(vocabulary, dtype=torch.bool, device=same.device).index_fill(0, student, False)
+        rest = torch.ones(vocabulary, dtype=torch.bool, device=same.device).index_fill(
+            0, student, False
+        )
         return Match(student, teacher, rest.nonzero()[:, 0], (same < 0).nonzero()[:, 0])
 
     @property
@@ -49,11 +56,18 @@ class Comparison(Protocol):
 
 
 def compare(
-    comparison: Comparison, z: Tensor, scale: Tensor, y: Tensor, other: Tensor, temperatures: tuple[float, float]
+    comparison: Comparison,
+    z: Tensor,
+    scale: Tensor,
+    y: Tensor,
+    other: Tensor,
+    temperatures: tuple[float, float],
 ) -> Tensor:
-    """[n]: a comparison of exp(scale) softmax(z) and exp(other) softmax(y), for logits z [n, V_s], y [n, V_t] and log-factors [n].
+    """[n]: a comparison of exp(scale) softmax(z) and exp(other) softmax(y), for logits z [n, V_s],
+    y [n, V_t] and log-factors [n].
 
-    Logits are divided by `temperatures`, the student's and the teacher's. The gradient goes to z and scale.
+    Logits are divided by `temperatures`, the student's and the teacher's. The gradient goes to z
+    and scale.
     """
     return _Compare.apply(z, scale, y.to(z.dtype), other.to(z.dtype), comparison, temperatures)
 
@@ -88,10 +102,14 @@ class _Compare(torch.autograd.Function):
 
 
 def by_rank(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_k |p^(k) - q^(k)|, the k-th largest of each, the shorter continued with zeros; slope 0 where they are equal."""
+    """sum_k |p^(k) - q^(k)|, the k-th largest of each, the shorter continued with zeros; slope 0
+    where they are equal.
+    """
     ranked, order = descending(p)
     width = max(p.shape[-1], q.shape[-1])
-    a, b = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in (ranked, descending_values(q)))
+    a, b = (
+        torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in (ranked, descending_values(q))
+    )
     gap = a - b
     tied = gap.abs() <= ROUNDING * torch.finfo(p.dtype).eps * torch.maximum(a, b)
     sign = gap.sign().masked_fill_(tied, 0.0)[..., : p.shape[-1]]
@@ -99,7 +117,9 @@ def by_rank(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_token(kind: Kind, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """A divergence of probabilities as they are, whatever they sum to; logarithms of at least `FLOOR`."""
+    """A divergence of probabilities as they are, whatever they sum to; logarithms of at least
+    `FLOOR`.
+    """
     with torch.enable_grad():
         leaf = p.detach().requires_grad_()
         value = kind.entries(leaf.clamp_min(FLOOR).log(), q.clamp_min(FLOOR).log()).sum(-1)
@@ -107,7 +127,7 @@ def by_token(kind: Kind, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), slope
 
 
-# ----------------------------------------------------------------------------------------------------------------- sorting
+# ------------------------------------------------------------------------------------------ sorting
 
 
 def descending(p: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +138,8 @@ def descending(p: Tensor) -> tuple[Tensor, Tensor]:
     import numpy as np
 
     numbers = p.numpy()
-    if p.dtype == torch.float32:  # not negative, so their bits rank as they do: numbers and ids are sorted as one integer
+    # not negative, so their bits rank as they do: numbers and ids are sorted as one integer
+    if p.dtype == torch.float32:
         ids = np.arange(p.shape[-1], dtype=np.int64)
         keys = numbers.view(np.int32).astype(np.int64)
         keys <<= 32

@@ -1,7 +1,8 @@
 """One model's logits at a chunk of positions, and what losses read off them.
 
-A pass goes block by block, so that on a CPU its intermediate results are small and stay in the cache. On a GPU the same sums are
-Triton kernels (`fused`), where Triton runs and the divergence has a formula; else a pass is one block.
+A pass goes block by block, so that on a CPU its intermediate results are small and stay in the
+cache. On a GPU the same sums are Triton kernels (`fused`), where Triton runs and the divergence has
+a formula; else a pass is one block.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from opdkit.objective.kernels.formula import Formula, formula
 from opdkit.objective.maths import Kind
 
 BLOCK_ENTRIES = 1 << 17  # of one block on one CPU core: 512 KiB in float32
-LOWEST = -1e4  # stands for -inf below the highest logit of a row: its exponential is zero, and zero times it is zero
+# stands for -inf below the highest logit of a row: its exponential is zero, and zero times it is
+# zero
+LOWEST = -1e4
 
 
 class Vocabulary:
     """Logits [n, V] of one model. Only the live student's carry a gradient.
 
-    The operations are the same for student and others: models that agree do so to the last bit, and |p_s - p_t| has no gradient of noise.
+    The operations are the same for student and others: models that agree do so to the last bit, and
+    |p_s - p_t| has no gradient of noise.
     """
 
     def __init__(self, logits: Tensor, parent: tuple[Vocabulary, Tensor] | None = None):
@@ -37,7 +41,9 @@ class Vocabulary:
         self.known: dict[float, tuple[Tensor, Tensor]] = {}
 
     def statistics(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Normaliser [n, 1], the log sum exp of the logits over `temperature`, and entropy [n] in nats. No gradient; computed once."""
+        """Normaliser [n, 1], the log sum exp of the logits over `temperature`, and entropy [n] in
+        nats. No gradient; computed once.
+        """
         if temperature not in self.known:
             if self.parent is None:
                 self.known[temperature] = statistics(self.logits.detach(), temperature)
@@ -61,20 +67,27 @@ class Vocabulary:
 
 
 def divergence(
-    kind: Kind, student: Vocabulary, teacher: Vocabulary, temperature: float = 1.0, cap: float | None = None
+    kind: Kind,
+    student: Vocabulary,
+    teacher: Vocabulary,
+    temperature: float = 1.0,
+    cap: float | None = None,
 ) -> Tensor:
-    """[n]: `maths.divergence` of the log-probs of student and teacher, logits over `temperature`. The gradient is the student's."""
+    """[n]: `maths.divergence` of the log-probs of student and teacher, logits over `temperature`.
+
+    The gradient is the student's.
+    """
     z, y = student.logits, teacher.logits
     if z.shape != y.shape:
         raise ValueError(
-            f"student logits {list(z.shape)} and teacher logits {list(y.shape)} differ in shape: a divergence over the whole "
-            "vocabulary compares the same ids on both sides"
+            f"student logits {list(z.shape)} and teacher logits {list(y.shape)} differ in shape: a "
+            "divergence over the whole vocabulary compares the same ids on both sides"
         )
     normalisers = student.statistics(temperature)[0], teacher.statistics(temperature)[0]
     return _Divergence.apply(z, y.detach(), *normalisers, Rule(kind, temperature, cap))
 
 
-# ---------------------------------------------------------------------------------------------------------------- passes
+# ------------------------------------------------------------------------------------------- passes
 
 
 def statistics(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -106,7 +119,11 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (logp,) = ctx.saved_tensors
-        return logp.exp().mul_(-grad.sum(-1, keepdim=True)).add_(grad).div_(ctx.temperature), None, None
+        return (
+            logp.exp().mul_(-grad.sum(-1, keepdim=True)).add_(grad).div_(ctx.temperature),
+            None,
+            None,
+        )
 
 
 class _LogpAt(torch.autograd.Function):
@@ -145,9 +162,12 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         rule, (z, y, lz, ly) = ctx.rule, ctx.saved_tensors
         if ctx.total is not None:
-            gradient = rule.kernels(z).gradients(rule.formula, z, y, lz, ly, rule.temperature, ctx.total, grad)
+            gradient = rule.kernels(z).gradients(
+                rule.formula, z, y, lz, ly, rule.temperature, ctx.total, grad
+            )
         else:
-            gradient, ctx.gradient = ctx.gradient, None  # scaled in place: a second backward makes its own
+            # scaled in place: a second backward makes its own
+            gradient, ctx.gradient = ctx.gradient, None
             if gradient is None:
                 gradient = torch.empty_like(z)
                 _values(rule, z, y, lz, ly, gradient)
@@ -171,8 +191,13 @@ class Rule:
         return None if self.formula is None else fused(logits.device.type)
 
 
-def _values(rule: Rule, z: Tensor, y: Tensor, lz: Tensor, ly: Tensor, gradient: Tensor | None) -> Tensor:
-    """[n]: the divergences. `gradient` [n, V], if any, receives theirs with respect to the scaled logits."""
+def _values(
+    rule: Rule, z: Tensor, y: Tensor, lz: Tensor, ly: Tensor, gradient: Tensor | None
+) -> Tensor:
+    """[n]: the divergences.
+
+    `gradient` [n, V], if any, receives theirs with respect to the scaled logits.
+    """
     values, form = z.new_empty(len(z)), rule.formula
     for at in blocks(z):
         ls, lt = scaled(z[at], rule.temperature) - lz[at], scaled(y[at], rule.temperature) - ly[at]
@@ -183,7 +208,9 @@ def _values(rule: Rule, z: Tensor, y: Tensor, lz: Tensor, ly: Tensor, gradient: 
 
 
 def _derived(form: Formula, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value [r], slope and student probabilities [r, V] of log-probs [r, V], which are overwritten: see `formula`."""
+    """Value [r], slope and student probabilities [r, V] of log-probs [r, V], which are overwritten:
+    see `formula`.
+    """
     p = ls.exp()  # exactly 0 where the student rules an entry out
     gone = ls == -torch.inf if form.a == 0 else None
     for x in (ls, lt):
@@ -195,7 +222,8 @@ def _derived(form: Formula, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Ten
     if gone is not None:
         value = lt.sub_(ls).mul_(q).sum(-1)
         return value, q.neg_().masked_fill_(gone, 0.0), p
-    mix = (p * (1 - form.a)).add_(q, alpha=form.a).clamp_min_(torch.finfo(p.dtype).tiny)  # both may have underflowed
+    # both may have underflowed
+    mix = (p * (1 - form.a)).add_(q, alpha=form.a).clamp_min_(torch.finfo(p.dtype).tiny)
     m = mix.log()
     slope = ls.sub_(m).mul_(p).mul_(form.s)
     value = slope.sum(-1) + lt.sub_(m).mul_(q).sum(-1) * form.t
@@ -206,7 +234,9 @@ def _taken(rule: Rule, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `_derived`, for any divergence: by autograd."""
     with torch.enable_grad():
         value = maths.divergence(rule.kind, ls.requires_grad_(), lt, rule.cap)
-        slope = torch.autograd.grad(value.sum(), ls)[0] if value.requires_grad else torch.zeros_like(ls)
+        slope = (
+            torch.autograd.grad(value.sum(), ls)[0] if value.requires_grad else torch.zeros_like(ls)
+        )
     return value.detach(), slope, ls.detach().exp_()
 
 
@@ -215,15 +245,23 @@ def scaled(logits: Tensor, temperature: float) -> Tensor:
 
 
 def blocks(x: Tensor) -> Iterator[slice]:
-    """Rows of [n, V], block by block; where launching a kernel costs more than the memory, one block."""
-    size = max(1, BLOCK_ENTRIES * torch.get_num_threads() // x.shape[-1]) if x.device.type == "cpu" else max(1, len(x))
+    """Rows of [n, V], block by block; where launching a kernel costs more than the memory, one
+    block.
+    """
+    size = (
+        max(1, BLOCK_ENTRIES * torch.get_num_threads() // x.shape[-1])
+        if x.device.type == "cpu"
+        else max(1, len(x))
+    )
     for start in range(0, len(x), size):
         yield slice(start, min(len(x), start + size))
 
 
 @cache
 def fused(device: str) -> ModuleType | None:
-    """The Triton kernels, where they run: on a GPU, and under TRITON_INTERPRET=1 (how they are tested) on the CPU."""
+    """The Triton kernels, where they run: on a GPU, and under TRITON_INTERPRET=1 (how they are
+    tested) on the CPU.
+    """
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     try:
@@ -232,9 +270,13 @@ def fused(device: str) -> ModuleType | None:
         return None
     try:
         fused.statistics(torch.zeros(1, 2, device=device), 1.0)
-    except Exception as e:  # no C compiler for its launcher, a GPU it does not know: whatever it is, PyTorch's own kernels do it
+    # no C compiler for its launcher, a GPU it does not know: whatever it is, PyTorch's own kernels
+    # do it
+    except Exception as e:
         warnings.warn(
-            f"Triton is installed but does not run here, PyTorch's own kernels are used instead, slower: {e}", stacklevel=2
+            "Triton is installed but does not run here, PyTorch's own kernels are used instead, "
+            f"slower: {e}",
+            stacklevel=2,
         )
         return None
     return fused

@@ -1,4 +1,7 @@
-"""A process that confines others, one per line that it reads, and answers each with a line. Started by `workers.py`."""
+"""A process that confines others, one per line that it reads, and answers each with a line.
+
+Started by `workers.py`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,11 @@ def main() -> None:
     try:
         jail, held = confined(base, options["without"])
         work = module.Work(jail, *options["for"])
-        print(json.dumps({"held": held, "layers": asdict(jail.layers), "base": base}), file=results, flush=True)
+        print(
+            json.dumps({"held": held, "layers": asdict(jail.layers), "base": base}),
+            file=results,
+            flush=True,
+        )
         with suppress(BrokenPipeError), os.fdopen(COMMANDS, closefd=False) as commands:
             for line in commands:
                 print(json.dumps(work(line)), file=results, flush=True)

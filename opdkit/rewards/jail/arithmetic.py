@@ -1,6 +1,8 @@
-"""What a library may evaluate as Python of an answer: numbers, lists of them, and elementary functions. Nothing else is run.
+"""What a library may evaluate as Python of an answer: numbers, lists of them, and elementary
+functions. Nothing else is run.
 
-Several scorers hand an answer to Python's `eval`, some by way of sympy's `parse_expr`: `__import__('os').system('...')` is an answer too.
+Several scorers hand an answer to Python's `eval`, some by way of sympy's `parse_expr`:
+`__import__('os').system('...')` is an answer too.
 """
 
 from __future__ import annotations
@@ -13,15 +15,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 LONGEST = 20_000  # characters
-OWN = sys.stdlib_module_names  # Python's own modules evaluate texts of their own, such as namedtuple's
-# What an answer may call of sympy's: what its parser writes around numbers and names, and the functions of school mathematics.
+# Python's own modules evaluate texts of their own, such as namedtuple's
+OWN = sys.stdlib_module_names
+# What an answer may call of sympy's: what its parser writes around numbers and names, and the
+# functions of school mathematics.
 FUNCTIONS = """Add Mul Pow Integer Float Rational Symbol Function sqrt cbrt root exp log ln Abs sign factorial binomial floor ceiling Max
 Min sin cos tan cot sec csc asin acos atan acot asec acsc atan2 sinh cosh tanh coth sech csch asinh acosh atanh acoth erf erfc erfi gamma
 lowergamma uppergamma Ei Si Ci li Li fresnels fresnelc LambertW elliptic_e elliptic_f polylog Heaviside"""
 CALLED = frozenset(FUNCTIONS.split())
 NAMED = frozenset(("pi", "E", "I", "oo", "zoo", "nan"))
 LITERALS = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Load)
-ARITHMETIC = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
+ARITHMETIC = (
+    ast.BinOp,
+    ast.UnaryOp,
+    ast.BoolOp,
+    ast.Compare,
+    ast.operator,
+    ast.unaryop,
+    ast.boolop,
+    ast.cmpop,
+)
 
 
 class NotArithmetic(ValueError):
@@ -29,10 +42,11 @@ class NotArithmetic(ValueError):
 
 
 def checked(text: Any, names: Mapping[str, Any]) -> str:
-    """The text, where it is arithmetic. names: what the evaluating library gave the answer's own letters a meaning by.
+    """The text, where it is arithmetic. names: what the evaluating library gave the answer's own
+    letters a meaning by.
 
-    Raises NotArithmetic for attributes, subscripts, lambdas, comprehensions, formatted strings, assignments, and calls of anything but
-    `CALLED`; SyntaxError for what is no expression.
+    Raises NotArithmetic for attributes, subscripts, lambdas, comprehensions, formatted strings,
+    assignments, and calls of anything but `CALLED`; SyntaxError for what is no expression.
     """
     if not isinstance(text, str) or len(text) > LONGEST:
         raise NotArithmetic("only a text of at most 20,000 characters is evaluated")
@@ -53,16 +67,25 @@ def checked(text: Any, names: Mapping[str, Any]) -> str:
 
 def _named_function(node: ast.expr) -> bool:
     """Function('f')(x), as sympy's parser writes an unknown f(x)."""
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Function"
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "Function"
+    )
 
 
 def _harmless(value: Any) -> bool:
     """A letter that the library itself declared: a symbol."""
-    return type(value).__module__.startswith("sympy.") and type(value).__name__ in ("Symbol", "Dummy")
+    return type(value).__module__.startswith("sympy.") and type(value).__name__ in (
+        "Symbol",
+        "Dummy",
+    )
 
 
 def only_arithmetic() -> None:
-    """From now on, and for the rest of this process's life, `eval` runs arithmetic only and `exec` nothing but libraries' own texts."""
+    """From now on, and for the rest of this process's life, `eval` runs arithmetic only and `exec`
+    nothing but libraries' own texts.
+    """
     builtins.eval, builtins.exec = _eval(builtins.eval), _exec(builtins.exec)
 
 
@@ -82,7 +105,8 @@ def _eval(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 def _exec(plain: Callable[..., Any]) -> Callable[..., Any]:
     def execute(code: Any, globals: Any = None, locals: Any = None, **more: Any) -> None:
-        if _caller() not in (*OWN, "sympy"):  # of sympy, texts that it made of an expression already read
+        # of sympy, texts that it made of an expression already read
+        if _caller() not in (*OWN, "sympy"):
             raise NotArithmetic("an answer is not run as a program")
         plain(code, *_scope(sys._getframe(1), globals, locals), **more)
 

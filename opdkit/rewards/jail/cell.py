@@ -1,4 +1,6 @@
-"""A process of our own splits off others that give up what a model's text must not reach: the folder, the fork, the confinement."""
+"""A process of our own splits off others that give up what a model's text must not reach: the
+folder, the fork, the confinement.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ WATCH = 0.2  # seconds between looks at the folder of a process that takes its t
 START = 60  # seconds for processes to begin, on a machine that is very busy
 USERS = 61184, 4000  # systemd's range for users made up as needed
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
-FILES_READ = ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", "/dev/zero", "/dev/urandom")
+FILES_READ = (
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+    "/usr/share/zoneinfo",
+    "/dev/zero",
+    "/dev/urandom",
+)
 
 COMMANDS = os.dup(0)  # what is to be done; it hangs up where the parent of all ends
 
@@ -43,7 +51,14 @@ class Jail:
         return f"{self.base}/program"
 
     def lock(self, limits: dict[str, Any]) -> None:
-        lock(self.layers, self.folder, self.readable, limits["seconds"], limits["memory"] << 20, self.threads)
+        lock(
+            self.layers,
+            self.folder,
+            self.readable,
+            limits["seconds"],
+            limits["memory"] << 20,
+            self.threads,
+        )
 
     def __enter__(self) -> None:
         os.mkdir(self.folder, 0o700)
@@ -63,7 +78,11 @@ class Jail:
 
 
 def child(work: Callable[[], object], fds: list[int]) -> int:
-    """Fork. The new process has a session of its own and, from 3 on, the files `fds`; it does `work` and ends."""
+    """Fork.
+
+    The new process has a session of its own and, from 3 on, the files `fds`; it does `work` and
+    ends.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -129,9 +148,19 @@ def confined(base: str, without: list[str]) -> tuple[Jail, dict[str, bool]]:
     os.chmod(f"{base}/readable", 0o644)
     best = offered(USERS[0] + os.getpid() % USERS[1])
     best = replace(best, **{name: type(getattr(best, name))() for name in without})
-    readable = [os.path.dirname(os.__file__), f"{sys.base_prefix}/lib", *sys.path, *LIBRARIES, *FILES_READ]
-    for seccomp, landlock, user in product({best.seccomp: 0, False: 0}, {best.landlock: 0, 0: 0}, {best.user: 0, 0: 0}):
-        jail = Jail(base, Layers(landlock, seccomp, user), readable, THREADS if user else THREADS + _tasks())
+    readable = [
+        os.path.dirname(os.__file__),
+        f"{sys.base_prefix}/lib",
+        *sys.path,
+        *LIBRARIES,
+        *FILES_READ,
+    ]
+    for seccomp, landlock, user in product(
+        {best.seccomp: 0, False: 0}, {best.landlock: 0, 0: 0}, {best.user: 0, 0: 0}
+    ):
+        jail = Jail(
+            base, Layers(landlock, seccomp, user), readable, THREADS if user else THREADS + _tasks()
+        )
         held = _held(jail)
         if held.get("library"):  # it works, and Python can still read its own files
             break

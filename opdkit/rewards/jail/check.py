@@ -17,7 +17,10 @@ PASSED, FAILED = b".", b"!"
 
 
 def run_tests(case: dict[str, Any], confine: Callable[[dict[str, Any]], None]) -> None:
-    """The program answers on file 3. To file 4 goes a dot per test that passed, and what was wrong with the first that did not."""
+    """The program answers on file 3.
+
+    To file 4 goes a dot per test that passed, and what was wrong with the first that did not.
+    """
     channel = Channel(3)
     confine(case)
     if channel.receive() != "confined":
@@ -42,7 +45,9 @@ def run_tests(case: dict[str, Any], confine: Callable[[dict[str, Any]], None]) -
 
 
 def _names(case: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    """What tests see: what is given before the program, then the program's names, then their own preparations."""
+    """What tests see: what is given before the program, then the program's names, then their own
+    preparations.
+    """
     module = sys.modules[MODULE] = types.ModuleType(MODULE)
     names, peer = vars(module), Peer(channel, classes=MODULE)
     for source in case["before"]:
@@ -52,7 +57,9 @@ def _names(case: dict[str, Any], channel: Channel) -> dict[str, Any]:
     state, given = channel.receive()
     if state != "ready":
         raise ProgramError(given)
-    names.update({name: peer.unpack(packed) for name, packed in given.items() if name in case["wanted"]})
+    names.update(
+        {name: peer.unpack(packed) for name, packed in given.items() if name in case["wanted"]}
+    )
     for source in case["setup"]:
         exec(compile(source, "setup.py", "exec", dont_inherit=True), names)
     return names

@@ -1,4 +1,6 @@
-"""A process gives up, for good, what a model's program must not have: files, network, other processes, its user."""
+"""A process gives up, for good, what a model's program must not have: files, network, other
+processes, its user.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ OPEN = 64  # files open at once
 THREADS = 1000
 CONFINED = b"#"  # what a process says once it is confined
 
-# The system calls that a single-threaded or threaded Python makes; every other is refused. NAME:x86_64/aarch64
+# The system calls that a single-threaded or threaded Python makes; every other is refused.
+# NAME:x86_64/aarch64
 SYSCALLS = """
 read:0/63 write:1/64 readv:19/65 writev:20/66 pread64:17/67 pwrite64:18/68 close:3/57 fstat:5/80 newfstatat:262/79 stat:4/ lstat:6/
 statx:332/291 access:21/ faccessat:269/48 faccessat2:439/439 lseek:8/62 getdents:78/ getdents64:217/61 getcwd:79/17 chdir:80/49
@@ -40,12 +43,22 @@ exit_group:231/94 wait4:61/260 recvfrom:45/207 shutdown:48/210 getsockopt:55/209
 open:2/ openat:257/56 fcntl:72/25 ioctl:16/29 prlimit64:302/261 clone:56/220 socketpair:53/199 sendto:44/206 kill:62/129 tgkill:234/131
 unlink:87/ unlinkat:263/35 rename:82/ renameat:264/38 renameat2:316/276 fallocate:285/47
 """
-IN_FOLDER = ("unlink", "unlinkat", "rename", "renameat", "renameat2", "fallocate")  # only where Landlock says which files
-NEW = 424  # system calls from here on answer "not implemented", as older kernels do: the C library then takes another way
+# only where Landlock says which files
+IN_FOLDER = ("unlink", "unlinkat", "rename", "renameat", "renameat2", "fallocate")
+# system calls from here on answer "not implemented", as older kernels do: the C library then takes
+# another way
+NEW = 424
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
 
 # linux/landlock.h
-READ_FILE, READ_DIR, WRITE_FILE, REMOVE_FILE, MAKE_REG, TRUNCATE = 1 << 2, 1 << 3, 1 << 1, 1 << 5, 1 << 8, 1 << 14
+READ_FILE, READ_DIR, WRITE_FILE, REMOVE_FILE, MAKE_REG, TRUNCATE = (
+    1 << 2,
+    1 << 3,
+    1 << 1,
+    1 << 5,
+    1 << 8,
+    1 << 14,
+)
 CLONE_THREAD = 0x10000
 READ_SEARCH = 2  # CAP_DAC_READ_SEARCH
 ALL = 0xFFFFFFFF
@@ -63,8 +76,12 @@ class Layers:
     user: int  # the unprivileged user; 0: stay who we are
 
 
-def lock(layers: Layers, folder: str, readable: Iterable[str], seconds: int, memory: int, threads: int) -> None:
-    """Confine this process: `folder` is all it may write (nothing at all without Landlock), `readable` all that it may read."""
+def lock(
+    layers: Layers, folder: str, readable: Iterable[str], seconds: int, memory: int, threads: int
+) -> None:
+    """Confine this process: `folder` is all it may write (nothing at all without Landlock),
+    `readable` all that it may read.
+    """
     parent = os.getppid()
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, these processes go first
@@ -90,13 +107,20 @@ def lock(layers: Layers, folder: str, readable: Iterable[str], seconds: int, mem
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
     if layers.seccomp:
-        program = bytearray(_program(bool(layers.landlock)).replace(struct.pack("I", OWN), struct.pack("I", os.getpid())))
+        program = bytearray(
+            _program(bool(layers.landlock)).replace(
+                struct.pack("I", OWN), struct.pack("I", os.getpid())
+            )
+        )
         buffer = (ctypes.c_char * len(program)).from_buffer(program)
-        _prctl(22, 2, struct.pack("HP", len(program) // 8, ctypes.addressof(buffer)))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+        # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+        _prctl(22, 2, struct.pack("HP", len(program) // 8, ctypes.addressof(buffer)))
 
 
 def offered(user: int) -> Layers:
-    """What this machine seems to offer; whether it holds is for a probe to say. user: to change to, where we are root."""
+    """What this machine seems to offer; whether it holds is for a probe to say. user: to change to,
+    where we are root.
+    """
     seccomp = platform.machine() in MACHINES and libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
     if seccomp:
         _program(True), _program(False)  # made once, here: forks find them in the cache
@@ -109,7 +133,9 @@ def _prctl(option: int, value: Any, more: Any = 0) -> None:
 
 
 def _privileges(user: int, *, search: bool) -> None:
-    """Another user, without root's powers. search: but for reading files of any user, where Landlock says which."""
+    """Another user, without root's powers. search: but for reading files of any user, where
+    Landlock says which.
+    """
     if os.geteuid() != 0:
         return
     if user:
@@ -119,25 +145,34 @@ def _privileges(user: int, *, search: bool) -> None:
         os.setresuid(user, user, user)
     kept = 1 << READ_SEARCH if user and search else 0  # Python itself may lie in root's folder
     header = struct.pack("Ii", 0x20080522, 0)
-    if libc.capset(header, struct.pack("6I", kept, kept, 0, 0, 0, 0)):  # fails where root does not have that power
+    # fails where root does not have that power
+    if libc.capset(header, struct.pack("6I", kept, kept, 0, 0, 0, 0)):
         libc.capset(header, bytes(24))
 
 
-# ----------------------------------------------------------------------------------------------------------- Landlock
+# ----------------------------------------------------------------------------------------- Landlock
 
 
 def _landlock(version: int, folder: str, readable: Iterable[str]) -> None:
-    """Files below `folder` may be made, written and removed, not folders or links; those below `readable` be read."""
+    """Files below `folder` may be made, written and removed, not folders or links; those below
+    `readable` be read.
+    """
     handled = (1 << 13) - 1
     for since, bit in ((2, 13), (3, 14), (5, 15)):
         handled |= (1 << bit) if version >= since else 0
     net, scoped = 3 if version >= 4 else 0, 3 if version >= 6 else 0
-    attributes = struct.pack("QQQ", handled, net, scoped)[: 24 if version >= 6 else 16 if version >= 4 else 8]
+    attributes = struct.pack("QQQ", handled, net, scoped)[
+        : 24 if version >= 6 else 16 if version >= 4 else 8
+    ]
     ruleset = libc.syscall(444, attributes, len(attributes), 0)
     if ruleset < 0:
         raise OSError(ctypes.get_errno(), "landlock_create_ruleset")
     own = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE
-    rules = [(folder, own), ("/dev/null", READ_FILE | WRITE_FILE), *((path, READ_FILE | READ_DIR) for path in readable)]
+    rules = [
+        (folder, own),
+        ("/dev/null", READ_FILE | WRITE_FILE),
+        *((path, READ_FILE | READ_DIR) for path in readable),
+    ]
     for path, rights in rules:
         try:
             beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -152,13 +187,16 @@ def _landlock(version: int, folder: str, readable: Iterable[str]) -> None:
     os.close(ruleset)
 
 
-# ------------------------------------------------------------------------------------------------------------ seccomp
+# ------------------------------------------------------------------------------------------ seccomp
 
-Check = tuple[int, int, int, tuple[int, ...]]  # argument, its half (0: lower 32 bits), mask, values that are allowed
+# argument, its half (0: lower 32 bits), mask, values that are allowed
+Check = tuple[int, int, int, tuple[int, ...]]
 
 
 def _rules(files: bool) -> dict[str, list[Check]]:
-    """System calls that are allowed only with some arguments. files: whether Landlock looks after files."""
+    """System calls that are allowed only with some arguments. files: whether Landlock looks after
+    files.
+    """
     # Landlock before version 3 does not see that a file opened for reading is emptied (O_TRUNC).
     flags = (0o1003, (0, 1, 2, 0o1001, 0o1002)) if files else (0o1103, (0,))
     rules: dict[str, list[Check]] = {
@@ -166,12 +204,15 @@ def _rules(files: bool) -> dict[str, list[Check]]:
         "openat": [(2, 0, *flags)],
         "clone": [(0, 0, CLONE_THREAD, (CLONE_THREAD,))],
         "socketpair": [(0, 0, ALL, (socket.AF_UNIX,))],  # asyncio's loop has one
-        "sendto": [(4, 0, ALL, (0,)), (4, 1, ALL, (0,))],  # no address: only what it is connected to, itself
+        # no address: only what it is connected to, itself
+        "sendto": [(4, 0, ALL, (0,)), (4, 1, ALL, (0,))],
         "kill": [(0, 0, ALL, (OWN,))],
         "tgkill": [(0, 0, ALL, (OWN,))],
         "prlimit64": [(0, 0, ALL, (0, OWN))],
-        "fcntl": [(1, 0, ALL, (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032))],  # not F_SETOWN, F_SETSIG: they signal other processes
-        "ioctl": [(1, 0, ALL, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451))],  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIO(N)CLEX
+        # not F_SETOWN, F_SETSIG: they signal other processes
+        "fcntl": [(1, 0, ALL, (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032))],
+        # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIO(N)CLEX
+        "ioctl": [(1, 0, ALL, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451))],
     }
     if not files:
         rules |= {name: [(0, 0, 0, ())] for name in IN_FOLDER}  # no value is allowed
@@ -199,5 +240,6 @@ def _program(files: bool) -> bytes:
             body += [denied]
         body += [(answer, 0, 0, allow)]
         code += [(equal, 0, len(body), int(number)), *body]
-    code += [(least, 0, 1, NEW), (answer, 0, 0, refuse | errno.ENOSYS), denied]  # also x86_64's x32 calls, from 2^30 on
+    # also x86_64's x32 calls, from 2^30 on
+    code += [(least, 0, 1, NEW), (answer, 0, 0, refuse | errno.ENOSYS), denied]
     return b"".join(struct.pack("HBBI", *line) for line in code)

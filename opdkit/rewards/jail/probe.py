@@ -9,14 +9,20 @@ from collections.abc import Callable
 
 
 def probe(outside: str) -> dict[str, bool]:
-    """In a confined process: what holds. `outside` is a folder that it must not write, with a file `readable` in it."""
+    """In a confined process: what holds.
+
+    `outside` is a folder that it must not write, with a file `readable` in it.
+    """
     parent = os.getppid()
     return {
-        "network": _fails(lambda: socket.socket().close()) and _fails(lambda: socket.socket(socket.AF_UNIX).close()),
+        "network": _fails(lambda: socket.socket().close())
+        and _fails(lambda: socket.socket(socket.AF_UNIX).close()),
         "processes": _fails(_fork),
-        "writing": _fails(lambda: _write(f"{outside}/written")) and _fails(lambda: os.chmod(f"{outside}/readable", 0o666)),
+        "writing": _fails(lambda: _write(f"{outside}/written"))
+        and _fails(lambda: os.chmod(f"{outside}/readable", 0o666)),
         "reading": _fails(lambda: _read(f"{outside}/readable")),
-        "neighbours": _fails(lambda: os.kill(parent, 0)) and _fails(lambda: _read(f"/proc/{parent}/environ")),
+        "neighbours": _fails(lambda: os.kill(parent, 0))
+        and _fails(lambda: _read(f"/proc/{parent}/environ")),
         "library": not _fails(lambda: importlib.import_module("colorsys")),
     }
 

@@ -1,4 +1,6 @@
-"""The process of a program: it confines itself, runs what a model wrote, and answers the calls of tests."""
+"""The process of a program: it confines itself, runs what a model wrote, and answers the calls of
+tests.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS
 
 
 def run_program(confine: Callable[[dict[str, Any]], None], *, prints: bool) -> None:
-    """Run the program that is sent on file 3. prints: it is given its input, and what it prints goes to file 4."""
+    """Run the program that is sent on file 3. prints: it is given its input, and what it prints
+    goes to file 4.
+    """
     channel = Channel(3)
     order = channel.receive()
     if prints:

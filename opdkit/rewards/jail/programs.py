@@ -1,7 +1,8 @@
 """Runs cases one by one: each program in a confined process of its own, its tests in another.
 
-This process reads the cases. Programs are not its children but those of a second process, split off before the first case was read:
-a program that searches its own memory finds neither tests nor expected values, of this case or an earlier one.
+This process reads the cases. Programs are not its children but those of a second process, split off
+before the first case was read: a program that searches its own memory finds neither tests nor
+expected values, of this case or an earlier one.
 """
 
 from __future__ import annotations
@@ -44,14 +45,19 @@ class Nursery:
         """A new program's channel, and the pipe that it prints to (-1: none)."""
         ours, theirs = socket.socketpair()
         output, write = os.pipe() if prints else (-1, -1)
-        socket.send_fds(self.socket, [b"start"], [theirs.fileno(), write] if prints else [theirs.fileno()])
+        socket.send_fds(
+            self.socket, [b"start"], [theirs.fileno(), write] if prints else [theirs.fileno()]
+        )
         theirs.close()
         if prints:
             os.close(write)
         return Channel(ours.detach()), output
 
     def end(self) -> int:
-        """Kill the program, if it still runs. Its exit status; negative: the signal that ended it."""
+        """Kill the program, if it still runs.
+
+        Its exit status; negative: the signal that ended it.
+        """
         self.socket.send(b"end")
         return int(self.socket.recv(16))
 
@@ -81,7 +87,7 @@ def _nurse(orders: socket.socket, jail: Jail) -> None:
             return
 
 
-# ---------------------------------------------------------------------------------------------------------------- cases
+# -------------------------------------------------------------------------------------------- cases
 
 
 def judge(case: dict[str, Any], jail: Jail, nursery: Nursery) -> dict[str, Any]:
@@ -121,7 +127,9 @@ def _called(case: dict[str, Any], jail: Jail, nursery: Nursery) -> tuple[int, st
 
 def _send(channel: Channel, case: dict[str, Any], keys: tuple[str, ...], **more: Any) -> None:
     with suppress(Gone):
-        channel.send({**{key: case[key] for key in ("sources", "seconds", "memory", *keys)}, **more})
+        channel.send(
+            {**{key: case[key] for key in ("sources", "seconds", "memory", *keys)}, **more}
+        )
 
 
 def _printed(case: dict[str, Any], jail: Jail, nursery: Nursery) -> tuple[int, str]:
@@ -153,10 +161,13 @@ def _printed(case: dict[str, Any], jail: Jail, nursery: Nursery) -> tuple[int, s
 
 
 def same(said: str, wanted: str) -> bool:
-    """Equal line by line, white space aside; a number that is wanted with a point may be off by one in a million."""
+    """Equal line by line, white space aside; a number that is wanted with a point may be off by one
+    in a million.
+    """
     ours, theirs = ([line.split() for line in text.strip().splitlines()] for text in (said, wanted))
     return len(ours) == len(theirs) and all(
-        len(a) == len(b) and all(x == y or _near(x, y) for x, y in zip(a, b)) for a, b in zip(ours, theirs)
+        len(a) == len(b) and all(x == y or _near(x, y) for x, y in zip(a, b))
+        for a, b in zip(ours, theirs)
     )
 
 
@@ -172,7 +183,9 @@ def _near(said: str, wanted: str) -> bool:
 
 def _reason(status: int) -> str:
     signals = {-signal.SIGKILL: ", killed at a limit", -signal.SIGSEGV: ", crashed"}
-    return signals.get(status, f" (signal {-status})" if status < 0 else f" (exit {status})" if status else "")
+    return signals.get(
+        status, f" (signal {-status})" if status < 0 else f" (exit {status})" if status else ""
+    )
 
 
 class Work:

@@ -1,9 +1,11 @@
-"""Tests in one process call a program in another: what crosses between them is plain data, never the program's own objects.
+"""Tests in one process call a program in another: what crosses between them is plain data, never
+the program's own objects.
 
-A value that crosses is rebuilt from its exact built-in type, so a program cannot hand back something that equals everything.
-What is no plain data (an instance of the program's class, a function, a generator) stays where it is, and the other side holds
-a `Remote` of it. Operations on a Remote are carried out at home, except those that would tell the program what a test expects
-and let it answer: comparing or calculating with a value of the tests'.
+A value that crosses is rebuilt from its exact built-in type, so a program cannot hand back
+something that equals everything. What is no plain data (an instance of the program's class, a
+function, a generator) stays where it is, and the other side holds a `Remote` of it. Operations on a
+Remote are carried out at home, except those that would tell the program what a test expects and let
+it answer: comparing or calculating with a value of the tests'.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ MESSAGE = 16 << 20  # bytes
 
 
 class Gone(BaseException):
-    """The other process ended. Not an Exception: a test that expects one must not take it for that."""
+    """The other process ended.
+
+    Not an Exception: a test that expects one must not take it for that.
+    """
 
 
 class Channel:
@@ -65,7 +70,7 @@ class Channel:
         return b"".join(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------- plain
+# -------------------------------------------------------------------------------------------- plain
 
 Keep = Callable[[Any], Any]  # of a value that stays at home: what stands for it
 Find = Callable[[str, int], Any]  # the value that something stands for
@@ -77,7 +82,10 @@ PARTS: dict[type, tuple[Callable[[Any], list[Any]], Callable[..., Any]]] = {
     set: (list, lambda *v: set(v)),
     frozenset: (list, lambda *v: frozenset(v)),
     dict: (lambda d: [list(d), list(d.values())], lambda k, v: dict(zip(k, v))),
-    collections.OrderedDict: (lambda d: [list(d), list(d.values())], lambda k, v: collections.OrderedDict(zip(k, v))),
+    collections.OrderedDict: (
+        lambda d: [list(d), list(d.values())],
+        lambda k, v: collections.OrderedDict(zip(k, v)),
+    ),
     collections.Counter: (lambda d: [dict(d)], collections.Counter),
     collections.deque: (lambda d: [list(d), d.maxlen], collections.deque),
     range: (lambda r: [r.start, r.stop, r.step], range),
@@ -103,7 +111,15 @@ BASES: list[tuple[type, Callable[[Any], Any]]] = [
 ]
 NAMED = {kind.__name__: make for kind, (_, make) in PARTS.items()}
 CLASSES = {value for value in vars(builtins).values() if type(value) is type}
-MUTABLE = (list, dict, set, bytearray, collections.OrderedDict, collections.Counter, collections.deque)
+MUTABLE = (
+    list,
+    dict,
+    set,
+    bytearray,
+    collections.OrderedDict,
+    collections.Counter,
+    collections.deque,
+)
 
 
 def pack(value: Any, keep: Keep) -> Any:
@@ -118,7 +134,11 @@ def pack(value: Any, keep: Keep) -> Any:
     if kind in PARTS:
         return [kind.__name__, *(pack(part, keep) for part in PARTS[kind][0](value))]
     if kind.__module__ == "numpy" and hasattr(value, "dtype") and value.dtype.kind in "biufcUS":
-        return pack(value.item(), keep) if value.ndim == 0 else ["ndarray", value.dtype.str, pack(value.tolist(), keep)]
+        return (
+            pack(value.item(), keep)
+            if value.ndim == 0
+            else ["ndarray", value.dtype.str, pack(value.tolist(), keep)]
+        )
     if isinstance(value, int | float | str | tuple) or kind.__module__ == "collections":
         return pack(plain(value), keep)  # an IntEnum, a named tuple, a defaultdict
     return keep(value)
@@ -155,7 +175,7 @@ def _builtin(name: str) -> type:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------- remote
+# ------------------------------------------------------------------------------------------- remote
 
 
 def _enter(value: Any) -> Any:
@@ -168,15 +188,23 @@ def _exit(value: Any) -> Any:
 
 # Carried out at home: they tell the program an index or a key at most.
 UNARY: dict[str, Callable[..., Any]] = {
-    **{f"__{f.__name__}__": f for f in (len, iter, next, bool, str, repr, hash, float, int, complex, round, abs, bytes)},
-    **{f"__{name}__": getattr(operator, name) for name in ["index", "neg", "pos", "invert", "getitem", "setitem", "delitem"]},
+    **{
+        f"__{f.__name__}__": f
+        for f in (len, iter, next, bool, str, repr, hash, float, int, complex, round, abs, bytes)
+    },
+    **{
+        f"__{name}__": getattr(operator, name)
+        for name in ["index", "neg", "pos", "invert", "getitem", "setitem", "delitem"]
+    },
     "__reversed__": reversed,
     "__enter__": _enter,
     "__exit__": _exit,
 }
 # Only among values that are both the program's.
 ALIKE = "eq ne lt le gt ge add sub mul matmul truediv floordiv mod pow and or xor"
-BINARY: dict[str, Callable[..., Any]] = {f"__{name}__": getattr(operator, f"__{name}__") for name in ALIKE.split()}
+BINARY: dict[str, Callable[..., Any]] = {
+    f"__{name}__": getattr(operator, f"__{name}__") for name in ALIKE.split()
+}
 OPERATIONS: dict[str, Callable[..., Any]] = {
     **UNARY,
     **BINARY,
@@ -223,13 +251,24 @@ def _operation(name: str) -> Any:
                 return True
             if isinstance(other, Remote):
                 return _ask(self, name, other)
-            if name in ("__eq__", "__ne__"):  # an instance of a class derived from list equals the list that it holds
+            # an instance of a class derived from list equals the list that it holds
+            if name in ("__eq__", "__ne__"):
                 held = _ask(self, "__plain__")
                 return NotImplemented if isinstance(held, Remote) else BINARY[name](held, other)
             return NotImplemented
 
         return binary
-    if name in ("__bool__", "__len__", "__str__", "__repr__", "__hash__", "__float__", "__int__", "__index__", "__complex__"):
+    if name in (
+        "__bool__",
+        "__len__",
+        "__str__",
+        "__repr__",
+        "__hash__",
+        "__float__",
+        "__int__",
+        "__index__",
+        "__complex__",
+    ):
         return lambda self: _ask(self, name)
     if name == "__exit__":
         return lambda self, *error: _ask(self, name)
@@ -241,10 +280,13 @@ for _name in (*UNARY, *BINARY):
 
 
 class Peer:
-    """One end of the channel. Each end holds what its side keeps, and asks the other to use what that side keeps.
+    """One end of the channel.
 
-    classes: the module whose classes the other side may look into; None: it may look into everything, as tests may into a program.
-    A program that could look into what a test hands it, such as a generator's frame, would find what the test expects.
+    Each end holds what its side keeps, and asks the other to use what that side keeps.
+
+    classes: the module whose classes the other side may look into; None: it may look into
+    everything, as tests may into a program. A program that could look into what a test hands it,
+    such as a generator's frame, would find what the test expects.
     """
 
     def __init__(self, channel: Channel, classes: str | None = None) -> None:
@@ -262,7 +304,12 @@ class Peer:
     def ask(self, what: str, target: Remote, arguments: Any, named: dict[str, Any]) -> Any:
         """Have the other side do something; meanwhile do what it asks."""
         self.channel.send(
-            [what, target._remote_id, [self.pack(a) for a in arguments], {k: self.pack(v) for k, v in named.items()}]
+            [
+                what,
+                target._remote_id,
+                [self.pack(a) for a in arguments],
+                {k: self.pack(v) for k, v in named.items()},
+            ]
         )
         while True:
             kind, *rest = self.channel.receive()
@@ -291,17 +338,27 @@ class Peer:
             does = self.kept[target] if what == "call" else partial(self._do, self.kept[target])
             result = self.pack(does(*values, **more))
             before, after = _by_place(arguments, named), _by_place(values, more)
-            changed = [(k, self.pack(v)) for k, v in after.items() if isinstance(v, MUTABLE) and self.pack(v) != before[k]]
+            changed = [
+                (k, self.pack(v))
+                for k, v in after.items()
+                if isinstance(v, MUTABLE) and self.pack(v) != before[k]
+            ]
             return ["value", result, changed]
         except Exception as error:
-            kind = next(k.__name__ for k in type(error).__mro__ if vars(builtins).get(k.__name__) is k)
+            kind = next(
+                k.__name__ for k in type(error).__mro__ if vars(builtins).get(k.__name__) is k
+            )
             told = [a for a in error.args if a is None or type(a) in (bool, int, float, str)]
             return ["error", kind, told if len(told) == len(error.args) else [str(error)]]
 
     def _do(self, target: Any, operation: str, *arguments: Any) -> Any:
         if operation.endswith("attr__") and self.classes is not None:
             name = arguments[0]
-            if type(target).__module__ != self.classes or not isinstance(name, str) or name.startswith("_"):
+            if (
+                type(target).__module__ != self.classes
+                or not isinstance(name, str)
+                or name.startswith("_")
+            ):
                 raise AttributeError(f"the program may not use {name!r} of what a test gives it")
         return OPERATIONS[operation](target, *arguments)
 
@@ -340,14 +397,21 @@ def _error(kind: str, arguments: list[Any]) -> Exception:
     """The program's exception: of the nearest built-in class."""
     try:
         error = _builtin(kind)(*arguments)
-    except (TypeError, ValueError):  # such as UnicodeDecodeError, whose arguments must be of certain types
+    # such as UnicodeDecodeError, whose arguments must be of certain types
+    except (TypeError, ValueError):
         error = None
     return error if isinstance(error, Exception) else Exception(*arguments)
 
 
 def why(error: BaseException) -> str:
     """An error in a line."""
-    return f"{type(error).__name__}: {error}"[:300].replace("\n", " ").encode("ascii", "backslashreplace").decode() or "?"
+    return (
+        f"{type(error).__name__}: {error}"[:300]
+        .replace("\n", " ")
+        .encode("ascii", "backslashreplace")
+        .decode()
+        or "?"
+    )
 
 
 sys.set_int_max_str_digits(0)  # a program may compute large numbers, and its time is limited

@@ -1,7 +1,9 @@
-"""Scores answers one by one with a library's own scorer: each in a confined process of its own, which then ends.
+"""Scores answers one by one with a library's own scorer: each in a confined process of its own,
+which then ends.
 
-What an answer could do to a scorer, such as replacing a function of it, ends with that process. What an answer could have done to the
-score itself is refused before: a library that evaluates an answer as Python gets to evaluate arithmetic only (`arithmetic.py`).
+What an answer could do to a scorer, such as replacing a function of it, ends with that process.
+What an answer could have done to the score itself is refused before: a library that evaluates an
+answer as Python gets to evaluate arithmetic only (`arithmetic.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from lock import CONFINED
 
 LONGEST = 1 << 16  # bytes of a scorer's result
 MEMORY = 4096  # MiB of address space: 9^9^9^9 must fail, not fill the machine
-# Read and compared once at the start: libraries then have ready what they build at their first use, such as a parser's tables.
+# Read and compared once at the start: libraries then have ready what they build at their first use,
+# such as a parser's tables.
 SAMPLES = (
     (r"\frac{3\sqrt{2}}{2}", r"\frac{3}{\sqrt{2}}"),
     (r"(x-1)(x+1)", r"x^2-1"),
@@ -40,15 +43,21 @@ def equal(answer: str, said: str) -> bool:
     """Whether two LaTeX expressions are the same, by math-verify."""
     from math_verify import LatexExtractionConfig, parse, verify
 
-    # Only LaTeX, whole: the plain-number extraction would find the 5 in "5 or 6". Limits are this folder's business.
+    # Only LaTeX, whole: the plain-number extraction would find the 5 in "5 or 6". Limits are this
+    # folder's business.
     how = [LatexExtractionConfig()]
-    golds, tries = (parse(rf"\boxed{{{text}}}", how, parsing_timeout=None) for text in (answer, said))
+    golds, tries = (
+        parse(rf"\boxed{{{text}}}", how, parsing_timeout=None) for text in (answer, said)
+    )
     return verify(golds, tries, timeout_seconds=None)
 
 
 @lru_cache(maxsize=64)
 def dataset(task: str, config: str) -> Any:
-    """A task of reasoning-gym, made of the row's settings alone. It scores an entry of its own: what that builds is there from then on."""
+    """A task of reasoning-gym, made of the row's settings alone.
+
+    It scores an entry of its own: what that builds is there from then on.
+    """
     import reasoning_gym
 
     made = reasoning_gym.create_dataset(task, **json.loads(config))
@@ -87,7 +96,8 @@ class Work:
 
     def __call__(self, line: str) -> list[Any]:
         """[True, the value], or [False, why there is none]."""
-        arguments, seconds = pickle.loads(bytes.fromhex(line))  # of our own making: opdkit sends a row's data and a text
+        # of our own making: opdkit sends a row's data and a text
+        arguments, seconds = pickle.loads(bytes.fromhex(line))
         try:
             work = self.prepare(*arguments)
         except Exception as error:
@@ -108,7 +118,9 @@ class Work:
                 os.close(output)
         with suppress(ValueError):
             good, value = json.loads(said)
-            if not stopped and (isinstance(value, bool | float) if good is True else isinstance(value, str)):
+            if not stopped and (
+                isinstance(value, bool | float) if good is True else isinstance(value, str)
+            ):
                 return [good is True, value]
         return [False, f"no result within {seconds:g} s or in the memory allowed"]
 

@@ -1,4 +1,6 @@
-"""What a run will do and take, before anything is loaded: formula, models, memory by part, time by phase. Estimates, not measurements."""
+"""What a run will do and take, before anything is loaded: formula, models, memory by part, time by
+phase. Estimates, not measurements.
+"""
 
 from opdkit.run.plan.changes import Change
 from opdkit.run.plan.devices import KNOWN, Device, device_of

@@ -26,11 +26,17 @@ class Change:
     fits: bool
 
 
-def changes(run: Run, method: Method, step: Step, memory_with: Callable[[Run], Memory]) -> list[Change]:
+def changes(
+    run: Run, method: Method, step: Step, memory_with: Callable[[Run], Memory]
+) -> list[Change]:
     """Those that lower the peak, the best first."""
     before = memory_with(run).peak[0]
     tried = [(setting, memory_with(other)) for setting, other in _others(run, method, step)]
-    out = [Change(setting, memory.peak[0], memory.fits) for setting, memory in tried if memory.peak[0] < WORTH * before]
+    out = [
+        Change(setting, memory.peak[0], memory.fits)
+        for setting, memory in tried
+        if memory.peak[0] < WORTH * before
+    ]
     return sorted(out, key=lambda change: change.peak)
 
 

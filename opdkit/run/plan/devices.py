@@ -1,4 +1,6 @@
-"""What a device can hold and how fast it is: the one at hand, one of a table, or one given in numbers."""
+"""What a device can hold and how fast it is: the one at hand, one of a table, or one given in
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -47,26 +49,35 @@ def device_of(
     bandwidth: str | None = None,
     setting: str = "auto",
 ) -> Device:
-    """The device that is meant. Numbers replace those of the table, or stand for a GPU that is in none; `setting` is the run's."""
+    """The device that is meant.
+
+    Numbers replace those of the table, or stand for a GPU that is in none; `setting` is the run's.
+    """
     given: dict[str, Any] = {
         "memory": None if memory is None else int(quantity(memory, 1e9, "--device-memory 80GB")),
         "tflops": tflops,
         "tflops32": None if tflops is None else tflops / WIDER,
-        "bandwidth": None if bandwidth is None else quantity(bandwidth, 1e12, "--device-bandwidth 3.35TB/s") / 1e12,
+        "bandwidth": None
+        if bandwidth is None
+        else quantity(bandwidth, 1e12, "--device-bandwidth 3.35TB/s") / 1e12,
     }
     changes = {key: value for key, value in given.items() if value is not None}
     if name is not None:
         if name.lower() not in (*KNOWN, "cpu"):
             raise UserError(
-                f"no device {name!r} in the table{nearest(name.lower(), [*KNOWN, 'cpu'])}: use one of {', '.join(KNOWN)} or cpu, or give "
-                "--device-memory 80GB --device-tflops 400 --device-bandwidth 3.35TB/s"
+                f"no device {name!r} in the table{nearest(name.lower(), [*KNOWN, 'cpu'])}: use one "
+                f"of {', '.join(KNOWN)} or cpu, or give --device-memory 80GB --device-tflops 400 "
+                "--device-bandwidth 3.35TB/s"
             )
         return replace(KNOWN[name.lower()] if name.lower() in KNOWN else cpu(), **changes)
     found = at_hand(setting)
     if not changes or found.gpu:
         return replace(found, **changes)
     if memory is None:
-        raise UserError("a GPU that is not here is described by its memory at least: add --device-memory, such as 80GB")
+        raise UserError(
+            "a GPU that is not here is described by its memory at least: add --device-memory, such "
+            "as 80GB"
+        )
     return replace(Device("GPU as given", 0, 0, 0, 0), **changes)
 
 
@@ -76,7 +87,9 @@ def at_hand(setting: str = "auto") -> Device:
 
     if setting == "cpu" or not torch.cuda.is_available():
         return cpu()
-    properties = torch.cuda.get_device_properties(torch.device(setting if setting != "auto" else "cuda"))
+    properties = torch.cuda.get_device_properties(
+        torch.device(setting if setting != "auto" else "cuda")
+    )
     words = re.split(r"[\s_-]+", properties.name.lower())
     same = next((d for key, d in KNOWN.items() if key in words), Device("", 0, 0, 0, 0))
     return replace(same, name=properties.name, memory=properties.total_memory)
@@ -85,13 +98,26 @@ def at_hand(setting: str = "auto") -> Device:
 def cpu() -> Device:
     """This machine's processor, by rules of thumb."""
     cores = os.cpu_count() or 1
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else CPU_MEMORY
-    return Device(f"CPU with {cores} cores", memory, CORE_TFLOPS * cores, CORE_TFLOPS * cores, CPU_BANDWIDTH, gpu=False)
+    memory = (
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if sys.platform == "linux"
+        else CPU_MEMORY
+    )
+    return Device(
+        f"CPU with {cores} cores",
+        memory,
+        CORE_TFLOPS * cores,
+        CORE_TFLOPS * cores,
+        CPU_BANDWIDTH,
+        gpu=False,
+    )
 
 
 def quantity(text: str, scale: float, example: str) -> float:
     """`80GB`, `80GiB`, `3.35TB/s`, `300 GB/s` in bytes; a bare number is in `scale`."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([GMT])(i?)B(?:/s)?)?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(
+        r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([GMT])(i?)B(?:/s)?)?\s*", text, re.IGNORECASE
+    )
     if not found:
         raise UserError(f"{text!r} is no amount: write it as in {example}")
     number, prefix, binary = float(found[1]), found[2], found[3]

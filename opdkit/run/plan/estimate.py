@@ -27,10 +27,14 @@ INSTALLED = ("math", "reasoning_gym", "code")  # rewards that need packages, or 
 
 
 def plan(run: Run, device: Device, *, rates: Rates = USUAL, response: float | None = None) -> Plan:
-    """What the run will do and take on a device. `response`: mean length of responses, in tokens; None: a share of the longest."""
+    """What the run will do and take on a device.
+
+    `response`: mean length of responses, in tokens; None: a share of the longest.
+    """
     if response is not None and response <= 0:
         raise UserError(
-            f"a mean response of {response:g} tokens cannot be: give a positive number, or none for half of the limit"
+            f"a mean response of {response:g} tokens cannot be: give a positive number, or none "
+            "for half of the limit"
         )
     method = from_cache(run.method_spec.load(), run)
     reward, notes = _reward(run)
@@ -39,7 +43,10 @@ def plan(run: Run, device: Device, *, rates: Rates = USUAL, response: float | No
 
 
 def _reward(run: Run) -> tuple[Reward | None, tuple[str, ...]]:
-    """The reward. One that needs what is not installed here gets a note: the run may be meant for another machine."""
+    """The reward.
+
+    One that needs what is not installed here gets a note: the run may be meant for another machine.
+    """
     try:
         return load_reward(run.reward), ()
     except UserError as error:
@@ -72,7 +79,9 @@ class Plan:
         return self._memory(self.run)
 
     def _memory(self, run: Run) -> Memory:
-        return memory_of(run, self.method, models_of(run, self.method), step_of(run, self.device), self.device)
+        return memory_of(
+            run, self.method, models_of(run, self.method), step_of(run, self.device), self.device
+        )
 
     @cached_property
     def changes(self) -> list[Change]:
@@ -86,7 +95,14 @@ class Plan:
     @cached_property
     def phases(self) -> list[Phase]:
         return phases(
-            self.run, self.method, self.models, self.load, self.step.response, self.memory.rows, self.device, self.rates
+            self.run,
+            self.method,
+            self.models,
+            self.load,
+            self.step.response,
+            self.memory.rows,
+            self.device,
+            self.rates,
         )
 
     @property
@@ -95,7 +111,9 @@ class Plan:
 
     @cached_property
     def evaluations(self) -> tuple[int, float]:
-        """How often the student is evaluated, and the seconds of one; unknown (NaN) where the number of problems is."""
+        """How often the student is evaluated, and the seconds of one; unknown (NaN) where the
+        number of problems is.
+        """
         settings, run = self.run.evaluate, self.run
         if settings is None:
             return 0, 0.0
@@ -104,10 +122,14 @@ class Plan:
         if problems is None:
             return count, math.nan
         drawn = replace(settings.sampling or run.sampling, num_generations=settings.num_generations)
-        asked = replace(run, data=settings.prompts, prompts_per_step=problems, sampling=drawn, sampler="hf")
+        asked = replace(
+            run, data=settings.prompts, prompts_per_step=problems, sampling=drawn, sampler="hf"
+        )
         step, rows = step_of(asked, self.device), self._memory(asked).rows
         load = load_of(step, self.rates, self.response)
-        return count, sampling(asked, self.models[0], load, step.response, rows, self.device, self.rates).seconds
+        return count, sampling(
+            asked, self.models[0], load, step.response, rows, self.device, self.rates
+        ).seconds
 
     @property
     def seconds(self) -> float:
@@ -115,20 +137,33 @@ class Plan:
         count, each = self.evaluations
         return self.run.steps * self.step_seconds + (0 if math.isnan(each) else count * each)
 
-    # ------------------------------------------------------------------------------------------------------------ as text
+    # -------------------------------------------------------------------------------------- as text
 
     def __str__(self) -> str:
         notes = ["", *(f"note: {note}" for note in self.notes)] if self.notes else []
-        return "\n".join([*self._what(), "", *self._memory_table(), "", *self._time_table(), *notes])
+        return "\n".join(
+            [*self._what(), "", *self._memory_table(), "", *self._time_table(), *notes]
+        )
 
     def _what(self) -> list[str]:
-        lines = [self.run.yaml().rstrip(), "", f"objective: {self.method}", f"reads: {self.method.needs}"]
-        lines += ["forward passes of a step, besides sampling", *(f"  {i}. {x}" for i, x in enumerate(passes(self.method), 1))]
+        lines = [
+            self.run.yaml().rstrip(),
+            "",
+            f"objective: {self.method}",
+            f"reads: {self.method.needs}",
+        ]
+        lines += [
+            "forward passes of a step, besides sampling",
+            *(f"  {i}. {x}" for i, x in enumerate(passes(self.method), 1)),
+        ]
         lines += ["", "models"]
         for held in self.models:
             words = [f"{held.role:<12} {held.name}"]
             if held.shape is not None:
-                words.append(f"{held.shape.parameters / 1e6:,.1f}M parameters, {held.numbers}, shape from {held.shape.origin}")
+                words.append(
+                    f"{held.shape.parameters / 1e6:,.1f}M parameters, {held.numbers}, shape from "
+                    f"{held.shape.origin}"
+                )
             words.append(held.where if held.own else f"{held.where}, weights as above")
             lines.append("  " + "  ".join(words))
         return lines
@@ -138,30 +173,43 @@ class Plan:
         peak, phase = memory.peak
         name, unit = ("GiB", GIB) if peak >= GIB else ("MiB", 2**20)
         lines = [
-            f"memory of {self.device.name} in {name}, with {step.rollouts} rollouts of at most {step.prompt} + {step.response} tokens",
+            f"memory of {self.device.name} in {name}, with {step.rollouts} rollouts of at most "
+            f"{step.prompt} + {step.response} tokens",
             f"  {'':<{WIDE}}" + "".join(f"{p:>9}" for p in PHASES),
         ]
         for part in memory.parts:
-            cells = "".join(f"{part.bytes[p] / unit:9.2f}" if p in part.bytes else f"{'':9}" for p in PHASES)
+            cells = "".join(
+                f"{part.bytes[p] / unit:9.2f}" if p in part.bytes else f"{'':9}" for p in PHASES
+            )
             lines.append(f"  {part.name:<{WIDE}}{cells}".rstrip())
-        lines.append(f"  {'total':<{WIDE}}" + "".join(f"{memory.total(p) / unit:9.2f}" for p in PHASES))
+        lines.append(
+            f"  {'total':<{WIDE}}" + "".join(f"{memory.total(p) / unit:9.2f}" for p in PHASES)
+        )
         verdict = "fits" if memory.fits else "does not fit"
         lines.append(
-            f"memory: about {peak / unit:.2f} {name} in {phase}, of {USABLE:.0%} of {memory.device.memory / GIB:.1f} GiB: {verdict}"
+            f"memory: about {peak / unit:.2f} {name} in {phase}, of {USABLE:.0%} of "
+            f"{memory.device.memory / GIB:.1f} GiB: {verdict}"
         )
         if self.changes:
             lines.append("  one setting alone would make it")
-            lines += [f"  {c.peak / unit:9.2f} {name}  {c.setting}{', fits' if c.fits else ''}" for c in self.changes]
+            lines += [
+                f"  {c.peak / unit:9.2f} {name}  {c.setting}{', fits' if c.fits else ''}"
+                for c in self.changes
+            ]
         return lines
 
     def _time_table(self) -> list[str]:
         load, rates = self.load, self.rates
         lines = [
-            f"time of a step on {self.device.name}, with prompts of {load.prompt:.0f} and responses of {load.response:.0f} tokens on average: "
-            f"{load.written:,.0f} tokens written"
+            f"time of a step on {self.device.name}, with prompts of {load.prompt:.0f} and "
+            f"responses of {load.response:.0f} tokens on average: {load.written:,.0f} tokens "
+            "written"
         ]
         for phase in self.phases:
-            lines.append(f"  {phase.name:<8}{_time(phase.seconds):>10}  {_operations(phase.operations):>12}  {phase.says}")
+            lines.append(
+                f"  {phase.name:<8}{_time(phase.seconds):>10}  "
+                f"{_operations(phase.operations):>12}  {phase.says}"
+            )
         if any(held.where == ELSEWHERE for held in self.models):
             lines.append("  the teacher's own time, elsewhere, is not counted")
         count, each = self.evaluations
@@ -170,19 +218,26 @@ class Plan:
             unknown = "not counted: evaluate.data.limit says of how many problems"
             known = unknown if math.isnan(each) else f"{_time(each)} each"
             lines.append(f"  {count} evaluations of the student: {known}")
-        lines.append(f"time: about {_time(self.seconds)} for {self.run.steps} steps, rewards and checkpoints not counted")
+        lines.append(
+            f"time: about {_time(self.seconds)} for {self.run.steps} steps, rewards and "
+            "checkpoints not counted"
+        )
         if math.isinf(self.seconds):
-            lines.append("  the rates of this device are not known: give --device-tflops and --device-bandwidth")
+            lines.append(
+                "  the rates of this device are not known: give --device-tflops and "
+                "--device-bandwidth"
+            )
             return lines
         d = self.device
         lines.append(
-            f"assumed: peaks of {d.tflops:,.4g} TFLOP/s bfloat16, {d.tflops32:,.4g} float32, {d.bandwidth:.3g} TB/s; reached of these "
-            f"{rates.learn:.0%} in learn, {rates.score:.0%} elsewhere, {rates.read:.0%} of the bandwidth; to start a layer's kernels "
-            f"{rates.launch * 1e3:g} ms in transformers, {rates.graph * 1e3:g} ms in vLLM"
+            f"assumed: peaks of {d.tflops:,.4g} TFLOP/s bfloat16, {d.tflops32:,.4g} float32, "
+            f"{d.bandwidth:.3g} TB/s; reached of these {rates.learn:.0%} in learn, "
+            f"{rates.score:.0%} elsewhere, {rates.read:.0%} of the bandwidth; to start a layer's "
+            f"kernels {rates.launch * 1e3:g} ms in transformers, {rates.graph * 1e3:g} ms in vLLM"
         )
         return lines
 
-    # ------------------------------------------------------------------------------------------------------------ as JSON
+    # -------------------------------------------------------------------------------------- as JSON
 
     def to_dict(self) -> dict[str, Any]:
         """The same numbers; bytes, seconds and operations. A time that is not known is None."""
@@ -216,7 +271,12 @@ class Plan:
             },
             "time": {
                 "phases": [
-                    {"name": p.name, "seconds": _known(p.seconds), "operations": p.operations, "says": p.says}
+                    {
+                        "name": p.name,
+                        "seconds": _known(p.seconds),
+                        "operations": p.operations,
+                        "says": p.says,
+                    }
                     for p in self.phases
                 ],
                 "step": _known(self.step_seconds),
@@ -240,5 +300,7 @@ def _time(seconds: float) -> str:
 
 
 def _operations(number: float) -> str:
-    power, name = next(((p, n) for p, n in ((15, "P"), (12, "T")) if number >= 0.1 * 10**p), (9, "G"))
+    power, name = next(
+        ((p, n) for p, n in ((15, "P"), (12, "T")) if number >= 0.1 * 10**p), (9, "G")
+    )
     return f"{number / 10**power:.3g} {name}FLOP"

@@ -1,7 +1,9 @@
-"""Bytes on the device by part and phase, as the engines allocate them: weights, optimiser, activations, caches, hidden states.
+"""Bytes on the device by part and phase, as the engines allocate them: weights, optimiser,
+activations, caches, hidden states.
 
-Weights, gradients, optimiser and held tensors follow from the shapes. Activations are what autograd keeps of transformers' Qwen3 layers
-(norms in float32, fused attention that keeps no scores); other gated decoders keep about as much.
+Weights, gradients, optimiser and held tensors follow from the shapes. Activations are what autograd
+keeps of transformers' Qwen3 layers (norms in float32, fused attention that keeps no scores); other
+gated decoders keep about as much.
 """
 
 from __future__ import annotations
@@ -99,30 +101,47 @@ class Memory:
         return self.peak[0] <= USABLE * self.device.memory
 
 
-def memory_of(run: Run, method: Method, models: Sequence[Held], step: Step, device: Device) -> Memory:
+def memory_of(
+    run: Run, method: Method, models: Sequence[Held], step: Step, device: Device
+) -> Memory:
     """All parts of a step's memory."""
     needs, shape, out = method.needs, models[0].shaped, Memory(device)
     if device.gpu:
         out.add("GPU context", CONTEXT)
     for held in models:
-        waits = held.weights - held.shaped.head * WIDTH[held.dtype] if held.offload and held.weights and device.gpu else 0
-        out.part(f"{held.role} weights, {held.numbers}", {p: held.weights - (waits if p != "score" else 0) for p in PHASES})
+        waits = (
+            held.weights - held.shaped.head * WIDTH[held.dtype]
+            if held.offload and held.weights and device.gpu
+            else 0
+        )
+        out.part(
+            f"{held.role} weights, {held.numbers}",
+            {p: held.weights - (waits if p != "score" else 0) for p in PHASES},
+        )
         out.add(f"{held.role}'s vLLM engine", held.engine * device.memory)
     read = scored(run, method, models)
     _student(out, run, shape, models[0] in read)
-    out.add("facts of the tokens", sum(map(_fact_bytes, needs.facts)) * step.positions, ("score", "learn"))
+    out.add(
+        "facts of the tokens",
+        sum(map(_fact_bytes, needs.facts)) * step.positions,
+        ("score", "learn"),
+    )
     _scoring(out, needs, read, run, step)
     _learning(out, run, shape, step)
     guide = next(held for held in models if held.role == "teacher") if method.teacher_mix else None
     if not reads_cache(method.curriculum):
         _sampling(out, run, models[0], guide, step)
     sampled = out.rows if isinstance(run.sampler_spec, HfSettings) else 0
-    rows = {"sample": sampled, "score": step.positions, "learn": step.micro}  # positions that are projected, at most
-    out.part("one chunk of the vocabulary", {p: _chunk(out.free(p), n * shape.vocab, device) for p, n in rows.items() if n})
+    # positions that are projected, at most
+    rows = {"sample": sampled, "score": step.positions, "learn": step.micro}
+    out.part(
+        "one chunk of the vocabulary",
+        {p: _chunk(out.free(p), n * shape.vocab, device) for p, n in rows.items() if n},
+    )
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------------- student
+# ------------------------------------------------------------------------------------------ student
 
 
 def trained(shape: Shape, lora: Lora | None) -> int:
@@ -143,12 +162,16 @@ def _student(out: Memory, run: Run, shape: Shape, scores: bool) -> None:
     out.add("gradients", size, ("learn",))
     phases = ("sample", "score", "learn") if scores else ("sample", "learn")
     out.add(
-        "bfloat16 copies of what learns", copies(run, shape), phases if isinstance(run.sampler_spec, HfSettings) else phases[1:]
+        "bfloat16 copies of what learns",
+        copies(run, shape),
+        phases if isinstance(run.sampler_spec, HfSettings) else phases[1:],
     )
 
 
 def copies(run: Run, shape: Shape) -> int:
-    """Bytes of the copies that autocast keeps of weights that learn until a pass is over, the head's apart."""
+    """Bytes of the copies that autocast keeps of weights that learn until a pass is over, the
+    head's apart.
+    """
     if run.dtype != "bfloat16":
         return 0
     return 2 * (shape.active if run.lora is None else shape.adapters(run.lora))
@@ -158,7 +181,8 @@ def activations(run: Run, shape: Shape, tokens: int) -> int:
     """Bytes that autograd keeps for one forward pass of the student, the head apart."""
     layer, between = tokens * layer_bytes(run, shape), tokens * shape.hidden * hidden_width(run)
     layers = layer * shape.layers
-    if run.gradient_checkpointing:  # the inputs of all layers, and one layer at a time computed again
+    # the inputs of all layers, and one layer at a time computed again
+    if run.gradient_checkpointing:
         layers = between * shape.layers + layer
     return layers + 3 * between  # the last norm, and its result
 
@@ -169,7 +193,9 @@ def hidden_width(run: Run) -> int:
 
 
 def layer_bytes(run: Run, shape: Shape) -> int:
-    """Bytes per token that one layer keeps. q, k, i: widths of queries, of keys, of the feed-forward layer."""
+    """Bytes per token that one layer keeps. q, k, i: widths of queries, of keys, of the
+    feed-forward layer.
+    """
     h, q, k, i = shape.hidden, shape.queries, shape.keys, shape.intermediate
     norm = int(shape.qk_norm)
     statistics = 4 * (2 + shape.heads + norm * (shape.heads + shape.kv_heads))
@@ -182,69 +208,113 @@ def layer_bytes(run: Run, shape: Shape) -> int:
     each = len(adapted) / shape.layers
     inputs = sum(x.inputs for x in adapted) / shape.layers
     if run.dtype == "bfloat16":  # frozen weights keep no input, adapters a bfloat16 copy each
-        return round(8 * h + (4 + 4 * norm) * q + (4 + 4 * norm) * k + 6 * i + 2 * (inputs + r * each)) + statistics
+        return (
+            round(8 * h + (4 + 4 * norm) * q + (4 + 4 * norm) * k + 6 * i + 2 * (inputs + r * each))
+            + statistics
+        )
     names = {x.name.rpartition(".")[2] for x in adapted}
     shared = (
-        h * bool(names & {"q_proj", "k_proj", "v_proj"}) + h * bool(names & {"gate_proj", "up_proj"}) + i * ("down_proj" in names)
+        h * bool(names & {"q_proj", "k_proj", "v_proj"})
+        + h * bool(names & {"gate_proj", "up_proj"})
+        + i * ("down_proj" in names)
     )
-    return round(wide * (2 * h + (2 + norm) * q + (2 + norm) * k + 3 * i + shared + r * each)) + statistics
+    return (
+        round(wide * (2 * h + (2 + norm) * q + (2 + norm) * k + 3 * i + shared + r * each))
+        + statistics
+    )
 
 
 def _learning(out: Memory, run: Run, shape: Shape, step: Step) -> None:
     how = "recomputed layer by layer" if run.gradient_checkpointing else "no checkpointing"
-    out.add(f"activations of {step.micro:,} tokens, {how}", activations(run, shape, step.micro), ("learn",))
-    states = 3 * step.micro * shape.hidden * hidden_width(run)  # at the positions, their gradient, and that of all tokens
-    head = 0 if run.lora else 2 * shape.head * trained_width(run)  # its gradient, and the embedding's, before they are added up
+    out.add(
+        f"activations of {step.micro:,} tokens, {how}",
+        activations(run, shape, step.micro),
+        ("learn",),
+    )
+    # at the positions, their gradient, and that of all tokens
+    states = 3 * step.micro * shape.hidden * hidden_width(run)
+    # its gradient, and the embedding's, before they are added up
+    head = 0 if run.lora else 2 * shape.head * trained_width(run)
     cast = 2 * shape.head if run.dtype == "bfloat16" and run.lora is None else 0
     out.add("hidden states and head of a micro-batch", states + head + cast, ("learn",))
 
 
-# ----------------------------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------ scoring
 
 
 def scored(run: Run, method: Method, models: Sequence[Held]) -> list[Held]:
     """The models in this process that make a forward pass over all rollouts before the step."""
     needs = method.needs
-    again = run.recomputes_student or run.correct_sampling or reads_cache(method.curriculum)  # nothing noted can be used
+    # nothing noted can be used
+    again = run.recomputes_student or run.correct_sampling or reads_cache(method.curriculum)
     student = models[:1] if reads_student(needs) or (again and needs.of("student")) else []
-    return [*student, *(held for held in models[1:] if held.where == HERE and held.kind in needs.models)]
+    return [
+        *student,
+        *(held for held in models[1:] if held.where == HERE and held.kind in needs.models),
+    ]
 
 
 def _fact_bytes(fact: object) -> int:
     """Bytes per token of a fact that is kept."""
     if isinstance(fact, (ColumnFact, VocabularyFact)):
         return 0
-    return 8 * fact.k if isinstance(fact, TopFact) else 4 * fact.k if isinstance(fact, LogpAtFact) else 4
+    return (
+        8 * fact.k
+        if isinstance(fact, TopFact)
+        else 4 * fact.k
+        if isinstance(fact, LogpAtFact)
+        else 4
+    )
 
 
 def _scoring(out: Memory, needs: Needs, read: Sequence[Held], run: Run, step: Step) -> None:
-    """Hidden states of every model, a portion at a time where only numbers are read; those of one twice while they are put together."""
+    """Hidden states of every model, a portion at a time where only numbers are read; those of one
+    twice while they are put together.
+    """
     whole = any(isinstance(fact, (VocabularyFact, SpanFact)) for fact in needs.facts)
     at_once = step.positions if whole else min(step.positions, HELD)
-    states = [(held.kind, held.share * at_once * held.shaped.hidden * WIDTH[held.dtype]) for held in read]
+    states = [
+        (held.kind, held.share * at_once * held.shaped.hidden * WIDTH[held.dtype]) for held in read
+    ]
     kept = sum(size for kind, size in states if VocabularyFact(kind) in needs.facts)
     out.add("hidden states that the loss reads", kept, ("score", "learn"))
     out.add("hidden states of scored tokens", sum(size for _, size in states) - kept, ("score",))
-    out.add("hidden states being put together", max((size for _, size in states), default=0), ("score",))
-    out.add("a pass without gradient", step.micro * max((_pass_bytes(held, run) for held in read), default=0), ("score",))
+    out.add(
+        "hidden states being put together", max((size for _, size in states), default=0), ("score",)
+    )
+    out.add(
+        "a pass without gradient",
+        step.micro * max((_pass_bytes(held, run) for held in read), default=0),
+        ("score",),
+    )
 
 
 def _pass_bytes(held: Held, run: Run) -> int:
     """Bytes per token of the tensors of one layer that are alive at once, no gradient."""
     outer, inner = WIDTH[held.dtype], min(WIDTH[held.dtype], WIDTH[run.dtype])
-    return 2 * held.shaped.hidden * outer + (held.shaped.hidden + 3 * held.shaped.intermediate) * inner
+    return (
+        2 * held.shaped.hidden * outer + (held.shaped.hidden + 3 * held.shaped.intermediate) * inner
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 
 
 def cache_bytes(held: Held, run: Run) -> int:
-    """Bytes of one cached token: float32 weights keep float32 keys (after their norm and rotation), values in the products' type."""
-    return held.shaped.layers * held.shaped.keys * (WIDTH[held.dtype] + min(WIDTH[held.dtype], WIDTH[run.dtype]))
+    """Bytes of one cached token: float32 weights keep float32 keys (after their norm and rotation),
+    values in the products' type.
+    """
+    return (
+        held.shaped.layers
+        * held.shaped.keys
+        * (WIDTH[held.dtype] + min(WIDTH[held.dtype], WIDTH[run.dtype]))
+    )
 
 
 def _sampling(out: Memory, run: Run, student: Held, guide: Held | None, step: Step) -> None:
-    """The sampler: an engine of its own, or the student's key-value cache, with as many rollouts at once as half of the free memory holds."""
+    """The sampler: an engine of its own, or the student's key-value cache, with as many rollouts at
+    once as half of the free memory holds.
+    """
     spec, shape = run.sampler_spec, student.shaped
     if isinstance(spec, ServerSettings):
         return
@@ -253,18 +323,32 @@ def _sampling(out: Memory, run: Run, student: Held, guide: Held | None, step: St
         weights = shape.parameters * width
         whole = spec.gpu_memory_utilization * out.device.memory
         size = whole if spec.kv_cache_memory_bytes is None else weights + spec.kv_cache_memory_bytes
-        out.add("sampler's vLLM engine", max(size, weights), ("sample",) if spec.enable_sleep_mode else PHASES)
-        fitting = int(max(0, size - weights)) // (2 * shape.layers * shape.keys * width * step.longest)
+        out.add(
+            "sampler's vLLM engine",
+            max(size, weights),
+            ("sample",) if spec.enable_sleep_mode else PHASES,
+        )
+        fitting = int(max(0, size - weights)) // (
+            2 * shape.layers * shape.keys * width * step.longest
+        )
         out.rows = max(1, min(step.rollouts, spec.max_num_seqs, fitting))
         return
     planned = 2 * shape.layers * shape.keys * WIDTH[student.dtype]  # as the sampler counts
     room = FREE_SHARE * out.free("sample") if out.device.gpu else CPU_BYTES
     fitting = (spec.max_batch_tokens or int(room / planned)) // step.longest
     out.rows = max(1, min(step.rollouts, fitting))
-    size = out.rows * step.longest * sum(cache_bytes(held, run) for held in (student, guide) if held is not None)
+    size = (
+        out.rows
+        * step.longest
+        * sum(cache_bytes(held, run) for held in (student, guide) if held is not None)
+    )
     out.add(f"key-value cache of {out.rows} rollouts at once", size, ("sample",))
 
 
 def _chunk(free: int, entries: int, device: Device) -> int:
-    most = min(max(free // CHUNK_BYTES // CHUNK_PART, CHUNK_ENTRIES), CHUNK_MOST) if device.gpu else CHUNK_ENTRIES
+    most = (
+        min(max(free // CHUNK_BYTES // CHUNK_PART, CHUNK_ENTRIES), CHUNK_MOST)
+        if device.gpu
+        else CHUNK_ENTRIES
+    )
     return min(most, entries) * CHUNK_BYTES

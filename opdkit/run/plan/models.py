@@ -1,4 +1,6 @@
-"""Which models a run holds, where, and in what precision: what `engines` will load, without loading it."""
+"""Which models a run holds, where, and in what precision: what `engines` will load, without loading
+it.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Held:
     @property
     def weights(self) -> int:
         """Bytes of its weights in this process."""
-        return stored(self.shaped, self.dtype, self.quantize) if self.where == HERE and self.own else 0
+        return (
+            stored(self.shaped, self.dtype, self.quantize) if self.where == HERE and self.own else 0
+        )
 
     @property
     def numbers(self) -> str:
@@ -63,19 +67,32 @@ def stored(shape: Shape, dtype: str, quantize: str | None) -> int:
 
 
 def student_dtype(run: Run) -> str:
-    """Of the weights: those that learn stay float32 under bfloat16 products, frozen ones below adapters do not."""
+    """Of the weights: those that learn stay float32 under bfloat16 products, frozen ones below
+    adapters do not.
+    """
     return "float32" if run.dtype == "bfloat16" and run.lora is None else run.dtype
 
 
 def engine_width(run: Run, spec: VllmSettings, student: Held) -> int:
     """Bytes of a number in the engine that samples: see `run.open.Models.sampler`."""
-    return 4 if (spec.dtype or ("bfloat16" if run.dtype == "bfloat16" else student.dtype)) == "float32" else 2
+    return (
+        4
+        if (spec.dtype or ("bfloat16" if run.dtype == "bfloat16" else student.dtype)) == "float32"
+        else 2
+    )
 
 
 def models_of(run: Run, method: Method) -> list[Held]:
     """The student first, then every model that the objective, or the evaluation, reads."""
     shape = shape_of(run.student, run.trust_remote_code)
-    student = Held("student", run.student, HERE, shape, student_dtype(run), quantize=run.lora.quantize if run.lora else None)
+    student = Held(
+        "student",
+        run.student,
+        HERE,
+        shape,
+        student_dtype(run),
+        quantize=run.lora.quantize if run.lora else None,
+    )
     wanted = method.needs.models - INTERNAL
     if run.evaluate is not None and run.evaluate.teacher:
         wanted |= {"teacher"}
@@ -88,9 +105,21 @@ def models_of(run: Run, method: Method) -> list[Held]:
             dtype = student.dtype if shared else run.teacher_dtype or run.dtype
             others.append(replace(student, role=name, dtype=dtype, own=not shared))
         else:
-            others.append(_held(name, Local(str(run.reference if name == "reference" else run.models[name])), run))
+            others.append(
+                _held(
+                    name,
+                    Local(str(run.reference if name == "reference" else run.models[name])),
+                    run,
+                )
+            )
     seen = [(held.where, held.name, held.numbers, held.offload) for held in others]
-    return [student, *(replace(held, own=held.own and seen.index(seen[i]) == i) for i, held in enumerate(others))]
+    return [
+        student,
+        *(
+            replace(held, own=held.own and seen.index(seen[i]) == i)
+            for i, held in enumerate(others)
+        ),
+    ]
 
 
 def _teachers(run: Run) -> Iterator[Held]:
@@ -98,7 +127,9 @@ def _teachers(run: Run) -> Iterator[Held]:
     for name, spec in routes.items():
         role, share = ("teacher", 1.0) if len(routes) == 1 else (f"teacher.{name}", 1 / len(routes))
         members = (
-            {f"{role}.{part}": member for part, member in spec.teachers.items()} if isinstance(spec, Mixture) else {role: spec}
+            {f"{role}.{part}": member for part, member in spec.teachers.items()}
+            if isinstance(spec, Mixture)
+            else {role: spec}
         )
         for part, member in members.items():
             yield _held(part, member, run, share)
@@ -112,6 +143,23 @@ def _held(role: str, spec: Spec, run: Run, share: float = 1.0) -> Held:
     assert isinstance(spec, (Local, Vllm))
     shape = shape_of(spec.model, run.trust_remote_code)
     if isinstance(spec, Vllm):
-        return Held(role, spec.model, ENGINE, shape, spec.dtype or "bfloat16", share=share, engine=spec.gpu_memory_utilization)
+        return Held(
+            role,
+            spec.model,
+            ENGINE,
+            shape,
+            spec.dtype or "bfloat16",
+            share=share,
+            engine=spec.gpu_memory_utilization,
+        )
     dtype = spec.dtype or run.teacher_dtype or run.dtype
-    return Held(role, spec.model, HERE, shape, dtype, quantize=spec.quantize, offload=spec.offload, share=share)
+    return Held(
+        role,
+        spec.model,
+        HERE,
+        shape,
+        dtype,
+        quantize=spec.quantize,
+        offload=spec.offload,
+        share=share,
+    )

@@ -1,4 +1,7 @@
-"""The shape of a decoder: what its memory and its work depend on. Read from a configuration, never from weights."""
+"""The shape of a decoder: what its memory and its work depend on.
+
+Read from a configuration, never from weights.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from typing import Any
 from opdkit.models.load import parameter_count
 from opdkit.train.settings import Lora
 
-# Qwen3's dense models as published: hidden size, layers, heads, intermediate size, whether the head is the embedding
+# Qwen3's dense models as published: hidden size, layers, heads, intermediate size, whether the head
+# is the embedding
 QWEN3 = {
     "0.6B": (1024, 28, 16, 3072, True),
     "1.7B": (2048, 28, 16, 6144, True),
@@ -38,7 +42,9 @@ class Shape:
 
     origin: str  # where it was read
     parameters: int  # all of them; a head that is the embedding once
-    active: int  # entries of the matrices that one token is multiplied with, the head apart; of experts only the chosen ones
+    # entries of the matrices that one token is multiplied with, the head apart; of experts only the
+    # chosen ones
+    active: int
     vocab: int
     hidden: int
     layers: int
@@ -69,7 +75,9 @@ class Shape:
             return list(self.linears)
         if isinstance(targets, str):
             return [x for x in self.linears if re.fullmatch(targets, x.name)]
-        return [x for x in self.linears if any(x.name == t or x.name.endswith(f".{t}") for t in targets)]
+        return [
+            x for x in self.linears if any(x.name == t or x.name.endswith(f".{t}") for t in targets)
+        ]
 
     def adapters(self, lora: Lora) -> int:
         """Parameters of the adapters."""
@@ -78,7 +86,9 @@ class Shape:
 
 @cache
 def shape_of(name: str, trust_remote_code: bool = False) -> Shape:
-    """The shape of a model by folder or hub name: its configuration where that is on this machine, else the table, else the hub's."""
+    """The shape of a model by folder or hub name: its configuration where that is on this machine,
+    else the table, else the hub's.
+    """
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig, Qwen3Config
 
@@ -122,7 +132,11 @@ def read_shape(config: Any, origin: str, trust_remote_code: bool = False) -> Sha
         return parameter.numel() * chosen // experts if stacked else parameter.numel()
 
     heads = text.num_attention_heads
-    inner = chosen * text.moe_intermediate_size if experts and getattr(text, "moe_intermediate_size", None) else None
+    inner = (
+        chosen * text.moe_intermediate_size
+        if experts and getattr(text, "moe_intermediate_size", None)
+        else None
+    )
     return Shape(
         origin=origin,
         parameters=sum(p.numel() for p in model.parameters()),

@@ -1,4 +1,6 @@
-"""What share of a device's arithmetic a training step used: model-FLOPs utilisation, from the rollouts that it really had."""
+"""What share of a device's arithmetic a training step used: model-FLOPs utilisation, from the
+rollouts that it really had.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ from opdkit.types import Rollout
 
 @dataclass(frozen=True)
 class Use:
-    """Operations of each phase over what the device could have done in its seconds; of a CPU the peak is a rule of thumb.
+    """Operations of each phase over what the device could have done in its seconds; of a CPU the
+    peak is a rule of thumb.
 
-    Counted are the operations that the formulas need at the rollouts' mean lengths, not those of padding or of layers computed twice.
+    Counted are the operations that the formulas need at the rollouts' mean lengths, not those of
+    padding or of layers computed twice.
     """
 
     run: Run
@@ -26,17 +30,28 @@ class Use:
     models: Sequence[Held]
     device: Device
 
-    def __call__(self, rollouts: Sequence[Rollout], seconds: Mapping[str, float]) -> dict[str, float]:
+    def __call__(
+        self, rollouts: Sequence[Rollout], seconds: Mapping[str, float]
+    ) -> dict[str, float]:
         """mfu/sample, mfu/score, mfu/learn, and mfu/step of all that was timed."""
         n = max(len(rollouts), 1)
-        prompt, response = (sum(map(len, texts)) / n for texts in ([r.prompt for r in rollouts], [r.tokens for r in rollouts]))
+        prompt, response = (
+            sum(map(len, texts)) / n
+            for texts in ([r.prompt for r in rollouts], [r.tokens for r in rollouts])
+        )
         load = Load(len({r.group for r in rollouts}), len(rollouts), prompt, response)
         longest = max((len(r.tokens) for r in rollouts), default=1)
         per_second = peak(self.device, product_width(self.run, self.models[0]))
         found = phases(self.run, self.method, self.models, load, longest, n, self.device, USUAL)
         work = {phase.name: phase.operations for phase in found}
-        shares = {f"mfu/{name}": work[name] / (seconds[name] * per_second) for name in work if seconds.get(name)}
-        return shares | {"mfu/step": sum(work.values()) / (max(sum(seconds.values()), 1e-9) * per_second)}
+        shares = {
+            f"mfu/{name}": work[name] / (seconds[name] * per_second)
+            for name in work
+            if seconds.get(name)
+        }
+        return shares | {
+            "mfu/step": sum(work.values()) / (max(sum(seconds.values()), 1e-9) * per_second)
+        }
 
 
 def use_of(run: Run) -> Use | None:

@@ -1,7 +1,8 @@
 """Operations of a step, and the seconds they take at stated rates.
 
-A matrix of n entries takes 2 n operations per token forwards, and 4 n backwards where it learns (2 n below adapters). Decoding one token reads
-every weight and the cached tokens once, so it is bound by bandwidth until many rollouts are decoded at once.
+A matrix of n entries takes 2 n operations per token forwards, and 4 n backwards where it learns (2
+n below adapters). Decoding one token reads every weight and the cached tokens once, so it is bound
+by bandwidth until many rollouts are decoded at once.
 """
 
 from __future__ import annotations
@@ -36,14 +37,17 @@ class Rates:
     score: float = 0.5  # also of prompts, and of decoding
     wide: float = 0.7  # of the float32 peak, in the head's gradient
     read: float = 0.6  # of the bandwidth
-    launch: float = 8e-4  # seconds per layer and decoding step in transformers, which starts every kernel from Python
+    # seconds per layer and decoding step in transformers, which starts every kernel from Python
+    launch: float = 8e-4
     graph: float = 2e-5  # in vLLM, which replays them
     response: float = 0.5  # mean length of responses, of the longest allowed
 
     def __post_init__(self) -> None:
         for name in ("learn", "score", "wide", "read", "response"):
             if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"the share {name}={getattr(self, name):g} must be above 0 and at most 1")
+                raise UserError(
+                    f"the share {name}={getattr(self, name):g} must be above 0 and at most 1"
+                )
 
 
 USUAL = Rates()
@@ -85,10 +89,12 @@ class Load:
 
 def load_of(step: Step, rates: Rates, response: float | None = None) -> Load:
     mean = response if response is not None else rates.response * step.response
-    return Load(step.prompts, step.rollouts, min(MEAN_PROMPT, step.prompt), min(mean, step.response))
+    return Load(
+        step.prompts, step.rollouts, min(MEAN_PROMPT, step.prompt), min(mean, step.response)
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------- operations
+# --------------------------------------------------------------------------------------- operations
 
 
 def forward(shape: Shape, tokens: float, pairs: float) -> float:
@@ -103,17 +109,25 @@ def body(run: Run, shape: Shape, tokens: float, pairs: float) -> float:
     if run.lora is None:  # a layer's last matrix is not computed again: nothing behind it is needed
         again = once - 2 * shape.layers * shape.intermediate * shape.hidden * tokens
         return 3 * once + (again if run.gradient_checkpointing else 0)
-    adapters = 2 * shape.adapters(run.lora) * tokens  # frozen matrices take no gradient of their own
-    return 2 * matrices + 3 * attention + 3 * adapters + (once + adapters if run.gradient_checkpointing else 0)
+    # frozen matrices take no gradient of their own
+    adapters = 2 * shape.adapters(run.lora) * tokens
+    return (
+        2 * matrices
+        + 3 * attention
+        + 3 * adapters
+        + (once + adapters if run.gradient_checkpointing else 0)
+    )
 
 
 def head(run: Run, method: Method, shape: Shape, positions: float) -> tuple[float, float]:
-    """Of the student's head at so many positions: in the products' type, and in float32 (the head's own gradient)."""
+    """Of the student's head at so many positions: in the products' type, and in float32 (the head's
+    own gradient).
+    """
     projections = 2 + any(isinstance(term.loss, RolloutLoss) for term in method.objective.terms)
     return 2 * shape.head * positions * projections, 0 if run.lora else 2 * shape.head * positions
 
 
-# ------------------------------------------------------------------------------------------------------------------ phases
+# ------------------------------------------------------------------------------------------- phases
 
 
 def peak(device: Device, width: int) -> float:
@@ -127,10 +141,21 @@ def over(work: float, rate: float) -> float:
 
 
 def phases(
-    run: Run, method: Method, models: Sequence[Held], load: Load, longest: int, rows: int, device: Device, rates: Rates
+    run: Run,
+    method: Method,
+    models: Sequence[Held],
+    load: Load,
+    longest: int,
+    rows: int,
+    device: Device,
+    rates: Rates,
 ) -> list[Phase]:
     """The phases of one step."""
-    out = [] if reads_cache(method.curriculum) else [sampling(run, models[0], load, longest, rows, device, rates)]
+    out = (
+        []
+        if reads_cache(method.curriculum)
+        else [sampling(run, models[0], load, longest, rows, device, rates)]
+    )
     out.append(scoring(run, method, models, load, device, rates))
     return [*out, learning(run, method, models, load, device, rates)]
 
@@ -140,11 +165,16 @@ def product_width(run: Run, held: Held) -> int:
     return min(WIDTH[held.dtype], WIDTH[run.dtype])
 
 
-def sampling(run: Run, student: Held, load: Load, longest: int, rows: int, device: Device, rates: Rates) -> Phase:
-    """Prompts once per group, then one token of every open rollout at a time; some rollout runs to the limit."""
+def sampling(
+    run: Run, student: Held, load: Load, longest: int, rows: int, device: Device, rates: Rates
+) -> Phase:
+    """Prompts once per group, then one token of every open rollout at a time; some rollout runs to
+    the limit.
+    """
     shape, spec = student.shaped, run.sampler_spec
     prompts = forward(shape, load.prompts * load.prompt, load.prompts * load.prompt**2 / 2)
-    context = load.rollouts * (load.prompt * load.response + load.response**2 / 2)  # tokens attended to, in all
+    # tokens attended to, in all
+    context = load.rollouts * (load.prompt * load.response + load.response**2 / 2)
     decoding = forward(shape, load.written, context) + 2 * shape.head * load.written
     if isinstance(spec, ServerSettings):
         return Phase("sample", 0.0, prompts + decoding, "by servers, whose time is not counted")
@@ -164,33 +194,59 @@ def sampling(run: Run, student: Held, load: Load, longest: int, rows: int, devic
     }
     slowest = max(bounds, key=lambda name: bounds[name])
     seconds = over(prompts, speed * rates.score) + bounds[slowest]
-    return Phase("sample", seconds, prompts + decoding, f"{steps:,.0f} decoding steps of {rows} rollouts, bound by {slowest}")
+    return Phase(
+        "sample",
+        seconds,
+        prompts + decoding,
+        f"{steps:,.0f} decoding steps of {rows} rollouts, bound by {slowest}",
+    )
 
 
-def scoring(run: Run, method: Method, models: Sequence[Held], load: Load, device: Device, rates: Rates) -> Phase:
+def scoring(
+    run: Run, method: Method, models: Sequence[Held], load: Load, device: Device, rates: Rates
+) -> Phase:
     """A forward pass of each model that is read; what a server takes for its own is not known here."""
     needs, seconds, operations = method.needs, 0.0, 0.0
     here = [*scored(run, method, models), *(held for held in models if held.where == ENGINE)]
     for held in here:
         reads_numbers = bool(needs.of(held.kind) - {VocabularyFact(held.kind)})
-        work = forward(held.shaped, load.tokens, load.pairs) + 2 * held.shaped.head * load.written * reads_numbers
+        work = (
+            forward(held.shaped, load.tokens, load.pairs)
+            + 2 * held.shaped.head * load.written * reads_numbers
+        )
         operations += held.share * work
         seconds += over(held.share * work, peak(device, product_width(run, held)) * rates.score)
     names = ", ".join(held.role for held in here)
-    return Phase("score", seconds, operations, f"one pass of {names}" if names else "nothing in this process")
+    return Phase(
+        "score", seconds, operations, f"one pass of {names}" if names else "nothing in this process"
+    )
 
 
-def learning(run: Run, method: Method, models: Sequence[Held], load: Load, device: Device, rates: Rates) -> Phase:
+def learning(
+    run: Run, method: Method, models: Sequence[Held], load: Load, device: Device, rates: Rates
+) -> Phase:
     """The student's passes with gradient, and the optimiser."""
     student = models[0]
     shape = student.shaped
     products, own = head(run, method, shape, load.written)
-    whole = sum(held.share * 2 * held.shaped.head * load.written for held in models[1:] if _whole(method.needs, held))
+    whole = sum(
+        held.share * 2 * held.shaped.head * load.written
+        for held in models[1:]
+        if _whole(method.needs, held)
+    )
     fast = run.optim.passes * (body(run, shape, load.tokens, load.pairs) + products + whole)
     slow = run.optim.passes * own
-    moved = run.optim.passes * run.optim.minibatches * OPTIMISER * trained(shape, run.lora) * trained_width(run)
+    moved = (
+        run.optim.passes
+        * run.optim.minibatches
+        * OPTIMISER
+        * trained(shape, run.lora)
+        * trained_width(run)
+    )
     seconds = over(fast, peak(device, product_width(run, student)) * rates.learn)
-    seconds += over(slow, peak(device, 4) * rates.wide) + over(moved, 1e12 * device.bandwidth * rates.read)
+    seconds += over(slow, peak(device, 4) * rates.wide) + over(
+        moved, 1e12 * device.bandwidth * rates.read
+    )
     layers = "layers computed twice" if run.gradient_checkpointing else "no checkpointing"
     updates = run.optim.passes * run.optim.minibatches
     says = f"forwards and backwards, {layers}, {updates} update{'s' if updates > 1 else ''}"

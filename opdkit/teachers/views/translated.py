@@ -1,4 +1,6 @@
-"""A teacher that may have a tokenizer of its own: it reads the text the student wrote, in its own tokens."""
+"""A teacher that may have a tokenizer of its own: it reads the text the student wrote, in its own
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -40,18 +42,23 @@ class Familiar:
         source, device = self.scorer.source(layout, positions), positions.device
         lengths = [len(written(r, self.stops)) for r in layout.rollouts]
         closed = [[EOS] * (len(r.tokens) - n) for r, n in zip(layout.rollouts, lengths)]
-        ends = table([[*range(1, n + 1), *end] for n, end in zip(lengths, closed)], layout.width, OUT, device)
+        ends = table(
+            [[*range(1, n + 1), *end] for n, end in zip(lengths, closed)], layout.width, OUT, device
+        )
         same = torch.arange(source.vocabulary, device=device)
-        return AlignedSource(source, Alignment(torch.zeros_like(ends), ends, ends, same, shared=True))
+        return AlignedSource(
+            source, Alignment(torch.zeros_like(ends), ends, ends, same, shared=True)
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Translated:
     """A teacher with another tokenizer.
 
-    The student's tokens stay as sampled; the teacher is given their text, behind the prompt as `prompt` renders it for the teacher. Bytes
-    that are no text (a response cut inside a character) and what the teacher's tokenizer rewrites are not compared, nor is what follows
-    them. A space that the tokenizer puts before every text is no part of it.
+    The student's tokens stay as sampled; the teacher is given their text, behind the prompt as
+    `prompt` renders it for the teacher. Bytes that are no text (a response cut inside a character)
+    and what the teacher's tokenizer rewrites are not compared, nor is what follows them. A space
+    that the tokenizer puts before every text is no part of it.
     """
 
     scorer: Scorer
@@ -65,15 +72,21 @@ class Translated:
 
     @cached_property
     def same(self) -> Tensor:
-        """[V_t]: id of the student's token with the same bytes, and of its end of sequence for the teacher's."""
+        """[V_t]: id of the student's token with the same bytes, and of its end of sequence for the
+        teacher's.
+        """
         return same_tokens(self.student, self.teacher, self.eos)
 
     def source(self, layout: Layout, positions: Tensor) -> AlignedSource:
         """The teacher at the spans of text that both divide alike."""
         asked = set((positions // max(layout.width, 1)).unique().tolist())
-        bodies = [written(r, self.stops) if b in asked else [] for b, r in enumerate(layout.rollouts)]
+        bodies = [
+            written(r, self.stops) if b in asked else [] for b, r in enumerate(layout.rollouts)
+        ]
         texts = [whole_characters(self.student.join(body)) for body in bodies]
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        ids: list[list[int]] = (
+            self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        )
         prompts: dict[str, list[int]] = {}
         rollouts, mine, other = [], [], []
         for b, rollout in enumerate(layout.rollouts):
@@ -83,7 +96,9 @@ class Translated:
             closed = b in asked and len(bodies[b]) < len(rollout.tokens)
             read, at, there = self._read(bodies[b], texts[b], ids[b], bool(prompt), closed)
             self._refuse_long(rollout, len(prompt) + len(read))
-            rollouts.append(Rollout(rollout.id, prompt, read, [True] * len(read), [], [], rollout.group))
+            rollouts.append(
+                Rollout(rollout.id, prompt, read, [True] * len(read), [], [], rollout.group)
+            )
             mine.append(at)
             other.append(there)
         self._refuse_foreign(texts, mine)
@@ -96,7 +111,9 @@ class Translated:
     def _read(
         self, body: list[int], text: str, ids: list[int], prompted: bool, closed: bool
     ) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """The teacher's tokens of a response as far as they are compared, and the ends of tokens on both sides; `closed`: it ended itself."""
+        """The teacher's tokens of a response as far as they are compared, and the ends of tokens on
+        both sides; `closed`: it ended itself.
+        """
         said = text.encode(), self.teacher.join(ids)
         mine, other = common_ends(self.student.ends(body), self.teacher.ends(ids), *said, prompted)
         read = ids[: int((other != OUT).nonzero()[0].max(initial=-1)) + 1]
@@ -109,23 +126,30 @@ class Translated:
     def _refuse_long(self, rollout: Rollout, length: int) -> None:
         if self.limit is not None and length > self.limit:
             raise UserError(
-                f"rollout {rollout.id} is {length} tokens long in the teacher's tokenizer, prompt included, and the teacher reads "
-                f"{self.limit}: lower max_completion_length, or use a teacher with a longer context"
+                f"rollout {rollout.id} is {length} tokens long in the teacher's tokenizer, prompt "
+                f"included, and the teacher reads {self.limit}: lower max_completion_length, or "
+                "use a teacher with a longer context"
             )
 
     def _refuse_foreign(self, texts: Sequence[str], ends: Sequence[np.ndarray]) -> None:
         if any(texts) and not any((mine >= 0).any() for mine in ends):
             example = next(text for text in texts if text)
             raise UserError(
-                f"not one response of this step comes out of the teacher's tokenizer {self.tokenizer.name_or_path!r} as it went in "
-                f"(for example {example[:40]!r}), so nothing can be compared: it rewrites text or drops characters. Use another teacher"
+                "not one response of this step comes out of the teacher's tokenizer "
+                f"{self.tokenizer.name_or_path!r} as it went in (for example {example[:40]!r}), so "
+                "nothing can be compared: it rewrites text or drops characters. Use another teacher"
             )
 
 
-def translated(scorer: Any, student: Any, tokenizer: Any, stops: Collection[int], asked: Mapping[str, Any]) -> Translated:
-    """A local teacher with its own tokenizer, for a student's. `asked` are the settings of `Prompts` that write the questions.
+def translated(
+    scorer: Any, student: Any, tokenizer: Any, stops: Collection[int], asked: Mapping[str, Any]
+) -> Translated:
+    """A local teacher with its own tokenizer, for a student's.
 
-    A student that is asked in a chat has a teacher that is asked in its own chat template, another the same plain text.
+    `asked` are the settings of `Prompts` that write the questions.
+
+    A student that is asked in a chat has a teacher that is asked in its own chat template, another
+    the same plain text.
     """
 
     def prompt(rollout: Rollout) -> list[int]:
@@ -133,7 +157,16 @@ def translated(scorer: Any, student: Any, tokenizer: Any, stops: Collection[int]
 
     limit = getattr(scorer.model.config.get_text_config(), "max_position_embeddings", None)
     eos = student.eos_token_id, tokenizer.eos_token_id
-    return Translated(scorer, tokenizer, token_bytes(student), token_bytes(tokenizer), frozenset(stops), eos, prompt, limit)
+    return Translated(
+        scorer,
+        tokenizer,
+        token_bytes(student),
+        token_bytes(tokenizer),
+        frozenset(stops),
+        eos,
+        prompt,
+        limit,
+    )
 
 
 def spoken(scorer: Any) -> tuple[Any, Any]:
@@ -147,8 +180,9 @@ def refuse_chat(chat: bool, tokenizer: Any) -> None:
     """A run that asks in a chat needs a chat template on both sides."""
     if chat and not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            f"the student is asked in its chat template, and the teacher's tokenizer {tokenizer.name_or_path!r} has none: use an "
-            "instruction-tuned teacher, or data.chat=false, which asks both in plain text"
+            "the student is asked in its chat template, and the teacher's tokenizer "
+            f"{tokenizer.name_or_path!r} has none: use an instruction-tuned teacher, or "
+            "data.chat=false, which asks both in plain text"
         )
 
 
@@ -165,22 +199,32 @@ def whole_characters(data: bytes) -> str:
         return data[: error.start].decode()
 
 
-def common_ends(mine: np.ndarray, theirs: np.ndarray, text: bytes, read: bytes, prompted: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Token ends on both sides, `OUT` behind the last byte at which both have one while `read`, what the other tokens say, is the text.
+def common_ends(
+    mine: np.ndarray, theirs: np.ndarray, text: bytes, read: bytes, prompted: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ends on both sides, `OUT` behind the last byte at which both have one while `read`,
+    what the other tokens say, is the text.
 
-    A space before the text belongs to no token. Without a prompt nothing predicts the first token, and the first span is left out.
+    A space before the text belongs to no token. Without a prompt nothing predicts the first token,
+    and the first span is left out.
     """
     spaced = read[:1] == b" " and common_bytes(text, read[1:]) > common_bytes(text, read)
     theirs = theirs - spaced
     common = common_bytes(text, read[spaced:])
     meet = np.intersect1d(mine[(mine > 0) & (mine <= common)], theirs[theirs <= common])
     low, high = (0 if prompted else meet[0], meet[-1]) if len(meet) else (0, 0)
-    return np.where((low < mine) & (mine <= high), mine, OUT), np.where((low < theirs) & (theirs <= high), theirs, OUT)
+    return np.where((low < mine) & (mine <= high), mine, OUT), np.where(
+        (low < theirs) & (theirs <= high), theirs, OUT
+    )
 
 
 def common_bytes(a: bytes, b: bytes) -> int:
     """Number of bytes with which both begin."""
-    return len(a) if a == b else next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return (
+        len(a)
+        if a == b
+        else next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    )
 
 
 def table(rows: Sequence[Any], width: int, fill: int, device: torch.device) -> Tensor:

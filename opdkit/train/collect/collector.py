@@ -12,7 +12,13 @@ class Sampler(Protocol):
     """Who writes the responses."""
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, step: int, policy_version: int
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int,
+        policy_version: int,
     ) -> list[Rollout]: ...
 
     def sync(self, model: Any, version: int) -> None:

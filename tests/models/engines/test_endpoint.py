@@ -1,4 +1,6 @@
-"""The HTTP client against real sockets: what is tried again and what is not, fail-over, order, bounds."""
+"""The HTTP client against real sockets: what is tried again and what is not, fail-over, order,
+bounds.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,12 @@ class Client:
 
     def __post_init__(self) -> None:
         self.endpoint = Endpoint(
-            self.urls, sleep=self.pauses.append, clock=lambda: self.now, rng=random.Random(0), what="the judge", **self.settings
+            self.urls,
+            sleep=self.pauses.append,
+            clock=lambda: self.now,
+            rng=random.Random(0),
+            what="the judge",
+            **self.settings,
         )
 
 
@@ -59,10 +66,15 @@ def test_a_url_may_end_in_v1_or_have_a_path_of_its_own() -> None:
             ("/proxy/openai", "/proxy/openai/models"),
         ):
             assert Endpoint([server.url + url]).get("/v1/models") == {"path": path, "body": {}}
-        assert Endpoint([server.url + "/v1"]).post("/generate", {"n": 1}) == {"path": "/generate", "body": {"n": 1}}
+        assert Endpoint([server.url + "/v1"]).post("/generate", {"n": 1}) == {
+            "path": "/generate",
+            "body": {"n": 1},
+        }
 
 
-@pytest.mark.parametrize("kind", ["408", "409", "425", "429", "500", "502", "503", "504", "close", "broken", "hang"])
+@pytest.mark.parametrize(
+    "kind", ["408", "409", "425", "429", "500", "502", "503", "504", "close", "broken", "hang"]
+)
 def test_what_can_succeed_is_tried_again_with_growing_jittered_pauses(kind: str) -> None:
     with Echo(faults=[Fault(kind, times=3)]) as server:
         client = Client([server.url], {"timeout": 0.1 if kind == "hang" else 5.0})
@@ -76,15 +88,27 @@ def test_what_can_succeed_is_tried_again_with_growing_jittered_pauses(kind: str)
 def test_what_cannot_succeed_is_not_tried_again_and_the_server_has_its_say(status: int) -> None:
     with Echo(fail={1: status}) as server:
         client = Client([server.url])
-        with pytest.raises(Refused, match=f"the judge refuses POST {server.url}/v1/x with {status}: no 1") as caught:
+        with pytest.raises(
+            Refused, match=f"the judge refuses POST {server.url}/v1/x with {status}: no 1"
+        ) as caught:
             client.endpoint.post("/v1/x", {"n": 1})
-        assert (caught.value.status, caught.value.message, caught.value.url) == (status, "no 1", server.url)
+        assert (caught.value.status, caught.value.message, caught.value.url) == (
+            status,
+            "no 1",
+            server.url,
+        )
         assert len(server.requests) == 1 and client.pauses == []
 
 
 @pytest.mark.parametrize(
     ("said", "least", "most"),
-    [("7", 7, 7), ("0.5", 0.5, 0.5), ("1e9", LONGEST_ASKED, LONGEST_ASKED), ("soon", 0, BACKOFF), ("-3", 0, BACKOFF)],
+    [
+        ("7", 7, 7),
+        ("0.5", 0.5, 0.5),
+        ("1e9", LONGEST_ASKED, LONGEST_ASKED),
+        ("soon", 0, BACKOFF),
+        ("-3", 0, BACKOFF),
+    ],
 )
 def test_a_pause_that_a_server_asks_for_is_kept(said: str, least: float, most: float) -> None:
     with Echo(faults=[Fault("429")], retry_after=said) as server:
@@ -94,7 +118,9 @@ def test_a_pause_that_a_server_asks_for_is_kept(said: str, least: float, most: f
 
 
 def test_a_pause_may_be_asked_for_as_a_date() -> None:
-    with Echo(faults=[Fault("503")], retry_after=formatdate(time.time() + 100, usegmt=True)) as server:
+    with Echo(
+        faults=[Fault("503")], retry_after=formatdate(time.time() + 100, usegmt=True)
+    ) as server:
         client = Client([server.url])
         client.endpoint.post("/v1/x", {})
     assert 60 < client.pauses[0] <= 100
@@ -105,9 +131,13 @@ def test_when_all_are_dead_the_error_says_what_each_of_them_said() -> None:
         pass
     with Echo(faults=[Fault("500", times=0)]) as ill:
         client = Client([gone.url, ill.url], {"retries": 2})
-        with pytest.raises(UserError, match="the judge does not answer POST /v1/x, tried 3 times") as caught:
+        with pytest.raises(
+            UserError, match="the judge does not answer POST /v1/x, tried 3 times"
+        ) as caught:
             client.endpoint.post("/v1/x", {})
-        assert f"{gone.url}: ConnectError" in str(caught.value) and f"{ill.url}: 500 out of memory" in str(caught.value)
+        assert f"{gone.url}: ConnectError" in str(
+            caught.value
+        ) and f"{ill.url}: 500 out of memory" in str(caught.value)
         assert len(ill.requests) == 3
 
 
@@ -147,7 +177,9 @@ def test_results_keep_the_order_and_requests_are_spread_but_bounded() -> None:
 
     with Echo(gate=gate) as a, Echo(gate=gate) as b:
         endpoint, ticks = Endpoint([a.url, b.url], concurrency=4), []
-        answers = endpoint.map([partial(endpoint.post, "/v1/x", {"n": n}) for n in range(20)], ticks.append)
+        answers = endpoint.map(
+            [partial(endpoint.post, "/v1/x", {"n": n}) for n in range(20)], ticks.append
+        )
         assert [answer["body"]["n"] for answer in answers] == list(range(20))
         assert most == 4 and ticks == list(range(1, 21))
         assert min(len(a.requests), len(b.requests)) >= 2
@@ -160,12 +192,16 @@ def test_the_first_failure_ends_all_even_those_that_pause() -> None:
         endpoint = Endpoint([server.url], concurrency=2)
         start = time.monotonic()
         with pytest.raises(Refused, match="no 3"):
-            endpoint.map([partial(endpoint.post, "/v1/x", {"n": n}) for n in [1, 3, *range(4, 100)]])
+            endpoint.map(
+                [partial(endpoint.post, "/v1/x", {"n": n}) for n in [1, 3, *range(4, 100)]]
+            )
         assert time.monotonic() - start < 5
         assert len(server.requests) < 10
 
 
-def test_the_key_comes_from_the_environment_and_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_comes_from_the_environment_and_is_never_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("MY_KEY", "sesame")
     with Echo(faults=[Fault("401")]) as server:
         endpoint = Endpoint([server.url], key_variable="MY_KEY")

@@ -1,4 +1,6 @@
-"""The probe: an engine with the student's weights passes, one that stayed behind does not, however small the step was."""
+"""The probe: an engine with the student's weights passes, one that stayed behind does not, however
+small the step was.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_numbers_that_are_none_do_not() -> None:
 
 
 def test_an_engine_that_did_not_move_is_caught_below_the_tolerance() -> None:
-    """Steps so small that the numbers alone pass: the engine's are those of before to a bit, the student's are not."""
+    """Steps so small that the numbers alone pass: the engine's are those of before to a bit, the
+    student's are not.
+    """
     model = tiny_model()
     made, former = probe(model, tolerance=0.1), copy.deepcopy(model)
     made.check(says(former, made), 0, "sending weights")

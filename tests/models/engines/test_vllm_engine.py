@@ -1,4 +1,6 @@
-"""What can be said of the vLLM engine without vLLM: its settings, when it sleeps, and what is said where it is not installed."""
+"""What can be said of the vLLM engine without vLLM: its settings, when it sleeps, and what is said
+where it is not installed.
+"""
 
 from __future__ import annotations
 
@@ -103,4 +105,6 @@ def test_where_vllm_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_student_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="does not compute in float64"):
-        VllmSampler(tiny_model().double(), tiny_tokenizer(), replace(VllmSettings(), max_num_seqs=4))
+        VllmSampler(
+            tiny_model().double(), tiny_tokenizer(), replace(VllmSettings(), max_num_seqs=4)
+        )

@@ -1,4 +1,6 @@
-"""The student's weights for an engine: what a checkpoint of it would hold, adapters added or left out, the student untouched."""
+"""The student's weights for an engine: what a checkpoint of it would hold, adapters added or left
+out, the student untouched.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from safetensors.torch import load_file
 from opdkit.base.errors import UserError
 from opdkit.models.engines import weights as module
 from opdkit.models.engines.vllm_worker import _read
-from opdkit.models.engines.weights import adapter_rank, checkpoint_weights, engine_dtype, save_adapters, save_weights
+from opdkit.models.engines.weights import (
+    adapter_rank,
+    checkpoint_weights,
+    engine_dtype,
+    save_adapters,
+    save_weights,
+)
 from opdkit.train.settings import Lora
 from opdkit.train.student import with_adapters
 from tests.common.tiny import tiny_model
@@ -54,27 +62,37 @@ def test_adapters_are_added_to_copies() -> None:
 def test_the_weights_below_the_adapters() -> None:
     below = checkpoint_weights(adapted(), merged=False)
     start = dict(tiny_model().named_parameters())
-    assert below.keys() == start.keys() and all(torch.equal(below[name], start[name]) for name in start)
+    assert below.keys() == start.keys() and all(
+        torch.equal(below[name], start[name]) for name in start
+    )
 
 
 def test_a_head_that_is_trained_as_a_whole() -> None:
     from peft import LoraConfig, get_peft_model
 
-    model: Any = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model: Any = get_peft_model(
+        tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
     with torch.no_grad():
         model.get_output_embeddings().modules_to_save["default"].weight.fill_(3.0)
     ours = checkpoint_weights(model)
-    assert ours.keys() == dict(tiny_model().named_parameters()).keys() and bool((ours["lm_head.weight"] == 3.0).all())
+    assert ours.keys() == dict(tiny_model().named_parameters()).keys() and bool(
+        (ours["lm_head.weight"] == 3.0).all()
+    )
 
 
 def test_other_adapters_and_quantised_weights_are_refused() -> None:
     from peft import LoraConfig, get_peft_model
 
-    dora: Any = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    dora: Any = get_peft_model(
+        tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    )
     with pytest.raises(UserError, match="not plain low-rank matrices"):
         checkpoint_weights(dora)
     model = tiny_model()
-    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+        torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False
+    )
     with pytest.raises(UserError, match=r"quantised \(torch.uint8\)"):
         checkpoint_weights(model)
 
@@ -83,7 +101,10 @@ def test_rank_and_dtype() -> None:
     assert adapter_rank(adapted(r=6)) == 6
     with pytest.raises(UserError, match="the student has none"):
         adapter_rank(tiny_model())
-    assert engine_dtype(tiny_model(), None) == "float32" and engine_dtype(tiny_model(), "bfloat16") == "bfloat16"
+    assert (
+        engine_dtype(tiny_model(), None) == "float32"
+        and engine_dtype(tiny_model(), "bfloat16") == "bfloat16"
+    )
     with pytest.raises(UserError, match="does not compute in float64"):
         engine_dtype(tiny_model().double(), None)
 
@@ -95,7 +116,9 @@ def test_files_for_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = save_weights(weights, tmp_path / "new", torch.bfloat16)
     assert len(list(folder.iterdir())) > 1
     read = dict(_read(folder))
-    assert read.keys() == weights.keys() and all(torch.equal(read[n], w.bfloat16()) for n, w in weights.items())
+    assert read.keys() == weights.keys() and all(
+        torch.equal(read[n], w.bfloat16()) for n, w in weights.items()
+    )
     with pytest.raises(FileNotFoundError, match="holds no weights"):
         dict(_read(tmp_path))
 
@@ -104,4 +127,6 @@ def test_adapters_on_their_own(tmp_path: Path) -> None:
     model = adapted()
     stored = load_file(save_adapters(model, tmp_path) / "adapter_model.safetensors")
     trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
-    assert stored.keys() == trained.keys() and all(torch.equal(stored[n], trained[n]) for n in stored)
+    assert stored.keys() == trained.keys() and all(
+        torch.equal(stored[n], trained[n]) for n in stored
+    )

@@ -1,4 +1,6 @@
-"""A teacher with another tokenizer: bytes of tokens, spans of equal text whatever is written, and distributions at the right places."""
+"""A teacher with another tokenizer: bytes of tokens, spans of equal text whatever is written, and
+distributions at the right places.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,14 @@ from opdkit.objective.head import flat_positions, learn
 from opdkit.objective.needs import Needs
 from opdkit.recipes import arithmetic
 from opdkit.teachers import LocalModel, Routed
-from opdkit.teachers.views.translated import Familiar, Translated, common_ends, refuse_chat, translated, whole_characters
+from opdkit.teachers.views.translated import (
+    Familiar,
+    Translated,
+    common_ends,
+    refuse_chat,
+    translated,
+    whole_characters,
+)
 from opdkit.train.gather import gather
 from opdkit.types import Rollout
 from tests.common.tiny import tiny_model, tiny_tokenizer
@@ -54,13 +63,27 @@ def known(kind: str) -> Any:
 def teacher(kind: str, student: str = "bytes") -> Translated:
     """A tiny teacher that hears a student with another tokenizer."""
     model = teacher_of(tokenizer(kind))
-    return translated(LocalModel(model, head_of(model)), tokenizer(student), tokenizer(kind), {END}, PLAIN)
+    return translated(
+        LocalModel(model, head_of(model)), tokenizer(student), tokenizer(kind), {END}, PLAIN
+    )
 
 
-def rollout(ids: list[int], prompt: str = "Tom has", name: str = "0/0", student: str = "bytes", **more: Any) -> Rollout:
+def rollout(
+    ids: list[int], prompt: str = "Tom has", name: str = "0/0", student: str = "bytes", **more: Any
+) -> Rollout:
     row = {"id": name, "prompt": prompt}
     logp = [-1.0] * len(ids)
-    return Rollout(name, tokenizer(student)(prompt)["input_ids"], ids, [True] * len(ids), logp, logp, name, row=row, **more)
+    return Rollout(
+        name,
+        tokenizer(student)(prompt)["input_ids"],
+        ids,
+        [True] * len(ids),
+        logp,
+        logp,
+        name,
+        row=row,
+        **more,
+    )
 
 
 def source(heard: Any, rollouts: list[Rollout]) -> Any:
@@ -69,7 +92,7 @@ def source(heard: Any, rollouts: list[Rollout]) -> Any:
     return heard.source(Layout(rollouts, width), flat_positions(mask))
 
 
-# ------------------------------------------------------------------------------------------------------------------- bytes
+# -------------------------------------------------------------------------------------------- bytes
 
 TEXT = st.text(st.characters(blacklist_categories=("Cs",)), max_size=24)
 ODD = "naïve 日本語 🎉 é\n\t x  y"
@@ -82,7 +105,9 @@ ODD = "naïve 日本語 🎉 é\n\t x  y"
 def test_the_bytes_of_tokens_are_those_of_the_text(kind, text):
     ids = tokenizer(kind)(text, add_special_tokens=False)["input_ids"]
     assert known(kind).join(ids) == text.encode()
-    assert known(kind).ends(ids).tolist() == [len(known(kind).join(ids[: i + 1])) for i in range(len(ids))]
+    assert known(kind).ends(ids).tolist() == [
+        len(known(kind).join(ids[: i + 1])) for i in range(len(ids))
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -108,22 +133,32 @@ def test_tokens_of_other_kinds():
     assert token_bytes(own).pieces[-1] == b"<think>"
 
 
-# ------------------------------------------------------------------------------------------------------------------- spans
+# -------------------------------------------------------------------------------------------- spans
 
 
 def check_spans(student: str, kind: str, ids: list[int]) -> int:
     """Every span is the same text on both sides; returns the number of bytes in spans."""
     text = whole_characters(known(student).join(ids))
     theirs = tokenizer(kind)(text, add_special_tokens=False)["input_ids"]
-    mine, other = common_ends(known(student).ends(ids), known(kind).ends(theirs), text.encode(), known(kind).join(theirs), True)
+    mine, other = common_ends(
+        known(student).ends(ids),
+        known(kind).ends(theirs),
+        text.encode(),
+        known(kind).join(theirs),
+        True,
+    )
     spans = align(*(torch.tensor(x).view(1, -1) for x in (mine, other)))
     covered = 0
     for last, n, end, m in zip(*(x.tolist() for x in spans)):
-        a, b = known(student).join(ids[last - n + 1 : last + 1]), known(kind).join(theirs[end - m + 1 : end + 1])
+        a, b = (
+            known(student).join(ids[last - n + 1 : last + 1]),
+            known(kind).join(theirs[end - m + 1 : end + 1]),
+        )
         assert a == b or (covered == 0 and b" " + a == b)  # the space that stands before every text
         covered += len(a)
     assert known(student).join(ids)[:covered] == text.encode()[:covered]
-    if known(kind).join(theirs) == text.encode() == known(student).join(ids):  # nothing rewritten or cut: no byte is left
+    # nothing rewritten or cut: no byte is left
+    if known(kind).join(theirs) == text.encode() == known(student).join(ids):
         assert covered == len(text.encode())
     return covered
 
@@ -133,8 +168,12 @@ def check_spans(student: str, kind: str, ids: list[int]) -> int:
 @example(text=ODD)
 @given(text=TEXT)
 def test_spans_of_any_text(kind, text):
-    """Identity 8 with trained tokenizers: each span is the same text on both sides, and together they are the whole."""
-    covered = check_spans("bytes", kind, tokenizer("bytes")(text, add_special_tokens=False)["input_ids"])
+    """Identity 8 with trained tokenizers: each span is the same text on both sides, and together
+    they are the whole.
+    """
+    covered = check_spans(
+        "bytes", kind, tokenizer("bytes")(text, add_special_tokens=False)["input_ids"]
+    )
     if kind == "sentencepiece" and "<" not in text:
         assert covered == len(text.encode())
 
@@ -142,7 +181,9 @@ def test_spans_of_any_text(kind, text):
 @settings(max_examples=60, deadline=None)
 @given(ids=st.lists(st.integers(3, 319), max_size=16))
 def test_spans_of_any_ids(ids):
-    """What a student draws need not be text: behind the first byte that is none nothing is compared."""
+    """What a student draws need not be text: behind the first byte that is none nothing is
+    compared.
+    """
     covered = check_spans("bytes", "sentencepiece", ids)
     assert covered <= len(whole_characters(known("bytes").join(ids)).encode())
     assert check_spans("sentencepiece", "bytes", [i % 256 + 4 for i in ids]) >= 0
@@ -152,17 +193,22 @@ def test_a_response_cut_inside_a_character():
     """V3: the left-over bytes of a character are no text, their tokens are out on both sides."""
     ids = tokenizer("bytes")("ab 🎉", add_special_tokens=False)["input_ids"][:-2]
     found = source(teacher("sentencepiece"), [rollout(ids, finish="length")]).alignment
-    assert found.student_ends.tolist() == [[1, 2, 3, OUT, OUT]] and found.ends.tolist() == [[1, 2, 3]]
+    assert found.student_ends.tolist() == [[1, 2, 3, OUT, OUT]] and found.ends.tolist() == [
+        [1, 2, 3]
+    ]
 
 
 def test_what_the_teachers_tokenizer_rewrites_ends_what_is_compared():
     ids = tokenizer("bytes")("Tom e\u0301 Tom", add_special_tokens=False)["input_ids"]
     ends = source(teacher("NFC"), [rollout(ids)]).alignment
-    assert ends.student_ends.max() == 4 == ends.ends.max()  # "Tom ", and not the letter with its accent apart
+    # "Tom ", and not the letter with its accent apart
+    assert ends.student_ends.max() == 4 == ends.ends.max()
     loud = normalising("Lowercase")
     model = teacher_of(loud)
     deaf = translated(LocalModel(model, head_of(model)), tokenizer("bytes"), loud, {END}, PLAIN)
-    with pytest.raises(UserError, match="not one response of this step comes out of the teacher's tokenizer"):
+    with pytest.raises(
+        UserError, match="not one response of this step comes out of the teacher's tokenizer"
+    ):
         source(deaf, [rollout(tokenizer("bytes")("TOM")["input_ids"])])
 
 
@@ -178,7 +224,11 @@ def test_a_space_before_every_text_is_part_of_no_span():
 def test_special_tokens_in_the_middle_are_their_text_and_the_end_of_sequence_is_none():
     ids = [1, *tokenizer("bytes")("ab", add_special_tokens=False)["input_ids"], END]
     found = source(teacher("sentencepiece"), [rollout(ids)]).alignment
-    assert found.student_ends.tolist() == [[12, 13, 14, EOS]] and found.ends[0, -3:].tolist() == [13, 14, EOS]
+    assert found.student_ends.tolist() == [[12, 13, 14, EOS]] and found.ends[0, -3:].tolist() == [
+        13,
+        14,
+        EOS,
+    ]
     assert found.tokens[0, -1] == END
     middle = source(teacher("sentencepiece"), [rollout([ids[1], END, ids[2]])]).alignment
     assert middle.student_ends.tolist() == [[1, 11, 12]]  # not where it ends nothing
@@ -193,7 +243,7 @@ def test_only_an_end_of_sequence():
         assert found.read(fact, torch.tensor([[1, 0], [0, 0], [1, 1]]).bool()).tolist() == ends
 
 
-# ------------------------------------------------------------------------------------------------------------ distributions
+# ------------------------------------------------------------------------------------ distributions
 
 
 def naive(heard: Translated, r: Rollout, ids: list[int]) -> torch.Tensor:
@@ -210,16 +260,24 @@ def test_distributions_and_factors_are_those_of_each_row_alone(kind, merge):
     heard, encode = teacher(kind), tokenizer("bytes")
     texts = ["3 + 4 = 7. So the answer", "Let us think step", "日本 café", "x"]
     ends = [[END], [], [END], []]
-    ids = [[*encode(text, add_special_tokens=False)["input_ids"], *end] for text, end in zip(texts, ends)]
+    ids = [
+        [*encode(text, add_special_tokens=False)["input_ids"], *end]
+        for text, end in zip(texts, ends)
+    ]
     rows = [rollout(x, f"Tom has {i}", f"0/{i}") for i, x in enumerate(ids)]
     found = source(heard, rows)
     width = max(len(r.tokens) for r in rows)
     mask = torch.arange(width) < torch.tensor([len(r.tokens) for r in rows])[:, None]
-    facts = {what: found.read(SpanFact("teacher", what, merge, temperature=2.0), mask) for what in ("tokens", "logp", "single")}
+    facts = {
+        what: found.read(SpanFact("teacher", what, merge, temperature=2.0), mask)
+        for what in ("tokens", "logp", "single")
+    }
     at = (facts["tokens"] > 0).flatten().nonzero()[:, 0]
     (pair,) = found.pairs(at, SpanFact("teacher", "vocabulary", merge), 320)
     assert pair.at is None and len(at) == len(pair.vocabulary.logits) >= len(texts)
-    spans = {int(a): x for a, *x in zip(*found.spans["index" if merge == "index" else "bytes", False])}
+    spans = {
+        int(a): x for a, *x in zip(*found.spans["index" if merge == "index" else "bytes", False])
+    }
     for i, position in enumerate(at.tolist()):
         b = position // width
         ids = found.alignment.tokens[b].tolist()
@@ -227,7 +285,9 @@ def test_distributions_and_factors_are_those_of_each_row_alone(kind, merge):
         last = end % found.alignment.ends.shape[1]
         alone = naive(heard, rows[b], ids)
         row = last - m + 1 if merge == "observed" else last
-        torch.testing.assert_close(pair.vocabulary.logits[i].log_softmax(-1), alone[row], rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            pair.vocabulary.logits[i].log_softmax(-1), alone[row], rtol=0, atol=1e-9
+        )
         hot = (alone / 2).log_softmax(-1)
         others = [k for k in range(last - m + 1, last + 1) if k != row]
         factor = sum(max(float(hot[k, ids[k]]), np.log(1e-8)) for k in others)
@@ -248,13 +308,21 @@ def test_the_teacher_is_asked_in_its_own_chat_template():
     model = teacher_of(other)
     asked = {"template": None, "system": "Be brief.", "chat": True, "enable_thinking": None}
     heard = translated(LocalModel(model, head_of(model)), student, other, {END}, asked)
-    assert other.decode(heard.prompt(rollout([5]))) == "<turn>system\nBe brief.</s>\n<turn>user\nTom has</s>\n<turn>assistant\n"
-    with pytest.raises(UserError, match=r"has none: use an instruction-tuned teacher, or data.chat=false"):
+    assert (
+        other.decode(heard.prompt(rollout([5])))
+        == "<turn>system\nBe brief.</s>\n<turn>user\nTom has</s>\n<turn>assistant\n"
+    )
+    with pytest.raises(
+        UserError, match=r"has none: use an instruction-tuned teacher, or data.chat=false"
+    ):
         refuse_chat(True, tokenizer("sentencepiece"))
 
 
 def test_without_a_prompt_the_first_span_is_left_out():
-    heard, ids = teacher("sentencepiece"), tokenizer("bytes")("Tom buys", add_special_tokens=False)["input_ids"]
+    heard, ids = (
+        teacher("sentencepiece"),
+        tokenizer("bytes")("Tom buys", add_special_tokens=False)["input_ids"],
+    )
     found = source(replace(heard, prompt=lambda r: []), [rollout([*ids, END])])
     first = source(heard, [rollout([*ids, END])])
     whole = torch.ones(1, len(ids) + 1, dtype=torch.bool)
@@ -265,21 +333,40 @@ def test_without_a_prompt_the_first_span_is_left_out():
 
 def test_a_response_longer_than_the_teacher_reads_is_refused():
     short = teacher_of(tokenizer("sentencepiece"), max_position_embeddings=12)
-    heard = translated(LocalModel(short, head_of(short)), tokenizer("bytes"), tokenizer("sentencepiece"), {END}, PLAIN)
+    heard = translated(
+        LocalModel(short, head_of(short)),
+        tokenizer("bytes"),
+        tokenizer("sentencepiece"),
+        {END},
+        PLAIN,
+    )
     with pytest.raises(UserError, match="the teacher reads 12: lower max_completion_length"):
         source(heard, [rollout(tokenizer("bytes")("Tom buys apples")["input_ids"])])
 
 
-# ---------------------------------------------------------------------------------------------------------------- the same
+# ----------------------------------------------------------------------------------------- the same
 
 
 def test_tokens_correspond_by_what_they_stand_for():
-    """A leading space is a space however it is spelt; a byte token gives way to the token of that character; ends of sequence are ends."""
+    """A leading space is a space however it is spelt; a byte token gives way to the token of that
+    character; ends of sequence are ends.
+    """
     a, b = tokenizer("bytes"), tokenizer("sentencepiece")
     same = same_tokens(known("bytes"), known("sentencepiece"), (END, END))
-    pairs = {b.convert_ids_to_tokens(t): a.convert_ids_to_tokens(s) for t, s in enumerate(same.tolist()) if s >= 0}
-    assert pairs["T"] == "T" and pairs["▁"] == "Ġ" and pairs["</s>"] == "<|im_end|>" and pairs["<0x78>"] == "x"
-    assert "<0x54>" not in pairs and pairs["<0xF0>"] == a.convert_ids_to_tokens(known("bytes").pieces.index(b"\xf0"))
+    pairs = {
+        b.convert_ids_to_tokens(t): a.convert_ids_to_tokens(s)
+        for t, s in enumerate(same.tolist())
+        if s >= 0
+    }
+    assert (
+        pairs["T"] == "T"
+        and pairs["▁"] == "Ġ"
+        and pairs["</s>"] == "<|im_end|>"
+        and pairs["<0x78>"] == "x"
+    )
+    assert "<0x54>" not in pairs and pairs["<0xF0>"] == a.convert_ids_to_tokens(
+        known("bytes").pieces.index(b"\xf0")
+    )
     kept = [s for s in same.tolist() if s >= 0]
     assert len(set(kept)) == len(kept)
     for t, s in enumerate(same.tolist()):
@@ -287,39 +374,62 @@ def test_tokens_correspond_by_what_they_stand_for():
 
 
 def test_one_tokenizer_is_known_whatever_the_matrices():
-    """V1, V2: tokens are compared, not sizes; the very tokens are scored, never text; the end of sequence is marked."""
+    """V1, V2: tokens are compared, not sizes; the very tokens are scored, never text; the end of
+    sequence is marked.
+    """
     assert same_tokenizer(tokenizer("bytes"), tiny_tokenizer(chat_template=False)) is None
     model = tiny_model("llama", 334, seed=3).double()  # 14 rows that pad
     heard = Familiar(LocalModel(model, head_of(model)), frozenset({END})).cut(320)
     odd = [200, END, 201, END]  # no text at all
     found = source(heard, [rollout(odd), rollout([5], name="0/1")])
-    assert found.alignment.student_ends.tolist() == [[1, 2, 3, EOS], [1, OUT, OUT, OUT]] and found.vocabulary == 320
+    assert (
+        found.alignment.student_ends.tolist() == [[1, 2, 3, EOS], [1, OUT, OUT, OUT]]
+        and found.vocabulary == 320
+    )
     (pair,) = found.pairs(torch.tensor([0, 1, 2, 3, 4]), SpanFact("teacher", "vocabulary"), 320)
     row = rollout(odd)
     with torch.no_grad():
-        alone = model(input_ids=torch.tensor([row.prompt + odd])).logits[0, len(row.prompt) - 1 : -1, :320]
+        alone = model(input_ids=torch.tensor([row.prompt + odd])).logits[
+            0, len(row.prompt) - 1 : -1, :320
+        ]
     torch.testing.assert_close(pair.vocabulary.logits[:4], alone, rtol=0, atol=1e-9)
     assert real_vocabulary(tokenizer("bytes")) == 320
 
 
-# ---------------------------------------------------------------------------------------------------------------- in a step
+# ---------------------------------------------------------------------------------------- in a step
 
 
-def gradient(method: Any, student: Any, scorers: dict[str, Any], rows: list[Rollout], chunk: int | None = None) -> torch.Tensor:
+def gradient(
+    method: Any,
+    student: Any,
+    scorers: dict[str, Any],
+    rows: list[Rollout],
+    chunk: int | None = None,
+) -> torch.Tensor:
     batch = gather(rows, method.needs, scorers, dtype=torch.float64)
     plan = method.objective.plan(batch)
     layout = Layout(rows, batch.shape[1])
     student.zero_grad()
     for positions in layout.micro_batches(flat_positions(plan.selected), 64):
-        learn(plan, positions, layout.states(student, positions), head_of(student), chunk).loss.backward()
+        learn(
+            plan, positions, layout.states(student, positions), head_of(student), chunk
+        ).loss.backward()
     return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize(
-    "name", ["uld", "gold", "gold(hybrid=true, merge=bayesian)", "gold(hybrid=true, longer=rank, skip_eos=false)"]
+    "name",
+    [
+        "uld",
+        "gold",
+        "gold(hybrid=true, merge=bayesian)",
+        "gold(hybrid=true, longer=rank, skip_eos=false)",
+    ],
 )
 def test_a_step_with_teachers_of_several_tokenizers_is_the_mean_of_its_rows(name):
-    """Rows routed to a teacher with the student's tokenizer, and to two with others; each row's loss is what it is alone."""
+    """Rows routed to a teacher with the student's tokenizer, and to two with others; each row's
+    loss is what it is alone.
+    """
     student = tiny_model("qwen3", seed=1).double()
     own = tiny_model("llama", seed=2).double()
     heard = {
@@ -330,31 +440,52 @@ def test_a_step_with_teachers_of_several_tokenizers_is_the_mean_of_its_rows(name
     method, encode = load(name), tokenizer("bytes")
     rows = []
     for i, (text, route) in enumerate(
-        (("3 + 4 = 7.", "far"), ("Tom café", "near"), ("step by step", "farther"), ("日本 Tom", "far"))
+        (
+            ("3 + 4 = 7.", "far"),
+            ("Tom café", "near"),
+            ("step by step", "farther"),
+            ("日本 Tom", "far"),
+        )
     ):
-        made = rollout([*encode(text, add_special_tokens=False)["input_ids"], END], f"Tom has {i}", f"0/{i}")
+        made = rollout(
+            [*encode(text, add_special_tokens=False)["input_ids"], END], f"Tom has {i}", f"0/{i}"
+        )
         made.row["teacher"] = route
         rows.append(made)
     scorers = {"student": LocalModel(student, head_of(student)), "teacher": Routed(heard)}
     whole = gradient(method, student, scorers, rows)
-    torch.testing.assert_close(gradient(method, student, scorers, rows, chunk=1), whole, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        gradient(method, student, scorers, rows, chunk=1), whole, rtol=1e-9, atol=1e-12
+    )
     count = sum(len(r.tokens) for r in rows)
     total = torch.zeros_like(whole)
     for r in rows:
-        alone = gradient(method, student, {"student": scorers["student"], "teacher": heard[r.row["teacher"]]}, [r])
+        alone = gradient(
+            method,
+            student,
+            {"student": scorers["student"], "teacher": heard[r.row["teacher"]]},
+            [r],
+        )
         near = r.row["teacher"] == "near" and name != "uld"
         total += alone * (len(r.tokens) / count if near else 1 / len(rows))
-    assert (whole - total).norm() < 1e-6 * whole.norm() and whole.norm() > 1e-4  # norms of these models compute in float32
+    # norms of these models compute in float32
+    assert (whole - total).norm() < 1e-6 * whole.norm() and whole.norm() > 1e-4
 
 
 def test_a_learnt_step_is_nearer():
-    """Gradient descent on the hybrid loss brings the student's distributions to the teacher's, token by token."""
+    """Gradient descent on the hybrid loss brings the student's distributions to the teacher's,
+    token by token.
+    """
     student = tiny_model("qwen3", seed=1).double()
     method, encode = load("gold", hybrid=True, lmbda=1.0, beta=0.0), tokenizer("bytes")
     rows = [
-        rollout(encode(t, add_special_tokens=False)["input_ids"], name=f"0/{i}") for i, t in enumerate(("3 + 4 = 7.", "Tom buys"))
+        rollout(encode(t, add_special_tokens=False)["input_ids"], name=f"0/{i}")
+        for i, t in enumerate(("3 + 4 = 7.", "Tom buys"))
     ]
-    scorers = {"student": LocalModel(student, head_of(student)), "teacher": teacher("sentencepiece")}
+    scorers = {
+        "student": LocalModel(student, head_of(student)),
+        "teacher": teacher("sentencepiece"),
+    }
     optimiser, losses = torch.optim.Adam(student.parameters(), 3e-3), []
     for _ in range(15):
         batch = gather(rows, method.needs, scorers, dtype=torch.float64)
@@ -369,8 +500,15 @@ def test_a_learnt_step_is_nearer():
 
 
 def test_what_it_reads_is_gathered_and_nothing_else():
-    batch = gather([rollout([5, 6])], load("gold").needs, {"teacher": teacher("sentencepiece")}, dtype=torch.float64)
-    assert set(batch.sources) == {"teacher"} and {f.what for f in batch.facts if isinstance(f, SpanFact)} == {
+    batch = gather(
+        [rollout([5, 6])],
+        load("gold").needs,
+        {"teacher": teacher("sentencepiece")},
+        dtype=torch.float64,
+    )
+    assert set(batch.sources) == {"teacher"} and {
+        f.what for f in batch.facts if isinstance(f, SpanFact)
+    } == {
         "tokens",
         "logp",
         "shared",
