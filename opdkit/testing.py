@@ -162,7 +162,10 @@ class Case:
                 )
             return self.alignments[name]
         if not _by_number(wanted, name) and other != shape:
-            asked = f"say which cover the same text with alignments={{{name!r}: Alignment(tokens, student_ends, ends, same)}}"
+            asked = (
+                f"say which cover the same text with alignments={{{name!r}: Alignment(tokens, "
+                f"student_ends, ends, same)}}"
+            )
             raise UserError(
                 f"{name} has {other[1]} tokens where the student has {shape[1]}: {asked}"
             )

@@ -95,7 +95,10 @@ def test_head_says_what_it_leaves_out(benchmark, monkeypatch, tmp_path):
 
 
 def test_sampler_writes_what_generate_writes(benchmark, tmp_path):
-    small = "--hidden 32 --layers 2 --vocab 64 --rollouts 16 --rows 8 --num-generations 2 --length 16 --pairs 2"
+    small = (
+        "--hidden 32 --layers 2 --vocab 64 --rollouts 16 --rows 8 --num-generations 2 --length 16 "
+        "--pairs 2"
+    )
     result = run(benchmark("sampler"), small, tmp_path)
     assert result["checks"]["greedy_tokens_identical"] == 8 * 16
     assert 0 < result["checks"]["largest_logp_difference"] < 1e-5
@@ -114,7 +117,10 @@ def test_scaling_fits_exponents(benchmark, tmp_path):
     scaling = benchmark("scaling")
     assert scaling.exponent([1, 10, 100], [3, 30, 300]) == pytest.approx(1)
     assert scaling.exponent([2, 4, 8], [1, 4, 16]) == pytest.approx(2)
-    small = "--hidden 32 --rollouts 4 --length 4 --vocab 64 --most-tokens 64 --most-vocab 128 --rounds 1 --term-rounds 2"
+    small = (
+        "--hidden 32 --rollouts 4 --length 4 --vocab 64 --most-tokens 64 --most-vocab 128 "
+        "--rounds 1 --term-rounds 2"
+    )
     result = run(scaling, small, tmp_path)
     assert {s["vary"]: s["values"] for s in result["sweeps"]} == {
         "rollouts": [1, 4, 16],

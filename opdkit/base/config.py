@@ -1,4 +1,6 @@
-"""Strict configuration: nested dictionaries to frozen dataclasses and back, dotted overrides, YAML."""
+"""Strict configuration: nested dictionaries to frozen dataclasses and back, dotted
+overrides, YAML.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Files that appear whole or not at all, and lines of JSON of which a crash may have cut the last."""
+"""Files that appear whole or not at all, and lines of JSON of which a crash may have cut
+the last.
+"""
 
 from __future__ import annotations
 

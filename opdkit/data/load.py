@@ -1,4 +1,6 @@
-"""Where rows come from: JSONL, JSON, Parquet, folders, the hub, reasoning-gym, or a list in memory."""
+"""Where rows come from: JSONL, JSON, Parquet, folders, the hub, reasoning-gym, or a list
+in memory.
+"""
 
 from __future__ import annotations
 

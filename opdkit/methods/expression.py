@@ -16,7 +16,10 @@ from opdkit.base.errors import UserError
 # file.py:function, inside an expression
 ADDRESS = re.compile(r"""[^\s*+(),="']+\.py:[A-Za-z_]\w*""")
 HIDDEN = "address_in_expression_"
-EXAMPLE = "write for example 'tropd(k=32) * iw_opd(gamma=1)' or '0.5 * opd + gkd', in quotes on the command line"
+EXAMPLE = (
+    "write for example 'tropd(k=32) * iw_opd(gamma=1)' or '0.5 * opd + gkd', in quotes on the "
+    "command line"
+)
 
 
 def is_expression(text: str) -> bool:

@@ -149,7 +149,9 @@ def prose(method: Method) -> str:
 
 
 def escape(text: str) -> str:
-    """Text of a docstring as Markdown: signs of formulas stay signs, names of methods become links."""
+    """Text of a docstring as Markdown: signs of formulas stay signs, names of methods
+    become links.
+    """
     pieces = text.split("`")  # every second one is code
     pieces[::2] = [re.sub(r"([*<~])", r"\\\1", p) for p in pieces[::2]]
     for i, code in enumerate(pieces):

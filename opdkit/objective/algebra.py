@@ -78,7 +78,9 @@ def _apart(inside: Sequence[tuple[Signal, ...]]) -> bool:
 
 
 def weigh(objective: Objective, name: str, by: Signal, source: str) -> Objective:
-    """Every term of `objective` times the signal `by` of `source`; denominators stay as they are."""
+    """Every term of `objective` times the signal `by` of `source`; denominators stay as
+    they are.
+    """
     for term in objective.terms:
         if isinstance(term.loss, RolloutLoss) and not per_rollout(by):
             raise UserError(

@@ -246,7 +246,10 @@ def missing(fact: Fact, batch: Batch) -> str:
     """Why a fact is not there and what to do."""
     if isinstance(fact, ColumnFact):
         kind, _, _ = fact.name.partition(":")
-        return f"the objective reads {fact.name!r}, which this batch does not have: {HOW.get(kind, 'supply it')}"
+        return (
+            f"the objective reads {fact.name!r}, which this batch does not have: "
+            f"{HOW.get(kind, 'supply it')}"
+        )
     models = {
         getattr(fact, name)
         for name in ("model", "owner", "student", "teacher")
@@ -260,4 +263,7 @@ def missing(fact: Fact, batch: Batch) -> str:
             f"the run that model (for example {absent[0]}: MODEL), or pass models={{{absent[0]!r}: "
             f"logits}} to evaluate"
         )
-    return f"the objective reads {fact}, which its model cannot supply: use a model in this process, or another support"
+    return (
+        f"the objective reads {fact}, which its model cannot supply: use a model in this process, "
+        "or another support"
+    )

@@ -188,7 +188,9 @@ def lift(value: Signal | Number) -> Signal:
 
 
 def spell(part: Any) -> str:
-    """`Name(value, field=value)`: a part as one would write it, fields at their default left out."""
+    """`Name(value, field=value)`: a part as one would write it, fields at their default
+    left out.
+    """
     words = []
     for f in fields(part):
         value = getattr(part, f.name)

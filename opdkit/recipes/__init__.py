@@ -43,7 +43,9 @@ def recipe(name: str, folder: Path | None = None) -> dict[str, Any]:
 
 
 def make(name: str, *folder: Path) -> None:
-    """The models and data of a built-in recipe that are on no hub, unless they are there already."""
+    """The models and data of a built-in recipe that are on no hub, unless they are there
+    already.
+    """
     if name in MAKERS:
         _function(MAKERS[name])(*folder)
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-MBPP = "{prompt}\nAnswer with the whole program in one ```python block. It must pass tests such as\n```python\n{test_list[0]}\n```"
-HUMAN_EVAL = "Complete this function. Answer with the whole function in one ```python block.\n```python\n{prompt}```"
+MBPP = (
+    "{prompt}\nAnswer with the whole program in one ```python block. It must pass tests such as\n"
+    "```python\n{test_list[0]}\n```"
+)
+HUMAN_EVAL = (
+    "Complete this function. Answer with the whole function in one ```python block.\n```python\n"
+    "{prompt}```"
+)
 
 
 def qwen3_code() -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Competition mathematics: Qwen3-1.7B learns from Qwen3-8B on DAPO-Math-17k, watched on AIME 2024."""
+"""Competition mathematics: Qwen3-1.7B learns from Qwen3-8B on DAPO-Math-17k, watched on
+AIME 2024.
+"""
 
 from __future__ import annotations
 

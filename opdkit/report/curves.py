@@ -231,7 +231,10 @@ def _profile(drift: dict[str, Values]) -> dict[str, Any]:
         for period, at in periods.items()
     ]
     steps = [int(name.removeprefix(DRIFT)) for name in drift]
-    about = "Mean |log(teacher / student)| in each tenth of the responses. Rising: the student drifts away in their course."
+    about = (
+        "Mean |log(teacher / student)| in each tenth of the responses. Rising: the student drifts "
+        "away in their course."
+    )
     return line_chart(
         "Distance by position", steps, lines, unit="nats", about=about, smooth=False, along="tenth"
     )

@@ -19,7 +19,10 @@ from opdkit.rewards.sandbox import Calls, Limits, Prints, Sandbox, Verdict
 from opdkit.types import Rollout, Row
 
 MANY = 200  # programs whose running takes long enough to show progress
-COLUMNS = "test and entry_point (HumanEval), test_list (MBPP), input_output (APPS) or tests (lines with assert)"
+COLUMNS = (
+    "test and entry_point (HumanEval), test_list (MBPP), input_output (APPS) or tests (lines with "
+    "assert)"
+)
 
 # What a function returned equals what APPS wants of it, which writes tuples as lists and wraps
 # single results.
@@ -168,7 +171,10 @@ def _input_output(row: Row, text: str) -> Calls | Prints:
         )
     if name is None:
         return Prints((_program(text, ()),), tuple(map(_text, inputs)), tuple(map(_text, outputs)))
-    find = f"try:\n    _function = Solution().{name}\nexcept (NameError, AttributeError):\n    _function = {name}\n"
+    find = (
+        f"try:\n    _function = Solution().{name}\nexcept (NameError, AttributeError):\n"
+        f"    _function = {name}\n"
+    )
     pairs = [
         _from_json(i, o) if isinstance(i, str) else (i, o)
         for i, o in zip(inputs, outputs, strict=True)

@@ -40,7 +40,9 @@ def truth(rollout: Rollout, reward: str) -> str:
 
 
 def spoken(text: str) -> str:
-    """What follows the model's thinking; everything where it never stopped, or then said nothing."""
+    """What follows the model's thinking; everything where it never stopped, or then said
+    nothing.
+    """
     return text.rpartition("</think>")[2].strip() or text
 
 
@@ -76,7 +78,9 @@ def stated(text: str) -> str | None:
 
 
 def formula(text: str) -> tuple[str, int] | None:
-    r"""The content of the last $...$, $$...$$, \(...\) or \[...\], and where in the text it ends."""
+    r"""The content of the last $...$, $$...$$, \(...\) or \[...\], and where in the text it
+    ends.
+    """
     found = list(_FORMULA.finditer(text, max(0, len(text) - TAIL)))
     return (found[-1][found[-1].lastindex or 0].strip(), found[-1].end()) if found else None
 

@@ -1,4 +1,6 @@
-"""The reward `math`: the final answer of a response, in words, numbers or LaTeX, equals the row's."""
+"""The reward `math`: the final answer of a response, in words, numbers or LaTeX, equals
+the row's.
+"""
 
 from __future__ import annotations
 

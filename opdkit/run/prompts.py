@@ -1,4 +1,6 @@
-"""A run's questions: rows that are read, rows as prompts, and rollouts that a cache holds already."""
+"""A run's questions: rows that are read, rows as prompts, and rollouts that a cache holds
+already.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,9 @@ from opdkit.types import Sampling
 
 @dataclass(frozen=True)
 class Data:
-    """Prompts: a JSONL, JSON or Parquet file, a saved data set, a hub name, or reasoning_gym:TASK."""
+    """Prompts: a JSONL, JSON or Parquet file, a saved data set, a hub name, or
+    reasoning_gym:TASK.
+    """
 
     source: str
     split: str | None = None

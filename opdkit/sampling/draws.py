@@ -85,7 +85,9 @@ def _floor(logits: Tensor, sampling: Sampling) -> Tensor | None:
 
 
 def _nucleus(logits: Tensor, sampling: Sampling) -> Tensor:
-    """[n, 1]: the lowest of the highest logits whose mass, of the top_k or of all, reaches top_p."""
+    """[n, 1]: the lowest of the highest logits whose mass, of the top_k or of all, reaches
+    top_p.
+    """
     limit = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     whole = logits.topk(limit).values if sampling.top_k else logits
     normaliser = whole.logsumexp(-1, keepdim=True)

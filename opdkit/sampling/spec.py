@@ -25,7 +25,9 @@ KINDS: dict[str, type[Any]] = {"hf": HfSettings, "vllm": VllmSettings, "server":
 
 
 def sampler_of(value: Any, where: str = "sampler") -> Spec:
-    """A sampler from what a run says: hf, vllm, server:URL[,URL], a URL, or {kind: ..., settings}."""
+    """A sampler from what a run says: hf, vllm, server:URL[,URL], a URL, or {kind: ...,
+    settings}.
+    """
     if isinstance(value, Mapping):
         kind, settings = value.get("kind"), {k: v for k, v in value.items() if k != "kind"}
     elif isinstance(value, str):

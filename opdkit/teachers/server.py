@@ -35,7 +35,10 @@ PROBE_TOKENS = 48
 # nats, mean difference of two servers' log-probs of the probe: number formats differ by a tenth of
 # that
 SAME_MODEL = 0.2
-FAMILY = "Token-level distillation compares distributions over the same ids; use a teacher of the student's family"
+FAMILY = (
+    "Token-level distillation compares distributions over the same ids; use a teacher of the "
+    "student's family"
+)
 SAME_NUMBER = 0.05  # nats, between two ways of asking one server for the same log-prob
 
 

@@ -232,7 +232,10 @@ def advise(refused: Refused, k: int) -> str:
             f"most {most[1]}. Start it with --max-logprobs {k}, or use k={most[1]} in the method"
         )
     if "out of vocabulary" in said or "vocab" in said.lower():
-        return f"the server at {refused.url} does not know a token of the student: {said}. Use a teacher with the student's tokenizer"
+        return (
+            f"the server at {refused.url} does not know a token of the student: {said}. Use a "
+            "teacher with the student's tokenizer"
+        )
     if re.search(r"context length|max_model_len|longer than the model", said, re.IGNORECASE):
         return (
             f"the server at {refused.url} cannot read so many tokens: {said}. Nothing is cut here, "

@@ -284,7 +284,9 @@ def _number(rollout: Rollout, name: str) -> float:
 
 
 def _refuse_nan(fact: Fact, values: Tensor, batch: Batch, rollouts: Sequence[Rollout]) -> None:
-    """NaN from a model means that it is broken; training on it would spread it into every weight."""
+    """NaN from a model means that it is broken; training on it would spread it into every
+    weight.
+    """
     bad = values.isnan().flatten(2).any(-1) if values.dim() > 2 else values.isnan()
     bad = bad & batch.mask
     if bool(bad.any()):

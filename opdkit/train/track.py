@@ -187,7 +187,9 @@ class Wandb:
 
 
 def _run_name(folder: Path, tracker: str) -> str:
-    """A name no other run has, kept in the run folder so that a resumed run finds its own curves."""
+    """A name no other run has, kept in the run folder so that a resumed run finds its own
+    curves.
+    """
     path = folder / f"{tracker}_id.txt"
     if not path.exists():
         # wandb refuses "/", ":" and the like in an id

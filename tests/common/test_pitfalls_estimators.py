@@ -61,7 +61,9 @@ def test_E3_minus_k1_as_credit_is_reverse_kl_and_minus_k3_neither_direction():
 
 
 def test_E3_no_method_credits_a_token_with_an_estimator_other_than_k1():
-    """An estimator is a loss, a credit is a signal: there is no switch that turns k3 into a credit."""
+    """An estimator is a loss, a credit is a signal: there is no switch that turns k3 into
+    a credit.
+    """
     assert not isinstance(Estimator("k3"), Signal)
     with pytest.raises(TypeError, match="neither a signal nor a number"):
         CREDIT + Estimator("k3")  # type: ignore[operator]

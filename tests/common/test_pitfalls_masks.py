@@ -193,8 +193,12 @@ def test_M9_under_top_p_the_sampled_estimator_is_off_by_the_log_of_the_kept_mass
     kept = torch.tensor([True, True, False, False])  # top_p = 0.85
     mass = p[kept].sum()
     drawn = torch.where(kept, p / mass, 0.0)
-    estimate = sum(d * -evaluate(load("opd"), logits(P), torch.tensor([[y]]), models={"teacher": logits(Q)}).terms[0].credit
-                   for y, d in enumerate(drawn) if d > 0).item()  # fmt: skip
+    teacher = {"teacher": logits(Q)}
+
+    def credit(y: int) -> torch.Tensor:
+        return evaluate(load("opd"), logits(P), torch.tensor([[y]]), models=teacher).terms[0].credit
+
+    estimate = sum(d * -credit(y) for y, d in enumerate(drawn) if d > 0).item()
     truth = (drawn[kept] * (drawn[kept] / q[kept]).log()).sum().item()
     assert estimate - truth == pytest.approx(mass.log().item(), abs=1e-12) and mass.log() < -0.1
     # a rollout carries both log-probs, so that the difference is at hand

@@ -49,7 +49,9 @@ def naive_fact(fact: Fact, logps: dict[str, Tensor], tokens: Tensor) -> Tensor:
 
 
 def naive(objective: Objective, case: Case) -> tuple[Tensor, Tensor]:
-    """Loss and gradient [B, T, V] of a case: dense facts, one graph over all logits, one backward."""
+    """Loss and gradient [B, T, V] of a case: dense facts, one graph over all logits, one
+    backward.
+    """
     batch = case.batch(objective)
     logps = {
         name: source.logits(torch.arange(case.tokens.numel())).log_softmax(-1)

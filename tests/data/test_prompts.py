@@ -198,7 +198,10 @@ def test_rows_that_make_no_prompt(plain, chat):
     with pytest.raises(UserError, match=r"Prompts\(load_rows\(rows\), tokenizer\)"):
         Prompts([{"question": "?"}], chat)
     gemma = tiny_tokenizer()
-    gemma.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
+    gemma.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') "
+        "}}{% endif %}x"
+    )
     with pytest.raises(UserError, match="refuses row '1': System role not supported"):
         list(Prompts(ROWS, gemma))
     mixed = load_rows([{"prompt": "a", "x": 1}, {"prompt": "b"}])

@@ -50,7 +50,9 @@ def rollouts(folder: Path) -> list[Rollout]:
 
 
 def test_what_is_stored_is_what_the_models_say(shop: Shop, cache: Path) -> None:
-    """Prompts as training makes them; log-probs of a fresh forward pass of each whole row, rounded."""
+    """Prompts as training makes them; log-probs of a fresh forward pass of each whole row,
+    rounded.
+    """
     student, teacher = load_model(shop.student), load_model(shop.teacher)
     prompts = list(Prompts(load_rows(shop.data), load_tokenizer(shop.student)))
     found, made = open_cache(cache), rollouts(cache)

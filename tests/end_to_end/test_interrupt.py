@@ -38,7 +38,8 @@ def even(rollout):
 """
 SCRIPT = """
 import sys, yaml, opdkit
-given = {name: value for name, value in yaml.safe_load(open(sys.argv[1])).items() if value is not None}
+stored = yaml.safe_load(open(sys.argv[1]))
+given = {name: value for name, value in stored.items() if value is not None}
 given["prompts"] = given.pop("data")
 try:
     opdkit.distill(**given)

@@ -268,7 +268,9 @@ def test_bfloat16_products_with_float32_weights(shop: Shop, tmp_path: Path) -> N
 
 
 def counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Trains; forward passes of the student (sampling apart) and of the teacher, and micro-batches."""
+    """Trains; forward passes of the student (sampling apart) and of the teacher, and
+    micro-batches.
+    """
     job, state = prepare(run)
     counts = {"learning": 0, "scoring": 0, "teacher": 0, "micro-batches": 0}
 

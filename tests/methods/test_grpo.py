@@ -228,7 +228,9 @@ def test_with_the_teachers_credit_it_is_opd():
 
 @pytest.mark.parametrize("loss", ["grpo", "gspo", "cispo"])
 def test_rollout_cap_weighs_what_trainer_and_sampler_disagree_about(loss):
-    """The student is twice as sure as its sampler was: fresh for the ratio, weighed by min(2, 1.5)."""
+    """The student is twice as sure as its sampler was: fresh for the ratio, weighed by
+    min(2, 1.5).
+    """
     student, sampler = [[-0.1] * 2] * 2, [[-0.1 - math.log(2)] * 2] * 2
     out = on(
         load("grpo", loss=loss, rollout_cap=1.5, **PAIR),

@@ -203,7 +203,9 @@ def test_a_teacher_that_agrees_adds_nothing(estimator):
 
 
 def test_excluded_tokens_have_no_teacher():
-    """The second token of two is left out: what is kept counts for both, its own gradient is gone."""
+    """The second token of two is left out: what is kept counts for both, its own gradient
+    is gone.
+    """
     method = load("kdrl", exclude_tokens=(2,), **ONE)
     s, t = (logits(p, p) for p in (P_S, P_T))
     out = evaluate(method, s, tokens(0, 2), models={"teacher": t}, reward=[0.0], group=[0])

@@ -1,4 +1,6 @@
-"""TrOPD: trust, outliers and guided tokens with the card's numbers, and the schedule of the prefix."""
+"""TrOPD: trust, outliers and guided tokens with the card's numbers, and the schedule of
+the prefix.
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,9 @@ def close(a: Tensor, b: Tensor | Sequence[float] | float, digits: int = 6) -> bo
 
 
 def expected(method: AnyObjective, student: Sequence[float], teacher: Sequence[float]) -> Tensor:
-    """[V]: the gradient at one position, averaged over the token that the student may sample there."""
+    """[V]: the gradient at one position, averaged over the token that the student may
+    sample there.
+    """
     s, t = logits(student), logits(teacher)
     return sum(
         p * evaluate(method, s, tokens(y), models={"teacher": t}).grad[0, 0]

@@ -274,7 +274,9 @@ def test_an_unknown_dtype_suggests_the_nearest() -> None:
 
 
 def test_tokenizers_agree_by_their_ids_and_not_by_their_size() -> None:
-    """PITFALLS V1: padding rows of the model belong to no tokenizer, and equal sizes prove nothing."""
+    """PITFALLS V1: padding rows of the model belong to no tokenizer, and equal sizes prove
+    nothing.
+    """
     first, second = tiny_tokenizer(), tiny_tokenizer()
     assert same_tokenizer(first, second) is None
     other = tiny_tokenizer(["completely different words were read here, zebra zebra zebra"])

@@ -375,7 +375,10 @@ def test_gradient_checkpointing_learns_the_same(
 
 @pytest.mark.parametrize("value", ["4bits", "int4"])
 def test_an_unknown_format_names_the_nearest(tmp_path: Path, checkpoint: str, value: str) -> None:
-    said = rf"quantize='{value}' is not a way to store weights; (did you mean '4bit'|known: 4bit, 8bit)"
+    said = (
+        rf"quantize='{value}' is not a way to store weights; (did you mean '4bit'|known: 4bit, "
+        r"8bit)"
+    )
     with pytest.raises(UserError, match=r"teacher: " + said):
         a_run(tmp_path, checkpoint, {"kind": "local", "model": checkpoint, "quantize": value})
     with pytest.raises(UserError, match=r"lora: " + said):

@@ -164,7 +164,10 @@ from opdkit.objective import Batch, Divergence, Objective
 from opdkit.objective.head import CHUNK_ENTRIES, Head, Source, learn
 n, v, h, t = 4096, 151936, 256, 512
 g = torch.Generator().manual_seed(0)
-hidden, weight, teacher, other = (torch.randn(a, b, generator=g).mul_(b**-0.25) for a, b in ((n, h), (v, h), (n, t), (v, t)))
+shapes = ((n, h), (v, h), (n, t), (v, t))
+hidden, weight, teacher, other = (
+    torch.randn(a, b, generator=g).mul_(b**-0.25) for a, b in shapes
+)
 hidden.requires_grad_(), weight.requires_grad_()
 start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if sys.argv[1] == "dense":
@@ -176,7 +179,8 @@ if sys.argv[1] == "dense":
 else:
     batch = Batch(torch.zeros(1, n, dtype=torch.int64), torch.ones(1, n, dtype=torch.bool))
     batch.sources["teacher"] = Source(teacher, torch.arange(n), Head(other))
-    loss = learn(Objective(Divergence("reverse_kl")).plan(batch), torch.arange(n), hidden, Head(weight), int(sys.argv[1]) or None).loss
+    plan, chunk = Objective(Divergence("reverse_kl")).plan(batch), int(sys.argv[1]) or None
+    loss = learn(plan, torch.arange(n), hidden, Head(weight), chunk).loss
 gradients = torch.autograd.grad(loss, (hidden, weight))
 extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
 torch.save((loss.detach(), *gradients, extra / 2**20), sys.argv[2])

@@ -254,7 +254,9 @@ def test_log_probs_at_ids_and_of_all(device):
 
 
 def test_models_that_agree_do_so_to_the_last_bit(device):
-    """Also at some of the positions, which make other blocks: |p_s - p_t| has no gradient of noise."""
+    """Also at some of the positions, which make other blocks: |p_s - p_t| has no gradient
+    of noise.
+    """
     z = torch.randn(7, V, generator=torch.Generator().manual_seed(2)).to(device)
     leaf = z.clone().requires_grad_()
     own, other = Vocabulary(leaf), Vocabulary(z)

@@ -123,7 +123,10 @@ def test_mbpp_setup_and_imports():
         "test_setup_code": "root = Node(1)\r\nroot.left = Node(2)\r\nroot.left.left = Node(3)",
         "test_list": ["assert height(root) == 3"],
     }
-    tree = "class Node:\n    def __init__(self, x): self.x, self.left = x, None\ndef height(n): return 1 + height(n.left) if n else 0"
+    tree = (
+        "class Node:\n    def __init__(self, x): self.x, self.left = x, None\n"
+        "def height(n): return 1 + height(n.left) if n else 0"
+    )
     assert right(fenced(tree), setup) and not right(fenced(tree.replace("1 +", "2 +")), setup)
     near = {
         "test_imports": ["import math"],
@@ -140,17 +143,26 @@ def test_mbpp_setup_and_imports():
 
 def test_a_function_named_like_one_of_pythons():
     row = {"test_list": ["assert sum(10, 15) == 6", "assert sum(100, 150) == 93"]}
-    program = "def sum(a, b):\n    s = 0\n    for i in range(1, a + 1):\n        if a % i == 0 and b % i == 0: s += i\n    return s"
+    program = (
+        "def sum(a, b):\n    s = 0\n    for i in range(1, a + 1):\n"
+        "        if a % i == 0 and b % i == 0: s += i\n    return s"
+    )
     assert right(program, row) and not right("def sum(a, b): return 6", row)
     both = {"code": program, "test_list": ["assert set([sum(10, 15)]) == set([6])"]}
     assert right(program, both) and not right("def sum(a, b): return 5\nset = lambda x: 1", both)
 
 
 def test_lines_of_ones_own():
-    tests = "s = Stack()\ns.push(1)\nassert s.pop() == 1\nfor x in range(3):\n    s.push(x)\n    assert s.pop() == x\nassert len(s) == 0"
+    tests = (
+        "s = Stack()\ns.push(1)\nassert s.pop() == 1\nfor x in range(3):\n    s.push(x)\n"
+        "    assert s.pop() == x\nassert len(s) == 0"
+    )
     stack = "class Stack(list):\n    push = list.append"
     assert own(stack, tests)
-    plain = "class Stack:\n    def __init__(self): self.a = []\n    def push(self, x): self.a.append(x)\n"
+    plain = (
+        "class Stack:\n    def __init__(self): self.a = []\n"
+        "    def push(self, x): self.a.append(x)\n"
+    )
     assert own(
         plain + "    def pop(self): return self.a.pop()\n    def __len__(self): return len(self.a)",
         tests,

@@ -1,4 +1,6 @@
-"""What a model wrote reaches no scorer of a library as code, and could do nothing there if it did."""
+"""What a model wrote reaches no scorer of a library as code, and could do nothing there if
+it did.
+"""
 
 import json
 import os

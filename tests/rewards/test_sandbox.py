@@ -126,7 +126,10 @@ def test_what_is_right_passes_and_what_is_wrong_does_not():
 # ---------------------------------------------------------------------------------- time and memory
 
 
-IGNORE = "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\n"
+IGNORE = (
+    "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+    "    except (OSError, ValueError): pass\n"
+)
 ENDLESS = {
     "a loop in a function": calls("def f(x):\n    while True: pass", "f(1)"),
     "a loop when imported": calls("while True: pass", "f(1)"),
@@ -209,7 +212,10 @@ def test_threads_work_and_end_with_the_program():
         "    threading.Thread(target=time.sleep, args=(1000,)).start()\n    return out[0]"
     )
     assert run(calls(program, "assert f(1) == 2")).right
-    bomb = "import threading, time\ndef f(x):\n    while True: threading.Thread(target=time.sleep, args=(100,)).start()"
+    bomb = (
+        "import threading, time\ndef f(x):\n"
+        "    while True: threading.Thread(target=time.sleep, args=(100,)).start()"
+    )
     assert "RuntimeError" in fails(bomb)
 
 
@@ -308,7 +314,10 @@ def test_a_large_file_and_many_files_and_deep_folders():
         )
         == 27
     )  # EFBIG
-    disk = "def f(x):\n    for i in range(10**9):\n        with open(str(i), 'wb') as out: out.write(bytes(4 << 20))"
+    disk = (
+        "def f(x):\n    for i in range(10**9):\n"
+        "        with open(str(i), 'wb') as out: out.write(bytes(4 << 20))"
+    )
     assert "64 MiB" in fails(disk, seconds=20)
     assert "1000 files" in fails(
         "def f(x):\n    for i in range(10**9): open(str(i), 'w').close()", seconds=20
@@ -412,7 +421,10 @@ def test_the_kernels_other_doors_are_shut():
 
 
 def test_asyncio_works():
-    program = "import asyncio\nasync def g(x):\n    await asyncio.sleep(0)\n    return x + 1\ndef f(x): return asyncio.run(g(x))"
+    program = (
+        "import asyncio\nasync def g(x):\n    await asyncio.sleep(0)\n    return x + 1\n"
+        "def f(x): return asyncio.run(g(x))"
+    )
     assert run(calls(program, "assert f(1) == 2")).right
 
 
@@ -433,7 +445,10 @@ def test_nothing_outlives_it_in_the_kernel():
 
 def test_a_gigabyte_of_output():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    loud = "import sys\ndata = b'x' * (1 << 20)\nfor _ in range(1024): sys.stdout.buffer.write(data)\ndef f(x): return x + 1"
+    loud = (
+        "import sys\ndata = b'x' * (1 << 20)\n"
+        "for _ in range(1024): sys.stdout.buffer.write(data)\ndef f(x): return x + 1"
+    )
     assert run(calls(loud, "assert f(1) == 2")).right  # it goes nowhere
     flood = run(Prints((loud,), ("",), ("x",)))
     assert not flood.right and "it printed more than 1048578 bytes" in flood.why
@@ -485,7 +500,10 @@ def test_ending_early_is_no_pass(program):
     ],
 )
 def test_tampering_with_python_reaches_no_test(program):
-    check = "def check(f):\n    import math\n    assert all([abs(f(1)) == 2, set([f(1)]) == set([2]), math.fabs(f(1)) == 2])"
+    check = (
+        "def check(f):\n    import math\n"
+        "    assert all([abs(f(1)) == 2, set([f(1)]) == set([2]), math.fabs(f(1)) == 2])"
+    )
     assert not run(calls(program, "check(f)", setup=(check,))).right
     fails(program)
 
@@ -526,7 +544,10 @@ def test_a_value_that_equals_everything_equals_nothing(base):
 
 
 def test_comparing_two_of_its_own_objects_is_the_programs_business():
-    program = "class P:\n    def __init__(self, x): self.x = x\n    def __eq__(self, o): return self.x == o.x\ndef f(x): return P(x)"
+    program = (
+        "class P:\n    def __init__(self, x): self.x = x\n"
+        "    def __eq__(self, o): return self.x == o.x\ndef f(x): return P(x)"
+    )
     assert run(
         calls(program, "assert f(1) == P(1) and f(1) != P(2) and f(1) != 1", wanted=("f", "P"))
     ).right
@@ -537,7 +558,10 @@ def test_comparing_two_of_its_own_objects_is_the_programs_business():
     ["b'.' * 9", "b'#.' * 9", "b'\\xff' * 999", "b'\\x03\\x00\\x00\\x00[1]'", "b'\\x00' * 99999"],
 )
 def test_writing_to_all_open_files_forges_nothing(written):
-    program = f"import os\nfor fd in range(99):\n    try: os.write(fd, {written})\n    except OSError: pass\n"
+    program = (
+        f"import os\nfor fd in range(99):\n    try: os.write(fd, {written})\n"
+        "    except OSError: pass\n"
+    )
     fails(program + "def f(x): return 3", seconds=1)
     fails(f"def f(x):\n    exec({program!r})\n    return 3", seconds=1)
 

@@ -127,7 +127,10 @@ def test_numpy_numbers_and_booleans_are_rewards():
 
 def test_importing_stays_light():
     heavy = "datasets", "pyarrow", "math_verify", "reasoning_gym", "transformers", "sympy"
-    code = f"import sys, opdkit.data, opdkit.rewards, opdkit.base.address; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        f"import sys, opdkit.data, opdkit.rewards, opdkit.base.address; print([m for m in {heavy} "
+        "if m in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -69,7 +69,9 @@ def test_routed_teachers_score_their_rows_as_each_alone(models: dict[str, Any]) 
 def test_a_routed_source_gives_whole_vocabularies_in_the_order_asked(
     models: dict[str, Any],
 ) -> None:
-    """As training on full divergences reads it: any positions, in float64 where the teachers are."""
+    """As training on full divergences reads it: any positions, in float64 where the
+    teachers are.
+    """
     rows = [
         replace(r, row={"teacher": name})
         for r, name in zip(rollouts(lengths=[(3, 4), (2, 4), (4, 4)]), "aba")

@@ -355,10 +355,15 @@ def test_measuring_makes_no_forward_pass_and_moves_no_weight(models, tmp_path):
         count = [0]
         student.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
         distill(
-            student, teacher, ["What is 1 plus 2?", "3 plus "
-                                                    "4?"], tokenizer=load_tokenizer(models[0]), method="tropd",
-            output=str(tmp_path / str(every)), term_gradients_every=every, **settings,
-        )  # fmt: skip
+            student,
+            teacher,
+            ["What is 1 plus 2?", "3 plus 4?"],
+            tokenizer=load_tokenizer(models[0]),
+            method="tropd",
+            output=str(tmp_path / str(every)),
+            term_gradients_every=every,
+            **settings,
+        )
         calls.append(count[0])
         end.append([p.detach().clone() for p in student.parameters()])
     assert calls[0] == calls[1] and all(torch.equal(a, b) for a, b in zip(*end))

@@ -50,7 +50,9 @@ class Match:
 
 
 class Comparison(Protocol):
-    """A number for p [r, V_s] and q [r, V_t] of rows `at`: value [r] and its slope [r, V_s] in p."""
+    """A number for p [r, V_s] and q [r, V_t] of rows `at`: value [r] and its slope [r,
+    V_s] in p.
+    """
 
     def __call__(self, p: Tensor, q: Tensor, at: slice) -> tuple[Tensor, Tensor]: ...
 

@@ -19,9 +19,12 @@ LONGEST = 20_000  # characters
 OWN = sys.stdlib_module_names
 # What an answer may call of sympy's: what its parser writes around numbers and names, and the
 # functions of school mathematics.
-FUNCTIONS = """Add Mul Pow Integer Float Rational Symbol Function sqrt cbrt root exp log ln Abs sign factorial binomial floor ceiling Max
-Min sin cos tan cot sec csc asin acos atan acot asec acsc atan2 sinh cosh tanh coth sech csch asinh acosh atanh acoth erf erfc erfi gamma
-lowergamma uppergamma Ei Si Ci li Li fresnels fresnelc LambertW elliptic_e elliptic_f polylog Heaviside"""
+FUNCTIONS = """
+Add Mul Pow Integer Float Rational Symbol Function sqrt cbrt root exp log ln Abs sign factorial
+binomial floor ceiling Max Min sin cos tan cot sec csc asin acos atan acot asec acsc atan2 sinh cosh
+tanh coth sech csch asinh acosh atanh acoth erf erfc erfi gamma lowergamma uppergamma Ei Si Ci li Li
+fresnels fresnelc LambertW elliptic_e elliptic_f polylog Heaviside
+"""
 CALLED = frozenset(FUNCTIONS.split())
 NAMED = frozenset(("pi", "E", "I", "oo", "zoo", "nan"))
 LITERALS = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Load)

@@ -28,20 +28,25 @@ CONFINED = b"#"  # what a process says once it is confined
 # The system calls that a single-threaded or threaded Python makes; every other is refused.
 # NAME:x86_64/aarch64
 SYSCALLS = """
-read:0/63 write:1/64 readv:19/65 writev:20/66 pread64:17/67 pwrite64:18/68 close:3/57 fstat:5/80 newfstatat:262/79 stat:4/ lstat:6/
-statx:332/291 access:21/ faccessat:269/48 faccessat2:439/439 lseek:8/62 getdents:78/ getdents64:217/61 getcwd:79/17 chdir:80/49
-fchdir:81/50 readlink:89/ readlinkat:267/78 ftruncate:77/46 fsync:74/82 fdatasync:75/83 dup:32/23 dup2:33/ dup3:292/24 pipe:22/
-pipe2:293/59 mmap:9/222 munmap:11/215 mprotect:10/226 mremap:25/216 madvise:28/233 brk:12/214 rt_sigaction:13/134 rt_sigprocmask:14/135
-rt_sigreturn:15/139 rt_sigpending:127/136 rt_sigtimedwait:128/137 sigaltstack:131/132 restart_syscall:219/128 poll:7/ ppoll:271/73
-select:23/ pselect6:270/72 epoll_create:213/ epoll_create1:291/20 epoll_ctl:233/21 epoll_wait:232/ epoll_pwait:281/22 eventfd2:290/19
-nanosleep:35/101 clock_nanosleep:230/115 clock_gettime:228/113 clock_getres:229/114 gettimeofday:96/169 time:201/ times:100/153
-getrusage:98/165 alarm:37/ setitimer:38/103 getitimer:36/102 pause:34/ getpid:39/172 getppid:110/173 gettid:186/178 getuid:102/174
-geteuid:107/175 getgid:104/176 getegid:108/177 getgroups:115/158 getpgrp:111/ getpgid:121/155 getsid:124/156 getresuid:118/148
-getresgid:120/150 uname:63/160 sysinfo:99/179 umask:95/166 getrlimit:97/163 setrlimit:160/164 futex:202/98 set_robust_list:273/99
-rseq:334/293 sched_yield:24/124 sched_getaffinity:204/123 getcpu:309/168 membarrier:324/283 getrandom:318/278 exit:60/93
-exit_group:231/94 wait4:61/260 recvfrom:45/207 shutdown:48/210 getsockopt:55/209 getsockname:51/204 getpeername:52/205
-open:2/ openat:257/56 fcntl:72/25 ioctl:16/29 prlimit64:302/261 clone:56/220 socketpair:53/199 sendto:44/206 kill:62/129 tgkill:234/131
-unlink:87/ unlinkat:263/35 rename:82/ renameat:264/38 renameat2:316/276 fallocate:285/47
+read:0/63 write:1/64 readv:19/65 writev:20/66 pread64:17/67 pwrite64:18/68 close:3/57 fstat:5/80
+newfstatat:262/79 stat:4/ lstat:6/ statx:332/291 access:21/ faccessat:269/48 faccessat2:439/439
+lseek:8/62 getdents:78/ getdents64:217/61 getcwd:79/17 chdir:80/49 fchdir:81/50 readlink:89/
+readlinkat:267/78 ftruncate:77/46 fsync:74/82 fdatasync:75/83 dup:32/23 dup2:33/ dup3:292/24
+pipe:22/ pipe2:293/59 mmap:9/222 munmap:11/215 mprotect:10/226 mremap:25/216 madvise:28/233
+brk:12/214 rt_sigaction:13/134 rt_sigprocmask:14/135 rt_sigreturn:15/139 rt_sigpending:127/136
+rt_sigtimedwait:128/137 sigaltstack:131/132 restart_syscall:219/128 poll:7/ ppoll:271/73 select:23/
+pselect6:270/72 epoll_create:213/ epoll_create1:291/20 epoll_ctl:233/21 epoll_wait:232/
+epoll_pwait:281/22 eventfd2:290/19 nanosleep:35/101 clock_nanosleep:230/115 clock_gettime:228/113
+clock_getres:229/114 gettimeofday:96/169 time:201/ times:100/153 getrusage:98/165 alarm:37/
+setitimer:38/103 getitimer:36/102 pause:34/ getpid:39/172 getppid:110/173 gettid:186/178
+getuid:102/174 geteuid:107/175 getgid:104/176 getegid:108/177 getgroups:115/158 getpgrp:111/
+getpgid:121/155 getsid:124/156 getresuid:118/148 getresgid:120/150 uname:63/160 sysinfo:99/179
+umask:95/166 getrlimit:97/163 setrlimit:160/164 futex:202/98 set_robust_list:273/99 rseq:334/293
+sched_yield:24/124 sched_getaffinity:204/123 getcpu:309/168 membarrier:324/283 getrandom:318/278
+exit:60/93 exit_group:231/94 wait4:61/260 recvfrom:45/207 shutdown:48/210 getsockopt:55/209
+getsockname:51/204 getpeername:52/205 open:2/ openat:257/56 fcntl:72/25 ioctl:16/29
+prlimit64:302/261 clone:56/220 socketpair:53/199 sendto:44/206 kill:62/129 tgkill:234/131 unlink:87/
+unlinkat:263/35 rename:82/ renameat:264/38 renameat2:316/276 fallocate:285/47
 """
 # only where Landlock says which files
 IN_FOLDER = ("unlink", "unlinkat", "rename", "renameat", "renameat2", "fallocate")

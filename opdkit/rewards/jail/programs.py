@@ -23,13 +23,17 @@ from program import run_program
 from remote import Channel, Gone
 
 OUTPUT = 1 << 20  # bytes that a program may print beside twice what is wanted
-WARM = """abc array ast bisect calendar cmath collections contextlib copy dataclasses datetime decimal enum fractions functools hashlib
-heapq inspect io itertools json math numbers operator queue random re statistics string struct textwrap threading traceback typing
-unicodedata"""
+WARM = """
+abc array ast bisect calendar cmath collections contextlib copy dataclasses datetime decimal enum
+fractions functools hashlib heapq inspect io itertools json math numbers operator queue random re
+statistics string struct textwrap threading traceback typing unicodedata
+"""
 
 
 class Nursery:
-    """The parent of programs: it has read no case, and no program either, since each reads its own."""
+    """The parent of programs: it has read no case, and no program either, since each reads
+    its own.
+    """
 
     def __init__(self, jail: Jail) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -86,7 +86,9 @@ def warm(library: str) -> None:
 
 
 class Work:
-    """What `__main__.py` is asked to do here. library: math (math-verify) or gym (reasoning-gym)."""
+    """What `__main__.py` is asked to do here. library: math (math-verify) or gym
+    (reasoning-gym).
+    """
 
     def __init__(self, jail: Jail, library: str) -> None:
         prepare: dict[str, Callable[..., Callable[[], Any]]] = {"math": math, "gym": gym}

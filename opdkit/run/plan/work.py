@@ -205,7 +205,9 @@ def sampling(
 def scoring(
     run: Run, method: Method, models: Sequence[Held], load: Load, device: Device, rates: Rates
 ) -> Phase:
-    """A forward pass of each model that is read; what a server takes for its own is not known here."""
+    """A forward pass of each model that is read; what a server takes for its own is not
+    known here.
+    """
     needs, seconds, operations = method.needs, 0.0, 0.0
     here = [*scored(run, method, models), *(held for held in models if held.where == ENGINE)]
     for held in here:

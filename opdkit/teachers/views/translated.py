@@ -25,7 +25,9 @@ from opdkit.types import Rollout
 
 @dataclass(frozen=True)
 class Familiar:
-    """A teacher with the student's tokenizer, for methods that take any: its spans are the tokens."""
+    """A teacher with the student's tokenizer, for methods that take any: its spans are the
+    tokens.
+    """
 
     scorer: Scorer
     stops: frozenset[int]  # ends of sequence
