@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import opdkit
 from opdkit import cli
 from opdkit.base.interrupt import Stopped
 from opdkit.cli import main
+from opdkit.cli.doctor import DOCTOR
 from opdkit.run.settings import Data
 from tests.common.tiny import save_tiny
 
@@ -219,7 +221,16 @@ def test_exit_codes(
     def fails(options: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_doctor", fails)
+    monkeypatch.setattr(cli, "COMMANDS", (replace(DOCTOR, run=fails),))
     assert main(["doctor"]) == code
     if code > 128:
         assert "continue with --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)
+def test_every_command_says_what_it_does(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command.name, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert said.startswith(f"usage: opdkit {command.name} ") and command.help in said

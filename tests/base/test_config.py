@@ -13,6 +13,7 @@ import yaml
 
 from opdkit import UserError, cli
 from opdkit.base.config import build, leaves, override, parse_overrides, plain, read_yaml, to_yaml
+from opdkit.cli.command import sampling
 from opdkit.run.settings import Data, Evaluate, MethodSpec, Run, load_run, make_run
 from opdkit.train.settings import Lora, Optim
 from opdkit.types import Sampling
@@ -305,13 +306,13 @@ def test_r4_defaults_are_those_of_the_dataclasses_wherever_a_run_comes_from(tmp_
 
 
 def test_r4_the_command_line_has_no_defaults_of_its_own() -> None:
-    options = cli._parser().parse_args(["train"])
+    options = cli.parser().parse_args(["train"])
     assert {name for name, value in vars(options).items() if value and name != "run"} == set()
     for command in ("eval", "sample"):
-        options = cli._parser().parse_args(
+        options = cli.parser().parse_args(
             [command, "model", *(["--data=d"] if command == "eval" else [])]
         )
-        assert cli._sampling(options) == Sampling()
+        assert sampling(options) == Sampling()
 
 
 # --------------------------------------------------------------------------------------------- YAML

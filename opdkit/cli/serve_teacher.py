@@ -1,0 +1,52 @@
+"""`opdkit serve-teacher`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from opdkit.cli.command import Command
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model")
+    parser.add_argument("--port", type=int, default=8000, help="0: a free one (default: 8000)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="the server asks for no password: keep it on this machine (default: 127.0.0.1)",
+    )
+    parser.add_argument(
+        "--allow-remote",
+        action="store_true",
+        help="let --host be an address that other machines reach",
+    )
+    parser.add_argument("--name", help="what the model is called in answers (default: MODEL)")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--max-batch-tokens", type=int, metavar="N", help="padded tokens of one forward pass"
+    )
+
+
+def serve_teacher(options: Any) -> None:
+    from opdkit.teachers.serve import serve
+
+    serve(
+        options.model,
+        host=options.host,
+        port=options.port,
+        dtype=options.dtype,
+        device=options.device,
+        name=options.name,
+        max_batch_tokens=options.max_batch_tokens,
+        allow_remote=options.allow_remote,
+    )
+
+
+SERVE_TEACHER = Command(
+    "serve-teacher",
+    "serve a local model that scores tokens over HTTP, for runs with teacher=http://...",
+    serve_teacher,
+    arguments,
+)

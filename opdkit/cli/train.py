@@ -1,0 +1,116 @@
+"""`opdkit train`, and its dry run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from opdkit.base.errors import UserError
+from opdkit.cli.command import Command, described_run
+
+if TYPE_CHECKING:
+    from opdkit.run.settings import Run
+
+NAMED = ("student", "teacher", "sampler", "method", "data", "output", "reward")
+# flags of a dry run
+DRY = (
+    "device",
+    "device_memory",
+    "device_tflops",
+    "device_bandwidth",
+    "mfu",
+    "response_length",
+    "json",
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", help="a run's YAML file")
+    parser.add_argument("--recipe", metavar="NAME", help="a built-in recipe, or file.py:function")
+    for name in NAMED:
+        parser.add_argument(f"--{name}", metavar=name.upper(), help=f"same as {name}=...")
+    parser.add_argument(
+        "--lora", type=int, metavar="RANK", help="train adapters of this rank: same as lora.r=RANK"
+    )
+    parser.add_argument(
+        "--times",
+        action="append",
+        default=[],
+        metavar="METHOD",
+        help="multiply by this method's weight, such as iw_opd; repeatable",
+    )
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier run in the output folder"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved run with its memory and time, load nothing, and stop",
+    )
+    dry = parser.add_argument_group(
+        "of a dry run", "what it is reckoned for; by default the device at hand"
+    )
+    dry.add_argument(
+        "--device", metavar="NAME", help="h100, h200, a100, a100-40gb, l40s, l4 or cpu"
+    )
+    dry.add_argument(
+        "--device-memory", metavar="80GB", help="of a device in no table, or instead of the table's"
+    )
+    dry.add_argument(
+        "--device-tflops", type=float, metavar="N", help="peak of its bfloat16 matrix products"
+    )
+    dry.add_argument("--device-bandwidth", metavar="3.35TB/s", help="peak of its memory")
+    dry.add_argument(
+        "--mfu",
+        type=float,
+        metavar="SHARE",
+        help="of that peak, reached while learning (default: 0.4)",
+    )
+    dry.add_argument(
+        "--response-length",
+        type=float,
+        metavar="N",
+        help="mean tokens of a response (default: half of the limit)",
+    )
+    dry.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.epilog = (
+        "further settings as key=value: optim.learning_rate=1e-5, num_generations=4, method.k=64"
+    )
+
+
+def train(options: Any) -> None:
+    from opdkit.run.launch import execute
+
+    flags = [f"method.times={json.dumps(options.times)}"] if options.times else []
+    flags += [f"lora.r={options.lora}"] if options.lora is not None else []
+    run = described_run(options, NAMED, flags)
+    if options.dry_run:
+        dry_run(options, run)
+        return
+    for name in DRY:
+        if getattr(options, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} is about an estimate: add --dry-run, or leave it out"
+            )
+    result = execute(run, resume=options.resume, overwrite=options.overwrite)
+    print(f"model   {result.model}\nreport  {result.report}")
+
+
+def dry_run(options: Any, run: Run) -> None:
+    from opdkit.run.plan import Rates, device_of, plan
+
+    device = device_of(
+        options.device,
+        memory=options.device_memory,
+        tflops=options.device_tflops,
+        bandwidth=options.device_bandwidth,
+        setting=run.device,
+    )
+    rates = Rates() if options.mfu is None else Rates(learn=options.mfu)
+    made = plan(run, device, rates=rates, response=options.response_length)
+    print(json.dumps(made.to_dict(), indent=2) if options.json else made)
+
+
+TRAIN = Command("train", "distil a teacher into a student", train, arguments, settings=True)
