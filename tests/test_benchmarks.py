@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.common.rounding import FORWARD, rounding
+
 FOLDER = str(Path(__file__).parents[1] / "benchmarks")
 
 
@@ -67,9 +69,11 @@ def head_pass(benchmark, monkeypatch, folder, peer):
     (point,) = run(head, f"--shape 300 70 16 --peers {peer} --pairs 2", folder)["points"]
     assert (point["V"], point["N"], point["H"], point["left_out"]) == (300, 70, 16, {})
     assert point["gradient_bytes"] == 4 * 16 * (300 + 70)
+    allowed = rounding(
+        torch.float32, 8.0, 16 + 300
+    )  # logits within 8 or so, sums of H products and of V entries
     for side in ("opdkit", peer):
-        assert point[side]["relative_error"]["value"] < 1e-6
-        assert max(point[side]["relative_error"].values()) < 1e-5
+        assert max(point[side]["relative_error"].values()) < allowed
         assert point[side]["of_floor"]["n"] == 2 and point[side]["extra_bytes"] >= 0
     assert point["opdkit"]["over_opdkit"]["median"] == 1.0
 
@@ -101,7 +105,7 @@ def test_sampler_writes_what_generate_writes(benchmark, tmp_path):
     )
     result = run(benchmark("sampler"), small, tmp_path)
     assert result["checks"]["greedy_tokens_identical"] == 8 * 16
-    assert 0 < result["checks"]["largest_logp_difference"] < 1e-5
+    assert 0 <= result["checks"]["largest_logp_difference"] < FORWARD
     equal, few, all_ = result["cases"]
     assert (
         equal["opdkit"]["tokens"] == equal["generate"]["tokens"] == 2 * 8 * 16

@@ -448,7 +448,9 @@ def test_the_student_may_be_its_own_teacher_as_one_object(shop: Shop, tmp_path: 
         output=str(tmp_path / "self"),
         **settings,
     )
-    assert out.metrics[0]["grad_norm"] < 1e-4
+    assert (
+        out.metrics[0]["grad_norm"] < 10 * FORWARD
+    )  # credits are the rounding of two passes, log-probs slope by less than 10
 
 
 # --------------------------------------------------------------------------------------- evaluation

@@ -357,7 +357,10 @@ def test_the_reference_under_adapters_is_the_quantised_start(
         output = tmp_path / str(len(first))
         execute(*a_run(output, checkpoint, teacher, method=method, steps=1))
         first.append(read_lines(output / "metrics.jsonl")[0])
-    assert first[1]["loss"] == pytest.approx(2 * first[0]["loss"], rel=1e-4)
+    assert (
+        first[1]["loss"] == pytest.approx(2 * first[0]["loss"], abs=2 * FORWARD)
+        and abs(first[0]["loss"]) > 0.1
+    )
 
 
 def test_gradient_checkpointing_learns_the_same(

@@ -28,6 +28,7 @@ from opdkit.objective.head import (
 from opdkit.objective.losses import Divergence, Likelihood, PolicyGradient
 from opdkit.objective.signals import Advantage, Entropy, LogRatio, Mark
 from opdkit.testing import evaluate, fabricate
+from tests.common.rounding import rounding
 from tests.common.toy import naive
 from tests.methods.toy import close, logits, tokens
 
@@ -95,9 +96,14 @@ def dense(hidden, head, batch, objective=OBJECTIVE):
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_equal_to_a_dense_graph(head, dtype, tolerance):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_equal_to_a_dense_graph(head, dtype):
+    """Up to the roundings of logits, sums of H products, which move probabilities by as
+    much in proportion, and of sums over the rows.
+    """
     hidden, head, batch = setting(dtype, **head)
+    largest = (hidden @ head.weight.T).abs().max().item()
+    tolerance = rounding(dtype, largest, H + ROWS)
     loss, gradients = dense(hidden, head, batch)
     for chunk in (1, 3, 4, 11, 10_000, None):
         out, ours = chunked(hidden, head, batch, chunk)

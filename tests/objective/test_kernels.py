@@ -33,6 +33,7 @@ from opdkit.objective.maths import (
     TotalVariation,
 )
 from opdkit.testing import evaluate
+from tests.common.rounding import rounding
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -98,15 +99,21 @@ def agree(a, b, tolerance):
     )
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance", "temperature"), [(torch.float64, 1e-12, 2.5), (torch.float32, 1e-5, 1.0)]
-)
+@pytest.mark.parametrize(("dtype", "temperature"), [(torch.float64, 2.5), (torch.float32, 1.0)])
 @pytest.mark.parametrize("kind", [*MIXTURES, *OTHERS], ids=repr)
-def test_values_and_gradients_are_those_of_autograd(kind, dtype, tolerance, temperature, device):
+def test_values_and_gradients_are_those_of_autograd(kind, dtype, temperature, device):
+    """Up to the roundings of sums over V entries of a row: log-probs are twice as large as
+    its logits, and rows weigh up to 2.
+    """
     z, y = logits(dtype, device)
     out = with_gradient(ours, kind, z, y, temperature)
     assert all(x.isfinite().all() for x in out)
-    assert agree(out, with_gradient(plain, kind, z, y, temperature), tolerance)
+    value, gradient = with_gradient(plain, kind, z, y, temperature)
+    size = 4 * torch.stack((z, y)).nan_to_num(neginf=0).abs().amax((0, -1))
+    allowed = torch.tensor([rounding(dtype, float(s), V) for s in size], device=device)
+    assert ((out[0] - value).abs() <= allowed).all() and (
+        (out[1] - gradient).abs() <= allowed[:, None]
+    ).all()
     assert (out[1][z == -INF] == 0).all()
 
 

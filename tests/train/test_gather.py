@@ -25,6 +25,7 @@ from opdkit.teachers import LocalModel
 from opdkit.train.gather import collate, gather
 from opdkit.train.record import rollout_metrics
 from opdkit.types import Rollout
+from tests.common.rounding import rounding
 from tests.common.tiny import tiny_model
 from tests.train.rows import naive_logps, rollouts
 
@@ -209,8 +210,10 @@ def test_m6_a_tools_tokens_are_context_and_count_nowhere(models: dict[str, Any],
             logp=row.logp[5:],
         )
         apart = gradient(models, load(name), [first, second])
-        # norms of these models compute in float32
-        assert float((found - apart).abs().max() / found.abs().max()) < 1e-6
+        norms = rounding(
+            torch.float32, 1.0, 5 * 32
+        )  # 5 of these models' 32 numbers, in float32 whatever the model is in
+        assert float((found - apart).abs().max() / found.abs().max()) < norms
 
 
 def test_m1_no_token_is_known_by_its_id(models: dict[str, Any]) -> None:
