@@ -22,6 +22,12 @@ MODELS = [
     {"kind": "llama", "hidden": 48, "seed": 2},
     {"hidden": 64, "seed": 1, "spread": 0.1},
     {"layers": 1},
+    {
+        "vocab_size": 352,
+        "hidden": 256,
+        "spread": 0.06,
+        "tie_word_embeddings": True,
+    },  # of tests/vllm
 ]
 
 

@@ -191,7 +191,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_checkpoint_loads_with_the_asked_dtype(checkpoint: str) -> None:
     expected = tiny_model("llama")(IDS).logits
     model = load_model(checkpoint)
-    assert torch.equal(model(IDS).logits, expected) and not model.training
+    assert torch.allclose(model(IDS).logits, expected, rtol=0, atol=FORWARD) and not model.training
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.parameters(), tiny_model("llama").parameters(), strict=True)
+    )
     assert load_model(checkpoint, dtype="bfloat16").lm_head.weight.dtype == torch.bfloat16
     assert torch.allclose(
         load_model(checkpoint, dtype="float64")(IDS).logits, expected.double(), atol=FORWARD

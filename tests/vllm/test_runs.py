@@ -3,8 +3,9 @@ Hugging Face says, and the weights follow.
 
 At each step the facts are gathered twice, as the run does it and with both models of transformers
 in this process. Tolerances, float32: the two implementations add up in other orders, which moved no
-log-prob by more than 6e-6 nats where this was written (other processors have other kernels; 1e-4 is
-allowed), and the gradient, which is linear in them, by 2e-6 of its norm (1e-4 is allowed).
+log-prob by more than 6e-6 nats where this was written, and the gradient, which is linear in them,
+by 2e-6 of its norm; allowed is what the roundings of a forward pass may add up to, of credits of
+0.2 nats or more.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from opdkit.teachers import LocalModel
 from opdkit.train import loop
 from opdkit.train.gather import gather
 from opdkit.train.job import Job
+from tests.common.rounding import FORWARD
 from tests.vllm.conftest import SMALL
 
 pytestmark = pytest.mark.vllm
 
-CLOSE, SHARE = 1e-4, 1e-4
+CLOSE, SHARE = FORWARD, FORWARD / 0.2
 STEPS = 10
 
 
@@ -147,7 +149,7 @@ def assert_followed(watch: Watch) -> None:
     farther than they differ.
     """
     assert len(watch.probes) >= STEPS and len(watch.moved) >= STEPS
-    assert max(watch.probes) < 1e-5 and min(watch.moved) > 1e-3
+    assert max(watch.probes) < CLOSE and min(watch.moved) > 1e-3
 
 
 @pytest.mark.parametrize(
