@@ -6,27 +6,19 @@ from typing import Any
 
 import numpy as np
 
+from opdkit.base import splitmix
 from opdkit.base.errors import UserError
-
-_GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's step, 2^64 / golden ratio
-_MASK = (1 << 64) - 1
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser on uint64: a bijection, so that no two positions tie."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     """[size] int64: the order of an epoch, the same on every machine and with every version of
     NumPy.
     """
-    key = np.array([seed & _MASK], dtype=np.uint64)
+    mix, key = splitmix.mix, np.array([splitmix.wrapped(seed)], dtype=np.int64)
     for word in (epoch, size):
-        key = _mix(key + np.uint64((word * _GOLDEN + _GOLDEN) & _MASK))
-    return np.argsort(_mix(_mix(np.arange(size, dtype=np.uint64) + key) ^ key), kind="stable")
+        key = mix(key + splitmix.wrapped((word + 1) * splitmix.STEP))
+    ranks = mix(mix(np.arange(size, dtype=np.int64) + key) ^ key)
+    return np.argsort(ranks.view(np.uint64), kind="stable")
 
 
 class PromptStream:

@@ -1,6 +1,6 @@
 """The mathematics: divergences, estimators, sums over masks and groups, keyed draws.
 
-Plain tensors in, plain tensors out.
+Plain tensors in, plain tensors out; where no shape is said, of any one shape.
 
 `ls` and `lt` are log-probabilities of student and teacher in nats; only `ls` may carry a gradient.
 """
@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from opdkit.base import splitmix
+from opdkit.base.errors import nearest
 
 # stands for log 0: the smallest probability that float32 can hold is exp(-103.28)
 LOGP_FLOOR = -103.0
@@ -175,14 +178,12 @@ def kind_of(kind: str | Kind) -> Kind:
     if isinstance(kind, Kind):
         return kind
     if kind not in KINDS:
-        from opdkit.base.errors import nearest
-
         raise ValueError(f"unknown divergence {kind!r}{nearest(kind, list(KINDS))}")
     return KINDS[kind]
 
 
 def mixture(la: Tensor, lb: Tensor, share: float) -> Tensor:
-    """log(share a + (1 - share) b)."""
+    """[..., K]: log(share a + (1 - share) b) from log a, log b [..., K]."""
     if share == 0:
         return lb
     if share == 1:
@@ -205,7 +206,7 @@ def divergence(kind: Kind, ls: Tensor, lt: Tensor, cap: float | None = None) -> 
 
 
 def finite(logp: Tensor) -> Tensor:
-    """log-probs with -inf replaced by `LOGP_FLOOR`; NaN stays NaN, so that it is found and
+    """Log-probs with -inf replaced by `LOGP_FLOOR`; NaN stays NaN, so that it is found and
     reported.
     """
     return torch.nan_to_num(logp, nan=math.nan, posinf=math.inf, neginf=LOGP_FLOOR)
@@ -236,13 +237,13 @@ def restrict(ls: Tensor, lt: Tensor, rest: str) -> tuple[Tensor, Tensor]:
 
 
 def normalise(logp: Tensor) -> Tensor:
-    """log-probs that sum to one over the last dimension; an empty support stays -inf."""
+    """[..., K]: log-probs that sum to one over the last dimension; an empty support stays -inf."""
     total = torch.logsumexp(logp, -1, keepdim=True)
     return torch.where(total == -math.inf, logp, logp - total)
 
 
 def left_over(logp: Tensor) -> Tensor:
-    """[..., 1]: the mass that the entries leave."""
+    """[..., 1]: the mass that the entries [..., K] leave."""
     return (-torch.expm1(torch.logsumexp(logp, -1, keepdim=True))).clamp_min(0.0)
 
 
@@ -336,8 +337,8 @@ def group_means(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def deviations(values: Tensor, mask: Tensor) -> Tensor:
-    """Values less the mean of the selected ones: exactly 0 where all of these are equal, for the
-    reason in `group_means`.
+    """[B, T]: values less the mean of the selected ones, exactly 0 where all of these are equal,
+    for the reason in `group_means`.
 
     Measured from their median, so that one far away costs the others no digits.
     """
@@ -364,21 +365,6 @@ def group_softmax(logits: Tensor, among: Tensor, group: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------------- keyed draws
 
-_GAMMA, _MIX1, _MIX2 = (
-    c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # a logical shift of signed integers
-
-
-def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser; int64 products wrap."""
-    x = (x ^ _shift(x, 30)) * _MIX1
-    x = (x ^ _shift(x, 27)) * _MIX2
-    return x ^ _shift(x, 31)
-
 
 def keyed_uniform(
     seed: int, step: int, salt: str, keys: Tensor, length: int, dtype: torch.dtype
@@ -393,11 +379,12 @@ def keyed_uniform(
     )
     state = torch.zeros((), dtype=torch.int64, device=keys.device)
     for part in start:
-        state = _mix(state * _GAMMA + part + _GAMMA)
-    rows = _mix(state ^ _mix(keys + _GAMMA))[:, None]
-    cells = _mix(rows + torch.arange(1, length + 1, device=keys.device) * _GAMMA)
+        state = splitmix.mix(state * splitmix.STEP + part + splitmix.STEP)
+    rows = splitmix.mix(state ^ splitmix.mix(keys + splitmix.STEP))[:, None]
+    places = torch.arange(1, length + 1, device=keys.device)
+    cells = splitmix.mix(rows + places * splitmix.STEP)
     return (
-        (_shift(cells, 11).to(torch.float64) * 2.0**-53)
+        (splitmix.shifted(cells, 11).to(torch.float64) * 2.0**-53)
         .to(dtype)
         .clamp_max(1 - torch.finfo(dtype).eps)
     )

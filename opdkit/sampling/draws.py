@@ -9,15 +9,12 @@ import math
 import torch
 from torch import Tensor
 
+from opdkit.base import splitmix
 from opdkit.base.errors import UserError
 from opdkit.types import Sampling
 
 BLOCK = 512  # ids summed in float32 before the first float64
 NUCLEUS = 1024  # tokens among which the edge of top_p is first looked for
-# splitmix64
-_GAMMA, _MIX1, _MIX2 = (
-    c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -140,21 +137,6 @@ def row_uniform(keys: Tensor, seed: int, position: Tensor) -> Tensor:
     """[B] float64 uniforms in [0, 1): a function of the rollout's key [B], the seed and the
     position in the response [B], of nothing else.
     """
-    state = _mix(_mix(keys + _wrap(seed * _MIX1 + 1)) + position * _GAMMA)
-    return _shift(state, 11).to(torch.float64) * 2.0**-53
-
-
-def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser; int64 products wrap."""
-    x = (x ^ _shift(x, 30)) * _MIX1
-    x = (x ^ _shift(x, 27)) * _MIX2
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # a logical shift of signed integers
-
-
-def _wrap(x: int) -> int:
-    """A Python integer as int64 arithmetic would have it."""
-    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
+    start = splitmix.wrapped(seed * splitmix.FIRST + 1)
+    state = splitmix.mix(splitmix.mix(keys + start) + position * splitmix.STEP)
+    return splitmix.shifted(state, 11).to(torch.float64) * 2.0**-53
