@@ -29,8 +29,8 @@ Number = Union[int, float]  # noqa: UP007 (evaluated at run time)
 
 
 class Signal(ABC):
-    """An expression over the facts of a step: `signal(batch)` is [B, T], [B, 1] or [1, 1], computed
-    once per step.
+    """An expression over the facts of a step: `signal(batch)` is [B, T], [B, 1] or [1, 1], and so
+    is `value`, which it computes once per step.
 
     A subclass is a frozen dataclass with `value(batch)`; it reads other signals by calling them on
     the batch.
@@ -120,8 +120,8 @@ class Const(Signal):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a * b with 0 * inf = 0: a token that one factor excludes is out, whatever the other says of
-    it.
+    """a * b of values [B, T], [B, 1] or [1, 1] with 0 * inf = 0: a token that one factor excludes
+    is out, whatever the other says of it.
     """
     a, b = torch.broadcast_tensors(a, b)
     return torch.where(
@@ -381,7 +381,7 @@ class Objective:
             n if base.count(n) == 1 else f"{n}_{base[: i + 1].count(n)}" for i, n in enumerate(base)
         )
 
-    def plan(self, batch: Batch, rows: Tensor | None = None) -> Plan:
+    def plan(self, batch: Batch, rows: Tensor | None = None) -> StepPlan:
         """Weights and denominators of one optimiser step: signals over the whole batch, counts over
         `rows` [R] (default all).
         """
@@ -394,8 +394,8 @@ class Objective:
         parts = []
         for name, term in zip(self.names, self.terms):
             weight = torch.where(mask, term.weights(batch), 0.0)
-            parts.append(Part(name, term, weight, term.count(mask, weight)))
-        return Plan(batch, mask, tuple(parts))
+            parts.append(PlannedTerm(name, term, weight, term.count(mask, weight)))
+        return StepPlan(batch, mask, tuple(parts))
 
     def __str__(self) -> str:
         return "\n  + ".join(str(term) for term in self.terms)
@@ -407,7 +407,7 @@ def credit_of(loss: Loss) -> Signal | None:
 
 
 @dataclass(frozen=True)
-class Part:
+class PlannedTerm:
     """A term with its numbers for one optimiser step."""
 
     name: str
@@ -422,12 +422,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """What one optimiser step will do, before any backward."""
 
     batch: Batch
     mask: Tensor  # [B, T]: the trained tokens of this optimiser step
-    parts: tuple[Part, ...]
+    parts: tuple[PlannedTerm, ...]
 
     @property
     def selected(self) -> Tensor:

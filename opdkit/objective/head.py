@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opdkit.objective.batch import Live
-from opdkit.objective.grammar import Part, Plan, RolloutLoss, TokenLoss
+from opdkit.objective.grammar import PlannedTerm, RolloutLoss, StepPlan, TokenLoss
 
 CHUNK_ENTRIES = 1 << 24  # logits in one chunk, at least: 64 MiB in float32
 CHUNK_MOST = 1 << 28  # on a GPU
@@ -41,7 +41,7 @@ class Head:
     vocab: int | None = None  # rows kept
 
     def finish(self, logits: Tensor) -> Tensor:
-        """What follows the matrix product."""
+        """[n, V]: what follows the matrix product [n, V]."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -59,10 +59,11 @@ class Head:
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """[n, V] of hidden states [n, H]."""
         return self.finish(self.product(hidden))
 
     def size(self, hidden: Tensor) -> int:
-        """Number of vocabulary entries."""
+        """Number of vocabulary entries, of hidden states [..., H]."""
         rows = hidden.shape[-1] if self.weight is None else len(self.weight)
         return rows if self.vocab is None else min(rows, self.vocab)
 
@@ -100,6 +101,7 @@ def chunk_rows(vocabulary: int, device: torch.device | None = None) -> int:
 
 
 def slices(n: int, size: int) -> Iterator[slice]:
+    """0 .. n in slices of `size`, the last one shorter."""
     for start in range(0, n, size):
         yield slice(start, min(n, start + size))
 
@@ -136,7 +138,7 @@ class Learned:
 
 
 def learn(
-    plan: Plan,
+    plan: StepPlan,
     positions: Tensor,
     hidden: Tensor,
     head: Head,
@@ -151,62 +153,107 @@ def learn(
     in float32. `term_gradients` measures each term's gradient with respect to the logits, which
     takes a further backward pass per term down to these, and no further.
     """
-    linear = [
-        (i, part) for i, part in enumerate(plan.parts) if isinstance(part.term.loss, TokenLoss)
-    ]
-    whole = [
-        (i, part) for i, part in enumerate(plan.parts) if isinstance(part.term.loss, RolloutLoss)
-    ]
-    scales = (
-        torch.stack([part.scale.flatten()[positions] for _, part in linear]) if linear else None
-    )
-    sums = torch.zeros(len(plan.parts), dtype=plan.batch.dtype, device=hidden.device)
-    slopes = torch.zeros_like(sums)
-    entropy = torch.zeros(len(positions), dtype=plan.batch.dtype, device=hidden.device)
-    logp = torch.zeros_like(entropy)
-    gap = torch.full_like(entropy, torch.nan)
-    slope = _rollout_slope(plan, whole, positions, hidden, head, chunk, sums) if whole else None
-
-    def measure(value: Tensor, logits: Tensor) -> Tensor | float:
-        """Sum of squares of the gradient with respect to the logits."""
-        if not term_gradients or not value.requires_grad:
-            return 0.0
-        return torch.autograd.grad(value, logits, retain_graph=True)[0].square().sum()
-
-    def run(at: slice, logits: Tensor) -> Tensor:
-        live = Live(plan.batch, positions[at], logits)
-        total = logits.new_zeros(())
-        for row, (i, part) in enumerate(linear):
-            value = _weighted(part.term.loss, live, scales[row, at])  # type: ignore[arg-type, index]
-            sums[i] += value.detach()
-            slopes[i] += measure(value, logits)
-            total = total + value
-        if slope is not None:
-            for (i, _), of_logp in zip(whole, slope):
-                value = (of_logp[at] * live.logp).sum()
-                slopes[i] += measure(value, logits)
-                total = total + value
-        with torch.no_grad():
-            entropy[at] = live.own.statistics()[1]
-            logp[at] = live.logp
-            if "teacher" in live.others:
-                gap[at] = logp[at] - live.others["teacher"].at(live.tokens[:, None])[:, 0]
-        return total
-
+    running = LearningPass.begin(plan, positions, hidden, term_gradients)
+    if running.rollout_terms:
+        running.slope = _rollout_slope(running, hidden, head, chunk)
     size = chunk or chunk_rows(head.size(hidden), hidden.device)
     chunks = (
         slices(len(hidden), size)
         if plan.joined is None
         else cuts(plan.joined.flatten()[positions], size)
     )
-    loss = _Pass.apply(hidden, head.weight, head.bias, head, chunks, run)
-    if whole:  # the pass carried their slope; the value is what they said
+    loss = _ChunkedSum.apply(hidden, head.weight, head.bias, head, chunks, running.loss)
+    sums = running.sums
+    if running.rollout_terms:  # the pass carried their slope; the value is what they said
         loss = loss + (sums.sum() - loss.detach())
-    return Learned(loss, sums, entropy, logp, gap, slopes, len(positions))
+    return Learned(
+        loss, sums, running.entropy, running.logp, running.gap, running.slopes, len(positions)
+    )
+
+
+@dataclass
+class LearningPass:
+    """The numbers of a learning pass at flat positions [N], filled in chunk by chunk.
+
+    P is the number of the objective's terms, Q of those over tokens, W of those over whole
+    rollouts; each of the latter two has its place among the P beside it.
+    """
+
+    plan: StepPlan
+    positions: Tensor  # [N]
+    token_terms: list[tuple[int, PlannedTerm]]  # Q
+    rollout_terms: list[tuple[int, PlannedTerm]]  # W
+    scales: Tensor | None  # [Q, N]: what a position's loss is multiplied by; None where Q = 0
+    measured: bool  # whether each term's gradient in the logits is
+    sums: Tensor  # [P]: each term's share of the loss
+    slopes: Tensor  # [P]: squared norm of each term's gradient in the logits
+    entropy: Tensor  # [N]
+    logp: Tensor  # [N]
+    gap: Tensor  # [N]
+    slope: Tensor | None = None  # [W, N]: d term / d logp; None where W = 0
+
+    @staticmethod
+    def begin(
+        plan: StepPlan, positions: Tensor, hidden: Tensor, term_gradients: bool
+    ) -> LearningPass:
+        """Of positions [N] with hidden states [N, H], before the first chunk."""
+        terms = list(enumerate(plan.parts))
+        over_tokens = [(i, x) for i, x in terms if isinstance(x.term.loss, TokenLoss)]
+        over_rollouts = [(i, x) for i, x in terms if isinstance(x.term.loss, RolloutLoss)]
+        scales = [x.scale.flatten()[positions] for _, x in over_tokens]
+        sums = torch.zeros(len(terms), dtype=plan.batch.dtype, device=hidden.device)
+        entropy = torch.zeros(len(positions), dtype=plan.batch.dtype, device=hidden.device)
+        return LearningPass(
+            plan,
+            positions,
+            over_tokens,
+            over_rollouts,
+            torch.stack(scales) if scales else None,
+            term_gradients,
+            sums,
+            torch.zeros_like(sums),
+            entropy,
+            torch.zeros_like(entropy),
+            torch.full_like(entropy, torch.nan),
+        )
+
+    def loss(self, at: slice, logits: Tensor) -> Tensor:
+        """[] with gradient: the loss of a chunk of the positions, from their logits [n, V]."""
+        live = Live(self.plan.batch, self.positions[at], logits)
+        total = logits.new_zeros(())
+        for row, (i, planned) in enumerate(self.token_terms):
+            value = _weighted(planned.term.loss, live, self.scales[row, at])  # type: ignore[arg-type, index]
+            self.sums[i] += value.detach()
+            self.slopes[i] += self._steepness(value, logits)
+            total = total + value
+        if self.slope is not None:
+            for (i, _), of_logp in zip(self.rollout_terms, self.slope):
+                value = (of_logp[at] * live.logp).sum()
+                self.slopes[i] += self._steepness(value, logits)
+                total = total + value
+        self._note(at, live)
+        return total
+
+    def _steepness(self, value: Tensor, logits: Tensor) -> Tensor | float:
+        """[]: sum of squares of the gradient of a value [] in the logits [n, V]; 0 where it is not
+        asked for.
+        """
+        if not self.measured or not value.requires_grad:
+            return 0.0
+        return torch.autograd.grad(value, logits, retain_graph=True)[0].square().sum()
+
+    def _note(self, at: slice, live: Live) -> None:
+        """What the student says of a chunk's tokens, and the teacher if a term has read it."""
+        with torch.no_grad():
+            self.entropy[at] = live.own.statistics()[1]
+            self.logp[at] = live.logp
+            if "teacher" in live.others:
+                other = live.others["teacher"].at(live.tokens[:, None])[:, 0]
+                self.gap[at] = self.logp[at] - other
 
 
 def _weighted(loss: TokenLoss, live: Live, scale: Tensor) -> Tensor:
-    """Sum of scale * loss over the positions that the term looks at: select, then compute."""
+    """[]: sum of scale [n] * loss over the positions where it is not 0: select, then compute."""
     index = scale.nonzero()[:, 0]
     if len(index) == 0:
         return live.logits.new_zeros(())
@@ -215,20 +262,13 @@ def _weighted(loss: TokenLoss, live: Live, scale: Tensor) -> Tensor:
     return (scale * loss.value(live)).sum()
 
 
-def _rollout_slope(
-    plan: Plan,
-    whole: list[tuple[int, Part]],
-    positions: Tensor,
-    hidden: Tensor,
-    head: Head,
-    chunk: int | None,
-    sums: Tensor,
-) -> Tensor:
-    """[W, N]: d term / d logp of each term over whole rollouts.
+def _rollout_slope(running: LearningPass, hidden: Tensor, head: Head, chunk: int | None) -> Tensor:
+    """[W, N]: d term / d logp of each term over whole rollouts; their values are added to the
+    pass's sums.
 
-    They need all log-probs of a rollout first: one more projection.
+    They need all log-probs of a rollout first: one more projection of the hidden states [N, H].
     """
-    batch = plan.batch
+    plan, batch, positions = running.plan, running.plan.batch, running.positions
     with torch.no_grad():
         numbers = torch.zeros(batch.tokens.numel(), dtype=batch.dtype, device=hidden.device)
         numbers[positions] = scan(
@@ -236,31 +276,39 @@ def _rollout_slope(
         ).to(batch.dtype)
     rows = torch.unique(positions // batch.shape[1])
     logp = numbers.view(batch.shape)[rows].requires_grad_()
-    slope = numbers.new_zeros(len(whole), *batch.shape)
+    slope = numbers.new_zeros(len(running.rollout_terms), *batch.shape)
     with torch.enable_grad():
-        for row, (i, part) in enumerate(whole):
-            mask, scale = plan.mask[rows], part.scale[rows]
-            first = scale.gather(1, mask.long().argmax(1, keepdim=True))
-            if bool((mask & ((scale - first).abs() > 0)).any()):
-                raise ValueError(
-                    f"{part.term} weighs the tokens of a rollout differently, but its loss is one "
-                    "number per rollout: use a signal per rollout, such as RowMean(...)"
-                )
-            keep = first[:, 0] != 0
+        for number, (i, planned) in enumerate(running.rollout_terms):
+            mask = plan.mask[rows]
+            scale = _one_scale(planned, mask, planned.scale[rows])
+            keep = scale != 0
             if not bool(keep.any()):
                 continue
-            loss = part.term.loss
+            loss = planned.term.loss
             assert isinstance(loss, RolloutLoss)
-            value = (first[keep, 0] * loss.value(logp[keep], mask[keep], rows[keep], batch)).sum()
-            sums[i] += value.detach()
+            value = (scale[keep] * loss.value(logp[keep], mask[keep], rows[keep], batch)).sum()
+            running.sums[i] += value.detach()
             if value.requires_grad:
-                slope[row, rows] = torch.autograd.grad(value, logp)[0]
+                slope[number, rows] = torch.autograd.grad(value, logp)[0]
     return slope.flatten(1)[:, positions]
 
 
-class _Pass(torch.autograd.Function):
-    """sum over chunks of run(chunk, logits), with the gradients taken chunk by chunk in the forward
-    pass.
+def _one_scale(planned: PlannedTerm, mask: Tensor, scale: Tensor) -> Tensor:
+    """[R]: what each rollout's loss is multiplied by, from the scales [R, T] of its trained tokens
+    (mask [R, T]), which must be equal.
+    """
+    first = scale.gather(1, mask.long().argmax(1, keepdim=True))
+    if bool((mask & ((scale - first).abs() > 0)).any()):
+        raise ValueError(
+            f"{planned.term} weighs the tokens of a rollout differently, but its loss is one "
+            "number per rollout: use a signal per rollout, such as RowMean(...)"
+        )
+    return first[:, 0]
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """[]: sum over chunks of run(chunk, logits [n, V]), with the gradients in the hidden states
+    [N, H], the weight [V', H] and the bias [V'] taken chunk by chunk in the forward pass.
     """
 
     @staticmethod
@@ -326,6 +374,7 @@ class _Pass(torch.autograd.Function):
 
 
 def _padded(slope: Tensor, width: int) -> Tensor:
+    """[n, width]: a slope [n, V], zero in columns that were cut."""
     return torch.nn.functional.pad(slope, (0, width - slope.shape[-1]))
 
 

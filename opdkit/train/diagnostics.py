@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, TopFact
-from opdkit.objective.grammar import Const, Plan
+from opdkit.objective.grammar import Const, StepPlan
 from opdkit.objective.maths import ReverseKL
 
 QUANTILES = {"p01": 0.01, "p05": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99}
@@ -136,7 +136,7 @@ def of_tokens(batch: Batch, entropy: Tensor, gap: Tensor) -> dict[str, Tensor]:
     return out | top_k(facts, own)
 
 
-def of_weights(plan: Plan) -> dict[str, Tensor]:
+def of_weights(plan: StepPlan) -> dict[str, Tensor]:
     """Per term: quantiles of its weights where they are not a mere number, and the effective number
     of its tokens.
     """

@@ -16,7 +16,7 @@ from opdkit.base.errors import UserError
 from opdkit.base.interrupt import held
 from opdkit.models.layout import Layout
 from opdkit.objective.batch import Batch
-from opdkit.objective.grammar import Plan
+from opdkit.objective.grammar import StepPlan
 from opdkit.objective.head import flat_positions, learn
 from opdkit.objective.maths import keyed_uniform
 from opdkit.train import checkpoint as checkpoints
@@ -132,7 +132,7 @@ def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> Iterat
             )
 
 
-def _learn(job: Job, plan: Plan, rollouts: Sequence[Rollout], record: StepRecord) -> None:
+def _learn(job: Job, plan: StepPlan, rollouts: Sequence[Rollout], record: StepRecord) -> None:
     """One optimiser step: gradients of every micro-batch, then AdamW, if they are finite."""
     student = job.student
     layout = Layout(rollouts, plan.batch.shape[1])
@@ -159,7 +159,9 @@ def _learn(job: Job, plan: Plan, rollouts: Sequence[Rollout], record: StepRecord
     student.step()
 
 
-def _not_finite(plan: Plan, positions: Tensor, rollouts: Sequence[Rollout], parts: Tensor) -> str:
+def _not_finite(
+    plan: StepPlan, positions: Tensor, rollouts: Sequence[Rollout], parts: Tensor
+) -> str:
     """Which term and which rollout made a loss infinite, and what to do."""
     part = next(
         (p for p, value in zip(plan.parts, parts) if not bool(value.isfinite())), plan.parts[0]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import LogpFact
-from opdkit.objective.grammar import Plan, credit_of
+from opdkit.objective.grammar import StepPlan, credit_of
 from opdkit.objective.head import Learned
 from opdkit.train import diagnostics
 from opdkit.train.gather import mean_gap
@@ -43,7 +43,7 @@ class StepRecord:
     positions: int = 0
     norms: list[Tensor] = field(default_factory=list)
     rate: float = 0.0
-    plans: list[Plan] = field(default_factory=list)
+    plans: list[StepPlan] = field(default_factory=list)
 
     def add(self, learned: Learned, positions: Tensor) -> None:
         """A micro-batch at flat positions [N]."""
@@ -55,7 +55,7 @@ class StepRecord:
         self.gap.append(learned.gap)
         self.positions += learned.positions
 
-    def close(self, plan: Plan, norm: Tensor, rate: float) -> None:
+    def close(self, plan: StepPlan, norm: Tensor, rate: float) -> None:
         """An optimiser step."""
         if self.slopes:
             self.slope_norms.append(torch.stack(self.slopes).sum(0).sqrt())
@@ -177,7 +177,7 @@ class Recorder:
         if self.show is not None:
             self.show(step, metrics)
 
-    def samples(self, step: int, rollouts: Sequence[Rollout], batch: Batch, plan: Plan) -> None:
+    def samples(self, step: int, rollouts: Sequence[Rollout], batch: Batch, plan: StepPlan) -> None:
         """A few rollouts with what each token was credited with, for the report."""
         part = next((p for p in plan.parts if credit_of(p.term.loss) is not None), plan.parts[0])
         credit = credit_of(part.term.loss)
