@@ -82,12 +82,12 @@ from opdkit.objective.signals import (
     Reward,
     Row,
     RowMean,
-    Support,
     ToGo,
     depends_on_sample,
     uniform,
 )
 from opdkit.objective.spans import HybridDistance, RankDistance, SharedDivergence, SpanLoss
+from opdkit.objective.support import Support
 
 __all__ = [
     "JSD",

@@ -14,7 +14,8 @@ from opdkit.objective.batch import Live
 from opdkit.objective.facts import LogpAtFact, LogpFact, TopFact
 from opdkit.objective.grammar import Const, Loss, Signal, Term, TokenLoss
 from opdkit.objective.maths import ForwardKL, Kind, ReverseKL, SkewForward, SkewReverse, kind_of
-from opdkit.objective.signals import Ceiling, Exp, LogRatio, Support, depends_on_sample
+from opdkit.objective.signals import Ceiling, Exp, LogRatio, depends_on_sample
+from opdkit.objective.support import Support
 
 # ----------------------------------------------------------------------------------- sampled tokens
 
@@ -157,8 +158,8 @@ def ratio(live: Live, base: str | Signal) -> Tensor:
 def clipped(
     r: Tensor, credit: Tensor, low: float, high: float, dual: float | None = None
 ) -> Tensor:
-    """PPO's loss of a ratio: max(-A r, -A clip(r, 1 - low, 1 + high)); with `dual`, at most -A dual
-    where A < 0.
+    """PPO's loss of ratios and credits of one shape: max(-A r, -A clip(r, 1 - low, 1 + high)); with
+    `dual`, at most -A dual where A < 0.
     """
     loss = torch.maximum(-credit * r, -credit * r.clamp(1 - low, 1 + high))
     return (

@@ -14,7 +14,7 @@ from opdkit.objective.facts import LogpAtFact, TopFact
 from opdkit.objective.grammar import Objective
 from opdkit.objective.losses import Divergence
 from opdkit.objective.maths import KINDS, left_over, restrict
-from opdkit.objective.signals import Support
+from opdkit.objective.support import Support
 from opdkit.testing import Case, Evaluation, evaluate
 from tests.methods.toy import close, logits, numbers, tokens
 

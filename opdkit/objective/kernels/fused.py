@@ -154,6 +154,7 @@ def gradients(
 
 
 def _settings(form: Formula, z: Tensor, temperature: float) -> dict[str, float]:
+    """What a kernel is told of a divergence, for logits [n, V]."""
     tiny = torch.finfo(z.dtype).tiny
     return {
         "T": temperature,
@@ -167,6 +168,7 @@ def _settings(form: Formula, z: Tensor, temperature: float) -> dict[str, float]:
 
 
 def _rows(x: Tensor) -> Tensor:
+    """[n, V] with the entries of a row side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

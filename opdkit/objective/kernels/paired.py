@@ -104,8 +104,8 @@ class _Compare(torch.autograd.Function):
 
 
 def by_rank(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_k |p^(k) - q^(k)|, the k-th largest of each, the shorter continued with zeros; slope 0
-    where they are equal.
+    """[r] and slope [r, V_s] of p [r, V_s] and q [r, V_t]: sum_k |p^(k) - q^(k)|, the k-th largest
+    of each, the shorter continued with zeros; slope 0 where they are equal.
     """
     ranked, order = descending(p)
     width = max(p.shape[-1], q.shape[-1])
@@ -119,8 +119,8 @@ def by_rank(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_token(kind: Kind, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """A divergence of probabilities as they are, whatever they sum to; logarithms of at least
-    `FLOOR`.
+    """[r] and slope [r, K] of p, q [r, K]: a divergence of probabilities as they are, whatever they
+    sum to; logarithms of at least `FLOOR`.
     """
     with torch.enable_grad():
         leaf = p.detach().requires_grad_()

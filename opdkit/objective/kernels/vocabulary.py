@@ -36,8 +36,8 @@ class Vocabulary:
     """
 
     def __init__(self, logits: Tensor, parent: tuple[Vocabulary, Tensor] | None = None):
-        self.logits = logits
-        self.parent = parent
+        self.logits = logits  # [n, V]
+        self.parent = parent  # of which these are some, and which: [n]
         self.known: dict[float, tuple[Tensor, Tensor]] = {}
 
     def statistics(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ class Vocabulary:
         return _LogProbs.apply(self.logits, self.statistics(temperature)[0], temperature)
 
     def select(self, index: Tensor) -> Vocabulary:
-        """Some of the positions."""
+        """Some of the positions, by their index [m] in [n]."""
         return Vocabulary(self.logits[index], (self, index))
 
 
@@ -188,6 +188,7 @@ class Rule:
         return formula(self.kind) if self.cap is None else None
 
     def kernels(self, logits: Tensor) -> ModuleType | None:
+        """The kernels for logits [n, V], where there are some for this divergence."""
         return None if self.formula is None else fused(logits.device.type)
 
 
@@ -231,7 +232,9 @@ def _derived(form: Formula, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _taken(rule: Rule, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_derived`, for any divergence: by autograd."""
+    """Value [r], slope and student probabilities [r, V]: as `_derived`, for any divergence, by
+    autograd.
+    """
     with torch.enable_grad():
         value = maths.divergence(rule.kind, ls.requires_grad_(), lt, rule.cap)
         slope = (
@@ -241,6 +244,7 @@ def _taken(rule: Rule, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """[n, V]: logits [n, V] over a temperature."""
     return logits if temperature == 1.0 else logits / temperature
 
 
