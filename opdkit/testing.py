@@ -21,7 +21,7 @@ from opdkit.objective.batch import Batch
 from opdkit.objective.facts import ColumnFact, Fact
 from opdkit.objective.grammar import Loss, Objective, Term, credit_of
 from opdkit.objective.head import Head, Source, flat_positions, learn
-from opdkit.objective.needs import Needs, describe, needs
+from opdkit.objective.needs import Needs, needs
 from opdkit.objective.supply import supply
 from opdkit.types import row_keys
 
@@ -155,7 +155,7 @@ class Case:
         shape, other = self.tokens.shape, self.models[name].shape[:2]
         if name in self.alignments:
             if wanted.ids(name):
-                what = ", ".join(sorted(map(describe, wanted.ids(name))))
+                what = ", ".join(sorted(fact.words() for fact in wanted.ids(name)))
                 raise UserError(
                     f"the objective reads {what}, but {name} has a tokenizer of its own: use gold "
                     "or uld"

@@ -10,7 +10,6 @@ from typing import Any
 from opdkit.curricula import Plain, reads_cache
 from opdkit.methods import expression
 from opdkit.methods.method import Method, as_method, load, methods
-from opdkit.objective.facts import EntropyFact, LogpAtFact, LogpFact, TopFact
 from opdkit.objective.grammar import RolloutLoss
 from opdkit.objective.head import CHUNK_BYTES, CHUNK_ENTRIES
 from opdkit.objective.needs import Needs
@@ -34,12 +33,7 @@ def reads_student(needs: Needs) -> bool:
     """Whether a pass of the student before the step is needed: more is read of it than its sampler
     notes (see `objective.needs.watched`).
     """
-    noted = {
-        f
-        for f in needs.of("student")
-        if isinstance(f, TopFact) or (isinstance(f, LogpAtFact) and f.owner == "student")
-    }
-    return bool(needs.of("student") - noted - {LogpFact("student"), EntropyFact("student")})
+    return any(fact.watch("student") is None for fact in needs.of("student"))
 
 
 def passes(method: Method) -> list[str]:
@@ -106,13 +100,15 @@ def of_teacher(needs: Needs) -> list[str]:
     facts = needs.of("teacher")
     if needs.whole("teacher"):
         return ["whole teacher" if needs.ids("teacher") else "whole teacher of any tokenizer"]
-    words = ["teacher entropy"] if EntropyFact("teacher") in facts else []
-    words += [f"teacher top {f.k}" for f in facts if isinstance(f, TopFact)]
-    words += [
-        f"teacher at the student's top {f.k}"
-        for f in facts
-        if isinstance(f, LogpAtFact) and f.owner != f.model == "teacher"
-    ]
+    words = set()
+    for fact in facts:
+        noted = fact.watch("teacher")
+        if noted is not None and noted.entropy:
+            words.add("teacher entropy")
+        if noted is not None and noted.top:
+            words.add(f"teacher top {noted.top}")
+        if fact.models[0] == "teacher":
+            words |= {f"teacher at the {ids.model}'s top {ids.k}" for ids in fact.others_first}
     return sorted(words) or ["teacher log-probs"] * bool(facts)
 
 

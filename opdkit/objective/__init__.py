@@ -4,8 +4,10 @@ A method needs one import line: the grammar, every signal, loss, fact and kind o
 handed on here.
 """
 
+from opdkit.objective.alignment import SpanFact
 from opdkit.objective.batch import Batch, Live
 from opdkit.objective.facts import (
+    Chunk,
     ColumnFact,
     EntropyFact,
     Fact,
@@ -13,7 +15,7 @@ from opdkit.objective.facts import (
     LogpAtFact,
     LogpFact,
     MissingFact,
-    SpanFact,
+    Noted,
     TopFact,
     VocabularyFact,
 )
@@ -98,6 +100,7 @@ __all__ = [
     "Candidates",
     "Ceiling",
     "Chi2",
+    "Chunk",
     "Clipped",
     "ColumnFact",
     "Const",
@@ -129,6 +132,7 @@ __all__ = [
     "Mark",
     "MeanOne",
     "MissingFact",
+    "Noted",
     "Number",
     "Objective",
     "Operation",

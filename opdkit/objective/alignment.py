@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from opdkit.objective.facts import SpanFact
+from opdkit.objective.facts import Fact, ReadFrom
 from opdkit.objective.head import chunk_rows, slices
 from opdkit.objective.kernels import Vocabulary
 from opdkit.objective.kernels.paired import FLOOR, Match
@@ -45,8 +45,8 @@ class Alignment:
     shared: bool = False
 
     def all_ends(self, eos: bool) -> tuple[Tensor, Tensor]:
-        """Ends on both sides; with `eos` the end of sequence ends one byte after the text, else it
-        is out.
+        """Ends [B, T] and [B, U] on both sides; with `eos` the end of sequence ends one byte after
+        the text, else it is out.
         """
         both = []
         for ends in (self.student_ends, self.ends):
@@ -102,6 +102,7 @@ class _Side(NamedTuple):
 
     @staticmethod
     def of(ends: Tensor, *both: Tensor) -> _Side:
+        """Of the ends [B, T or U] of one side, and those of `both`."""
         flat = (ends >= 0).flatten().nonzero()[:, 0]
         row = flat // max(ends.shape[1], 1)
         bytes_ = 2 + max((int(x.max()) for x in both if x.numel()), default=0)
@@ -115,13 +116,62 @@ class _Side(NamedTuple):
 
 
 def by_number(student_ends: Tensor, ends: Tensor) -> Spans:
-    """The t-th token of each row with the other side's t-th, as far as both go: spans of one token,
-    whatever their text.
+    """The t-th token of each row of [B, T] with the t-th of [B, U], as far as both go: spans of one
+    token, whatever their text.
     """
     width = min(student_ends.shape[1], ends.shape[1])
     row, column = ((student_ends[:, :width] >= 0) & (ends[:, :width] >= 0)).nonzero(as_tuple=True)
     one = torch.ones_like(row)
     return Spans(row * student_ends.shape[1] + column, one, row * ends.shape[1] + column, one)
+
+
+# -------------------------------------------------------------------------------- facts of a model
+
+
+@dataclass(frozen=True)
+class SpanFact(Fact):
+    """Of a model that may have a tokenizer of its own: it reads the same text, and spans of it are
+    compared.
+
+    what: "tokens" [B, T] int, how many of the student's tokens make up the span that ends here, 0
+    where none ends; "logp" [B, T], the model's log-prob of its own tokens of that span, without the
+    one whose distribution is compared; "vocabulary", that distribution, chunk by chunk; "single"
+    [B, T] bool, whether it is one token on both sides; "shared" [B, 1] bool, whether the model has
+    the student's tokenizer. merge: "bayesian", "observed" or "index". eos: whether the ends of
+    sequence are a span as well.
+    """
+
+    model: str
+    what: str
+    merge: str = ""
+    eos: bool = False
+    temperature: float = 1.0
+    own_tokenizer: ClassVar[bool] = True
+
+    def words(self) -> str:
+        return {
+            "tokens": f"spans of text that the {self.model}'s tokens cover too",
+            "logp": f"{self.model} log-probs of those spans",
+            "single": "which spans are one token on both sides, of the student and the "
+            f"{self.model}",
+            "vocabulary": f"{self.model} over the whole vocabulary of its own tokenizer",
+            "shared": f"whether the {self.model} has the student's tokenizer",
+        }[self.what]
+
+    @property
+    def read_from(self) -> ReadFrom:
+        return "loss" if self.what == "vocabulary" else "step"
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Counted as one float each, whatever is read."""
+        return self.dtype.itemsize
+
+    def made_up(self, rows: int, length: int, vocabulary: int) -> Tensor:
+        if self.what == "logp":
+            return super().made_up(rows, length, vocabulary)
+        kind = torch.int64 if self.what == "tokens" else torch.bool
+        return torch.ones(rows, 1 if self.what == "shared" else length, dtype=kind)
 
 
 class Pair(NamedTuple):
@@ -158,8 +208,8 @@ class AlignedSource:
         return self.source.logits(positions)
 
     def pairs(self, positions: Tensor, fact: SpanFact, vocabulary: int) -> list[Pair]:
-        """Its distributions for the spans that end at flat positions [n]; without a merge at the
-        student's own tokens, if it shares them.
+        """Its distributions [m, V_t] for the spans that end at flat positions [n]; without a merge
+        at the student's own tokens, if it shares them.
 
         vocabulary: number of the student's entries.
         """

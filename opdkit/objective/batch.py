@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from opdkit.objective.facts import (
-    HOW,
     ColumnFact,
     EntropyFact,
     Fact,
@@ -77,9 +76,9 @@ class Batch:
         return self.tokens.shape
 
     def read(self, fact: Fact) -> Tensor:
-        """The tensor of a fact, detached."""
+        """[B, T] or [B, T, k], a column [B]: the tensor of a fact, detached."""
         if fact not in self.facts:
-            raise MissingFact(missing(fact, self))
+            raise self.missing(fact)
         return self.facts[fact]
 
     def __getitem__(self, model: str) -> Scores:
@@ -113,8 +112,13 @@ class Batch:
         student's own ids).
         """
         if model not in self.sources:
-            raise MissingFact(missing(fact or VocabularyFact(model), self))
+            raise self.missing(fact or VocabularyFact(model))
         return self.sources[model]
+
+    def missing(self, fact: Fact) -> MissingFact:
+        """The error for a fact that is not there."""
+        known = {m for f in self.facts for m in f.models[:1]} | set(self.sources)
+        return MissingFact(fact.missing(known))
 
 
 @dataclass(frozen=True)
@@ -154,12 +158,12 @@ class Live:
     def __init__(
         self,
         batch: Batch,
-        positions: Tensor,
-        logits: Tensor,
+        positions: Tensor,  # [n] indices into the flattened [B * T]
+        logits: Tensor,  # [n, V]
         parent: tuple[Live, Tensor] | None = None,
     ):
         self.batch = batch
-        self.positions = positions  # [n] indices into the flattened [B * T]
+        self.positions = positions
         self.parent = parent
         self.own: Vocabulary = Vocabulary(
             logits, None if parent is None else (parent[0].own, parent[1])
@@ -222,7 +226,7 @@ class Live:
         return self.batch.read(fact).flatten(0, 1)[self.positions]
 
     def select(self, index: Tensor) -> Live:
-        """The pass at some of these positions."""
+        """The pass at some of these positions, by their index [m] in [n]."""
         return Live(self.batch, self.positions[index], self.logits[index], (self, index))
 
     def back(self, index: Tensor, steps: Tensor) -> Live:
@@ -240,30 +244,3 @@ class Live:
                 "a loss reads positions outside its chunk: it must name them in `joined`"
             )
         return chunk.select(at)
-
-
-def missing(fact: Fact, batch: Batch) -> str:
-    """Why a fact is not there and what to do."""
-    if isinstance(fact, ColumnFact):
-        kind, _, _ = fact.name.partition(":")
-        return (
-            f"the objective reads {fact.name!r}, which this batch does not have: "
-            f"{HOW.get(kind, 'supply it')}"
-        )
-    models = {
-        getattr(fact, name)
-        for name in ("model", "owner", "student", "teacher")
-        if hasattr(fact, name)
-    }
-    known = {m for f in batch.facts for m in [getattr(f, "model", None)] if m} | set(batch.sources)
-    absent = sorted(models - known)
-    if absent:
-        return (
-            f"the objective reads {fact}, but no scores of {', '.join(absent)} were gathered: give "
-            f"the run that model (for example {absent[0]}: MODEL), or pass models={{{absent[0]!r}: "
-            f"logits}} to evaluate"
-        )
-    return (
-        f"the objective reads {fact}, which its model cannot supply: use a model in this process, "
-        "or another support"
-    )

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from opdkit.objective import kernels
-from opdkit.objective.alignment import LOG_FLOOR, MERGES, Pair, countdown, token_logp
+from opdkit.objective.alignment import LOG_FLOOR, MERGES, Pair, SpanFact, countdown, token_logp
 from opdkit.objective.batch import Batch, Live
-from opdkit.objective.facts import SpanFact
 from opdkit.objective.grammar import TokenLoss
 from opdkit.objective.kernels import Vocabulary
 from opdkit.objective.kernels.paired import Match, by_rank, by_token, compare
@@ -197,6 +196,7 @@ class HybridDistance(SpanLoss):
         return self.weights or (match.share, 1 - match.share)
 
     def _hybrid(self, p: Tensor, q: Tensor, match: Match) -> tuple[Tensor, Tensor]:
+        """[r] and slope [r, V_s]: both sums, for p [r, V_s] and q [r, V_t]."""
         (matched, rest), value, slope = (
             self._weights(match),
             p.new_zeros(len(p)),

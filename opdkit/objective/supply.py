@@ -9,22 +9,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from opdkit.objective import kernels
 from opdkit.objective.batch import Batch, Live
-from opdkit.objective.facts import (
-    ColumnFact,
-    EntropyFact,
-    Fact,
-    GapFact,
-    LogpAtFact,
-    LogpFact,
-    SpanFact,
-    TopFact,
-    VocabularyFact,
-)
+from opdkit.objective.facts import Fact
 from opdkit.objective.head import chunk_rows as default_rows
 from opdkit.objective.head import slices
-from opdkit.objective.needs import describe, models_of
 
 Tensors = dict[Fact, Tensor]
 
@@ -43,23 +31,19 @@ def supply(
     top-k, the sampler's log-probs) are left alone.
     """
     sources = batch.sources
-    wanted = set(wanted) | {TopFact(f.owner, f.k) for f in wanted if isinstance(f, LogpAtFact)}
-    todo = [
-        f
-        for f in wanted
-        if not isinstance(f, (ColumnFact, VocabularyFact)) and f not in batch.facts
-    ]
-    todo = [f for f in todo if all(m in sources or _held(batch, f, m) for m in models_of(f))]
-    spans = [f for f in todo if isinstance(f, SpanFact)]
-    aligned: Tensors = {
-        f: sources[f.model].read(f, batch.mask) for f in spans if f.what != "vocabulary"
+    todo = [f for f in with_ids(wanted) if f not in batch.facts]
+    todo = [f for f in todo if still_asked(batch, f) <= set(sources)]
+    found: Tensors = {
+        f: sources[f.models[0]].read(f, batch.mask) for f in todo if f.read_from == "step"
     }
+    # ids before log-probs there
     todo = sorted(
-        (f for f in todo if f not in spans), key=lambda f: (not isinstance(f, TopFact), describe(f))
-    )  # ids before log-probs there
+        (f for f in todo if f.read_from == "chunk"),
+        key=lambda f: (f.dtype != torch.int64, f.words()),
+    )
     if not todo:
-        return aligned
-    used = {m for f in todo for m in models_of(f) if m in sources}
+        return found
+    used = {m for f in todo for m in f.models if m in sources}
     size = chunk or default_rows(max(sources[m].vocabulary for m in used), batch.device)
     parts: dict[Fact, list[Tensor]] = {f: [] for f in todo}
     with torch.no_grad():
@@ -67,43 +51,27 @@ def supply(
             here = Live(batch, positions[at], torch.empty(0))
             made: Tensors = {}
             for fact in todo:
-                made[fact] = _read(fact, here, made)
+                ids = {f: made[f] if f in made else here.read(f) for f in fact.needs_first}
+                made[fact] = fact.read(here, ids)
                 parts[fact].append(made[fact])
-    return aligned | {f: _scatter(batch, positions, parts[f]) for f in todo}
+    return found | {f: _scatter(batch, positions, parts[f]) for f in todo}
 
 
-def _held(batch: Batch, fact: Fact, model: str) -> bool:
-    """Whether the ids at which another model is to be read have been supplied from elsewhere."""
-    return (
-        isinstance(fact, LogpAtFact)
-        and model == fact.owner != fact.model
-        and TopFact(model, fact.k) in batch.facts
-    )
+def with_ids(wanted: Collection[Fact]) -> set[Fact]:
+    """Facts, and the token ids at which they are read."""
+    return {*wanted, *(ids for fact in wanted for ids in fact.needs_first)}
 
 
-def _read(fact: Fact, here: Live, made: Tensors) -> Tensor:
-    """One fact at one chunk of positions."""
-    if isinstance(fact, LogpFact):
-        return here.vocabulary(fact.model).at(here.tokens[:, None])[:, 0]
-    if isinstance(fact, EntropyFact):
-        return here.vocabulary(fact.model).statistics()[1]
-    if isinstance(fact, TopFact):
-        logits = here.vocabulary(fact.model).logits
-        return logits.topk(min(fact.k, logits.shape[-1]), -1).indices
-    if isinstance(fact, LogpAtFact):
-        ids = (
-            made[TopFact(fact.owner, fact.k)]
-            if TopFact(fact.owner, fact.k) in made
-            else here.read(TopFact(fact.owner, fact.k))
-        )
-        return here.vocabulary(fact.model).at(ids)
-    if isinstance(fact, GapFact):
-        student, teacher = here.vocabulary(fact.student), here.vocabulary(fact.teacher)
-        return kernels.divergence(fact.kind, student, teacher, fact.temperature)  # type: ignore[arg-type]
-    raise TypeError(f"{fact} is not read off a vocabulary")
+def still_asked(batch: Batch, fact: Fact) -> set[str]:
+    """The models that a fact is asked of: not one whose ids, its part in it, are there already."""
+    named = {ids.model for ids in fact.others_first if ids in batch.facts}
+    return set(fact.models) - named
 
 
 def _scatter(batch: Batch, positions: Tensor, parts: list[Tensor]) -> Tensor:
+    """[B, T] or [B, T, k]: the chunks' values [n] or [n, k] at flat positions [N], zero
+    elsewhere.
+    """
     values = torch.cat(parts)
     full = torch.zeros(
         (batch.tokens.numel(), *values.shape[1:]), dtype=values.dtype, device=values.device

@@ -264,17 +264,15 @@ def _scored(rollouts: Sequence[Rollout], teacher: Any, method: Method, device: s
     """What the teacher says of each rollout."""
     wanted = Needs(method.needs.of("teacher"))
     facts = gather(rollouts, wanted, {"teacher": teacher}, device=device).facts
-    top = next((f for f in wanted.facts if isinstance(f, TopFact)), None)
+    k = max((fact.depth("teacher") for fact in wanted.facts), default=0)
     out = []
     for b, rollout in enumerate(rollouts):
         n = len(rollout.tokens)
         logp = facts[LogpFact("teacher")][b, :n].float().cpu()
         ids, at = logp[:, None][:, :0], logp[:, None][:, :0]
-        if top is not None:
-            ids, at = (
-                facts[top][b, :n].cpu(),
-                facts[LogpAtFact("teacher", "teacher", top.k)][b, :n].float().cpu(),
-            )
+        if k:
+            ids = facts[TopFact("teacher", k)][b, :n].cpu()
+            at = facts[LogpAtFact("teacher", "teacher", k)][b, :n].float().cpu()
         out.append(Scored(logp.numpy(), ids.numpy(), at.numpy()))
     return out
 

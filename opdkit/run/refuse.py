@@ -12,7 +12,6 @@ from opdkit.base.errors import UserError, nearest
 from opdkit.data import Prompts
 from opdkit.methods.method import Method
 from opdkit.objective.facts import LogpFact
-from opdkit.objective.needs import describe
 from opdkit.rewards import Reward
 from opdkit.run.open import INTERNAL
 from opdkit.run.prompts import stored_rollouts
@@ -51,10 +50,10 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
         )
     unknown = needs.of("sampler") - {LogpFact("sampler")}
     if unknown:
+        words = ", ".join(sorted(fact.words() for fact in unknown))
         raise UserError(
-            f"method {method.name or 'own'!r} reads {', '.join(sorted(map(describe, unknown)))}: "
-            "of the sampler only the log-probs of its own tokens are recorded. Read the student "
-            "instead"
+            f"method {method.name or 'own'!r} reads {words}: of the sampler only the log-probs of "
+            "its own tokens are recorded. Read the student instead"
         )
     refuse_teacher(method.name or "own", run.teachers, needs)
     local = all(isinstance(spec, Local) for spec in specs(run.teachers).values())

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from opdkit.models.layout import Layout
 from opdkit.objective.batch import Batch
-from opdkit.objective.facts import Fact, LogpAtFact, TopFact
+from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.head import Head
-from opdkit.objective.needs import models_of
 from opdkit.objective.supply import Tensors, supply
 
 
@@ -59,11 +58,6 @@ def cut(scorer: Any, vocab: int | None) -> Any:
     return scorer.cut(vocab) if hasattr(scorer, "cut") else scorer
 
 
-def at_others_ids(fact: Fact) -> bool:
-    """Whether a fact is read at the top ids of another model, which has to be asked first."""
-    return isinstance(fact, LogpAtFact) and fact.owner != fact.model
-
-
 def answers(
     scorer: Scorer | Remote,
     wanted: Collection[Fact],
@@ -83,7 +77,7 @@ def answers(
     )
     for fact, top in ids.items():
         batch.facts[fact] = scattered(top, positions, batch)
-    (model,) = {models_of(fact)[0] for fact in wanted}
+    (model,) = {fact.models[0] for fact in wanted}
     batch.sources[model] = scorer.source(layout, positions)
     return {
         fact: values.flatten(0, 1)[positions]

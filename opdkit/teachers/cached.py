@@ -17,7 +17,7 @@ from opdkit.curricula.cached import reads_cache
 from opdkit.data.cache import Cache, open_cache, refuse_tokenizer
 from opdkit.data.shards import Scored
 from opdkit.models.layout import Layout
-from opdkit.objective.facts import Fact, LogpAtFact, LogpFact, TopFact
+from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.supply import Tensors
 from opdkit.teachers.kinds import Cached, refuse_facts
 
@@ -55,35 +55,18 @@ class CachedTeacher:
         # in the scores of all, one after the other
         at = ((lengths.cumsum(0) - lengths)[rows] + columns).numpy()
 
-        def read(name: str, k: int | None = None) -> Tensor:
-            values = torch.from_numpy(
-                np.concatenate([getattr(s, name)[..., :k] for s in scores])[at]
-            )
-            return (values.float() if values.is_floating_point() else values.long()).to(
-                positions.device
-            )
-
         made: Tensors = {}
         for fact in wanted:
-            if isinstance(fact, LogpFact):
-                made[fact] = read("logp")
-            elif isinstance(fact, TopFact):
-                made[fact] = read("top_ids", fact.k)
-            elif isinstance(fact, LogpAtFact):
-                made[fact] = read("top_logp", fact.k)
+            values = torch.from_numpy(np.concatenate([fact.of_notes(s) for s in scores])[at])
+            made[fact] = values.to(positions.device, fact.dtype)
         return made
 
 
 def refuse(cache: Cache, method: str, wanted: Collection[Fact]) -> None:
     """What a cache does not hold."""
-    deepest = max((f.k for f in wanted if isinstance(f, (TopFact, LogpAtFact))), default=0)
-    others = [
-        f
-        for f in wanted
-        if not isinstance(f, (LogpFact, TopFact))
-        and not (isinstance(f, LogpAtFact) and f.owner == f.model)
-    ]
+    others = [fact for fact in wanted if not fact.in_scores(fact.models[0])]
     refuse_facts(method, "a cached teacher", others, REMEDY)
+    deepest = max((fact.depth(fact.models[0]) for fact in wanted), default=0)
     if deepest > cache.origin.top_k:
         kept = (
             f"the teacher's top {cache.origin.top_k}"

@@ -12,8 +12,8 @@ from opdkit.base.config import build
 from opdkit.base.errors import UserError, nearest
 from opdkit.models.engines.vllm_engine import EngineSettings
 from opdkit.models.quantize import check_quantize
-from opdkit.objective.facts import Fact, LogpAtFact, LogpFact, TopFact
-from opdkit.objective.needs import Needs, describe
+from opdkit.objective.facts import Fact
+from opdkit.objective.needs import Needs
 
 
 @dataclass(frozen=True)
@@ -174,17 +174,12 @@ def says(spec: Spec, fact: Fact, model: str) -> bool:
 
     A server is asked at the start (`Server` says yes here to all).
     """
-    if isinstance(spec, (Local, Mixture, Server)):
-        return True
-    if isinstance(fact, LogpAtFact):
-        # at the student's ids: only where the vocabulary is at hand
-        return fact.model != model or fact.owner == model
-    return isinstance(fact, (LogpFact, TopFact))
+    return isinstance(spec, (Local, Mixture, Server)) or fact.in_scores(model)
 
 
 def refuse_facts(name: str, who: str, cannot: Iterable[Fact], remedy: str = REMEDY) -> None:
     """The error for facts that a teacher cannot supply."""
-    if unsaid := sorted(map(describe, cannot)):
+    if unsaid := sorted(fact.words() for fact in cannot):
         raise UserError(
             f"method {name!r} reads {', '.join(unsaid)}, which {who} cannot say: it returns "
             "log-probs of the sampled tokens and of the teacher's own most probable ones. "

@@ -20,7 +20,13 @@ from opdkit.objective.head import Head
 from opdkit.types import Rollout
 
 FINGERPRINT = "X-Opdkit-Model"  # header of every answer: which weights gave it
-FACTS = {cls.__name__: cls for cls in (LogpFact, EntropyFact, TopFact, LogpAtFact)}
+# by the names under which they are sent
+FACTS: dict[str, type[Fact]] = {
+    "LogpFact": LogpFact,
+    "EntropyFact": EntropyFact,
+    "TopFact": TopFact,
+    "LogpAtFact": LogpAtFact,
+}
 
 
 def pack(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bytes:
@@ -78,11 +84,8 @@ def pack_request(
         "responses": torch.tensor([len(response) for response in responses], dtype=torch.int64),
         "positions": number[positions // layout.width] * width + positions % layout.width,
     }
-    at = [
-        f
-        for f in ids
-        if any(isinstance(w, LogpAtFact) and (w.owner, w.k) == (f.model, f.k) for w in wanted)
-    ]
+    named = {top for fact in wanted for top in fact.needs_first}
+    at = [top for top in ids if top in named]
     tensors |= {f"ids {i}": ids[f].to(torch.int64) for i, f in enumerate(at)}
     settings = {
         "rollouts": [r.id for r in rollouts],
@@ -139,7 +142,7 @@ def unpack_request(
     layout = Layout(rollouts, max(responses, default=1))
     positions = _positions(layout, _integers(tensors, "positions"))
     wanted = [as_fact(d, kept) for d in _entries(settings, "facts", dict)]
-    if len(models := {f.model for f in wanted}) > 1:  # type: ignore[union-attr]
+    if len(models := {fact.models[0] for fact in wanted}) > 1:
         raise ValueError(f"facts of {len(models)} models are asked for, and there is one here")
     if wanted and (beyond := [t for r in rollouts for t in r.tokens if t >= kept]):
         raise ValueError(
@@ -148,20 +151,18 @@ def unpack_request(
         )
     ids: dict[TopFact, Tensor] = {}
     for i, fact in enumerate(as_fact(d, kept) for d in _entries(settings, "ids", dict)):
-        if not isinstance(fact, TopFact) or fact.model in models:
+        top = TopFact(fact.models[0], fact.numbers)
+        if fact != top or top.model in models:
             raise ValueError(f"{fact} is given: only the top ids of other models can be")
-        ids[fact] = _integers(tensors, f"ids {i}", (len(positions), fact.k))
-        if ids[fact].numel() and not (ids[fact].min() >= 0 and ids[fact].max() < kept):
+        ids[top] = _integers(tensors, f"ids {i}", (len(positions), top.k))
+        if ids[top].numel() and not (ids[top].min() >= 0 and ids[top].max() < kept):
             raise ValueError(f"'ids {i}' holds ids that are not from 0 to {kept - 1}")
     for fact in wanted:
-        if (
-            isinstance(fact, LogpAtFact)
-            and fact.owner != fact.model
-            and TopFact(fact.owner, fact.k) not in ids
-        ):
-            raise ValueError(
-                f"{fact} is asked for, and the top {fact.k} ids of {fact.owner!r} are not given"
-            )
+        for top in fact.others_first:
+            if top not in ids:
+                raise ValueError(
+                    f"{fact} is asked for, and the top {top.k} ids of {top.model!r} are not given"
+                )
     return layout, positions, wanted, ids, vocab
 
 
@@ -215,7 +216,13 @@ def _positions(layout: Layout, positions: Tensor) -> Tensor:
     return positions
 
 
+def known(fact: Fact) -> bool:
+    """Whether a server can say a kind of fact by name."""
+    return as_dict(fact)["fact"] in FACTS
+
+
 def as_dict(fact: Fact) -> dict[str, Any]:
+    """A fact as it is sent: the name of its kind and its fields."""
     return {"fact": type(fact).__name__, **asdict(fact)}
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError, nearest
 from opdkit.models.layout import Layout
-from opdkit.objective.alignment import Pair
-from opdkit.objective.facts import Fact, SpanFact, TopFact
+from opdkit.objective.alignment import Pair, SpanFact
+from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.head import Head
 from opdkit.objective.supply import Tensors
 from opdkit.teachers.base import answers, cut, heads_of

@@ -106,7 +106,7 @@ class Service:
         cells = (
             len(layout.rollouts)
             * layout.width
-            * (1 + sum(getattr(fact, "k", 1) for fact in (*wanted, *ids)))
+            * (1 + sum(fact.numbers for fact in (*wanted, *ids)))
         )
         if cells * CELL > LARGEST_TABLE:
             raise BadRequest(

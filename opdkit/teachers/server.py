@@ -19,14 +19,13 @@ from opdkit.base.errors import UserError
 from opdkit.models.engines.endpoint import Endpoint, Refused
 from opdkit.models.layout import Layout
 from opdkit.models.tokenizers import real_vocabulary, same_tokenizer
-from opdkit.objective.facts import Fact, GapFact, LogpAtFact, LogpFact, TopFact, VocabularyFact
+from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.head import Head, Source
-from opdkit.objective.needs import models_of
 from opdkit.objective.supply import Tensors
 from opdkit.teachers import protocol
-from opdkit.teachers.base import Remote, Scorer, at_others_ids
+from opdkit.teachers.base import Remote, Scorer
 from opdkit.teachers.kinds import REMEDY, Server, refuse_facts
-from opdkit.teachers.scored_facts import Scored, read_fact, without_positions
+from opdkit.teachers.scored_facts import Scored, without_positions
 from opdkit.teachers.vllm_sglang import Ask, SGLang, Vllm, Wire, same_model
 
 # what every server reads at the start
@@ -69,7 +68,7 @@ def open_teacher(
         beyond = [
             f
             for f in needs.of(model)
-            if not isinstance(f, (*protocol.FACTS.values(), GapFact, VocabularyFact))
+            if f.own_tokenizer or not (f.whole_vocabulary or protocol.known(f))
         ]
         refuse_facts(
             method.name or "own",
@@ -169,11 +168,7 @@ class Served:
         rows = positions.cpu() // layout.width
         used = rows.unique().tolist()
         index = [(rows == b).nonzero()[:, 0] for b in used]
-        at = {
-            f: ids[TopFact(f.owner, f.k)].cpu()
-            for f in wanted
-            if isinstance(f, LogpAtFact) and at_others_ids(f)
-        }
+        at = {f: ids[top].cpu() for f in wanted for top in f.others_first}
         calls = [
             partial(
                 self._rollout,
@@ -202,7 +197,7 @@ class Served:
         layout: Layout,
         b: int,
         t: Tensor,
-        at: Mapping[LogpAtFact, Tensor],
+        at: Mapping[Fact, Tensor],
     ) -> Tensors:
         """The facts of one rollout at its response positions t [n]."""
         rollout = layout.rollouts[b]
@@ -219,14 +214,11 @@ class Served:
             )
         made: Tensors = {}
         if set(wanted) - set(at):
-            deepest = max(
-                (f.k for f in wanted if f not in at and isinstance(f, (TopFact, LogpAtFact))),
-                default=0,
-            )
+            deepest = max(f.depth(f.models[0]) for f in wanted if f not in at)
             scored = self.wire.scores(self.endpoint, self.model, ask, deepest)
             self._known(scored, ask)
             for fact in set(wanted) - set(at):
-                made[fact] = read_fact(fact, scored)[t - first]
+                made[fact] = fact.of_notes(scored)[t - first]
         for fact, ids in at.items():
             full = torch.tensor(tokens[start:])[:, None].expand(-1, ids.shape[1]).clone()
             full[t - first] = ids
@@ -250,16 +242,17 @@ def _probe(
     student's tokens, and alike.
     """
     who = f"a {served.wire.kind} server"
-    read = [f for f in needs.of(model) if models_of(f)[0] == model]
+    read = [f for f in needs.of(model) if f.models[0] == model]
     refuse_facts(
         name or "own",
         who,
-        [f for f in needs.of(model) if not isinstance(f, (LogpFact, TopFact, LogpAtFact))],
+        [
+            f
+            for f in needs.of(model)
+            if not (f.in_scores(model) or (f.others_first and protocol.known(f)))
+        ],
     )
-    k = max(
-        (f.k for f in needs.of(model) if isinstance(f, LogpAtFact) and f.owner == model), default=0
-    )
-    k = max([k, *(f.k for f in read if isinstance(f, TopFact))])
+    k = max((f.depth(model) for f in needs.of(model)), default=0)
     tokens = tokenizer.encode(PROBE, add_special_tokens=False)[:PROBE_TOKENS]
     # the largest id: a smaller vocabulary refuses it
     tokens += [tokenizer.eos_token_id or 0, served.tokens - 1]
@@ -275,7 +268,7 @@ def _probe(
             )
         _same_texts(served.wire.texts(one, served.model, ask), tokenizer, one.urls[0])
         for fact in read:
-            if at_others_ids(fact):
+            if fact.others_first:
                 _at_works(served, one, ask, scored, fact, name)
         said[one.urls[0]] = scored.logp
     (first, expected), *others = said.items()

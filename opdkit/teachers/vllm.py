@@ -16,11 +16,11 @@ from opdkit.models.engines.vllm_engine import Engine, EngineSettings
 from opdkit.models.layout import Layout
 from opdkit.models.load import load_tokenizer
 from opdkit.models.tokenizers import real_vocabulary, same_tokenizer
-from opdkit.objective.facts import Fact, LogpAtFact, LogpFact, TopFact
+from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.needs import Needs
 from opdkit.objective.supply import Tensors
 from opdkit.teachers.kinds import Vllm, refuse_facts
-from opdkit.teachers.scored_facts import read_fact, without_positions
+from opdkit.teachers.scored_facts import without_positions
 
 
 def open_teacher(
@@ -33,7 +33,7 @@ def open_teacher(
     refuse_facts(
         method.name or "own",
         "a vllm teacher",
-        [f for f in method.needs.of(model) if not _says(f, model)],
+        [f for f in method.needs.of(model) if not f.in_scores(model)],
     )
     if difference := same_tokenizer(
         tokenizer, load_tokenizer(spec.model, trust_remote_code=trust_remote_code)
@@ -57,21 +57,9 @@ def open_teacher(
     )
 
 
-def _says(fact: Fact, model: str) -> bool:
-    """Whether the engine can say a fact that involves the teacher."""
-    if isinstance(fact, LogpAtFact):
-        # another model's log-probs at this one's ids are that model's affair
-        return fact.owner == model
-    return isinstance(fact, (LogpFact, TopFact))
-
-
 def deepest(needs: Needs, model: str) -> int:
     """The most probable ids of a model that are read per token; 0: none."""
-    tops = [f.k for f in needs.of(model) if isinstance(f, TopFact) and f.model == model]
-    return max(
-        [*tops, *(f.k for f in needs.of(model) if isinstance(f, LogpAtFact) and f.owner == model)],
-        default=0,
-    )
+    return max((fact.depth(model) for fact in needs.of(model)), default=0)
 
 
 @dataclass
@@ -116,7 +104,7 @@ class VllmTeacher:
 
         `ids` are not read: the engine knows its own most probable ones only.
         """
-        k = max((f.k for f in wanted if isinstance(f, (TopFact, LogpAtFact))), default=0)
+        k = max((f.depth(f.models[0]) for f in wanted), default=0)
         if k > self.k:
             raise ValueError(
                 f"the engine was started for {self.k} log-probs per token, and {k} are asked for"
@@ -142,10 +130,7 @@ class VllmTeacher:
         made: Tensors = {}
         for fact in wanted:
             values = torch.cat(
-                [
-                    read_fact(fact, s)[columns[at] - columns[at].min()]
-                    for s, at in zip(scored, index)
-                ]
+                [fact.of_notes(s)[columns[at] - columns[at].min()] for s, at in zip(scored, index)]
             )
             made[fact] = (
                 torch.empty_like(values)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opdkit.objective.batch import Batch
-from opdkit.objective.facts import EntropyFact, Fact, GapFact, LogpAtFact, LogpFact, TopFact
+from opdkit.objective.facts import EntropyFact, Fact, GapFact, LogpFact
 from opdkit.objective.grammar import Const, StepPlan
 from opdkit.objective.maths import ReverseKL
 
@@ -82,25 +82,13 @@ def by_position(values: Tensor, mask: Tensor) -> list[Tensor]:
     return list(total / count)
 
 
-def top_k(facts: dict[Fact, Tensor], mask: Tensor) -> dict[str, Tensor]:
-    """Mean mass of each model on a known top k, and the share of the two models' top k that is the
-    same.
+def of_facts(facts: dict[Fact, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """What each fact [B, T] or [B, T, k] has to say of the tokens of `mask` [B, T]: see
+    `Fact.metrics`.
     """
     out: dict[str, Tensor] = {}
-    for fact, values in facts.items():
-        if isinstance(fact, LogpAtFact) and {fact.model, fact.owner} <= {"student", "teacher"}:
-            out[f"mass/{fact.model}_on_{fact.owner}_top_{fact.k}"] = (
-                values[mask].exp().sum(-1).clamp_max(1.0).mean()
-            )
-        if (
-            isinstance(fact, TopFact)
-            and fact.model == "student"
-            and (other := TopFact("teacher", fact.k)) in facts
-        ):
-            both = torch.cat([values[mask], facts[other][mask]], -1).sort(-1).values
-            out[f"overlap/top_{fact.k}"] = (both[:, 1:] == both[:, :-1]).double().sum(
-                -1
-            ).mean() / values.shape[-1]
+    for fact in facts:
+        out |= fact.metrics(facts, mask)
     return out
 
 
@@ -133,7 +121,7 @@ def of_tokens(batch: Batch, entropy: Tensor, gap: Tensor) -> dict[str, Tensor]:
             f"quadrants/{name}": value
             for name, value in quadrants(unsure[known], apart[known]).items()
         }
-    return out | top_k(facts, own)
+    return out | of_facts(facts, own)
 
 
 def of_weights(plan: StepPlan) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,15 +18,15 @@ from opdkit.objective.facts import (
     Fact,
     LogpAtFact,
     LogpFact,
-    SpanFact,
+    Noted,
     TopFact,
     VocabularyFact,
 )
 from opdkit.objective.head import flat_positions
-from opdkit.objective.needs import Needs, describe, models_of
-from opdkit.objective.supply import Tensors, supply
+from opdkit.objective.needs import Needs
+from opdkit.objective.supply import Tensors, still_asked, supply, with_ids
 from opdkit.teachers import Remote, Scorer
-from opdkit.teachers.base import at_others_ids, scattered
+from opdkit.teachers.base import scattered
 from opdkit.types import Rollout, row_keys
 
 # input tokens whose hidden states are held at once where only numbers are read off them
@@ -69,9 +68,7 @@ def gather(
         batch.facts[LogpFact("student")] = batch.facts[LogpFact("sampler")]
         _noted(batch, rollouts, needs)
     read = needs.facts - needs.of("live") | {as_student(fact) for fact in needs.of("live")}
-    wanted: set[Fact] = {
-        fact for fact in read if fact not in batch.facts and not isinstance(fact, ColumnFact)
-    }
+    wanted: set[Fact] = {f for f in read if f not in batch.facts and f.read_from != "rollouts"}
     if not written:
         wanted = {f for f in wanted if f != LogpFact("sampler")} | (
             {LogpFact("student")} if LogpFact("sampler") in wanted else set()
@@ -104,37 +101,28 @@ def _ask(
 
     A model elsewhere is asked twice only where it is read at ids that another model names.
     """
-    wanted = wanted | {TopFact(f.owner, f.k) for f in wanted if isinstance(f, LogpAtFact)} - set(
-        batch.facts
-    )
-    models = {
-        m
-        for f in wanted
-        for m in models_of(f)
-        if not (isinstance(f, LogpAtFact) and m == f.owner != f.model and _held(batch, f))
-    }
+    wanted = with_ids(wanted) - set(batch.facts)
+    models = {m for f in wanted for m in still_asked(batch, f)}
     remote = {
         m: s
         for m in models
         if isinstance(s := scorers[m], Remote) and not Needs(frozenset(wanted)).whole(m)
     }
-    asked = {m: [f for f in wanted if models_of(f)[0] == m] for m in remote}
+    asked = {m: [f for f in wanted if f.models[0] == m] for m in remote}
     made: Tensors = {}
 
     def ask(model: str, facts: list[Fact]) -> None:
         if facts:
-            ids = {
-                f: v.flatten(0, 1)[positions]
-                for f, v in (batch.facts | made).items()
-                if isinstance(f, TopFact)
-            }
+            known = batch.facts | made
+            named = sorted({ids for f in facts for ids in f.needs_first}, key=repr)
+            ids = {f: known[f].flatten(0, 1)[positions] for f in named if f in known}
             for fact, values in remote[model].facts(facts, layout, positions, ids).items():
                 values = values.to(batch.dtype) if values.is_floating_point() else values
                 made[fact] = batch.facts[fact] = scattered(values, positions, batch)
 
     for model in sorted(remote):
-        ask(model, [f for f in asked[model] if not at_others_ids(f)])
-    whole = any(isinstance(f, (VocabularyFact, SpanFact)) for f in wanted)
+        ask(model, [f for f in asked[model] if not f.others_first])
+    whole = any(f.whole_step for f in wanted)
     for part in [positions] if whole else layout.portions(positions, HELD) or [positions]:
         for model in sorted(models - set(remote)):
             scorer: Any = scorers[model]
@@ -143,25 +131,44 @@ def _ask(
             # each is zero where the other is not
             made[fact] = values if fact not in made else made[fact] + values
     for model in sorted(remote):
-        ask(model, [f for f in asked[model] if at_others_ids(f)])
+        ask(model, [f for f in asked[model] if f.others_first])
     return made
-
-
-def _held(batch: Batch, fact: LogpAtFact) -> bool:
-    """Whether the ids at which a model is read are known already."""
-    return TopFact(fact.owner, fact.k) in batch.facts
 
 
 def _noted(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
     """What the sampler noted of its distribution is what the student thinks, while it has the same
     weights.
     """
+    noted = _notes(batch, rollouts)
+    if noted is None:
+        return
+    deepest = 0 if noted.top_ids is None else noted.top_ids.shape[-1]
+    depths = {fact.depth("student") for fact in needs.of("student")} - {0}
+    told: list[Fact] = [EntropyFact("student")]
+    for k in sorted(depths):
+        told += [TopFact("student", k), LogpAtFact("student", "student", k)]
+    for fact in (*told, *sorted(needs.of("student"), key=repr)):
+        watch = fact.watch("student")
+        if watch is None or set(fact.models) != {"student"}:
+            continue
+        if watch.top <= deepest and (noted.entropy is not None or not watch.entropy):
+            batch.facts[fact] = fact.of_notes(noted)
+
+
+def _notes(batch: Batch, rollouts: Sequence[Rollout]) -> Noted | None:
+    """The sampler's notes [B, T] and [B, T, k], zero where a row has ended; None where a rollout
+    has none.
+    """
     notes = [r.notes for r in rollouts if r.notes is not None]
     if not notes or len(notes) < len(rollouts):
-        return
+        return None
 
-    def table(parts: list[Tensor]) -> Tensor:
-        values = torch.cat(parts).to(batch.device)
+    def table(parts: list[Tensor | None]) -> Tensor | None:
+        """[B, T] or [B, T, k] from [t] or [t, k] of each rollout, if it has been noted in all."""
+        held = [part for part in parts if part is not None]
+        if len(held) < len(parts):
+            return None
+        values = torch.cat(held).to(batch.device)
         where = torch.tensor(
             [[t < len(r.tokens) for t in range(batch.shape[1])] for r in rollouts],
             device=batch.device,
@@ -172,31 +179,23 @@ def _noted(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
             batch,
         )
 
-    entropies = [n.entropy for n in notes if n.entropy is not None]
-    if len(entropies) == len(notes):
-        batch.facts[EntropyFact("student")] = table(entropies)
-    tops = [(n.top, n.top_logp) for n in notes if n.top is not None and n.top_logp is not None]
-    if len(tops) < len(notes):
-        return
-    ids, logps = (table(list(parts)) for parts in zip(*tops))
-    read = [
-        f
-        for f in needs.of("student")
-        if isinstance(f, TopFact) or (isinstance(f, LogpAtFact) and f.owner == "student")
-    ]
-    for k in {f.k for f in read if f.k <= ids.shape[-1]}:
-        batch.facts[TopFact("student", k)] = ids[..., :k]
-        batch.facts[LogpAtFact("student", "student", k)] = logps[..., :k]
+    return Noted(
+        batch.facts[LogpFact("sampler")],
+        table([n.top for n in notes]),
+        table([n.top_logp for n in notes]),
+        table([n.entropy for n in notes]),
+    )
 
 
 def as_student(fact: Fact) -> Fact:
     """A fact of the live student, as one of the student before the step."""
-    if not isinstance(fact, (LogpFact, EntropyFact)):
+    before = fact.as_student()
+    if before is None:
         raise UserError(
-            f"the objective reads {describe(fact)}: of the live student only log-probs and "
+            f"the objective reads {fact.words()}: of the live student only log-probs and "
             "entropies of tokens can be read"
         )
-    return replace(fact, model="student")
+    return before
 
 
 def refresh(
@@ -292,7 +291,7 @@ def _refuse_nan(fact: Fact, values: Tensor, batch: Batch, rollouts: Sequence[Rol
     if bool(bad.any()):
         row, position = bad.nonzero()[0].tolist()
         raise UserError(
-            f"{describe(fact)} is NaN at token {position} of rollout {rollouts[row].id}: the "
+            f"{fact.words()} is NaN at token {position} of rollout {rollouts[row].id}: the "
             "model's output is broken there (its files damaged, its dtype too narrow?). Nothing "
             "was learnt from this step"
         )

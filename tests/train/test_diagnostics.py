@@ -130,7 +130,7 @@ def test_mass_and_overlap_of_the_top_k():
         ).log(),
         LogpAtFact("reference", "teacher", 2): torch.zeros(1, 3, 2),
     }
-    assert {k: round(v.item(), 6) for k, v in diagnostics.top_k(facts, mask).items()} == {
+    assert {k: round(v.item(), 6) for k, v in diagnostics.of_facts(facts, mask).items()} == {
         "overlap/top_2": 0.75,  # one of two, two of two
         "mass/teacher_on_teacher_top_2": 0.7,
         "mass/student_on_teacher_top_2": 0.6,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from opdkit.curricula import reads_cache
 from opdkit.methods.explain import reads_student
 from opdkit.methods.method import Method
-from opdkit.objective.facts import ColumnFact, LogpAtFact, SpanFact, TopFact, VocabularyFact
+from opdkit.objective.facts import VocabularyFact
 from opdkit.objective.head import CHUNK_BYTES, CHUNK_ENTRIES, CHUNK_MOST, CHUNK_PART
 from opdkit.objective.needs import Needs
 from opdkit.run.plan.devices import GIB, Device
@@ -123,7 +123,7 @@ def memory_of(
     _student(out, run, shape, models[0] in read)
     out.add(
         "facts of the tokens",
-        sum(map(_fact_bytes, needs.facts)) * step.positions,
+        sum(fact.bytes_per_token for fact in needs.facts) * step.positions,
         ("score", "learn"),
     )
     _scoring(out, needs, read, run, step)
@@ -254,24 +254,11 @@ def scored(run: Run, method: Method, models: Sequence[Held]) -> list[Held]:
     ]
 
 
-def _fact_bytes(fact: object) -> int:
-    """Bytes per token of a fact that is kept."""
-    if isinstance(fact, (ColumnFact, VocabularyFact)):
-        return 0
-    return (
-        8 * fact.k
-        if isinstance(fact, TopFact)
-        else 4 * fact.k
-        if isinstance(fact, LogpAtFact)
-        else 4
-    )
-
-
 def _scoring(out: Memory, needs: Needs, read: Sequence[Held], run: Run, step: Step) -> None:
     """Hidden states of every model, a portion at a time where only numbers are read; those of one
     twice while they are put together.
     """
-    whole = any(isinstance(fact, (VocabularyFact, SpanFact)) for fact in needs.facts)
+    whole = any(fact.whole_step for fact in needs.facts)
     at_once = step.positions if whole else min(step.positions, HELD)
     states = [
         (held.kind, held.share * at_once * held.shaped.hidden * WIDTH[held.dtype]) for held in read

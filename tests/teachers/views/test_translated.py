@@ -20,8 +20,7 @@ from opdkit.models.body import head_of
 from opdkit.models.layout import Layout
 from opdkit.models.token_bytes import same_tokens, token_bytes
 from opdkit.models.tokenizers import real_vocabulary, same_tokenizer
-from opdkit.objective.alignment import EOS, OUT, align
-from opdkit.objective.facts import SpanFact
+from opdkit.objective.alignment import EOS, OUT, SpanFact, align
 from opdkit.objective.head import flat_positions, learn
 from opdkit.objective.needs import Needs
 from opdkit.recipes import arithmetic
