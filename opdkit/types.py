@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Row = dict[str, Any]
+DataRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Prompt:
 
     id: str
     tokens: list[int]
-    row: Row = field(default_factory=dict)
+    row: DataRow = field(default_factory=dict)
     # response tokens written for the student (a teacher prefix)
     prefix: list[int] = field(default_factory=list)
 
@@ -68,7 +68,7 @@ class Rollout:
     correct: bool | None = None
     # named sets of tokens, such as "guided"
     marks: dict[str, list[bool]] = field(default_factory=dict)
-    row: Row = field(default_factory=dict)
+    row: DataRow = field(default_factory=dict)
     # what else the sampler saw at each token
     notes: Notes | None = field(default=None, compare=False, repr=False)
 

@@ -19,7 +19,7 @@ from opdkit.base.progress import progress
 from opdkit.data.prompts import Prompts
 from opdkit.data.shards import GROUP, PARTIAL, Scored, Shard, file_digest, sync
 from opdkit.models.identity import Identity, tokenizer_digest
-from opdkit.types import Prompt, Rollout, Row, Sampling
+from opdkit.types import DataRow, Prompt, Rollout, Sampling
 
 KIND, FORMAT, MANIFEST = "opdkit cache", 1, "manifest.json"
 NEVER_FRESH = (
@@ -207,7 +207,7 @@ class Cache:
 
     def __init__(self, folder: Path):
         self.folder, self.manifest = folder, verified(folder)
-        self.rows: list[Row] = []  # one per prompt, as `load_rows` gave them
+        self.rows: list[DataRow] = []  # one per prompt, as `load_rows` gave them
         self.prompts: dict[str, np.ndarray] = {}  # prompt id -> token ids
         self.places: dict[str, Place] = {}  # rollout id
         self.groups: dict[str, list[str]] = {}  # prompt id -> ids of its rollouts
@@ -361,7 +361,7 @@ class CachedPrompts(Prompts):
     def __init__(
         self,
         cache: Cache,
-        rows: Sequence[Row],
+        rows: Sequence[DataRow],
         tokenizer: Any,
         max_prompt_length: int | None = None,
         **settings: Any,
@@ -375,7 +375,7 @@ class CachedPrompts(Prompts):
         self.cache = cache
         super().__init__(rows, tokenizer, max_prompt_length=max_prompt_length, chat=False)
 
-    def _tokens(self, row: Row) -> list[int]:
+    def _tokens(self, row: DataRow) -> list[int]:
         return self.cache.prompts[row["id"]].tolist()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from opdkit.base.errors import UserError, nearest
 from opdkit.rewards.extract import boxed
-from opdkit.types import Row
+from opdkit.types import DataRow
 
 CANONICAL = ("prompt", "answer", "response", "teacher", "id")
 # the first one that a row has
@@ -36,7 +36,7 @@ IDS = ("id", "task_id", "question_id", "uuid", "uid")
 WORKED_WORDS = 20  # a "solution" of more words is a derivation, not an answer
 
 
-def normalise(rows: Iterable[Row], columns: Mapping[str, str] | None = None) -> list[Row]:
+def normalise(rows: Iterable[DataRow], columns: Mapping[str, str] | None = None) -> list[DataRow]:
     """Rows with their own columns and `prompt`, `answer`, `response`, `teacher` and `id` besides.
 
     prompt: text, or messages without the assistant's last turn. answer: the ground truth as text.
@@ -55,7 +55,7 @@ def normalise(rows: Iterable[Row], columns: Mapping[str, str] | None = None) -> 
     return [_normalise(row, index, columns, seen) for index, row in enumerate(rows)]
 
 
-def _normalise(row: Row, index: int, columns: dict[str, str], seen: set[str]) -> Row:
+def _normalise(row: DataRow, index: int, columns: dict[str, str], seen: set[str]) -> DataRow:
     named = {key: _named(row, key, column, index) for key, column in columns.items()}
     prompt, said = _prompt(row, named, index)
     answer, worked = _answer(row, named)
@@ -87,7 +87,7 @@ def unique(id: str, seen: set[str]) -> str:
 # ------------------------------------------------------------------------------------------ finding
 
 
-def _look(row: Row, column: str) -> Any:
+def _look(row: DataRow, column: str) -> Any:
     """A column's value, None where absent.
 
     `a.b` looks inside a dictionary, which may be written as JSON.
@@ -107,14 +107,14 @@ def _look(row: Row, column: str) -> Any:
     return value
 
 
-def _first(row: Row, columns: Iterable[str]) -> Any:
+def _first(row: DataRow, columns: Iterable[str]) -> Any:
     """The first of the columns that holds something."""
     return next(
         (value for column in columns if (value := _look(row, column)) not in (None, "", [])), None
     )
 
 
-def _named(row: Row, key: str, column: str, index: int) -> Any:
+def _named(row: DataRow, key: str, column: str, index: int) -> Any:
     value = _look(row, column)
     if value is None and column not in row:
         raise UserError(
@@ -127,7 +127,9 @@ def _named(row: Row, key: str, column: str, index: int) -> Any:
 # ------------------------------------------------------------------------------------------ reading
 
 
-def _prompt(row: Row, named: Row, index: int) -> tuple[str | list[dict[str, Any]], str | None]:
+def _prompt(
+    row: DataRow, named: DataRow, index: int
+) -> tuple[str | list[dict[str, Any]], str | None]:
     """The prompt, and what the assistant said last where messages end with its turn."""
     # MBPP
     value = (
@@ -198,7 +200,7 @@ def text(content: Any) -> str:
     return "" if content is None else str(content)
 
 
-def _answer(row: Row, named: Row) -> tuple[str | None, str | None]:
+def _answer(row: DataRow, named: DataRow) -> tuple[str | None, str | None]:
     """The ground truth, and the worked solution that came with it (None where the row has none)."""
     solution = _first(row, ("solution",))
     worked = solution if isinstance(solution, str) and _is_worked(solution) else None

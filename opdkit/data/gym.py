@@ -8,12 +8,12 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from opdkit.base.errors import UserError, nearest
-from opdkit.types import Row
+from opdkit.types import DataRow
 
 PREFIX = "reasoning_gym:"
 
 
-def gym_rows(address: str, *, limit: int | None = None, seed: int = 0) -> list[Row]:
+def gym_rows(address: str, *, limit: int | None = None, seed: int = 0) -> list[DataRow]:
     """The task's rows.
 
     Each keeps under `reasoning_gym` what the task's own scorer needs: task, config and entry.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from opdkit.base.errors import UserError, nearest
 from opdkit.data.columns import normalise
 from opdkit.data.gym import PREFIX, gym_rows
-from opdkit.types import Row
+from opdkit.types import DataRow
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -30,13 +30,13 @@ HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name or owner/name:conf
 
 
 def load_rows(
-    source: str | os.PathLike[str] | Sequence[Row] | Dataset,
+    source: str | os.PathLike[str] | Sequence[DataRow] | Dataset,
     *,
     split: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     columns: Mapping[str, str] | None = None,
-) -> list[Row]:
+) -> list[DataRow]:
     """The rows of a data set, with `prompt`, `answer`, `response`, `teacher` and `id` as
     `columns.normalise` says.
 
@@ -71,7 +71,7 @@ def load_rows(
     return rows
 
 
-def _named(name: str, split: str | None) -> Iterable[Row]:
+def _named(name: str, split: str | None) -> Iterable[DataRow]:
     path = Path(name).expanduser()
     if path.is_dir():
         return _folder(path, split)
@@ -93,7 +93,7 @@ def _named(name: str, split: str | None) -> Iterable[Row]:
 # -------------------------------------------------------------------------------------------- files
 
 
-def _file(path: Path) -> Iterator[Row]:
+def _file(path: Path) -> Iterator[DataRow]:
     if not path.name.endswith(SUFFIXES):
         raise UserError(
             f"{path} is of a kind that is not read here: convert it to one of {', '.join(SUFFIXES)}"
@@ -123,7 +123,7 @@ def _open(path: Path) -> Any:
     )
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(path: Path) -> Iterator[DataRow]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -144,7 +144,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
             yield row
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path) -> Iterator[DataRow]:
     with _open(path) as file:
         try:
             content = json.load(file)
@@ -164,7 +164,7 @@ def _json(path: Path) -> Iterator[Row]:
     yield from rows
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[DataRow]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
@@ -174,7 +174,7 @@ def _parquet(path: Path) -> Iterator[Row]:
             yield from batch.to_pylist()
 
 
-def _folder(path: Path, split: str | None) -> Iterable[Row]:
+def _folder(path: Path, split: str | None) -> Iterable[DataRow]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = _datasets("folders written by save_to_disk").load_from_disk(str(path))
         return _dataset(saved, str(path), split)
@@ -227,7 +227,7 @@ def _extra(what: str, package: str) -> UserError:
     )
 
 
-def _hub(name: str, split: str | None) -> Iterable[Row]:
+def _hub(name: str, split: str | None) -> Iterable[DataRow]:
     """Splits may be sliced, as in `train[:100]`."""
     datasets = _datasets("data sets on the hub")
     repo, _, config = name.partition(":")
@@ -243,17 +243,17 @@ def _hub(name: str, split: str | None) -> Iterable[Row]:
         ) from error
 
 
-def _dataset(data: Dataset | DatasetDict, name: str, split: str | None) -> Iterable[Row]:
+def _dataset(data: Dataset | DatasetDict, name: str, split: str | None) -> Iterable[DataRow]:
     if isinstance(data, dict):
         data = data[_choose(list(data), split, name)]
     elif split is not None:
         raise UserError(
             f"split={split!r} was asked of {name}, which was saved without splits: leave it out"
         )
-    return cast("Iterable[Row]", data)
+    return cast("Iterable[DataRow]", data)
 
 
-def _memory(source: Any) -> Iterable[Row]:
+def _memory(source: Any) -> Iterable[DataRow]:
     if isinstance(source, Mapping):
         raise UserError(
             f"the data holds splits ({', '.join(map(str, source))}), not rows: pass one, for "

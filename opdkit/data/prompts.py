@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from opdkit.base.errors import UserError, nearest
 from opdkit.base.progress import progress
 from opdkit.data.columns import text
-from opdkit.types import Prompt, Row
+from opdkit.types import DataRow, Prompt
 
 MANY = 20_000  # prompts whose tokenising takes long enough to show progress (about 8000 per second)
 NAMED = 10  # dropped prompts that a report lists one by one
@@ -33,7 +33,7 @@ class Prompts(Sequence[Prompt]):
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[DataRow],
         tokenizer: Any,
         *,
         max_prompt_length: int | None = None,
@@ -55,7 +55,7 @@ class Prompts(Sequence[Prompt]):
         if max_prompt_length is not None:
             self._drop(max_prompt_length)
 
-    def _check(self, rows: Sequence[Row], has_template: bool) -> None:
+    def _check(self, rows: Sequence[DataRow], has_template: bool) -> None:
         if not rows:
             raise UserError(
                 "there are no rows to make prompts of: check the data set's path, split and filters"
@@ -150,7 +150,7 @@ class Prompts(Sequence[Prompt]):
 
     # ----------------------------------------------------------------------------------- one prompt
 
-    def _tokens(self, row: Row) -> list[int]:
+    def _tokens(self, row: DataRow) -> list[int]:
         prompt = row["prompt"]
         if not self.chat:
             if not isinstance(prompt, str):
@@ -208,7 +208,7 @@ class Prompts(Sequence[Prompt]):
     def _encode(self, written: str, *, special: bool) -> list[int]:
         return list(self.tokenizer(written, add_special_tokens=special)["input_ids"])
 
-    def _fill(self, prompt: str, row: Row) -> str:
+    def _fill(self, prompt: str, row: DataRow) -> str:
         if self.template is None:
             return prompt
         try:
@@ -217,7 +217,7 @@ class Prompts(Sequence[Prompt]):
             raise _no_column(str(error.args[0]), row) from None
 
 
-def _no_column(name: str, row: Row) -> UserError:
+def _no_column(name: str, row: DataRow) -> UserError:
     return UserError(
         f"template reads the column {name!r}, which row {row['id']!r} does not "
         f"have{nearest(name, list(row))}"

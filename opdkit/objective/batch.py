@@ -25,7 +25,7 @@ from opdkit.objective.facts import (
     VocabularyFact,
 )
 from opdkit.objective.kernels import Vocabulary
-from opdkit.types import Row
+from opdkit.types import DataRow
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -52,7 +52,7 @@ class Batch:
         seed: int = 0,
         uniform: Tensor | None = None,  # [B, T]: replaces the keyed draws
         memory: Mapping[str, Any] | None = None,
-        rows: Sequence[Row] | None = None,
+        rows: Sequence[DataRow] | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         self.tokens, self.mask = tokens, mask

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError
-from opdkit.types import Row
+from opdkit.types import DataRow
 
 if TYPE_CHECKING:
     from transformers import (
@@ -88,7 +88,7 @@ def written(a: int, b: int, rng: random.Random, forget: float = 0.0) -> str:
     return "".join(lines) + "=" + total
 
 
-def problem(rng: random.Random, held: bool = False, forget: float = 0.0) -> Row:
+def problem(rng: random.Random, held: bool = False, forget: float = 0.0) -> DataRow:
     """One row: `prompt`, `response` (with carries forgotten at the rate `forget`) and `answer`,
     which is always right.
     """
@@ -103,7 +103,7 @@ def problem(rng: random.Random, held: bool = False, forget: float = 0.0) -> Row:
             }
 
 
-def problems(n: int, seed: int, held: bool = False, forget: float = 0.0) -> list[Row]:
+def problems(n: int, seed: int, held: bool = False, forget: float = 0.0) -> list[DataRow]:
     """n rows, the same for the same seed; `held` chooses the evaluation set, disjoint from training
     for any two seeds.
     """
@@ -172,7 +172,7 @@ def model(size: str, vocab_size: int, seed: int) -> Qwen3ForCausalLM:
 # ------------------------------------------------------------------------------ supervised training
 
 
-def collate(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+def collate(rows: Sequence[DataRow], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Token ids [n, T], padded on the right, and labels [n, T]: `IGNORED` on prompts and padding,
     the response ends with eos.
     """
@@ -190,7 +190,7 @@ def collate(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> tuple[Te
 def pretrain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[DataRow],
     steps: int,
     batch_size: int,
     learning_rate: float,

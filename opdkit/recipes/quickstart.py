@@ -19,7 +19,7 @@ from opdkit.report import write_report
 from opdkit.run.launch import execute
 from opdkit.run.settings import claim_folder, make_run
 from opdkit.train import checkpoint as checkpoints
-from opdkit.types import Row
+from opdkit.types import DataRow
 
 HELD_OUT = 512  # problems of the evaluation
 OPD: dict[str, Any] = {
@@ -126,7 +126,7 @@ def _trained(size: str, tokenizer: Any, seed: int) -> Any:
         return arithmetic.start(size, tokenizer, seed, lambda step, loss: tick(step))
 
 
-def _write(path: Path, rows: list[Row]) -> str:
+def _write(path: Path, rows: list[DataRow]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

@@ -16,7 +16,7 @@ from typing import Any
 from opdkit.base.errors import UserError
 from opdkit.base.progress import progress
 from opdkit.rewards.sandbox import Calls, Limits, Prints, Sandbox, Verdict
-from opdkit.types import Rollout, Row
+from opdkit.types import DataRow, Rollout
 
 MANY = 200  # programs whose running takes long enough to show progress
 COLUMNS = (
@@ -102,7 +102,7 @@ def _answer(text: str) -> str:
     return said if said.strip() else text
 
 
-def _case(row: Row, text: str, challenge: bool) -> Calls | Prints:
+def _case(row: DataRow, text: str, challenge: bool) -> Calls | Prints:
     if row.get("input_output") not in (None, "", {}):
         return _input_output(row, text)
     if row.get("test") and row.get("entry_point"):
@@ -130,7 +130,7 @@ def _lines(value: Any) -> list[str]:
     return [str(text) for text in texts if str(text).strip()]
 
 
-def _human_eval(row: Row, text: str) -> Calls:
+def _human_eval(row: DataRow, text: str) -> Calls:
     """check(candidate) of the row's `test`.
 
     A response that does not define the entry point continues the prompt.
@@ -149,12 +149,12 @@ def _human_eval(row: Row, text: str) -> Calls:
     )
 
 
-def _asserts(row: Row, text: str, tests: tuple[str, ...], setup: tuple[str, ...]) -> Calls:
+def _asserts(row: DataRow, text: str, tests: tuple[str, ...], setup: tuple[str, ...]) -> Calls:
     plan = _plan(tests, setup, str(row.get("code") or ""))
     return Calls((_program(text, plan.wanted),), plan.tests, plan.wanted, setup=plan.setup)
 
 
-def _input_output(row: Row, text: str) -> Calls | Prints:
+def _input_output(row: DataRow, text: str) -> Calls | Prints:
     """APPS: pairs of standard input and output, or of arguments and result of the function
     `fn_name`.
     """

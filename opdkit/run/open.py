@@ -31,7 +31,7 @@ from opdkit.teachers.kinds import Cached, Local, Mixture, Routes, Server, Spec, 
 from opdkit.teachers.views.translated import Familiar, refuse_chat, translated
 from opdkit.train.collect.collector import Sampler
 from opdkit.train.student import Student, with_adapters
-from opdkit.types import Row, Watch
+from opdkit.types import DataRow, Watch
 
 INTERNAL = frozenset({"student", "sampler", "live"})  # models that are the run itself
 
@@ -45,8 +45,8 @@ class Given:
     student: Any = None
     teacher: Any = None
     tokenizer: Any = None
-    rows: Sequence[Row] | None = None
-    eval_rows: Sequence[Row] | None = None
+    rows: Sequence[DataRow] | None = None
+    eval_rows: Sequence[DataRow] | None = None
     method: Method | None = None
     reward: Reward | None = None
     # is told of each step, instead of a line on the screen

@@ -16,7 +16,7 @@ from opdkit.data.cache import Cache, CachedPrompts, is_cache, open_cache
 from opdkit.methods.method import Method
 from opdkit.run.settings import Data, Run
 from opdkit.teachers.kinds import Cached as CachedSpec
-from opdkit.types import Row
+from opdkit.types import DataRow
 
 
 def from_cache(method: Method, run: Run) -> Method:
@@ -43,7 +43,7 @@ def stored_rollouts(run: Run, method: Method) -> Cache | None:
     return open_cache(source)
 
 
-def read_rows(data: Data, rows: Sequence[Row] | None, seed: int) -> list[Row]:
+def read_rows(data: Data, rows: Sequence[DataRow] | None, seed: int) -> list[DataRow]:
     if rows is None and is_cache(data.source):
         return open_cache(data.source).rows[: data.limit]
     return load_rows(
@@ -55,7 +55,7 @@ def read_rows(data: Data, rows: Sequence[Row] | None, seed: int) -> list[Row]:
     )
 
 
-def make_prompts(data: Data, rows: list[Row], tokenizer: Any) -> Prompts:
+def make_prompts(data: Data, rows: list[DataRow], tokenizer: Any) -> Prompts:
     written: dict[str, Any] = {
         name: getattr(data, name) for name in ("template", "system", "chat", "enable_thinking")
     }
@@ -70,6 +70,6 @@ def make_prompts(data: Data, rows: list[Row], tokenizer: Any) -> Prompts:
     return prompts
 
 
-def as_rows(prompts: Sequence[Any]) -> list[Row]:
+def as_rows(prompts: Sequence[Any]) -> list[DataRow]:
     """Texts or rows as rows."""
     return [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]

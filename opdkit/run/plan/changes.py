@@ -14,7 +14,7 @@ from opdkit.sampling.vllm import VllmSettings
 from opdkit.teachers.kinds import Local, refuse, spec_of
 from opdkit.train.settings import Lora
 
-WORTH = 0.99  # of the peak: what lowers it by less is not told
+TOLD_BELOW = 0.99  # of the peak: what lowers it by less is not told
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def changes(
     out = [
         Change(setting, memory.peak[0], memory.fits)
         for setting, memory in tried
-        if memory.peak[0] < WORTH * before
+        if memory.peak[0] < TOLD_BELOW * before
     ]
     return sorted(out, key=lambda change: change.peak)
 

@@ -63,7 +63,7 @@ def step_of(run: Run, device: Device) -> Step:
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """Bytes in the phases in which they are held."""
 
     name: str
@@ -75,7 +75,7 @@ class Memory:
     """What a step holds."""
 
     device: Device
-    parts: list[Part] = field(default_factory=list)
+    parts: list[MemoryPart] = field(default_factory=list)
     rows: int = 0  # rollouts that are sampled at once
 
     def add(self, name: str, size: float, phases: Iterable[str] = PHASES) -> None:
@@ -83,7 +83,7 @@ class Memory:
 
     def part(self, name: str, sizes: Mapping[str, float]) -> None:
         if any(sizes.values()):
-            self.parts.append(Part(name, {phase: round(size) for phase, size in sizes.items()}))
+            self.parts.append(MemoryPart(name, {phase: round(size) for phase, size in sizes.items()}))
 
     def total(self, phase: str) -> int:
         return sum(part.bytes.get(phase, 0) for part in self.parts)
