@@ -206,8 +206,8 @@ def divergence(kind: Kind, ls: Tensor, lt: Tensor, cap: float | None = None) -> 
 
 
 def finite(logp: Tensor) -> Tensor:
-    """Log-probs with -inf replaced by `LOGP_FLOOR`; NaN stays NaN, so that it is found and
-    reported.
+    """[..., K]: log-probs with -inf replaced by `LOGP_FLOOR`; NaN stays NaN, so that it is found
+    and reported.
     """
     return torch.nan_to_num(logp, nan=math.nan, posinf=math.inf, neginf=LOGP_FLOOR)
 

@@ -86,6 +86,7 @@ class _Probe(Batch):
         return fact.made_up(self.ROWS, self.LENGTH, self.VOCABULARY)
 
     def mark(self, name: str) -> Tensor:
+        """[ROWS, LENGTH] bool."""
         return self.read(ColumnFact(f"mark:{name}"))
 
     def source(self, model: str, fact: Fact | None = None) -> AlignedSource:

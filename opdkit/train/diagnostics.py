@@ -125,8 +125,8 @@ def of_tokens(batch: Batch, entropy: Tensor, gap: Tensor) -> dict[str, Tensor]:
 
 
 def of_weights(plan: StepPlan) -> dict[str, Tensor]:
-    """Per term: quantiles of its weights where they are not a mere number, and the effective number
-    of its tokens.
+    """Per term, [] each: quantiles of its weights where they are not a mere number, and the
+    effective number of its tokens.
     """
     out: dict[str, Tensor] = {}
     for part in plan.parts:

@@ -222,6 +222,7 @@ def collate(
     width = max((len(r.tokens) for r in rollouts), default=0)
 
     def table(rows: list[list[Any]], kind: torch.dtype) -> Tensor:
+        """[B, T], zero where a row has ended."""
         return (
             torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=kind)
             .view(len(rows), width)
@@ -283,8 +284,8 @@ def _number(rollout: Rollout, name: str) -> float:
 
 
 def _refuse_nan(fact: Fact, values: Tensor, batch: Batch, rollouts: Sequence[Rollout]) -> None:
-    """NaN from a model means that it is broken; training on it would spread it into every
-    weight.
+    """NaN in a fact [B, T] or [B, T, k] means that its model is broken; training on it would
+    spread it into every weight.
     """
     bad = values.isnan().flatten(2).any(-1) if values.dim() > 2 else values.isnan()
     bad = bad & batch.mask

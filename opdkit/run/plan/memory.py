@@ -83,7 +83,8 @@ class Memory:
 
     def part(self, name: str, sizes: Mapping[str, float]) -> None:
         if any(sizes.values()):
-            self.parts.append(MemoryPart(name, {phase: round(size) for phase, size in sizes.items()}))
+            whole = {phase: round(size) for phase, size in sizes.items()}
+            self.parts.append(MemoryPart(name, whole))
 
     def total(self, phase: str) -> int:
         return sum(part.bytes.get(phase, 0) for part in self.parts)
