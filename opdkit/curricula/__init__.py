@@ -1,19 +1,26 @@
-"""What the student is asked next: a curriculum turns the prompts of a step into what is sampled."""
+"""What the student is asked next and who writes the answer: a curriculum hands over a writer, and
+remembers what its rollouts showed.
+"""
 
-from opdkit.curricula.base import Ask, Curriculum, Mixed, Plain
+from opdkit.curricula.base import Curriculum, Plain, writer_of
 from opdkit.curricula.cached import Cached, reads_cache
+from opdkit.curricula.mixed import Mixed
 from opdkit.curricula.pass_rate import PassRates
 from opdkit.curricula.prefix import TeacherPrefix
 from opdkit.curricula.replay import Replay
+from opdkit.curricula.writer import Memory, StepContext, Writer
 
 __all__ = [
-    "Ask",
     "Cached",
     "Curriculum",
+    "Memory",
     "Mixed",
     "PassRates",
     "Plain",
     "Replay",
+    "StepContext",
     "TeacherPrefix",
+    "Writer",
     "reads_cache",
+    "writer_of",
 ]

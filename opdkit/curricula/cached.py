@@ -5,18 +5,32 @@ OPD).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from opdkit.curricula.base import Curriculum, Memory, Plain
+from opdkit.curricula.base import Curriculum, Plain, writer_of
+from opdkit.curricula.writer import StepContext, Writer
+from opdkit.types import Rollout
+
+
+@dataclass(frozen=True)
+class CacheWriter(Writer):
+    """Each prompt's stored responses, all of them, as they were written."""
+
+    stored: ClassVar[bool] = True
+
+    def write(self, context: StepContext) -> list[Rollout]:
+        return [rollout for prompt in context.prompts for rollout in context.stored(prompt)]
 
 
 @dataclass(frozen=True)
 class Cached(Plain):
     """The prompts of a step as they come, each with all its stored responses. arXiv 2604.13010."""
 
-    def source(self, step: int, total_steps: int, seed: int, memory: Memory) -> str:
-        return "cache"
+    @property
+    def writer(self) -> Writer:
+        return CacheWriter()
 
 
 def reads_cache(curriculum: Curriculum) -> bool:
     """Whether a curriculum takes its responses from a cache: then all of them."""
-    return curriculum.source(0, 1, 0, {}) == "cache"
+    return writer_of(curriculum).stored

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from opdkit.curricula.base import Memory, Plain
+from opdkit.curricula.base import Plain
+from opdkit.curricula.writer import Memory
 from opdkit.types import Rollout
 
 
@@ -21,6 +23,7 @@ class PassRates(Plain):
     """
 
     window: int = 8
+    needs_own: ClassVar[bool] = True
 
     def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
         fresh: dict[str, list[bool]] = {}

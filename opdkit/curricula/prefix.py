@@ -5,11 +5,40 @@ the run (TrOPD).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from opdkit.curricula.base import Ask, Memory, Plain, Reference
-from opdkit.types import Prompt, Sampling
+from opdkit.curricula.base import Plain
+from opdkit.curricula.writer import StepContext, Writer
+from opdkit.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class GuidedWriter(Writer):
+    """The student: plain rollouts, then `extra` guided ones for each prompt that has a reference
+    response.
+    """
+
+    extra: int
+    own: ClassVar[bool] = True
+
+    def write(self, context: StepContext) -> list[Rollout]:
+        rollouts = context.sample(context.prompts, context.sampling)
+        if guided := self.guided(context):
+            settings = replace(context.sampling, num_generations=self.extra)
+            rollouts = rollouts + context.sample(guided, settings)
+        return rollouts
+
+    def guided(self, context: StepContext) -> list[Prompt]:
+        """The prompts that have a reference response, with its beginning."""
+        share = prefix_share(context.step, context.total_steps)
+        made = []
+        for prompt in context.prompts:
+            response = context.reference(prompt) or []
+            length = min(math.floor(share * len(response)), context.sampling.max_completion_length)
+            if length > 0:
+                made.append(replace(prompt, id=f"{prompt.id}:guided", prefix=response[:length]))
+        return made
 
 
 @dataclass(frozen=True)
@@ -24,28 +53,9 @@ class TeacherPrefix(Plain):
 
     extra: int = 1
 
-    def plan(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        reference: Reference,
-        step: int,
-        total_steps: int,
-        memory: Memory,
-    ) -> list[Ask]:
-        asks = super().plan(prompts, sampling, reference, step, total_steps, memory)
-        alpha = prefix_share(step, total_steps)
-        guided = []
-        for prompt in prompts:
-            length = math.floor(alpha * len(reference(prompt) or ()))
-            if length > 0:
-                prefix = (reference(prompt) or [])[: min(length, sampling.max_completion_length)]
-                guided.append(replace(prompt, id=f"{prompt.id}:guided", prefix=list(prefix)))
-        return (
-            [*asks, Ask(tuple(guided), replace(sampling, num_generations=self.extra))]
-            if guided
-            else asks
-        )
+    @property
+    def writer(self) -> Writer:
+        return GuidedWriter(self.extra)
 
 
 def prefix_share(step: int, total_steps: int) -> float:

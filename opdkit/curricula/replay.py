@@ -8,14 +8,41 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
-import torch
-
-from opdkit.base.errors import UserError
-from opdkit.curricula.base import Memory, Plain, coin
-from opdkit.objective.maths import keyed_uniform
+from opdkit.curricula.base import Plain
+from opdkit.curricula.data import DataWriter
+from opdkit.curricula.store import StoreWriter
+from opdkit.curricula.student import StudentWriter
+from opdkit.curricula.writer import Memory, StepContext, Writer
 from opdkit.types import Rollout
 
 RAISE = 0.1  # added to the share of student text when the validation loss rises
+
+
+@dataclass(frozen=True)
+class ReplayWriter(Writer):
+    """The student, what it wrote before, or the data: one of them per step, as the schedule says
+    (see `Replay`).
+    """
+
+    schedule: str
+    threshold: float
+    capacity: int
+
+    def write(self, context: StepContext) -> list[Rollout]:
+        step, total_steps, memory = context.step, context.total_steps, context.memory
+        return self.choose(context.coin, step, total_steps, memory).write(context)
+
+    def fresh(self, phi: float, step: int, total_steps: int) -> float:
+        """q: the share of batches that the student writes anew."""
+        done = min(step / max(total_steps, 1), 1.0)
+        return phi * {"decreasing": 1 - done, "constant": 0.5, "increasing": done}[self.schedule]
+
+    def choose(self, coin: float, step: int, total_steps: int, memory: Memory) -> Writer:
+        """Who writes the step for a draw in [0, 1)."""
+        phi, full = memory.get("phi", self.threshold), len(memory.get("store", ())) >= self.capacity
+        if coin < self.fresh(phi, step, total_steps) or (coin < phi and not full):
+            return StudentWriter()
+        return StoreWriter(self.capacity) if coin < phi else DataWriter()
 
 
 @dataclass(frozen=True)
@@ -23,8 +50,8 @@ class Replay(Plain):
     """DistiLLM (arXiv 2402.03898): student text in a share phi of the batches, written anew in a
     share q <= phi.
 
-        u ~ U(0, 1) per step:  u < q, or u < phi while the store is not full: "student";  else u <
-        phi: "replay";  else "data"
+        u ~ U(0, 1) per step:  u < q, or u < phi while the store is not full: the student;  else u <
+        phi: the store;  else the data
         q = phi (1 - step/total) "decreasing", phi/2 "constant", phi step/total "increasing"
 
     phi starts at `threshold` and rises by 0.1, to at most 1, whenever the validation loss is
@@ -52,34 +79,9 @@ class Replay(Plain):
         if self.capacity < 1:
             raise ValueError(f"capacity={self.capacity} must be at least 1")
 
-    def fresh(self, phi: float, step: int, total_steps: int) -> float:
-        """q: the share of batches that the student writes anew."""
-        done = min(step / max(total_steps, 1), 1.0)
-        return phi * {"decreasing": 1 - done, "constant": 0.5, "increasing": done}[self.schedule]
-
-    def choose(self, u: float, step: int, total_steps: int, memory: Memory) -> str:
-        """ "student", "replay" or "data" for a draw u in [0, 1)."""
-        phi, full = memory.get("phi", self.threshold), len(memory.get("store", ())) >= self.capacity
-        if u < self.fresh(phi, step, total_steps) or (u < phi and not full):
-            return "student"
-        return "replay" if u < phi else "data"
-
-    def source(self, step: int, total_steps: int, seed: int, memory: Memory) -> str:
-        """Who writes this step's batch; the same draw in a resumed run."""
-        return self.choose(coin(step, seed), step, total_steps, memory)
-
-    def replay(self, count: int, step: int, seed: int, memory: Memory) -> list[Rollout]:
-        """`count` different responses of the store, drawn at random."""
-        store = memory.get("store", [])
-        if count > len(store):
-            raise UserError(
-                f"a batch of {count} responses cannot be drawn from a store of {len(store)}: "
-                f"set capacity (now {self.capacity}) to at least the responses of one step"
-            )
-        order = keyed_uniform(seed, step, "replay", torch.arange(len(store)), 1, torch.float64)[
-            :, 0
-        ].argsort()
-        return [Rollout(**store[i]) for i in order[:count].tolist()]
+    @property
+    def writer(self) -> Writer:
+        return ReplayWriter(self.schedule, self.threshold, self.capacity)
 
     def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
         """Memory with what the student has just written; replayed responses and those of the data

@@ -8,9 +8,12 @@ from functools import reduce
 from typing import cast
 
 from opdkit.base.errors import UserError
-from opdkit.curricula import Curriculum, Mixed, PassRates, Plain
-from opdkit.curricula.base import Ask, Memory, Reference
-from opdkit.types import Prompt, Rollout, Sampling
+from opdkit.curricula.base import Curriculum, Plain, writer_of
+from opdkit.curricula.mixed import Mixed
+from opdkit.curricula.writer import Memory, Writer
+from opdkit.types import Rollout
+
+IDLE: tuple[Curriculum, ...] = (Plain(), Mixed(1.0))  # those that decide and remember nothing
 
 
 @dataclass(frozen=True)
@@ -24,25 +27,12 @@ class Together:
         return any(part.validates for part in self.parts)
 
     @property
-    def writer(self) -> Curriculum:
-        return next((part for part in self.parts if writes(part)), Plain())
+    def needs_own(self) -> bool:
+        return any(part.needs_own for part in self.parts)
 
-    def source(self, step: int, total_steps: int, seed: int, memory: Memory) -> str:
-        return self.writer.source(step, total_steps, seed, memory)
-
-    def plan(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        reference: Reference,
-        step: int,
-        total_steps: int,
-        memory: Memory,
-    ) -> list[Ask]:
-        return self.writer.plan(prompts, sampling, reference, step, total_steps, memory)
-
-    def replay(self, count: int, step: int, seed: int, memory: Memory) -> list[Rollout]:
-        return self.writer.replay(count, step, seed, memory)
+    @property
+    def writer(self) -> Writer | None:
+        return next((part.writer for part in self.parts if part.writer is not None), None)
 
     def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
         return reduce(lambda known, part: part.observe(rollouts, known), self.parts, memory)
@@ -51,26 +41,19 @@ class Together:
         return reduce(lambda known, part: part.validated(loss, known), self.parts, memory)
 
 
-def writes(curriculum: Curriculum) -> bool:
-    """Whether it decides who writes the responses or to which prompts; others only remember."""
-    return any(
-        getattr(type(curriculum), n) is not getattr(Plain, n) for n in ("source", "plan", "replay")
-    )
-
-
 def join(a: Curriculum, b: Curriculum, names: tuple[str, str]) -> Curriculum:
     """Both curricula at once, where they do not contradict each other."""
     every = [part for c in (a, b) for part in (c.parts if isinstance(c, Together) else (c,))]
-    parts = tuple(dict.fromkeys(part for part in every if part not in (Plain(), Mixed(1.0))))
-    writers = [part for part in parts if writes(part)]
-    if len(writers) > 1 or len({type(part) for part in parts}) < len(parts):
+    parts = tuple(dict.fromkeys(part for part in every if part not in IDLE))
+    writing = [part for part in parts if part.writer is not None]
+    if len(writing) > 1 or len({type(part) for part in parts}) < len(parts):
         raise UserError(
             f"{names[0]} and {names[1]} cannot be combined: each brings its own curriculum, "
             f"{' and '.join(map(str, parts))}, and only one can decide. Choose arguments that "
             "switch one of them off"
         )
-    other = next((part for part in writers if type(part).source is not Plain.source), None)
-    if other is not None and any(isinstance(part, PassRates) for part in parts):
+    other = next((part for part in writing if not writer_of(part).own), None)
+    if other is not None and any(part.needs_own for part in parts):
         raise UserError(
             f"{names[0]} and {names[1]} cannot be combined: one weighs prompts by how often the "
             f"student now solves them, and with {other} not every response is the student's own of "
@@ -84,7 +67,7 @@ def keeper(curriculum: Curriculum, name: str) -> Curriculum:
     """What a weight brings along: memory, but not a decision about who writes, which is that of the
     method it multiplies.
     """
-    if curriculum != Mixed(1.0) and writes(curriculum):
+    if curriculum.writer is not None:
         raise UserError(
             f"{name} as a weight would also bring its curriculum {curriculum}, which decides who "
             "writes the responses; that is for the method on the left to say. Use it there, or as "

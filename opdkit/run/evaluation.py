@@ -6,20 +6,27 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
 
 from opdkit.base.errors import UserError
+from opdkit.curricula.data import given
 from opdkit.data import Prompts
 from opdkit.eval import EvalResult, evaluate_model
 from opdkit.objective.facts import LogpFact
 from opdkit.objective.needs import Needs
 from opdkit.rewards import Reward
+from opdkit.run.prompts import make_prompts
 from opdkit.run.settings import Run
 from opdkit.sampling import HFSampler
-from opdkit.train.collect.sources import given
+from opdkit.teachers import Remote, Routed, Scorer
+from opdkit.teachers.views.translated import spoken
+from opdkit.train.collect.collector import Questions
 from opdkit.train.gather import gather
-from opdkit.train.job import Job
 from opdkit.train.student import Student
+from opdkit.types import Row
 
 
 @dataclass
@@ -71,14 +78,15 @@ class Validator:
     nats per token.
     """
 
-    job: Job
-    prompts: Prompts
+    student: Student
+    scorer: Scorer | Remote  # the student as it is now
+    prompts: Questions
+    max_completion_length: int
     count: int = 64
 
     def __call__(self) -> float:
-        asked = [i for i in range(len(self.prompts)) if self.prompts.response_tokens(i)][
-            : self.count
-        ]
+        responses = ((i, self.prompts.response_tokens(i)) for i in range(len(self.prompts)))
+        asked = list(islice(((i, response) for i, response in responses if response), self.count))
         if not asked:
             raise UserError(
                 "this method adapts to the loss on held-out reference responses, and the data has "
@@ -86,14 +94,40 @@ class Validator:
                 "there is no evaluation"
             )
         rollouts = [
-            given(replace(self.job, prompts=self.prompts), self.prompts[i], i, f"validation/{i}")
-            for i in asked
+            given(self.prompts[i], response, self.max_completion_length, f"validation/{i}")
+            for i, response in asked
         ]
-        with self.job.student.autocast():
+        with self.student.autocast():
             batch = gather(
                 rollouts,
                 Needs(frozenset({LogpFact("student")})),
-                self.job.scorers,
-                device=self.job.student.device,
+                {"student": self.scorer},
+                device=self.student.device,
             )
         return -batch["student"].logp[batch.mask].mean().item()
+
+
+def score_teachers(
+    evaluator: Evaluator, scorers: Mapping[str, Scorer | Remote], rows: list[Row]
+) -> None:
+    """Where the run evaluates its teachers too: their own scores on the held-out problems `rows`,
+    each asked in its own tokens.
+    """
+    settings = evaluator.run.evaluate
+    if settings is None or not settings.teacher:
+        return
+    for name, teacher in _by_name(scorers["teacher"]).items():
+        local, theirs = spoken(teacher)
+        asked, tokenizer = evaluator.prompts, evaluator.sampler.tokenizer
+        if theirs is not None:
+            asked, tokenizer = make_prompts(settings.prompts, rows, theirs), theirs
+        with local.around():
+            sampler = HFSampler(local.model, tokenizer, head=local.head)
+            replace(evaluator, prompts=asked).score(sampler, name, 0)
+
+
+def _by_name(scorer: Any) -> dict[str, Any]:
+    """The teachers in this process by the name they are evaluated under."""
+    if isinstance(scorer, Routed):
+        return {f"teacher {k}": m for k, m in scorer.teachers.items()}
+    return {"teacher": scorer}

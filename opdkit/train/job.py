@@ -4,59 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from opdkit.curricula import Curriculum, Plain
+from opdkit.curricula import Curriculum
 from opdkit.objective.grammar import Objective
-from opdkit.objective.needs import Needs
-from opdkit.rewards import Reward
+from opdkit.objective.needs import Needs, needs
 from opdkit.teachers import Remote, Scorer
 from opdkit.train.checkpoint import State
-from opdkit.train.collect.collector import Questions, Sampler, Stored
+from opdkit.train.collect.collector import Collector
 from opdkit.train.record import Recorder
-from opdkit.train.settings import Checkpoint, Optim
+from opdkit.train.settings import Checkpoint
 from opdkit.train.student import Student
-from opdkit.types import Sampling
 
 
-@dataclass
-class Job:
-    """A run with everything built: what `run.build.prepare` hands to `train`."""
+@dataclass(frozen=True)
+class Length:
+    """When a run ends: after `steps`, or at the first step by which the student has written
+    `max_tokens`.
+    """
 
-    objective: Objective
-    needs: Needs
-    student: Student
-    sampler: Sampler
-    # "student" as it is now, and every model the objective reads
-    scorers: Mapping[str, Scorer | Remote]
-    prompts: Questions
-    stream: Any  # data.PromptStream
-    sampling: Sampling
-    folder: Path
-    tokenizer: Any
-    recorder: Recorder
     steps: int
-    prompts_per_step: int
-    optim: Optim
-    checkpoint: Checkpoint
-    micro_batch_tokens: int
-    max_tokens: int | None = None  # that the student writes, after which the run ends
-    seed: int = 0
-    reward: Reward | None = None
-    curriculum: Curriculum = Plain()
-    stored: Stored | None = None  # where the curriculum reads its rollouts from a cache
-    dynamic_sampling: bool = False
-    overlong_margin: int | None = None
-    recompute_student: bool = False
-    correct_sampling: bool = False
-    # tokens whose text ends a line, where the objective reads their mark
-    newlines: frozenset[int] = frozenset()
-    evaluate: Callable[[int], float] | None = None  # step -> score
-    # loss on held-out reference responses, for curricula that want it
-    validate: Callable[[], float] | None = None
-    evaluate_every: int = 0
-    term_gradients_every: int = 0
+    max_tokens: int | None = None
 
     def ended(self, state: State) -> bool:
         """Whether the last step is done."""
@@ -74,3 +44,47 @@ class Job:
         return min(
             self.steps, max(state.step + 1, round(state.step * self.max_tokens / state.tokens))
         )
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How rollouts are scored by the student that learns from them (see `train.gather`)."""
+
+    recompute_student: bool = False  # with the trainer, whatever the sampler said
+    correct_sampling: bool = False  # ratios to the distribution that tokens were drawn from
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What held-out data is used for: before the first step, every so many, after the last."""
+
+    every: int = 0  # steps; 0: only before and after
+    score: Callable[[int], float] | None = None  # of the student at a step; the best is kept
+    # loss on reference responses, for curricula that adapt to it
+    validate: Callable[[], float] | None = None
+
+
+@dataclass
+class Job:
+    """A run with everything built: what `run.build.prepare` hands to `train`."""
+
+    objective: Objective
+    curriculum: Curriculum  # what is remembered of rollouts and evaluations
+    collector: Collector  # where rollouts come from
+    student: Student
+    # "student" as it is now, and every model the objective reads
+    scorers: Mapping[str, Scorer | Remote]
+    recorder: Recorder
+    folder: Path
+    tokenizer: Any
+    length: Length
+    checkpoint: Checkpoint
+    micro_batch_tokens: int
+    scoring: Scoring = Scoring()
+    held_out: HeldOut = HeldOut()
+    seed: int = 0
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the objective reads."""
+        return needs(self.objective)

@@ -1,4 +1,4 @@
-"""The loop: plan, sample, reward, gather facts, weigh, learn per micro-batch, step, sync, observe,
+"""The loop: sample, reward, gather facts, weigh, learn per micro-batch, step, sync, observe,
 record. It knows no method.
 """
 
@@ -33,13 +33,14 @@ def train(job: Job, state: State) -> State:
 
     An error before the weights move leaves the step before it saved: only its own step is lost.
     """
-    job.stream.load(state.stream or job.stream.state())
+    stream = job.collector.stream
+    stream.load(state.stream or stream.state())
     # as it was loaded: a new run has nothing to save yet, a resumed one only what it adds
     saved = replace(state)
     while True:
         with _kept(job, state):
             _evaluate(job, state)
-        last = job.ended(state)
+        last = job.length.ended(state)
         due = (
             last
             or state.step == state.best_step
@@ -76,9 +77,12 @@ def train_step(job: Job, state: State) -> None:
     clock = Clock(job.student.device)
     student, step = job.student, state.step
 
-    total = job.expected_steps(state)
-    student.total_updates = total * job.optim.passes * job.optim.minibatches
-    rollouts = collect(job, state, clock)  # plan, sample, reward
+    total = job.length.expected_steps(state)
+    student.total_updates = total * student.optim.passes * student.optim.minibatches
+    collected = collect(  # sample, reward
+        job.collector, student, clock, step=step, total_steps=total, memory=state.memory
+    )
+    rollouts, state.tokens = collected.rollouts, state.tokens + collected.tokens
     with clock("score"), student.autocast():  # gather facts
         batch = gather(
             rollouts,
@@ -89,13 +93,12 @@ def train_step(job: Job, state: State) -> None:
             seed=job.seed,
             memory=state.memory,
             policy_version=student.updates,
-            recompute_student=job.recompute_student,
-            correct_sampling=job.correct_sampling,
+            recompute_student=job.scoring.recompute_student,
+            correct_sampling=job.scoring.correct_sampling,
             device=student.device,
             dtype=torch.promote_types(torch.float32, student.parameters[0].dtype),
         )
-    every = job.term_gradients_every
-    record = StepRecord(job.objective.names, bool(every) and step % every == 0)
+    record = job.recorder.start(step, job.objective.names)
     with clock("learn"):
         for number, rows in enumerate(_optimiser_steps(job, rollouts, step)):
             if number and job.needs.of("live"):
@@ -103,11 +106,11 @@ def train_step(job: Job, state: State) -> None:
                     refresh(batch, job.needs, job.scorers, rollouts)
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record)  # learn per micro-batch, step
-    job.sampler.sync(student.model, student.updates)  # sync
+    job.collector.sampler.sync(student.model, student.updates)  # sync
 
     state.memory = job.curriculum.observe(rollouts, state.memory)  # observe
     state.step += 1
-    state.stream = job.stream.state()
+    state.stream = job.collector.stream.state()
     # record
     job.recorder.step(state.step, state.tokens, rollouts, batch, record, clock.seconds, student)
 
@@ -116,16 +119,17 @@ def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> Iterat
     """Rows of each optimiser step: `passes` times through the rollouts in `minibatches` parts; a
     prompt's rollouts stay together.
     """
-    if job.optim.minibatches == 1:
-        yield from [None] * job.optim.passes
+    optim = job.student.optim
+    if optim.minibatches == 1:
+        yield from [None] * optim.passes
         return
     groups = list(dict.fromkeys(r.group for r in rollouts))
-    for number in range(job.optim.passes):
+    for number in range(optim.passes):
         keys = torch.arange(len(groups))
         order = keyed_uniform(job.seed, step, f"pass {number}", keys, 1, torch.float64)[
             :, 0
         ].argsort()
-        for part in order.tensor_split(min(job.optim.minibatches, len(groups))):
+        for part in order.tensor_split(min(optim.minibatches, len(groups))):
             mine = {groups[i] for i in part.tolist()}
             yield torch.tensor(
                 [b for b, r in enumerate(rollouts) if r.group in mine], device=job.student.device
@@ -190,17 +194,18 @@ def _evaluate(job: Job, state: State) -> None:
     """Score the student where it is due: before the first step, every so many, after the last;
     remember the best.
     """
+    held_out = job.held_out
     due = (
         state.step == 0
-        or job.ended(state)
-        or (job.evaluate_every and state.step % job.evaluate_every == 0)
+        or job.length.ended(state)
+        or (held_out.every and state.step % held_out.every == 0)
     )
     if not due or state.evaluated == state.step:
         return
-    if job.validate is not None:
-        state.memory = job.curriculum.validated(job.validate(), state.memory)
-    if job.evaluate is not None:
-        value = job.evaluate(state.step)
+    if held_out.validate is not None:
+        state.memory = job.curriculum.validated(held_out.validate(), state.memory)
+    if held_out.score is not None:
+        value = held_out.score(state.step)
         if state.step and (state.best is None or value > state.best):
             state.best, state.best_step = value, state.step
     state.evaluated = state.step

@@ -143,11 +143,18 @@ class Recorder:
     token_text: Callable[[int], str]
     keep_samples: int = 8
     sample_every: int = 10
+    # steps between measurements of each term's gradient in the logits; 0: never
+    term_gradients_every: int = 0
     show: Callable[[int, Mapping[str, float]], None] | None = None
     # where there are several teachers: the one that scores a rollout
     route: Callable[[Rollout], str] | None = None
     # of the device's arithmetic, by phase
     use: Callable[[Sequence[Rollout], Mapping[str, float]], dict[str, float]] | None = None
+
+    def start(self, step: int, names: tuple[str, ...]) -> StepRecord:
+        """An empty record of step number `step` (from 0) of an objective with terms `names`."""
+        every = self.term_gradients_every
+        return StepRecord(names, bool(every) and step % every == 0)
 
     def step(
         self,

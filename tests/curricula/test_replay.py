@@ -8,8 +8,13 @@ from dataclasses import replace
 import pytest
 
 from opdkit.base.errors import UserError
-from opdkit.curricula.replay import Replay
-from opdkit.types import Rollout
+from opdkit.curricula.data import DataWriter
+from opdkit.curricula.replay import Replay, ReplayWriter
+from opdkit.curricula.store import StoreWriter
+from opdkit.curricula.student import StudentWriter
+from opdkit.curricula.writer import Writer
+from opdkit.types import Prompt, Rollout, Sampling
+from tests.curricula.context import context
 
 
 def rollout(name: str, **changes) -> Rollout:
@@ -48,22 +53,32 @@ def test_share_stays_at_one():
     ("schedule", "q"), [("decreasing", 0.15), ("constant", 0.1), ("increasing", 0.05)]
 )
 def test_fresh_share(schedule, q):
-    assert Replay(schedule).fresh(0.2, 500, 2000) == pytest.approx(q, abs=1e-12)
+    assert ReplayWriter(schedule, 0.0, 1000).fresh(0.2, 500, 2000) == pytest.approx(q, abs=1e-12)
+
+
+def written_by(replay: Replay, step: int, total_steps: int, seed: int, memory: dict) -> Writer:
+    asked = context(step=step, total_steps=total_steps, seed=seed, memory=memory)
+    return replay.writer.choose(asked.coin, step, total_steps, memory)
 
 
 def test_choice():
-    choose = lambda u, memory=FULL: Replay().choose(u, 500, 2000, memory)  # noqa: E731
-    assert [choose(0.12), choose(0.18), choose(0.5)] == ["student", "replay", "data"]
-    assert choose(0.18, {"phi": 0.2, "store": [{}] * 999}) == "student"  # not full yet
-    assert choose(0.2, {"phi": 0.2}) == "data"
+    writer = Replay().writer
+    assert [writer.choose(u, 500, 2000, FULL) for u in (0.12, 0.18, 0.5)] == [
+        StudentWriter(),
+        StoreWriter(1000),
+        DataWriter(),
+    ]
+    not_full = {"phi": 0.2, "store": [{}] * 999}
+    assert writer.choose(0.18, 500, 2000, not_full) == StudentWriter()
+    assert writer.choose(0.2, 500, 2000, {"phi": 0.2}) == DataWriter()
 
 
 def test_without_a_share_all_is_data():
-    assert {Replay().source(step, 100, 0, {}) for step in range(100)} == {"data"}
+    assert {written_by(Replay(), step, 100, 0, {}) for step in range(100)} == {DataWriter()}
 
 
 def test_threshold_is_the_share_before_anything_is_validated():
-    assert Replay(threshold=1.0).source(0, 100, 0, {}) == "student"
+    assert written_by(Replay(threshold=1.0), 0, 100, 0, {}) == StudentWriter()
 
 
 def test_shares_over_many_steps():
@@ -72,11 +87,11 @@ def test_shares_over_many_steps():
     """
     memory = {"phi": 0.6, "store": [{}] * 10}
     replay = Replay("constant", capacity=10)
-    seen = [replay.source(step, 1, 3, memory) for step in range(4000)]
-    for source, share in (("student", 0.3), ("replay", 0.3), ("data", 0.4)):
-        assert seen.count(source) / len(seen) == pytest.approx(share, abs=0.03)
-    assert seen == [replay.source(step, 1, 3, memory) for step in range(4000)]
-    assert seen != [replay.source(step, 1, 4, memory) for step in range(4000)]
+    seen = [written_by(replay, step, 1, 3, memory) for step in range(4000)]
+    for writer, share in ((StudentWriter(), 0.3), (StoreWriter(10), 0.3), (DataWriter(), 0.4)):
+        assert seen.count(writer) / len(seen) == pytest.approx(share, abs=0.03)
+    assert seen == [written_by(replay, step, 1, 3, memory) for step in range(4000)]
+    assert seen != [written_by(replay, step, 1, 4, memory) for step in range(4000)]
 
 
 def test_store_keeps_the_last_that_the_student_wrote():
@@ -91,14 +106,18 @@ def test_store_keeps_the_last_that_the_student_wrote():
 def test_replayed_responses_are_different_whole_and_survive_a_checkpoint():
     replay = Replay(capacity=8)
     memory = json.loads(json.dumps(replay.observe([rollout(str(i)) for i in range(8)], {})))
-    drawn = replay.replay(5, 7, 0, memory)
-    assert len({r.id for r in drawn}) == 5 and drawn[0] == rollout(drawn[0].id)
-    assert drawn == replay.replay(5, 7, 0, memory)
-    assert {r.id for step in range(20) for r in replay.replay(5, step, 0, memory)} == set(
-        "01234567"
-    )
+    five = [Prompt(str(i), [1]) for i in range(5)]
+
+    def drawn(step: int) -> list[Rollout]:
+        return StoreWriter(8).write(context(five, step=step, memory=memory))
+
+    again = drawn(7)
+    assert len({r.id for r in again}) == 5 and again[0] == rollout(again[0].id)
+    assert again == drawn(7)
+    assert {r.id for step in range(20) for r in drawn(step)} == set("01234567")
 
 
 def test_a_store_smaller_than_a_batch_is_explained():
-    with pytest.raises(UserError, match="set capacity"):
-        Replay(capacity=2).replay(3, 0, 0, {"store": [{}] * 2})
+    asked = context([Prompt("q", [1])], sampling=Sampling(num_generations=3))
+    with pytest.raises(UserError, match=r"3 responses .* set capacity \(now 2\)"):
+        StoreWriter(2).write(replace(asked, memory={"store": [{}] * 2}))

@@ -99,8 +99,8 @@ def test_the_first_update_is_that_of_online_opd_on_the_same_rollouts(
         }
         job, state = build.prepare(make_run({**values, **settings}), overwrite=True)
         for name, change in changes.items():
-            setattr(job, name, change(getattr(job, name)))
-        job.stream.load(job.stream.state())
+            owner = job.collector if name == "sampler" else job
+            setattr(owner, name, change(getattr(owner, name)))
         train_step(job, state)
         return gradients.pop()
 

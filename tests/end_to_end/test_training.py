@@ -16,13 +16,15 @@ import torch
 from opdkit.base.clock import Clock
 from opdkit.base.files import read_lines
 from opdkit.cli import main
+from opdkit.curricula.data import given
 from opdkit.run.build import prepare
 from opdkit.run.launch import execute
 from opdkit.run.plan import use_of
 from opdkit.run.settings import Run, make_run
 from opdkit.train import loop
+from opdkit.train.checkpoint import State
 from opdkit.train.collect.collect import collect
-from opdkit.train.collect.sources import given
+from opdkit.train.job import Job
 from opdkit.train.loop import train_step
 from opdkit.types import Rollout
 from tests.common.rounding import FORWARD
@@ -324,18 +326,29 @@ def test_gkd_without_the_students_text_learns_from_the_data(shop: Shop, tmp_path
     assert "".join(sample["pieces"]) in answers and sample["finish"] == "given"
 
 
+def first_rollouts(job: Job, state: State) -> list[Rollout]:
+    """Those of the first step."""
+    clock = Clock(job.student.device)
+    collected = collect(
+        job.collector, job.student, clock, step=0, total_steps=2, memory=state.memory
+    )
+    return collected.rollouts
+
+
 def test_tropds_guided_rollouts_begin_with_the_reference_and_carry_its_mark(
     shop: Shop, tmp_path: Path
 ) -> None:
     run = shop.run(tmp_path, method="tropd", sampling={"max_completion_length": 8})
     job, state = prepare(run)
-    written = collect(job, state, Clock(job.student.device))
+    written = first_rollouts(job, state)
     guided = [r for r in written if r.marks]
     # two prompts, two plain rollouts and one guided each
     assert (len(written), len(guided)) == (6, 2)
-    rows = {row["id"]: index for index, row in enumerate(job.prompts.rows)}  # type: ignore[attr-defined]
+    prompts: Any = job.collector.prompts
+    rows = {row["id"]: index for index, row in enumerate(prompts.rows)}
     for r in guided:
-        reference = given(job, job.prompts[rows[r.row["id"]]], rows[r.row["id"]], "reference")
+        index = rows[r.row["id"]]
+        reference = given(prompts[index], prompts.response_tokens(index), 8, "reference")
         # all of it at the first step
         assert r.tokens == reference.tokens and r.marks["guided"] == [True] * 8
 
@@ -367,7 +380,7 @@ def test_m1_padding_that_is_the_end_of_sequence(shop: Shop, tmp_path: Path, ends
     job, state = prepare(run)
     known = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
     finished = 0
-    for r in collect(job, state, Clock(job.student.device)):
+    for r in first_rollouts(job, state):
         assert 2 in r.prompt and all(r.trained) and len(r.trained) == len(r.tokens)
         assert [t for t in r.tokens[:-1] if t in known] == []
         assert (r.finish == "stop") == (r.tokens[-1] in known) and (
@@ -543,14 +556,14 @@ def test_a_sampler_that_says_other_log_probs_than_the_trainer_shows(
         train_step(job, state)
         honest = metrics(tmp_path / method)[-1]
         assert honest["sampling/mismatch"] <= honest["sampling/mismatch_max"] < FORWARD
-        sample = job.sampler.sample
+        sample = job.collector.sampler.sample
 
         def lying(*args: Any, sample: Any = sample, **kwargs: Any) -> list[Rollout]:
             return [
                 replace(r, logp=[r.logp[0] - 0.5, *r.logp[1:]]) for r in sample(*args, **kwargs)
             ]
 
-        job.sampler.sample = lying  # type: ignore[method-assign]
+        job.collector.sampler.sample = lying  # type: ignore[method-assign]
         train_step(job, state)
         told, rollouts = metrics(tmp_path / method)[-1], 4
         tokens = told["completions/mean_length"] * rollouts

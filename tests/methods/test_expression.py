@@ -4,7 +4,6 @@ with the reason.
 
 from __future__ import annotations
 
-import inspect
 import json
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from opdkit.base.errors import UserError
 from opdkit.cli import main
 from opdkit.curricula import Curriculum, Mixed, PassRates, Plain, TeacherPrefix, together
+from opdkit.curricula.prefix import GuidedWriter
 from opdkit.methods import expression
 from opdkit.methods.explain import explain
 from opdkit.methods.method import load, weight_of
@@ -22,6 +22,7 @@ from opdkit.objective.signals import Draw, Entropy, Exp, LogRatio
 from opdkit.run.settings import MethodSpec, load_run, make_run
 from opdkit.testing import check, evaluate, fabricate
 from opdkit.types import Prompt, Rollout, Sampling
+from tests.curricula.context import context
 from tests.methods.toy import close, logits, tokens
 
 BASES = ("opd", "gkd", "tropd", "exopd", "vopd")
@@ -384,25 +385,24 @@ def test_curricula_of_both_sides():
 
 def test_together_one_writes_and_the_other_remembers():
     both = load("tropd * paced").curriculum
-    asks = both.plan(
-        [Prompt("q", [1])], Sampling(max_completion_length=9), lambda p: [5, 6, 7, 8], 0, 10, {}
-    )
-    assert [[p.prefix for p in ask.prompts] for ask in asks] == [[[]], [[5, 6, 7, 8]]]
+    written = both.writer.write(context([Prompt("q", [1])], sampling=Sampling(num_generations=2)))
+    assert [(r.group, r.tokens) for r in written] == [
+        ("q", [0]),
+        ("q", [1]),
+        ("q:guided", [5, 6, 7, 8, 0]),
+    ]
     seen = [Rollout(str(i), [1], [2], [True], [0.0], [0.0], "q", correct=i < 3) for i in range(4)]
     assert (
         both.observe(seen, {"kept": 1})["pass_rate"] == {"q": 0.75}
         and both.observe(seen, {"kept": 1})["kept"] == 1
     )
-    assert both.source(0, 10, 0, {}) == "student" and not both.validates
+    assert both.writer == GuidedWriter(1) and not both.validates and both.needs_own
 
 
 def test_together_is_a_whole_curriculum():
-    asked = [
-        name
-        for name, _ in inspect.getmembers(Curriculum, inspect.isfunction)
-        if not name.startswith("_")
-    ]
-    assert set(asked) | {"validates"} <= set(vars(together.Together))
+    asked = {name for name in (*vars(Curriculum), *Curriculum.__annotations__) if name[0] != "_"}
+    assert asked == {"writer", "observe", "validated", "validates", "needs_own"}
+    assert asked <= set(vars(together.Together))
 
 
 def test_a_draw_is_the_same_with_and_without_a_weight():

@@ -33,7 +33,7 @@ from opdkit.study.standings import (
     write_parquet,
 )
 from opdkit.train.checkpoint import State
-from opdkit.train.job import Job
+from opdkit.train.job import Length
 from opdkit.train.record import TIMINGS, Recorder
 from tests.common.tiny import save_tiny
 
@@ -525,19 +525,17 @@ def test_the_package_offers_functions_whose_modules_have_the_same_name() -> None
 
 
 def test_schedules_are_laid_out_for_the_steps_that_a_token_budget_allows() -> None:
-    job = object.__new__(Job)
-    job.steps, job.max_tokens = 80, 1000
-    assert job.expected_steps(State()) == 80  # nothing is known yet
-    assert job.expected_steps(State(step=10, tokens=250)) == 40  # 25 tokens a step
-    assert job.expected_steps(State(step=10, tokens=10)) == 80  # at most
-    assert job.expected_steps(State(step=39, tokens=999)) == 40  # there is one more
-    assert [job.ended(State(step=s, tokens=t)) for s, t in ((79, 999), (80, 0), (1, 1000))] == [
+    length = Length(80, 1000)
+    assert length.expected_steps(State()) == 80  # nothing is known yet
+    assert length.expected_steps(State(step=10, tokens=250)) == 40  # 25 tokens a step
+    assert length.expected_steps(State(step=10, tokens=10)) == 80  # at most
+    assert length.expected_steps(State(step=39, tokens=999)) == 40  # there is one more
+    assert [length.ended(State(step=s, tokens=t)) for s, t in ((79, 999), (80, 0), (1, 1000))] == [
         False,
         True,
         True,
     ]
-    job.max_tokens = None
-    assert job.expected_steps(State(step=10, tokens=250)) == 80
+    assert Length(80).expected_steps(State(step=10, tokens=250)) == 80
 
 
 def test_time_left_is_told_from_the_runs_of_this_session(

@@ -15,9 +15,8 @@ from opdkit.types import Rollout
 
 def job(passes: int, minibatches: int) -> Any:
     return SimpleNamespace(
-        optim=Optim(passes=passes, minibatches=minibatches),
         seed=0,
-        student=SimpleNamespace(device="cpu"),
+        student=SimpleNamespace(device="cpu", optim=Optim(passes=passes, minibatches=minibatches)),
     )
 
 

@@ -105,7 +105,7 @@ def follow(
         watch.steps += 1
         return batch
 
-    sampler: Any = job.sampler
+    sampler: Any = job.collector.sampler
     sync = sampler.sync
 
     def probed(student: Any, version: int) -> None:
@@ -168,8 +168,8 @@ def test_sampling_with_vllm_in_this_process(
     job, watch = follow(values, values["teacher"], monkeypatch)
     assert_same(watch)
     assert_followed(watch)
-    assert job.sampler.version == STEPS  # type: ignore[attr-defined]
-    job.sampler.close()  # type: ignore[attr-defined]
+    assert job.collector.sampler.version == STEPS  # type: ignore[attr-defined]
+    job.collector.sampler.close()  # type: ignore[attr-defined]
 
 
 def test_sampling_from_a_server(
@@ -179,7 +179,7 @@ def test_sampling_from_a_server(
     job, watch = follow(values, values["teacher"], monkeypatch)
     assert_same(watch)
     assert_followed(watch)
-    assert job.sampler.version == STEPS  # type: ignore[attr-defined]
+    assert job.collector.sampler.version == STEPS  # type: ignore[attr-defined]
 
 
 METHODS = [

@@ -1,1 +1,1 @@
-"""A step's rollouts: from where they come, what is dropped, what they are worth."""
+"""A step's rollouts: who writes them, what they are worth, what is dropped, charged and marked."""

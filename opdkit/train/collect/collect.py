@@ -1,63 +1,76 @@
-"""A step's rollouts: planned by the curriculum, written by the student or read, scored, and
-replaced where they teach nothing.
-"""
+"""A step's rollouts: written by the run's writer, scored, and passed through its filters."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from opdkit.base.clock import Clock
-from opdkit.base.errors import UserError
+from opdkit.curricula import Memory, StepContext
+from opdkit.curricula.writer import nothing_stored
 from opdkit.rewards import score
-from opdkit.train.checkpoint import State
-from opdkit.train.collect.filters import informative, shape_overlong
-from opdkit.train.collect.sources import written
-from opdkit.train.job import Job
-from opdkit.types import Rollout
-
-ROUNDS = 16  # of dynamic sampling, before it gives up
+from opdkit.train.collect.collector import Collector
+from opdkit.train.collect.filters import Filter
+from opdkit.train.student import Student
+from opdkit.types import Prompt, Rollout, Sampling
 
 
-def collect(job: Job, state: State, clock: Clock) -> list[Rollout]:
-    """The step's rollouts with their rewards and marks; counts the tokens that the student writes,
-    also of rollouts it drops.
-    """
-    wanted, total_steps = min(job.prompts_per_step, len(job.prompts)), job.expected_steps(state)
-    rollouts = _scored(job, state, clock, total_steps, wanted)
-    if job.dynamic_sampling:
-        rollouts = informative(rollouts)
-        rounds = 1
-        while (found := len({r.group for r in rollouts})) < wanted:
-            if rounds == ROUNDS:
-                raise UserError(
-                    f"dynamic sampling found {found} prompts of {wanted} with both right and wrong "
-                    f"responses in {rounds * wanted}: the data is too easy or too hard for this "
-                    "student, or num_generations too small. Change one of them, or "
-                    "dynamic_sampling=false"
-                )
-            known = {r.group for r in rollouts}
-            rollouts += [
-                r
-                for r in informative(_scored(job, state, clock, total_steps, wanted))
-                if r.group not in known
-            ]
-            rounds += 1
-        keep = list(dict.fromkeys(r.group for r in rollouts))[:wanted]
-        rollouts = [r for r in rollouts if r.group in keep]
-    if job.overlong_margin is not None:
-        rollouts = shape_overlong(rollouts, job.sampling.max_completion_length, job.overlong_margin)
-    if job.newlines:
-        rollouts = [
-            replace(r, marks={**r.marks, "newline": [t in job.newlines for t in r.tokens]})
-            for r in rollouts
-        ]
-    return rollouts
+@dataclass
+class Collected:
+    """What a step has to learn from."""
+
+    rollouts: list[Rollout]  # with their rewards and marks
+    tokens: int  # that the student wrote for them, and for rollouts that filters dropped
 
 
-def _scored(job: Job, state: State, clock: Clock, total_steps: int, count: int) -> list[Rollout]:
-    """Rollouts of the next prompts, with rewards."""
-    prompts = {job.prompts[i].id: i for i in job.stream.take(count)}
-    with clock("sample"), job.student.autocast():
-        rollouts = written(job, state, total_steps, prompts)
-    with clock("reward"):
-        return rollouts if job.reward is None else score(rollouts, job.reward)
+def collect(
+    collector: Collector,
+    student: Student,
+    clock: Clock,
+    *,
+    step: int,
+    total_steps: int,
+    memory: Memory,
+) -> Collected:
+    """The rollouts of step number `step` (from 0) of `total_steps`."""
+    written: list[Rollout] = []
+
+    def sample(prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        made = collector.sampler.sample(
+            prompts, sampling, seed=collector.seed, step=step, policy_version=student.updates
+        )
+        written.extend(made)
+        return made
+
+    def scored() -> list[Rollout]:
+        """Rollouts of the next prompts, with rewards."""
+        taken = collector.stream.take(min(collector.prompts_per_step, len(collector.prompts)))
+        at = {collector.prompts[i].id: i for i in taken}
+        with clock("sample"), student.autocast():
+            context = StepContext(
+                prompts=tuple(collector.prompts[i] for i in at.values()),
+                sampling=collector.sampling,
+                step=step,
+                total_steps=total_steps,
+                seed=collector.seed,
+                sample=sample,
+                reference=lambda prompt: collector.prompts.response_tokens(at[prompt.id]),
+                stored=nothing_stored if collector.stored is None else collector.stored.rollouts,
+                memory=memory,
+                policy_version=student.updates,
+            )
+            rollouts = collector.writer.write(context)
+        with clock("reward"):
+            return rollouts if collector.reward is None else score(rollouts, collector.reward)
+
+    def filtered(filters: Sequence[Filter]) -> list[Rollout]:
+        """Rollouts of the next prompts that have passed these filters, each of which may ask the
+        ones before it for more.
+        """
+        if not filters:
+            return scored()
+        *before, last = filters
+        return last(filtered(before), lambda: filtered(before))
+
+    rollouts = filtered(collector.filters)
+    return Collected(rollouts, sum(len(r.tokens) - sum(r.marks.get("guided", ())) for r in written))

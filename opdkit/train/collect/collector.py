@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from opdkit.curricula import Writer
+from opdkit.rewards import Reward
+from opdkit.train.collect.filters import Filter
 from opdkit.types import Prompt, Rollout, Sampling
 
 
 class Sampler(Protocol):
-    """Who writes the responses."""
+    """What lets the student write its responses."""
 
     def sample(
         self,
@@ -38,3 +42,19 @@ class Stored(Protocol):
     """Rollouts written earlier (see `data.cache.Cache`)."""
 
     def rollouts(self, prompt: Prompt) -> list[Rollout]: ...
+
+
+@dataclass
+class Collector:
+    """What is asked at each step, who answers, what an answer is worth, and what becomes of it."""
+
+    writer: Writer
+    sampler: Sampler
+    prompts: Questions
+    stream: Any  # data.PromptStream: which of the prompts come next
+    sampling: Sampling
+    prompts_per_step: int
+    seed: int = 0
+    reward: Reward | None = None
+    filters: tuple[Filter, ...] = ()  # one after the other, once rollouts have their rewards
+    stored: Stored | None = None  # where the writer reads its rollouts from a cache

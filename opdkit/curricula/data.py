@@ -1,0 +1,46 @@
+"""Responses read from the data: the reference response of each prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdkit.base.errors import UserError
+from opdkit.curricula.writer import StepContext, Writer
+from opdkit.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class DataWriter(Writer):
+    """One response per prompt, the one in its data row."""
+
+    def write(self, context: StepContext) -> list[Rollout]:
+        longest = context.sampling.max_completion_length
+        return [
+            given(prompt, context.reference(prompt), longest, f"{context.step}/{prompt.id}/given")
+            for prompt in context.prompts
+        ]
+
+
+def given(prompt: Prompt, response: list[int] | None, longest: int, id: str) -> Rollout:
+    """A response of the data, its first `longest` tokens, as a rollout: nobody's log-probs are
+    known.
+    """
+    if not response:
+        raise UserError(
+            f"row {prompt.id} has no reference response, and the method reads a share of its "
+            "responses from the data: add a column `response` (or `completion`, `solution`, "
+            "assistant `messages`), or let the student write them all (lmbda=1)"
+        )
+    tokens = response[:longest]
+    return Rollout(
+        id,
+        prompt.tokens,
+        tokens,
+        [True] * len(tokens),
+        [],
+        [],
+        prompt.id,
+        finish="given",
+        text=str(prompt.row.get("response") or ""),
+        row=prompt.row,
+    )

@@ -1,0 +1,69 @@
+"""Who writes a step's responses: what a writer does, and what it is told of the step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from opdkit.base.errors import UserError
+from opdkit.objective.maths import keyed_uniform
+from opdkit.types import Prompt, Rollout, Sampling
+
+Memory = dict[str, Any]  # what a curriculum learns in a run: plain JSON, saved in checkpoints
+
+
+def nothing_stored(prompt: Prompt) -> list[Rollout]:
+    """What a run without a cache has stored."""
+    raise UserError(
+        f"no rollouts are stored for prompt {prompt.id}: this run reads no folder that `opdkit "
+        "cache-teacher` wrote. Set rollouts=cache, or use a writer that does not ask for them"
+    )
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a writer is told of a step, and whom it can ask for responses."""
+
+    prompts: tuple[Prompt, ...]  # of the step
+    sampling: Sampling  # the run's settings; `num_generations` responses to each prompt
+    step: int  # steps done
+    total_steps: int  # that the run will have taken at its end
+    seed: int
+    # the student's responses, written now. Prompts may be others than those of the step (a
+    # `prefix`, further turns); one that is asked twice needs an id of its own, which keys its draws
+    sample: Callable[[Sequence[Prompt], Sampling], list[Rollout]]
+    # token ids of the reference response to a prompt of the step, None where the data has none
+    reference: Callable[[Prompt], list[int] | None]
+    stored: Callable[[Prompt], list[Rollout]] = nothing_stored  # its rollouts in the run's cache
+    memory: Memory = field(default_factory=dict)  # the curriculum's, to be read only
+    policy_version: int = 0  # optimiser steps that the student has taken
+
+    @property
+    def coin(self) -> float:
+        """The step's uniform draw in [0, 1) of who writes; the same in a resumed run."""
+        return keyed_uniform(
+            self.seed, self.step, "who writes", torch.zeros(1, dtype=torch.int64), 1, torch.float64
+        ).item()
+
+
+class Writer(ABC):
+    """Who writes a step's responses, to which prompts: a frozen dataclass with `write`.
+
+    `write` is called once per step, and again for further prompts of the same step where filters
+    drop some. What it draws must depend on the context alone (`context.coin`, or a draw keyed by
+    seed and step): a resumed run calls it with the same context and must get the same rollouts.
+    """
+
+    # whether every response is the student's own of this step; what is remembered of how well the
+    # student now does is true of such responses only
+    own: ClassVar[bool] = False
+    # whether every response is read from a cache: then the run opens one, and samples nothing
+    stored: ClassVar[bool] = False
+
+    @abstractmethod
+    def write(self, context: StepContext) -> list[Rollout]:
+        """The step's rollouts; those that answer the same prompt have its id as `group`."""

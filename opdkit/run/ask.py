@@ -1,0 +1,54 @@
+"""What a run asks for, read and checked before any model is loaded: method, reward, rows, cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from opdkit.data.cache import Cache
+from opdkit.methods.method import Method
+from opdkit.rewards import Reward, load_reward
+from opdkit.run.open import Given
+from opdkit.run.prompts import from_cache, read_rows, stored_rollouts
+from opdkit.run.refuse import refuse
+from opdkit.run.settings import Run
+from opdkit.teachers import route
+from opdkit.teachers.kinds import Routes, Spec
+from opdkit.types import Row
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is known of a run without a model."""
+
+    method: Method
+    reward: Reward | None
+    rows: list[Row]
+    eval_rows: list[Row] | None  # None: nothing is evaluated
+    stored: Cache | None  # where rollouts are read from a cache
+    routes: Mapping[str, Spec]  # several teachers by what rows call them; empty: there is one
+
+
+def ask(run: Run, given: Given) -> Asked:
+    """Reads what the run names; refuses what can be refused without a model."""
+    method = from_cache(given.method or run.method_spec.load(), run)
+    reward = given.reward or load_reward(run.reward)
+    refuse(run, method, reward)
+    # a judge that is not there, a machine that cannot confine programs
+    if reward is not None and hasattr(reward, "check"):
+        reward.check()
+    stored = stored_rollouts(run, method)
+    rows = read_rows(run.prompts, given.rows, run.seed)
+    eval_rows = (
+        None if run.evaluate is None else read_rows(run.evaluate.prompts, given.eval_rows, run.seed)
+    )
+    routes = (
+        run.teachers.teachers
+        if isinstance(run.teachers, Routes) and "teacher" in method.needs.models
+        else {}
+    )
+    for row in rows if routes else ():
+        route(row["teacher"], routes, f"row {row['id']}")
+    if stored is not None:
+        stored.refuse_unknown([row["id"] for row in rows])
+    return Asked(method, reward, rows, eval_rows, stored, routes)

@@ -1,0 +1,175 @@
+"""Puts a run's job together from what it asks for and the models that are open."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opdkit.base.config import plain
+from opdkit.base.errors import UserError
+from opdkit.base.files import truncate_metrics
+from opdkit.curricula import writer_of
+from opdkit.data import PromptStream
+from opdkit.data.cache import student_notes
+from opdkit.models.identity import identify
+from opdkit.models.layout import batch_tokens
+from opdkit.objective.needs import Needs, watched
+from opdkit.run.ask import Asked
+from opdkit.run.evaluation import Evaluator, Validator, score_teachers
+from opdkit.run.open import Given
+from opdkit.run.opened import Opened
+from opdkit.run.prompts import make_prompts
+from opdkit.run.refuse import refuse_long
+from opdkit.run.screen import Screen
+from opdkit.run.settings import Run
+from opdkit.sampling import Guide
+from opdkit.teachers import LocalModel, Remote, Scorer, route
+from opdkit.train import checkpoint as checkpoints
+from opdkit.train.checkpoint import State
+from opdkit.train.collect.collector import Collector, Questions
+from opdkit.train.collect.filters import (
+    DynamicSampling,
+    Filter,
+    MarkTokens,
+    OverlongPenalty,
+    newlines,
+)
+from opdkit.train.job import HeldOut, Job, Length, Scoring
+from opdkit.train.record import Recorder
+from opdkit.train.track import open_trackers
+
+
+def assemble(
+    run: Run,
+    given: Given,
+    asked: Asked,
+    opened: Opened,
+    checkpoint: Path | None,
+    overwrite: bool,
+) -> tuple[Job, State]:
+    """The job, and the state in which it starts: that of the checkpoint, where there is one."""
+    method, student = asked.method, opened.student
+    collector = make_collector(run, asked, opened)
+    if asked.stored is not None and given.student is None:
+        for note in student_notes(asked.stored, identify(run.student)):
+            print(f"opdkit: {note}", file=sys.stderr)
+    state = State() if checkpoint is None else checkpoints.restore(checkpoint, student)
+    if overwrite:  # now that everything is known to load
+        checkpoints.clear(run.folder)
+    truncate_metrics(run.folder / "metrics.jsonl", state.step)
+    truncate_metrics(run.folder / "evals.jsonl", state.evaluated)
+    recorder = make_recorder(run, given, asked, opened, state)
+    write_run(run)
+    evaluator = make_evaluator(run, asked, opened)
+    job = Job(
+        objective=method.objective,
+        curriculum=method.curriculum,
+        collector=collector,
+        student=student,
+        scorers=opened.scorers,
+        recorder=recorder,
+        folder=run.folder,
+        tokenizer=opened.tokenizer,
+        length=Length(run.steps, run.max_tokens),
+        checkpoint=run.checkpoint,
+        micro_batch_tokens=run.micro_batch_tokens or batch_tokens(student.device),
+        scoring=Scoring(run.recomputes_student, run.correct_sampling),
+        held_out=make_held_out(run, asked, opened, evaluator, collector.prompts),
+        seed=run.seed,
+    )
+    if evaluator is not None and state.evaluated < 0:
+        score_teachers(evaluator, opened.scorers, asked.eval_rows or [])
+    return job, state
+
+
+def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
+    """Where rollouts come from: the writer of the method's curriculum, the run's prompts."""
+    method, stored, student = asked.method, asked.stored, opened.student
+    mix = guide(opened.scorers, method.teacher_mix) if method.teacher_mix else None
+    prompts = make_prompts(run.prompts, asked.rows, opened.tokenizer)
+    sampling = run.sampling if stored is None else stored.origin.sampling
+    longest = refuse_long(prompts, student.model, sampling)
+    return Collector(
+        writer=writer_of(method.curriculum),
+        sampler=opened.models.sampler(student, watched(method.needs), mix, longest)
+        if stored is None
+        else opened.sampler,  # of evaluations: nothing is written during training
+        prompts=prompts,
+        stream=PromptStream(len(prompts), seed=run.seed),
+        sampling=run.sampling,
+        prompts_per_step=run.prompts_per_step,
+        seed=run.seed,
+        reward=asked.reward,
+        filters=make_filters(run, method.needs, opened.tokenizer, len(prompts)),
+        stored=stored,
+    )
+
+
+def make_filters(run: Run, needs: Needs, tokenizer: Any, prompts: int) -> tuple[Filter, ...]:
+    """What becomes of rollouts once they have their rewards, in this order."""
+    filters: list[Filter] = []
+    if run.dynamic_sampling:
+        filters.append(DynamicSampling(min(run.prompts_per_step, prompts)))
+    if run.overlong_margin is not None:
+        filters.append(OverlongPenalty(run.sampling.max_completion_length, run.overlong_margin))
+    if "mark:newline" in needs.columns:
+        filters.append(MarkTokens("newline", newlines(tokenizer)))
+    return tuple(filters)
+
+
+def make_recorder(run: Run, given: Given, asked: Asked, opened: Opened, state: State) -> Recorder:
+    """Writes metrics and samples into the run folder, and a line on the screen."""
+    routes = asked.routes
+    return Recorder(
+        run.folder,
+        open_trackers(run.folder, run.trackers, plain(run)),
+        lambda token: str(opened.tokenizer.decode([token])),
+        run.keep_samples,
+        run.sample_every,
+        run.term_gradients_every,
+        given.show or Screen(run.steps, state.step, run.max_tokens, state.tokens),
+        (lambda rollout: route(rollout.row.get("teacher"), routes, rollout.id)) if routes else None,
+    )
+
+
+def make_evaluator(run: Run, asked: Asked, opened: Opened) -> Evaluator | None:
+    """Scores models on the run's held-out problems; None where it has none."""
+    if run.evaluate is None or asked.eval_rows is None:
+        return None
+    prompts = make_prompts(run.evaluate.prompts, asked.eval_rows, opened.tokenizer)
+    return Evaluator(run, opened.sampler, prompts, asked.reward, opened.student)
+
+
+def make_held_out(
+    run: Run, asked: Asked, opened: Opened, evaluator: Evaluator | None, trained: Questions
+) -> HeldOut:
+    """What is measured during training: the score on held-out problems, and for curricula that
+    adapt to it the loss on their reference responses, or on those `trained` on where there are no
+    such problems.
+    """
+    validate = None
+    if asked.method.curriculum.validates:
+        questions = evaluator.prompts if evaluator is not None and asked.eval_rows else trained
+        longest = run.sampling.max_completion_length
+        validate = Validator(opened.student, opened.scorers["student"], questions, longest)
+    if run.evaluate is None or evaluator is None:
+        return HeldOut(validate=validate)
+    return HeldOut(run.evaluate.every, evaluator.student_score, validate)
+
+
+def guide(scorers: Mapping[str, Scorer | Remote], share: float) -> Guide:
+    """The teacher as a second model in decoding."""
+    teacher = scorers["teacher"]
+    if not isinstance(teacher, LocalModel):
+        raise UserError(
+            "teacher_mix lets the teacher take part in decoding: it needs one teacher in this "
+            "process, not several by route"
+        )
+    return Guide(teacher.model, teacher.head, share)
+
+
+def write_run(run: Run) -> None:
+    """The resolved run: `opdkit train run.yaml` does the same again."""
+    (run.folder / "run.yaml").write_text(run.yaml(), encoding="utf-8")

@@ -1,0 +1,59 @@
+"""The models of a run, each opened once, with the vocabulary that they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opdkit.methods.method import Method
+from opdkit.models.body import head_of
+from opdkit.models.device import device_of
+from opdkit.models.load import load_tokenizer
+from opdkit.models.tokenizers import real_vocabulary
+from opdkit.run.open import Given, Models, shared_vocabulary
+from opdkit.run.settings import Run
+from opdkit.sampling import HFSampler
+from opdkit.teachers import LocalModel, Remote, Scorer
+from opdkit.teachers.base import cut, heads_of
+from opdkit.train.student import Student
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run's models and the student's tokenizer."""
+
+    models: Models
+    tokenizer: Any
+    student: Student
+    # "student" and "live" (the student as it is now), and every model the objective reads
+    scorers: dict[str, Scorer | Remote]
+
+    @property
+    def sampler(self) -> HFSampler:
+        """The student's sampler in this process, for evaluations."""
+        return HFSampler(self.student.model, self.tokenizer, head=self.student.head)
+
+
+def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None) -> Opened:
+    """Opens every model that a method reads; the student as it is in the checkpoint, if any."""
+    tokenizer = (
+        given.tokenizer
+        if given.tokenizer is not None
+        else load_tokenizer(run.student, trust_remote_code=run.trust_remote_code)
+    )
+    models = Models(run, device_of(run.device), given, tokenizer)
+    models.reach(method)
+    start = run.student if checkpoint is None else str(checkpoint)
+    base = models.student(start, checkpoint is not None)
+    others = models.others(method, base)
+    heads = [head_of(base), *(head for scorer in others.values() for head in heads_of(scorer))]
+    vocab = shared_vocabulary(heads, real_vocabulary(tokenizer))
+    updates = run.steps * run.optim.passes * run.optim.minibatches
+    student = Student(base, run.optim, run.learning_rate, updates, run.dtype == "bfloat16", vocab)
+    scorers: dict[str, Scorer | Remote] = {
+        "student": LocalModel(base, student.head),
+        "live": LocalModel(base, student.head),
+    }
+    scorers |= {name: cut(scorer, vocab) for name, scorer in others.items()}
+    return Opened(models, tokenizer, student, scorers)
