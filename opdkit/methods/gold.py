@@ -24,9 +24,8 @@ def gold(
     """GOLD: align two tokenisations of the same text by its bytes, and compare the models once per
     span that both divide alike.
 
-        u = sum_k |P_s^(k) - P_t^(k)|;  hybrid: w_m D_beta(P_s, P_t) on the tokens both have + w_u u
-        on the others;  mean over the spans of
-        each rollout, then over rollouts
+        u = sum_k |P_s^(k) - P_t^(k)|,   mean over the spans of each rollout, then over rollouts
+        hybrid:  w_m D_beta(P_s, P_t) on the tokens both have  +  w_u u on the others
 
     P is the next-token distribution where the span is one token; for tokens y_i .. y_j `merge`
     "observed" takes p_i(.) times the probability of y_{i+1} .. y_j, "bayesian" p_j(.) times that of
@@ -36,9 +35,7 @@ def gold(
     `unmatched_weight`. `longer` "rank" compares spans of several tokens by rank alone, with w_u:
     the entry of one token there stands for different texts on the two sides, and "token" teaches
     the student to avoid the span. D_beta is that of `gkd`, and a teacher with the student's own
-    tokenizer is simply `gkd(beta)`. `lmbda` is the share of batches that the student writes; the
-    others are read from the data. `skip_eos` leaves out the end of sequence. `crossentropy_weight`
-    adds -log pi_s of the text, the student's own included.
+    tokenizer is simply `gkd(beta)`.
 
     Source: TRL 1.16 (GOLDTrainer) and its authors' report; the distance by rank is that of `uld`.
     Departures: logits are those that predict each token (TRL's "observed" takes those that predict
@@ -48,6 +45,25 @@ def gold(
     matrix; what is no text, such as a character cut in the middle, is left out. Ours: `longer`. Not
     offered: temperature .9 and top_p .95 are settings of the run's sampling, extended=False is
     `uld`.
+
+    Arguments:
+        beta: of D_beta, as in `gkd`, in [0, 1]; acts with `hybrid`, or where the teacher has the
+            student's tokenizer. Default: TRL's.
+        lmbda: share of the batches whose responses the student writes, in [0, 1]; in the others
+            they are read from the data. Default: TRL's.
+        hybrid: whether tokens that both vocabularies have are compared by D_beta. Default: TRL's.
+        merge: what stands for a span of several tokens: "observed" or "bayesian". Default: TRL's.
+        matched_weight: w_m, at least 0, given together with w_u; None: the share of the teacher's
+            tokens that the student has. Default: TRL's adaptive weight.
+        unmatched_weight: w_u, at least 0, given together with w_m; None: 1 less that share.
+            Default: TRL's adaptive weight.
+        longer: how hybrid compares spans of several tokens: "token" or by "rank" alone. Default:
+            TRL's; "rank" is ours.
+        distillation_weight: weight of the distance, above 0. Default: TRL's.
+        crossentropy_weight: weight of -log pi_s of the text, at least 0. Default: TRL's.
+        student_temperature: divides the student's logits in the loss; above 0. Default: TRL's.
+        teacher_temperature: divides the teacher's logits in the loss; above 0. Default: TRL's.
+        skip_eos: whether the end of sequence is left out on both sides. Default: TRL's.
     """
     if merge not in ("bayesian", "observed"):
         raise ValueError(

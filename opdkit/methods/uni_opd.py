@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdkit.methods.opd import Clip
+from opdkit.methods.arguments import one_of
 from opdkit.objective import (
     Batch,
     Const,
     Logp,
     LogRatio,
     Objective,
+    PolicyGradient,
     RowMean,
     Signal,
-    policy_gradient,
     uniform,
 )
 from opdkit.objective.maths import group_index
@@ -153,39 +153,45 @@ def uni_opd(
     balance: float | None = 1.0,
     scope: str = "group",
     balance_scope: str = "group",
-    clip: Clip = None,
-    dual_clip: float | None = None,
-    rollout_cap: float | None = None,
 ) -> Objective:
     """Uni-OPD: token scores are local and may rank a wrong answer above a right one; calibrate
     whole responses by outcome.
 
-        credit = r_t + s,  s the same for all tokens of a response:  +(delta - gap)/2 on right and
-        -(delta - gap)/2 on wrong answers of a
-        prompt where gap < delta;   mean over each rollout's tokens, then over rollouts
+        credit = r_t + s,   s the same for all tokens of a response:
+        +(delta - gap)/2 on right, -(delta - gap)/2 on wrong answers of a prompt where gap < delta
+        mean over each rollout's tokens, then over rollouts
 
     gap = mean score of right - mean score of wrong answers, a score being the mean of r_t over a
-    response; `mode` "minmax" takes the worst right and the best wrong one. `direction` "correct_up"
-    or "incorrect_down" puts the whole shift on one kind. `action` "mask" drops the worst right or
-    the best wrong answer instead, whichever widens the gap more, down to a quarter of each.
-    `balance` is the ratio right : wrong that a prompt's rollouts are cut to at random first (None:
-    off); dropped rollouts have no loss and no score. `scope` and `balance_scope` "step" treat all
-    prompts of the step as one.
+    response. `action` "mask" drops the worst right or the best wrong answer instead, whichever
+    widens the gap more, down to a quarter of each. Rollouts are cut to the ratio `balance` at
+    random first; dropped rollouts have no loss and no score.
 
     Source: arXiv 2605.03677 and its code, with clip=(0.2, 0.28). As there, scores of -100 (a
-    teacher that failed) are 0 and tokens with
-    |r_t| >= 10 have no loss; they stay in the denominator. Not offered: rollouts without a verdict,
-    balancing before training.
+    teacher that failed) are 0 and tokens with |r_t| >= 10 have no loss; they stay in the
+    denominator. Not offered: rollouts without a verdict, balancing before training.
+
+    Arguments:
+        delta: least gap between the scores of right and wrong answers, in nats per token; -inf
+            shifts nothing. Default: the official code's.
+        mode: how the gap is taken: "mean" of right less mean of wrong scores, or "minmax", the
+            worst right less the best wrong. Default: the official code's.
+        direction: what the shift moves: "both" kinds by half, "correct_up" or "incorrect_down" one
+            kind by all of it. Default: the official code's.
+        action: "shift" moves the credits, "mask" drops answers. Default: the official code's.
+        balance: ratio right : wrong that rollouts are cut to, at least 0 (inf: right ones only);
+            None: off. Default: the official code's.
+        scope: whose answers are compared: those of a prompt ("group") or of the whole "step".
+            Default: the official code's.
+        balance_scope: where the ratio holds: in each "group" or in the whole "step". Default: the
+            official code's.
     """
-    for name, value, known in (
-        ("mode", mode, ("mean", "minmax")),
-        ("direction", direction, tuple(SHARES)),
-        ("action", action, ("shift", "mask")),
-        ("scope", scope, ("group", "step")),
-        ("balance_scope", balance_scope, ("group", "step")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+    one_of(
+        mode=(mode, ("mean", "minmax")),
+        direction=(direction, SHARES),
+        action=(action, ("shift", "mask")),
+        scope=(scope, ("group", "step")),
+        balance_scope=(balance_scope, ("group", "step")),
+    )
     gained = LogRatio("teacher", "student")
     credit: Signal = gained * (Logp("teacher") > FAILED)
     score, anyone = RowMean(credit), Const(1) > 0
@@ -194,8 +200,4 @@ def uni_opd(
         credit = credit + MarginShift(score, kept, scope, delta, mode, direction)
     else:
         kept = MarginMask(score, kept, scope, delta, mode) > 0
-    return Objective(
-        (policy_gradient(credit, clip, dual_clip, rollout_cap) * (abs(gained) < FAR) * kept).per(
-            "rows"
-        )
-    )
+    return Objective((PolicyGradient(credit) * (abs(gained) < FAR) * kept).per("rows"))

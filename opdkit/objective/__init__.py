@@ -41,10 +41,8 @@ from opdkit.objective.losses import (
     Estimator,
     Likelihood,
     PolicyGradient,
-    against,
     clipped,
     natural_support,
-    policy_gradient,
     ratio,
     refuse_constant,
 )
@@ -60,6 +58,7 @@ from opdkit.objective.maths import (
     SkewReverse,
     TotalVariation,
 )
+from opdkit.objective.ratio_layer import against, policy_gradient
 from opdkit.objective.signals import (
     Advantage,
     Ceiling,
