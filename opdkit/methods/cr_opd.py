@@ -46,7 +46,7 @@ class Reachable(Signal):
 
 @dataclass(frozen=True)
 class Route(TokenLoss):
-    """-sum_v q(v) log pi_s(v) over the destinations."""
+    """[n]: -sum_v q(v) log pi_s(v) over the destinations."""
 
     k: int
     eps: float

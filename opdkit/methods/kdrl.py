@@ -103,28 +103,33 @@ def kdrl(
             over their standard deviation), "mean" (without the division), "rloo" (less the mean of
             the others). Default: the paper's.
     """
-    if mask not in (None, "response", "group"):
-        raise ValueError(f"mask={mask!r} must be 'response', 'group' or None")
-    if masked_mean not in ("kept", "all"):
-        raise ValueError(f"masked_mean={masked_mean!r} must be 'kept' or 'all'")
     one_of(estimator=(estimator, ("k2", "k1_credit", "k3", "topk")))
-    reward, gap = Advantage(advantage), LogRatio("teacher", "student")
+    reward, where = Advantage(advantage), masked(mask, masked_mean, exclude_tokens)
     if beta == 0:  # GRPO: no teacher is loaded
         return Objective(Clipped(reward, 0.2, 0.2))
+    weight: Signal = Linear(beta, min(beta, beta_min), steps)
+    if where is not None:
+        weight = weight * where
+    if estimator == "k1_credit":
+        return Objective(Clipped(reward + weight * LogRatio("teacher", "student"), 0.2, 0.2))
+    topk = Divergence("reverse_kl", k, "teacher", "renormalise")
+    distance = topk if estimator == "topk" else Estimator(estimator)
+    return Clipped(reward, 0.2, 0.2) + distance * weight
+
+
+def masked(mask: str | None, masked_mean: str, exclude_tokens: tuple[int, ...]) -> Signal | None:
+    """[B, T] or [B, 1]: the weight of tokens that keep the teacher's KL, 0 for others; None: all
+    keep it.
+
+    The mean over the kept ones is written over all: each counts for those left out as well.
+    """
+    if masked_mean not in ("kept", "all"):
+        raise ValueError(f"masked_mean={masked_mean!r} must be 'kept' or 'all'")
+    if mask not in (None, "response", "group"):
+        raise ValueError(f"mask={mask!r} must be 'response', 'group' or None")
     keep: Signal | None = None
     if mask is not None:
         keep = ~Correct() if mask == "response" else GroupMean(Correct()) <= 0
     if exclude_tokens:
         keep = ~TokenIn(exclude_tokens) if keep is None else keep & ~TokenIn(exclude_tokens)
-    weight: Signal = Linear(beta, min(beta, beta_min), steps)
-    # the mean over kept tokens, written over all: each counts for those left out as well
-    if keep is not None:
-        weight = weight * (MeanOne(keep) if masked_mean == "kept" else keep)
-    if estimator == "k1_credit":
-        return Objective(Clipped(reward + weight * gap, 0.2, 0.2))
-    distance = (
-        Divergence("reverse_kl", k, "teacher", "renormalise")
-        if estimator == "topk"
-        else Estimator(estimator)
-    )
-    return Clipped(reward, 0.2, 0.2) + distance * weight
+    return MeanOne(keep) if keep is not None and masked_mean == "kept" else keep

@@ -69,11 +69,9 @@ def minillm(
         max(-A w, -A clip(w, 1 - low, 1 + high))  +  single_step * KL(pi_s || pi_t)
         w = pi_s / (a pi_t + (1 - a) pi_sampler),   g = discount,   a = teacher_mix
 
-    both over all trained tokens. The second term is the exact gradient of r_t itself; `exact`
-    leaves r_t out of R_t, as the paper's decomposition does and its code does not. `teacher_mix` a:
-    tokens are drawn from a pi_t + (1 - a) pi_sampler, the teacher decoding beside the student; w is
-    at most 1/(1 - a) on fresh rollouts. `advantage` "std", "mean" or "rloo" adds that of the reward
-    to A.
+    both over all trained tokens. The second term is the exact gradient of r_t itself; `teacher_mix`
+    a: tokens are drawn from a pi_t + (1 - a) pi_sampler, the teacher decoding beside the student; w
+    is at most 1/(1 - a) on fresh rollouts.
 
     Source: arXiv 2306.08543 and its code. Departures: a = 0, as the student draws alone (paper 0.2:
     the teacher takes part in decoding); statistics over trained tokens only (its code counts
@@ -81,17 +79,16 @@ def minillm(
     scale=1, discount=0, length_norm=False, whiten=False, advantage="std".
 
     Arguments:
-        scale: divides the log-ratio before it is clamped; above 0. Default: the official code's.
-        clamp: largest |log-ratio / scale|, above 0. Default: the official script's.
-        discount: g: factor per token of later log-ratios, in [0, 1]. Default: the official code's.
+        scale: divides the log-ratio before it is clamped; above 0. Default: the code's.
+        clamp: largest |log-ratio / scale|, above 0. Default: its script's.
+        discount: g: factor per token of later log-ratios, in [0, 1]. Default: the code's.
         length_norm: whether the return is divided by the number of tokens it sums. Default: the
-            official code's.
-        whiten: whether the return is centred and divided by its standard deviation over the step.
-            Default: the official code's.
-        exact: whether r_t is left out of its own return, as in the paper's decomposition. Default:
-            off, as in the official code.
-        single_step: weight of the exact KL at each prefix, at least 0. Default: the official
             code's.
+        whiten: whether the return is centred and divided by its standard deviation over the step.
+            Default: the code's.
+        exact: whether r_t is left out of its own return, as in the paper's decomposition. Default:
+            off, as in the code.
+        single_step: weight of the exact KL at each prefix, at least 0. Default: the code's.
         teacher_mix: a: share of the teacher in what tokens are drawn from, in [0, 1]. Default:
             ours, so that no teacher is needed while decoding; the paper's is 0.2.
         advantage: adds that of the reward: "std", "mean" or "rloo" (see `grpo`); None: no reward is
@@ -103,10 +100,7 @@ def minillm(
             "rollouts were drawn from"
         )
     own = Floor(Ceiling(LogRatio("teacher", "student") / scale, clamp), -clamp)
-    credit: Signal = ToGo(own, discount) - own if exact else ToGo(own, discount)
-    if length_norm:
-        length = ToGo(Const(1))
-        credit = credit / Floor(length - 1 if exact else length, 1)
+    credit = returns(own, discount, length_norm, exact)
     if whiten:
         credit = Whitened(credit)
     if advantage is not None:
@@ -116,3 +110,12 @@ def minillm(
     if single_step:
         objective += Divergence("reverse_kl") * single_step
     return Method(objective, teacher_mix=teacher_mix)
+
+
+def returns(own: Signal, discount: float, length_norm: bool, exact: bool) -> Signal:
+    """[B, T]: the discounted sum of a signal from each token on, `exact` without the token's own;
+    `length_norm` divides it by the number of tokens.
+    """
+    total: Signal = ToGo(own, discount) - own if exact else ToGo(own, discount)
+    length = ToGo(Const(1))
+    return total / Floor(length - 1 if exact else length, 1) if length_norm else total

@@ -39,9 +39,12 @@ class Spread(Signal):
 
 
 @dataclass(frozen=True)
-class Race(Signal):
+class SampleKeys(Signal):
     """[B, T]: draws of which the n highest are a sample of n tokens without replacement, odds
     proportional to a signal.
+
+    Prints as `Race(...)`: the printed form is the key of the draws, and runs that are taken up
+    again must draw the same.
     """
 
     of: Signal
@@ -49,6 +52,9 @@ class Race(Signal):
     def value(self, batch: Batch) -> Tensor:
         # the least odds of the official code
         return torch.log1p(-uniform(batch, str(self))) / self.of(batch).clamp_min(1e-8)
+
+    def __str__(self) -> str:
+        return f"Race({self.of})"
 
 
 @dataclass(frozen=True)
@@ -110,12 +116,16 @@ def tip(
     if not 0 < share <= 1:
         raise ValueError(f"share={share} must lie in (0, 1]: the share of tokens that are trained")
     h, d = Entropy("student"), Gap("reverse_kl")
-    unsure, apart = Spread(h, 0.98), Spread(d)
-    of: Signal = {"soft_or": unsure + apart - unsure * apart, "entropy": h, "q3": d}[score]
+    uncertainty, distance = Spread(h, 0.98), Spread(d)
+    of: Signal = {
+        "soft_or": uncertainty + distance - uncertainty * distance,
+        "entropy": h,
+        "q3": d,
+    }[score]
     among = h <= Quantile(h, 0.5) if score == "q3" else Const(1)
     kept = (
         Highest(of, share, among, least)
         if selection == "top"
-        else Highest(Race(of), share, among, max(least, 1), whole=True)
+        else Highest(SampleKeys(of), share, among, max(least, 1), whole=True)
     )
     return Objective(Divergence("reverse_kl").per("own") * kept)

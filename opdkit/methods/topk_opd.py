@@ -14,6 +14,8 @@ from opdkit.objective import Divergence, Kind, Objective, ReverseKL
 class FixedRatioKL(Kind):
     """The value of KL(student || teacher), differentiated through p_s but not through the
     log-ratio: sum_v p_s sg(log p_s - log p_t).
+
+    Entries [..., K] from log-probs of student and teacher [..., K].
     """
 
     def entries(self, ls: Tensor, lt: Tensor) -> Tensor:

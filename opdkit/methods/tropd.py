@@ -13,9 +13,11 @@ from opdkit.objective import (
     Gap,
     Likelihood,
     LogRatio,
+    Loss,
     Mark,
     Objective,
     PolicyGradient,
+    Signal,
 )
 
 
@@ -39,9 +41,9 @@ def tropd(
     `outliers` "mask" drops tokens that are not trusted, "clip" drops the draw instead and floors
     every credit at `floor`. `outlier_gradient` "credit" puts minus the divergence as credit on the
     sampled token, as the released code is reported to do with rest="renormalise". `prefix` "credit"
-    is that code's term on guided tokens, beta log(pi_s/pi_t): its sign pushes the student away
-    wherever pi_t > pi_s, so the paper's likelihood is the default. Rows with a reference response
-    get one guided rollout more.
+    is that code's term on guided tokens: its sign pushes the student away wherever pi_t > pi_s, so
+    the paper's likelihood is the default. Rows with a reference response get one guided rollout
+    more.
 
     Source: arXiv 2606.01249. The floor of its clip ablation is not stated (ours: -2.5). Its claim
     that the top-k forward KL vanishes when the student has no mass on the teacher's set is wrong:
@@ -75,13 +77,16 @@ def tropd(
         objective = Objective(PolicyGradient(Floor(credit, floor)) * ~guided)
     else:
         objective = Objective(PolicyGradient(credit) * trusted * ~guided)
-    if outliers == "forward_kl" and outlier_gradient == "backprop":
-        objective += Divergence("forward_kl", k, rest=rest) * ~trusted * ~guided
-    elif outliers == "forward_kl":
-        objective += (
-            PolicyGradient(-Gap("forward_kl", "teacher", k, rest) * ~trusted) * ~trusted * ~guided
-        )
-    objective += (
-        (Likelihood() if prefix == "likelihood" else PolicyGradient(-credit)) * guided * beta
-    )
-    return Method(objective, curriculum=TeacherPrefix())
+    if outliers == "forward_kl":
+        objective += untrusted(k, rest, outlier_gradient, ~trusted) * ~trusted * ~guided
+    last = Likelihood() if prefix == "likelihood" else PolicyGradient(-credit)
+    return Method(objective + last * guided * beta, curriculum=TeacherPrefix())
+
+
+def untrusted(k: int, rest: str, gradient: str, where: Signal) -> Loss:
+    """The forward KL on tokens `where` [B, T] that are not trusted: backpropagated, or its negative
+    as credit of the sampled token.
+    """
+    if gradient == "backprop":
+        return Divergence("forward_kl", k, rest=rest)
+    return PolicyGradient(-Gap("forward_kl", "teacher", k, rest) * where)

@@ -26,8 +26,8 @@ from opdkit.objective.maths import group_index
 # of the shift: right up, wrong down
 SHARES = {"both": (0.5, 0.5), "correct_up": (1.0, 0.0), "incorrect_down": (0.0, 1.0)}
 FAILED = -100.0  # log-prob that stands for a score the teacher did not give
-FAR = 10.0  # nats: tokens on which the two models differ by more are left out
-LEAST = 0.25  # share of a class that the margin mask leaves
+MOST_APART = 10.0  # nats: tokens on which the two models differ by more are left out
+LEAST_SHARE = 0.25  # of a class, that the margin mask leaves
 
 
 def gap(right: list[float], wrong: list[float], mode: str) -> float:
@@ -79,17 +79,24 @@ class ByOutcome(Signal, ABC):
 
 
 @dataclass(frozen=True)
-class Lot(Signal):
-    """[B, 1]: a uniform draw for each rollout."""
+class RolloutDraw(Signal):
+    """[B, 1]: a uniform draw for each rollout.
+
+    Prints as `Lot()`: the printed form is the key of the draws, and runs that are taken up again
+    must draw the same.
+    """
 
     def value(self, batch: Batch) -> Tensor:
         return uniform(batch, str(self))[:, :1]
 
+    def __str__(self) -> str:
+        return "Lot()"
+
 
 @dataclass(frozen=True)
 class Balanced(ByOutcome):
-    """1 for the rollouts that stay so that right : wrong is `ratio`, 0 for others; all stay where
-    none of a kind would, or one is absent.
+    """[B, 1]: 1 for the rollouts that stay so that right : wrong is `ratio`, 0 for others; all stay
+    where none of a kind would, or one is absent.
     """
 
     ratio: float
@@ -107,8 +114,8 @@ class Balanced(ByOutcome):
 
 @dataclass(frozen=True)
 class MarginShift(ByOutcome):
-    """What lifts right answers and lowers wrong ones until their scores are `delta` apart; zero
-    where they are.
+    """[B, 1]: what lifts right answers and lowers wrong ones until their scores are `delta` apart;
+    zero where they are.
     """
 
     delta: float
@@ -123,8 +130,8 @@ class MarginShift(ByOutcome):
 
 @dataclass(frozen=True)
 class MarginMask(ByOutcome):
-    """1 for rollouts that stay, 0 for the lowest right and highest wrong ones, dropped one by one
-    until the gap is delta or grows no more.
+    """[B, 1]: 1 for rollouts that stay, 0 for the lowest right and highest wrong ones, dropped one
+    by one until the gap is delta or grows no more.
     """
 
     delta: float
@@ -132,7 +139,7 @@ class MarginMask(ByOutcome):
 
     def of(self, right: list[float], wrong: list[float]) -> tuple[list[float], list[float]]:
         up, down = sorted(right, reverse=True), sorted(wrong)  # the next to go is the last
-        least = [max(1, int(LEAST * len(scores))) for scores in (up, down)]
+        least = [max(1, int(LEAST_SHARE * len(scores))) for scores in (up, down)]
         while (now := gap(up, down, self.mode)) < self.delta:
             after = [gap(up[:-1], down, self.mode), gap(up, down[:-1], self.mode)]
             after = [
@@ -195,9 +202,11 @@ def uni_opd(
     gained = LogRatio("teacher", "student")
     credit: Signal = gained * (Logp("teacher") > FAILED)
     score, anyone = RowMean(credit), Const(1) > 0
-    kept = anyone if balance is None else Balanced(Lot(), anyone, balance_scope, balance) > 0
+    kept = (
+        anyone if balance is None else Balanced(RolloutDraw(), anyone, balance_scope, balance) > 0
+    )
     if action == "shift":
         credit = credit + MarginShift(score, kept, scope, delta, mode, direction)
     else:
         kept = MarginMask(score, kept, scope, delta, mode) > 0
-    return Objective((PolicyGradient(credit) * (abs(gained) < FAR) * kept).per("rows"))
+    return Objective((PolicyGradient(credit) * (abs(gained) < MOST_APART) * kept).per("rows"))

@@ -1,4 +1,8 @@
-"""The algebra of objectives: the weight of one, one times a weight or a number."""
+"""The algebra of objectives: the weight of one, one times a weight or a number.
+
+Weights are signals, expressions that are [B, T], [B, 1] or [1, 1] once a step is known; nothing is
+computed here.
+"""
 
 from __future__ import annotations
 

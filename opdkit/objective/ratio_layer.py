@@ -51,10 +51,9 @@ def apply_layer(objective: Objective, **settings: Any) -> Objective:
 
 
 def takes_layer(term: Term) -> bool:
-    """Whether a term takes a ratio to what a sampler drew."""
-    return isinstance(term.loss, (PolicyGradient, Bounds)) and Mark("guided") not in factors(
-        term.weight
-    )
+    """Whether a term takes a ratio to what a sampler drew, in one of the forms known here."""
+    known = type(term.loss) is PolicyGradient or isinstance(term.loss, Bounds)
+    return known and Mark("guided") not in factors(term.weight)
 
 
 def settings_of(objective: Objective) -> dict[str, Any]:
@@ -70,11 +69,11 @@ def settings_of(objective: Objective) -> dict[str, Any]:
 
 
 def _settings(term: Term) -> dict[str, Any]:
-    loss = term.loss
-    clip, dual = None, None
+    """The layer's settings as they stand in one term."""
+    loss, clip, dual = term.loss, None, None
     if isinstance(loss, Bounds):
-        clip = None if math.isinf(loss.low) and math.isinf(loss.high) else (loss.low, loss.high)
-        dual = loss.dual
+        free = type(loss) is not Clipped and math.isinf(loss.low) and math.isinf(loss.high)
+        clip, dual = None if free else (loss.low, loss.high), loss.dual
     caps = [f.at for f in factors(term.weight) if isinstance(f, Ceiling) and is_cap(f)]
     return {"clip": clip, "dual_clip": dual, "rollout_cap": caps[0] if caps else None}
 
@@ -111,10 +110,10 @@ def _pair(clip: Any) -> tuple[float, float] | None:
 
 def _clipped(loss: Loss, clip: tuple[float, float] | None, dual: float | None) -> Loss:
     """The loss with these bounds in the place of its own."""
-    if isinstance(loss, Bounds) and not isinstance(loss, Clipped):
+    assert isinstance(loss, (PolicyGradient, Bounds))
+    if isinstance(loss, Bounds) and (clip is not None or type(loss) is not Clipped):
         low, high = clip or (math.inf, math.inf)
         return replace(loss, low=low, high=high, dual=dual)
-    assert isinstance(loss, (PolicyGradient, Clipped))
     if clip is not None:
         return Clipped(loss.credit, *clip, dual, loss.base)
     if dual is not None:
@@ -175,8 +174,8 @@ def _renamed(base: str | Signal, old: str, new: str) -> str | Signal:
     """What a ratio is taken to, with one model in the place of another."""
     if isinstance(base, str):
         return new if base == old else base
-    changed = {f.name: new for f in fields(base) if getattr(base, f.name) == old}  # type: ignore[arg-type]
-    return replace(base, **changed)  # type: ignore[type-var]
+    part: Any = base
+    return replace(part, **{f.name: new for f in fields(part) if getattr(part, f.name) == old})
 
 
 def policy_gradient(
@@ -193,4 +192,5 @@ def policy_gradient(
         Term(PolicyGradient(credit)),
         {"clip": clip, "dual_clip": dual_clip, "rollout_cap": rollout_cap},
     )
-    return term if base is None else replace(term, loss=replace(term.loss, base=base))  # type: ignore[type-var]
+    loss: Any = term.loss
+    return term if base is None else replace(term, loss=replace(loss, base=base))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 
@@ -79,6 +80,35 @@ def test_other_terms_and_guided_tokens_stay():
     made = apply_layer(PLAIN + others, clip=(0.2, 0.2), rollout_cap=5)
     assert made.terms[1:] == others.terms and isinstance(made.terms[0].loss, Clipped)
     assert settings_of(others) == {}
+
+
+@dataclass(frozen=True)
+class Doubled(PolicyGradient):
+    """A policy gradient of one's own."""
+
+    def value(self, live):
+        return 2 * super().value(live)
+
+
+@dataclass(frozen=True)
+class Halved(Clipped):
+    """A clipped one of one's own."""
+
+    size: float = 0.5
+
+    def value(self, live):
+        return self.size * super().value(live)
+
+
+def test_losses_of_ones_own_are_bounded_only_where_they_have_bounds():
+    """A subclass would lose what makes it one if another loss took its place."""
+    with pytest.raises(ValueError, match="Leave them out"):
+        apply_layer(Objective(Doubled(CREDIT)), clip=(0.2, 0.2))
+    made = apply_layer(Objective(Halved(CREDIT, size=0.3)), clip=(0.1, 0.2), dual_clip=3)
+    assert made == Objective(Halved(CREDIT, 0.1, 0.2, 3, size=0.3))
+    assert apply_layer(made, clip=None) == Objective(
+        Halved(CREDIT, math.inf, math.inf, None, size=0.3)
+    )
 
 
 def test_settings_in_which_terms_differ_are_no_settings_of_the_whole():
