@@ -33,16 +33,14 @@ def gold(
     D_beta may be negative) and its gradient goes through all factors. `longer` "rank" compares
     spans of several tokens by rank alone, with w_u: the entry of one token there stands for
     different texts on the two sides, and "token" teaches the student to avoid the span. D_beta is
-    that of `gkd`, u that of `uld`, and a teacher with the student's own tokenizer is simply
-    `gkd(beta)`.
+    that of `gkd`, u that of `uld`; with the student's own tokenizer it is `gkd(beta)`.
 
     Source: TRL 1.16 (GOLDTrainer) and its authors' report. Departures: logits are those that
     predict each token (TRL's "observed" takes those that predict the next, so the two differ there
     alone); tokens are the same where they stand for the same bytes (TRL: the same spelling, so
     "Ġthe" is not "▁the"), and so are the two ends of sequence; the teacher's vocabulary ends with
     its tokenizer's last token, not with the padding of its matrix; what is no text (a character cut
-    in the middle) is left out. Not offered: temperature .9 and top_p .95 (of the run's sampling),
-    extended=False (`uld`).
+    in the middle) is left out. Not offered: extended=False (`uld`), temperature .9 (the run's).
 
     Arguments:
         beta: of D_beta (see `gkd`), in [0, 1]; with `hybrid` or one common tokenizer. Default:
