@@ -8,17 +8,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from opdkit.methods.opd import Clip
 from opdkit.objective import (
     Batch,
     Live,
     LogpAtFact,
     LogRatio,
     Objective,
+    PolicyGradient,
     Signal,
     TokenLoss,
     TopFact,
-    policy_gradient,
 )
 from opdkit.objective.maths import finite, normalise
 
@@ -47,7 +46,7 @@ class Reachable(Signal):
 
 @dataclass(frozen=True)
 class Route(TokenLoss):
-    """-sum_v q(v) log pi_s(v) over the destinations."""
+    """[n]: -sum_v q(v) log pi_s(v) over the destinations."""
 
     k: int
     eps: float
@@ -63,19 +62,23 @@ class Route(TokenLoss):
 def cr_opd(
     k: int = 16,
     eps: float = 1e-4,
-    clip: Clip = None,
-    dual_clip: float | None = None,
-    rollout_cap: float | None = None,
 ) -> Objective:
     """CR-OPD (experimental): a token the teacher disowns gives its mass to tokens the teacher
     wants, not to all others alike.
 
-        r_t >= 0, or nowhere to go:  -ratio r_t;   r_t < 0:  -|r_t| sum_v q(v) log pi_s(v);   mean
-        over all trained tokens
+        r_t >= 0, or nowhere to go:   -ratio r_t
+        r_t < 0:                      -|r_t| sum_v q(v) log pi_s(v)
         q = pi_t renormalised on its top k where pi_s >= eps before the step, without y_t
+        mean over all trained tokens
 
     Source: proposed and not tested in arXiv 2606.22793; the formula is a reconstruction. Unlike OPD
     its expectation is no gradient of a KL. Not offered: keeping both terms, q from pi_s pi_t.
+
+    Arguments:
+        k: size of the teacher's top k, in tokens, at least 1. Default: ours; the survey states
+            none.
+        eps: probability below which the student cannot reach a token, in (0, 1). Default: ours; the
+            survey states none.
     """
     if not 0 < eps < 1:
         raise ValueError(
@@ -84,7 +87,4 @@ def cr_opd(
         )
     credit = LogRatio("teacher", "student")
     routed = (credit < 0) & Reachable(k, eps)
-    return (
-        policy_gradient(credit, clip, dual_clip, rollout_cap) * ~routed
-        + Route(k, eps) * abs(credit) * routed
-    )
+    return PolicyGradient(credit) * ~routed + Route(k, eps) * abs(credit) * routed

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from opdkit.methods.method import Method, as_method
-from opdkit.methods.opd import Clip
 from opdkit.objective import Batch, Exp, LogRatio, Mark, MeanOne, Objective, RolloutLoss, Signal
 
 
@@ -67,24 +66,29 @@ def drift_gating(
     block: int = 64,
     tau: float = 1.0,
     spans: str | None = None,
-    clip: Clip = None,
-    dual_clip: float | None = None,
-    rollout_cap: float | None = None,
 ) -> Method:
     """BPDG: when rollouts are used for several updates, spans whose log-probs have moved since they
     were sampled count less.
 
-        every term of `base` times g / mean g,  g = exp(-tau |mean over the block of
-        log(live/sampler)|), mean g over all trained tokens
+        every term of `base` times g / mean g,   mean g over all trained tokens
+        g = exp(-tau |mean over the block of log(live/sampler)|)
 
-    live is the student of this very update, without gradient. `base` is a method's name, a method,
-    or an objective; its denominators stay, its clip settings can be given here. Blocks are `block`
-    response positions; spans="newline" also ends them at tokens marked "newline", which are those
-    whose text contains one. On fresh rollouts every gate is 1: it acts from the second update on.
+    live is the student of this very update, without gradient. The base's denominators stay. Blocks
+    begin anew in each response. On fresh rollouts every gate is 1: it acts from the second update
+    on.
 
     Source: arXiv 2606.24084, no public code. Ours: means are signed and over trained tokens, as in
     its text; the mean gate is that of the step; a newline ends a block of at least a quarter of
     `block`. A gate can exceed 1: it is relative, no trust region.
+
+    Arguments:
+        base: what is weighed: a method's name or expression, a method, or an objective without a
+            loss over whole rollouts. Default: the first of the paper's two.
+        block: length of a block in response positions, at least 1. Default: the paper's.
+        tau: by how much drift, in nats per token, lowers a gate: exp(-tau |drift|); at least 0, 0
+            is the base. Default: the paper's.
+        spans: what else ends a block: "newline" (tokens whose text has one), or None. Default: the
+            paper's first variant.
     """
     if block < 1 or tau < 0:
         raise ValueError(
@@ -93,8 +97,7 @@ def drift_gating(
         )
     if spans not in (None, "newline"):
         raise ValueError(f"spans={spans!r} must be None (blocks of fixed length) or 'newline'")
-    given = {"clip": clip, "dual_clip": dual_clip, "rollout_cap": rollout_cap}
-    made = as_method(base, **{name: value for name, value in given.items() if value is not None})
+    made = as_method(base)
     if any(isinstance(term.loss, RolloutLoss) for term in made.objective.terms):
         raise ValueError(
             f"base={base} has a loss over whole rollouts, which cannot be weighted token by token: "

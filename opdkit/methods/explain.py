@@ -4,17 +4,25 @@ loss.
 
 from __future__ import annotations
 
+import inspect
 import re
+import textwrap
 from typing import Any
 
 from opdkit.curricula import Plain, reads_cache
 from opdkit.methods import expression
-from opdkit.methods.method import Method, as_method, load, methods
+from opdkit.methods.arguments import Argument, described
+from opdkit.methods.method import Method, as_method, function_of, load, methods
 from opdkit.objective.grammar import RolloutLoss
 from opdkit.objective.head import CHUNK_BYTES, CHUNK_ENTRIES
 from opdkit.objective.needs import Needs
+from opdkit.objective.ratio_layer import apply_layer
 
 GIB = 2**30
+WIDTH = 96  # of what is said of an argument, in columns
+SHARED = "arguments of every policy gradient"
+
+Shown = tuple[str, Any, Argument]  # an argument's name, its value, what is said of it
 
 
 def source_of(method: Method) -> str:
@@ -62,15 +70,42 @@ def passes(method: Method) -> list[str]:
     return lines
 
 
+def arguments_of(method: Method) -> tuple[list[Shown], list[Shown]]:
+    """The arguments of a method's function, and those of the ratio layer."""
+    if not method.arguments:
+        return [], []
+    function = function_of(method.name)
+    said, layer = _said(function), _said(apply_layer)
+    known = inspect.signature(function).parameters
+    own = [(k, v, said.get(k, Argument(""))) for k, v in method.arguments if k in known]
+    return own, [(k, v, layer[k]) for k, v in method.arguments if k not in known]
+
+
+def _said(function: Any) -> dict[str, Argument]:
+    return described(inspect.getdoc(function) or "")[1]
+
+
+def _lines(title: str, arguments: list[Shown]) -> list[str]:
+    """Arguments with their values, each followed by what is said of it."""
+    lines = [title] if arguments else []
+    for name, value, said in arguments:
+        source = f" Default: {said.source}" if said.source else ""
+        lines += [f"  {name} = {value!r}"]
+        lines += textwrap.wrap(
+            said.meaning + source, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+    return [*lines, ""] if lines else []
+
+
 def explain(method: str | Method | Any, **arguments: Any) -> str:
     """A method's formula, needs and cost, in words."""
     made = as_method(method, **arguments)
     lines = [made.name or "objective", "=" * len(made.name or "objective"), ""]
     if made.doc:
-        lines += [made.doc, ""]
+        lines += [described(made.doc)[0], ""]
     lines += ["prints as", f"  {made}", ""]
-    if made.arguments:
-        lines += ["arguments", *(f"  {k} = {v!r}" for k, v in made.arguments), ""]
+    own, layer = arguments_of(made)
+    lines += _lines("arguments", own) + _lines(SHARED, layer)
     needs = made.needs
     lines += ["reads", *(f"  {x}" for x in str(needs).split(", ")), ""]
     lines += [

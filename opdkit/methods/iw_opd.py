@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdkit.methods.opd import Clip
-from opdkit.objective import Batch, LogRatio, MeanOne, Objective, Signal, policy_gradient
+from opdkit.objective import Batch, LogRatio, MeanOne, Objective, PolicyGradient, Signal
 
 
 @dataclass(frozen=True)
@@ -28,24 +27,21 @@ class SpentBefore(Signal):
 def iw_opd(
     gamma: float = 0.5,
     mean_one: bool = False,
-    clip: Clip = None,
-    dual_clip: float | None = None,
-    rollout_cap: float | None = None,
 ) -> Objective:
     """IW-OPD: early tokens, still near what the teacher would write, count more than late ones.
 
-        credit r_t = log(pi_t/pi_s),  weight 1 + gamma (1 - sum_{k<t} |r_k| / sum_k |r_k|),  mean
-        over all trained tokens
-
-    `mean_one` divides the weights by their mean over the step, so that gamma does not change the
-    step size (off, as in the paper).
+        credit r_t = log(pi_t/pi_s),  weight 1 + gamma (1 - sum_{k<t} |r_k| / sum_k |r_k|)
+        mean over all trained tokens
 
     Source: arXiv 2606.22600. The gap is taken from the student before the step, as in the official
     code (TRL recomputes it).
+
+    Arguments:
+        gamma: by how much the first token of a rollout counts more than its last, at least 0; 0 is
+            `opd`. Default: the paper's.
+        mean_one: whether weights are divided by their mean over the step, so that gamma does not
+            change the step size. Default: off, as in the paper.
     """
     credit = LogRatio("teacher", "student")
     weight = 1 + gamma * (1 - SpentBefore(credit))
-    return Objective(
-        policy_gradient(credit, clip, dual_clip, rollout_cap)
-        * (MeanOne(weight) if mean_one else weight)
-    )
+    return Objective(PolicyGradient(credit) * (MeanOne(weight) if mean_one else weight))

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdkit.methods.opd import Clip
+from opdkit.methods.arguments import one_of
 from opdkit.objective import (
     Advantage,
     Batch,
+    Clipped,
     Correct,
     Divergence,
     Estimator,
@@ -19,7 +20,6 @@ from opdkit.objective import (
     MeanOne,
     Objective,
     Signal,
-    policy_gradient,
 )
 
 
@@ -65,55 +65,71 @@ def kdrl(
     exclude_tokens: tuple[int, ...] = (),
     k: int = 32,
     advantage: str = "std",
-    clip: Clip = None,
-    dual_clip: float | None = None,
-    rollout_cap: float | None = None,
 ) -> Objective:
     """KDRL: GRPO, which has no signal where a whole group fails, plus a KL to the teacher on the
     same rollouts.
 
-        -ratio A  +  beta_n * estimator of KL(pi_s || pi_t),  mean over all tokens
+        max(-A w, -A clip(w, 1 - low, 1 + high))  +  beta_n * estimator of KL(pi_s || pi_t)
+        w = pi_s/pi_sampler,   A = (R - mean) / (std + 1e-6) of a prompt's rollouts
+        mean over all tokens
 
     beta_n falls in a straight line from `beta` to `beta_min` in `steps` steps of the run and stays
     there. k2 = r_t^2 / 2 has the gradient of KL(pi_s || pi_t), k3 that of KL(pi_t || pi_s); "topk"
     is the reverse KL over the teacher's top `k`, both renormalised; "k1_credit" adds beta_n r_t to
     A inside the clipped loss: k2's gradient on fresh rollouts, clipped elsewhere.
 
-    `mask` "response" keeps the KL on wrong rollouts only, "group" on prompts that no rollout
-    solved; its mean is over the kept tokens, with `masked_mean` "all" over all. `exclude_tokens`:
-    ids without KL, for a teacher whose end-of-sequence token is another one.
+    Source: arXiv 2506.02208; a constant weight (its 2e-3) is beta = beta_min. Departure: the mean
+    over kept tokens is a replica's (arXiv 2609.04108). Not offered: k1 backpropagated, whose
+    gradient does not see the teacher.
 
-    Source: arXiv 2506.02208, whose GRPO has clip=(0.2, 0.2); a constant weight (its 2e-3) is beta =
-    beta_min. Departure: the mean over kept tokens is a replica's (arXiv 2609.04108). Not offered:
-    k1 backpropagated, whose gradient does not see the teacher.
+    Arguments:
+        beta: weight of the teacher's KL at the first step, at least 0; 0 is `grpo(loss=dapo)` and
+            loads no teacher. Default: the paper's.
+        beta_min: weight from step `steps` on, at least 0; a value above `beta` counts as `beta`.
+            Default: the paper's.
+        steps: optimiser steps in which the weight falls from one to the other, at least 0. Default:
+            the paper's (5e-5 per step).
+        estimator: of the KL: "k2", "k3", "topk", or "k1_credit" (inside the clipped loss). Default:
+            the paper's.
+        mask: which rollouts keep the KL: None (all), "response" (wrong ones), "group" (those of
+            prompts that no rollout solved). Default: the paper's plain form.
+        masked_mean: what a masked KL is a mean over: "kept" tokens or "all". Default: that of a
+            replica, arXiv 2609.04108.
+        exclude_tokens: ids of tokens without KL, such as an end of sequence that the teacher does
+            not have. Default: none.
+        k: size of the teacher's top k with estimator="topk", in tokens, at least 1. Default: ours;
+            the paper's is not known.
+        advantage: how a reward becomes an advantage: "std" (less the mean of its prompt's rollouts,
+            over their standard deviation), "mean" (without the division), "rloo" (less the mean of
+            the others). Default: the paper's.
     """
-    if mask not in (None, "response", "group"):
-        raise ValueError(f"mask={mask!r} must be 'response', 'group' or None")
+    one_of(estimator=(estimator, ("k2", "k1_credit", "k3", "topk")))
+    reward, where = Advantage(advantage), masked(mask, masked_mean, exclude_tokens)
+    if beta == 0:  # GRPO: no teacher is loaded
+        return Objective(Clipped(reward, 0.2, 0.2))
+    weight: Signal = Linear(beta, min(beta, beta_min), steps)
+    if where is not None:
+        weight = weight * where
+    if estimator == "k1_credit":
+        return Objective(Clipped(reward + weight * LogRatio("teacher", "student"), 0.2, 0.2))
+    topk = Divergence("reverse_kl", k, "teacher", "renormalise")
+    distance = topk if estimator == "topk" else Estimator(estimator)
+    return Clipped(reward, 0.2, 0.2) + distance * weight
+
+
+def masked(mask: str | None, masked_mean: str, exclude_tokens: tuple[int, ...]) -> Signal | None:
+    """[B, T] or [B, 1]: the weight of tokens that keep the teacher's KL, 0 for others; None: all
+    keep it.
+
+    The mean over the kept ones is written over all: each counts for those left out as well.
+    """
     if masked_mean not in ("kept", "all"):
         raise ValueError(f"masked_mean={masked_mean!r} must be 'kept' or 'all'")
-    if estimator not in ("k2", "k1_credit", "k3", "topk"):
-        raise ValueError(f"estimator={estimator!r} must be one of k2, k1_credit, k3, topk")
-    reward, gap, layer = (
-        Advantage(advantage),
-        LogRatio("teacher", "student"),
-        (clip, dual_clip, rollout_cap),
-    )
-    if beta == 0:  # GRPO: no teacher is loaded
-        return Objective(policy_gradient(reward, *layer))
+    if mask not in (None, "response", "group"):
+        raise ValueError(f"mask={mask!r} must be 'response', 'group' or None")
     keep: Signal | None = None
     if mask is not None:
         keep = ~Correct() if mask == "response" else GroupMean(Correct()) <= 0
     if exclude_tokens:
         keep = ~TokenIn(exclude_tokens) if keep is None else keep & ~TokenIn(exclude_tokens)
-    weight: Signal = Linear(beta, min(beta, beta_min), steps)
-    # the mean over kept tokens, written over all: each counts for those left out as well
-    if keep is not None:
-        weight = weight * (MeanOne(keep) if masked_mean == "kept" else keep)
-    if estimator == "k1_credit":
-        return Objective(policy_gradient(reward + weight * gap, *layer))
-    distance = (
-        Divergence("reverse_kl", k, "teacher", "renormalise")
-        if estimator == "topk"
-        else Estimator(estimator)
-    )
-    return policy_gradient(reward, *layer) + distance * weight
+    return MeanOne(keep) if keep is not None and masked_mean == "kept" else keep

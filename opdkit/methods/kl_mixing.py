@@ -11,7 +11,7 @@ def kl_mixing(lam: float = 0.25, prefix: str = "student") -> Method:
     """KL mixing: whose prefixes and which KL are independent choices; mostly forward KL keeps
     entropy and length in check.
 
-        lam KL(pi_s || pi_t) + (1 - lam) KL(pi_t || pi_s) over the whole vocabulary at each prefix,
+        lam KL(pi_s || pi_t) + (1 - lam) KL(pi_t || pi_s) over the whole vocabulary at each prefix
         mean over all trained tokens
 
     `prefix` "student": the student's rollouts; "teacher": responses of the data set (the teacher's
@@ -21,6 +21,12 @@ def kl_mixing(lam: float = 0.25, prefix: str = "student") -> Method:
     Source: arXiv 2605.16826, no public code. lam and the token mean are ours: the paper asks for
     more forward than reverse at long lengths. Not offered: a mixture of prefix sources inside one
     step (batches alternate in `gkd(lmbda=...)`); its length curriculum.
+
+    Arguments:
+        lam: share of the reverse KL, in [0, 1]; the rest is forward KL. Default: ours; the paper
+            asks for more forward than reverse at long lengths.
+        prefix: whose prefixes: "student" (its rollouts) or "teacher" (responses of the data).
+            Default: the student's, on which the paper studies mixtures.
     """
     if not 0 <= lam <= 1:
         raise ValueError(

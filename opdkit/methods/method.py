@@ -14,7 +14,7 @@ from opdkit.base.address import is_address, load_address
 from opdkit.base.errors import UserError, nearest
 from opdkit.curricula import Curriculum, Plain, together
 from opdkit.methods import METHODS, expression
-from opdkit.objective import algebra, credits
+from opdkit.objective import algebra, credits, ratio_layer
 from opdkit.objective.grammar import Loss, Number, Objective, Signal, Term
 from opdkit.objective.needs import Needs, needs
 
@@ -125,8 +125,14 @@ def spelled(method: Method) -> str:
     """
     if not method.arguments:
         return method.name or "own"
-    defaults = inspect.signature(function_of(method.name)).parameters
-    given = {k: v for k, v in method.arguments if v != defaults[k].default}
+    parameters = inspect.signature(function_of(method.name)).parameters
+    usual = {k: p.default for k, p in parameters.items()}
+    if (
+        not usual.keys() >= dict(method.arguments).keys()
+    ):  # what the function itself has of the layer
+        bare = load(method.name, **{k: v for k, v in method.arguments if k in usual})
+        usual = dict(bare.arguments) | usual
+    given = {k: v for k, v in method.arguments if k not in usual or v != usual[k]}
     if any(not _plain(v) for v in given.values()):
         return "own"
     return (
@@ -190,7 +196,8 @@ def function_of(name: str) -> Callable[..., Method | Objective]:
 
 def load(name: str, /, **arguments: Any) -> Method:
     """A method by name, or `file.py:function` for one's own; its hyper-parameters are the
-    function's arguments.
+    function's arguments, and where it is a policy gradient those of the ratio layer
+    (`objective.ratio_layer.apply_layer`).
 
     Also an expression of these: `tropd(k=32) * iw_opd(gamma=1)` is tropd, every term times the
     weight of iw_opd; `0.5 * opd + gkd` a sum.
@@ -202,36 +209,65 @@ def load(name: str, /, **arguments: Any) -> Method:
             )
         return expression.evaluate(name, load)
     function = function_of(name)
-    signature = inspect.signature(function)
-    for argument in arguments:
-        if argument not in signature.parameters:
-            raise UserError(
-                f"method {name!r} has no argument "
-                f"{argument!r}{nearest(argument, list(signature.parameters))}"
-            )
+    given = {k: _frozen(v) for k, v in arguments.items()}
+    own, layer = _divided(function, name, given)
     try:
-        bound = signature.bind(**{k: _frozen(v) for k, v in arguments.items()})
+        bound = inspect.signature(function).bind(**own)
         bound.apply_defaults()
-        made = function(*bound.args, **bound.kwargs)
+        made = _method(function(*bound.args, **bound.kwargs), name)
+        objective = ratio_layer.apply_layer(made.objective, **layer)
     except (TypeError, ValueError) as error:
         raise UserError(f"method {name!r}: {error}") from error
-    if isinstance(made, (Objective, Term, Loss)):
-        made = Method(Objective(made))
-    if not isinstance(made, Method):
-        raise UserError(
-            f"{name} returned {type(made).__name__}: a method is a function that returns an "
-            "Objective or a Method"
-        )
     # else it is made of methods that have been looked at
     if name not in METHODS and made.name in ("", "own"):
-        credits.refuse(made.objective, name)
+        credits.refuse(objective, name)
+    shown = {
+        k: v for k, v in ratio_layer.settings_of(objective).items() if k not in bound.arguments
+    }
     doc = inspect.getdoc(function) or ""
     return replace(
         made,
+        objective=objective,
         name=name,
-        arguments=tuple(bound.arguments.items()),
-        summary=doc.split("\n")[0],
+        arguments=(*bound.arguments.items(), *shown.items()),
+        summary=" ".join(doc.split("\n\n")[0].split()),
         doc=doc,
+    )
+
+
+def _divided(
+    function: Callable[..., Any], name: str, given: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments that are the function's own, and those of the ratio layer."""
+    known = list(inspect.signature(function).parameters)
+    own = {k: v for k, v in given.items() if k in known}
+    layer = {k: v for k, v in given.items() if k not in known}
+    for argument in layer:
+        if argument not in ratio_layer.SETTINGS:
+            every = list(dict.fromkeys([*known, *_layer_of(function)]))
+            raise UserError(
+                f"method {name!r} has no argument {argument!r}{nearest(argument, every)}"
+            )
+    return own, layer
+
+
+def _layer_of(function: Callable[..., Any]) -> list[str]:
+    """The ratio layer's arguments where a method takes them at its defaults."""
+    try:
+        return list(ratio_layer.settings_of(_method(function(), "").objective))
+    except (TypeError, ValueError, UserError):  # it has no defaults
+        return []
+
+
+def _method(made: Any, name: str) -> Method:
+    """What a method's function returned, as a Method."""
+    if isinstance(made, (Objective, Term, Loss)):
+        return Method(Objective(made))
+    if isinstance(made, Method):
+        return made
+    raise UserError(
+        f"{name} returned {type(made).__name__}: a method is a function that returns an Objective "
+        "or a Method"
     )
 
 

@@ -8,11 +8,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from opdkit.methods.method import Method
-from opdkit.methods.opd import Clip
 from opdkit.objective import (
     Advantage,
     Batch,
     Ceiling,
+    Clipped,
     Const,
     Divergence,
     Floor,
@@ -22,7 +22,6 @@ from opdkit.objective import (
     Signal,
     ToGo,
     maths,
-    policy_gradient,
 )
 
 
@@ -61,28 +60,39 @@ def minillm(
     single_step: float = 1.0,
     teacher_mix: float = 0.0,
     advantage: str | None = None,
-    clip: Clip = (0.2, 0.2),
-    dual_clip: float | None = None,
-    rollout_cap: float | None = None,
 ) -> Method:
     """MiniLLM: KL(student || teacher) of whole sequences, so that a small student need not cover
     what it cannot represent.
 
-        r_t = clip(log(pi_t/pi_s) / scale, +-clamp),  R_t = sum_k g^k r_{t+k} / (trained tokens from
-        t on),  credit A = R whitened
-        max(-A w, -A clip(w, 1 - low, 1 + high)),  w = pi_s / (a pi_t + (1 - a) pi_sampler)   +
-        single_step * KL(pi_s || pi_t)
+        r_t = clip(log(pi_t/pi_s) / scale, +-clamp)
+        R_t = sum_k g^k r_{t+k} / (trained tokens from t on),   credit A = R whitened
+        max(-A w, -A clip(w, 1 - low, 1 + high))  +  single_step * KL(pi_s || pi_t)
+        w = pi_s / (a pi_t + (1 - a) pi_sampler),   g = discount,   a = teacher_mix
 
-    both over all trained tokens. The second term is the exact gradient of r_t itself; `exact`
-    leaves r_t out of R_t, as the paper's decomposition does and its code does not. `teacher_mix` a:
-    tokens are drawn from a pi_t + (1 - a) pi_sampler, the teacher decoding beside the student; w is
-    at most 1/(1 - a) on fresh rollouts. `advantage` "std", "mean" or "rloo" adds that of the reward
-    to A.
+    both over all trained tokens. The second term is the exact gradient of r_t itself; `teacher_mix`
+    a: tokens are drawn from a pi_t + (1 - a) pi_sampler, the teacher decoding beside the student; w
+    is at most 1/(1 - a) on fresh rollouts.
 
     Source: arXiv 2306.08543 and its code. Departures: a = 0, as the student draws alone (paper 0.2:
     the teacher takes part in decoding); statistics over trained tokens only (its code counts
     padding as zeros). Not offered: the pre-training term on a text corpus. TRL's MiniLLM is
     scale=1, discount=0, length_norm=False, whiten=False, advantage="std".
+
+    Arguments:
+        scale: divides the log-ratio before it is clamped; above 0. Default: the code's.
+        clamp: largest |log-ratio / scale|, above 0. Default: its script's.
+        discount: g: factor per token of later log-ratios, in [0, 1]. Default: the code's.
+        length_norm: whether the return is divided by the number of tokens it sums. Default: the
+            code's.
+        whiten: whether the return is centred and divided by its standard deviation over the step.
+            Default: the code's.
+        exact: whether r_t is left out of its own return, as in the paper's decomposition. Default:
+            off, as in the code.
+        single_step: weight of the exact KL at each prefix, at least 0. Default: the code's.
+        teacher_mix: a: share of the teacher in what tokens are drawn from, in [0, 1]. Default:
+            ours, so that no teacher is needed while decoding; the paper's is 0.2.
+        advantage: adds that of the reward: "std", "mean" or "rloo" (see `grpo`); None: no reward is
+            read. Default: the paper's, which has no reward.
     """
     if not 0 <= teacher_mix <= 1:
         raise ValueError(
@@ -90,20 +100,22 @@ def minillm(
             "rollouts were drawn from"
         )
     own = Floor(Ceiling(LogRatio("teacher", "student") / scale, clamp), -clamp)
-    credit: Signal = ToGo(own, discount) - own if exact else ToGo(own, discount)
-    if length_norm:
-        length = ToGo(Const(1))
-        credit = credit / Floor(length - 1 if exact else length, 1)
+    credit = returns(own, discount, length_norm, exact)
     if whiten:
         credit = Whitened(credit)
     if advantage is not None:
         credit = credit + Advantage(advantage)
-    base = (
-        LogMixture("teacher", "sampler" if rollout_cap is None else "student", teacher_mix)
-        if teacher_mix
-        else None
-    )
-    objective = Objective(policy_gradient(credit, clip, dual_clip, rollout_cap, base))
+    base = LogMixture("teacher", "sampler", teacher_mix) if teacher_mix else "sampler"
+    objective = Objective(Clipped(credit, 0.2, 0.2, base=base))
     if single_step:
         objective += Divergence("reverse_kl") * single_step
     return Method(objective, teacher_mix=teacher_mix)
+
+
+def returns(own: Signal, discount: float, length_norm: bool, exact: bool) -> Signal:
+    """[B, T]: the discounted sum of a signal from each token on, `exact` without the token's own;
+    `length_norm` divides it by the number of tokens.
+    """
+    total: Signal = ToGo(own, discount) - own if exact else ToGo(own, discount)
+    length = ToGo(Const(1))
+    return total / Floor(length - 1 if exact else length, 1) if length_norm else total

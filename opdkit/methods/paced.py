@@ -42,20 +42,29 @@ def paced(
     """PACED: prompts always solved teach nothing, prompts never solved nothing coherent; weigh by
     how close a prompt is to the frontier.
 
-        weight p^a (1 - p)^b of a rollout whose prompt is solved with pass rate p;  divergence over
-        the whole vocabulary, mean over each
-        rollout's tokens, then over rollouts;  weights have mean 1 over the step's rollouts (with
-        their sum as divisor: the same number)
+        weight p^a (1 - p)^b of a rollout whose prompt is solved with pass rate p
+        divergence over the whole vocabulary, mean over each rollout's tokens, then over rollouts
+        weights have mean 1 over the step's rollouts (with their sum as divisor: the same number)
 
     p is the share of correct ones among the prompt's last rollouts, before this step; of a prompt
     not seen yet, among its rollouts of this step. p = 0 or 1 weighs nothing, so a prompt needs
-    several: give the run num_generations of 4 or more. `two_stage` turns to reverse KL after half
-    of the run.
+    several: give the run num_generations of 4 or more.
 
     Source: arXiv 2603.11178; the weighting has no public code. Ours: mean 1, the switch at half,
     pass rates renewed as training goes (the paper estimates them with the initial student), and
     student prefixes for forward KL too (there: reference responses). Not offered: smoothed pass
     rates, the paper's baselines.
+
+    Arguments:
+        a: power of the pass rate, at least 0; with b it puts the peak at a / (a + b), and a > b
+            prefers easier prompts. Default: the paper's.
+        b: power of the failure rate, at least 0. Default: the paper's.
+        kind: the divergence, by name or as a `Kind` (see `opd`). Default: the paper's distillation
+            from a teacher; its self-distillation has "reverse_kl".
+        two_stage: whether the second half of the run has reverse KL in the place of `kind`.
+            Default: off, the paper's single stage.
+        normalise: "mean" divides the weights by their mean over the step's rollouts, "none" leaves
+            them. Default: ours; the paper's is not stated.
     """
     if a < 0 or b < 0:
         raise ValueError(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from opdkit.base.errors import UserError
 from opdkit.curricula import Plain
-from opdkit.methods.explain import passes, table
+from opdkit.methods.arguments import described
+from opdkit.methods.explain import SHARED, Shown, arguments_of, passes, table
 from opdkit.methods.method import Method, function_of, load, methods
 from opdkit.objective import algebra
 from opdkit.objective.grammar import RolloutLoss
@@ -26,7 +27,6 @@ TABLE = ("<!-- methods -->", "<!-- /methods -->")
 LABELS = re.compile(
     r"(?:^|(?<=\. )|(?<=\) )|(?<=\n))(Source|Departures?|Ours|Not offered|Where sources disagree): "
 )
-LAYER = ("clip", "dual_clip", "rollout_cap")  # of every policy gradient
 
 
 def pages(root: Path) -> dict[Path, str]:
@@ -120,7 +120,7 @@ def render(method: Method, notes: str) -> str:
 
 
 def _file(name: str) -> str:
-    return inspect.getmodule(function_of(name)).__name__.replace(".", "/") + ".py"  # type: ignore[union-attr]
+    return str(function_of(name).__module__).replace(".", "/") + ".py"
 
 
 def fence(text: str) -> str:
@@ -132,7 +132,7 @@ def prose(method: Method) -> str:
     list.
     """
     out = []
-    for block in method.doc.split("\n\n"):
+    for block in described(method.doc)[0].split("\n\n"):
         if all(line.startswith("    ") for line in block.splitlines()):
             out.append(fence(inspect.cleandoc(block)))
             continue
@@ -165,25 +165,27 @@ def escape(text: str) -> str:
 
 
 def arguments(method: Method) -> str:
-    """A table of arguments and defaults."""
-    lines = ["| argument | default |", "|---|---|"]
-    lines += [
-        f"| `{name}` | `{value if not isinstance(value, str) else repr(value)}` |"
-        for name, value in method.arguments
-    ]
-    if {name for name, _ in method.arguments} >= set(LAYER):
-        lines.append(
-            "\n`clip` (low, high) is PPO's range of the ratio, `dual_clip` a bound on the loss of "
-            "negative credits, and `rollout_cap` takes ratios to the trainer's own log-probs and "
-            "truncates the trainer/sampler weight; `None` is off."
-        )
+    """Tables of the method's own arguments and of the ratio layer's, and how they are given."""
+    own, layer = arguments_of(method)
+    parts = [argument_table(own)]
+    if layer:
+        parts += [f"The {SHARED}:", argument_table(layer)]
     name, default = method.arguments[0]
     # as YAML writes several values
     default = list(default) if isinstance(default, tuple) else default
-    lines.append(
-        f"\nOn the command line `method.{name}={default}`, in a run's file `method: {{name: "
+    parts.append(
+        f"On the command line `method.{name}={default}`, in a run's file `method: {{name: "
         f"{method.name}, {name}: {default}}}`."
     )
+    return "\n\n".join(parts)
+
+
+def argument_table(shown: list[Shown]) -> str:
+    """Arguments with default, meaning, and where the default comes from."""
+    lines = ["| argument | default | meaning | default from |", "|---|---|---|---|"]
+    for name, value, said in shown:
+        cells = (f"`{name}`", f"`{value!r}`", escape(said.meaning), escape(said.source))
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 

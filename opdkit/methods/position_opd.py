@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdkit.methods.opd import Clip
-from opdkit.objective import Batch, Const, LogRatio, Objective, Progress, Signal, policy_gradient
+from opdkit.objective import Batch, Const, LogRatio, Objective, PolicyGradient, Progress, Signal
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,21 @@ def position_opd(
     part: str = "first",
     share: float = 0.3,
     anneal: str | None = None,
-    clip: Clip = None,
-    dual_clip: float | None = None,
-    rollout_cap: float | None = None,
 ) -> Objective:
     """OPD on the first (or last) share of each rollout: where in a response the signal is.
 
-        credit r_t on max(1, ceil(share L)) trained tokens of each rollout, none elsewhere; divided
-        by ALL trained tokens
-
-    `anneal` "cosine" or "linear" lets the share grow to 1 over the run.
+        credit r_t on max(1, ceil(share L)) of the L trained tokens of each rollout, none elsewhere
+        sum divided by ALL trained tokens
 
     Source: the position ablations of arXiv 2606.22600: the first 30 % teach about as much as all
     tokens, the last 30 % almost nothing.
+
+    Arguments:
+        part: which end of each rollout is trained: "first" or "last". Default: the end at which the
+            paper finds the signal.
+        share: share of each rollout's trained tokens, in (0, 1]. Default: the paper's first 30 %.
+        anneal: how the share grows to 1 over the run: "cosine", "linear", or None (it stays).
+            Default: the paper's fixed prefix.
     """
     if part not in ("first", "last"):
         raise ValueError(f"part={part!r} must be 'first' or 'last'")
@@ -61,7 +62,4 @@ def position_opd(
     grown: Signal = Const(share)
     if anneal is not None:
         grown = share + (1 - share) * (Cosine() if anneal == "cosine" else Progress())
-    return Objective(
-        policy_gradient(LogRatio("teacher", "student"), clip, dual_clip, rollout_cap)
-        * Part(part, grown)
-    )
+    return Objective(PolicyGradient(LogRatio("teacher", "student")) * Part(part, grown))

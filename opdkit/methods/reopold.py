@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import math
 
-from opdkit.methods.opd import Clip
-from opdkit.objective import Early, Entropy, Floor, LogRatio, Objective, Quantile, policy_gradient
+from opdkit.objective import Early, Entropy, Floor, LogRatio, Objective, PolicyGradient, Quantile
 
 
 def reopold(
     lam: float = 0.1,
     keep: float = 0.2,
     switch: float = 0.5,
-    clip: Clip = None,
-    dual_clip: float | None = None,
-    rollout_cap: float | None = None,
 ) -> Objective:
     """REOPOLD: the credit gets a floor; floored tokens are dropped early in the run, confident ones
     late.
 
-        credit max(r_t, c),  c = log(lam) / (1 - lam),  mean over the kept tokens
-        kept: r_t >= c in the first `switch` of the run;  then the `keep` share of highest student
-        entropy (H >= its quantile in the step)
+        credit max(r_t, c),   c = log(lam) / (1 - lam),   mean over the kept tokens
+        kept in the first `switch` of the run:   r_t >= c
+        kept then:   the `keep` share of highest student entropy (H >= its quantile in the step)
 
     The floor comes from scoring against the mixture lam pi_s + (1 - lam) pi_t. lam -> 0 lifts it:
     OPD while switch has not come.
@@ -29,6 +25,14 @@ def reopold(
     Source: arXiv 2603.11137, which has no public code. Where sources disagree: lam 0.1, 0.2 and 0.3
     occur; the floor is kept in the second phase. Ours: the quantile is interpolated linearly over
     the trained tokens of the step; nothing kept is a loss of zero.
+
+    Arguments:
+        lam: the student's share of the mixture that sets the floor c, in (0, 1): 0.1 is a floor of
+            -2.56 nats. Default: one of the 0.1, 0.2 and 0.3 that sources have.
+        keep: share of the step's tokens that is trained in the second phase, in [0, 1]. Default:
+            the paper's.
+        switch: share of the run after which the second phase begins, in [0, 1]. Default: the
+            paper's, half of the run.
     """
     if not 0 < lam < 1:
         raise ValueError(
@@ -44,6 +48,4 @@ def reopold(
     kept = (Early(switch) & (credit >= floor)) | (
         ~Early(switch) & (entropy >= Quantile(entropy, 1 - keep))
     )
-    return Objective(
-        (policy_gradient(Floor(credit, floor), clip, dual_clip, rollout_cap) * kept).per("own")
-    )
+    return Objective((PolicyGradient(Floor(credit, floor)) * kept).per("own"))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from opdkit.methods.grpo import grpo
-from opdkit.methods.opd import Clip
 from opdkit.objective import (
     Advantage,
     Bounds,
@@ -17,14 +15,13 @@ from opdkit.objective import (
     LogpFact,
     Objective,
     TokenLoss,
-    against,
     clipped,
 )
 
 
 @dataclass(frozen=True)
 class TrustRatio(Bounds, TokenLoss):
-    """PPO's clipped loss of pi_s / (pi_base^a pi_teacher^(1 - a)); the teacher's log-ratio is
+    """[n]: PPO's clipped loss of pi_s / (pi_base^a pi_teacher^(1 - a)); the teacher's log-ratio is
     clamped and has no gradient beyond.
     """
 
@@ -47,18 +44,15 @@ class TrustRatio(Bounds, TokenLoss):
 def rlad(
     a: float = 0.5,
     clamp: float = 1.0,
-    clip: Clip = (0.2, 0.2),
     advantage: str = "std",
     reference_kl: float = 0.0,
     reference_estimator: str = "k3",
-    dual_clip: float | None = None,
-    rollout_cap: float | None = None,
 ) -> Objective:
     """RLAD: follow the teacher only where the reward agrees; GRPO whose ratio is to a mixture of
     the old student and the teacher.
 
         log r_t = a log(pi_s/pi_sampler) + (1 - a) clamp(log(pi_s/pi_t), -c, c)
-        max(-A r, -A clip(r, 1 - low, 1 + high)),  mean over all tokens  [+ reference_kl * k3]
+        max(-A r, -A clip(r, 1 - low, 1 + high)),   mean over all tokens   [+ reference_kl * k3]
 
     a = 1 is GRPO and loads no teacher, a = 0 a ratio to the teacher alone. A token that the student
     already favours over the teacher is not pushed up, one it disfavours is not pushed down. Where A
@@ -66,6 +60,19 @@ def rlad(
 
     Source: arXiv 2602.22495; c = 1 is from a replica. Not offered: the widely seen snippet that
     adds a teacher term to A, another method.
+
+    Arguments:
+        a: share of the old student in what the ratio is to, in [0, 1]; the teacher has the rest.
+            Default: the paper's.
+        clamp: c: bound on the teacher's log-ratio, in nats, above 0; beyond it has no gradient.
+            Default: a replica's.
+        advantage: how a reward becomes an advantage: "std" (less the mean of its prompt's rollouts,
+            over their standard deviation), "mean" (without the division), "rloo" (less the mean of
+            the others). Default: that of GRPO.
+        reference_kl: weight of a penalty that keeps the student near the reference, per token; at
+            least 0, 0 loads no reference. Default: ours, off as in `grpo`.
+        reference_estimator: form of that penalty: "k3", "k2" or "k3+" (see `grpo`). Default:
+            GRPO's.
     """
     if not 0 <= a <= 1:
         raise ValueError(
@@ -73,19 +80,8 @@ def rlad(
             "alone"
         )
     if a == 1:
-        return grpo(
-            advantage,
-            clip,
-            "dapo",
-            reference_kl,
-            reference_estimator,
-            dual_clip=dual_clip,
-            rollout_cap=rollout_cap,
-        )
-    (low, high), (base, weight) = clip or (math.inf, math.inf), against(rollout_cap)
-    objective = Objective(
-        TrustRatio(Advantage(advantage), low, high, dual_clip, base, a, clamp) * weight
-    )
+        return grpo(advantage, "dapo", reference_kl, reference_estimator)
+    objective = Objective(TrustRatio(Advantage(advantage), 0.2, 0.2, a=a, clamp=clamp))
     return (
         objective + Estimator(reference_estimator, "reference") * reference_kl
         if reference_kl

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from opdkit.curricula import TeacherPrefix
+from opdkit.methods.arguments import one_of
 from opdkit.methods.method import Method
-from opdkit.methods.opd import Clip
 from opdkit.objective import (
     Divergence,
     Draw,
@@ -13,9 +13,11 @@ from opdkit.objective import (
     Gap,
     Likelihood,
     LogRatio,
+    Loss,
     Mark,
     Objective,
-    policy_gradient,
+    PolicyGradient,
+    Signal,
 )
 
 
@@ -27,53 +29,64 @@ def tropd(
     rest: str = "raw",
     outlier_gradient: str = "backprop",
     prefix: str = "likelihood",
-    clip: Clip = None,
-    dual_clip: float | None = None,
-    rollout_cap: float | None = None,
 ) -> Method:
     """TrOPD: policy gradient only on tokens the teacher could have written, its own favourites
     taught on the others.
 
-        trusted with probability min(pi_t/pi_s, 1):  -ratio r_t
-        not trusted:  KL(teacher || student) over the teacher's top k (`rest` raw: pi_t as it is,
-        pi_s of the whole vocabulary)
-        guided (a teacher's prefix the student continued):  beta * -log pi_s;            all over
-        all trained tokens
+        trusted with probability min(pi_t/pi_s, 1):   -ratio r_t
+        not trusted:   KL(teacher || student) over the teacher's top k
+        guided (a teacher's prefix that the student continued):   beta * -log pi_s
+        all over all trained tokens
 
     `outliers` "mask" drops tokens that are not trusted, "clip" drops the draw instead and floors
     every credit at `floor`. `outlier_gradient` "credit" puts minus the divergence as credit on the
     sampled token, as the released code is reported to do with rest="renormalise". `prefix` "credit"
-    is that code's term on guided tokens, beta log(pi_s/pi_t): its sign pushes the student away
-    wherever pi_t > pi_s, so the paper's likelihood is the default. Rows with a reference response
-    get one guided rollout more.
+    is that code's term on guided tokens: its sign pushes the student away wherever pi_t > pi_s, so
+    the paper's likelihood is the default. Rows with a reference response get one guided rollout
+    more.
 
     Source: arXiv 2606.01249. The floor of its clip ablation is not stated (ours: -2.5). Its claim
     that the top-k forward KL vanishes when the student has no mass on the teacher's set is wrong:
     it diverges.
+
+    Arguments:
+        k: size of the teacher's top k on tokens that are not trusted, in tokens, at least 1.
+            Default: the paper's.
+        beta: weight of guided tokens; at least 0. Default: the paper's.
+        outliers: what tokens that are not trusted teach: "forward_kl", nothing ("mask"), or no draw
+            and every credit floored ("clip"). Default: the paper's best.
+        floor: least credit in nats with outliers="clip", below 0. Default: ours; the paper's is not
+            stated.
+        rest: mass outside the top k: "raw" (pi_t as it is, pi_s of the whole vocabulary),
+            "renormalise", "target", "tail" (see `opd`). Default: the paper's formula; the code is
+            reported to renormalise.
+        outlier_gradient: how the forward KL is taught: "backprop" through the student's k, or its
+            negative as "credit" of the sampled token. Default: the paper's formula; "credit" is the
+            code's.
+        prefix: the term of guided tokens: "likelihood", or "credit" beta log(pi_s/pi_t). Default:
+            the paper's formula; "credit" is the code's.
     """
-    for name, value, known in (
-        ("outliers", outliers, ("forward_kl", "mask", "clip")),
-        ("outlier_gradient", outlier_gradient, ("backprop", "credit")),
-        ("prefix", prefix, ("likelihood", "credit")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+    one_of(
+        outliers=(outliers, ("forward_kl", "mask", "clip")),
+        outlier_gradient=(outlier_gradient, ("backprop", "credit")),
+        prefix=(prefix, ("likelihood", "credit")),
+    )
     credit, guided = LogRatio("teacher", "student"), Mark("guided")
     trusted = Draw(Exp(credit))  # accepted with probability min(pi_t / pi_s, 1)
-    layer = (clip, dual_clip, rollout_cap)
     if outliers == "clip":
-        objective = Objective(policy_gradient(Floor(credit, floor), *layer) * ~guided)
+        objective = Objective(PolicyGradient(Floor(credit, floor)) * ~guided)
     else:
-        objective = Objective(policy_gradient(credit, *layer) * trusted * ~guided)
-    if outliers == "forward_kl" and outlier_gradient == "backprop":
-        objective += Divergence("forward_kl", k, rest=rest) * ~trusted * ~guided
-    elif outliers == "forward_kl":
-        objective += (
-            policy_gradient(-Gap("forward_kl", "teacher", k, rest) * ~trusted, *layer)
-            * ~trusted
-            * ~guided
-        )
-    objective += (
-        (Likelihood() if prefix == "likelihood" else policy_gradient(-credit)) * guided * beta
-    )
-    return Method(objective, curriculum=TeacherPrefix())
+        objective = Objective(PolicyGradient(credit) * trusted * ~guided)
+    if outliers == "forward_kl":
+        objective += untrusted(k, rest, outlier_gradient, ~trusted) * ~trusted * ~guided
+    last = Likelihood() if prefix == "likelihood" else PolicyGradient(-credit)
+    return Method(objective + last * guided * beta, curriculum=TeacherPrefix())
+
+
+def untrusted(k: int, rest: str, gradient: str, where: Signal) -> Loss:
+    """The forward KL on tokens `where` [B, T] that are not trusted: backpropagated, or its negative
+    as credit of the sampled token.
+    """
+    if gradient == "backprop":
+        return Divergence("forward_kl", k, rest=rest)
+    return PolicyGradient(-Gap("forward_kl", "teacher", k, rest) * where)

@@ -19,9 +19,9 @@ def uld(
 ) -> Method:
     """ULD: where vocabularies have no common index, compare the sorted probabilities.
 
-        u_t = sum_k |p_s^(k) - p_t^(k)|,  p^(k) the k-th largest, the shorter vocabulary continued
-        with zeros;  mean over the first
-        min(T_s, T_t) tokens of each rollout, then over rollouts
+        u_t = sum_k |p_s^(k) - p_t^(k)|
+        p^(k) the k-th largest, the shorter vocabulary continued with zeros
+        mean over the first min(T_s, T_t) tokens of each rollout, then over rollouts
 
     The teacher may have any tokenizer: it reads the same text in its own tokens, and the t-th of
     these is compared with the student's t-th; `skip_eos` leaves out the end of sequence on both
@@ -34,6 +34,18 @@ def uld(
     data's text with weights of about 1.5 and 1); logits are those that predict each token (TRL
     takes those that predict the next); the teacher's vocabulary ends with its tokenizer's last
     token, not with the padding of its matrix.
+
+    Arguments:
+        lmbda: share of the batches whose responses the student writes, in [0, 1]; in the others
+            they are read from the data. Default: ours, all on-policy; the paper trains on the
+            data's text.
+        distillation_weight: weight of the distance, above 0. Default: TRL's; the paper has about
+            1.5.
+        crossentropy_weight: weight of -log pi_s of the text, at least 0. Default: TRL's; the paper
+            has 1.
+        student_temperature: divides the student's logits in the loss; above 0. Default: TRL's.
+        teacher_temperature: divides the teacher's logits in the loss; above 0. Default: TRL's.
+        skip_eos: whether the end of sequence is left out on both sides. Default: TRL's.
     """
     distance = RankDistance("index", student_temperature, teacher_temperature, not skip_eos).per(
         "own_rows"

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdkit.methods.opd import Clip
+from opdkit.methods.arguments import one_of
 from opdkit.objective import (
     Batch,
     Const,
     Logp,
     LogRatio,
     Objective,
+    PolicyGradient,
     RowMean,
     Signal,
-    policy_gradient,
     uniform,
 )
 from opdkit.objective.maths import group_index
@@ -26,8 +26,8 @@ from opdkit.objective.maths import group_index
 # of the shift: right up, wrong down
 SHARES = {"both": (0.5, 0.5), "correct_up": (1.0, 0.0), "incorrect_down": (0.0, 1.0)}
 FAILED = -100.0  # log-prob that stands for a score the teacher did not give
-FAR = 10.0  # nats: tokens on which the two models differ by more are left out
-LEAST = 0.25  # share of a class that the margin mask leaves
+MOST_APART = 10.0  # nats: tokens on which the two models differ by more are left out
+LEAST_SHARE = 0.25  # of a class, that the margin mask leaves
 
 
 def gap(right: list[float], wrong: list[float], mode: str) -> float:
@@ -79,17 +79,24 @@ class ByOutcome(Signal, ABC):
 
 
 @dataclass(frozen=True)
-class Lot(Signal):
-    """[B, 1]: a uniform draw for each rollout."""
+class RolloutDraw(Signal):
+    """[B, 1]: a uniform draw for each rollout.
+
+    Prints as `Lot()`: the printed form is the key of the draws, and runs that are taken up again
+    must draw the same.
+    """
 
     def value(self, batch: Batch) -> Tensor:
         return uniform(batch, str(self))[:, :1]
 
+    def __str__(self) -> str:
+        return "Lot()"
+
 
 @dataclass(frozen=True)
 class Balanced(ByOutcome):
-    """1 for the rollouts that stay so that right : wrong is `ratio`, 0 for others; all stay where
-    none of a kind would, or one is absent.
+    """[B, 1]: 1 for the rollouts that stay so that right : wrong is `ratio`, 0 for others; all stay
+    where none of a kind would, or one is absent.
     """
 
     ratio: float
@@ -107,8 +114,8 @@ class Balanced(ByOutcome):
 
 @dataclass(frozen=True)
 class MarginShift(ByOutcome):
-    """What lifts right answers and lowers wrong ones until their scores are `delta` apart; zero
-    where they are.
+    """[B, 1]: what lifts right answers and lowers wrong ones until their scores are `delta` apart;
+    zero where they are.
     """
 
     delta: float
@@ -123,8 +130,8 @@ class MarginShift(ByOutcome):
 
 @dataclass(frozen=True)
 class MarginMask(ByOutcome):
-    """1 for rollouts that stay, 0 for the lowest right and highest wrong ones, dropped one by one
-    until the gap is delta or grows no more.
+    """[B, 1]: 1 for rollouts that stay, 0 for the lowest right and highest wrong ones, dropped one
+    by one until the gap is delta or grows no more.
     """
 
     delta: float
@@ -132,7 +139,7 @@ class MarginMask(ByOutcome):
 
     def of(self, right: list[float], wrong: list[float]) -> tuple[list[float], list[float]]:
         up, down = sorted(right, reverse=True), sorted(wrong)  # the next to go is the last
-        least = [max(1, int(LEAST * len(scores))) for scores in (up, down)]
+        least = [max(1, int(LEAST_SHARE * len(scores))) for scores in (up, down)]
         while (now := gap(up, down, self.mode)) < self.delta:
             after = [gap(up[:-1], down, self.mode), gap(up, down[:-1], self.mode)]
             after = [
@@ -153,49 +160,53 @@ def uni_opd(
     balance: float | None = 1.0,
     scope: str = "group",
     balance_scope: str = "group",
-    clip: Clip = None,
-    dual_clip: float | None = None,
-    rollout_cap: float | None = None,
 ) -> Objective:
     """Uni-OPD: token scores are local and may rank a wrong answer above a right one; calibrate
     whole responses by outcome.
 
-        credit = r_t + s,  s the same for all tokens of a response:  +(delta - gap)/2 on right and
-        -(delta - gap)/2 on wrong answers of a
-        prompt where gap < delta;   mean over each rollout's tokens, then over rollouts
+        credit = r_t + s,   s the same for all tokens of a response:
+        +(delta - gap)/2 on right, -(delta - gap)/2 on wrong answers of a prompt where gap < delta
+        mean over each rollout's tokens, then over rollouts
 
     gap = mean score of right - mean score of wrong answers, a score being the mean of r_t over a
-    response; `mode` "minmax" takes the worst right and the best wrong one. `direction` "correct_up"
-    or "incorrect_down" puts the whole shift on one kind. `action` "mask" drops the worst right or
-    the best wrong answer instead, whichever widens the gap more, down to a quarter of each.
-    `balance` is the ratio right : wrong that a prompt's rollouts are cut to at random first (None:
-    off); dropped rollouts have no loss and no score. `scope` and `balance_scope` "step" treat all
-    prompts of the step as one.
+    response. `action` "mask" drops the worst right or the best wrong answer instead, whichever
+    widens the gap more, down to a quarter of each. Rollouts are cut to the ratio `balance` at
+    random first; dropped rollouts have no loss and no score.
 
     Source: arXiv 2605.03677 and its code, with clip=(0.2, 0.28). As there, scores of -100 (a
-    teacher that failed) are 0 and tokens with
-    |r_t| >= 10 have no loss; they stay in the denominator. Not offered: rollouts without a verdict,
-    balancing before training.
+    teacher that failed) are 0 and tokens with |r_t| >= 10 have no loss; they stay in the
+    denominator. Not offered: rollouts without a verdict, balancing before training.
+
+    Arguments:
+        delta: least gap between the scores of right and wrong answers, in nats per token; -inf
+            shifts nothing. Default: the official code's.
+        mode: how the gap is taken: "mean" of right less mean of wrong scores, or "minmax", the
+            worst right less the best wrong. Default: the official code's.
+        direction: what the shift moves: "both" kinds by half, "correct_up" or "incorrect_down" one
+            kind by all of it. Default: the official code's.
+        action: "shift" moves the credits, "mask" drops answers. Default: the official code's.
+        balance: ratio right : wrong that rollouts are cut to, at least 0 (inf: right ones only);
+            None: off. Default: the official code's.
+        scope: whose answers are compared: those of a prompt ("group") or of the whole "step".
+            Default: the official code's.
+        balance_scope: where the ratio holds: in each "group" or in the whole "step". Default: the
+            official code's.
     """
-    for name, value, known in (
-        ("mode", mode, ("mean", "minmax")),
-        ("direction", direction, tuple(SHARES)),
-        ("action", action, ("shift", "mask")),
-        ("scope", scope, ("group", "step")),
-        ("balance_scope", balance_scope, ("group", "step")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+    one_of(
+        mode=(mode, ("mean", "minmax")),
+        direction=(direction, SHARES),
+        action=(action, ("shift", "mask")),
+        scope=(scope, ("group", "step")),
+        balance_scope=(balance_scope, ("group", "step")),
+    )
     gained = LogRatio("teacher", "student")
     credit: Signal = gained * (Logp("teacher") > FAILED)
     score, anyone = RowMean(credit), Const(1) > 0
-    kept = anyone if balance is None else Balanced(Lot(), anyone, balance_scope, balance) > 0
+    kept = (
+        anyone if balance is None else Balanced(RolloutDraw(), anyone, balance_scope, balance) > 0
+    )
     if action == "shift":
         credit = credit + MarginShift(score, kept, scope, delta, mode, direction)
     else:
         kept = MarginMask(score, kept, scope, delta, mode) > 0
-    return Objective(
-        (policy_gradient(credit, clip, dual_clip, rollout_cap) * (abs(gained) < FAR) * kept).per(
-            "rows"
-        )
-    )
+    return Objective((PolicyGradient(credit) * (abs(gained) < MOST_APART) * kept).per("rows"))

@@ -43,10 +43,8 @@ from opdkit.objective.losses import (
     Estimator,
     Likelihood,
     PolicyGradient,
-    against,
     clipped,
     natural_support,
-    policy_gradient,
     ratio,
     refuse_constant,
 )
@@ -62,6 +60,7 @@ from opdkit.objective.maths import (
     SkewReverse,
     TotalVariation,
 )
+from opdkit.objective.ratio_layer import against, policy_gradient
 from opdkit.objective.signals import (
     Advantage,
     Ceiling,

@@ -1,4 +1,8 @@
-"""The algebra of objectives: the weight of one, one times a weight or a number."""
+"""The algebra of objectives: the weight of one, one times a weight or a number.
+
+Weights are signals, expressions that are [B, T], [B, 1] or [1, 1] once a step is known; nothing is
+computed here.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,12 @@ from opdkit.objective.losses import Clipped
 from opdkit.objective.needs import per_rollout
 from opdkit.objective.signals import Ceiling, Exp, LogRatio, RowMean
 
-AGAIN = (
+# pi_student / pi_sampler as the trainer computes it, of each token and of each rollout
+TRAINER_OVER_SAMPLER = (
+    Exp(LogRatio("student", "sampler")),
+    Exp(RowMean(LogRatio("student", "sampler"))),
+)
+SAME_WEIGHT_TWICE = (
     "{name} already carries the weight of {source}: twice the same mask says nothing new, twice "
     "the same weight is its square. Leave one of them out"
 )
@@ -34,13 +43,13 @@ def weight(objective: Objective, name: str) -> Signal:
     """
     terms = objective.terms
     every = [factors(term.weight) for term in terms]
-    inside = [tuple(f for f in several if not _is_cap(f)) for several in every]
+    inside = [tuple(f for f in several if not is_cap(f)) for several in every]
     shared = [f for f in inside[0] if all(f in others for others in inside[1:])]
     if len(terms) == 1 and shared:
         found = terms[0].weight
     elif shared:
         found = reduce(lambda a, b: a * b, shared)
-    elif _apart(inside):
+    elif _divide_rollouts(inside):
         found = reduce(lambda a, b: a + b, (term.weight for term in terms))
     else:
         why = "its loss is not multiplied by any signal"
@@ -59,13 +68,12 @@ def weight(objective: Objective, name: str) -> Signal:
     return found
 
 
-def _is_cap(factor: Signal) -> bool:
+def is_cap(factor: Signal) -> bool:
     """The truncated trainer/sampler weight that `rollout_cap` puts on a policy gradient."""
-    moved = LogRatio("student", "sampler")
-    return isinstance(factor, Ceiling) and factor.of in (Exp(moved), Exp(RowMean(moved)))
+    return isinstance(factor, Ceiling) and factor.of in TRAINER_OVER_SAMPLER
 
 
-def _apart(inside: Sequence[tuple[Signal, ...]]) -> bool:
+def _divide_rollouts(inside: Sequence[tuple[Signal, ...]]) -> bool:
     """Whether every two terms look at different rollouts: one has a signal per rollout and the
     other its opposite.
     """
@@ -89,13 +97,13 @@ def weigh(objective: Objective, name: str, by: Signal, source: str) -> Objective
                 "loss over tokens"
             )
         if set(factors(by)) & set(factors(term.weight)):
-            raise UserError(AGAIN.format(name=name, source=source))
+            raise UserError(SAME_WEIGHT_TWICE.format(name=name, source=source))
     try:
         own = weight(objective, name)
     except UserError:
         own = Const(1)
     if own == by:
-        raise UserError(AGAIN.format(name=name, source=source))
+        raise UserError(SAME_WEIGHT_TWICE.format(name=name, source=source))
     return objective * by
 
 

@@ -1,5 +1,7 @@
 """Credits that are wrong: estimators that are no reward, and log-ratios divided by their own
 statistics.
+
+Credits are signals, [B, T] or [B, 1] once a step is known; they are judged by how they are written.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def wrong_estimator(credit: Signal, inside: bool = False) -> str:
         ):
             return f"|{part.of[0]}|"
         elif isinstance(part, Operation) and part.name == "*":
-            found = [log_ratio(_bare(f)) for f in factors(part)]
+            found = [log_ratio(_without_abs(f)) for f in factors(part)]
             ratios = [r[1] for r in found if r]
             if len(ratios) > len(set(ratios)) and not inside:
                 return "k2 (a squared log-ratio)"
@@ -98,7 +100,7 @@ def wrong_estimator(credit: Signal, inside: bool = False) -> str:
     return "k3" if any(c * straight.get(ratio, 0.0) < 0 for ratio, c in curved.items()) else ""
 
 
-def _bare(signal: Signal) -> Signal:
+def _without_abs(signal: Signal) -> Signal:
     """A signal without its absolute value."""
     return signal.of[0] if isinstance(signal, Operation) and signal.name == "abs" else signal
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from opdkit.objective import kernels, maths
 from opdkit.objective.batch import Live
 from opdkit.objective.facts import LogpAtFact, LogpFact, TopFact
-from opdkit.objective.grammar import Const, Loss, Signal, Term, TokenLoss
+from opdkit.objective.grammar import Loss, Signal, TokenLoss
 from opdkit.objective.maths import ForwardKL, Kind, ReverseKL, SkewForward, SkewReverse, kind_of
-from opdkit.objective.signals import Ceiling, Exp, LogRatio, depends_on_sample
+from opdkit.objective.signals import depends_on_sample
 from opdkit.objective.support import Support
 
 # ----------------------------------------------------------------------------------- sampled tokens
@@ -42,12 +42,17 @@ class PolicyGradient(TokenLoss):
 
 @dataclass(frozen=True)
 class Bounds(Loss):
-    """The settings of a clipped policy gradient; what it takes the ratio of is up to the loss."""
+    """The settings of a clipped policy gradient; what it takes the ratio of is up to the loss.
+
+    low, high: the ratio is clipped to 1 - low .. 1 + high, infinite where it is not; dual: see
+    `clipped`; base: what the ratio is to.
+    """
 
     credit: Signal
     low: float = 0.2
     high: float = 0.2
     dual: float | None = None
+    base: str | Signal = "sampler"
     name: ClassVar[str] = "policy_gradient"
 
     def __post_init__(self) -> None:
@@ -65,42 +70,10 @@ class Clipped(Bounds, TokenLoss):
     -A dual where A < 0.
     """
 
-    base: str | Signal = "sampler"
-
     def value(self, live: Live) -> Tensor:
         return clipped(
             ratio(live, self.base), live.pick(self.credit), self.low, self.high, self.dual
         )
-
-
-def policy_gradient(
-    credit: Signal,
-    clip: tuple[float, float] | None = None,
-    dual_clip: float | None = None,
-    rollout_cap: float | None = None,
-    base: str | Signal | None = None,
-) -> Term:
-    """The policy-gradient layer that every credit shares: plain or PPO-clipped ratio to the
-    sampler, or to `base`; see `against`.
-    """
-    if dual_clip is not None and clip is None:
-        raise ValueError("dual_clip bounds a clipped loss: give clip=(low, high) as well")
-    usual, weight = against(rollout_cap)
-    base = usual if base is None else base
-    return (
-        PolicyGradient(credit, base) if clip is None else Clipped(credit, *clip, dual_clip, base)
-    ) * weight
-
-
-def against(rollout_cap: float | None) -> tuple[str, Signal]:
-    """What a ratio is to, and the weight of its loss: the sampler and 1.
-
-    With `rollout_cap` the ratio is to the student before this step, and what the trainer and the
-    sampler disagree about is a weight min(pi_student / pi_sampler, cap) without gradient.
-    """
-    if rollout_cap is None:
-        return "sampler", Const(1)
-    return "student", Ceiling(Exp(LogRatio("student", "sampler")), rollout_cap)
 
 
 @dataclass(frozen=True)

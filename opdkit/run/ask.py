@@ -14,7 +14,7 @@ from opdkit.run.refuse import refuse
 from opdkit.run.settings import Run
 from opdkit.teachers import route
 from opdkit.teachers.kinds import Routes, Spec
-from opdkit.types import Row
+from opdkit.types import DataRow
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Asked:
 
     method: Method
     reward: Reward | None
-    rows: list[Row]
-    eval_rows: list[Row] | None  # None: nothing is evaluated
+    rows: list[DataRow]
+    eval_rows: list[DataRow] | None  # None: nothing is evaluated
     stored: Cache | None  # where rollouts are read from a cache
     routes: Mapping[str, Spec]  # several teachers by what rows call them; empty: there is one
 

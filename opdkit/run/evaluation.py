@@ -26,7 +26,7 @@ from opdkit.teachers.views.translated import spoken
 from opdkit.train.collect.collector import Questions
 from opdkit.train.gather import gather
 from opdkit.train.student import Student
-from opdkit.types import Row
+from opdkit.types import DataRow
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Validator:
 
 
 def score_teachers(
-    evaluator: Evaluator, scorers: Mapping[str, Scorer | Remote], rows: list[Row]
+    evaluator: Evaluator, scorers: Mapping[str, Scorer | Remote], rows: list[DataRow]
 ) -> None:
     """Where the run evaluates its teachers too: their own scores on the held-out problems `rows`,
     each asked in its own tokens.

@@ -176,5 +176,5 @@ def test_bad_arguments_are_explained():
         load("drift_gating", spans="sentence")
     with pytest.raises(UserError, match="not negative"):
         load("drift_gating", tau=-1.0)
-    with pytest.raises(UserError, match="clip belong"):
+    with pytest.raises(UserError, match="belong to the sampled policy gradient"):
         load("drift_gating", base=Objective(Counted()), clip=(0.2, 0.2))

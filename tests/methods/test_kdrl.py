@@ -9,6 +9,7 @@ import torch
 
 from opdkit.base.errors import UserError
 from opdkit.methods.method import load
+from opdkit.objective import Advantage, Clipped, PolicyGradient
 from opdkit.objective.maths import k1
 from opdkit.testing import check, evaluate
 from tests.methods.ragged import LEVEL, on, shifted, slopes
@@ -165,18 +166,38 @@ def test_clipping_reaches_the_credit_and_not_the_separate_loss():
         "reward": [1.0, 0.0],
         "group": [0, 0],
     }
-    make = lambda e: load("kdrl", estimator=e, advantage="rloo", clip=(0.2, 0.2), **ONE)  # noqa: E731
+    make = lambda e: load("kdrl", estimator=e, advantage="rloo", **ONE)  # noqa: E731
     assert close(slopes(on(make("k1_credit"), student, **facts), student)[0], 0.0)
     assert close(slopes(on(make("k2"), student, **facts), student)[0], -0.1 / 2)
 
 
+def test_the_reward_is_clipped_as_the_papers_grpo_is():
+    """Advantages 1 and -1, ratios e^0.5 = 1.648721 > 1.2 and 1, mean over the two tokens:
+    (max(-1.648721, -1.2) + 1) / 2 = -0.1; without clipping (-1.648721 + 1) / 2 = -0.324361.
+    """
+    student = [[-1.0], [-1.0]]
+    facts = {
+        "before": [[-1.5], [-1.0]],
+        "models": {"teacher": [[-0.9], [-1.0]]},
+        "reward": [1.0, 0.0],
+        "group": [0, 0],
+    }
+    for arguments, value in (
+        ({}, -0.1),
+        ({"clip": (0.2, 0.2)}, -0.1),
+        ({"clip": (0.2, 0.8)}, -0.324361),
+        ({"clip": None}, -0.324361),
+    ):
+        out = on(load("kdrl", advantage="rloo", **ONE, **arguments), student, **facts)
+        assert close(out.terms[0].value, value) and close(out.terms[1].value, 0.1**2 / 2 / 2)
+    assert load("kdrl").objective.terms[0].loss == Clipped(Advantage(), 0.2, 0.2)
+    assert load("kdrl", clip=None).objective.terms[0].loss == PolicyGradient(Advantage())
+
+
 def test_without_a_weight_it_is_grpo():
-    assert torch.equal(
-        on_two_prompts(beta=0.0).grad,
-        on(
-            load("grpo", loss="dapo", clip=None), FRESH, reward=[1.0, 0, 0, 0], group=[0, 0, 1, 1]
-        ).grad,
-    )
+    for clip in ((0.2, 0.2), None):
+        of_grpo = load("grpo", loss="dapo", clip=clip)
+        assert load("kdrl", beta=0.0, clip=clip).objective == of_grpo.objective
     assert "teacher" not in load("kdrl", beta=0.0).needs.models
 
 

@@ -90,7 +90,7 @@ def test_the_table_and_the_package_agree():
 
 def test_a_method_in_ones_own_file(own):
     made = load(f"{own}:bounded", size=0.5)
-    assert made.summary == "Credits of at most `size` nats." and made.arguments == (("size", 0.5),)
+    assert made.summary == "Credits of at most `size` nats." and made.arguments[0] == ("size", 0.5)
     out = evaluate(made, logits(P_S), tokens(0), models={"teacher": logits(P_T)})
     assert close(out.terms[0].credit, [[-0.5 * torch.tanh(torch.tensor(0.916291 / 0.5)).item()]])
     assert (

@@ -7,7 +7,7 @@ import torch
 
 from opdkit.base.errors import UserError
 from opdkit.methods.method import load
-from opdkit.methods.tip import Highest, Race, Spread
+from opdkit.methods.tip import Highest, SampleKeys, Spread
 from opdkit.objective import Batch, Const, Entropy, EntropyFact, Gap, GapFact, ReverseKL
 from opdkit.testing import check, evaluate
 from tests.methods.toy import at_distance, close, numbers, with_entropy
@@ -144,7 +144,7 @@ def test_first_draws_have_the_odds_of_entropy():
         entropies > 0,
         uniform=torch.rand(n, 6, generator=draws, dtype=torch.float64),
     )
-    first = Race(Entropy("student"))(step).argmax(1)
+    first = SampleKeys(Entropy("student"))(step).argmax(1)
     shares, odds = (
         torch.bincount(first, minlength=6) / n,
         numbers(0.028011, 0.560224, 0.014006, 0.280112, 0.112045, 0.005602),

@@ -9,7 +9,7 @@ import torch
 
 from opdkit.base.errors import UserError
 from opdkit.methods.method import load
-from opdkit.methods.uni_opd import Balanced, Lot, MarginMask, gap
+from opdkit.methods.uni_opd import Balanced, MarginMask, RolloutDraw, gap
 from opdkit.objective import Const, LogRatio, policy_gradient
 from opdkit.testing import check
 from tests.methods.ragged import LEVEL, on, shifted
@@ -119,7 +119,7 @@ def test_prompts_are_calibrated_apart_or_together():
 
 
 def kept(right, wrong, ratio):
-    parts = Balanced(Lot(), Const(1), "group", ratio).of(
+    parts = Balanced(RolloutDraw(), Const(1), "group", ratio).of(
         [i / 10 for i in range(right)], [i / 10 for i in range(wrong)]
     )
     return tuple(int(sum(part)) for part in parts)

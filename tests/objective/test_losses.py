@@ -16,10 +16,9 @@ from opdkit.objective.losses import (
     Estimator,
     Likelihood,
     PolicyGradient,
-    policy_gradient,
 )
 from opdkit.objective.maths import JSD, Alpha, Kind, SkewReverse
-from opdkit.objective.signals import Ceiling, Exp, Gap, Logp, LogRatio
+from opdkit.objective.signals import Gap, Logp, LogRatio
 from opdkit.testing import evaluate
 from tests.methods.ragged import on
 from tests.methods.toy import (
@@ -85,18 +84,6 @@ def test_clipped_is_ppos_formula(low, high, dual):
             models={"teacher": [[teacher]]},
         )
         assert close(out.loss, loss.item(), 12)
-
-
-def test_the_layer_that_methods_share():
-    plain, clip = policy_gradient(CREDIT), policy_gradient(CREDIT, (0.1, 0.2), 3.0)
-    assert plain.loss == PolicyGradient(CREDIT) and clip.loss == Clipped(CREDIT, 0.1, 0.2, 3.0)
-    capped = policy_gradient(CREDIT, rollout_cap=5)
-    assert capped.loss == PolicyGradient(CREDIT, "student") and capped.weight == Ceiling(
-        Exp(LogRatio("student", "sampler")), 5
-    )
-    assert policy_gradient(CREDIT, base="reference").loss == PolicyGradient(CREDIT, "reference")
-    with pytest.raises(ValueError, match="give clip="):
-        policy_gradient(CREDIT, dual_clip=3.0)
 
 
 def test_likelihood():

@@ -1,0 +1,56 @@
+"""What the docstring of a method says of its arguments, and the checks that several methods make of
+theirs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+TITLE = "Arguments:"
+DEFAULT = " Default: "
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What is said of an argument: its meaning with unit and range, and its default's source."""
+
+    meaning: str
+    source: str = ""
+
+
+def described(doc: str) -> tuple[str, dict[str, Argument]]:
+    """A docstring, white space as `inspect.getdoc` leaves it, without its section on arguments; and
+    that section, argument by argument.
+
+        Arguments:
+            gamma: meaning, unit and range of it, in as many lines
+                as it takes. Default: where it comes from.
+            tau: ...
+    """
+    before, title, section = doc.partition(f"{TITLE}\n")
+    if not title or not before.endswith("\n\n"):
+        return doc, {}
+    texts: dict[str, str] = {}
+    lines = section.splitlines()
+    while lines and (not lines[0] or lines[0].startswith("    ")):
+        line = lines.pop(0)
+        named = re.match(r"    (\w+): (.*)", line)
+        if named:
+            texts[named[1]] = named[2]
+        elif texts and line.strip():
+            texts[next(reversed(texts))] += f" {line.strip()}"
+    found = {}
+    for name, text in texts.items():
+        meaning, _, source = text.partition(DEFAULT)
+        found[name] = Argument(meaning.strip(), source.strip())
+    after = "\n".join(lines)
+    return f"{before.rstrip()}\n\n{after}".rstrip(), found
+
+
+def one_of(**choices: tuple[object, Collection[str]]) -> None:
+    """Refuses an argument that is none of those known: one_of(mode=(mode, ("mean", "minmax")))."""
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")

@@ -1,0 +1,240 @@
+"""The rules that every method must keep, each tried on made-up rollouts in float64."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdkit.methods.method import Method, as_method, load
+from opdkit.objective.alignment import OUT, Alignment
+from opdkit.objective.grammar import Objective
+from opdkit.testing.case import AnyObjective, Case, Evaluation
+from opdkit.testing.fabricate import KEYS, fabricate
+
+Change = Callable[[Tensor], Tensor]  # of a tensor [B, T, ...], into one of as many dimensions
+
+TOLERANCE = 1e-9  # relative, float64: the sums run in another order, nothing else differs
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found."""
+
+    method: Method
+    passed: tuple[str, ...]
+    failed: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = (
+            [f"  pass  {x}" for x in self.passed]
+            + [f"  FAIL  {x}" for x in self.failed]
+            + [f"  note  {x}" for x in self.notes]
+        )
+        return "\n".join([f"{self.method.name or 'objective'}: {self.method}", *lines])
+
+
+class CheckFailed(AssertionError):
+    """A method breaks one of the rules that all must keep."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method with rollouts to try it on, and what it makes of them."""
+
+    method: Method
+    case: Case
+    out: Evaluation
+
+    @property
+    def objective(self) -> Objective:
+        return self.method.objective
+
+    def run(self, case: Case | None = None, **how: Any) -> Evaluation:
+        """What the method makes of these or of other rollouts; see `Case.run`."""
+        return (case or self.case).run(self.objective, **how)
+
+    def same(self, other: Evaluation, tolerance: float = TOLERANCE) -> bool:
+        """Whether an evaluation has the same loss and gradient [B, T, V]."""
+        size = max(self.out.grad.norm().item(), 1e-30)
+        near = (self.out.grad - other.grad).norm().item() <= tolerance * size
+        scale = max(1.0, abs(self.out.loss.item()))
+        return near and abs((self.out.loss - other.loss).item()) <= tolerance * scale
+
+
+def check(method: AnyObjective, seed: int = 0) -> Report:
+    """The tests every method must pass, on random logits in float64: raises `CheckFailed` with the
+    report, else returns it.
+
+    The gradient does not depend on micro-batches, padding, row order, chunks or padded vocabulary;
+    untrained tokens have none and cannot spoil it; it is finite, blind to a constant added to all
+    logits, and the same when asked twice; an empty batch is a zero.
+    """
+    made = as_method(method)
+    case = fabricate(made.objective, seed)
+    subject = Subject(made, case, case.run(made.objective))
+    passed: list[str] = []
+    failed: list[str] = []
+    for name, keeps in RULES.items():
+        try:
+            (passed if keeps(subject) else failed).append(name)
+        except Exception as error:
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+    agreed = fabricate(made.objective, seed, agree=True).run(made.objective)
+    notes = (
+        f"teacher == student: gradient norm {agreed.grad.norm().item():.3g}",
+        f"reads {made.needs}",
+    )
+    report = Report(made, tuple(passed), tuple(failed), notes)
+    if failed:
+        raise CheckFailed(str(report))
+    return report
+
+
+# ------------------------------------------------------------------------------ one function a rule
+
+
+def _finite(out: Evaluation) -> bool:
+    return bool(out.loss.isfinite() and out.grad.isfinite().all())
+
+
+def _chunks(of: Subject) -> bool:
+    return all(of.same(of.run(chunk=c)) for c in (1, 5, 10_000))
+
+
+def _order(of: Subject) -> bool:
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    moved = _changed(of.case, lambda x: x[order])
+    columns = {k: torch.as_tensor(v)[order] for k, v in of.case.columns.items()}
+    out = of.run(replace(moved, columns=columns, settings={**moved.settings, "keys": KEYS[order]}))
+    back = torch.empty_like(out.grad)
+    back[order] = out.grad
+    return of.same(Evaluation(out.loss, back, out.terms))
+
+
+def _padding(of: Subject) -> bool:
+    def wider(x: Tensor) -> Tensor:  # [B, T, ...] to [B, T + 3, ...]
+        return torch.cat([x, x[:, :3]], 1)  # real values where the mask says nothing is
+
+    padded = _changed(of.case, wider, ends=lambda x: torch.nn.functional.pad(x, (0, 3), value=-1))
+    width = of.case.tokens.shape[1]
+    mask = _mask(padded).clone()
+    mask[:, width:] = False
+    out = of.run(replace(padded, mask=mask))
+    inside = Evaluation(out.loss, out.grad[:, :width], out.terms)
+    return of.same(inside) and bool((out.grad[:, width:] == 0).all())
+
+
+def _padded_vocabulary(of: Subject) -> bool:
+    """Two entries more on every model but the student: they only pad the matrix, and are cut."""
+    if not of.case.models:
+        return True
+    models = {k: torch.nn.functional.pad(v, (0, 2), value=0.0) for k, v in of.case.models.items()}
+    return of.same(of.run(replace(of.case, models=models)))
+
+
+def _untrained(of: Subject) -> bool:
+    return bool((of.out.grad[~_mask(of.case)] == 0).all())
+
+
+def _not_a_number(of: Subject) -> bool:
+    """NaN logits at untrained tokens, and at another tokenizer's that stand for no text."""
+    outside = ~_mask(of.case)[..., None]
+
+    def spoil(x: Tensor) -> Tensor:  # [B, T, V]
+        return torch.where(outside, torch.tensor(float("nan"), dtype=x.dtype), x)
+
+    spoilt = _changed(of.case, lambda x: x, spoil)
+    aligned = {
+        k: spoilt.models[k].masked_fill((a.ends == OUT)[..., None], float("nan"))
+        for k, a in of.case.alignments.items()
+    }
+    return of.same(of.run(replace(spoilt, models={**spoilt.models, **aligned})))
+
+
+def _constant(of: Subject) -> bool:
+    return bool(of.out.grad.sum(-1).abs().max() < TOLERANCE)
+
+
+def _nothing(of: Subject) -> bool:
+    out = of.run(replace(of.case, mask=torch.zeros_like(_mask(of.case))))
+    return out.loss.item() == 0 and bool((out.grad == 0).all())
+
+
+def _empty_response(of: Subject) -> bool:
+    written = (torch.arange(len(of.case.tokens)) != 2)[:, None]
+    return _finite(of.run(replace(of.case, mask=_mask(of.case) & written)))
+
+
+def _value_like(of: Subject) -> bool:
+    method = of.method
+    twin = (
+        pickle.loads(pickle.dumps(method))
+        if method.name in ("", "own") or ":" in method.name
+        else load(method.name, **dict(method.arguments))
+    )
+    return (
+        hash(twin) == hash(method)
+        and twin == method
+        and copy.deepcopy(method) == method
+        and bool(str(method))
+    )
+
+
+RULES: dict[str, Callable[[Subject], bool]] = {
+    "loss and gradient are finite": lambda of: _finite(of.out),
+    "some gradient reaches the student": lambda of: bool(of.out.grad.abs().sum() > 0),
+    "asked twice, the answer is the same": lambda of: of.same(of.run(), 0.0),
+    "micro-batches do not change it": lambda of: of.same(of.run(parts=[[0, 1, 2], [3, 4, 5]])),
+    "chunks do not change it": _chunks,
+    "row order does not change it": _order,
+    "padding does not change it": _padding,
+    "padded vocabulary does not change it": _padded_vocabulary,
+    "untrained tokens have no gradient": _untrained,
+    "infinite or NaN scores of untrained tokens stay there": _not_a_number,
+    "a constant added to all logits changes nothing": _constant,
+    "nothing trained is a loss of zero": _nothing,
+    "an empty response is passed over": _empty_response,
+    "hashable, comparable, copied and pickled": _value_like,
+}
+
+
+# ----------------------------------------------------------------------------------- other rollouts
+
+
+def _mask(case: Case) -> Tensor:
+    """[B, T] bool: the trained tokens."""
+    return torch.ones_like(case.tokens, dtype=torch.bool) if case.mask is None else case.mask
+
+
+def _changed(
+    case: Case, change: Change, logits: Change | None = None, ends: Change | None = None
+) -> Case:
+    """The case with every tensor of its rollouts changed; logits over the student's tokens, and
+    ends of tokens, by their own functions.
+    """
+    wide, end = logits or change, ends or change
+    settings = dict(case.settings)
+    if case.settings.get("uniform") is not None:
+        settings["uniform"] = change(case.settings["uniform"])
+    return replace(
+        case,
+        tokens=change(case.tokens),
+        student=wide(case.student),
+        mask=change(_mask(case)),
+        models={k: change(v) if k in case.alignments else wide(v) for k, v in case.models.items()},
+        before=None if case.before is None else wide(case.before),
+        sampler=None if case.sampler is None else wide(case.sampler),
+        marks={k: change(torch.as_tensor(v)) for k, v in case.marks.items()},
+        settings=settings,
+        alignments={
+            k: Alignment(change(a.tokens), end(a.student_ends), end(a.ends), a.same)
+            for k, a in case.alignments.items()
+        },
+    )
