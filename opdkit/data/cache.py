@@ -18,7 +18,7 @@ from opdkit.base.files import write_json
 from opdkit.base.progress import progress
 from opdkit.data.prompts import Prompts
 from opdkit.data.shards import GROUP, Scored, Shard, file_digest
-from opdkit.models.identity import Identity, tokenizer_digest
+from opdkit.models.identity import Identity, has_digest
 from opdkit.types import Prompt, Rollout, Row, Sampling
 
 KIND, FORMAT, MANIFEST = "opdkit cache", 1, "manifest.json"
@@ -373,7 +373,7 @@ class CachedPrompts(Prompts):
 
 def refuse_tokenizer(cache: Cache, tokenizer: Any) -> None:
     """A student whose ids mean other tokens than those that were stored."""
-    if tokenizer_digest(tokenizer) != cache.origin.tokenizer:
+    if not has_digest(tokenizer, cache.origin.tokenizer):
         raise UserError(
             f"the student's tokenizer is not that of {cache.folder}: the stored token ids would "
             f"mean other text. Use a student of the same family as {cache.origin.student.name}, or "
