@@ -1,5 +1,5 @@
-"""Files that appear whole or not at all, and lines of JSON of which a crash may have cut
-the last.
+"""Files and folders that appear whole or not at all, and lines of JSON of which a crash may have
+cut the last.
 """
 
 from __future__ import annotations
@@ -7,17 +7,101 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from opdkit.base.errors import UserError
 
+PARTIAL = ".partial-"  # begins the name of what is being written
+REPLACED = ".replaced-"  # of a folder whose place is being taken
 
-def write_whole(path: Path, page: str) -> None:
-    """A page that appears whole or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(page.encode("utf-8", errors="replace"))
-    os.replace(partial, path)
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in: at the end of the `with` block it is moved to `path`, on the disk.
+
+    It is written beside its place, under a name that begins with `PARTIAL`, and what stood at
+    `path` stays until all of it is written. After an error nothing of it is left; after a crash a
+    file of that name may be, which the next writing replaces.
+    """
+    partial = path.with_name(PARTIAL + path.name)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+def write_whole(path: Path, text: str, errors: str = "replace") -> None:
+    """A text as UTF-8, see `whole`; `errors` says what becomes of what has no UTF-8 (half of a
+    surrogate pair), as in `str.encode`.
+    """
+    with whole(path) as file:
+        file.write(text.encode("utf-8", errors=errors))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A value as JSON, see `whole`."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """A folder that `write` fills: made beside its place and then moved there, on the disk.
+
+    A reader never sees half of it, and a former one stays until then. After an error nothing of it
+    is left; after a crash `tidy` cleans up.
+    """
+    folder = final.parent
+    partial, former = folder / (PARTIAL + final.name), folder / (REPLACED + final.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        for path in (*partial.rglob("*"), partial):
+            _flush(path)
+        if final.exists():
+            shutil.rmtree(former, ignore_errors=True)
+            os.replace(final, former)
+        os.replace(partial, final)
+        _flush(folder)
+    except Exception:
+        tidy(folder)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what an interruption left half written; what it was about to replace returns to its
+    place.
+    """
+    for partial in folder.glob(PARTIAL + "*"):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+    for former in folder.glob(REPLACED + "*"):
+        final = folder / former.name.removeprefix(REPLACED)
+        if final.exists():
+            shutil.rmtree(former, ignore_errors=True)
+        else:
+            os.replace(former, final)
+
+
+def _flush(path: Path) -> None:
+    """What a file holds, or the names in a folder, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -38,9 +122,7 @@ def truncate_metrics(path: Path, last_step: float = math.inf) -> None:
     kept = "".join(text + "\n" for text, row in _parse(path) if row["step"] <= last_step)
     if kept.encode() == path.read_bytes():
         return
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(kept, encoding="utf-8", newline="\n")
-    os.replace(partial, path)
+    write_whole(path, kept)
 
 
 def _parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -67,10 +149,3 @@ def _parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
                     "damaged after it was written: mend or delete that line, then try again."
                 ) from error
     return parsed
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -5,7 +5,6 @@ training in place of both.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -15,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from opdkit.base.errors import UserError
+from opdkit.base.files import write_json
 from opdkit.base.progress import progress
 from opdkit.data.prompts import Prompts
-from opdkit.data.shards import GROUP, PARTIAL, Scored, Shard, file_digest, sync
-from opdkit.models.identity import Identity, tokenizer_digest
+from opdkit.data.shards import GROUP, Scored, Shard, file_digest
+from opdkit.models.identity import Identity, has_digest
 from opdkit.types import DataRow, Prompt, Rollout, Sampling
 
 KIND, FORMAT, MANIFEST = "opdkit cache", 1, "manifest.json"
@@ -124,20 +124,12 @@ class Manifest:
         """The file, whole or not at all."""
         totals = {"complete": self.complete, "rollouts": self.rollouts, "tokens": self.tokens}
         entries = [asdict(self.entries[name]) for name in sorted(self.entries)]
-        text = json.dumps(
-            {"kind": KIND, "format": FORMAT, **asdict(self.origin), **totals, "shards": entries},
-            indent=1,
-        )
-        partial = folder / (PARTIAL + MANIFEST)
+        kind = {"kind": KIND, "format": FORMAT}
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, folder / MANIFEST)
-            sync(folder)
+            write_json(
+                folder / MANIFEST, {**kind, **asdict(self.origin), **totals, "shards": entries}
+            )
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise UserError(
                 f"{folder / MANIFEST} could not be written ({error.strerror or error}). Every "
                 "finished shard stays; free some space, then run the same command again"
@@ -381,7 +373,7 @@ class CachedPrompts(Prompts):
 
 def refuse_tokenizer(cache: Cache, tokenizer: Any) -> None:
     """A student whose ids mean other tokens than those that were stored."""
-    if tokenizer_digest(tokenizer) != cache.origin.tokenizer:
+    if not has_digest(tokenizer, cache.origin.tokenizer):
         raise UserError(
             f"the student's tokenizer is not that of {cache.folder}: the stored token ids would "
             f"mean other text. Use a student of the same family as {cache.origin.student.name}, or "

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from opdkit.base.errors import UserError
+from opdkit.base.files import whole
 from opdkit.types import Rollout
 
 GROUP = 16  # rollouts in a row group: what is decoded to read one of them
-PARTIAL = ".partial-"  # prefix of a file that is being written
 
 
 @dataclass(frozen=True)
@@ -36,39 +35,25 @@ class Scored:
 def write_shard(
     path: Path, rollouts: Sequence[Rollout], scores: Sequence[Scored], drawn: bool
 ) -> str:
-    """Writes a file beside its place, flushes it and moves it there; returns its sha256.
+    """Writes a file, whole or not at all; returns its sha256.
 
     `drawn`: tokens came from another softmax.
     """
-    partial = path.with_name(PARTIAL + path.name)
     try:
-        with partial.open("wb") as file:
+        with whole(path) as file:
             _write(file, _table(rollouts, scores, drawn))
-            file.flush()
-            os.fsync(file.fileno())
-        digest = file_digest(partial)
-        os.replace(partial, path)
-        sync(path.parent)
+        return file_digest(path)
     except OSError as error:  # a full disk, a quota, a folder that is gone
-        partial.unlink(missing_ok=True)
         raise UserError(
             f"{path} could not be written ({error.strerror or error}). The shards before it are "
             "complete and stay; free some space, then run the same command again: it continues "
             "with this shard"
         ) from error
-    return digest
 
 
 def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(folder: Path) -> None:
-    """A renamed file's new name reaches the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def arrow() -> Any:

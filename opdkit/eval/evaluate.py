@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opdkit.base.errors import UserError
+from opdkit.base.files import write_whole
 from opdkit.eval.stats import Estimate, Interval, estimate, pass_at_k, problem_means
 
 if TYPE_CHECKING:
@@ -165,21 +165,21 @@ def _check(prompts: Sequence[Prompt], n: int, ks: Sequence[int]) -> None:
 def write_samples(path: Path, rollouts: Sequence[Rollout]) -> None:
     """One JSON object per sample; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
-        for r in rollouts:
-            line = {
-                "id": r.id,
-                "prompt": _readable(r.row.get("prompt")),
-                "text": r.text,
-                "answer": r.row.get("answer"),
-                "reward": r.reward,
-                "correct": r.correct,
-                "finish": r.finish,
-                "n_tokens": len(r.tokens),
-            }
-            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-    os.replace(partial, path)
+    lines = [
+        {
+            "id": r.id,
+            "prompt": _readable(r.row.get("prompt")),
+            "text": r.text,
+            "answer": r.row.get("answer"),
+            "reward": r.reward,
+            "correct": r.correct,
+            "finish": r.finish,
+            "n_tokens": len(r.tokens),
+        }
+        for r in rollouts
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+    write_whole(path, text, errors="backslashreplace")
 
 
 def _readable(prompt: Any) -> Any:

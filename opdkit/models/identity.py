@@ -15,6 +15,7 @@ from typing import Any
 SAMPLED = 4096
 # of config.json: they change when the same weights are saved again
 VOLATILE = ("_name_or_path", "transformers_version")
+SHORT = 16  # digits of a tokenizer's digest that tell it from others
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,20 @@ def checkpoint_digest(folder: Path) -> str | None:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 over every token with its id."""
+    """sha256 over every token with its id, 64 digits: the same for tokenizers that give every token
+    the same id. See `has_digest` for what is stored of it.
+    """
     ids = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def has_digest(tokenizer: Any, recorded: str) -> bool:
+    """Whether a digest that was recorded somewhere is this tokenizer's.
+
+    A cache's manifest holds all 64 digits, `opdkit serve-teacher` says the first `SHORT` of them:
+    a digest is compared by as many digits as it has, `SHORT` at least.
+    """
+    return len(recorded) >= SHORT and tokenizer_digest(tokenizer).startswith(recorded)
 
 
 def _tensors(path: Path) -> list[tuple[str, bytes]]:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opdkit.base.files import write_json
+from opdkit.base.files import write_json, write_whole
 from opdkit.base.progress import progress
 from opdkit.methods.method import as_method
 from opdkit.recipes import arithmetic
@@ -128,5 +128,5 @@ def _trained(size: str, tokenizer: Any, seed: int) -> Any:
 
 def _write(path: Path, rows: list[DataRow]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from opdkit.base.config import plain
 from opdkit.base.errors import UserError
-from opdkit.base.files import truncate_metrics
+from opdkit.base.files import truncate_metrics, write_whole
 from opdkit.curricula import writer_of
 from opdkit.data import PromptStream
 from opdkit.data.cache import student_notes
@@ -172,4 +172,4 @@ def guide(scorers: Mapping[str, Scorer | Remote], share: float) -> Guide:
 
 def write_run(run: Run) -> None:
     """The resolved run: `opdkit train run.yaml` does the same again."""
-    (run.folder / "run.yaml").write_text(run.yaml(), encoding="utf-8")
+    write_whole(run.folder / "run.yaml", run.yaml())

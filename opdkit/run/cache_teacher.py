@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from opdkit.base.errors import UserError
+from opdkit.base.files import PARTIAL
 from opdkit.base.progress import progress
 from opdkit.data import Prompts
 from opdkit.data.cache import Entry, Manifest, Origin, damages, is_cache, read_manifest, shard_name
-from opdkit.data.shards import PARTIAL, Scored, write_shard
+from opdkit.data.shards import Scored, write_shard
 from opdkit.methods.method import Method
 from opdkit.models.device import device_of
 from opdkit.models.identity import Identity, identify, tokenizer_digest

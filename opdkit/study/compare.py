@@ -5,7 +5,6 @@ interrupted comparison continues.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import sys
@@ -19,7 +18,7 @@ from opdkit import recipes
 from opdkit.base.address import is_address
 from opdkit.base.config import plain, read_yaml, to_yaml
 from opdkit.base.errors import UserError
-from opdkit.base.files import read_lines
+from opdkit.base.files import read_lines, write_whole
 from opdkit.base.progress import duration
 from opdkit.methods import expression
 from opdkit.methods.method import Method, as_method, spelled
@@ -170,9 +169,7 @@ class Plan:
             ],
             "run": shared(self.base),
         }
-        partial = self.folder / f"{PLAN}.tmp"
-        partial.write_text(to_yaml(values), encoding="utf-8")
-        os.replace(partial, self.folder / PLAN)
+        write_whole(self.folder / PLAN, to_yaml(values))
 
 
 def shared(base: Run) -> dict[str, Any]:

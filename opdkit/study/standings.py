@@ -4,7 +4,6 @@ over seeds, and one Parquet file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from opdkit.base.config import read_yaml
 from opdkit.base.errors import UserError
+from opdkit.base.files import whole
 from opdkit.eval.evaluate import EvalResult
 from opdkit.eval.stats import Estimate, estimate, paired_difference
 from opdkit.report.charts import smoothed
@@ -341,7 +341,6 @@ def write_parquet(entries: Entries) -> Path:
     ]
     schema = pa.schema([(name, types.get(name, pa.float64())) for name in names])
     path = entries.folder / "comparison.parquet"
-    partial = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.Table.from_pylist(found, schema=schema), partial)
-    os.replace(partial, path)
+    with whole(path) as file:
+        pq.write_table(pa.Table.from_pylist(found, schema=schema), file)
     return path

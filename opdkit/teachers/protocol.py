@@ -272,11 +272,6 @@ def head_on(head: Head, device: torch.device) -> Head:
     )
 
 
-def tokenizer_digest(vocab: Mapping[str, int]) -> str:
-    """The same for tokenizers that give every token the same id."""
-    return hashlib.sha256(json.dumps(sorted(vocab.items())).encode()).hexdigest()[:16]
-
-
 def model_digest(model: Any) -> str:
     """Differs for other weights: names, shapes and 64 values of every parameter."""
     digest = hashlib.sha256()

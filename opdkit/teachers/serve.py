@@ -21,6 +21,7 @@ from torch import Tensor
 from opdkit.base.errors import UserError
 from opdkit.base.interrupt import SIGNALS
 from opdkit.models.body import check_head, head_of
+from opdkit.models.identity import SHORT, tokenizer_digest
 from opdkit.models.layout import Layout, batch_tokens
 from opdkit.models.load import load_model, load_tokenizer
 from opdkit.models.tokenizers import real_vocabulary
@@ -81,7 +82,7 @@ class Service:
     def models(self) -> dict[str, Any]:
         about = {
             "fingerprint": self.fingerprint,
-            "tokenizer": protocol.tokenizer_digest(self.tokenizer.get_vocab()),
+            "tokenizer": tokenizer_digest(self.tokenizer)[:SHORT],
             "rows": self.rows,
             "micro_batch_tokens": self.budget,
         }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError
 from opdkit.models.engines.endpoint import Endpoint, Refused
+from opdkit.models.identity import has_digest
 from opdkit.models.layout import Layout
 from opdkit.models.tokenizers import real_vocabulary, same_tokenizer
 from opdkit.objective.facts import Fact, TopFact
@@ -346,7 +347,7 @@ def _own(
             f"the teacher's servers all call their model {name!r}, but their weights differ: start "
             "them from the same checkpoint"
         )
-    if first["tokenizer"] != protocol.tokenizer_digest(tokenizer.get_vocab()):
+    if not has_digest(tokenizer, first["tokenizer"]):
         theirs = endpoint.get("/tokenizer")
         there: Any = SimpleNamespace(get_vocab=lambda: theirs["vocab"], name_or_path=theirs["name"])
         raise UserError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from opdkit.base.errors import UserError
+from opdkit.base.files import tidy, write_folder, write_json
 from opdkit.train.student import Student
 
 MANIFEST, STATE, OPTIMISER = "manifest.json", "trainer_state.json", "optimizer.pt"
@@ -42,7 +42,7 @@ def save(folder: Path, state: State, student: Student, tokenizer: Any) -> Path:
     def write(partial: Path) -> None:
         write_model(partial, student.model, tokenizer)
         state.updates = student.updates
-        (partial / STATE).write_text(json.dumps(asdict(state), indent=1))
+        write_json(partial / STATE, asdict(state))
         torch.save(student.optimiser.state_dict(), partial / OPTIMISER)
         _finish(partial)
 
@@ -51,48 +51,17 @@ def save(folder: Path, state: State, student: Student, tokenizer: Any) -> Path:
     return final
 
 
-# what is being written; the former one, for the moment of its replacement
-PARTIAL, REPLACED = ".partial-", ".replaced-"
-
-
 def put(final: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside its final place, then move it there: a reader never sees half of one,
-    and a former one stays until then.
-    """
-    folder = final.parent
-    partial, former = folder / (PARTIAL + final.name), folder / (REPLACED + final.name)
-    shutil.rmtree(partial, ignore_errors=True)
+    """Write a folder of a run, whole or not at all: see `write_folder`."""
     try:
-        partial.mkdir(parents=True)
-        write(partial)
-        if final.exists():
-            shutil.rmtree(former, ignore_errors=True)
-            os.replace(final, former)
-        os.replace(partial, final)
-        _sync(folder)
+        write_folder(final, write)
     # a full disk is an OSError, a SafetensorError or a RuntimeError, as the writer likes
     except Exception as error:
-        tidy(folder)
         raise UserError(
             f"{final} could not be written ({type(error).__name__}: {error}). Earlier checkpoints "
             "are untouched; free some space or choose another output folder, then continue with "
             "--resume"
         ) from error
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def tidy(folder: Path) -> None:
-    """Remove what an interruption left half written; what it was about to replace returns to its
-    place.
-    """
-    for partial in folder.glob(PARTIAL + "*"):
-        shutil.rmtree(partial, ignore_errors=True)
-    for former in folder.glob(REPLACED + "*"):
-        final = folder / former.name.removeprefix(REPLACED)
-        if final.exists():
-            shutil.rmtree(former, ignore_errors=True)
-        else:
-            os.replace(former, final)
 
 
 def clear(folder: Path) -> None:
@@ -115,7 +84,7 @@ def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def _finish(folder: Path) -> None:
-    """Flush every file and write the manifest last."""
+    """The manifest, last: what every file must be."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     digests = {}
     for path in files:
@@ -124,18 +93,7 @@ def _finish(folder: Path) -> None:
                 "bytes": path.stat().st_size,
                 "sha256": hashlib.file_digest(handle, "sha256").hexdigest(),
             }
-            os.fsync(handle.fileno())
-    manifest = folder / MANIFEST
-    with manifest.open("w") as handle:
-        json.dump(digests, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    write_json(folder / MANIFEST, digests)
 
 
 def checkpoints(folder: Path) -> list[Path]:

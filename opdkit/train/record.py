@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from opdkit.base.files import write_whole
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import LogpFact
 from opdkit.objective.grammar import StepPlan, credit_of
@@ -210,11 +210,7 @@ class Recorder:
             )
         path = self.folder / "samples" / f"step_{step:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(
-            "".join(json.dumps(line, default=str) + "\n" for line in lines), encoding="utf-8"
-        )
-        os.replace(partial, path)
+        write_whole(path, "".join(json.dumps(line, default=str) + "\n" for line in lines))
 
 
 def _numbers(values: Tensor | None, row: int, n: int) -> list[float | None]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opdkit.base.errors import UserError, nearest
-from opdkit.base.files import read_lines, truncate_metrics
+from opdkit.base.files import read_lines, truncate_metrics, write_whole
 
 Metrics = Mapping[str, float]
 
@@ -194,7 +194,7 @@ def _run_name(folder: Path, tracker: str) -> str:
     if not path.exists():
         # wandb refuses "/", ":" and the like in an id
         stem = re.sub(r"[^\w.-]", "-", folder.resolve().name)[:80]
-        path.write_text(f"{stem}-{secrets.token_hex(3)}\n", encoding="utf-8")
+        write_whole(path, f"{stem}-{secrets.token_hex(3)}\n")
     return path.read_text(encoding="utf-8").strip()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opdkit.models.identity import Identity, checkpoint_digest, identify, tokenizer_digest
+from opdkit.models.identity import (
+    Identity,
+    checkpoint_digest,
+    has_digest,
+    identify,
+    tokenizer_digest,
+)
 from tests.common.tiny import save_tiny, tiny_tokenizer
 
 
@@ -85,3 +92,19 @@ def test_a_tokenizer_is_its_map_of_ids() -> None:
     assert tokenizer_digest(tiny_tokenizer()) != tokenizer_digest(
         tiny_tokenizer(["abc abd", "dada"])
     )
+
+
+def test_digests_stored_by_caches_and_said_by_servers_are_both_known() -> None:
+    """sha256 of `[["a", 0], ["b", 1]]`, as caches (64 digits) and servers (16) have always had it;
+    fewer digits tell nothing apart.
+    """
+
+    class Two:
+        def get_vocab(self) -> dict[str, int]:
+            return {"b": 1, "a": 0}
+
+    digest = hashlib.sha256(b'[["a", 0], ["b", 1]]').hexdigest()
+    assert tokenizer_digest(Two()) == digest
+    assert has_digest(Two(), digest) and has_digest(Two(), digest[:16])
+    assert not has_digest(Two(), digest[:15]) and not has_digest(Two(), "")
+    assert not has_digest(Two(), digest[1:17]) and not has_digest(tiny_tokenizer(), digest)

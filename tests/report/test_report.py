@@ -67,7 +67,7 @@ def test_one_file_that_asks_no_server_for_anything(folder):
     assert not re.search(r"https?:|//[a-z]|@import|url\(", html)
     assert "default-src 'none'" in html
     assert path == folder / "report.html"
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob(".partial-*"))
 
 
 def test_what_is_at_the_top(folder):
