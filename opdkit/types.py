@@ -13,31 +13,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DataRow = dict[str, Any]
+DataRow = dict[str, Any]  # one row of a data set by column name, such as prompt, answer, teacher
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question as token ids, with the data row it came from."""
+    """One question as token ids.
+
+    Arguments:
+        id: the data row's; rollouts of one id answer the same question.
+        tokens: what the student reads, the chat template applied.
+        row: the data row that it came from.
+        prefix: response tokens written for the student, which its response begins with (a teacher
+            prefix).
+    """
 
     id: str
     tokens: list[int]
     row: DataRow = field(default_factory=dict)
-    # response tokens written for the student (a teacher prefix)
     prefix: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. Names as in transformers and TRL."""
+    """How responses are drawn. Names as in transformers and TRL.
 
-    temperature: float = 1.0  # 0: greedy
+    Arguments:
+        temperature: logits are divided by it; 1 is the model itself, 0 takes the most probable.
+        top_p: the least probable tokens beyond this mass are never drawn; in (0, 1], 1 is off.
+        top_k: only this many of the most probable are drawn; 0 is off.
+        min_p: tokens less probable than this share of the most probable are never drawn; 0 is off.
+        max_completion_length: tokens after which a response is cut.
+        num_generations: responses to each prompt.
+        stop: texts that end a response, besides the end-of-sequence tokens.
+    """
+
+    temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: off
+    top_k: int = 0
     min_p: float = 0.0
     max_completion_length: int = 512
-    num_generations: int = 1  # responses per prompt
-    stop: tuple[str, ...] = ()  # stop strings, besides the end-of-sequence tokens
+    num_generations: int = 1
+    stop: tuple[str, ...] = ()
 
     @property
     def plain(self) -> bool:
@@ -49,35 +66,62 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response and its provenance, before tensors: crosses process borders, caches and logs."""
+    """One response and its provenance, before tensors: crosses process borders, caches and logs.
 
-    id: str  # unique in the run, stable over resume, order and sharding: it keys the random signals
+    All lists have one entry for each of its T tokens.
+
+    Arguments:
+        id: unique in the run, the same after a resume and in any order: random signals hash it.
+        prompt: token ids of the question.
+        tokens: token ids of the response, with its end-of-sequence token if it wrote one.
+        trained: whether the student learns from a token; False for tool output, user turns, all that
+            the student did not choose.
+        logp: log-prob of each token under the sampler's plain softmax (temperature 1, nothing cut),
+            in nats.
+        drawn_logp: the same under the distribution that it was drawn from (temperature, top_p,
+            top_k, min_p).
+        group: the prompt's id: rollouts of one group answer the same question.
+        policy_version: optimiser steps that the sampling policy had taken.
+        finish: "stop": it ended itself; "length": cut at max_completion_length; "given": read from
+            data.
+        text: the response, decoded.
+        reward: what it is worth; None until it is scored.
+        correct: whether it is right; None where no reward says so.
+        marks: named sets of tokens, such as "guided" for those of a teacher's prefix.
+        row: the data row of its prompt.
+        notes: what else the sampler saw at each token.
+
+    >>> r = Rollout(
+    ...     id="0/row7/0", prompt=[5, 6], tokens=[8, 9, 2], trained=[True] * 3,
+    ...     logp=[-0.1, -1.2, -0.3], drawn_logp=[-0.1, -1.2, -0.3], group="row7", text="42",
+    ...     row={"id": "row7", "answer": "42"},
+    ... )
+    >>> from opdkit.rewards import score
+    >>> [scored] = score([r], lambda rollout: float(rollout.text == rollout.row["answer"]))
+    >>> scored.reward, scored.correct
+    (1.0, True)
+    """
+
+    id: str
     prompt: list[int]
-    tokens: list[int]  # the response, with its end-of-sequence token if it wrote one
-    trained: list[bool]  # False: tool output, user turns, anything the student did not choose
-    # log-prob of each token under the sampler's plain softmax (temperature 1, nothing cut)
+    tokens: list[int]
+    trained: list[bool]
     logp: list[float]
-    # under the distribution it was drawn from (temperature, top_p, top_k, min_p)
     drawn_logp: list[float]
-    group: str  # the prompt: rollouts of one group answer the same question
-    policy_version: int = 0  # optimiser steps the sampling policy had taken
-    # "stop": it ended itself; "length": cut at max_completion_length; "given": read from data
+    group: str
+    policy_version: int = 0
     finish: str = "stop"
     text: str = ""
     reward: float | None = None
     correct: bool | None = None
-    # named sets of tokens, such as "guided"
     marks: dict[str, list[bool]] = field(default_factory=dict)
     row: DataRow = field(default_factory=dict)
-    # what else the sampler saw at each token
     notes: Notes | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Notes:
-    """What a sampler saw of its own distribution at each token of a rollout, where it was asked to
-    look: see `Watch`.
-    """
+    """What a sampler saw of its own distribution at each token of a rollout, if `Watch` asked."""
 
     entropy: Tensor | None  # [T] nats
     top: Tensor | None  # [T, k] int64: ids of the most probable tokens, most probable first
@@ -86,15 +130,15 @@ class Notes:
 
 @dataclass(frozen=True)
 class Watch:
-    """What a sampler is to note at each token, under the plain softmax: no pass of the student has
-    to find it out again.
+    """What a sampler is to note at each token, so that no pass of the student finds it out again.
+
+    Arguments:
+        entropy: the entropy of its plain softmax.
+        top: how many of the most probable tokens, with their log-probs.
     """
 
     entropy: bool = False
-    top: int = 0  # how many of the most probable tokens, with their log-probs
-
-
-# -------------------------------------------------------------------------------------------- facts
+    top: int = 0
 
 
 def row_keys(ids: Iterable[str], device: torch.device | str = "cpu") -> Tensor:

@@ -34,23 +34,40 @@ if TYPE_CHECKING:
 class Batch:
     """Facts about the rollouts of one step, none with a gradient.
 
-    Reading an absent one raises `MissingFact`.
+    Reading an absent one raises `MissingFact`, which says how to supply it.
 
-    `sources` hold the whole vocabulary of the models in this process (see `head.Source`); all else
-    is a tensor.
+    Arguments:
+        tokens: [B, T] int64: the responses, padded on the right.
+        mask: [B, T] bool: the trained tokens.
+        facts: tensors by fact: [B, T], [B, T, k], or [B] for columns.
+        sources: by model, the whole vocabulary of those in this process (see `head.Source`).
+        keys: [B] int64: hash of each rollout's id, which keyed draws depend on.
+        step, total_steps: of the run, for schedules.
+        seed: of the run, for keyed draws.
+        uniform: [B, T] in [0, 1): replaces the keyed draws.
+        memory: what the method's curriculum remembers, by name.
+        rows: the data row of each rollout.
+        dtype: of numbers that signals compute in.
+
+    >>> from opdkit.objective.facts import LogpFact
+    >>> facts = {LogpFact("teacher"): torch.tensor([[-1.0, -0.5]])}
+    >>> facts |= {LogpFact("student"): torch.tensor([[-2.0, -0.5]])}
+    >>> batch = Batch(torch.tensor([[8, 2]]), torch.tensor([[True, True]]), facts)
+    >>> (batch["teacher"].logp - batch["student"].logp).tolist()
+    [[1.0, 0.0]]
     """
 
     def __init__(
         self,
-        tokens: Tensor,  # [B, T] int64
-        mask: Tensor,  # [B, T] bool: the trained tokens
+        tokens: Tensor,
+        mask: Tensor,
         facts: Mapping[Fact, Tensor] | None = None,
         sources: Mapping[str, Any] | None = None,
-        keys: Tensor | None = None,  # [B] int64: hash of each rollout's id
+        keys: Tensor | None = None,
         step: int = 0,
         total_steps: int = 1,
         seed: int = 0,
-        uniform: Tensor | None = None,  # [B, T]: replaces the keyed draws
+        uniform: Tensor | None = None,
         memory: Mapping[str, Any] | None = None,
         rows: Sequence[DataRow] | None = None,
         dtype: torch.dtype = torch.float32,
