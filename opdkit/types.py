@@ -74,7 +74,7 @@ class Rollout:
         id: unique in the run, the same after a resume and in any order: random signals hash it.
         prompt: token ids of the question.
         tokens: token ids of the response, with its end-of-sequence token if it wrote one.
-        trained: whether the student learns from a token; False for tool output, user turns, all that
+        trained: whether the student learns from a token; not of tool output, user turns, all that
             the student did not choose.
         logp: log-prob of each token under the sampler's plain softmax (temperature 1, nothing cut),
             in nats.
