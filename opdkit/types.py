@@ -6,9 +6,9 @@ Log-probabilities and entropies are in nats.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -139,6 +139,34 @@ class Watch:
 
     entropy: bool = False
     top: int = 0
+
+
+class Sampler(Protocol):
+    """What lets the student write its responses."""
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int | None,
+        policy_version: int = 0,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[Rollout]:
+        """`sampling.num_generations` responses to each prompt, those to one prompt side by side.
+
+        Arguments:
+            seed: draws are keyed by it and by each rollout's id.
+            step: part of the rollouts' ids, step/prompt/number; None: they have none.
+            policy_version: optimiser steps that the student has taken.
+            progress: is called with the number of rollouts finished so far.
+        """
+        ...
+
+    def sync(self, model: Any, version: int) -> None:
+        """Take over the student's weights after an optimiser step, the `version`-th."""
+        ...
 
 
 def row_keys(ids: Iterable[str], device: torch.device | str = "cpu") -> Tensor:

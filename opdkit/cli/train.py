@@ -99,9 +99,9 @@ def train(options: Any) -> None:
 
 
 def dry_run(options: Any, run: Run) -> None:
-    from opdkit.run.plan import Rates, device_of, plan
+    from opdkit.run.plan import Rates, find_device, plan
 
-    device = device_of(
+    device = find_device(
         options.device,
         memory=options.device_memory,
         tflops=options.device_tflops,

@@ -7,28 +7,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from opdkit.base.errors import UserError
 from opdkit.base.files import write_whole
 from opdkit.eval.stats import Estimate, Interval, estimate, pass_at_k, problem_means
 
 if TYPE_CHECKING:
-    from opdkit.types import Prompt, Rollout, Sampling
-
-
-class Sampler(Protocol):
-    """Anything that writes responses: `sampling.num_generations` per prompt."""
-
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        seed: int,
-        step: int,
-        progress: Callable[[int], object] | None,
-    ) -> list[Rollout]: ...
+    from opdkit.types import Prompt, Rollout, Sampler, Sampling
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ that these two are the model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,6 +73,20 @@ def head_of(model: CausalLM, vocab: int | None = None) -> Head:
     return Head(
         linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None), vocab
     )
+
+
+def shared_vocabulary(heads: Sequence[Head], tokens: int) -> int | None:
+    """Rows that every head keeps: those of the tokenizer's `tokens`; None where no head has more.
+
+    The rest only pad the matrix.
+    """
+    sizes = [len(h.weight) for h in heads if h.weight is not None]
+    if min(sizes) < tokens:
+        raise UserError(
+            f"a model's head has {min(sizes)} rows, fewer than the tokenizer's {tokens} tokens: it "
+            "cannot score every token the student may write. Use models of one family"
+        )
+    return tokens if max(sizes) > tokens else None
 
 
 def check_head(model: CausalLM) -> None:

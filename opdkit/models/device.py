@@ -1,4 +1,4 @@
-"""The device that a run's models are on."""
+"""The device that models are on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from opdkit.base.errors import UserError
 
 
 def device_of(name: str) -> str:
+    """`auto` as a GPU where there is one, else the CPU; any other name as it is, once it is known
+    to work.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ def identify(model: str) -> Identity:
     """The identity of a checkpoint: a folder, or a hub name whose files have been downloaded."""
     folder = _folder(model)
     return Identity(model, None if folder is None else checkpoint_digest(folder))
+
+
+def identify_together(members: Mapping[str, Identity], weights: Any = None) -> Identity:
+    """The identity of several models that are read as one, by name, with the weights they have in
+    it.
+    """
+    name = ", ".join(f"{key}: {member.name}" for key, member in members.items())
+    name += f", weights {weights}" if weights else ""
+    digests = [member.digest for member in members.values()]
+    whole = hashlib.sha256(json.dumps([sorted(members), digests, weights]).encode()).hexdigest()
+    return Identity(name, None if None in digests else whole)
 
 
 def checkpoint_digest(folder: Path) -> str | None:

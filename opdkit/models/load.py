@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from opdkit.base.errors import UserError, nearest
-from opdkit.models.quantize import config_for, quantized, settle
+from opdkit.models.offload import enough_memory
+from opdkit.models.quantize import config_for, quantized, same_when_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,8 +76,41 @@ def load_model(
             f"the checkpoint {model!r} is stored as {held} already: leave out quantize, or name "
             "the unquantised checkpoint"
         )
-    settle(loaded)
+    same_when_training(loaded)
     return loaded.to(device).eval()
+
+
+def load_advised(
+    name: str,
+    dtype: str,
+    device: str,
+    advice: str,
+    *,
+    trust_remote_code: bool = False,
+    quantize: str | None = None,
+) -> CausalLM:
+    """A model of a run by name; where the device's memory does not suffice, `advice` says what
+    would take less.
+    """
+    with enough_memory(f"{name} was loaded", advice):
+        return load_model(
+            name,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            quantize=quantize,
+        )
+
+
+def take_loaded(model: CausalLM, device: str, quantize: str | None = None) -> CausalLM:
+    """A model of a run that a caller hands over as an object, on the run's device."""
+    if quantize not in (None, quantized(model)):
+        raise UserError(
+            f"quantize={quantize} is done while a model is read, and this one is loaded "
+            "already: give its name instead of the object, or load it quantised"
+        )
+    same_when_training(model)
+    return model.to(device)
 
 
 def load_tokenizer(

@@ -24,7 +24,7 @@ BYTES = {
 PACKAGES = ("bitsandbytes", "accelerate")
 INSTALL = "pip install 'opdkit[quantize]'"
 
-# it asks for kernels that `settle` does without
+# it asks for kernels that `same_when_training` does without
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
@@ -92,7 +92,7 @@ def quantized(model: Any) -> str | None:
     )
 
 
-def settle(model: nn.Module) -> None:
+def same_when_training(model: nn.Module) -> None:
     """Makes what a quantised layer computes the same in training and in sampling, and of each token
     by itself.
     """

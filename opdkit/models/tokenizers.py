@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from opdkit.base.errors import UserError
 from opdkit.models.load import CausalLM
 
 if TYPE_CHECKING:
@@ -43,6 +44,20 @@ def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> st
         f"{len(ids_a.keys() | ids_b.keys())} tokens: {token!r} {says(ids_a)} in the first and "
         f"{says(ids_b)} in the second"
     )
+
+
+def refuse_other_tokenizer(
+    name: str, student: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase
+) -> None:
+    """The error for a model called `name` that is read over the student's token ids and has other
+    ones.
+    """
+    if difference := same_tokenizer(student, theirs):
+        raise UserError(
+            f"the tokenizer of {name} is not the student's: {difference}. Token-level distillation "
+            "compares distributions over the same ids: use a teacher of the student's family, or "
+            "method gold or uld, which take one teacher with any tokenizer"
+        )
 
 
 def stop_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:

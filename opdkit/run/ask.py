@@ -13,7 +13,7 @@ from opdkit.run.prompts import from_cache, read_rows, stored_rollouts
 from opdkit.run.refuse import refuse
 from opdkit.run.settings import Run
 from opdkit.teachers import route
-from opdkit.teachers.kinds import Routes, Spec
+from opdkit.teachers.teacher import Teacher
 from opdkit.types import DataRow
 
 
@@ -26,7 +26,7 @@ class Asked:
     rows: list[DataRow]
     eval_rows: list[DataRow] | None  # None: nothing is evaluated
     stored: Cache | None  # where rollouts are read from a cache
-    routes: Mapping[str, Spec]  # several teachers by what rows call them; empty: there is one
+    routes: Mapping[str, Teacher]  # several teachers by what rows call them; empty: there is one
 
 
 def ask(run: Run, given: Given) -> Asked:
@@ -42,11 +42,7 @@ def ask(run: Run, given: Given) -> Asked:
     eval_rows = (
         None if run.evaluate is None else read_rows(run.evaluate.prompts, given.eval_rows, run.seed)
     )
-    routes = (
-        run.teachers.teachers
-        if isinstance(run.teachers, Routes) and "teacher" in method.needs.models
-        else {}
-    )
+    routes = run.teachers.routes if "teacher" in method.needs.models else {}
     for row in rows if routes else ():
         route(row["teacher"], routes, f"row {row['id']}")
     if stored is not None:

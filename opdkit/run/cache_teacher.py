@@ -19,23 +19,23 @@ from opdkit.data import Prompts
 from opdkit.data.cache import Entry, Manifest, Origin, damages, is_cache, read_manifest, shard_name
 from opdkit.data.shards import Scored, write_shard
 from opdkit.methods.method import Method
+from opdkit.models.body import shared_vocabulary
 from opdkit.models.device import device_of
-from opdkit.models.identity import Identity, identify, tokenizer_digest
+from opdkit.models.identity import identify, tokenizer_digest
 from opdkit.models.load import load_tokenizer
-from opdkit.models.tokenizers import real_vocabulary, stop_ids
+from opdkit.models.tokenizers import real_vocabulary
 from opdkit.objective.facts import LogpAtFact, LogpFact, TopFact
 from opdkit.objective.grammar import Objective
 from opdkit.objective.losses import Divergence, PolicyGradient
 from opdkit.objective.needs import Needs
 from opdkit.objective.signals import LogRatio
-from opdkit.run.open import Given, Models, shared_vocabulary
+from opdkit.run.open import Given, Models
 from opdkit.run.prompts import make_prompts, read_rows
 from opdkit.run.refuse import refuse_long
 from opdkit.run.settings import Run
 from opdkit.sampling.draws import check_sampling
 from opdkit.teachers import route
 from opdkit.teachers.base import cut, heads_of
-from opdkit.teachers.kinds import Cached, Local, Mixture, Routes, Server, Spec, Vllm, refuse, specs
 from opdkit.train.gather import gather
 from opdkit.types import Rollout, Watch
 
@@ -61,6 +61,40 @@ def cache_teacher(
     and called again it continues with the first shard that is not there, and rewrites those that
     are damaged; the same settings make the same bytes (on a CPU, whatever was interrupted).
     """
+    _refuse_sizes(run, top_k, prompts_per_shard)
+    folder, method = Path(folder), reading(top_k)
+    _refuse(run, method)
+    rows = read_rows(run.prompts, None, run.seed)
+    routes = run.teachers.routes
+    for row in rows if routes else ():
+        route(row["teacher"], routes, f"row {row['id']}")
+    tokenizer = load_tokenizer(run.student, trust_remote_code=run.trust_remote_code)
+    prompts = make_prompts(run.prompts, rows, tokenizer)
+    origin = _origin(run, prompts, tokenizer, top_k, prompts_per_shard, sft_teacher)
+    for note in origin.notes():
+        print(f"opdkit: {note}", file=sys.stderr)
+    known = _claim(folder, origin)
+    missing = list(range(origin.shards)) if known is None else _missing(folder, known)
+    if known is not None and not missing:
+        return known
+    sampler, teacher, device = _opened(run, method, prompts, tokenizer)
+    if known is None:  # what has been downloaded meanwhile has a digest
+        known = Manifest(
+            replace(origin, student=identify(run.student), teacher=run.teachers.identity())
+        )
+        known.write(folder)
+    return _filled(
+        folder,
+        known,
+        missing,
+        prompts,
+        sampler,
+        lambda rollouts: _scored(rollouts, teacher, method, device),
+    )
+
+
+def _refuse_sizes(run: Run, top_k: int, prompts_per_shard: int) -> None:
+    """Sizes that are none, and files that could not hold what would be in them."""
     if top_k < 0 or prompts_per_shard < 1:
         raise UserError(
             f"top_k={top_k} must not be negative, and prompts_per_shard={prompts_per_shard} be at "
@@ -79,16 +113,20 @@ def cache_teacher(
             f"than the {MOST_NUMBERS:,} that fit: lower --prompts-per-shard to "
             f"{max(prompts_per_shard * MOST_NUMBERS // most, 1)}"
         )
-    folder, method = Path(folder), reading(top_k)
-    _refuse(run, method)
-    rows = read_rows(run.prompts, None, run.seed)
-    for row in rows if isinstance(run.teachers, Routes) else ():
-        route(row["teacher"], specs(run.teachers), f"row {row['id']}")
-    tokenizer = load_tokenizer(run.student, trust_remote_code=run.trust_remote_code)
-    prompts = make_prompts(run.prompts, rows, tokenizer)
-    origin = Origin(
+
+
+def _origin(
+    run: Run,
+    prompts: Prompts,
+    tokenizer: Any,
+    top_k: int,
+    prompts_per_shard: int,
+    sft_teacher: str | None,
+) -> Origin:
+    """What the cache is made from."""
+    return Origin(
         student=identify(run.student),
-        teacher=_identity(run.teachers),
+        teacher=run.teachers.identity(),
         tokenizer=tokenizer_digest(tokenizer),
         data=_digest(prompts),
         prompts=len(prompts),
@@ -96,40 +134,20 @@ def cache_teacher(
         seed=run.seed,
         top_k=top_k,
         dtype=run.dtype,
-        teacher_dtype=_precision(run.teachers, run.teacher_dtype or run.dtype),
+        teacher_dtype=run.teachers.precision(run.teacher_dtype or run.dtype),
         prompts_per_shard=prompts_per_shard,
         sft_teacher=None if sft_teacher is None else identify(sft_teacher),
-    )
-    for note in origin.notes():
-        print(f"opdkit: {note}", file=sys.stderr)
-    known = _claim(folder, origin)
-    missing = list(range(origin.shards)) if known is None else _missing(folder, known)
-    if known is not None and not missing:
-        return known
-    sampler, teacher, device = _opened(run, method, prompts, tokenizer)
-    if known is None:  # what has been downloaded meanwhile has a digest
-        known = Manifest(
-            replace(origin, student=identify(run.student), teacher=_identity(run.teachers))
-        )
-        known.write(folder)
-    return _filled(
-        folder,
-        known,
-        missing,
-        prompts,
-        sampler,
-        lambda rollouts: _scored(rollouts, teacher, method, device),
     )
 
 
 def _opened(run: Run, method: Method, prompts: Prompts, tokenizer: Any) -> tuple[Any, Any, str]:
     """Who writes and who scores, and the device that they are on."""
     device = device_of(run.device)
-    models = Models(run, device, Given(), tokenizer)
-    models.reach(method)
-    student: Any = models.frozen(Local(run.student, run.dtype))
+    models = Models(run, method, device, Given(), tokenizer)
+    models.check_teacher()
+    student: Any = models.frozen(run.student, run.dtype)
     longest = refuse_long(prompts, student.model, run.sampling)
-    teacher = models.teacher(method, stop_ids(student.model, tokenizer))
+    teacher = models.teacher(student.model)
     vocab = shared_vocabulary([student.head, *heads_of(teacher)], real_vocabulary(tokenizer))
     sampler = models.sampler(student.cut(vocab), Watch(), None, longest)
     sampler.sync(student.model, 0)
@@ -188,18 +206,18 @@ def reading(top_k: int) -> Method:
 def _refuse(run: Run, method: Method) -> None:
     """What cannot work, before anything is read."""
     check_sampling(run.sampling)
-    for spec in specs(run.teachers).values():
-        if isinstance(spec, Cached):
+    for teacher in [run.teachers, *run.teachers.routes.values()]:
+        if teacher.own_data is not None:
             raise UserError(
-                f"the teacher {spec.folder} is a cache itself, which knows no rollouts but its "
-                "own: name the model that is to score, with --teacher MODEL"
+                f"the teacher {teacher.own_data} is a cache itself, which knows no rollouts but "
+                "its own: name the model that is to score, with --teacher MODEL"
             )
     if is_cache(run.prompts.source):
         raise UserError(
             f"the data {run.prompts.source} is a cache: name the data set whose prompts are to be "
             "answered, with --data"
         )
-    refuse(method.name, run.teachers, method.needs)
+    run.teachers.refuse(method.name, method.needs)
 
 
 def _claim(folder: Path, origin: Origin) -> Manifest | None:
@@ -290,30 +308,3 @@ def _digest(prompts: Prompts) -> str:
             )
             tick(number)
     return digest.hexdigest()
-
-
-def _precision(teacher: Spec | Routes, usual: str) -> str:
-    """In what precision a teacher computes, or several compute."""
-    if isinstance(teacher, (Routes, Mixture)):
-        return ", ".join(
-            sorted({_precision(member, usual) for member in teacher.teachers.values()})
-        )
-    return " ".join(
-        filter(None, [getattr(teacher, "dtype", None) or usual, getattr(teacher, "quantize", None)])
-    )
-
-
-def _identity(teacher: Spec | Routes) -> Identity:
-    """Which teacher, or which of several together."""
-    if isinstance(teacher, (Local, Vllm)):
-        return identify(teacher.model)
-    if isinstance(teacher, Server):
-        return Identity(teacher.model or ",".join(teacher.urls))
-    members = {name: _identity(member) for name, member in teacher.teachers.items()}  # type: ignore[union-attr]
-    weights = getattr(teacher, "weights", None)
-    name = ", ".join(f"{key}: {member.name}" for key, member in members.items()) + (
-        f", weights {weights}" if weights else ""
-    )
-    digests = [member.digest for member in members.values()]
-    whole = hashlib.sha256(json.dumps([sorted(members), digests, weights]).encode()).hexdigest()
-    return Identity(name, None if None in digests else whole)

@@ -11,6 +11,7 @@ from typing import Any
 
 from opdkit.base.errors import UserError
 from opdkit.eval import EvalResult, evaluate_model
+from opdkit.models.device import device_of
 from opdkit.models.load import load_model, load_tokenizer
 from opdkit.rewards import load_reward
 from opdkit.run.prompts import as_rows, make_prompts, read_rows
@@ -27,10 +28,9 @@ def open_sampler(
     trust_remote_code: bool = False,
 ) -> HFSampler:
     """A sampler for a model by name, path, or as an object."""
-    import torch
-
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded = load_model(
+        model, dtype=dtype, device=device_of(device), trust_remote_code=trust_remote_code
+    )
     named = tokenizer if tokenizer is not None else model
     if not isinstance(named, str) and not hasattr(named, "decode"):
         raise UserError("a loaded model comes without its tokenizer: pass tokenizer=")

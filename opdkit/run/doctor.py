@@ -99,7 +99,9 @@ def products_per_second(dtype: object) -> float:
     """Operations per second of matrix products of a type on the device that a run would take."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from opdkit.models.device import device_of
+
+    device = device_of("auto")
     a = torch.randn(SIZE, SIZE, device=device, dtype=dtype)  # type: ignore[call-overload]
     torch.mm(a, a)
     count, start = 0, time.perf_counter()

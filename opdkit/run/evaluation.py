@@ -22,7 +22,7 @@ from opdkit.run.prompts import make_prompts
 from opdkit.run.settings import Run
 from opdkit.sampling import HFSampler
 from opdkit.teachers import Remote, Routed, Scorer
-from opdkit.teachers.views.translated import spoken
+from opdkit.teachers.views.translated import model_and_tokenizer
 from opdkit.train.collect.collector import Questions
 from opdkit.train.gather import gather
 from opdkit.train.student import Student
@@ -117,7 +117,7 @@ def score_teachers(
     if settings is None or not settings.teacher:
         return
     for name, teacher in _by_name(scorers["teacher"]).items():
-        local, theirs = spoken(teacher)
+        local, theirs = model_and_tokenizer(teacher)
         asked, tokenizer = evaluator.prompts, evaluator.sampler.tokenizer
         if theirs is not None:
             asked, tokenizer = make_prompts(settings.prompts, rows, theirs), theirs

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from opdkit.methods.method import Method
-from opdkit.models.body import head_of
+from opdkit.models.body import head_of, shared_vocabulary
 from opdkit.models.device import device_of
 from opdkit.models.load import load_tokenizer
 from opdkit.models.tokenizers import real_vocabulary
-from opdkit.run.open import Given, Models, shared_vocabulary
+from opdkit.run.open import Given, Models
 from opdkit.run.settings import Run
 from opdkit.sampling import HFSampler
 from opdkit.teachers import LocalModel, Remote, Scorer
@@ -42,11 +42,11 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
         if given.tokenizer is not None
         else load_tokenizer(run.student, trust_remote_code=run.trust_remote_code)
     )
-    models = Models(run, device_of(run.device), given, tokenizer)
-    models.reach(method)
+    models = Models(run, method, device_of(run.device), given, tokenizer)
+    models.check_teacher()
     start = run.student if checkpoint is None else str(checkpoint)
     base = models.student(start, checkpoint is not None)
-    others = models.others(method, base)
+    others = models.others(base)
     heads = [head_of(base), *(head for scorer in others.values() for head in heads_of(scorer))]
     vocab = shared_vocabulary(heads, real_vocabulary(tokenizer))
     updates = run.steps * run.optim.passes * run.optim.minibatches

@@ -15,7 +15,6 @@ from opdkit.data import Prompts, load_rows
 from opdkit.data.cache import Cache, CachedPrompts, is_cache, open_cache
 from opdkit.methods.method import Method
 from opdkit.run.settings import Data, Run
-from opdkit.teachers.kinds import Cached as CachedSpec
 from opdkit.types import DataRow
 
 
@@ -33,8 +32,9 @@ def stored_rollouts(run: Run, method: Method) -> Cache | None:
     """
     if not reads_cache(method.curriculum):
         return None
-    source = run.teachers.folder if isinstance(run.teachers, CachedSpec) else run.prompts.source
-    if not isinstance(run.teachers, CachedSpec) and not is_cache(source):
+    own = run.teachers.own_data
+    source = run.prompts.source if own is None else own
+    if own is None and not is_cache(source):
         raise UserError(
             f"method {method.name or 'own'!r} takes its rollouts from a folder that `opdkit "
             f"cache-teacher` wrote, and the data {source} are none: write one, then set "

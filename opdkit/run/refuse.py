@@ -17,9 +17,6 @@ from opdkit.run.open import INTERNAL
 from opdkit.run.prompts import stored_rollouts
 from opdkit.run.settings import Run
 from opdkit.sampling.draws import check_sampling
-from opdkit.sampling.spec import HfSettings
-from opdkit.teachers.kinds import Local, specs
-from opdkit.teachers.kinds import refuse as refuse_teacher
 from opdkit.train.track import BACKENDS
 from opdkit.types import Sampling
 
@@ -55,8 +52,8 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} reads {words}: of the sampler only the log-probs of "
             "its own tokens are recorded. Read the student instead"
         )
-    refuse_teacher(method.name or "own", run.teachers, needs)
-    local = all(isinstance(spec, Local) for spec in specs(run.teachers).values())
+    run.teachers.refuse(method.name or "own", needs)
+    local = run.teachers.opens_local_model
     if run.evaluate is not None and run.evaluate.teacher and not local:
         raise UserError(
             "evaluate.teacher=true samples from the teacher, which must run in this process for "
@@ -67,7 +64,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student: "
             "the teacher must run in this process (teacher=MODEL)"
         )
-    if method.teacher_mix and not isinstance(run.sampler_spec, HfSettings):
+    if method.teacher_mix and not run.sampler_settings.on_student:
         raise UserError(
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
             "token by token: set sampler=hf"

@@ -13,11 +13,10 @@ from typing import Any, ClassVar
 from opdkit.base.config import build, override, parse_overrides, plain, read_yaml, to_yaml
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method, load
-from opdkit.sampling.spec import KINDS as SAMPLERS
-from opdkit.sampling.spec import HfSettings, sampler_of
-from opdkit.sampling.spec import Spec as SamplerSpec
-from opdkit.teachers.kinds import KINDS as TEACHERS
-from opdkit.teachers.kinds import Cached, Routes, Spec, spec_of, teacher_of
+from opdkit.sampling.kinds import sampler_of
+from opdkit.sampling.settings import SamplerSettings
+from opdkit.teachers.kinds import one_teacher_of, teacher_of
+from opdkit.teachers.teacher import Teacher
 from opdkit.train.settings import Checkpoint, Lora, Optim
 from opdkit.types import Sampling
 
@@ -156,11 +155,11 @@ class Run:
         return Data(self.data) if isinstance(self.data, str) else self.data
 
     @property
-    def teachers(self) -> Spec | Routes:
+    def teachers(self) -> Teacher:
         return teacher_of(self.teacher)
 
     @property
-    def sampler_spec(self) -> SamplerSpec:
+    def sampler_settings(self) -> SamplerSettings:
         return sampler_of(self.sampler)
 
     @property
@@ -169,7 +168,7 @@ class Run:
         arithmetic.
         """
         return (
-            not isinstance(self.sampler_spec, HfSettings)
+            not self.sampler_settings.on_student
             if self.recompute_student is None
             else self.recompute_student
         )
@@ -191,10 +190,8 @@ class Run:
         return to_yaml(self)
 
 
-ENGINES: dict[str, tuple[Callable[[Any], Any], dict[str, type[Any]]]] = {
-    "teacher": (spec_of, TEACHERS),
-    "sampler": (sampler_of, SAMPLERS),
-}
+# settings that are text or a group with `kind`
+ENGINES: dict[str, Callable[[Any], Any]] = {"teacher": one_teacher_of, "sampler": sampler_of}
 
 
 def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
@@ -204,10 +201,12 @@ def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
         set_value(nested, key, value)
     if isinstance(nested.get("method"), dict):
         nested["method"] = _method(nested["method"])
-    if "teacher" in nested and isinstance(teacher := teacher_of(nested["teacher"]), Cached):
-        data = nested.setdefault("data", teacher.folder)  # the prompts that it has scored
+    # the prompts that a teacher has scored already
+    own = teacher_of(nested["teacher"]).own_data if "teacher" in nested else None
+    if own is not None:
+        data = nested.setdefault("data", own)
         if isinstance(data, dict):
-            data.setdefault("source", teacher.folder)
+            data.setdefault("source", own)
     return build(Run, nested)
 
 
@@ -242,20 +241,18 @@ def set_value(nested: dict[str, Any], key: str, value: Any) -> None:
         and isinstance(engine := nested.get(group, "hf" if group == "sampler" else None), str)
         and group in ENGINES
     ):
-        parse, kinds = ENGINES[group]
         # teacher.quantize=4bit after teacher=MODEL is a setting of its kind, teacher.math=MODEL a
         # route
-        spec = parse(engine)
-        kind = next(kind for kind, cls in kinds.items() if isinstance(spec, cls))
-        settings = [f.name for f in fields(spec)]
+        before = ENGINES[group](engine)
+        settings = [f.name for f in fields(before)]
         if name == "kind":  # of another kind, settings do not carry over, but a model's name
             nested[group] = {"kind": value} | (
-                {"model": spec.model} if "model" in settings and group == "teacher" else {}
+                {"model": before.model} if "model" in settings and group == "teacher" else {}
             )
         elif group == "teacher" and name not in settings:
             nested[group] = {"default": engine, name: value}
         else:
-            nested[group] = {"kind": kind, **plain(spec), name: value}
+            nested[group] = {"kind": before.kind, **plain(before), name: value}
     else:
         override(nested, Run, key, value)
 

@@ -29,6 +29,7 @@ from opdkit.models.engines.weights import (
     save_adapters,
     save_weights,
 )
+from opdkit.models.held import Held
 from opdkit.models.load import CausalLM
 from opdkit.models.tokenizers import real_vocabulary, stop_ids
 from opdkit.objective.head import Head
@@ -45,7 +46,8 @@ from opdkit.sampling.respond import (
     real_rows,
     respond,
 )
-from opdkit.types import Prompt, Rollout, Sampling
+from opdkit.sampling.settings import SamplerContext, SamplerSettings, Sizes
+from opdkit.types import Prompt, Rollout, Sampler, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +61,7 @@ SAME = 0.1  # nats: two log-probs of one token, drawn at temperature 2, are of t
 
 
 @dataclass(frozen=True)
-class ServerSettings:
+class ServerSettings(SamplerSettings):
     """Which servers sample, and how the student's weights reach them.
 
     The servers are started by hand: with `COMMAND` above, or with `ADAPTERS` for enable_lora; on a
@@ -67,6 +69,7 @@ class ServerSettings:
     load weights: keep them to this machine or a network of your own.
     """
 
+    kind = "server"
     urls: tuple[str, ...]
     model: str | None = None  # the name it is served under; null: the only one there
     # that trainer and servers see under the same path; null: a temporary one of this machine
@@ -93,6 +96,22 @@ class ServerSettings:
             raise ValueError(
                 f"dtype={self.dtype!r} must be one that vLLM computes in: {', '.join(DTYPES)}"
             )
+
+    @classmethod
+    def from_text(cls, text: str) -> dict[str, Any]:
+        return {"urls": text.split(",")}
+
+    def open(self, context: SamplerContext) -> Sampler:
+        # of the products, whatever the weights that learn are kept in
+        dtype = self.dtype or ("bfloat16" if context.products == "bfloat16" else None)
+        settings = replace(self, dtype=dtype)
+        return ServerSampler(context.model, context.tokenizer, settings, head=context.head)
+
+    def room(self, sizes: Sizes) -> None:
+        return None
+
+    def pace(self, student: Held, products: str, launch: float, graph: float) -> None:
+        return None
 
 
 class ServerSampler:

@@ -5,7 +5,7 @@ and a probe makes sure that they do.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from opdkit.models.engines.weights import (
     has_adapters,
     save_adapters,
 )
+from opdkit.models.held import Held
 from opdkit.models.load import CausalLM
 from opdkit.models.tokenizers import real_vocabulary, stop_ids
 from opdkit.objective.head import Head
@@ -28,20 +29,62 @@ from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.finish import finish, rollout_ids
 from opdkit.sampling.hf import Progress, check_prompts
 from opdkit.sampling.respond import Drawn, Request, check_engine, ended, padded, real_rows, respond
-from opdkit.types import Prompt, Rollout, Sampling
+from opdkit.sampling.settings import Pace, Room, SamplerContext, SamplerSettings, Sizes
+from opdkit.types import Prompt, Rollout, Sampler, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class VllmSettings(EngineSettings):
+class VllmSettings(EngineSettings, SamplerSettings):
     """How the sampling engine is started, and how it follows the student."""
 
+    kind = "vllm"
     # of a student with adapters send these alone; else the weights with the adapters added to them
     enable_lora: bool = False
     # nats, between engine and trainer (see `probe`); null: by dtype
     sync_tolerance: float | None = None
+
+    def open(self, context: SamplerContext) -> Sampler:
+        settings = replace(
+            self,
+            # of the products, whatever the weights that learn are kept in
+            dtype=self.dtype or ("bfloat16" if context.products == "bfloat16" else None),
+            # vLLM reserves for all the model's positions otherwise
+            max_model_len=self.max_model_len or context.longest + 1,
+        )
+        return VllmSampler(
+            context.model,
+            context.tokenizer,
+            settings,
+            head=context.head,
+            trust_remote_code=context.trust_remote_code,
+        )
+
+    def room(self, sizes: Sizes) -> Room:
+        shape, width = sizes.student.shaped, self._width(sizes.student, sizes.products)
+        weights = shape.parameters * width
+        whole = self.gpu_memory_utilization * sizes.memory
+        size = whole if self.kv_cache_memory_bytes is None else weights + self.kv_cache_memory_bytes
+        token = 2 * shape.layers * shape.keys * width
+        fitting = int(max(0, size - weights)) // (token * sizes.longest)
+        rows = max(1, min(sizes.rollouts, self.max_num_seqs, fitting))
+        asleep = self.enable_sleep_mode
+        return Room("sampler's vLLM engine", max(size, weights), rows, always=not asleep)
+
+    def pace(self, student: Held, products: str, launch: float, graph: float) -> Pace:
+        width, shape = self._width(student, products), student.shaped
+        return Pace(width, 2 * shape.layers * shape.keys * width, graph)
+
+    def _width(self, student: Held, products: str) -> int:
+        """Bytes of a number in the engine, which computes as `open` says."""
+        usual = "bfloat16" if products == "bfloat16" else student.dtype
+        return 4 if (self.dtype or usual) == "float32" else 2
+
+    def lighter(self) -> Iterator[tuple[str, SamplerSettings]]:
+        if not self.enable_sleep_mode:
+            yield "sampler.enable_sleep_mode=true", replace(self, enable_sleep_mode=True)
 
 
 class VllmSampler:

@@ -13,7 +13,7 @@ from torch import Tensor
 from opdkit.models.layout import Layout
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import Fact, TopFact
-from opdkit.objective.head import Head
+from opdkit.objective.head import Head, Source
 from opdkit.objective.supply import Tensors, supply
 
 
@@ -44,6 +44,33 @@ class Remote(Protocol):
         `ids` [N, k] are other models' most probable tokens, where it reads those.
         """
         ...
+
+
+def source_of(
+    head: Head, layout: Layout, parts: Sequence[Tensor], hidden: Sequence[Tensor], device: Any
+) -> Source:
+    """One source of what was computed part by part.
+
+    Arguments:
+        parts: flat positions [n] of each part.
+        hidden: hidden states [n, H] at them.
+        device: of the source.
+    """
+    index = torch.full((len(layout.rollouts) * layout.width,), -1, device=device)
+    if not parts:
+        width = 0 if head.weight is None else head.weight.shape[1]
+        return Source(torch.zeros(0, width, device=device), index, head)
+    at = torch.cat(list(parts)).to(device)
+    index[at] = torch.arange(len(at), device=device)
+    return Source(torch.cat(list(hidden)).to(device), index, head)
+
+
+def in_order(parts: Sequence[Tensor], index: Sequence[Tensor], device: Any) -> Tensor:
+    """[N] or [N, k]: values [n] or [n, k] of each part, at the places `index` [n] that it has among
+    all N.
+    """
+    values = torch.cat(list(parts))
+    return torch.empty_like(values).index_copy_(0, torch.cat(list(index)), values).to(device)
 
 
 def heads_of(scorer: Any) -> Sequence[Head]:

@@ -4,9 +4,8 @@ looked up instead of computed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +15,15 @@ from opdkit.base.errors import UserError
 from opdkit.curricula.cached import reads_cache
 from opdkit.data.cache import Cache, open_cache, refuse_tokenizer
 from opdkit.data.shards import Scored
+from opdkit.models.held import ELSEWHERE, Held
+from opdkit.models.identity import Identity
 from opdkit.models.layout import Layout
+from opdkit.models.shapes import Shape
 from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.supply import Tensors
-from opdkit.teachers.kinds import Cached, refuse_facts
+from opdkit.teachers.context import TeacherContext
+from opdkit.teachers.refuse import refuse_facts
+from opdkit.teachers.teacher import Teacher
 
 REMEDY = "use a teacher in this process (teacher=MODEL), which costs its forward pass"
 # of a step without tokens
@@ -27,7 +31,7 @@ NOTHING = Scored(np.zeros(0), np.zeros((0, 0), dtype=np.int64), np.zeros((0, 0))
 
 
 @dataclass(frozen=True)
-class CachedTeacher:
+class CachedScorer:
     """Answers for the rollouts of one cache, in float16's precision."""
 
     cache: Cache
@@ -80,18 +84,43 @@ def refuse(cache: Cache, method: str, wanted: Collection[Fact]) -> None:
         )
 
 
-def open_teacher(spec: Cached, method: Any, tokenizer: Any) -> CachedTeacher:
-    """The teacher of a run, once it is known to hold what the method reads of rollouts that the
-    method takes from it.
-    """
-    name = method.name or "own"
-    if not reads_cache(method.curriculum):
-        raise UserError(
-            f"method {name!r} trains on responses written at each step ({method.curriculum}), "
-            f"which the teacher of {spec.folder} has not scored: use lightning_opd, take the "
-            "rollouts from the cache with rollouts=cache, or use a live teacher (teacher=MODEL)"
-        )
-    cache = open_cache(spec.folder)
-    refuse_tokenizer(cache, tokenizer)
-    refuse(cache, name, method.needs.of("teacher"))
-    return CachedTeacher(cache, name)
+@dataclass(frozen=True)
+class CachedTeacher(Teacher):
+    """A folder that `opdkit cache-teacher` wrote: log-probs of its own rollouts, scored once."""
+
+    kind = "cached"
+    main = "folder"
+    folder: str
+
+    @property
+    def own_data(self) -> str | None:
+        return self.folder
+
+    def check(self, context: TeacherContext) -> None:
+        self.open(context)
+
+    def open(self, context: TeacherContext) -> CachedScorer:
+        return context.once(repr(self), lambda: self._open(context))
+
+    def _open(self, context: TeacherContext) -> CachedScorer:
+        """The cache, once it is known to hold what the method reads of rollouts that the method
+        takes from it.
+        """
+        method, name = context.method, context.method.name or "own"
+        if not reads_cache(method.curriculum):
+            raise UserError(
+                f"method {name!r} trains on responses written at each step ({method.curriculum}), "
+                f"which the teacher of {self.folder} has not scored: use lightning_opd, take the "
+                "rollouts from the cache with rollouts=cache, or use a live teacher (teacher=MODEL)"
+            )
+        cache = open_cache(self.folder)
+        refuse_tokenizer(cache, context.tokenizer)
+        refuse(cache, name, method.needs.of("teacher"))
+        return CachedScorer(cache, name)
+
+    def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:
+        return [Held(role, f"cache {self.folder}", ELSEWHERE)]
+
+    def identity(self) -> Identity:
+        """The teacher that scored its rollouts."""
+        return open_cache(self.folder).origin.teacher

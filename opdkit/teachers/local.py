@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +13,21 @@ import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError
+from opdkit.models.body import check_head, head_of
+from opdkit.models.held import HERE, Held
+from opdkit.models.identity import Identity, identify
 from opdkit.models.layout import Layout, batch_tokens
-from opdkit.models.load import evaluating
-from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE, enough_memory
+from opdkit.models.load import evaluating, load_advised, load_tokenizer, take_loaded
+from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE, Offloaded, enough_memory
+from opdkit.models.quantize import check_quantize, require
+from opdkit.models.shapes import Shape
+from opdkit.models.tokenizers import refuse_other_tokenizer, same_tokenizer
+from opdkit.objective.facts import Fact
 from opdkit.objective.head import Head, Source
+from opdkit.teachers.base import Scorer, source_of
+from opdkit.teachers.context import TeacherContext
+from opdkit.teachers.teacher import Teacher
+from opdkit.teachers.views.translated import as_span_teacher, refuse_chat
 
 
 @dataclass(frozen=True)
@@ -59,18 +72,7 @@ class LocalModel:
             hidden = [layout.states(self.model, part) for part in parts]
         for part, states in zip(parts, hidden):
             self._refuse_broken(layout, part, states)
-        index = torch.full(
-            (len(layout.rollouts) * layout.width,), -1, dtype=torch.int64, device=positions.device
-        )
-        if not parts:
-            weight = self.head.weight
-            return Source(
-                torch.zeros(0, 0 if weight is None else weight.shape[1], device=positions.device),
-                index,
-                self.head,
-            )
-        index[torch.cat(parts)] = torch.arange(len(positions), device=positions.device)
-        return Source(torch.cat(hidden), index, self.head)
+        return source_of(self.head, layout, parts, hidden, positions.device)
 
     def _refuse_broken(self, layout: Layout, positions: Tensor, states: Tensor) -> None:
         """Hidden states that are not numbers would spread into every weight of the student."""
@@ -84,3 +86,126 @@ class LocalModel:
                 "damaged, or its dtype is too narrow. Nothing was learnt from this step; check the "
                 "model, or load it in float32"
             )
+
+
+@dataclass(frozen=True)
+class LocalTeacher(Teacher):
+    """A checkpoint loaded into this process: its whole vocabulary can be read."""
+
+    kind = "local"
+    main = "model"
+    reads_spans = True
+    model: str  # a folder or a hub name
+    dtype: str | None = None  # null: the run's teacher_dtype
+    quantize: str | None = None  # 8bit or 4bit: how the weights of its linear layers are stored
+    offload: bool = False  # it waits on the CPU and is on the GPU only while it scores
+
+    def __post_init__(self) -> None:
+        check_quantize(self.quantize)
+
+    @property
+    def opens_local_model(self) -> bool:
+        return True
+
+    def says(self, fact: Fact, model: str) -> bool:
+        return True
+
+    def check(self, context: TeacherContext) -> None:
+        """What its `quantize` and `offload` cannot be used with, and a tokenizer that the method
+        cannot do with.
+        """
+        if self.quantize is not None:
+            require(self.quantize)
+        if self.offload and context.method.teacher_mix:
+            raise UserError(
+                f"method {context.method.name or 'own'!r} draws tokens from a mixture with the "
+                "teacher, which is therefore needed on the GPU all the while: set offload: false, "
+                "and quantize: 4bit if it does not fit"
+            )
+        self._other_tokenizer(context)
+
+    def open(self, context: TeacherContext) -> Scorer:
+        theirs = self._other_tokenizer(context)
+        local = self.load(context)
+        if context.by_ids or not context.method.needs.spans("teacher"):
+            return local
+        return as_span_teacher(local, theirs, context.tokenizer, context.stops, context.questions)
+
+    def load(self, context: TeacherContext) -> LocalModel:
+        """The frozen model, loaded once however many names it has."""
+        given = context.given
+        key = repr(self) if given is None else f"given {id(given)}"
+        return context.once(key, lambda: self._load(context))
+
+    def _load(self, context: TeacherContext) -> LocalModel:
+        given = context.given
+        if given is not None:
+            own = copy.deepcopy(given) if given is context.given_student else given
+            model = take_loaded(own, context.device, self.quantize)
+        else:
+            model = load_advised(
+                self.model,
+                self.dtype or context.dtype,
+                context.device,
+                TEACHER_ADVICE,
+                trust_remote_code=context.trust_remote_code,
+                quantize=self.quantize,
+            )
+        model = model.eval().requires_grad_(False)
+        check_head(model)
+        local = LocalModel(model, head_of(model))
+        if not self.offload:
+            return local
+        if context.device == "cpu":
+            print(
+                f"opdkit: offload of {self.model} changes nothing here: the run's device "
+                "is the CPU",
+                file=sys.stderr,
+            )
+        return replace(local, around=Offloaded(model, local.head, context.device))
+
+    def _other_tokenizer(self, context: TeacherContext) -> Any:
+        """Its tokenizer where that is not the student's, else None; refused where token ids are
+        compared.
+        """
+        if context.given is not None:
+            theirs = context.given_tokenizer
+        else:
+            theirs = context.once(
+                f"tokenizer of {self.model}",
+                lambda: load_tokenizer(self.model, context.trust_remote_code),
+            )
+        if theirs is None or same_tokenizer(context.tokenizer, theirs) is None:
+            return None
+        needs = context.method.needs
+        if context.by_ids or needs.ids("teacher") or not needs.spans("teacher"):
+            refuse_other_tokenizer(self.model, context.tokenizer, theirs)
+        refuse_chat(context.questions["chat"], theirs)
+        return theirs
+
+    def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:
+        return [
+            Held(
+                role,
+                self.model,
+                HERE,
+                shape_of(self.model),
+                self.dtype or dtype,
+                quantize=self.quantize,
+                offload=self.offload,
+            )
+        ]
+
+    def identity(self) -> Identity:
+        return identify(self.model)
+
+    def precision(self, usual: str) -> str:
+        return " ".join(filter(None, [self.dtype or usual, self.quantize]))
+
+    def lighter(self, dtype: str, decodes: bool) -> Iterator[tuple[str, Teacher]]:
+        if (self.dtype or dtype) == "float32":
+            yield "teacher_dtype=bfloat16", replace(self, dtype="bfloat16")
+        if self.quantize is None:
+            yield "teacher.quantize=4bit", replace(self, quantize="4bit")
+        if not self.offload and not decodes:
+            yield "teacher.offload=true", replace(self, offload=True)

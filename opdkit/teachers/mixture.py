@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError, nearest
+from opdkit.models.held import Held
+from opdkit.models.identity import Identity, identify_together
 from opdkit.models.layout import Layout
+from opdkit.models.shapes import Shape
+from opdkit.objective.facts import Fact
 from opdkit.objective.head import Head
 from opdkit.teachers.base import Scorer, cut, heads_of
+from opdkit.teachers.context import TeacherContext
+from opdkit.teachers.teacher import Teacher, precisions
+from opdkit.teachers.views.translated import as_span_teacher
 from opdkit.types import Rollout
 
 
@@ -41,7 +48,7 @@ class MixedSource:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class MixtureScorer:
     """Teachers in this process whose distributions are averaged; weights by name, or in a data
     column, or equal.
     """
@@ -53,7 +60,7 @@ class Mixed:
     def heads(self) -> list[Head]:
         return [head for teacher in self.teachers.values() for head in heads_of(teacher)]
 
-    def cut(self, vocab: int | None) -> Mixed:
+    def cut(self, vocab: int | None) -> MixtureScorer:
         """The same teachers, their heads kept to the first rows."""
         return replace(
             self, teachers={name: cut(teacher, vocab) for name, teacher in self.teachers.items()}
@@ -93,3 +100,66 @@ class Mixed:
                 "and one must be positive"
             )
         return [w / total for w in weights]
+
+
+@dataclass(frozen=True)
+class MixtureTeacher(Teacher):
+    """The weighted mean of several teachers' distributions, sum_i w_i pi_i(v): all of them in this
+    process.
+    """
+
+    kind = "mixture"
+    reads_spans = True
+    of: dict[str, Any]  # name -> teacher
+    # by name; or the data column that holds such a mapping per prompt; null: equal
+    weights: dict[str, float] | str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.of) < 2:
+            raise ValueError("a mixture needs at least two teachers: of={a: MODEL, b: MODEL}")
+        if isinstance(self.weights, dict):
+            if set(self.weights) != set(self.of):
+                raise ValueError(
+                    f"weights name {', '.join(self.weights)}, the teachers are {', '.join(self.of)}"
+                )
+            if any(w < 0 for w in self.weights.values()) or not sum(self.weights.values()) > 0:
+                raise ValueError("weights must not be negative, and at least one must be positive")
+
+    def parsed(self, parse: Callable[[Any, str], Teacher], where: str) -> MixtureTeacher:
+        members = {name: parse(value, f"{where}.of.{name}") for name, value in self.of.items()}
+        for name, member in members.items():
+            if not member.opens_local_model:
+                raise UserError(
+                    f"{where}.of.{name} is a {member.kind} teacher: a mixture adds up whole "
+                    "distributions, so its teachers run in this process"
+                )
+        return replace(self, of=members)
+
+    def says(self, fact: Fact, model: str) -> bool:
+        return True
+
+    def check(self, context: TeacherContext) -> None:
+        for member in self.of.values():
+            member.check(replace(context, given=None, by_ids=True))
+
+    def open(self, context: TeacherContext) -> Scorer:
+        inside = replace(context, given=None, by_ids=True)
+        members = {name: member.open(inside) for name, member in self.of.items()}
+        mixture = MixtureScorer(members, self.weights)
+        if context.by_ids or not context.method.needs.spans("teacher"):
+            return mixture
+        return as_span_teacher(mixture, None, context.tokenizer, context.stops, context.questions)
+
+    def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:
+        return [
+            held
+            for name, member in self.of.items()
+            for held in member.held(f"{role}.{name}", dtype, shape_of)
+        ]
+
+    def identity(self) -> Identity:
+        members = {name: member.identity() for name, member in self.of.items()}
+        return identify_together(members, self.weights)
+
+    def precision(self, usual: str) -> str:
+        return precisions(self.of.values(), usual)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError, nearest
+from opdkit.models.held import Held
+from opdkit.models.identity import Identity, identify_together
 from opdkit.models.layout import Layout
+from opdkit.models.shapes import Shape
 from opdkit.objective.alignment import Pair, SpanFact
 from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.head import Head
+from opdkit.objective.needs import Needs
 from opdkit.objective.supply import Tensors
-from opdkit.teachers.base import answers, cut, heads_of
+from opdkit.teachers.base import Remote, answers, cut, heads_of
+from opdkit.teachers.context import TeacherContext
+from opdkit.teachers.teacher import Teacher, precisions
 
 
 @dataclass(frozen=True)
@@ -134,3 +140,47 @@ def routes(teachers: Mapping[str, Any], layout: Layout, device: torch.device) ->
         keys.index(route(r.row.get("teacher"), keys, f"rollout {r.id}")) for r in layout.rollouts
     ]
     return torch.tensor(chosen, device=device).repeat_interleave(layout.width)
+
+
+@dataclass(frozen=True)
+class RoutedTeacher(Teacher):
+    """Several teachers; a row is scored by the one that its `teacher` column names."""
+
+    kind = "routed"
+    teachers: dict[str, Teacher]
+
+    @property
+    def opens_local_model(self) -> bool:
+        return all(teacher.opens_local_model for teacher in self.teachers.values())
+
+    @property
+    def routes(self) -> Mapping[str, Teacher]:
+        return self.teachers
+
+    def refuse(self, method: str, needs: Needs, model: str = "teacher") -> None:
+        for teacher in self.teachers.values():
+            teacher.refuse(method, needs, model)
+
+    def check(self, context: TeacherContext) -> None:
+        for name, teacher in self.teachers.items():
+            teacher.check(context.on_route(name))
+
+    def open(self, context: TeacherContext) -> Routed | RoutedRemote:
+        members = {name: t.open(context.on_route(name)) for name, t in self.teachers.items()}
+        elsewhere = any(isinstance(member, Remote) for member in members.values())
+        return RoutedRemote(members) if elsewhere else Routed(members)
+
+    def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:
+        """Every one scores an equal share of the rollouts, as nothing else is known."""
+        count = len(self.teachers)
+        return [
+            replace(held, share=held.share / count)
+            for name, teacher in self.teachers.items()
+            for held in teacher.held(role if count == 1 else f"{role}.{name}", dtype, shape_of)
+        ]
+
+    def identity(self) -> Identity:
+        return identify_together({name: t.identity() for name, t in self.teachers.items()})
+
+    def precision(self, usual: str) -> str:
+        return precisions(self.teachers.values(), usual)

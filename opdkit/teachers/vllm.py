@@ -4,57 +4,28 @@ probable ones.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError
 from opdkit.models.engines.vllm_engine import Engine, EngineSettings
+from opdkit.models.held import ENGINE, Held
+from opdkit.models.identity import Identity, identify
 from opdkit.models.layout import Layout
 from opdkit.models.load import load_tokenizer
+from opdkit.models.shapes import Shape
 from opdkit.models.tokenizers import real_vocabulary, same_tokenizer
 from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.needs import Needs
 from opdkit.objective.supply import Tensors
-from opdkit.teachers.kinds import Vllm, refuse_facts
+from opdkit.teachers.base import in_order
+from opdkit.teachers.context import TeacherContext
+from opdkit.teachers.refuse import refuse_facts
 from opdkit.teachers.scored_facts import without_positions
-
-
-def open_teacher(
-    spec: Vllm, method: Any, tokenizer: Any, model: str = "teacher", trust_remote_code: bool = False
-) -> VllmTeacher:
-    """The teacher, started with as many log-probs per token as the method reads.
-
-    `tokenizer` is the student's.
-    """
-    refuse_facts(
-        method.name or "own",
-        "a vllm teacher",
-        [f for f in method.needs.of(model) if not f.in_scores(model)],
-    )
-    if difference := same_tokenizer(
-        tokenizer, load_tokenizer(spec.model, trust_remote_code=trust_remote_code)
-    ):
-        raise UserError(
-            f"the tokenizer of {spec.model} is not the student's: {difference}. Token-level "
-            "distillation compares distributions over the same ids; use a teacher of the student's "
-            "family"
-        )
-    if spec.enable_sleep_mode and spec.sleep_level == 2:
-        raise UserError(
-            "teacher.sleep_level=2 drops weights that nobody sends again: use 1, which keeps them "
-            "in the machine's memory meanwhile"
-        )
-    return VllmTeacher(
-        spec.model,
-        tokenizer,
-        spec,
-        k=deepest(method.needs, model),
-        trust_remote_code=trust_remote_code,
-    )
+from opdkit.teachers.teacher import Teacher
 
 
 def deepest(needs: Needs, model: str) -> int:
@@ -63,7 +34,7 @@ def deepest(needs: Needs, model: str) -> int:
 
 
 @dataclass
-class VllmTeacher:
+class VllmScorer:
     """Answers with numbers, in one batch per step.
 
     `k` is the depth that the engine is started for (vLLM's max_logprobs).
@@ -129,14 +100,10 @@ class VllmTeacher:
         self.engine.sleep()
         made: Tensors = {}
         for fact in wanted:
-            values = torch.cat(
-                [fact.of_notes(s)[columns[at] - columns[at].min()] for s, at in zip(scored, index)]
-            )
-            made[fact] = (
-                torch.empty_like(values)
-                .index_copy_(0, torch.cat(index), values)
-                .to(positions.device)
-            )
+            values = [
+                fact.of_notes(s)[columns[at] - columns[at].min()] for s, at in zip(scored, index)
+            ]
+            made[fact] = in_order(values, index, positions.device)
         return made
 
     def _fits(self, length: int, who: str) -> None:
@@ -151,3 +118,53 @@ class VllmTeacher:
     def close(self) -> None:
         """Ends the engine and frees its memory."""
         self.engine.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmTeacher(EngineSettings, Teacher):
+    """A checkpoint in a vLLM engine in this process: log-probs of the tokens and of its own most
+    probable ones.
+    """
+
+    kind = "vllm"
+    main = "model"
+    model: str
+
+    def open(self, context: TeacherContext) -> VllmScorer:
+        return context.once(repr(self), lambda: self._open(context))
+
+    def _open(self, context: TeacherContext) -> VllmScorer:
+        """The engine, started with as many log-probs per token as the method reads."""
+        method, tokenizer = context.method, context.tokenizer
+        unsaid = [fact for fact in method.needs.of("teacher") if not self.says(fact, "teacher")]
+        refuse_facts(method.name or "own", "a vllm teacher", unsaid)
+        if difference := same_tokenizer(tokenizer, load_tokenizer(self.model)):
+            raise UserError(
+                f"the tokenizer of {self.model} is not the student's: {difference}. Token-level "
+                "distillation compares distributions over the same ids; use a teacher of the "
+                "student's family"
+            )
+        if self.enable_sleep_mode and self.sleep_level == 2:
+            raise UserError(
+                "teacher.sleep_level=2 drops weights that nobody sends again: use 1, which keeps "
+                "them in the machine's memory meanwhile"
+            )
+        return VllmScorer(self.model, tokenizer, self, k=deepest(method.needs, "teacher"))
+
+    def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:
+        return [
+            Held(
+                role,
+                self.model,
+                ENGINE,
+                shape_of(self.model),
+                self.dtype or "bfloat16",
+                engine=self.gpu_memory_utilization,
+            )
+        ]
+
+    def identity(self) -> Identity:
+        return identify(self.model)
+
+    def precision(self, usual: str) -> str:
+        return self.dtype or usual

@@ -13,7 +13,7 @@ import torch
 
 from opdkit.base.files import read_lines
 from opdkit.cli import main
-from opdkit.run import open as engines
+from opdkit.models import load as loading
 from opdkit.train import checkpoint as checkpoints
 from tests.common.tiny import TEXTS, save_tiny, tiny_model, tiny_tokenizer
 from tests.end_to_end.conftest import Shop, gsm8k_rows, train, write_rows
@@ -306,13 +306,13 @@ def test_r10_default_serves_the_others_and_a_checkpoint_under_two_names_is_loade
     shop: Shop, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
-    real = engines.load_model
+    real = loading.load_model
 
     def load_model(name: str, **settings: Any) -> Any:
         loaded.append(name)
         return real(name, **settings)
 
-    monkeypatch.setattr(engines, "load_model", load_model)
+    monkeypatch.setattr(loading, "load_model", load_model)
     data = routed(tmp_path, ["math", None, "poetry", "code"])
     teachers = f"{{math: {shop.teacher}, code: {shop.llama}, default: {shop.teacher}}}"
     assert (
@@ -342,7 +342,7 @@ def test_an_output_folder_that_cannot_be_written(
     """Refused before any model is loaded."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a_file").write_text("precious")
-    monkeypatch.setattr(engines, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     refused(
         capsys,
         shop.train(where),

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from opdkit import UserError, methods
+from opdkit.models import load as loading
 from opdkit.models.load import load_model, load_tokenizer
-from opdkit.run import open as engines
 from opdkit.run.build import prepare
 from opdkit.run.cache_teacher import cache_teacher
 from opdkit.run.launch import claim_folder
@@ -122,7 +122,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(name)
         return load_model(name, **settings)
 
-    monkeypatch.setattr(engines, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
     return names
 
 

@@ -21,7 +21,7 @@ from opdkit.run import build
 from opdkit.run.settings import make_run
 from opdkit.sampling import HFSampler
 from opdkit.teachers.base import answers
-from opdkit.teachers.cached import CachedTeacher
+from opdkit.teachers.cached import CachedScorer
 from opdkit.train.gather import gather
 from opdkit.train.loop import train_step
 from opdkit.train.student import Student
@@ -49,7 +49,7 @@ def test_it_trains_with_neither_teacher_nor_sampler(
     loaded = []
     monkeypatch.setattr(HFSampler, "sample", never)
     monkeypatch.setattr(
-        "opdkit.run.open.load_model",
+        "opdkit.models.load.load_model",
         lambda name, **settings: loaded.append(name) or load_model(name, **settings),
     )
     assert shop.offline(tmp_path / "run", cache, "steps=6", "prompts_per_step=6") == 0
@@ -145,7 +145,7 @@ class Rounded:
 
 
 def test_shuffled_rows_and_other_batches_read_the_same_numbers(cache: Path) -> None:
-    made, teacher = rollouts(cache), {"teacher": CachedTeacher(open_cache(cache))}
+    made, teacher = rollouts(cache), {"teacher": CachedScorer(open_cache(cache))}
     logp = LogpFact("teacher")
     table = gather(made, Needs(frozenset({logp})), teacher).read(logp)
     order = torch.randperm(len(made), generator=torch.Generator().manual_seed(0)).tolist()

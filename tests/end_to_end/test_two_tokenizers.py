@@ -14,10 +14,10 @@ import pytest
 
 import opdkit
 from opdkit.base.files import read_lines
+from opdkit.models import load as loading
 from opdkit.models.load import load_model, load_tokenizer
-from opdkit.run import open as engines
+from tests.common.other_tokenizers import OTHER, sentencepiece
 from tests.common.tiny import tiny_model
-from tests.common.tongues import OTHER, sentencepiece
 from tests.end_to_end.conftest import Shop, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +113,7 @@ def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: object, **settings: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(engines, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
 
 
 @pytest.mark.usefixtures("weightless")

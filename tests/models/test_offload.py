@@ -27,7 +27,7 @@ from opdkit.objective.needs import Needs
 from opdkit.run.launch import execute
 from opdkit.run.open import Given
 from opdkit.run.settings import Run, make_run
-from opdkit.teachers import LocalModel, Mixed, Routed
+from opdkit.teachers import LocalModel, MixtureScorer, Routed
 from opdkit.train.gather import gather
 from opdkit.train.settings import Lora
 from opdkit.train.student import with_adapters
@@ -126,7 +126,7 @@ def test_the_head_stays_and_what_it_is_read_for_needs_no_body() -> None:
     assert source.logits(torch.arange(5)).shape == (5, 320) and not device.here
 
 
-@pytest.mark.parametrize("arranged", [Routed, Mixed])
+@pytest.mark.parametrize("arranged", [Routed, MixtureScorer])
 def test_of_several_teachers_one_is_there_at_a_time(arranged: Any) -> None:
     device, names = Device(), ("a", "b", "c")
     rows = [replace(r, row={"teacher": name}) for r, name in zip(rollouts(), "abcab")]
@@ -267,7 +267,7 @@ def test_a_run_is_the_same_with_its_teacher_offloaded(
                 lambda *_: met.append(device.holds(model.model.norm.weight))
             )
 
-    monkeypatch.setattr("opdkit.run.open.Offloaded", Watched)
+    monkeypatch.setattr("opdkit.teachers.local.Offloaded", Watched)
     lines = []
     for offload in (False, True):
         output = tmp_path / str(offload)

@@ -248,7 +248,7 @@ def test_adapters_on_whole_weights_are_merged_too(checkpoint: str, some: bool) -
     mixed = AutoModelForCausalLM.from_pretrained(
         checkpoint, quantization_config=config, device_map={"": "cpu"}
     )
-    quantize.settle(mixed)
+    quantize.same_when_training(mixed)
     base = mixed if some else load_model(checkpoint)
     start = logps(base)
     model = with_adapters(base, Lora(r=4))
@@ -409,7 +409,7 @@ def test_a_missing_package_is_named_before_anything_is_loaded(
     )
     with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
         patch.setattr(
-            "opdkit.run.open.load_model", lambda *a, **k: pytest.fail("a model was loaded")
+            "opdkit.models.load.load_model", lambda *a, **k: pytest.fail("a model was loaded")
         )
         execute(run, given)
     assert re.search(rf"quantize      not available without {package}: pip install", doctor())

@@ -17,14 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from opdkit import UserError
 from opdkit.cli import main
 from opdkit.models.body import head_of, hidden_states
+from opdkit.models.held import HERE, Held, stored
 from opdkit.models.layout import Layout
+from opdkit.models.shapes import read_shape, shape_of
 from opdkit.objective.head import flat_positions, learn
-from opdkit.run.plan import Plan, Rates, device_of, plan
+from opdkit.run.plan import Plan, Rates, find_device, plan
 from opdkit.run.plan.devices import KNOWN, cpu
 from opdkit.run.plan.memory import (
     PHASES,
     activations,
-    cache_bytes,
     copies,
     layer_bytes,
     memory_of,
@@ -32,8 +33,7 @@ from opdkit.run.plan.memory import (
     trained,
     trained_width,
 )
-from opdkit.run.plan.models import HERE, Held, stored, student_dtype
-from opdkit.run.plan.shapes import read_shape, shape_of
+from opdkit.run.plan.models import student_dtype
 from opdkit.run.plan.work import body, head
 from opdkit.run.settings import Run, make_run
 from opdkit.sampling.kv_cache import new_cache
@@ -255,7 +255,7 @@ def test_a_cached_token_takes_what_is_said(dtype: str, lora: Any) -> None:
         hidden_states(model, torch.randint(3, 300, (2, 8)), None, past_key_values=cache)
     measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # type: ignore[attr-defined]
     held = Held("student", "s", HERE, read_shape(model.config, "here"), student_dtype(run))
-    assert 16 * cache_bytes(held, run) == measured
+    assert 16 * held.cached_token(run.dtype) == measured
 
 
 def peak_of(work: Any) -> int:
@@ -489,24 +489,24 @@ def test_evaluations_count_where_the_number_of_problems_is_known() -> None:
 
 
 def test_devices_by_name_by_numbers_and_changed() -> None:
-    assert device_of("H100") == KNOWN["h100"]
-    given = device_of("h100", memory="40GiB", tflops=400, bandwidth="300 GB/s")
+    assert find_device("H100") == KNOWN["h100"]
+    given = find_device("h100", memory="40GiB", tflops=400, bandwidth="300 GB/s")
     assert (given.memory, given.tflops, given.bandwidth) == (40 * 2**30, 400, 0.3)
-    alone = device_of(memory="80GB", tflops=400, bandwidth="3.35TB/s", setting="cpu")
+    alone = find_device(memory="80GB", tflops=400, bandwidth="3.35TB/s", setting="cpu")
     assert (alone.memory, alone.tflops32, alone.bandwidth, alone.gpu) == (
         80_000_000_000,
         25,
         3.35,
         True,
     )
-    assert device_of("cpu").gpu is False and device_of(setting="cpu") == cpu()
+    assert find_device("cpu").gpu is False and find_device(setting="cpu") == cpu()
     for arguments, told in (
         ({"name": "h1000"}, "did you mean 'h100'"),
         ({"memory": "much"}, "as in --device-memory 80GB"),
         ({"tflops": 400.0, "setting": "cpu"}, "add --device-memory"),
     ):
         with pytest.raises(UserError, match=told):
-            device_of(**arguments)
+            find_device(**arguments)
 
 
 def test_what_does_not_fit_is_said_with_what_would() -> None:

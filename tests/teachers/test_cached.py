@@ -17,8 +17,8 @@ from opdkit.models.identity import tokenizer_digest
 from opdkit.models.layout import Layout
 from opdkit.objective.facts import EntropyFact, LogpAtFact, LogpFact, TopFact
 from opdkit.objective.needs import Needs
-from opdkit.teachers.cached import CachedTeacher, open_teacher
-from opdkit.teachers.kinds import Cached
+from opdkit.teachers.cached import CachedScorer, CachedTeacher
+from opdkit.teachers.context import TeacherContext
 from opdkit.train.gather import gather
 from opdkit.types import Rollout
 from tests.common.tiny import tiny_tokenizer
@@ -46,20 +46,20 @@ def test_numbers_stand_at_the_positions_that_ask_for_them(
     layout = Layout(chosen, max(len(r.tokens) for r in chosen))
     # in any order
     positions = torch.tensor([2 * layout.width, 0, len(chosen[0].tokens) - 1, 2 * layout.width + 1])
-    told = CachedTeacher(open_cache(folder)).facts([LOGP, TOP, AT], layout, positions, {})
+    told = CachedScorer(open_cache(folder)).facts([LOGP, TOP, AT], layout, positions, {})
     scores = [{r.id: s for r, s in stored(0)}[r.id] for r in chosen]
     where = [(2, 0), (0, 0), (0, len(chosen[0].tokens) - 1), (2, 1)]
     assert told[LOGP].tolist() == [scores[b].logp.astype("f2").item(t) for b, t in where]
     assert told[TOP].tolist() == [scores[b].top_ids[t, :2].tolist() for b, t in where]
     assert told[AT].tolist() == [scores[b].top_logp.astype("f2")[t, :2].tolist() for b, t in where]
-    nowhere = CachedTeacher(open_cache(folder)).facts([LOGP], layout, positions[:0], {})
+    nowhere = CachedScorer(open_cache(folder)).facts([LOGP], layout, positions[:0], {})
     assert nowhere[LOGP].shape == (0,)
 
 
 def test_it_takes_its_place_among_a_steps_facts_whatever_the_order_of_rollouts(
     folder: Path, rollouts: list[Rollout]
 ) -> None:
-    scorers = {"teacher": CachedTeacher(open_cache(folder))}
+    scorers = {"teacher": CachedScorer(open_cache(folder))}
     needs = Needs(frozenset({LOGP, TOP, AT}))
     batch = gather(rollouts, needs, scorers)
     order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(0)).tolist()
@@ -79,7 +79,7 @@ def test_stored_log_probs_of_the_writer_never_stand_for_the_students(
         gather(
             rollouts,
             Needs(frozenset({LOGP, LogpFact("student")})),
-            {"teacher": CachedTeacher(open_cache(folder))},
+            {"teacher": CachedScorer(open_cache(folder))},
         )
     batch = gather(rollouts, Needs(frozenset({LogpFact("sampler")})), {})
     assert batch.read(LogpFact("sampler"))[0, 0] == rollouts[0].logp[0]
@@ -108,15 +108,19 @@ def test_what_it_cannot_say_is_refused_with_a_way_out(
     folder: Path, method: str, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        open_teacher(Cached(str(folder)), load(method), tiny_tokenizer())
+        CachedTeacher(str(folder)).open(TeacherContext(load(method), tiny_tokenizer()))
 
 
 def test_another_tokenizer_and_other_facts_are_refused(
     folder: Path, rollouts: list[Rollout]
 ) -> None:
     with pytest.raises(UserError, match="tokenizer is not that of"):
-        open_teacher(Cached(str(folder)), load("lightning_opd"), tiny_tokenizer(["abc abd"]))
-    teacher = open_teacher(Cached(str(folder)), load("lightning_opd"), tiny_tokenizer())
+        CachedTeacher(str(folder)).open(
+            TeacherContext(load("lightning_opd"), tiny_tokenizer(["abc abd"]))
+        )
+    teacher = CachedTeacher(str(folder)).open(
+        TeacherContext(load("lightning_opd"), tiny_tokenizer())
+    )
     with pytest.raises(UserError, match="teacher entropy, which a cached teacher cannot say"):
         teacher.facts([EntropyFact("teacher")], Layout(rollouts, 40), torch.tensor([0]), {})
     with pytest.raises(UserError, match="has other tokens than the one that the teacher scored"):

@@ -8,56 +8,58 @@ import pytest
 
 from opdkit import UserError, load
 from opdkit.run.settings import make_run
-from opdkit.sampling.spec import HfSettings
+from opdkit.sampling.hf_settings import HfSettings
 from opdkit.sampling.vllm import VllmSettings
-from opdkit.teachers.kinds import (
-    Cached,
-    Local,
-    Mixture,
-    Routes,
-    Server,
-    Vllm,
-    refuse,
-    spec_of,
-    teacher_of,
-)
+from opdkit.teachers.cached import CachedTeacher
+from opdkit.teachers.kinds import one_teacher_of, teacher_of
+from opdkit.teachers.local import LocalTeacher
+from opdkit.teachers.mixture import MixtureTeacher
+from opdkit.teachers.routed import RoutedTeacher
+from opdkit.teachers.server import ServerTeacher
+from opdkit.teachers.vllm import VllmTeacher
 
 
 def test_text_names_a_kind() -> None:
-    assert spec_of("Qwen/Qwen3-8B") == Local("Qwen/Qwen3-8B")
-    assert spec_of("/data/models/vllm") == Local("/data/models/vllm")
-    assert spec_of("vllm:Qwen/Qwen3-8B") == Vllm(model="Qwen/Qwen3-8B")
-    assert spec_of("cached:runs/cache") == Cached("runs/cache")
-    assert spec_of("server:http://a:1,http://b:2") == Server(("http://a:1", "http://b:2"))
-    assert spec_of("http://127.0.0.1:8000/v1") == Server(("http://127.0.0.1:8000/v1",))
+    assert one_teacher_of("Qwen/Qwen3-8B") == LocalTeacher("Qwen/Qwen3-8B")
+    assert one_teacher_of("/data/models/vllm") == LocalTeacher("/data/models/vllm")
+    assert one_teacher_of("vllm:Qwen/Qwen3-8B") == VllmTeacher(model="Qwen/Qwen3-8B")
+    assert one_teacher_of("cached:runs/cache") == CachedTeacher("runs/cache")
+    assert one_teacher_of("server:http://a:1,http://b:2") == ServerTeacher(
+        ("http://a:1", "http://b:2")
+    )
+    assert one_teacher_of("http://127.0.0.1:8000/v1") == ServerTeacher(
+        ("http://127.0.0.1:8000/v1",)
+    )
 
 
 def test_a_group_names_a_kind_and_its_settings() -> None:
-    assert spec_of({"kind": "server", "urls": ["http://a:1"], "retries": 2}) == Server(
-        ("http://a:1",), retries=2
+    assert one_teacher_of(
+        {"kind": "server", "urls": ["http://a:1"], "retries": 2}
+    ) == ServerTeacher(("http://a:1",), retries=2)
+    assert one_teacher_of({"kind": "mixture", "of": {"a": "x", "b": "y"}}) == MixtureTeacher(
+        {"a": LocalTeacher("x"), "b": LocalTeacher("y")}
     )
-    assert spec_of({"kind": "mixture", "of": {"a": "x", "b": "y"}}) == Mixture({"a": "x", "b": "y"})
     routes = teacher_of({"math": "x", "code": {"kind": "vllm", "model": "y"}})
-    assert routes == Routes({"math": Local("x"), "code": Vllm(model="y")})
+    assert routes == RoutedTeacher({"math": LocalTeacher("x"), "code": VllmTeacher(model="y")})
 
 
 def test_a_setting_of_a_teacher_given_as_text() -> None:
     base = {"student": "s", "teacher": "m", "data": "d"}
-    assert make_run(base, ["teacher.quantize=4bit"]).teachers == Local("m", quantize="4bit")
-    assert make_run(base, ["teacher=server:http://a:1", "teacher.retries=2"]).teachers == Server(
-        ("http://a:1",), retries=2
-    )
-    assert make_run(base, ["teacher.math=x"]).teachers == Routes(
-        {"default": Local("m"), "math": Local("x")}
+    assert make_run(base, ["teacher.quantize=4bit"]).teachers == LocalTeacher("m", quantize="4bit")
+    assert make_run(
+        base, ["teacher=server:http://a:1", "teacher.retries=2"]
+    ).teachers == ServerTeacher(("http://a:1",), retries=2)
+    assert make_run(base, ["teacher.math=x"]).teachers == RoutedTeacher(
+        {"default": LocalTeacher("m"), "math": LocalTeacher("x")}
     )
     assert make_run(
         base, ["sampler=vllm", "sampler.enforce_eager=true"]
-    ).sampler_spec == VllmSettings(enforce_eager=True)
-    assert make_run(base, ["sampler.max_batch_tokens=99"]).sampler_spec == HfSettings(99)
+    ).sampler_settings == VllmSettings(enforce_eager=True)
+    assert make_run(base, ["sampler.max_batch_tokens=99"]).sampler_settings == HfSettings(99)
     assert make_run(
         base, ["sampler.kind=vllm", "sampler.max_num_seqs=9"]
-    ).sampler_spec == VllmSettings(max_num_seqs=9)
-    assert make_run(base, ["teacher.kind=vllm"]).teachers == Vllm(model="m")
+    ).sampler_settings == VllmSettings(max_num_seqs=9)
+    assert make_run(base, ["teacher.kind=vllm"]).teachers == VllmTeacher(model="m")
     with pytest.raises(UserError, match="sampler"):
         make_run(base, ["sampler.max_batch_token=99"])
 
@@ -91,25 +93,25 @@ def test_a_wrong_teacher_is_an_error_of_the_run(value: dict[str, object], said: 
 
 def test_a_mixture_of_servers_is_refused() -> None:
     with pytest.raises(UserError, match="adds up whole distributions"):
-        _ = Mixture({"a": "x", "b": "server:http://a:1"}).teachers
+        one_teacher_of({"kind": "mixture", "of": {"a": "x", "b": "server:http://a:1"}})
 
 
 @pytest.mark.parametrize("kind", ["vllm:m", "cached:f"])
 def test_kinds_that_return_numbers_are_refused_for_whole_vocabularies(kind: str) -> None:
-    teacher = spec_of(kind)
+    teacher = one_teacher_of(kind)
     for name, arguments in (("opd", {}), ("tropd", {}), ("opd", {"support": "teacher", "k": 8})):
-        refuse(name, teacher, load(name, **arguments).needs)
+        teacher.refuse(name, load(name, **arguments).needs)
     for name, arguments, said in (
         ("gkd", {}, "teacher over the whole vocabulary"),
         ("vopd", {}, "over the whole vocabulary"),
         ("opd", {"support": "student", "k": 8}, "teacher log-probs at the student's top 8"),
     ):
         with pytest.raises(UserError, match=said):
-            refuse(name, teacher, load(name, **arguments).needs)
+            teacher.refuse(name, load(name, **arguments).needs)
 
 
 def test_one_teacher_of_several_that_cannot_is_enough_to_refuse() -> None:
     needs = load("gkd").needs
-    refuse("gkd", teacher_of({"a": "x", "b": "y"}), needs)
+    teacher_of({"a": "x", "b": "y"}).refuse("gkd", needs)
     with pytest.raises(UserError, match="a vllm teacher cannot say"):
-        refuse("gkd", teacher_of({"a": "x", "b": "vllm:y"}), needs)
+        teacher_of({"a": "x", "b": "vllm:y"}).refuse("gkd", needs)

@@ -19,7 +19,7 @@ from opdkit.objective.facts import EntropyFact, Fact, LogpAtFact, LogpFact, TopF
 from opdkit.objective.head import flat_positions
 from opdkit.objective.needs import Needs
 from opdkit.objective.supply import Tensors
-from opdkit.teachers import LocalModel, Mixed, RoutedRemote
+from opdkit.teachers import LocalModel, MixtureScorer, RoutedRemote
 from opdkit.teachers.base import answers
 from opdkit.train.gather import collate, gather
 from tests.common.tiny import tiny_model
@@ -78,7 +78,7 @@ def facts(
 def test_a_mixture_is_the_mean_of_its_distributions(models: dict[str, Any], weights: Any) -> None:
     blends = [{"a": 0.2, "b": 0.8}, {"a": 1}, {"b": 5.0}, {"a": 1, "b": 3}, {"a": 2, "b": 2}]
     rows = [replace(r, row={"blend": blend}) for r, blend in zip(rollouts(), blends)]
-    mixed = Mixed({"a": local(models["a"]), "b": local(models["b"])}, weights)
+    mixed = MixtureScorer({"a": local(models["a"]), "b": local(models["b"])}, weights)
     batch = facts(models, mixed, rows, [LogpFact("teacher"), EntropyFact("teacher")])
     shares = {None: [0.5] * 5, "blend": [0.2, 1.0, 0.0, 0.25, 0.5]}.get(
         weights if isinstance(weights, str) else None, [0.5] * 5
@@ -114,7 +114,7 @@ def test_bad_weights_name_the_rollout(models: dict[str, Any], blend: Any, said: 
     with pytest.raises(UserError, match=said) as error:
         facts(
             models,
-            Mixed({"a": local(models["a"]), "b": local(models["b"])}, "blend"),
+            MixtureScorer({"a": local(models["a"]), "b": local(models["b"])}, "blend"),
             rows,
             [LogpFact("teacher")],
         )
@@ -167,7 +167,7 @@ def test_routes_may_mix_teachers_here_and_elsewhere(models: dict[str, Any]) -> N
 
 
 def test_a_mixture_has_every_teachers_head_cut_alike(models: dict[str, Any]) -> None:
-    mixed = Mixed({"a": local(models["a"]), "b": local(models["b"])}).cut(300)
+    mixed = MixtureScorer({"a": local(models["a"]), "b": local(models["b"])}).cut(300)
     rows = rollouts()
     layout, positions = Layout(rows, 8), flat_positions(collate(rows, "cpu", torch.float64).mask)
     logps = mixed.source(layout, positions).logits(positions)

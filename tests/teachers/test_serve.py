@@ -25,7 +25,7 @@ import torch
 
 from opdkit import UserError
 from opdkit.cli import main
-from opdkit.models.body import head_of
+from opdkit.models.body import head_of, shared_vocabulary
 from opdkit.models.engines import endpoint
 from opdkit.models.engines.endpoint import Endpoint, Refused
 from opdkit.models.layout import Layout
@@ -41,11 +41,12 @@ from opdkit.objective.facts import (
 )
 from opdkit.objective.maths import JSD, ReverseKL
 from opdkit.objective.needs import Needs
-from opdkit.run.open import shared_vocabulary
-from opdkit.teachers import LocalModel, Routed, protocol, serve, server
+from opdkit.teachers import LocalModel, Routed, client_serve, protocol, service
 from opdkit.teachers.base import cut, heads_of
-from opdkit.teachers.kinds import Server
-from opdkit.teachers.serve import Service, TeacherServer, make_server
+from opdkit.teachers.context import TeacherContext
+from opdkit.teachers.serve import TeacherServer, make_server
+from opdkit.teachers.server import ServerTeacher
+from opdkit.teachers.service import Service
 from opdkit.train.gather import gather
 from tests.common.rounding import FORWARD
 from tests.common.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -89,12 +90,9 @@ def url(one: TeacherServer) -> str:
 
 
 def opened(facts: tuple[Fact, ...], *servers: TeacherServer, tokenizer: Any = None) -> Any:
-    spec = Server(tuple(map(url, servers)), retries=0)
-    return server.open_teacher(
-        spec,
-        SimpleNamespace(needs=Needs(frozenset(facts)), name="mine"),
-        tokenizer or tiny_tokenizer(),
-    )
+    method: Any = SimpleNamespace(needs=Needs(frozenset(facts)), name="mine")
+    context = TeacherContext(method, tokenizer or tiny_tokenizer())
+    return ServerTeacher(tuple(map(url, servers)), retries=0).open(context)
 
 
 def gathered(
@@ -449,7 +447,7 @@ def test_more_than_a_gibibyte_at_once_is_refused(monkeypatch: pytest.MonkeyPatch
     """
     with serving(tiny_model("llama", seed=2)) as (one,):
         for least, status in ((4080, 200), (4079, 400)):
-            monkeypatch.setattr(serve, "LARGEST_TABLE", least)
+            monkeypatch.setattr(service, "LARGEST_TABLE", least)
             answer = httpx2.post(f"{url(one)}/score", content=request())
             assert answer.status_code == status
         assert "3 rollouts, the longest of 5 tokens" in answer.text and "a smaller k" in answer.text
@@ -534,11 +532,11 @@ def test_prompts_wait_for_a_table_that_holds_them(monkeypatch: pytest.MonkeyPatc
 
     One that is more by itself is alone.
     """
-    monkeypatch.setattr(serve, "MOST_ENTRIES", 24)
+    monkeypatch.setattr(service, "MOST_ENTRIES", 24)
     sizes = [(4, 2), (3, 0), (12, 2), (3, 4), (0, 0), (1, 4), (50, 1), (2, 2)]
-    parts = [range(*part.indices(len(sizes))) for part in serve._together(sizes)]
+    parts = [range(*part.indices(len(sizes))) for part in service._together(sizes)]
     assert parts == [range(2), range(2, 3), range(3, 5), range(5, 6), range(6, 7), range(7, 8)]
-    assert list(serve._together([])) == []
+    assert list(service._together([])) == []
 
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -679,5 +677,5 @@ def test_a_port_in_use() -> None:
 
 def test_a_method_that_needs_the_whole_vocabulary_gets_it() -> None:
     with serving(tiny_model("llama", seed=2)) as (one,):
-        assert isinstance(opened((VocabularyFact("teacher"),), one), server.HiddenStates)
-        assert isinstance(opened((LogpFact("teacher"),), one), server.Numbers)
+        assert isinstance(opened((VocabularyFact("teacher"),), one), client_serve.HiddenStates)
+        assert isinstance(opened((LogpFact("teacher"),), one), client_serve.Numbers)

@@ -26,8 +26,9 @@ from opdkit.objective.facts import (
 from opdkit.objective.head import flat_positions
 from opdkit.objective.maths import ReverseKL
 from opdkit.objective.needs import Needs
-from opdkit.teachers import LocalModel, RoutedRemote, server, vllm_sglang
-from opdkit.teachers.kinds import Server
+from opdkit.teachers import LocalModel, RoutedRemote, vllm_sglang
+from opdkit.teachers.context import TeacherContext
+from opdkit.teachers.server import ServerTeacher
 from opdkit.train.gather import collate, gather
 from opdkit.types import Rollout
 from tests.common.fake_server import FakeServer, Fault
@@ -62,9 +63,8 @@ def method(*facts: Fact) -> Any:
 
 
 def opened(tokenizer: Any, *urls: str, facts: tuple[Fact, ...] = OWN, **settings: Any) -> Any:
-    return server.open_teacher(
-        Server(urls, **{"retries": 0, **settings}), method(*facts), tokenizer
-    )
+    teacher = ServerTeacher(urls, **{"retries": 0, **settings})
+    return teacher.open(TeacherContext(method(*facts), tokenizer))
 
 
 def rows() -> list[Rollout]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +24,8 @@ from opdkit.objective.facts import EntropyFact, Fact, LogpAtFact, LogpFact, TopF
 from opdkit.objective.needs import Needs
 from opdkit.teachers import LocalModel
 from opdkit.teachers.base import Remote, answers
-from opdkit.teachers.kinds import Vllm
-from opdkit.teachers.vllm import VllmTeacher, deepest, open_teacher
+from opdkit.teachers.context import TeacherContext
+from opdkit.teachers.vllm import VllmScorer, VllmTeacher, deepest
 from tests.common.rounding import FORWARD
 from tests.common.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.train.rows import rollouts
@@ -75,8 +76,8 @@ def model() -> Any:
     return tiny_model(seed=4)
 
 
-def teacher(model: Any, k: int = 5) -> VllmTeacher:
-    made: Any = object.__new__(VllmTeacher)
+def teacher(model: Any, k: int = 5) -> VllmScorer:
+    made: Any = object.__new__(VllmScorer)
     made.model, made.k, made.tokens, made.engine, made.settings = (
         "M",
         k,
@@ -144,15 +145,15 @@ def test_what_it_cannot_say_is_refused_before_an_engine_starts(
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     folder, tokenizer = save_tiny(tmp_path / "m"), tiny_tokenizer()
+    teacher = VllmTeacher(model=folder)
     for fact in (EntropyFact("teacher"), LogpAtFact("teacher", "student", 4)):
-        method = SimpleNamespace(name="mine", needs=Needs(frozenset({fact})))
+        method: Any = SimpleNamespace(name="mine", needs=Needs(frozenset({fact})))
         with pytest.raises(UserError, match=r"'mine' reads .* cannot say"):
-            open_teacher(Vllm(model=folder), method, tokenizer)
+            teacher.open(TeacherContext(method, tokenizer))
     with pytest.raises(UserError, match=r"tokenizer of .* is not the student's"):
-        open_teacher(Vllm(model=folder), load("opd"), tiny_tokenizer(["other texts"], 300))
+        teacher.open(TeacherContext(load("opd"), tiny_tokenizer(["other texts"], 300)))
+    context = TeacherContext(load("opd"), tokenizer)
     with pytest.raises(UserError, match="weights that nobody sends again"):
-        open_teacher(
-            Vllm(model=folder, enable_sleep_mode=True, sleep_level=2), load("opd"), tokenizer
-        )
+        replace(teacher, enable_sleep_mode=True, sleep_level=2).open(context)
     with pytest.raises(UserError, match="vLLM cannot be imported"):
-        open_teacher(Vllm(model=folder), load("opd"), tokenizer)
+        teacher.open(context)

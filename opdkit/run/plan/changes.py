@@ -10,8 +10,7 @@ from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
 from opdkit.run.plan.memory import Memory, Step
 from opdkit.run.settings import Run
-from opdkit.sampling.vllm import VllmSettings
-from opdkit.teachers.kinds import Local, refuse, spec_of
+from opdkit.teachers.kinds import teacher_of
 from opdkit.train.settings import Lora
 
 TOLD_BELOW = 0.99  # of the peak: what lowers it by less is not told
@@ -54,28 +53,21 @@ def _others(run: Run, method: Method, step: Step) -> Iterator[tuple[str, Run]]:
     if run.prompts_per_step > 1:
         half = run.prompts_per_step // 2
         yield f"prompts_per_step={half}", replace(run, prompts_per_step=half)
-    sampler = run.sampler_spec
-    if isinstance(sampler, VllmSettings) and not sampler.enable_sleep_mode:
-        asleep = plain(replace(sampler, enable_sleep_mode=True)) | {"kind": "vllm"}
-        yield "sampler.enable_sleep_mode=true", replace(run, sampler=asleep)
-    if isinstance(run.teachers, Local):
-        yield from _teachers(run, run.teachers, method)
+    for setting, sampler in run.sampler_settings.lighter():
+        yield setting, replace(run, sampler=plain(sampler) | {"kind": sampler.kind})
+    usual = run.teacher_dtype or run.dtype
+    for setting, teacher in run.teachers.lighter(usual, bool(method.teacher_mix)):
+        yield setting, replace(run, teacher=plain(teacher) | {"kind": teacher.kind})
+    if run.teachers.opens_local_model and not run.teachers.routes:
+        yield from _moved(run, method)
 
 
-def _teachers(run: Run, teacher: Local, method: Method) -> Iterator[tuple[str, Run]]:
-    def other(**settings: str | bool) -> Run:
-        return replace(run, teacher=plain(replace(teacher, **settings)) | {"kind": "local"})  # type: ignore[arg-type]
-
-    if (teacher.dtype or run.teacher_dtype or run.dtype) == "float32":
-        yield "teacher_dtype=bfloat16", other(dtype="bfloat16")
-    if teacher.quantize is None:
-        yield "teacher.quantize=4bit", other(quantize="4bit")
-    if not teacher.offload and not method.teacher_mix:
-        yield "teacher.offload=true", other(offload=True)
+def _moved(run: Run, method: Method) -> Iterator[tuple[str, Run]]:
+    """The teacher on another device, where the method reads what a server can say."""
     server = "http://HOST:8000"
     try:
-        refuse(method.name, spec_of(server), method.needs)
+        teacher_of(server).refuse(method.name, method.needs)
     except UserError:
-        return  # it reads what a server cannot say
+        return
     evaluate = None if run.evaluate is None else replace(run.evaluate, teacher=False)
     yield f"teacher={server}, on its own device", replace(run, teacher=server, evaluate=evaluate)

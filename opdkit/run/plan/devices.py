@@ -41,7 +41,7 @@ KNOWN = {
 }
 
 
-def device_of(
+def find_device(
     name: str | None = None,
     *,
     memory: str | None = None,

@@ -12,11 +12,12 @@ from opdkit.base.errors import UserError
 from opdkit.base.progress import duration
 from opdkit.methods.explain import passes
 from opdkit.methods.method import Method
+from opdkit.models.held import ELSEWHERE, Held
 from opdkit.rewards import Reward, load_reward
 from opdkit.run.plan.changes import Change, changes
 from opdkit.run.plan.devices import GIB, Device
 from opdkit.run.plan.memory import PHASES, USABLE, Memory, Step, memory_of, step_of
-from opdkit.run.plan.models import ELSEWHERE, Held, models_of
+from opdkit.run.plan.models import models_of
 from opdkit.run.plan.work import USUAL, Load, Phase, Rates, load_of, phases, sampling
 from opdkit.run.prompts import from_cache
 from opdkit.run.refuse import refuse

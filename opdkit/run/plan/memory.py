@@ -14,17 +14,15 @@ from dataclasses import dataclass, field
 from opdkit.curricula import reads_cache
 from opdkit.methods.explain import reads_student
 from opdkit.methods.method import Method
+from opdkit.models.held import HERE, WIDTH, Held
+from opdkit.models.shapes import Shape
 from opdkit.objective.facts import VocabularyFact
 from opdkit.objective.head import CHUNK_BYTES, CHUNK_ENTRIES, CHUNK_MOST, CHUNK_PART
 from opdkit.objective.needs import Needs
 from opdkit.run.plan.devices import GIB, Device
-from opdkit.run.plan.models import HERE, WIDTH, Held, engine_width, student_dtype
-from opdkit.run.plan.shapes import Shape
+from opdkit.run.plan.models import student_dtype
 from opdkit.run.settings import Run
-from opdkit.sampling.kv_cache import CPU_BYTES, FREE_SHARE
-from opdkit.sampling.server import ServerSettings
-from opdkit.sampling.spec import HfSettings
-from opdkit.sampling.vllm import VllmSettings
+from opdkit.sampling.settings import Sizes
 from opdkit.train.gather import HELD
 from opdkit.train.settings import Lora
 
@@ -132,7 +130,7 @@ def memory_of(
     guide = next(held for held in models if held.role == "teacher") if method.teacher_mix else None
     if not reads_cache(method.curriculum):
         _sampling(out, run, models[0], guide, step)
-    sampled = out.rows if isinstance(run.sampler_spec, HfSettings) else 0
+    sampled = out.rows if run.sampler_settings.on_student else 0
     # positions that are projected, at most
     rows = {"sample": sampled, "score": step.positions, "learn": step.micro}
     out.part(
@@ -165,7 +163,7 @@ def _student(out: Memory, run: Run, shape: Shape, scores: bool) -> None:
     out.add(
         "bfloat16 copies of what learns",
         copies(run, shape),
-        phases if isinstance(run.sampler_spec, HfSettings) else phases[1:],
+        phases if run.sampler_settings.on_student else phases[1:],
     )
 
 
@@ -279,7 +277,7 @@ def _scoring(out: Memory, needs: Needs, read: Sequence[Held], run: Run, step: St
 
 def _pass_bytes(held: Held, run: Run) -> int:
     """Bytes per token of the tensors of one layer that are alive at once, no gradient."""
-    outer, inner = WIDTH[held.dtype], min(WIDTH[held.dtype], WIDTH[run.dtype])
+    outer, inner = WIDTH[held.dtype], held.product_width(run.dtype)
     return (
         2 * held.shaped.hidden * outer + (held.shaped.hidden + 3 * held.shaped.intermediate) * inner
     )
@@ -288,49 +286,24 @@ def _pass_bytes(held: Held, run: Run) -> int:
 # ----------------------------------------------------------------------------------------- sampling
 
 
-def cache_bytes(held: Held, run: Run) -> int:
-    """Bytes of one cached token: float32 weights keep float32 keys (after their norm and rotation),
-    values in the products' type.
-    """
-    return (
-        held.shaped.layers
-        * held.shaped.keys
-        * (WIDTH[held.dtype] + min(WIDTH[held.dtype], WIDTH[run.dtype]))
-    )
-
-
 def _sampling(out: Memory, run: Run, student: Held, guide: Held | None, step: Step) -> None:
-    """The sampler: an engine of its own, or the student's key-value cache, with as many rollouts at
-    once as half of the free memory holds.
-    """
-    spec, shape = run.sampler_spec, student.shaped
-    if isinstance(spec, ServerSettings):
-        return
-    if isinstance(spec, VllmSettings):
-        width = engine_width(run, spec, student)
-        weights = shape.parameters * width
-        whole = spec.gpu_memory_utilization * out.device.memory
-        size = whole if spec.kv_cache_memory_bytes is None else weights + spec.kv_cache_memory_bytes
-        out.add(
-            "sampler's vLLM engine",
-            max(size, weights),
-            ("sample",) if spec.enable_sleep_mode else PHASES,
+    """What writes the rollouts, and how many at once."""
+    device = out.device
+    room = run.sampler_settings.room(
+        Sizes(
+            student,
+            guide,
+            run.dtype,
+            step.rollouts,
+            step.longest,
+            device.memory,
+            out.free("sample"),
+            device.gpu,
         )
-        fitting = int(max(0, size - weights)) // (
-            2 * shape.layers * shape.keys * width * step.longest
-        )
-        out.rows = max(1, min(step.rollouts, spec.max_num_seqs, fitting))
-        return
-    planned = 2 * shape.layers * shape.keys * WIDTH[student.dtype]  # as the sampler counts
-    room = FREE_SHARE * out.free("sample") if out.device.gpu else CPU_BYTES
-    fitting = (spec.max_batch_tokens or int(room / planned)) // step.longest
-    out.rows = max(1, min(step.rollouts, fitting))
-    size = (
-        out.rows
-        * step.longest
-        * sum(cache_bytes(held, run) for held in (student, guide) if held is not None)
     )
-    out.add(f"key-value cache of {out.rows} rollouts at once", size, ("sample",))
+    if room is not None:
+        out.rows = room.rows
+        out.add(room.name, room.bytes, PHASES if room.always else ("sample",))
 
 
 def _chunk(free: int, entries: int, device: Device) -> int:

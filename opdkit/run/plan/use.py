@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from opdkit.methods.method import Method
-from opdkit.run.plan.devices import Device, device_of
-from opdkit.run.plan.models import Held, models_of
-from opdkit.run.plan.work import USUAL, Load, peak, phases, product_width
+from opdkit.models.held import Held
+from opdkit.run.plan.devices import Device, find_device
+from opdkit.run.plan.models import models_of
+from opdkit.run.plan.work import USUAL, Load, peak, phases
 from opdkit.run.prompts import from_cache
 from opdkit.run.settings import Run
 from opdkit.types import Rollout
@@ -41,7 +42,7 @@ class Use:
         )
         load = Load(len({r.group for r in rollouts}), len(rollouts), prompt, response)
         longest = max((len(r.tokens) for r in rollouts), default=1)
-        per_second = peak(self.device, product_width(self.run, self.models[0]))
+        per_second = peak(self.device, self.models[0].product_width(self.run.dtype))
         found = phases(self.run, self.method, self.models, load, longest, n, self.device, USUAL)
         work = {phase.name: phase.operations for phase in found}
         shares = {
@@ -56,7 +57,7 @@ class Use:
 
 def use_of(run: Run) -> Use | None:
     """For a run whose models are given by name, on a device whose peak is known."""
-    method, device = from_cache(run.method_spec.load(), run), device_of(setting=run.device)
+    method, device = from_cache(run.method_spec.load(), run), find_device(setting=run.device)
     if not device.tflops:
         return None
     once = replace(run, gradient_checkpointing=False)

@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from opdkit.base.errors import UserError
 from opdkit.curricula import reads_cache
 from opdkit.methods.method import Method
+from opdkit.models.held import ENGINE, Held
+from opdkit.models.shapes import Shape
 from opdkit.objective.facts import VocabularyFact
 from opdkit.objective.grammar import RolloutLoss
 from opdkit.objective.needs import Needs
 from opdkit.run.plan.devices import Device
-from opdkit.run.plan.memory import Step, cache_bytes, scored, trained, trained_width
-from opdkit.run.plan.models import ENGINE, WIDTH, Held, engine_width
-from opdkit.run.plan.shapes import Shape
+from opdkit.run.plan.memory import Step, scored, trained, trained_width
 from opdkit.run.settings import Run
-from opdkit.sampling.server import ServerSettings
-from opdkit.sampling.vllm import VllmSettings
 
 OPTIMISER = 10  # numbers read and written per parameter: gradient norm and clipping 3, AdamW 7
 MEAN_PROMPT = 200  # tokens of a prompt: a word problem in a chat template
@@ -160,35 +158,25 @@ def phases(
     return [*out, learning(run, method, models, load, device, rates)]
 
 
-def product_width(run: Run, held: Held) -> int:
-    """Bytes of a number in a model's matrix products."""
-    return min(WIDTH[held.dtype], WIDTH[run.dtype])
-
-
 def sampling(
     run: Run, student: Held, load: Load, longest: int, rows: int, device: Device, rates: Rates
 ) -> Phase:
     """Prompts once per group, then one token of every open rollout at a time; some rollout runs to
     the limit.
     """
-    shape, spec = student.shaped, run.sampler_spec
+    shape = student.shaped
     prompts = forward(shape, load.prompts * load.prompt, load.prompts * load.prompt**2 / 2)
     # tokens attended to, in all
     context = load.rollouts * (load.prompt * load.response + load.response**2 / 2)
     decoding = forward(shape, load.written, context) + 2 * shape.head * load.written
-    if isinstance(spec, ServerSettings):
+    pace = run.sampler_settings.pace(student, run.dtype, rates.launch, rates.graph)
+    if pace is None:
         return Phase("sample", 0.0, prompts + decoding, "by servers, whose time is not counted")
-    if isinstance(spec, VllmSettings):
-        width = engine_width(run, spec, student)
-        weight, cached, launch = width, 2 * shape.layers * shape.keys * width, rates.graph
-    else:
-        width = product_width(run, student)
-        weight, cached, launch = width, cache_bytes(student, run), rates.launch
     steps = max(longest, load.written / rows)
-    read = steps * weight * (shape.active + shape.head) + context * cached
-    speed = peak(device, width)
+    read = steps * pace.width * (shape.active + shape.head) + context * pace.cached
+    speed = peak(device, pace.width)
     bounds = {
-        "starting kernels": steps * shape.layers * launch,
+        "starting kernels": steps * shape.layers * pace.launch,
         "bandwidth": over(read, 1e12 * device.bandwidth * rates.read),
         "arithmetic": over(decoding, speed * rates.score),
     }
@@ -217,7 +205,9 @@ def scoring(
             + 2 * held.shaped.head * load.written * reads_numbers
         )
         operations += held.share * work
-        seconds += over(held.share * work, peak(device, product_width(run, held)) * rates.score)
+        seconds += over(
+            held.share * work, peak(device, held.product_width(run.dtype)) * rates.score
+        )
     names = ", ".join(held.role for held in here)
     return Phase(
         "score", seconds, operations, f"one pass of {names}" if names else "nothing in this process"
@@ -245,7 +235,7 @@ def learning(
         * trained(shape, run.lora)
         * trained_width(run)
     )
-    seconds = over(fast, peak(device, product_width(run, student)) * rates.learn)
+    seconds = over(fast, peak(device, student.product_width(run.dtype)) * rates.learn)
     seconds += over(slow, peak(device, 4) * rates.wide) + over(
         moved, 1e12 * device.bandwidth * rates.read
     )

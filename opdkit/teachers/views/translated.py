@@ -15,8 +15,10 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError
 from opdkit.data import Prompts
+from opdkit.models.body import shared_vocabulary
 from opdkit.models.layout import Layout
 from opdkit.models.token_bytes import TokenBytes, same_tokens, token_bytes
+from opdkit.models.tokenizers import real_vocabulary
 from opdkit.objective.alignment import EOS, OUT, AlignedSource, Alignment
 from opdkit.objective.head import Head, flat_positions
 from opdkit.teachers.base import Scorer, cut, heads_of
@@ -24,7 +26,7 @@ from opdkit.types import Rollout
 
 
 @dataclass(frozen=True)
-class Familiar:
+class SameTokenizer:
     """A teacher with the student's tokenizer, for methods that take any: its spans are the
     tokens.
     """
@@ -36,8 +38,8 @@ class Familiar:
     def heads(self) -> Sequence[Head]:
         return heads_of(self.scorer)
 
-    def cut(self, vocab: int | None) -> Familiar:
-        return Familiar(cut(self.scorer, vocab), self.stops)
+    def cut(self, vocab: int | None) -> SameTokenizer:
+        return SameTokenizer(cut(self.scorer, vocab), self.stops)
 
     def source(self, layout: Layout, positions: Tensor) -> AlignedSource:
         """The teacher at the student's own tokens."""
@@ -143,6 +145,24 @@ class Translated:
             )
 
 
+def as_span_teacher(
+    local: Any, theirs: Any, student: Any, stops: Collection[int], questions: Mapping[str, Any]
+) -> SameTokenizer | Translated:
+    """A teacher in this process as methods take it that compare spans of text.
+
+    Arguments:
+        local: its scorer over its own token ids.
+        theirs: its tokenizer; None: the student's.
+        student: the student's tokenizer.
+        stops: ids that end the student's responses.
+        questions: the settings of `Prompts` with which the student is asked.
+    """
+    if theirs is None:
+        return SameTokenizer(local, frozenset(stops))
+    own = cut(local, shared_vocabulary([local.head], real_vocabulary(theirs)))
+    return translated(own, student, theirs, stops, questions)
+
+
 def translated(
     scorer: Any, student: Any, tokenizer: Any, stops: Collection[int], asked: Mapping[str, Any]
 ) -> Translated:
@@ -171,9 +191,9 @@ def translated(
     )
 
 
-def spoken(scorer: Any) -> tuple[Any, Any]:
+def model_and_tokenizer(scorer: Any) -> tuple[Any, Any]:
     """The model behind a teacher, and its tokenizer where that is not the student's."""
-    if isinstance(scorer, Familiar):
+    if isinstance(scorer, SameTokenizer):
         return scorer.scorer, None
     return (scorer.scorer, scorer.tokenizer) if isinstance(scorer, Translated) else (scorer, None)
 

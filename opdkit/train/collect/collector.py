@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from opdkit.curricula import Writer
 from opdkit.rewards import Reward
 from opdkit.train.collect.filters import Filter
-from opdkit.types import Prompt, Rollout, Sampling
-
-
-class Sampler(Protocol):
-    """What lets the student write its responses."""
-
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        seed: int,
-        step: int,
-        policy_version: int,
-    ) -> list[Rollout]: ...
-
-    def sync(self, model: Any, version: int) -> None:
-        """Take over the student's weights after an optimiser step."""
-        ...
+from opdkit.types import Prompt, Rollout, Sampler, Sampling
 
 
 class Questions(Protocol):

@@ -26,7 +26,7 @@ from opdkit.objective.needs import Needs
 from opdkit.recipes import arithmetic
 from opdkit.teachers import LocalModel, Routed
 from opdkit.teachers.views.translated import (
-    Familiar,
+    SameTokenizer,
     Translated,
     common_ends,
     refuse_chat,
@@ -35,9 +35,9 @@ from opdkit.teachers.views.translated import (
 )
 from opdkit.train.gather import gather
 from opdkit.types import Rollout
+from tests.common.other_tokenizers import normalising, sentencepiece, teacher_of
 from tests.common.rounding import rounding
 from tests.common.tiny import tiny_model, tiny_tokenizer
-from tests.common.tongues import normalising, sentencepiece, teacher_of
 
 END = 2  # id of the end of sequence in all of them
 PLAIN: dict[str, Any] = {"template": None, "system": None, "chat": False, "enable_thinking": None}
@@ -86,10 +86,10 @@ def rollout(
     )
 
 
-def source(heard: Any, rollouts: list[Rollout]) -> Any:
+def source(scorer: Any, rollouts: list[Rollout]) -> Any:
     width = max(len(r.tokens) for r in rollouts)
     mask = torch.arange(width) < torch.tensor([len(r.tokens) for r in rollouts])[:, None]
-    return heard.source(Layout(rollouts, width), flat_positions(mask))
+    return scorer.source(Layout(rollouts, width), flat_positions(mask))
 
 
 # -------------------------------------------------------------------------------------------- bytes
@@ -235,8 +235,8 @@ def test_special_tokens_in_the_middle_are_their_text_and_the_end_of_sequence_is_
 
 
 def test_only_an_end_of_sequence():
-    heard = teacher("sentencepiece")
-    found = source(heard, [rollout([END]), rollout([], name="0/1"), rollout([5, 6], name="0/2")])
+    scorer = teacher("sentencepiece")
+    found = source(scorer, [rollout([END]), rollout([], name="0/1"), rollout([5, 6], name="0/2")])
     assert found.alignment.student_ends.tolist() == [[EOS, OUT], [OUT, OUT], [1, 2]]
     for skip, ends in ((True, [[0, 0], [0, 0], [1, 1]]), (False, [[1, 0], [0, 0], [1, 1]])):
         fact = SpanFact("teacher", "tokens", "bayesian", not skip)
@@ -246,18 +246,18 @@ def test_only_an_end_of_sequence():
 # ------------------------------------------------------------------------------------ distributions
 
 
-def naive(heard: Translated, r: Rollout, ids: list[int]) -> torch.Tensor:
+def naive(scorer: Translated, r: Rollout, ids: list[int]) -> torch.Tensor:
     """[U, V]: log-probs of the teacher's tokens of a response, alone."""
-    prompt = heard.prompt(r)
+    prompt = scorer.prompt(r)
     with torch.no_grad():
-        logits = heard.scorer.model(input_ids=torch.tensor([prompt + ids])).logits[0]
+        logits = scorer.scorer.model(input_ids=torch.tensor([prompt + ids])).logits[0]
     return logits[len(prompt) - 1 : -1].log_softmax(-1)
 
 
 @pytest.mark.parametrize("merge", ["bayesian", "observed", "index"])
 @pytest.mark.parametrize("kind", ["sentencepiece", "with a space in front", "NFC"])
 def test_distributions_and_factors_are_those_of_each_row_alone(kind, merge):
-    heard, encode = teacher(kind), tokenizer("bytes")
+    scorer, encode = teacher(kind), tokenizer("bytes")
     texts = ["3 + 4 = 7. So the answer", "Let us think step", "日本 café", "x"]
     ends = [[END], [], [END], []]
     ids = [
@@ -265,7 +265,7 @@ def test_distributions_and_factors_are_those_of_each_row_alone(kind, merge):
         for text, end in zip(texts, ends)
     ]
     rows = [rollout(x, f"Tom has {i}", f"0/{i}") for i, x in enumerate(ids)]
-    found = source(heard, rows)
+    found = source(scorer, rows)
     width = max(len(r.tokens) for r in rows)
     mask = torch.arange(width) < torch.tensor([len(r.tokens) for r in rows])[:, None]
     facts = {
@@ -283,7 +283,7 @@ def test_distributions_and_factors_are_those_of_each_row_alone(kind, merge):
         ids = found.alignment.tokens[b].tolist()
         n, end, m = (int(x) for x in spans[position])
         last = end % found.alignment.ends.shape[1]
-        alone = naive(heard, rows[b], ids)
+        alone = naive(scorer, rows[b], ids)
         row = last - m + 1 if merge == "observed" else last
         torch.testing.assert_close(
             pair.vocabulary.logits[i].log_softmax(-1), alone[row], rtol=0, atol=1e-9
@@ -298,18 +298,18 @@ def test_distributions_and_factors_are_those_of_each_row_alone(kind, merge):
 
 def test_the_start_of_sequence_is_on_one_side_only():
     """V3."""
-    heard = teacher("with a space in front")
+    scorer = teacher("with a space in front")
     row = rollout([5, 6])
-    assert heard.prompt(row)[0] == 1 and row.prompt == tokenizer("bytes")("Tom has")["input_ids"]
+    assert scorer.prompt(row)[0] == 1 and row.prompt == tokenizer("bytes")("Tom has")["input_ids"]
 
 
 def test_the_teacher_is_asked_in_its_own_chat_template():
     student, other = tiny_tokenizer(), sentencepiece(chat=True)
     model = teacher_of(other)
     asked = {"template": None, "system": "Be brief.", "chat": True, "enable_thinking": None}
-    heard = translated(LocalModel(model, head_of(model)), student, other, {END}, asked)
+    scorer = translated(LocalModel(model, head_of(model)), student, other, {END}, asked)
     assert (
-        other.decode(heard.prompt(rollout([5])))
+        other.decode(scorer.prompt(rollout([5])))
         == "<turn>system\nBe brief.</s>\n<turn>user\nTom has</s>\n<turn>assistant\n"
     )
     with pytest.raises(
@@ -319,12 +319,12 @@ def test_the_teacher_is_asked_in_its_own_chat_template():
 
 
 def test_without_a_prompt_the_first_span_is_left_out():
-    heard, ids = (
+    scorer, ids = (
         teacher("sentencepiece"),
         tokenizer("bytes")("Tom buys", add_special_tokens=False)["input_ids"],
     )
-    found = source(replace(heard, prompt=lambda r: []), [rollout([*ids, END])])
-    first = source(heard, [rollout([*ids, END])])
+    found = source(replace(scorer, prompt=lambda r: []), [rollout([*ids, END])])
+    first = source(scorer, [rollout([*ids, END])])
     whole = torch.ones(1, len(ids) + 1, dtype=torch.bool)
     fact = SpanFact("teacher", "tokens", "bayesian", True)
     a, b = found.read(fact, whole)[0].tolist(), first.read(fact, whole)[0].tolist()
@@ -333,7 +333,7 @@ def test_without_a_prompt_the_first_span_is_left_out():
 
 def test_a_response_longer_than_the_teacher_reads_is_refused():
     short = teacher_of(tokenizer("sentencepiece"), max_position_embeddings=12)
-    heard = translated(
+    scorer = translated(
         LocalModel(short, head_of(short)),
         tokenizer("bytes"),
         tokenizer("sentencepiece"),
@@ -341,7 +341,7 @@ def test_a_response_longer_than_the_teacher_reads_is_refused():
         PLAIN,
     )
     with pytest.raises(UserError, match="the teacher reads 12: lower max_completion_length"):
-        source(heard, [rollout(tokenizer("bytes")("Tom buys apples")["input_ids"])])
+        source(scorer, [rollout(tokenizer("bytes")("Tom buys apples")["input_ids"])])
 
 
 # ----------------------------------------------------------------------------------------- the same
@@ -379,9 +379,9 @@ def test_one_tokenizer_is_known_whatever_the_matrices():
     """
     assert same_tokenizer(tokenizer("bytes"), tiny_tokenizer(chat_template=False)) is None
     model = tiny_model("llama", 334, seed=3).double()  # 14 rows that pad
-    heard = Familiar(LocalModel(model, head_of(model)), frozenset({END})).cut(320)
+    scorer = SameTokenizer(LocalModel(model, head_of(model)), frozenset({END})).cut(320)
     odd = [200, END, 201, END]  # no text at all
-    found = source(heard, [rollout(odd), rollout([5], name="0/1")])
+    found = source(scorer, [rollout(odd), rollout([5], name="0/1")])
     assert (
         found.alignment.student_ends.tolist() == [[1, 2, 3, EOS], [1, OUT, OUT, OUT]]
         and found.vocabulary == 320
@@ -432,8 +432,8 @@ def test_a_step_with_teachers_of_several_tokenizers_is_the_mean_of_its_rows(name
     """
     student = tiny_model("qwen3", seed=1).double()
     own = tiny_model("llama", seed=2).double()
-    heard = {
-        "near": Familiar(LocalModel(own, head_of(own)), frozenset({END})),
+    scorer = {
+        "near": SameTokenizer(LocalModel(own, head_of(own)), frozenset({END})),
         "far": teacher("sentencepiece"),
         "farther": teacher("with a space in front"),
     }
@@ -452,7 +452,7 @@ def test_a_step_with_teachers_of_several_tokenizers_is_the_mean_of_its_rows(name
         )
         made.row["teacher"] = route
         rows.append(made)
-    scorers = {"student": LocalModel(student, head_of(student)), "teacher": Routed(heard)}
+    scorers = {"student": LocalModel(student, head_of(student)), "teacher": Routed(scorer)}
     whole = gradient(method, student, scorers, rows)
     torch.testing.assert_close(
         gradient(method, student, scorers, rows, chunk=1), whole, rtol=1e-9, atol=1e-12
@@ -463,7 +463,7 @@ def test_a_step_with_teachers_of_several_tokenizers_is_the_mean_of_its_rows(name
         alone = gradient(
             method,
             student,
-            {"student": scorers["student"], "teacher": heard[r.row["teacher"]]},
+            {"student": scorers["student"], "teacher": scorer[r.row["teacher"]]},
             [r],
         )
         near = r.row["teacher"] == "near" and name != "uld"

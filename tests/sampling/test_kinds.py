@@ -6,8 +6,9 @@ import pytest
 
 from opdkit import UserError
 from opdkit.run.settings import make_run
+from opdkit.sampling.hf_settings import HfSettings
+from opdkit.sampling.kinds import sampler_of
 from opdkit.sampling.server import ServerSettings
-from opdkit.sampling.spec import HfSettings, sampler_of
 from opdkit.sampling.vllm import VllmSettings
 
 RUN = {"student": "s", "teacher": "t", "data": "d"}

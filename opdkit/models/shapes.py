@@ -9,10 +9,9 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from opdkit.models.load import parameter_count
-from opdkit.train.settings import Lora
 
 # Qwen3's dense models as published: hidden size, layers, heads, intermediate size, whether the head
 # is the embedding
@@ -25,6 +24,20 @@ QWEN3 = {
     "32B": (5120, 64, 64, 25600, False),
 }
 NAMED = re.compile(r"Qwen/Qwen3-(0\.6B|1\.7B|4B|8B|14B|32B)(-Base|-Instruct-2507|-Thinking-2507)?")
+
+
+class Adapters(Protocol):
+    """The low-rank adapters of a run (see `train.settings.Lora`)."""
+
+    @property
+    def r(self) -> int:
+        """Their rank."""
+        ...
+
+    @property
+    def targets(self) -> str | tuple[str, ...]:
+        """Which layers get them, by peft's rules."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ class Shape:
     def keys(self) -> int:
         return self.kv_heads * self.head_dim
 
-    def adapted(self, lora: Lora) -> list[Linear]:
+    def adapted(self, lora: Adapters) -> list[Linear]:
         """The layers that get adapters, by peft's rules."""
         targets = lora.targets
         if targets == "all-linear":
@@ -79,7 +92,7 @@ class Shape:
             x for x in self.linears if any(x.name == t or x.name.endswith(f".{t}") for t in targets)
         ]
 
-    def adapters(self, lora: Lora) -> int:
+    def adapters(self, lora: Adapters) -> int:
         """Parameters of the adapters."""
         return sum(lora.r * (x.inputs + x.outputs) for x in self.adapted(lora))
 

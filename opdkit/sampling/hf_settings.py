@@ -1,0 +1,48 @@
+"""The kind of sampler that is the student itself, in this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdkit.models.held import WIDTH, Held
+from opdkit.sampling.kv_cache import CPU_BYTES, FREE_SHARE
+from opdkit.sampling.settings import Pace, Room, SamplerContext, SamplerSettings, Sizes
+from opdkit.types import Sampler
+
+
+@dataclass(frozen=True)
+class HfSettings(SamplerSettings):
+    """The sampler in this process, on the student itself: nothing has to be sent anywhere."""
+
+    kind = "hf"
+    on_student = True
+    # rows x longest possible row; null: half of a GPU's free memory, 2 GiB of a CPU's
+    max_batch_tokens: int | None = None
+
+    def open(self, context: SamplerContext) -> Sampler:
+        from opdkit.sampling.hf import HFSampler
+
+        return HFSampler(
+            context.model,
+            context.tokenizer,
+            head=context.head,
+            max_batch_tokens=self.max_batch_tokens,
+            guide=context.guide,
+            watch=context.watch,
+        )
+
+    def room(self, sizes: Sizes) -> Room:
+        """The key-value cache, with as many rollouts at once as half of the free memory holds."""
+        shape = sizes.student.shaped
+        # as the sampler counts
+        planned = 2 * shape.layers * shape.keys * WIDTH[sizes.student.dtype]
+        memory = FREE_SHARE * sizes.free if sizes.gpu else CPU_BYTES
+        fitting = (self.max_batch_tokens or int(memory / planned)) // sizes.longest
+        rows = max(1, min(sizes.rollouts, fitting))
+        models = [held for held in (sizes.student, sizes.guide) if held is not None]
+        token = sum(held.cached_token(sizes.products) for held in models)
+        name = f"key-value cache of {rows} rollouts at once"
+        return Room(name, rows * sizes.longest * token, rows)
+
+    def pace(self, student: Held, products: str, launch: float, graph: float) -> Pace:
+        return Pace(student.product_width(products), student.cached_token(products), launch)

@@ -1,0 +1,58 @@
+"""What a teacher may use of a run to open itself, and what has been opened so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from opdkit.curricula import Curriculum
+from opdkit.objective.needs import Needs
+
+
+class Reader(Protocol):
+    """The method that reads the teacher (see `methods.Method`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def needs(self) -> Needs: ...
+    @property
+    def curriculum(self) -> Curriculum: ...
+    @property
+    def teacher_mix(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """A run as its teacher sees it."""
+
+    method: Reader
+    tokenizer: Any  # the student's
+    device: str = "cpu"
+    dtype: str = "float32"  # of a teacher that does not say its own
+    trust_remote_code: bool = False
+    # how the student is asked: `data.Prompts`' template, system, chat and enable_thinking
+    questions: Mapping[str, Any] = field(default_factory=lambda: {"chat": False})
+    # ids that end the student's responses; empty until the student is loaded
+    stops: frozenset[int] = frozenset()
+    # a loaded model in place of the one that the settings name, or such models by route; None: load
+    given: Any = None
+    given_tokenizer: Any = None  # of a given model; None: the student's
+    # the loaded student, where a caller gave one: a teacher that is the same object is a copy of it
+    given_student: Any = None
+    # whether token ids must be the student's whatever the method reads: of one in a mixture
+    by_ids: bool = False
+    opened: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns; the next time for the same key the same object again."""
+        if key not in self.opened:
+            self.opened[key] = make()
+        return self.opened[key]
+
+    def on_route(self, name: str) -> TeacherContext:
+        """The same for the teacher of one route, which alone may have been given as an object."""
+        given = self.given.get(name) if isinstance(self.given, Mapping) else self.given
+        # of several teachers some may be given, others named
+        return replace(self, given=None if isinstance(given, str) else given)
