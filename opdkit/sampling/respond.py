@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from opdkit.base.errors import UserError
 from opdkit.objective.head import Head
-from opdkit.sampling.finish import Response
+from opdkit.sampling.finish import Response, Tick
 from opdkit.types import Prompt, Sampling
 
 COLDEST, HOTTEST = 0.01, 2.0  # temperatures between which vLLM samples
@@ -56,7 +56,7 @@ def respond(
     ids: Sequence[str],
     stops: Collection[int],
     seed: int,
-    progress: Callable[[int], object] | None = None,
+    progress: Tick | None = None,
 ) -> list[Response]:
     """The responses of rollouts `ids`, `num_generations` per prompt, prefixes included."""
     n = sampling.num_generations

@@ -32,9 +32,9 @@ from opdkit.models.engines.weights import (
 from opdkit.models.load import CausalLM
 from opdkit.models.tokenizers import real_vocabulary, stop_ids
 from opdkit.objective.head import Head
+from opdkit.sampling.check import check_prompts
 from opdkit.sampling.draws import check_sampling
-from opdkit.sampling.finish import finish, rollout_ids
-from opdkit.sampling.hf import Progress, check_prompts
+from opdkit.sampling.finish import Tick, finish, rollout_ids
 from opdkit.sampling.respond import (
     HOTTEST,
     Drawn,
@@ -209,7 +209,7 @@ class ServerSampler:
         seed: int = 0,
         step: int | None = 0,
         policy_version: int = 0,
-        progress: Progress | None = None,
+        progress: Tick | None = None,
     ) -> list[Rollout]:
         """All responses to the first prompt, then to the second, ...: see `HFSampler.sample`."""
         check_sampling(sampling)

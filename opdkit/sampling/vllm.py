@@ -24,9 +24,9 @@ from opdkit.models.engines.weights import (
 from opdkit.models.load import CausalLM
 from opdkit.models.tokenizers import real_vocabulary, stop_ids
 from opdkit.objective.head import Head
+from opdkit.sampling.check import check_prompts
 from opdkit.sampling.draws import check_sampling
-from opdkit.sampling.finish import finish, rollout_ids
-from opdkit.sampling.hf import Progress, check_prompts
+from opdkit.sampling.finish import Tick, finish, rollout_ids
 from opdkit.sampling.respond import Drawn, Request, check_engine, ended, padded, real_rows, respond
 from opdkit.types import Prompt, Rollout, Sampling
 
@@ -127,7 +127,7 @@ class VllmSampler:
         seed: int = 0,
         step: int | None = 0,
         policy_version: int = 0,
-        progress: Progress | None = None,
+        progress: Tick | None = None,
     ) -> list[Rollout]:
         """All responses to the first prompt, then to the second, ...: see `HFSampler.sample`."""
         check_sampling(sampling)
