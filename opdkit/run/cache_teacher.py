@@ -37,7 +37,7 @@ from opdkit.teachers import route
 from opdkit.teachers.base import cut, heads_of
 from opdkit.teachers.kinds import Cached, Local, Mixture, Routes, Server, Spec, Vllm, refuse, specs
 from opdkit.train.gather import gather
-from opdkit.types import Rollout, Watch
+from opdkit.types import Rollout, Sampling, Watch
 
 MOST_NUMBERS = (1 << 31) - 1  # in one column of a shard: Arrow counts a list's entries in 32 bits
 # of prompts and responses that the teacher scores at once: what is held besides a shard's own
@@ -61,24 +61,7 @@ def cache_teacher(
     and called again it continues with the first shard that is not there, and rewrites those that
     are damaged; the same settings make the same bytes (on a CPU, whatever was interrupted).
     """
-    if top_k < 0 or prompts_per_shard < 1:
-        raise UserError(
-            f"top_k={top_k} must not be negative, and prompts_per_shard={prompts_per_shard} be at "
-            "least 1"
-        )
-    sampling = run.sampling
-    most = (
-        prompts_per_shard
-        * sampling.num_generations
-        * sampling.max_completion_length
-        * max(top_k, 1)
-    )
-    if most > MOST_NUMBERS:
-        raise UserError(
-            f"a file of {prompts_per_shard} prompts may hold {most:,} numbers in one column, more "
-            f"than the {MOST_NUMBERS:,} that fit: lower --prompts-per-shard to "
-            f"{max(prompts_per_shard * MOST_NUMBERS // most, 1)}"
-        )
+    _refuse_sizes(run.sampling, top_k, prompts_per_shard)
     folder, method = Path(folder), reading(top_k)
     _refuse(run, method)
     rows = read_rows(run.prompts, None, run.seed)
@@ -120,6 +103,27 @@ def cache_teacher(
         sampler,
         lambda rollouts: _scored(rollouts, teacher, method, device),
     )
+
+
+def _refuse_sizes(sampling: Sampling, top_k: int, prompts_per_shard: int) -> None:
+    """Shards that are none, or that no file holds."""
+    if top_k < 0 or prompts_per_shard < 1:
+        raise UserError(
+            f"top_k={top_k} must not be negative, and prompts_per_shard={prompts_per_shard} be at "
+            "least 1"
+        )
+    most = (
+        prompts_per_shard
+        * sampling.num_generations
+        * sampling.max_completion_length
+        * max(top_k, 1)
+    )
+    if most > MOST_NUMBERS:
+        raise UserError(
+            f"a file of {prompts_per_shard} prompts may hold {most:,} numbers in one column, more "
+            f"than the {MOST_NUMBERS:,} that fit: lower --prompts-per-shard to "
+            f"{max(prompts_per_shard * MOST_NUMBERS // most, 1)}"
+        )
 
 
 def _opened(run: Run, method: Method, prompts: Prompts, tokenizer: Any) -> tuple[Any, Any, str]:

@@ -52,9 +52,7 @@ class Decoding:
     head: Head
     prompts: Sequence[Prompt]
     sampling: Sampling
-    ids: list[
-        str
-    ]  # of the rollouts, `num_generations` of the first prompt, then of the second, ...
+    ids: list[str]  # of the rollouts: `num_generations` of the first prompt, then of the second
     seed: int
     tick: Tick | None = None
     guide: Guide | None = None
