@@ -1,4 +1,4 @@
-"""What every sampler refuses: prompts that its model cannot continue."""
+"""What every sampler refuses: another model than its own, and prompts that it cannot continue."""
 
 from __future__ import annotations
 
@@ -52,3 +52,9 @@ def check_prompts(
                 "another model's tokenizer"
             )
     return max(len(p.tokens) for p in prompts) + sampling.max_completion_length
+
+
+def check_model(own: CausalLM, trained: CausalLM) -> None:
+    """Refuses to follow another model than the one that is sampled from."""
+    if trained is not own:
+        raise ValueError("this sampler samples from another model than the one that was trained")

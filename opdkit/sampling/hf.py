@@ -16,7 +16,7 @@ from opdkit.models.load import CausalLM, evaluating
 from opdkit.models.tokenizers import real_vocabulary
 from opdkit.objective.head import Head
 from opdkit.sampling.attention import decoding
-from opdkit.sampling.check import check_prompts
+from opdkit.sampling.check import check_model, check_prompts
 from opdkit.sampling.decode import Decoding, Guide
 from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.finish import Tick, finish, rollout_ids
@@ -62,10 +62,7 @@ class HFSampler:
         """After an optimiser step: the model in this process is the student itself, so there is
         nothing to copy.
         """
-        if model is not self.model:
-            raise ValueError(
-                "this sampler samples from another model than the one that was trained"
-            )
+        check_model(self.model, model)
 
     def sample(
         self,
