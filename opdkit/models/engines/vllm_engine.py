@@ -225,8 +225,8 @@ class Engine:
     # -------------------------------------------------------------------------------------- weights
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """New weights by their names in the checkpoint: by reference, or through a folder where
-        other processes hold the model.
+        """New weights by their names in the checkpoint, [...] of any shape: by reference, or
+        through a folder where other processes hold the model.
         """
         if self.settings.tensor_parallel_size == 1:
             self.llm.collective_rpc("opdkit_load", args=(weights.items(),))
