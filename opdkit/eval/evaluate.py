@@ -92,22 +92,8 @@ def evaluate_model(
     if keep is not None:
         write_samples(keep, rollouts)
 
-    problems: dict[str, list[bool]] = {p.id: [] for p in prompts}
-    rewards = []
-    for r in rollouts:
-        if r.group not in problems or r.reward is None or r.correct is None:
-            raise RuntimeError(
-                f"rollout {r.id!r} of group {r.group!r} is of no prompt that was asked, or has no "
-                "reward"
-            )
-        problems[r.group].append(r.correct)
-        rewards.append(r.reward)
-    short = [problem for problem, samples in problems.items() if len(samples) != n]
-    if short:
-        raise RuntimeError(
-            f"the sampler gave {len(problems[short[0]])} instead of {n} samples of problem "
-            f"{short[0]!r}"
-        )
+    problems = _by_problem(prompts, rollouts, n)
+    rewards = [r.reward for r in rollouts if r.reward is not None]
     means = problem_means(list(problems.values()))
     lengths = [len(r.tokens) for r in rollouts]
     return EvalResult(
@@ -126,6 +112,27 @@ def evaluate_model(
         tokens=sum(lengths),
         per_problem=dict(zip(problems, means, strict=True)),
     )
+
+
+def _by_problem(
+    prompts: Sequence[Prompt], rollouts: Sequence[Rollout], n: int
+) -> dict[str, list[bool]]:
+    """By the id of a problem: which of its n samples are correct."""
+    problems: dict[str, list[bool]] = {p.id: [] for p in prompts}
+    for r in rollouts:
+        if r.group not in problems or r.reward is None or r.correct is None:
+            raise RuntimeError(
+                f"rollout {r.id!r} of group {r.group!r} is of no prompt that was asked, or has no "
+                "reward"
+            )
+        problems[r.group].append(r.correct)
+    short = [problem for problem, samples in problems.items() if len(samples) != n]
+    if short:
+        raise RuntimeError(
+            f"the sampler gave {len(problems[short[0]])} instead of {n} samples of problem "
+            f"{short[0]!r}"
+        )
+    return problems
 
 
 def _check(prompts: Sequence[Prompt], n: int, ks: Sequence[int]) -> None:

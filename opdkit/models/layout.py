@@ -69,8 +69,8 @@ class Layout:
         return torch.where(last >= 0, prompts + last, 0)
 
     def micro_batches(self, positions: Tensor, budget: int) -> list[Tensor]:
-        """Flat positions, split so that each part's rollouts fill at most `budget` padded tokens;
-        rollouts of like length together.
+        """Flat positions [N], split so that each part's rollouts fill at most `budget` padded
+        tokens; rollouts of like length together.
         """
         order, lengths = self._longest_first(positions)
         return self._split(
@@ -78,8 +78,8 @@ class Layout:
         )
 
     def portions(self, positions: Tensor, tokens: int) -> list[Tensor]:
-        """Flat positions, split so that each part's rollouts have about `tokens` tokens, padding
-        not counted.
+        """Flat positions [N], split so that each part's rollouts have about `tokens` tokens,
+        padding not counted.
         """
         order, lengths = self._longest_first(positions)
         number = np.cumsum(lengths, dtype=np.int64) // tokens

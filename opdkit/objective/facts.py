@@ -309,7 +309,9 @@ class TopFact(Fact):
         return noted.top_ids[..., : self.k]
 
     def metrics(self, facts: Mapping[Fact, Tensor], mask: Tensor) -> dict[str, Tensor]:
-        """The share of the student's and the teacher's top k that is the same."""
+        """The share of the student's and the teacher's top k that is the same, [], over `mask`
+        [B, T].
+        """
         other = TopFact("teacher", self.k)
         if self.model != "student" or other not in facts:
             return {}
@@ -358,7 +360,7 @@ class LogpAtFact(Fact):
         return noted.top_logp[..., : self.k]
 
     def metrics(self, facts: Mapping[Fact, Tensor], mask: Tensor) -> dict[str, Tensor]:
-        """The mass of a model on the top k, of student and teacher."""
+        """The mass of a model on the top k, of student and teacher, [], over `mask` [B, T]."""
         if not {self.model, self.owner} <= {"student", "teacher"}:
             return {}
         mass = facts[self][mask].exp().sum(-1).clamp_max(1.0).mean()

@@ -131,8 +131,8 @@ def ratio(live: Live, base: str | Signal) -> Tensor:
 def clipped(
     r: Tensor, credit: Tensor, low: float, high: float, dual: float | None = None
 ) -> Tensor:
-    """PPO's loss of ratios and credits of one shape: max(-A r, -A clip(r, 1 - low, 1 + high)); with
-    `dual`, at most -A dual where A < 0.
+    """PPO's loss of ratios and credits, [...] of one shape: max(-A r, -A clip(r, 1 - low, 1 +
+    high)); with `dual`, at most -A dual where A < 0.
     """
     loss = torch.maximum(-credit * r, -credit * r.clamp(1 - low, 1 + high))
     return (

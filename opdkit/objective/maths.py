@@ -251,26 +251,28 @@ def left_over(logp: Tensor) -> Tensor:
 
 
 def k1(d: Tensor) -> Tensor:
-    """d = log p_s - log p_t at a sampled token: unbiased for KL(student || teacher); its own
+    """d = log p_s - log p_t at sampled tokens, [...]: unbiased for KL(student || teacher); its own
     gradient is zero on average.
     """
     return d
 
 
 def k2(d: Tensor) -> Tensor:
-    """d^2 / 2: biased value, and on average exactly the gradient of KL(student || teacher)."""
+    """d^2 / 2, [...] as d: biased value, and on average exactly the gradient of KL(student ||
+    teacher).
+    """
     return 0.5 * d.square()
 
 
 def k3(d: Tensor) -> Tensor:
-    """exp(-d) + d - 1 >= 0: unbiased for KL(student || teacher), and on average the gradient of
-    KL(teacher || student).
+    """exp(-d) + d - 1 >= 0, [...] as d: unbiased for KL(student || teacher), and on average the
+    gradient of KL(teacher || student).
     """
     return torch.expm1(-d) + d
 
 
 def straight(value: Tensor, gradient: Tensor) -> Tensor:
-    """The value of one expression with the gradient of another."""
+    """The value of one expression with the gradient of another, both [...] of one shape."""
     return gradient + (value - gradient).detach()
 
 

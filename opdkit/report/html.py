@@ -97,67 +97,62 @@ def _fact(value: Any) -> str:
 
 def key_figures(run: RunData, standings: dict[str, Any]) -> list[dict[str, str]]:
     """The numbers at the top: a value, what it is, and what it was or what to hold it against."""
+    figures = [*_results(standings), *_learnt(run, res.STUDENT in standings)]
+    if run.steps:
+        trained = _total(run, "tokens/trained")
+        note = f"{number(trained)} tokens trained" if trained else ""
+        figures.append(_figure("Steps", f"{len(run.steps):,}", note))
+    seconds = _total(run, "seconds/step")
+    if seconds:
+        speed = _median(run, "tokens_per_second/step")
+        note = f"{number(speed)} tokens/s" if speed else ""
+        figures.append(_figure("Time", duration(seconds), note))
+    peak = max((v for v in run.metrics.get("memory/peak_gib", []) if v is not None), default=None)
+    if peak:
+        figures.append(_figure("Peak memory", f"{number(peak)} GiB"))
+    return figures
+
+
+def _figure(label: str, value: str, note: str = "", tone: str = "") -> dict[str, str]:
+    return {"label": label, "value": value, "note": note, "tone": tone}
+
+
+def _results(standings: dict[str, Any]) -> list[dict[str, str]]:
+    """How good the student became, and how near to the teacher."""
     figures = []
-
-    def add(label: str, value: str, note: str = "", tone: str = "") -> None:
-        figures.append({"label": label, "value": value, "note": note, "tone": tone})
-
     after, before = standings.get(res.STUDENT), standings.get(res.BEFORE)
     if after:
-        label = f"Student, Avg@{after.samples_per_problem}"
         gain = res.change(before, after) if before else None
-        tone = (
-            ""
-            if not gain
-            else "good"
-            if gain.interval.low > 0
-            else "bad"
-            if gain.interval.high < 0
-            else ""
-        )
-        note = (
-            res.points(gain)
-            if gain
-            else f"{number(before.avg_at_k.value, '%')} before"
-            if before
-            else ""
-        )
-        add(label, number(after.avg_at_k.value, "%"), note, tone)
+        tone = note = ""
+        if gain:
+            note = res.points(gain)
+            tone = "good" if gain.interval.low > 0 else "bad" if gain.interval.high < 0 else ""
+        elif before:
+            note = f"{number(before.avg_at_k.value, '%')} before"
+        label = f"Student, Avg@{after.samples_per_problem}"
+        figures.append(_figure(label, number(after.avg_at_k.value, "%"), note, tone))
     closed = res.gap_closed(standings)
     if closed is not None:
-        add(
-            "Teacher gap closed",
-            f"{100 * closed:.0f}%",
-            f"teacher {number(standings[res.TEACHER].avg_at_k.value, '%')}",
-        )
-    ends = [
-        ("KL to the teacher", "teacher_kl/sampled", "nats per token", ""),
-        *(
-            []
-            if after
-            else [
-                ("Training reward", "reward/mean", "", ""),
-                ("Correct in training", "correct/mean", "", "%"),
-            ]
-        ),
-    ]
+        note = f"teacher {number(standings[res.TEACHER].avg_at_k.value, '%')}"
+        figures.append(_figure("Teacher gap closed", f"{100 * closed:.0f}%", note))
+    return figures
+
+
+def _learnt(run: RunData, evaluated: bool) -> list[dict[str, str]]:
+    """What training itself says: its rewards where no evaluation says more."""
+    ends = [("KL to the teacher", "teacher_kl/sampled", "nats per token", "")]
+    if not evaluated:
+        ends += [
+            ("Training reward", "reward/mean", "", ""),
+            ("Correct in training", "correct/mean", "", "%"),
+        ]
+    figures = []
     for label, key, unit, kind in ends:
         known = [v for v in run.metrics.get(key, []) if v is not None]
         if known:
             first, last = _ends(known)
-            add(
-                label, number(last, kind), f"{unit + ', ' if unit else ''}was {number(first, kind)}"
-            )
-    if run.steps:
-        trained = _total(run, "tokens/trained")
-        add("Steps", f"{len(run.steps):,}", f"{number(trained)} tokens trained" if trained else "")
-    seconds = _total(run, "seconds/step")
-    if seconds:
-        speed = _median(run, "tokens_per_second/step")
-        add("Time", duration(seconds), f"{number(speed)} tokens/s" if speed else "")
-    peak = max((v for v in run.metrics.get("memory/peak_gib", []) if v is not None), default=None)
-    if peak:
-        add("Peak memory", f"{number(peak)} GiB")
+            note = f"{unit + ', ' if unit else ''}was {number(first, kind)}"
+            figures.append(_figure(label, number(last, kind), note))
     return figures
 
 

@@ -8,6 +8,7 @@ inside one long multiplication.
 from __future__ import annotations
 
 import pickle
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,3 +55,21 @@ class Guard:
         """
         good, value = self.jail.ask(pickle.dumps((arguments, seconds)).hex())
         return value if good else Failed(value)
+
+
+class Guarded(ABC):
+    """A reward that asks a library's scorer about responses."""
+
+    @property
+    @abstractmethod
+    def guard(self) -> Guard:
+        """Whom it asks."""
+
+    @property
+    def workers(self) -> int:
+        """Responses worth scoring at once."""
+        return self.guard.workers()
+
+    def check(self) -> None:
+        """Refuse a machine on which the scorer cannot be confined, before a run begins."""
+        self.guard.jail.check()

@@ -8,7 +8,7 @@ from typing import Any
 
 from opdkit.base.errors import UserError
 from opdkit.rewards.extract import boxed, spoken, stated
-from opdkit.rewards.guard import Failed, Guard
+from opdkit.rewards.guard import Failed, Guard, Guarded
 from opdkit.types import Rollout
 
 # characters of an answer; the largest grids of the library's tasks are a tenth of this
@@ -16,7 +16,7 @@ LONGEST = 20_000
 
 
 @dataclass(frozen=True)
-class ReasoningGym:
+class ReasoningGym(Guarded):
     """The scorer's value for the answer in <answer>, \\boxed, "answer: ..." or, without these, the
     whole response.
 
@@ -31,14 +31,6 @@ class ReasoningGym:
     @property
     def guard(self) -> Guard:
         return Guard("gym", "reasoning_gym", "ReasoningGym", self.unprotected)
-
-    @property
-    def workers(self) -> int:
-        return self.guard.workers()
-
-    def check(self) -> None:
-        """Refuse a machine on which scorers cannot be confined, before a run begins."""
-        self.guard.jail.check()
 
     def __call__(self, rollout: Rollout) -> float:
         task, config, entry = _entry(rollout)

@@ -18,7 +18,7 @@ from opdkit.rewards.extract import (
     stated,
     truth,
 )
-from opdkit.rewards.guard import Guard
+from opdkit.rewards.guard import Guard, Guarded
 from opdkit.rewards.quantity import clean, quantity
 from opdkit.types import Rollout
 
@@ -27,7 +27,7 @@ LONGEST = 400
 
 
 @dataclass(frozen=True)
-class Math:
+class Math(Guarded):
     r"""1.0 where the final answer equals row["answer"], else 0.0; cut responses are judged by what
     they contain.
 
@@ -42,14 +42,6 @@ class Math:
     @property
     def guard(self) -> Guard:
         return Guard("math", "math", "Math", self.unprotected)
-
-    @property
-    def workers(self) -> int:
-        return self.guard.workers()
-
-    def check(self) -> None:
-        """Refuse a machine on which math-verify cannot be confined, before a run begins."""
-        self.guard.jail.check()
 
     def __call__(self, rollout: Rollout) -> float:
         return float(right(rollout.text, truth(rollout, "math"), self.guard))

@@ -35,20 +35,36 @@ def doctor() -> str:
     """The machine, the packages, the path of each phase, and what a sandbox for generated code can
     enforce.
     """
+    lines = [*_machine(), *map(_package, PACKAGES), *_devices(), *_phases()]
+    lines.append(f"quantize      {available()}")
+    lines += [
+        f"{'confinement' if not i else '':<13} {line}"
+        for i, line in enumerate(workers.protection())
+    ]
+    return "\n".join(lines)
+
+
+def _machine() -> list[str]:
+    return [
+        f"python        {platform.python_version()} on {platform.system()} {platform.machine()}, "
+        f"{os.cpu_count()} cores",
+        f"memory        {_memory()}",
+        f"disk          {shutil.disk_usage('.').free / 2**30:.0f} GiB free here",
+    ]
+
+
+def _package(name: str) -> str:
+    try:
+        return f"{name:<13} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{name:<13} not installed"
+
+
+def _devices() -> list[str]:
+    """The GPUs, and how fast products are."""
     import torch
 
-    gpu = torch.cuda.is_available()
-    lines = [
-        f"python        {platform.python_version()} on {platform.system()} {platform.machine()}, "
-        f"{os.cpu_count()} cores"
-    ]
-    lines.append(f"memory        {_memory()}")
-    lines.append(f"disk          {shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
-    for package in PACKAGES:
-        try:
-            lines.append(f"{package:<13} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(f"{package:<13} not installed")
+    gpu, lines = torch.cuda.is_available(), []
     for i in range(torch.cuda.device_count() if gpu else 0):
         properties = torch.cuda.get_device_properties(i)
         lines.append(
@@ -62,37 +78,33 @@ def doctor() -> str:
         f"{products_per_second(d) / 1e12:.3g} in {str(d).removeprefix('torch.')}"
         for d in (torch.float32, torch.bfloat16)
     )
-    lines.append(
-        f"products      {rates} (10^12 operations per second, "
-        f"measured{'' if gpu else f', {torch.get_num_threads()} threads'})"
-    )
+    threads = "" if gpu else f", {torch.get_num_threads()} threads"
+    return [
+        *lines,
+        f"products      {rates} (10^12 operations per second, measured{threads})",
+    ]
+
+
+def _phases() -> list[str]:
+    """Which path each phase of a step takes here."""
+    import torch
+
+    gpu = torch.cuda.is_available()
     attention = "the stock attention" if gpu else "attention of one token as two products per layer"
-    lines.append(
-        "sample        sampler=hf: the student itself, prompts read once per group, rows come and "
-        f"go, {attention}"
-    )
     engine = importlib.util.find_spec("vllm") is not None
-    lines.append(
-        "              sampler=vllm: "
-        f"{'an engine in this process' if engine else 'not installed'}; sampler=server:URL: vllm "
-        "serve"
-    )
-    lines.append(
-        "score         hidden states of models in process, rows of like length together; logits "
-        "one chunk at a time"
-    )
     triton = importlib.util.find_spec("triton") is not None
     kernels = "Triton kernels" if gpu and triton else "formulas in cache-sized blocks"
-    lines.append(
+    return [
+        "sample        sampler=hf: the student itself, prompts read once per group, rows come and "
+        f"go, {attention}",
+        "              sampler=vllm: "
+        f"{'an engine in this process' if engine else 'not installed'}; sampler=server:URL: vllm "
+        "serve",
+        "score         hidden states of models in process, rows of like length together; logits "
+        "one chunk at a time",
         "learn         one chunked pass over the vocabulary for all terms, divergences by "
-        f"{kernels}; fused AdamW"
-    )
-    lines.append(f"quantize      {available()}")
-    lines += [
-        f"{'confinement' if not i else '':<13} {line}"
-        for i, line in enumerate(workers.protection())
+        f"{kernels}; fused AdamW",
     ]
-    return "\n".join(lines)
 
 
 def products_per_second(dtype: object) -> float:

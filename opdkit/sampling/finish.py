@@ -5,13 +5,14 @@ from the tokens they drew.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from opdkit.base.errors import UserError
 from opdkit.types import Notes, Prompt, Rollout, Sampling
 
+Tick = Callable[[int], object]  # is told how many rollouts are finished so far
 DECODE: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 

@@ -84,7 +84,9 @@ def join(first: DynamicCache, second: DynamicCache) -> None:
 
 
 def pad_left(states: Tensor, columns: int, dim: int) -> Tensor:
-    """Zeros before the columns along `dim`, up to `columns` of them."""
+    """Zeros before the columns along `dim`, up to `columns` of them: [B, c] to [B, columns] for
+    dim 1, and so on.
+    """
     missing = columns - states.shape[dim]
     if missing == 0:
         return states

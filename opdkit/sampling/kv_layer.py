@@ -26,7 +26,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Appends columns; returns all of them."""
+        """Appends columns [B, heads, c, width]; returns all of them."""
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.hold(key_states, value_states)
@@ -41,7 +41,9 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Takes these tensors as they are; the next update moves them to buffers with room."""
+        """Takes these tensors [B, heads, C, width] as they are; the next update moves them to
+        buffers with room.
+        """
         self.keys, self.values = self.buffers = (keys, values)
 
     def narrow(self, rows: int) -> None:

@@ -5,14 +5,22 @@ its log-probs are found.
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from opdkit.base.errors import UserError
+from opdkit.models.load import CausalLM
+from opdkit.models.tokenizers import stop_ids
 from opdkit.objective.head import Head
-from opdkit.sampling.finish import Response
-from opdkit.types import Prompt, Sampling
+from opdkit.sampling.check import check_prompts
+from opdkit.sampling.draws import check_sampling
+from opdkit.sampling.finish import Response, Tick, finish, rollout_ids
+from opdkit.types import Prompt, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 COLDEST, HOTTEST = 0.01, 2.0  # temperatures between which vLLM samples
 
@@ -38,15 +46,56 @@ class Drawn:
 class Writer(Protocol):
     """An engine that takes token ids and gives token ids."""
 
+    @abstractmethod
     def draw(self, requests: Sequence[Request], tick: Callable[[int], None] | None) -> list[Drawn]:
         """A continuation of each; `tick` hears how many are finished."""
         ...
 
+    @abstractmethod
     def score(
         self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str]
     ) -> list[list[float]]:
         """Log-probs of sequence[start:] under the plain softmax; `who` names each in errors."""
         ...
+
+
+class EngineSampler(Writer):
+    """A sampler whose responses an engine writes: what one call does, in order."""
+
+    model: CausalLM
+    tokenizer: PreTrainedTokenizerBase
+    head: Head
+    limit: int  # tokens that the engine reads
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int = 0,
+        step: int | None = 0,
+        policy_version: int = 0,
+        progress: Tick | None = None,
+    ) -> list[Rollout]:
+        """All responses to the first prompt, then to the second, ...: see `HFSampler.sample`."""
+        check_sampling(sampling)
+        if not prompts:
+            return []
+        check_engine(sampling, check_prompts(prompts, sampling, self.model, self.head), self.limit)
+        self.ready(sampling, policy_version)
+        ids = rollout_ids(prompts, sampling, step)
+        responses = respond(
+            self, prompts, sampling, ids, stop_ids(self.model, self.tokenizer), seed, progress
+        )
+        self.rest()
+        return finish(prompts, sampling, ids, responses, self.tokenizer, policy_version)
+
+    @abstractmethod
+    def ready(self, sampling: Sampling, policy_version: int) -> None:
+        """Before anything is drawn: the engine has the student's weights, and can sample so."""
+
+    def rest(self) -> None:
+        """Nothing more is asked until the next call."""
 
 
 def respond(
@@ -56,7 +105,7 @@ def respond(
     ids: Sequence[str],
     stops: Collection[int],
     seed: int,
-    progress: Callable[[int], object] | None = None,
+    progress: Tick | None = None,
 ) -> list[Response]:
     """The responses of rollouts `ids`, `num_generations` per prompt, prefixes included."""
     n = sampling.num_generations
@@ -78,27 +127,9 @@ def respond(
         for i in range(len(ids))
         for p in [prompts[i // n]]
     ]
-    if sampling.plain or sampling.temperature == 0:
-        prefixes = _prefixes(writer, prompts)
-        before = [prefixes.get(i // n, []) for i in range(len(ids))]
-        plain = [part.logp for part in parts]
-    else:
-        whole = [
-            prompts[i // n].tokens + prompts[i // n].prefix + part.tokens
-            for i, part in enumerate(parts)
-        ]
-        scored = writer.score(
-            whole,
-            [len(prompts[i // n].tokens) for i in range(len(ids))],
-            [f"rollout {id}" for id in ids],
-        )
-        split = [len(prompts[i // n].prefix) for i in range(len(ids))]
-        before, plain = (
-            [s[:g] for s, g in zip(scored, split)],
-            [s[g:] for s, g in zip(scored, split)],
-        )
+    plain = _plain(writer, prompts, sampling, ids, parts)
     responses = []
-    for i, (part, guided, logp) in enumerate(zip(parts, before, plain)):
+    for i, (part, (guided, logp)) in enumerate(zip(parts, plain)):
         drawn_logp = [0.0] * len(part.logp) if sampling.temperature == 0 else part.logp
         responses.append(
             Response(
@@ -111,6 +142,28 @@ def respond(
     return responses
 
 
+def _plain(
+    writer: Writer,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    ids: Sequence[str],
+    parts: Sequence[Drawn],
+) -> list[tuple[list[float], list[float]]]:
+    """Of each rollout, the log-probs of its prefix and of what was drawn under the plain softmax:
+    as they were drawn where that is what they were drawn from, else by scoring them.
+    """
+    of = [prompts[i // sampling.num_generations] for i in range(len(ids))]
+    if sampling.plain or sampling.temperature == 0:
+        prefixes = _prefixes(writer, prompts)
+        return [(prefixes.get(p.id, []), part.logp) for p, part in zip(of, parts)]
+    scored = writer.score(
+        [p.tokens + p.prefix + part.tokens for p, part in zip(of, parts)],
+        [len(p.tokens) for p in of],
+        [f"rollout {id}" for id in ids],
+    )
+    return [(s[: len(p.prefix)], s[len(p.prefix) :]) for p, s in zip(of, scored)]
+
+
 def _complete(prompt: Prompt, sampling: Sampling, stops: Collection[int]) -> bool:
     """Whether the prefix is the whole response."""
     return (bool(prompt.prefix) and prompt.prefix[-1] in stops) or len(
@@ -118,16 +171,17 @@ def _complete(prompt: Prompt, sampling: Sampling, stops: Collection[int]) -> boo
     ) >= sampling.max_completion_length
 
 
-def _prefixes(writer: Writer, prompts: Sequence[Prompt]) -> dict[int, list[float]]:
-    """By the prompt's number: log-probs of its prefix."""
-    guided = [i for i, prompt in enumerate(prompts) if prompt.prefix]
+def _prefixes(writer: Writer, prompts: Sequence[Prompt]) -> dict[str, list[float]]:
+    """By the prompt's id: log-probs of its prefix."""
+    guided = [prompt for prompt in prompts if prompt.prefix]
     if not guided:
         return {}
-    sequences = [prompts[i].tokens + prompts[i].prefix for i in guided]
-    names = [f"the prefix of prompt {prompts[i].id}" for i in guided]
-    return dict(
-        zip(guided, writer.score(sequences, [len(prompts[i].tokens) for i in guided], names))
+    scored = writer.score(
+        [p.tokens + p.prefix for p in guided],
+        [len(p.tokens) for p in guided],
+        [f"the prefix of prompt {p.id}" for p in guided],
     )
+    return dict(zip([p.id for p in guided], scored))
 
 
 def _request(prompt: Prompt, sampling: Sampling, stops: Collection[int], seed: int) -> Request:

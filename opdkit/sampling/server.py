@@ -31,23 +31,20 @@ from opdkit.models.engines.weights import (
 )
 from opdkit.models.held import Held
 from opdkit.models.load import CausalLM
-from opdkit.models.tokenizers import real_vocabulary, stop_ids
+from opdkit.models.tokenizers import real_vocabulary
 from opdkit.objective.head import Head
-from opdkit.sampling.draws import check_sampling
-from opdkit.sampling.finish import finish, rollout_ids
-from opdkit.sampling.hf import Progress, check_prompts
+from opdkit.sampling.check import check_model
 from opdkit.sampling.respond import (
     HOTTEST,
     Drawn,
+    EngineSampler,
     Request,
-    check_engine,
     ended,
     padded,
     real_rows,
-    respond,
 )
 from opdkit.sampling.settings import SamplerContext, SamplerSettings, Sizes
-from opdkit.types import Prompt, Rollout, Sampler, Sampling
+from opdkit.types import Sampler, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,7 +111,7 @@ class ServerSettings(SamplerSettings):
         return None
 
 
-class ServerSampler:
+class ServerSampler(EngineSampler):
     """Samples from vLLM servers that follow `model`, a Hugging Face model that trains in this
     process.
 
@@ -165,10 +162,7 @@ class ServerSampler:
         """After an optimiser step: every server takes the student's weights over, forgets what
         older ones computed, and is probed.
         """
-        if model is not self.model:
-            raise ValueError(
-                "this sampler samples from another model than the one that was trained"
-            )
+        check_model(self.model, model)
         folder = self.folder / f"student-{self.run}-{version}"
         try:
             if self.settings.enable_lora:
@@ -220,30 +214,11 @@ class ServerSampler:
 
     # --------------------------------------------------------------------------------------- sample
 
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        seed: int = 0,
-        step: int | None = 0,
-        policy_version: int = 0,
-        progress: Progress | None = None,
-    ) -> list[Rollout]:
-        """All responses to the first prompt, then to the second, ...: see `HFSampler.sample`."""
-        check_sampling(sampling)
-        if not prompts:
-            return []
-        check_engine(sampling, check_prompts(prompts, sampling, self.model, self.head), self.limit)
+    def ready(self, sampling: Sampling, policy_version: int) -> None:
         if self.version is None:
             self.sync(self.model, policy_version)
         if not sampling.plain and sampling.temperature > 0:
             self._check_mode()
-        ids = rollout_ids(prompts, sampling, step)
-        responses = respond(
-            self, prompts, sampling, ids, stop_ids(self.model, self.tokenizer), seed, progress
-        )
-        return finish(prompts, sampling, ids, responses, self.tokenizer, policy_version)
 
     def draw(self, requests: Sequence[Request], tick: Callable[[int], None] | None) -> list[Drawn]:
         """A continuation of each."""

@@ -23,14 +23,12 @@ from opdkit.models.engines.weights import (
 )
 from opdkit.models.held import Held
 from opdkit.models.load import CausalLM
-from opdkit.models.tokenizers import real_vocabulary, stop_ids
+from opdkit.models.tokenizers import real_vocabulary
 from opdkit.objective.head import Head
-from opdkit.sampling.draws import check_sampling
-from opdkit.sampling.finish import finish, rollout_ids
-from opdkit.sampling.hf import Progress, check_prompts
-from opdkit.sampling.respond import Drawn, Request, check_engine, ended, padded, real_rows, respond
+from opdkit.sampling.check import check_model
+from opdkit.sampling.respond import Drawn, EngineSampler, Request, ended, padded, real_rows
 from opdkit.sampling.settings import Pace, Room, SamplerContext, SamplerSettings, Sizes
-from opdkit.types import Prompt, Rollout, Sampler, Sampling
+from opdkit.types import Sampler, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +85,7 @@ class VllmSettings(EngineSettings, SamplerSettings):
             yield "sampler.enable_sleep_mode=true", replace(self, enable_sleep_mode=True)
 
 
-class VllmSampler:
+class VllmSampler(EngineSampler):
     """Samples with a vLLM engine from the weights of `model`, a Hugging Face model that trains in
     this process.
 
@@ -130,6 +128,7 @@ class VllmSampler:
             self.engine.limit,
             settings.sync_tolerance,
         )
+        self.limit = self.engine.limit
         # optimiser steps of the weights in the engine; None: none were sent yet
         self.version: int | None = None
 
@@ -137,10 +136,7 @@ class VllmSampler:
         """After an optimiser step: the engine takes the student's weights over, forgets what older
         ones computed, and is probed.
         """
-        if model is not self.model:
-            raise ValueError(
-                "this sampler samples from another model than the one that was trained"
-            )
+        check_model(self.model, model)
         self.engine.wake(partial(self._send, version))
         scored = self.engine.score(
             self.probe.sequences, [1] * len(self.probe.sequences), self.probe.names
@@ -162,32 +158,13 @@ class VllmSampler:
         with tempfile.TemporaryDirectory(dir=self._files.name) as folder:
             self.engine.load_adapters(save_adapters(self.model, Path(folder)), version)
 
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        seed: int = 0,
-        step: int | None = 0,
-        policy_version: int = 0,
-        progress: Progress | None = None,
-    ) -> list[Rollout]:
-        """All responses to the first prompt, then to the second, ...: see `HFSampler.sample`."""
-        check_sampling(sampling)
-        if not prompts:
-            return []
-        check_engine(
-            sampling, check_prompts(prompts, sampling, self.model, self.head), self.engine.limit
-        )
+    def ready(self, sampling: Sampling, policy_version: int) -> None:
         if self.version is None or self.engine.dropped:
             self.sync(self.model, policy_version)
         self.engine.wake()
-        ids = rollout_ids(prompts, sampling, step)
-        responses = respond(
-            self, prompts, sampling, ids, stop_ids(self.model, self.tokenizer), seed, progress
-        )
+
+    def rest(self) -> None:
         self.engine.sleep()
-        return finish(prompts, sampling, ids, responses, self.tokenizer, policy_version)
 
     def draw(self, requests: Sequence[Request], tick: Callable[[int], None] | None) -> list[Drawn]:
         """A continuation of each."""

@@ -56,7 +56,7 @@ class StepRecord:
         self.positions += learned.positions
 
     def close(self, plan: StepPlan, norm: Tensor, rate: float) -> None:
-        """An optimiser step."""
+        """An optimiser step, with the norm [] of its gradient."""
         if self.slopes:
             self.slope_norms.append(torch.stack(self.slopes).sum(0).sqrt())
             self.slopes.clear()

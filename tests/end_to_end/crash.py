@@ -58,7 +58,7 @@ def _train(values: dict[str, Any], resume: bool, moment: str, step: int) -> None
 
 def _arm(moment: str, step: int) -> None:
     """Kills this process at a moment of a step."""
-    from opdkit.sampling import hf
+    from opdkit.sampling import decode
     from opdkit.train import checkpoint, loop
     from opdkit.train.collect import collect
     from opdkit.train.record import Recorder
@@ -91,7 +91,7 @@ def _arm(moment: str, step: int) -> None:
 
     # owner, function, which call of the step, whether after it
     where: dict[str, tuple[Any, str, int, bool]] = {
-        "sampling": (hf, "choose", 3, False),
+        "sampling": (decode, "choose", 3, False),
         "rewarding": (collect, "score", 1, False),
         "between micro-batches": (loop, "learn", 2, False),
         "before the optimiser": (Student, "step", 1, False),

@@ -148,11 +148,11 @@ def _cache(shop: Shop, out: Path, moment: str) -> None:
 def _arm(moment: str) -> None:
     from opdkit.data import shards
     from opdkit.data.cache import Manifest
-    from opdkit.sampling import hf
+    from opdkit.sampling import decode
 
     owner, name, calls, after = {
-        "before the first shard": (hf, "choose", 3, False),
-        "in the middle of a shard": (hf, "choose", 12, False),
+        "before the first shard": (decode, "choose", 3, False),
+        "in the middle of a shard": (decode, "choose", 12, False),
         "while a shard is written": (shards, "_write", 2, True),
         "before the manifest knows of it": (Manifest, "write", 3, False),
     }[moment]

@@ -22,8 +22,9 @@ from opdkit.cli import main
 from opdkit.eval import paired_difference
 from opdkit.recipes import arithmetic
 from opdkit.run.settings import MethodSpec, Run, make_run
-from opdkit.study.compare import Comparison, _Screen, compare, contender
+from opdkit.study.compare import Comparison, compare, contender
 from opdkit.study.page import per_seed, render, write_page
+from opdkit.study.screen import ComparisonScreen
 from opdkit.study.standings import (
     PLAN,
     accuracy_curve,
@@ -542,7 +543,7 @@ def test_time_left_is_told_from_the_runs_of_this_session(
     base: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 0.0
-    screen = _Screen(total=4, done=1, clock=lambda: now)
+    screen = ComparisonScreen(total=4, done=1, clock=lambda: now)
     screen.begin("opd", replace(base, steps=10))
     now = 20.0
     screen.step(6, {"tokens/sampled_so_far": 60})  # resumed: half of it was there

@@ -78,9 +78,11 @@ class Probe:
         return torch.cat(logps).cpu()
 
     def check(self, engine: Sequence[Tensor], version: int, how: str) -> float:
-        """Mean absolute difference; an error where the engine does not follow the trainer.
+        """Mean absolute difference of log-probs; an error where the engine does not follow the
+        trainer.
 
-        `how` names the way weights are sent.
+        `engine` holds the engine's of each probe sequence, [T - 1] of its T tokens; `how` names the
+        way weights are sent.
         """
         theirs, own = torch.cat(list(engine)).float().cpu(), self.expected()
         gap = float((theirs - own).abs().mean())

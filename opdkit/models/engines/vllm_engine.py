@@ -75,6 +75,44 @@ class EngineSettings:
                 raise ValueError(f"{name}={value} must be at least 1")
 
 
+def _refuse(settings: EngineSettings, cpu: bool) -> None:
+    """What an engine in this process cannot do."""
+    if settings.enable_sleep_mode and cpu:
+        raise UserError(
+            "enable_sleep_mode=true frees a GPU's memory while the trainer works; this engine "
+            "runs on the CPU, where vLLM has no such mode. Set it to false"
+        )
+    if torch.distributed.is_initialized() and not OPEN:
+        raise UserError(
+            "this process belongs to a training job of several processes, and an engine in it "
+            "would use their process group: start `vllm serve` beside the job and sample from "
+            "it (sampler=server:URL, teacher=server:URL)"
+        )
+
+
+def _extra(settings: EngineSettings, cpu: bool, lora_rank: int) -> dict[str, Any]:
+    """Arguments of vLLM that are given in some cases only."""
+    extra: dict[str, Any] = {}
+    if lora_rank > RANKS[-1]:
+        raise UserError(
+            f"adapters of rank {lora_rank} do not fit vLLM, which takes at most "
+            f"{RANKS[-1]}: lower lora.r, or set enable_lora=false"
+        )
+    if lora_rank:
+        extra = {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": min(r for r in RANKS if r >= lora_rank),
+        }
+    for name in ("kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens"):
+        if (value := getattr(settings, name)) is not None:
+            extra[name] = value
+    # there a request with a seed ends the engine (vLLM 0.32) if its prompt is read in parts
+    if cpu:
+        extra["enable_chunked_prefill"] = False
+    return extra
+
+
 class Engine:
     """vLLM's LLM with what opdkit needs of it.
 
@@ -97,35 +135,8 @@ class Engine:
         from vllm.platforms import current_platform
 
         self.settings, self.cpu = settings, bool(current_platform.is_cpu())
-        if settings.enable_sleep_mode and self.cpu:
-            raise UserError(
-                "enable_sleep_mode=true frees a GPU's memory while the trainer works; this engine "
-                "runs on the CPU, where vLLM has no such mode. Set it to false"
-            )
-        if torch.distributed.is_initialized() and not OPEN:
-            raise UserError(
-                "this process belongs to a training job of several processes, and an engine in it "
-                "would use their process group: start `vllm serve` beside the job and sample from "
-                "it (sampler=server:URL, teacher=server:URL)"
-            )
-        extra: dict[str, Any] = {}
-        if lora_rank:
-            if lora_rank > RANKS[-1]:
-                raise UserError(
-                    f"adapters of rank {lora_rank} do not fit vLLM, which takes at most "
-                    f"{RANKS[-1]}: lower lora.r, or set enable_lora=false"
-                )
-            extra = {
-                "enable_lora": True,
-                "max_loras": 1,
-                "max_lora_rank": min(r for r in RANKS if r >= lora_rank),
-            }
-        for name in ("kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens"):
-            if (value := getattr(settings, name)) is not None:
-                extra[name] = value
-        # there a request with a seed ends the engine (vLLM 0.32) if its prompt is read in parts
-        if self.cpu:
-            extra["enable_chunked_prefill"] = False
+        _refuse(settings, self.cpu)
+        extra = _extra(settings, self.cpu, lora_rank)
         with _starting(), _teaching(model):
             self.llm = vllm.LLM(
                 model=model,
@@ -214,8 +225,8 @@ class Engine:
     # -------------------------------------------------------------------------------------- weights
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """New weights by their names in the checkpoint: by reference, or through a folder where
-        other processes hold the model.
+        """New weights by their names in the checkpoint, [...] of any shape: by reference, or
+        through a folder where other processes hold the model.
         """
         if self.settings.tensor_parallel_size == 1:
             self.llm.collective_rpc("opdkit_load", args=(weights.items(),))

@@ -18,7 +18,7 @@ class Weights:
     """Methods for `collective_rpc`. `self` is a vLLM worker."""
 
     def opdkit_load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """New weights by their names in the checkpoint."""
+        """New weights by their names in the checkpoint, [...] of any shape."""
         worker: Any = self
         worker.reload_weights(weights_iterator=weights)
         _pack_again(worker.get_model())

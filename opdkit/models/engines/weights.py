@@ -47,7 +47,7 @@ def adapter_rank(model: CausalLM) -> int:
 
 @torch.no_grad()
 def checkpoint_weights(model: CausalLM, merged: bool = True) -> dict[str, Tensor]:
-    """Names and tensors as a checkpoint of the model has them; tied ones once.
+    """Names and tensors, [...] of any shape, as a checkpoint of the model has them; tied ones once.
 
     The model stays as it is.
 
@@ -116,7 +116,9 @@ def save_adapters(model: CausalLM, folder: Path) -> Path:
 def save_weights(
     weights: dict[str, Tensor], folder: Path, dtype: torch.dtype | None = None
 ) -> Path:
-    """Safetensors files for an engine in another process, in shards."""
+    """Safetensors files for an engine in another process, in shards, of weights [...] of any
+    shape by name.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
