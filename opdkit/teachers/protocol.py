@@ -109,42 +109,18 @@ def unpack_request(
     tensors, settings = unpack(body)
     if not isinstance(settings, dict):
         raise ValueError(f"its settings are no mapping: {shown(settings)}")
-    tokens, prompts, responses = (
-        _integers(tensors, name).tolist() for name in ("tokens", "prompts", "responses")
-    )
-    names, vocab = _entries(settings, "rollouts", str), settings.get("vocab")
-    if not len(names) == len(prompts) == len(responses):
-        raise ValueError(
-            f"{len(names)} rollouts, {len(prompts)} lengths of prompts and {len(responses)} of "
-            "responses are given"
-        )
-    if least := [n for n in (*prompts, *responses) if n < 1]:
-        raise ValueError(
-            f"a length is {least[0]}: prompts and responses have at least one token each"
-        )
-    if (told := sum(prompts) + sum(responses)) != len(tokens):
-        raise ValueError(
-            f"the lengths of prompts and responses add up to {told}, and {len(tokens)} tokens are "
-            "given"
-        )
+    layout, vocab = _layout(tensors, settings), settings.get("vocab")
     if vocab is not None and not (type(vocab) is int and 1 <= vocab <= rows):
         raise ValueError(
             f"vocab={shown(vocab)} must be null or a whole number from 1 to {rows}, the rows of "
             "this model's head"
         )
     kept = rows if vocab is None else vocab
-    rollouts, at = [], 0
-    for id, p, r in zip(names, prompts, responses):
-        rollouts.append(
-            Rollout(id, tokens[at : at + p], tokens[at + p : at + p + r], [True] * r, [], [], "")
-        )
-        at += p + r
-    layout = Layout(rollouts, max(responses, default=1))
     positions = _positions(layout, _integers(tensors, "positions"))
     wanted = [as_fact(d, kept) for d in _entries(settings, "facts", dict)]
     if len(models := {fact.models[0] for fact in wanted}) > 1:
         raise ValueError(f"facts of {len(models)} models are asked for, and there is one here")
-    if wanted and (beyond := [t for r in rollouts for t in r.tokens if t >= kept]):
+    if wanted and (beyond := [t for r in layout.rollouts for t in r.tokens if t >= kept]):
         raise ValueError(
             f"Token id {beyond[0]} is out of vocabulary: the log-probs asked for are those of ids "
             f"0 to {kept - 1}"
@@ -164,6 +140,35 @@ def unpack_request(
                     f"{fact} is asked for, and the top {top.k} ids of {top.model!r} are not given"
                 )
     return layout, positions, wanted, ids, vocab
+
+
+def _layout(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Layout:
+    """The rollouts: [n] tokens, cut into prompts and responses by their lengths."""
+    tokens, prompts, responses = (
+        _integers(tensors, name).tolist() for name in ("tokens", "prompts", "responses")
+    )
+    names = _entries(settings, "rollouts", str)
+    if not len(names) == len(prompts) == len(responses):
+        raise ValueError(
+            f"{len(names)} rollouts, {len(prompts)} lengths of prompts and {len(responses)} of "
+            "responses are given"
+        )
+    if least := [n for n in (*prompts, *responses) if n < 1]:
+        raise ValueError(
+            f"a length is {least[0]}: prompts and responses have at least one token each"
+        )
+    if (told := sum(prompts) + sum(responses)) != len(tokens):
+        raise ValueError(
+            f"the lengths of prompts and responses add up to {told}, and {len(tokens)} tokens are "
+            "given"
+        )
+    rollouts, at = [], 0
+    for id, p, r in zip(names, prompts, responses):
+        rollouts.append(
+            Rollout(id, tokens[at : at + p], tokens[at + p : at + p + r], [True] * r, [], [], "")
+        )
+        at += p + r
+    return Layout(rollouts, max(responses, default=1))
 
 
 def shown(value: Any) -> str:

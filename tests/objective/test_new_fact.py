@@ -22,7 +22,7 @@ from opdkit.objective.facts import Fact, LogpFact
 from opdkit.objective.needs import Needs, watched
 from opdkit.sampling.hf import HFSampler
 from opdkit.teachers import LocalModel
-from opdkit.teachers.kinds import refuse, spec_of
+from opdkit.teachers.kinds import teacher_of
 from opdkit.testing import check, fabricate
 from opdkit.train.gather import gather
 from opdkit.types import Prompt, Sampling, Watch
@@ -161,10 +161,10 @@ def test_a_sampler_notes_it(own: str) -> None:
 
 def test_a_teacher_that_cannot_say_it_is_refused_by_its_words(own: str) -> None:
     second, mass = load_address(f"{own}:SecondFact"), load_address(f"{own}:MassFact")
-    served = spec_of("vllm:model")
+    served = teacher_of("vllm:model")
     with pytest.raises(UserError, match="teacher log-prob of its second most probable token"):
-        refuse("second", served, Needs(frozenset({second("teacher")})))
-    refuse("second", served, Needs(frozenset({mass("teacher", 3)})))
+        served.refuse("second", Needs(frozenset({second("teacher")})))
+    served.refuse("second", Needs(frozenset({mass("teacher", 3)})))
 
 
 # ------------------------------------------------------------------------------ nobody asks a class
