@@ -127,9 +127,8 @@ def spelled(method: Method) -> str:
         return method.name or "own"
     parameters = inspect.signature(function_of(method.name)).parameters
     usual = {k: p.default for k, p in parameters.items()}
-    if (
-        not usual.keys() >= dict(method.arguments).keys()
-    ):  # what the function itself has of the layer
+    # the ratio layer's are usual where the function's own objective has them
+    if any(k not in usual for k, _ in method.arguments):
         bare = load(method.name, **{k: v for k, v in method.arguments if k in usual})
         usual = dict(bare.arguments) | usual
     given = {k: v for k, v in method.arguments if k not in usual or v != usual[k]}
