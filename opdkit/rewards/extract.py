@@ -39,7 +39,7 @@ def truth(rollout: Rollout, reward: str) -> str:
     return str(answer)
 
 
-def spoken(text: str) -> str:
+def after_thinking(text: str) -> str:
     """What follows the model's thinking; everything where it never stopped, or then said
     nothing.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opdkit.base.errors import UserError
-from opdkit.rewards.extract import boxed, spoken, stated
+from opdkit.rewards.extract import after_thinking, boxed, stated
 from opdkit.rewards.guard import Failed, Guard, Guarded
 from opdkit.types import Rollout
 
@@ -75,7 +75,7 @@ def _entry(rollout: Rollout) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 def answer_in(text: str) -> str:
     """What a response says its answer is."""
-    text = spoken(text)
+    text = after_thinking(text)
     tagged = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
     if tagged:
         return tagged[-1].strip()

@@ -10,11 +10,11 @@ from functools import lru_cache
 
 from opdkit.rewards.extract import (
     NUMBER,
+    after_thinking,
     boxed,
     formula,
     hashed,
     last_number,
-    spoken,
     stated,
     truth,
 )
@@ -52,7 +52,7 @@ GUARD = Math().guard
 
 def right(text: str, answer: str, guard: Guard = GUARD) -> bool:
     """Whether a response's final answer is the given one. guard: who compares expressions."""
-    text, answer = spoken(text), boxed(answer) or answer
+    text, answer = after_thinking(text), boxed(answer) or answer
     marked = boxed(text) or hashed(text)
     if marked is not None:
         return same(marked, answer, guard)

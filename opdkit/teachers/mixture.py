@@ -67,6 +67,7 @@ class MixtureScorer:
         )
 
     def source(self, layout: Layout, positions: Tensor) -> MixedSource:
+        """The mean of the members' distributions at flat positions [N]."""
         shares = torch.tensor(
             [self.shares(r) for r in layout.rollouts], dtype=torch.float64, device=positions.device
         )

@@ -30,6 +30,7 @@ FACTS: dict[str, type[Fact]] = {
 
 
 def pack(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bytes:
+    """A body: tensors of any shape by name, and settings as JSON, in safetensors' format."""
     from safetensors.torch import save
 
     return save(
@@ -39,7 +40,10 @@ def pack(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bytes:
 
 
 def unpack(body: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and settings; a ValueError where the body is cut short or is something else."""
+    """Tensors of the shapes that `pack` was given, and settings.
+
+    A ValueError where the body is cut short or is something else.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -99,8 +103,8 @@ def pack_request(
 def unpack_request(
     body: bytes, rows: int
 ) -> tuple[Layout, Tensor, list[Fact], dict[TopFact, Tensor], int | None]:
-    """Layout, flat positions, wanted facts, other models' ids and the rows of the head to keep, of
-    a server whose head has `rows`.
+    """Layout, flat positions [N], wanted facts, other models' ids [N, k] and the rows of the head
+    to keep, of a server whose head has `rows`.
 
     A ValueError where what a request says does not agree with what it carries. Until that is known,
     nothing is made that is larger than the body: a length of 10^9 beside three tokens would else be

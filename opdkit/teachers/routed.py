@@ -50,7 +50,9 @@ class RoutedSource:
         return parts.gather(0, self.which.view(1, *mask.shape))[0]
 
     def pairs(self, positions: Tensor, fact: SpanFact, vocabulary: int) -> list[Pair]:
-        """The distributions of each source at its own positions; their vocabularies may differ."""
+        """Distributions [n, V] of each source at its own of the positions [N]; their vocabularies
+        may differ.
+        """
         out = []
         for i, source in enumerate(self.sources):
             at = (self.which[positions] == i).nonzero()[:, 0]
@@ -98,6 +100,7 @@ class Routed(_Several):
     """
 
     def source(self, layout: Layout, positions: Tensor) -> RoutedSource:
+        """Each row's own teacher at flat positions [N]."""
         which = routes(self.teachers, layout, positions.device)
         sources = [
             t.source(layout, positions[which[positions] == i])
@@ -117,6 +120,7 @@ class RoutedRemote(_Several):
         positions: Tensor,
         ids: Mapping[TopFact, Tensor],
     ) -> Tensors:
+        """The wanted facts [N] or [N, k] at flat positions [N], each row's of its own teacher."""
         which = routes(self.teachers, layout, positions.device)[positions]
         made: Tensors = {}
         for i, teacher in enumerate(self.teachers.values()):

@@ -79,6 +79,7 @@ class Vllm:
         )
 
     def at(self, endpoint: Endpoint, model: str, ask: Ask, ids: Tensor) -> Tensor:
+        """[n, k]: log-probs at token ids [n, k] of the n tokens asked about."""
         wanted = {"prompt_logprob_token_ids": ids.tolist(), "prompt_logprob_start": ask.start - 1}
         body = {
             "model": model,
@@ -158,6 +159,7 @@ class SGLang:
         )
 
     def at(self, endpoint: Endpoint, model: str, ask: Ask, ids: Tensor) -> Tensor:
+        """[n, k]: log-probs at token ids [n, k] of the n tokens asked about."""
         parts = []
         for first in range(0, len(ids), SPAN):
             part = ids[first : first + SPAN]

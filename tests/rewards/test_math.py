@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from opdkit.base.errors import UserError
-from opdkit.rewards.extract import boxed, hashed, last_number, spoken, stated
+from opdkit.rewards.extract import after_thinking, boxed, hashed, last_number, stated
 from opdkit.rewards.guard import Failed
 from opdkit.rewards.math import GUARD, Math, right
 from opdkit.rewards.quantity import quantity
@@ -187,7 +187,7 @@ def test_extraction():
     assert stated("An answer was given") is None
     assert last_number("from $1,250.50, not 3rd") == "$1,250.50"
     assert last_number("x2 and 5y") is None
-    assert spoken("<think>a</think> b") == "b"
+    assert after_thinking("<think>a</think> b") == "b"
 
 
 @pytest.mark.parametrize(

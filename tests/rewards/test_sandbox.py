@@ -628,7 +628,7 @@ def test_it_dies_with_the_process_that_asked():
     assert asking.stdout is not None
     pid, base = asking.stdout.readline().split()
     until(lambda: os.path.exists(f"{base}/program/started"))
-    until(lambda: len(descendants(int(pid))) == 3)  # nursery, program, tests
+    until(lambda: len(descendants(int(pid))) == 3)  # the parent of programs, program, tests
     started = [int(pid), *descendants(int(pid))]
     asking.send_signal(signal.SIGKILL)
     asking.wait()

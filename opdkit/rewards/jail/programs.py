@@ -30,7 +30,7 @@ statistics string struct textwrap threading traceback typing unicodedata
 """
 
 
-class Nursery:
+class ProgramParent:
     """The parent of programs: it has read no case, and no program either, since each reads
     its own.
     """
@@ -40,7 +40,7 @@ class Nursery:
         if not os.fork():
             try:
                 self.socket.close()
-                _nurse(theirs, jail)
+                _serve(theirs, jail)
             finally:
                 os._exit(0)
         theirs.close()
@@ -66,7 +66,7 @@ class Nursery:
         return int(self.socket.recv(16))
 
 
-def _nurse(orders: socket.socket, jail: Jail) -> None:
+def _serve(orders: socket.socket, jail: Jail) -> None:
     for fd in (0, 1):
         os.dup2(os.open("/dev/null", os.O_RDWR), fd)
     os.closerange(3, orders.fileno())
@@ -94,20 +94,20 @@ def _nurse(orders: socket.socket, jail: Jail) -> None:
 # -------------------------------------------------------------------------------------------- cases
 
 
-def judge(case: dict[str, Any], jail: Jail, nursery: Nursery) -> dict[str, Any]:
+def judge(case: dict[str, Any], jail: Jail, parent: ProgramParent) -> dict[str, Any]:
     """How many tests pass, and what was wrong with the first that does not."""
     with jail:
-        passed, why = (_printed if "inputs" in case else _called)(case, jail, nursery)
+        passed, why = (_printed if "inputs" in case else _called)(case, jail, parent)
     return {"passed": passed, "why": why}
 
 
-def _called(case: dict[str, Any], jail: Jail, nursery: Nursery) -> tuple[int, str]:
+def _called(case: dict[str, Any], jail: Jail, parent: ProgramParent) -> tuple[int, str]:
     """Tests in a process of their own, which calls the program's functions."""
     if "import numpy" in "".join((*case["setup"], *case["tests"])):
         with suppress(ImportError):
             __import__("numpy")  # here once, and not for each case
 
-    channel, _ = nursery.start()
+    channel, _ = parent.start()
     marks_read, write = os.pipe()
     pid = child(lambda: run_tests(case, jail.lock), [channel.fd, write])
     os.close(write)
@@ -119,7 +119,7 @@ def _called(case: dict[str, Any], jail: Jail, nursery: Nursery) -> tuple[int, st
     finally:
         kill(pid)
         os.waitpid(pid, 0)
-        status = nursery.end()
+        status = parent.end()
         os.close(marks_read)
     marks, _, why = said.decode(errors="replace").partition("!")
     if len(marks) == len(case["tests"]):
@@ -136,11 +136,11 @@ def _send(channel: Channel, case: dict[str, Any], keys: tuple[str, ...], **more:
         )
 
 
-def _printed(case: dict[str, Any], jail: Jail, nursery: Nursery) -> tuple[int, str]:
+def _printed(case: dict[str, Any], jail: Jail, parent: ProgramParent) -> tuple[int, str]:
     """What the program prints, once for each input."""
     passed, first = 0, ""
     for given, wanted in zip(case["inputs"], case["outputs"], strict=True):
-        channel, output = nursery.start(prints=True)
+        channel, output = parent.start(prints=True)
         try:
             _send(channel, case, (), stdin=given)
             begun(channel.fd)
@@ -149,7 +149,7 @@ def _printed(case: dict[str, Any], jail: Jail, nursery: Nursery) -> tuple[int, s
             if not why:
                 _, why = read(channel.fd, OUTPUT, end, jail)  # it closes where the program ends
         finally:
-            status = nursery.end()
+            status = parent.end()
             os.close(output)
             os.close(channel.fd)
         if not why and status:
@@ -199,7 +199,7 @@ class Work:
         for name in WARM.split():
             __import__(name)
         gc.freeze()
-        self.jail, self.nursery = jail, Nursery(jail)
+        self.jail, self.parent = jail, ProgramParent(jail)
 
     def __call__(self, line: str) -> dict[str, Any]:
-        return judge(json.loads(line), self.jail, self.nursery)
+        return judge(json.loads(line), self.jail, self.parent)

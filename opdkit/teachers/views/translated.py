@@ -42,7 +42,7 @@ class SameTokenizer:
         return SameTokenizer(cut(self.scorer, vocab), self.stops)
 
     def source(self, layout: Layout, positions: Tensor) -> AlignedSource:
-        """The teacher at the student's own tokens."""
+        """The teacher at the student's own tokens, at flat positions [N]."""
         source, device = self.scorer.source(layout, positions), positions.device
         lengths = [len(written(r, self.stops)) for r in layout.rollouts]
         closed = [[EOS] * (len(r.tokens) - n) for r, n in zip(layout.rollouts, lengths)]
@@ -82,7 +82,9 @@ class Translated:
         return same_tokens(self.student, self.teacher, self.eos)
 
     def source(self, layout: Layout, positions: Tensor) -> AlignedSource:
-        """The teacher at the spans of text that both divide alike."""
+        """The teacher at the spans of text that both divide alike, which end at flat positions
+        [N].
+        """
         asked = set((positions // max(layout.width, 1)).unique().tolist())
         bodies = [
             written(r, self.stops) if b in asked else [] for b, r in enumerate(layout.rollouts)
