@@ -222,7 +222,8 @@ class LearningPass:
         live = Live(self.plan.batch, self.positions[at], logits)
         total = logits.new_zeros(())
         for row, (i, planned) in enumerate(self.token_terms):
-            value = _weighted(planned.term.loss, live, self.scales[row, at])  # type: ignore[arg-type, index]
+            assert isinstance(planned.term.loss, TokenLoss) and self.scales is not None
+            value = _weighted(planned.term.loss, live, self.scales[row, at])
             self.sums[i] += value.detach()
             self.slopes[i] += self._steepness(value, logits)
             total = total + value

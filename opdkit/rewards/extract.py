@@ -13,13 +13,15 @@ BOX = 2_000  # characters that a \\boxed{...} may span
 # A number with sign, currency, fraction and percent sign. Not part of a word, a power, a longer
 # number or a product such as 5x.
 NUMBER = re.compile(
-    r"(?<![\w.^\\])[-−+]?\\?[$€£]?[-−]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?(?:\s*\\?%)?"
+    r"(?<![\w.^\\])[-−+]?\\?[$€£]?[-−]?"
+    r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?(?:\s*\\?%)?"
     r"(?!(?:st|nd|rd|th|[A-Za-z])\b|\d|\.\d|,\d{3}|[\^(])"
 )
 # "The answer is 5", "Final answer: 5", "**Answer:** 5", "answer = 5". What is said ends with its
 # line or sentence.
 _STATED = re.compile(
-    r"\banswer\b[^\n.:=]{0,60}?(?:\s(?:is|are|be)\b|[*_\s]*[:=])[:*_\s]*(?P<said>(?:[^\n.]|\.(?=\S))+)",
+    r"\banswer\b[^\n.:=]{0,60}?(?:\s(?:is|are|be)\b|[*_\s]*[:=])"
+    r"[:*_\s]*(?P<said>(?:[^\n.]|\.(?=\S))+)",
     flags=re.IGNORECASE,
 )
 _FORMULA = re.compile(

@@ -282,9 +282,10 @@ class Endpoint:
         try:
             futures = [pool.submit(run, call) for call in calls]
             wait(futures, return_when=FIRST_EXCEPTION)
-            failed = [f.exception() for f in futures if f.done() and f.exception()]
+            failed = [e for f in futures if f.done() and (e := f.exception()) is not None]
             if failed:
-                raise next((e for e in failed if e and not isinstance(e, _Stopped)), failed[0])  # type: ignore[misc]
+                own = (e for e in failed if not isinstance(e, _Stopped))
+                raise next(own, failed[0])
             return [future.result() for future in futures]
         finally:
             stop.set()  # what is under way ends with its request; nobody waits for it

@@ -33,7 +33,8 @@ def run_program(confine: Callable[[dict[str, Any]], None], *, prints: bool) -> N
     os.environ.clear()
     os.environ.update(THREADS)
     sys.argv = ["solution.py"]
-    builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # as where Python starts with its site module
+    # as where Python starts with its site module
+    builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
     confine(order)
     random.seed(0)
     if prints:
