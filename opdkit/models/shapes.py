@@ -41,7 +41,7 @@ class Adapters(Protocol):
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearShape:
     """A linear layer, weight [outputs, inputs]."""
 
     name: str
@@ -66,7 +66,7 @@ class Shape:
     head_dim: int
     intermediate: int  # of the feed-forward layers that one token passes, all experts together
     qk_norm: bool  # whether queries and keys are normalised
-    linears: tuple[Linear, ...]  # every linear layer but the head
+    linears: tuple[LinearShape, ...]  # every linear layer but the head
 
     @property
     def head(self) -> int:
@@ -81,7 +81,7 @@ class Shape:
     def keys(self) -> int:
         return self.kv_heads * self.head_dim
 
-    def adapted(self, lora: Adapters) -> list[Linear]:
+    def adapted(self, lora: Adapters) -> list[LinearShape]:
         """The layers that get adapters, by peft's rules."""
         targets = lora.targets
         if targets == "all-linear":
@@ -163,7 +163,7 @@ def read_shape(config: Any, origin: str, trust_remote_code: bool = False) -> Sha
         intermediate=inner or getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         qk_norm=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         linears=tuple(
-            Linear(name, module.in_features, module.out_features)
+            LinearShape(name, module.in_features, module.out_features)
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear) and module is not head
         ),

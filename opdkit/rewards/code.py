@@ -256,7 +256,7 @@ def _indented(code: str) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparedTests:
     """Tests one by one, what prepares them, and the names that the program must bring."""
 
     tests: tuple[str, ...]
@@ -265,7 +265,7 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
-def _plan(tests: tuple[str, ...], setup: tuple[str, ...], reference: str) -> Plan:
+def _plan(tests: tuple[str, ...], setup: tuple[str, ...], reference: str) -> PreparedTests:
     """reference: a right program, where the row has one; it tells which names are the program's
     even where Python has them too.
     """
@@ -294,7 +294,7 @@ def _plan(tests: tuple[str, ...], setup: tuple[str, ...], reference: str) -> Pla
             f"{' '.join(tests)[:100]!r}"
         )
     written = tuple("\n".join(map(ast.unparse, unit)) for unit in units)
-    return Plan(written, (*(f"import {name}" for name in modules), *setup), wanted)
+    return PreparedTests(written, (*(f"import {name}" for name in modules), *setup), wanted)
 
 
 def _is_test(statement: ast.stmt, defined: set[str]) -> bool:

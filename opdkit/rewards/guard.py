@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from opdkit.rewards.workers import Jail, cores
+from opdkit.rewards.workers import ConfinedWork, cores
 
 SECONDS = 5.0  # for one call
 MOST = 8  # calls at once: each has a process of some 120 MiB
@@ -45,8 +45,10 @@ class Guard:
         return min(cores(), MOST)
 
     @property
-    def jail(self) -> Jail:
-        return Jail("scores", self.reward, self.own, (self.library,), unprotected=self.unprotected)
+    def jail(self) -> ConfinedWork:
+        return ConfinedWork(
+            "scores", self.reward, self.own, (self.library,), unprotected=self.unprotected
+        )
 
     def __call__(self, *arguments: Any, seconds: float = SECONDS) -> Any:
         """What the library's function in `jail/scores.py` returns, or `Failed`.

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 
 from opdkit.base.errors import UserError
-from opdkit.rewards.workers import Jail, cores
+from opdkit.rewards.workers import ConfinedWork, cores
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,10 @@ class Sandbox:
     without: tuple[str, ...] = ()
 
     @property
-    def programs(self) -> Jail:
-        return Jail("programs", "code", "Code", without=self.without, unprotected=self.unprotected)
+    def programs(self) -> ConfinedWork:
+        return ConfinedWork(
+            "programs", "code", "Code", without=self.without, unprotected=self.unprotected
+        )
 
     def check(self) -> None:
         """Refuse a machine on which programs cannot be confined."""

@@ -40,7 +40,7 @@ HELD = {
 
 
 @dataclass(frozen=True)
-class Jail:
+class ConfinedWork:
     """What to do with what a model wrote: `work` is a file of `jail/`, `given` what it is told at
     its start.
 
@@ -115,7 +115,7 @@ def protection() -> list[str]:
     """What keeps a program from doing harm on this machine, and what does not, a sentence each."""
     if sys.platform != "linux":
         return ["nothing: programs are confined by Linux, and this is another system"]
-    jail = Jail("programs", "code", "Code", unprotected=True)
+    jail = ConfinedWork("programs", "code", "Code", unprotected=True)
     worker = jail._take()
     jail._release(worker)
     held, layers = worker.held, worker.layers
@@ -139,7 +139,7 @@ def protection() -> list[str]:
 class Worker:
     """One process that deals with cases, one at a time."""
 
-    def __init__(self, jail: Jail) -> None:
+    def __init__(self, jail: ConfinedWork) -> None:
         packages = [
             path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")
         ]

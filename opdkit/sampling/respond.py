@@ -43,7 +43,7 @@ class Drawn:
     stopped: bool  # by a stop token or a stop string, not by its length
 
 
-class Writer(Protocol):
+class Engine(Protocol):
     """An engine that takes token ids and gives token ids."""
 
     @abstractmethod
@@ -59,7 +59,7 @@ class Writer(Protocol):
         ...
 
 
-class EngineSampler(Writer):
+class EngineSampler(Engine):
     """A sampler whose responses an engine writes: what one call does, in order."""
 
     model: CausalLM
@@ -99,7 +99,7 @@ class EngineSampler(Writer):
 
 
 def respond(
-    writer: Writer,
+    engine: Engine,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     ids: Sequence[str],
@@ -121,13 +121,13 @@ def respond(
     requests = [
         _request(prompts[i // n], sampling, stops, seed_of(seed, ids[i])) for i in unfinished
     ]
-    drawn = dict(zip(unfinished, writer.draw(requests, tick) if requests else []))
+    drawn = dict(zip(unfinished, engine.draw(requests, tick) if requests else []))
     parts = [
         drawn.get(i, Drawn([], [], bool(p.prefix) and p.prefix[-1] in stops))
         for i in range(len(ids))
         for p in [prompts[i // n]]
     ]
-    plain = _plain(writer, prompts, sampling, ids, parts)
+    plain = _plain(engine, prompts, sampling, ids, parts)
     responses = []
     for i, (part, (guided, logp)) in enumerate(zip(parts, plain)):
         drawn_logp = [0.0] * len(part.logp) if sampling.temperature == 0 else part.logp
@@ -143,7 +143,7 @@ def respond(
 
 
 def _plain(
-    writer: Writer,
+    engine: Engine,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     ids: Sequence[str],
@@ -154,9 +154,9 @@ def _plain(
     """
     of = [prompts[i // sampling.num_generations] for i in range(len(ids))]
     if sampling.plain or sampling.temperature == 0:
-        prefixes = _prefixes(writer, prompts)
+        prefixes = _prefixes(engine, prompts)
         return [(prefixes.get(p.id, []), part.logp) for p, part in zip(of, parts)]
-    scored = writer.score(
+    scored = engine.score(
         [p.tokens + p.prefix + part.tokens for p, part in zip(of, parts)],
         [len(p.tokens) for p in of],
         [f"rollout {id}" for id in ids],
@@ -171,12 +171,12 @@ def _complete(prompt: Prompt, sampling: Sampling, stops: Collection[int]) -> boo
     ) >= sampling.max_completion_length
 
 
-def _prefixes(writer: Writer, prompts: Sequence[Prompt]) -> dict[str, list[float]]:
+def _prefixes(engine: Engine, prompts: Sequence[Prompt]) -> dict[str, list[float]]:
     """By the prompt's id: log-probs of its prefix."""
     guided = [prompt for prompt in prompts if prompt.prefix]
     if not guided:
         return {}
-    scored = writer.score(
+    scored = engine.score(
         [p.tokens + p.prefix for p in guided],
         [len(p.tokens) for p in guided],
         [f"the prefix of prompt {p.id}" for p in guided],

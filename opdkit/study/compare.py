@@ -89,7 +89,7 @@ def _folder(label: str) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """What is run: a base whose method, seed and budget vary."""
 
     folder: Path
@@ -255,7 +255,7 @@ def _plan(
     seeds: int | Sequence[int],
     folder: Path,
     settings: Mapping[str, Any],
-) -> Plan:
+) -> ComparisonPlan:
     """Everything that can be refused is refused here, before anything is made or run."""
     contenders = tuple(map(contender, methods))
     labels = [c.label for c in contenders]
@@ -287,7 +287,7 @@ def _plan(
     leader = _continued(folder, base, contenders)
     claim_folder(folder, resume=True)
     named = recipe if isinstance(recipe, str) else "given in Python"
-    return Plan(folder, named, base, contenders, chosen, leader)
+    return ComparisonPlan(folder, named, base, contenders, chosen, leader)
 
 
 def _base(recipe: str | Run | Mapping[str, Any], folder: Path, settings: Mapping[str, Any]) -> Run:

@@ -21,7 +21,7 @@ from opdkit.objective.supply import Tensors
 from opdkit.teachers import protocol
 from opdkit.teachers.base import in_order
 from opdkit.teachers.refuse import REMEDY, refuse_facts
-from opdkit.teachers.scored_facts import Scored, without_positions
+from opdkit.teachers.scored_facts import PromptScores, without_positions
 from opdkit.teachers.vllm_sglang import Ask, Wire
 
 # what every server reads at the start
@@ -111,7 +111,7 @@ class Served:
             made[fact] = self.wire.at(self.endpoint, self.model, ask, full)[t - first]
         return made
 
-    def _known(self, scored: Scored, ask: Ask) -> None:
+    def _known(self, scored: PromptScores, ask: Ask) -> None:
         """A row of the head that only pads it has no token."""
         if scored.top_ids.numel() and (largest := int(scored.top_ids.max())) >= self.tokens:
             raise UserError(
@@ -169,7 +169,7 @@ def probe(
 
 
 def _at_works(
-    served: Served, one: Endpoint, ask: Ask, scored: Scored, fact: Fact, name: str
+    served: Served, one: Endpoint, ask: Ask, scored: PromptScores, fact: Fact, name: str
 ) -> None:
     """Whether log-probs at given ids come back, and are those of the tokens themselves when these
     are asked about.

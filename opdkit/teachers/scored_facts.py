@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opdkit.models.engines.prompt_logprobs import JSON_FLOOR, Scored, parse_prompt_logprobs
+from opdkit.models.engines.prompt_logprobs import JSON_FLOOR, PromptScores, parse_prompt_logprobs
 from opdkit.objective.facts import Fact
 
-__all__ = ["JSON_FLOOR", "Scored", "parse_prompt_logprobs", "without_positions"]
+__all__ = ["JSON_FLOOR", "PromptScores", "parse_prompt_logprobs", "without_positions"]
 
 
 def without_positions(fact: Fact, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError
 from opdkit.models.engines.endpoint import Endpoint, Refused
-from opdkit.teachers.scored_facts import Scored, parse_prompt_logprobs
+from opdkit.teachers.scored_facts import PromptScores, parse_prompt_logprobs
 
 SPAN = 32  # tokens of one SGLang request for log-probs at ids that differ from token to token
 
@@ -35,7 +35,7 @@ class Wire(Protocol):
 
     kind: str
 
-    def scores(self, endpoint: Endpoint, model: str, ask: Ask, k: int) -> Scored:
+    def scores(self, endpoint: Endpoint, model: str, ask: Ask, k: int) -> PromptScores:
         """Log-probs of the tokens, and the k most probable ids with theirs."""
         ...
 
@@ -73,7 +73,7 @@ class Vllm:
             )
         return choices[0].get("prompt_logprobs")
 
-    def scores(self, endpoint: Endpoint, model: str, ask: Ask, k: int) -> Scored:
+    def scores(self, endpoint: Endpoint, model: str, ask: Ask, k: int) -> PromptScores:
         return parse_prompt_logprobs(
             self._completions(endpoint, model, ask, k), ask.tokens, ask.start, k, ask.who
         )
@@ -142,7 +142,7 @@ class SGLang:
             )
         return rows[1:]
 
-    def scores(self, endpoint: Endpoint, model: str, ask: Ask, k: int) -> Scored:
+    def scores(self, endpoint: Endpoint, model: str, ask: Ask, k: int) -> PromptScores:
         meta = self._generate(endpoint, ask, top_logprobs_num=k)
         own = self._rows(meta, "input_token_logprobs", ask)
         top = self._rows(meta, "input_top_logprobs", ask) if k else [[]] * len(own)

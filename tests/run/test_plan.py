@@ -21,7 +21,7 @@ from opdkit.models.held import HERE, Held, stored
 from opdkit.models.layout import Layout
 from opdkit.models.shapes import read_shape, shape_of
 from opdkit.objective.head import flat_positions, learn
-from opdkit.run.plan import Plan, Rates, find_device, plan
+from opdkit.run.plan import Rates, RunPlan, find_device, plan
 from opdkit.run.plan.devices import KNOWN, cpu
 from opdkit.run.plan.memory import (
     PHASES,
@@ -607,7 +607,7 @@ def test_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loads)
     monkeypatch.setattr("opdkit.run.prompts.load_rows", loads)
-    made: Plan = plan(qwen_run(method="tropd * iw_opd"), H100)
+    made: RunPlan = plan(qwen_run(method="tropd * iw_opd"), H100)
     assert "objective: " in str(made) and "teacher, without gradient" in str(made)
 
 

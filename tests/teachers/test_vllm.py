@@ -17,7 +17,7 @@ import torch
 from opdkit import UserError
 from opdkit.methods.method import load
 from opdkit.models.body import head_of
-from opdkit.models.engines.prompt_logprobs import Scored
+from opdkit.models.engines.prompt_logprobs import PromptScores
 from opdkit.models.engines.vllm_engine import EngineSettings
 from opdkit.models.layout import Layout
 from opdkit.objective.facts import EntropyFact, Fact, LogpAtFact, LogpFact, TopFact
@@ -54,7 +54,7 @@ class Played:
 
     def score(
         self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str], k: int
-    ) -> list[Scored]:
+    ) -> list[PromptScores]:
         self.calls.append((k, list(who)))
         out = []
         for ids, start in zip(sequences, starts):
@@ -62,7 +62,7 @@ class Played:
                 logps = self.model(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
             top = logps.topk(k)
             out.append(
-                Scored(
+                PromptScores(
                     logps.gather(1, torch.tensor(ids[start:])[:, None])[:, 0],
                     top.indices,
                     top.values,

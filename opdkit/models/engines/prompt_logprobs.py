@@ -18,7 +18,7 @@ JSON_FLOOR = -9999.0  # what the server writes for minus infinity, which JSON do
 
 
 @dataclass(frozen=True)
-class Scored:
+class PromptScores:
     """What a model says of n tokens in a row, each given those before it; log-probs of the whole
     vocabulary's softmax, float32.
     """
@@ -30,7 +30,7 @@ class Scored:
 
 def parse_prompt_logprobs(
     prompt_logprobs: Any, tokens: Sequence[int], start: int, k: int, who: str
-) -> Scored:
+) -> PromptScores:
     """The scores of tokens[start:] of one request; `who` names it in errors (the rollout's id and
     the model).
 
@@ -69,7 +69,7 @@ def parse_prompt_logprobs(
         )
     # an appended token falls behind the k, being less probable
     order = logps.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return Scored(logp, ids.gather(1, order), logps.gather(1, order))
+    return PromptScores(logp, ids.gather(1, order), logps.gather(1, order))
 
 
 def _table(prompt_logprobs: Any, start: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError, nearest
-from opdkit.models.engines.prompt_logprobs import Scored, parse_prompt_logprobs
+from opdkit.models.engines.prompt_logprobs import PromptScores, parse_prompt_logprobs
 from opdkit.models.engines.weights import DTYPES, save_weights
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of adapters, that vLLM has kernels for
@@ -209,7 +209,7 @@ class Engine:
 
     def score(
         self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str], k: int = 0
-    ) -> list[Scored]:
+    ) -> list[PromptScores]:
         """Log-probs of sequence[start:] under the plain softmax, and the k most probable ids; a
         token is drawn and dropped.
 

@@ -49,7 +49,7 @@ class Match:
         return len(self.teacher) / max(1, len(self.teacher) + len(self.teacher_rest))
 
 
-class Comparison(Protocol):
+class SortedComparison(Protocol):
     """A number for p [r, V_s] and q [r, V_t] of rows `at`: value [r] and its slope [r,
     V_s] in p.
     """
@@ -58,7 +58,7 @@ class Comparison(Protocol):
 
 
 def compare(
-    comparison: Comparison,
+    comparison: SortedComparison,
     z: Tensor,
     scale: Tensor,
     y: Tensor,
@@ -82,7 +82,7 @@ class _Compare(torch.autograd.Function):
         scale: Tensor,
         y: Tensor,
         other: Tensor,
-        comparison: Comparison,
+        comparison: SortedComparison,
         temperatures: tuple[float, float],
     ) -> Tensor:
         values, to_z, to_scale = z.new_empty(len(z)), torch.empty_like(z), torch.empty_like(scale)

@@ -3,9 +3,9 @@ the program's own objects.
 
 A value that crosses is rebuilt from its exact built-in type, so a program cannot hand back
 something that equals everything. What is no plain data (an instance of the program's class, a
-function, a generator) stays where it is, and the other side holds a `Remote` of it. Operations on a
-Remote are carried out at home, except those that would tell the program what a test expects and let
-it answer: comparing or calculating with a value of the tests'.
+function, a generator) stays where it is, and the other side holds a `RemoteValue` of it. Operations
+on a RemoteValue are carried out at home, except those that would tell the program what a test
+expects and let it answer: comparing or calculating with a value of the tests'.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-class Remote:
+class RemoteValue:
     """Something that lives in the other process."""
 
     __slots__ = ("_remote_id", "_remote_peer")
@@ -236,25 +236,27 @@ class Remote:
         _ask(self, "__setattr__", name, value)
 
     def __instancecheck__(self, value: Any) -> bool:
-        return isinstance(value, Remote) and _ask(self, "__instancecheck__", value) is True
+        return isinstance(value, RemoteValue) and _ask(self, "__instancecheck__", value) is True
 
 
-def _ask(remote: Remote, operation: str, *arguments: Any) -> Any:
+def _ask(remote: RemoteValue, operation: str, *arguments: Any) -> Any:
     return remote._remote_peer.ask("do", remote, [operation, *arguments], {})
 
 
 def _operation(name: str) -> Any:
     if name in BINARY:
 
-        def binary(self: Remote, other: Any) -> Any:
+        def binary(self: RemoteValue, other: Any) -> Any:
             if self is other and name == "__eq__":
                 return True
-            if isinstance(other, Remote):
+            if isinstance(other, RemoteValue):
                 return _ask(self, name, other)
             # an instance of a class derived from list equals the list that it holds
             if name in ("__eq__", "__ne__"):
                 held = _ask(self, "__plain__")
-                return NotImplemented if isinstance(held, Remote) else BINARY[name](held, other)
+                return (
+                    NotImplemented if isinstance(held, RemoteValue) else BINARY[name](held, other)
+                )
             return NotImplemented
 
         return binary
@@ -276,7 +278,7 @@ def _operation(name: str) -> Any:
 
 
 for _name in (*UNARY, *BINARY):
-    setattr(Remote, _name, _operation(_name))
+    setattr(RemoteValue, _name, _operation(_name))
 
 
 class Peer:
@@ -293,7 +295,7 @@ class Peer:
         self.channel, self.classes = channel, classes
         self.kept: list[Any] = []
         self.numbers: dict[int, int] = {}  # id() of what is kept: its place
-        self.remotes: dict[int, Remote] = {}
+        self.remotes: dict[int, RemoteValue] = {}
 
     def pack(self, value: Any) -> Any:
         return pack(value, self._keep)
@@ -301,7 +303,7 @@ class Peer:
     def unpack(self, packed: Any) -> Any:
         return unpack(packed, self._find)
 
-    def ask(self, what: str, target: Remote, arguments: Any, named: dict[str, Any]) -> Any:
+    def ask(self, what: str, target: RemoteValue, arguments: Any, named: dict[str, Any]) -> Any:
         """Have the other side do something; meanwhile do what it asks."""
         self.channel.send(
             [
@@ -363,7 +365,7 @@ class Peer:
         return OPERATIONS[operation](target, *arguments)
 
     def _keep(self, value: Any) -> Any:
-        if isinstance(value, Remote):
+        if isinstance(value, RemoteValue):
             return ["yours", value._remote_id]
         if id(value) not in self.numbers:
             self.numbers[id(value)] = len(self.kept)
@@ -375,7 +377,7 @@ class Peer:
             return self.kept[number]
         if owner != "mine":
             raise ValueError(f"no value is called {owner!r}")
-        return self.remotes.setdefault(number, Remote(self, number))
+        return self.remotes.setdefault(number, RemoteValue(self, number))
 
 
 def _by_place(arguments: Sequence[Any], named: dict[str, Any]) -> dict[int | str, Any]:

@@ -27,7 +27,9 @@ WIDE = 58  # of the names in the table of memory
 INSTALLED = ("math", "reasoning_gym", "code")  # rewards that need packages, or a sandbox
 
 
-def plan(run: Run, device: Device, *, rates: Rates = USUAL, response: float | None = None) -> Plan:
+def plan(
+    run: Run, device: Device, *, rates: Rates = USUAL, response: float | None = None
+) -> RunPlan:
     """What the run will do and take on a device.
 
     `response`: mean length of responses, in tokens; None: a share of the longest.
@@ -40,7 +42,7 @@ def plan(run: Run, device: Device, *, rates: Rates = USUAL, response: float | No
     method = from_cache(run.method_spec.load(), run)
     reward, notes = _reward(run)
     refuse(run, method, reward)
-    return Plan(run, method, device, rates, response, notes)
+    return RunPlan(run, method, device, rates, response, notes)
 
 
 def _reward(run: Run) -> tuple[Reward | None, tuple[str, ...]]:
@@ -57,7 +59,7 @@ def _reward(run: Run) -> tuple[Reward | None, tuple[str, ...]]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """Memory is of the longest prompts and responses allowed, time of the mean ones."""
 
     run: Run
