@@ -11,7 +11,7 @@ enough, so that a share is an upper bound of what a strict reader would find.
 
 The first share counts what stands at the function itself. The second also counts a method without
 a docstring of its own where its class says it, or the method that it overrides or that one's class:
-"A signal, [B, T]: ..." says it of `value`. Only the second is asked for.
+"A signal, [B, T]: ..." says it of `value`. The first is asked for.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Reachable(Signal):
     k: int
     eps: float
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T] bool
         return (destinations(batch, self.k, self.eps) > -math.inf).any(-1)
 
 
@@ -52,7 +52,7 @@ class Route(TokenLoss):
     eps: float
     name: ClassVar[str] = "route"
 
-    def value(self, live: Live) -> Tensor:
+    def value(self, live: Live) -> Tensor:  # [n]
         return -(
             destinations(live, self.k, self.eps).exp()
             * finite(live.at(live.read(TopFact("teacher", self.k))))

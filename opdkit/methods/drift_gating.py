@@ -24,7 +24,7 @@ class Blocks(Signal):
     size: int
     ends: Signal | None = None
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T] int
         rows, width = batch.shape
         ends = (
             [[]] * rows
@@ -52,7 +52,7 @@ class BlockMean(Signal):
     of: Signal
     blocks: Signal
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T]
         index, values = self.blocks(batch), torch.where(batch.mask, self.of(batch), 0.0)
         total, count = (
             torch.zeros_like(values).scatter_add(1, index, x)

@@ -22,7 +22,7 @@ class GAE(Signal):
     discount: float
     lam: float
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T]
         # trained tokens first: a tool's tokens take no time
         order = batch.mask.int().argsort(dim=1, descending=True, stable=True)
         r, v = (

@@ -33,7 +33,7 @@ class SequenceClipped(Bounds, RolloutLoss):
 
     base: str = "sampler"
 
-    def value(self, logp: Tensor, mask: Tensor, rows: Tensor, batch: Batch) -> Tensor:
+    def value(self, logp: Tensor, mask: Tensor, rows: Tensor, batch: Batch) -> Tensor:  # [R]
         whole = row_mean(logp - batch.read(LogpFact(self.base))[rows], mask).exp()
         return clipped(whole, self.credit(batch)[rows], self.low, self.high, self.dual)[:, 0]
 
@@ -51,7 +51,7 @@ class ClippedWeight(Bounds, TokenLoss):
             )
         super().__post_init__()
 
-    def value(self, live: Live) -> Tensor:
+    def value(self, live: Live) -> Tensor:  # [n]
         weight = ratio(live, self.base).detach().clamp(1 - self.low, 1 + self.high)
         return -weight * live.pick(self.credit) * live.logp
 

@@ -18,7 +18,7 @@ class SpentBefore(Signal):
 
     of: Signal
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T]
         size = torch.where(batch.mask, self.of(batch).abs(), 0.0)
         before = size.cumsum(1) - size
         return (before / (size.sum(1, keepdim=True) + 1e-8)).clamp(0, 1)

@@ -33,7 +33,7 @@ class Linear(Signal):
     end: float
     steps: int
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [1, 1]
         share = min(batch.step / self.steps, 1.0) if self.steps > 0 else 1.0
         return torch.full(
             (1, 1),
@@ -49,7 +49,7 @@ class TokenIn(Signal):
 
     ids: tuple[int, ...]
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T] bool
         return torch.isin(
             batch.tokens, torch.tensor(self.ids, dtype=batch.tokens.dtype, device=batch.device)
         )

@@ -33,7 +33,7 @@ class Whitened(Signal):
     # MiniLLM's own; `objective.credits.refuse` keeps it out of other credits
     standardises: ClassVar[bool] = True
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T]
         centred = maths.deviations(self.of(batch).expand(batch.shape), batch.mask)
         return centred / (maths.masked_mean(centred.square(), batch.mask) + 1e-8).sqrt()
 
@@ -46,7 +46,7 @@ class LogMixture(Signal):
     b: str
     share: float
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T]
         return maths.mixture(batch.read(LogpFact(self.a)), batch.read(LogpFact(self.b)), self.share)
 
 

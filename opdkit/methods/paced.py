@@ -23,7 +23,7 @@ class Frontier(Signal):
     b: float
     normalise: str
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, 1]
         p = self.rate(batch)
         weight = p**self.a * (1 - p) ** self.b
         if self.normalise == "none":

@@ -18,7 +18,7 @@ class Part(Signal):
     end: str
     share: Signal
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T] bool
         mask = batch.mask.long()
         length = mask.sum(1, keepdim=True)
         # 0.1 * 30 is a little more than 3
@@ -31,7 +31,7 @@ class Part(Signal):
 class Cosine(Signal):
     """[1, 1]: (1 - cos(pi s)) / 2, s the share of the run that is done."""
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [1, 1]
         return 0.5 * (1 - torch.cos(math.pi * Progress()(batch)))
 
 

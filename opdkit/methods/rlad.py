@@ -29,7 +29,7 @@ class TrustRatio(Bounds, TokenLoss):
     a: float = 0.5
     clamp: float = 1.0
 
-    def value(self, live: Live) -> Tensor:
+    def value(self, live: Live) -> Tensor:  # [n]
         moved = live.logp - live.read(LogpFact(self.base))
         ahead = (live.logp - live.read(LogpFact("teacher"))).clamp(-self.clamp, self.clamp)
         return clipped(

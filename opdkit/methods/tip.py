@@ -32,7 +32,7 @@ class Spread(Signal):
     of: Signal
     top: float = 1.0
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T]
         values = self.of(batch)
         low, high = (masked_quantile(values, batch.mask, at) for at in (0.0, self.top))
         return (torch.minimum(values, high) - low) / torch.where(high > low, high - low, math.inf)
@@ -49,7 +49,7 @@ class SampleKeys(Signal):
 
     of: Signal
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T]
         # the least odds of the official code
         return torch.log1p(-uniform(batch, str(self))) / self.of(batch).clamp_min(1e-8)
 
@@ -71,7 +71,7 @@ class Highest(Signal):
     least: int = 0
     whole: bool = False
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T] bool
         pool = (1, -1) if self.whole else batch.shape
         among = (batch.mask & self.among(batch).bool()).reshape(pool)
         values = torch.where(among, self.of(batch).reshape(pool), -math.inf)

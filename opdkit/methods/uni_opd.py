@@ -61,7 +61,7 @@ class ByOutcome(Signal, ABC):
     def of(self, right: list[float], wrong: list[float]) -> tuple[list[float], list[float]]:
         """The numbers of the right and of the wrong answers with these scores."""
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, 1]
         index, _ = group_index(
             batch.group if self.scope == "group" else torch.zeros_like(batch.tokens[:, 0])
         )
@@ -86,7 +86,7 @@ class RolloutDraw(Signal):
     must draw the same.
     """
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, 1]
         return uniform(batch, str(self))[:, :1]
 
     def __str__(self) -> str:

@@ -167,7 +167,7 @@ class SpanFact(Fact):
         """Counted as one float each, whatever is read."""
         return self.dtype.itemsize
 
-    def made_up(self, rows: int, length: int, vocabulary: int) -> Tensor:
+    def made_up(self, rows: int, length: int, vocabulary: int) -> Tensor:  # [B, T] or [B, 1]
         if self.what == "logp":
             return super().made_up(rows, length, vocabulary)
         kind = torch.int64 if self.what == "tokens" else torch.bool

@@ -209,7 +209,7 @@ class LogpFact(Fact):
     def words(self) -> str:
         return f"{self.model} log-prob of the sampled token"
 
-    def read(self, here: Chunk, first: Mapping[TopFact, Tensor]) -> Tensor:
+    def read(self, here: Chunk, first: Mapping[TopFact, Tensor]) -> Tensor:  # [n]
         return here.vocabulary(self.model).at(here.tokens[:, None])[:, 0]
 
     def watch(self, model: str) -> Watch | None:
@@ -233,10 +233,10 @@ class EntropyFact(Fact):
     def words(self) -> str:
         return f"{self.model} entropy"
 
-    def read(self, here: Chunk, first: Mapping[TopFact, Tensor]) -> Tensor:
+    def read(self, here: Chunk, first: Mapping[TopFact, Tensor]) -> Tensor:  # [n]
         return here.vocabulary(self.model).statistics()[1]
 
-    def made_up(self, rows: int, length: int, vocabulary: int) -> Tensor:
+    def made_up(self, rows: int, length: int, vocabulary: int) -> Tensor:  # [B, T]
         return torch.ones(rows, length)
 
     def watch(self, model: str) -> Watch | None:
@@ -268,11 +268,11 @@ class GapFact(Fact):
     def words(self) -> str:
         return f"{self.kind} of {self.student} and {self.teacher} over the whole vocabulary"
 
-    def read(self, here: Chunk, first: Mapping[TopFact, Tensor]) -> Tensor:
+    def read(self, here: Chunk, first: Mapping[TopFact, Tensor]) -> Tensor:  # [n]
         student, teacher = here.vocabulary(self.student), here.vocabulary(self.teacher)
         return divergence(self.kind, student, teacher, self.temperature)  # type: ignore[arg-type]
 
-    def made_up(self, rows: int, length: int, vocabulary: int) -> Tensor:
+    def made_up(self, rows: int, length: int, vocabulary: int) -> Tensor:  # [B, T]
         return torch.ones(rows, length)
 
 
@@ -295,11 +295,11 @@ class TopFact(Fact):
     def shape(self) -> tuple[int, ...]:
         return (self.k,)
 
-    def read(self, here: Chunk, first: Mapping[TopFact, Tensor]) -> Tensor:
+    def read(self, here: Chunk, first: Mapping[TopFact, Tensor]) -> Tensor:  # [n, k]
         logits = here.vocabulary(self.model).logits
         return logits.topk(min(self.k, logits.shape[-1]), -1).indices
 
-    def made_up(self, rows: int, length: int, vocabulary: int) -> Tensor:
+    def made_up(self, rows: int, length: int, vocabulary: int) -> Tensor:  # [B, T, k]
         return torch.arange(min(self.k, vocabulary)).expand(rows, length, -1)
 
     def watch(self, model: str) -> Watch | None:
@@ -345,10 +345,10 @@ class LogpAtFact(Fact):
     def needs_first(self) -> tuple[TopFact, ...]:
         return (TopFact(self.owner, self.k),)
 
-    def read(self, here: Chunk, first: Mapping[TopFact, Tensor]) -> Tensor:
+    def read(self, here: Chunk, first: Mapping[TopFact, Tensor]) -> Tensor:  # [n, k]
         return here.vocabulary(self.model).at(first[TopFact(self.owner, self.k)])
 
-    def made_up(self, rows: int, length: int, vocabulary: int) -> Tensor:
+    def made_up(self, rows: int, length: int, vocabulary: int) -> Tensor:  # [B, T, k]
         return torch.full((rows, length, min(self.k, vocabulary)), -3.0)
 
     def watch(self, model: str) -> Watch | None:

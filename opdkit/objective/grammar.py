@@ -37,7 +37,7 @@ class Signal(ABC):
     """
 
     @abstractmethod
-    def value(self, batch: Batch) -> Tensor: ...
+    def value(self, batch: Batch) -> Tensor: ...  # [B, T], [B, 1] or [1, 1]
 
     def __call__(self, batch: Batch) -> Tensor:
         if self not in batch.signals:
@@ -112,7 +112,7 @@ class Const(Signal):
 
     number: Number
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [1, 1]
         return torch.full((1, 1), float(self.number), dtype=batch.dtype, device=batch.device)
 
     def __str__(self) -> str:
@@ -157,7 +157,7 @@ class Operation(Signal):
     name: str
     of: tuple[Signal, ...]
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T], [B, 1] or [1, 1]
         values = [signal(batch) for signal in self.of]
         if self.name not in LOGIC:  # true counts as 1
             values = [v.to(batch.dtype) if v.dtype == torch.bool else v for v in values]

@@ -36,7 +36,7 @@ class PolicyGradient(TokenLoss):
     def __post_init__(self) -> None:
         refuse_constant(self.credit)
 
-    def value(self, live: Live) -> Tensor:
+    def value(self, live: Live) -> Tensor:  # [n]
         return -ratio(live, self.base) * live.pick(self.credit)
 
 
@@ -70,7 +70,7 @@ class Clipped(Bounds, TokenLoss):
     -A dual where A < 0.
     """
 
-    def value(self, live: Live) -> Tensor:
+    def value(self, live: Live) -> Tensor:  # [n]
         return clipped(
             ratio(live, self.base), live.pick(self.credit), self.low, self.high, self.dual
         )
@@ -82,7 +82,7 @@ class Likelihood(TokenLoss):
 
     name: ClassVar[str] = "likelihood"
 
-    def value(self, live: Live) -> Tensor:
+    def value(self, live: Live) -> Tensor:  # [n]
         return -live.logp
 
 
@@ -112,7 +112,7 @@ class Estimator(TokenLoss):
     def name(self) -> str:  # type: ignore[override]
         return self.kind
 
-    def value(self, live: Live) -> Tensor:
+    def value(self, live: Live) -> Tensor:  # [n]
         d = live.logp - live.read(LogpFact(self.teacher))
         if self.kind.endswith("+"):
             return maths.straight(maths.k1(d) if self.kind == "k1+" else maths.k3(d), maths.k2(d))
@@ -203,7 +203,7 @@ class Divergence(TokenLoss):
     def where(self) -> Support:
         return Support(self.support or "full", self.k, self.rest, teacher=self.teacher)
 
-    def value(self, live: Live) -> Tensor:
+    def value(self, live: Live) -> Tensor:  # [n]
         kind, where, t = kind_of(self.kind), self.where(), self.temperature
         if where.support == "full":
             return kernels.divergence(kind, live.own, live.vocabulary(self.teacher), t, self.cap)
@@ -233,7 +233,7 @@ class Candidates(TokenLoss):
     teacher: str = "teacher"
     name: ClassVar[str] = "candidates"
 
-    def value(self, live: Live) -> Tensor:
+    def value(self, live: Live) -> Tensor:  # [n]
         before = live.read(LogpAtFact("student", "student", self.k))
         credit = live.read(LogpAtFact(self.teacher, "student", self.k)) - before
         ratios = (live.at(live.read(TopFact("student", self.k))) - before).exp()

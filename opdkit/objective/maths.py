@@ -46,7 +46,7 @@ class Kind(ABC):
 class ReverseKL(Kind):
     """KL(student || teacher) = sum_v p_s (log p_s - log p_t)."""
 
-    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:
+    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:  # [..., K]
         return ls.exp() * (ls - lt)
 
 
@@ -54,7 +54,7 @@ class ReverseKL(Kind):
 class ForwardKL(Kind):
     """KL(teacher || student) = sum_v p_t (log p_t - log p_s)."""
 
-    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:
+    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:  # [..., K]
         return lt.exp() * (lt - ls)
 
 
@@ -78,7 +78,7 @@ class JSD(Kind):
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta={self.beta} must lie in [0, 1]: 0 is forward KL, 1 reverse KL")
 
-    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:
+    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:  # [..., K]
         if self.beta == 0:
             return ForwardKL().entries(ls, lt)
         if self.beta == 1:
@@ -96,7 +96,7 @@ class SkewForward(Kind):
 
     alpha: float = 0.1
 
-    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:
+    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:  # [..., K]
         return ForwardKL().entries(mixture(lt, ls, self.alpha), lt)
 
 
@@ -108,7 +108,7 @@ class SkewReverse(Kind):
 
     alpha: float = 0.1
 
-    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:
+    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:  # [..., K]
         return ReverseKL().entries(ls, mixture(ls, lt, self.alpha))
 
 
@@ -126,7 +126,7 @@ class Alpha(Kind):
                 f"a={self.a} must lie strictly between 0 (reverse KL) and 1 (forward KL)"
             )
 
-    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:
+    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:  # [..., K]
         a = self.a
         power = (a * lt + (1 - a) * ls).exp()
         return (power - a * lt.exp() - (1 - a) * ls.exp()) / (a * (a - 1))
@@ -138,7 +138,7 @@ class Hellinger2(Kind):
     1].
     """
 
-    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:
+    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:  # [..., K]
         return 0.5 * ((0.5 * ls).exp() - (0.5 * lt).exp()).square()
 
 
@@ -146,7 +146,7 @@ class Hellinger2(Kind):
 class TotalVariation(Kind):
     """sum |p_s - p_t| / 2, in [0, 1]."""
 
-    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:
+    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:  # [..., K]
         return 0.5 * (ls.exp() - lt.exp()).abs()
 
 
@@ -154,7 +154,7 @@ class TotalVariation(Kind):
 class Chi2(Kind):
     """Pearson chi-square of the student against the teacher: sum (p_s - p_t)^2 / p_t."""
 
-    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:
+    def entries(self, ls: Tensor, lt: Tensor) -> Tensor:  # [..., K]
         return lt.exp() * torch.expm1(ls - lt).square()
 
 

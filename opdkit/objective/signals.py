@@ -44,7 +44,7 @@ class Logp(Signal):
 
     model: str
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T]
         return batch.read(LogpFact(self.model))
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class LogRatio(Signal):
     a: str
     b: str
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T]
         return batch.read(LogpFact(self.a)) - batch.read(LogpFact(self.b))
 
     def __str__(self) -> str:
@@ -71,7 +71,7 @@ class Entropy(Signal):
 
     model: str
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T]
         return batch.read(EntropyFact(self.model))
 
 
@@ -96,7 +96,7 @@ class Gap(Signal):
     def where(self) -> Support:
         return Support(self.support, self.k, self.rest, self.student, self.teacher)
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T]
         kind, where = kind_of(self.kind), self.where()
         if where.support == "full":
             return batch.read(GapFact(kind, self.student, self.teacher))
@@ -115,7 +115,7 @@ class Gap(Signal):
 class Reward(Signal):
     """[B, 1]."""
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, 1]
         return batch.reward.to(batch.dtype)[:, None]
 
 
@@ -123,7 +123,7 @@ class Reward(Signal):
 class Correct(Signal):
     """[B, 1] bool."""
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, 1] bool
         return batch.correct.bool()[:, None]
 
 
@@ -135,7 +135,7 @@ class PassRate(Signal):
     among its rollouts of this step.
     """
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, 1]
         now = GroupMean(Correct())(batch)
         try:
             # [B, 1], NaN where the prompt is new
@@ -151,7 +151,7 @@ class Mark(Signal):
 
     name: str
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T] bool
         return batch.mark(self.name)
 
 
@@ -161,7 +161,7 @@ class Row(Signal):
 
     name: str
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, 1]
         return batch.column(self.name).to(batch.dtype)[:, None]
 
 
@@ -179,7 +179,7 @@ class Advantage(Signal):
         if self.normalise not in ("std", "mean", "rloo"):
             raise ValueError(f"normalise={self.normalise!r} must be one of std, mean, rloo")
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, 1]
         reward = batch.reward.to(batch.dtype)
         least, mean, count = group_means(reward, batch.group)
         centred = reward - least - mean
@@ -204,7 +204,7 @@ class Exp(Signal):
 
     of: Signal
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # as `of`: [B, T] or [B, 1]
         return self.of(batch).exp()
 
     def __str__(self) -> str:
@@ -218,7 +218,7 @@ class Floor(Signal):
     of: Signal
     at: float
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # as `of`: [B, T] or [B, 1]
         return self.of(batch).clamp_min(self.at)
 
 
@@ -229,7 +229,7 @@ class Ceiling(Signal):
     of: Signal
     at: float
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # as `of`: [B, T] or [B, 1]
         return self.of(batch).clamp_max(self.at)
 
 
@@ -242,7 +242,7 @@ class Draw(Signal):
 
     of: Signal
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T] bool
         return uniform(batch, str(self)) < self.of(batch)
 
     def __str__(self) -> str:
@@ -265,7 +265,7 @@ class ToGo(Signal):
     of: Signal
     discount: float = 1.0
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, T]
         values = torch.where(batch.mask, self.of(batch), 0.0)
         return torch.where(batch.mask, to_go(values, self.discount), 0.0)
 
@@ -276,7 +276,7 @@ class RowMean(Signal):
 
     of: Signal
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, 1]
         return row_mean(self.of(batch).expand(batch.shape), batch.mask)
 
 
@@ -288,7 +288,7 @@ class GroupMean(Signal):
 
     of: Signal
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, 1]
         values = self.of(batch).to(batch.dtype).expand(len(batch.tokens), 1)
         least, mean, _ = group_means(values[:, 0], batch.group)
         return (least + mean)[:, None]
@@ -300,7 +300,7 @@ class MeanOne(Signal):
 
     of: Signal
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # as `of`: [B, T] or [B, 1]
         values = self.of(batch).expand(batch.shape).to(batch.dtype)
         mean = masked_mean(values, batch.mask)
         return torch.where(
@@ -317,7 +317,7 @@ class Quantile(Signal):
     of: Signal
     at: float
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [1, 1]
         return masked_quantile(self.of(batch).expand(batch.shape), batch.mask, self.at).view(1, 1)
 
 
@@ -330,7 +330,7 @@ class GroupShare(Signal):
     logits: Signal
     among: Signal
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [B, 1]
         logits = self.logits(batch).expand(len(batch.tokens), 1)[:, 0]
         return group_softmax(logits, self.among(batch)[:, 0].bool(), batch.group)[:, None]
 
@@ -339,7 +339,7 @@ class GroupShare(Signal):
 class Progress(Signal):
     """[1, 1]: share of the run that is done, 0 at the first step and 1 at the last."""
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [1, 1]
         share = min(max(batch.step / max(batch.total_steps - 1, 1), 0.0), 1.0)
         return torch.full((1, 1), share, dtype=batch.dtype, device=batch.device)
 
@@ -352,7 +352,7 @@ class Early(Signal):
 
     share: float
 
-    def value(self, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:  # [1, 1] bool
         # 0.1 * 30 is a little more than 3
         early = batch.step < self.share * batch.total_steps - 1e-9
         return torch.full((1, 1), early, device=batch.device)

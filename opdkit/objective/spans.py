@@ -73,7 +73,7 @@ class SpanLoss(TokenLoss):
             self.teacher_temperature if what == "logp" else 1.0,
         )
 
-    def value(self, live: Live) -> Tensor:
+    def value(self, live: Live) -> Tensor:  # [n]
         base, factor = self.merged(live)
         other, vocabulary = live.read(self._fact("logp")), self._fact("vocabulary")
         values, temperatures = (
@@ -112,11 +112,11 @@ class SpanLoss(TokenLoss):
         logp = token_logp(earlier.own, earlier.tokens, self.student_temperature)
         return base, zero.index_add(0, owner, logp.clamp_min(LOG_FLOOR))
 
-    def defined(self, batch: Batch) -> Tensor:
+    def defined(self, batch: Batch) -> Tensor:  # [B, 1] or [B, T] bool
         ends = batch.read(self._fact("tokens")) > 0
         return ends if self.shared else ends & ~batch.read(SpanFact(self.teacher, "shared"))
 
-    def joined(self, batch: Batch) -> Tensor | None:
+    def joined(self, batch: Batch) -> Tensor | None:  # [B, T] bool
         count = batch.read(self._fact("tokens"))
         end = (count > 1).flatten().nonzero()[:, 0]
         if len(end) == 0:
@@ -140,7 +140,7 @@ class RankDistance(SpanLoss):
 
     def compare(
         self, p: Tensor, q: Tensor, rows: slice, match: Match | None, single: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # [r], [r, V_s]
         return by_rank(p, q)
 
 
@@ -176,7 +176,7 @@ class HybridDistance(SpanLoss):
 
     def compare(
         self, p: Tensor, q: Tensor, rows: slice, match: Match | None, single: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # [r], [r, V_s]
         if match is None:
             raise ValueError(
                 "which tokens the two vocabularies have in common is not known: give "
@@ -223,10 +223,10 @@ class SharedDivergence(TokenLoss):
     teacher: str = "teacher"
     name: ClassVar[str] = "shared_divergence"
 
-    def defined(self, batch: Batch) -> Tensor:
+    def defined(self, batch: Batch) -> Tensor:  # [B, 1] bool
         return batch.read(SpanFact(self.teacher, "shared"))
 
-    def value(self, live: Live) -> Tensor:
+    def value(self, live: Live) -> Tensor:  # [n]
         fact, values = (
             SpanFact(self.teacher, "vocabulary"),
             live.logits.new_zeros(len(live.positions)),

@@ -30,7 +30,7 @@ FACTS: dict[str, type[Fact]] = {
 
 
 def pack(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bytes:
-    """A body: tensors of any shape by name, and settings as JSON, in safetensors' format."""
+    """A body: tensors [...] of any shape by name, and settings as JSON, in safetensors' format."""
     from safetensors.torch import save
 
     return save(
@@ -39,7 +39,7 @@ def pack(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bytes:
     )
 
 
-def unpack(body: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def unpack(body: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors of any shape [...]
     """Tensors of the shapes that `pack` was given, and settings.
 
     A ValueError where the body is cut short or is something else.
