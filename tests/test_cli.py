@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,7 +209,10 @@ ENDS = [
     (KeyboardInterrupt(), 130),
     (Stopped(signal.SIGTERM), 143),
     (Stopped(signal.SIGHUP), 129),
-    (BrokenPipeError(), 0),
+    (BrokenPipeError(), 1),  # of a worker or a socket; see below for a reader of stdout who left
+    (SystemExit(0), 1),
+    (RecursionError(), 1),
+    (GeneratorExit(), 1),
     (opdkit.UserError("no"), 2),
 ]
 
@@ -223,8 +229,22 @@ def test_exit_codes(
 
     monkeypatch.setattr(cli, "COMMANDS", (replace(DOCTOR, run=fails),))
     assert main(["doctor"]) == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and said.count("opdkit:") == 1
     if code > 128:
-        assert "continue with --resume" in capsys.readouterr().err
+        assert "continue with --resume" in said
+    if code == 1:  # the trace is in a file
+        kept = Path(said.split()[-1])
+        assert type(error).__name__ in kept.read_text()
+        kept.unlink()
+
+
+def test_a_reader_that_left_is_no_error():
+    code = "import sys; from opdkit.cli import main; sys.exit(main(['methods']))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE)
+    assert ended.returncode == 0 and ended.stderr == b""
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from opdkit.base.errors import UserError, nearest
+from opdkit.base.own_code import FILE_SECONDS, own_code
 
 
 def is_address(text: str) -> bool:
@@ -48,6 +49,13 @@ def load_address(address: str) -> Any:
     return getattr(module, name)
 
 
+def path_of(address: str) -> str:
+    """The file of an address, as errors in its code name it; "" for a name that is none."""
+    return (
+        str(Path(address.rpartition(":")[0]).expanduser().resolve()) if is_address(address) else ""
+    )
+
+
 def _module(path: Path, address: str) -> ModuleType:
     """The file as a module: run once per content, so that two addresses in one file share its
     classes, and an edit is seen.
@@ -66,23 +74,13 @@ def _module(path: Path, address: str) -> ModuleType:
     try:
         # Compiled from what was hashed: the loader's cache goes by whole seconds and would miss a
         # quick edit.
-        exec(compile(content, str(path), "exec"), module.__dict__)
-    except Exception as error:
+        with own_code(
+            f"{address!r} cannot be used, because its file fails when it runs",
+            str(path),
+            FILE_SECONDS,
+        ):
+            exec(compile(content, str(path), "exec"), module.__dict__)
+    except BaseException:
         del sys.modules[name]
-        raise UserError(
-            f"{address!r} cannot be used, because its file fails when it runs: "
-            f"{_where(error, path)}"
-        ) from error
+        raise
     return module
-
-
-def _where(error: Exception, path: Path) -> str:
-    """`line 3: NameError: name 'x' is not defined`."""
-    line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(path) else None
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    message = error.msg if isinstance(error, SyntaxError) else error
-    return f"{f'line {line}: ' if line else ''}{type(error).__name__}: {message}"

@@ -4,6 +4,7 @@ overrides, YAML.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -12,11 +13,13 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from opdkit.base.errors import UserError, nearest
+from opdkit.base.errors import UserError, nearest, shown
+from opdkit.base.files import read_text
 
 C = TypeVar("C")
 # groups that a single value may stand for, and the field it means
 SHORT = {"data": "source", "teacher": "default"}
+INTEGERS = 2**63  # tensors and generators of random numbers hold integers below it
 
 
 def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
@@ -34,9 +37,16 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
         if f.name not in made and f.default is MISSING and f.default_factory is MISSING:
             raise UserError(f"{where}{f.name} is missing: {cls.__name__} cannot run without it")
     try:
-        return cls(**made)
+        built = cls(**made)
     except ValueError as error:
         raise UserError(f"{where.rstrip('.') or cls.__name__}: {error}") from error
+    for key, value in made.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(
+                f"{where}{key} must be a finite number, not {value}: what is computed with it "
+                "would be infinite or no number"
+            )
+    return built
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
@@ -52,25 +62,24 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(
                 f"{where} must be a group of settings ({', '.join(f.name for f in fields(hint))}), "
-                f"not {value!r}"
+                f"not {shown(value)}"
             )
         return build(hint, value, where + ".")
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise UserError(f"{where} must be a list, not {value!r}")
+            raise UserError(f"{where} must be a list, not {shown(value)}")
         inner = args[0] if len(args) == 2 and args[1] is ... else None
         if inner is None and len(value) != len(args):
-            raise UserError(f"{where} must have {len(args)} entries, not {len(value)}: {value!r}")
+            raise UserError(
+                f"{where} must have {len(args)} entries, not {len(value)}: {shown(value)}"
+            )
         return tuple(convert(inner or args[i], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise UserError(f"{where} must be a mapping, not {value!r}")
+            raise UserError(f"{where} must be a mapping, not {shown(value)}")
         return {str(k): convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-5 as text
-        except ValueError:
-            raise UserError(f"{where} must be a number, not {value!r}") from None
+        return _number(value, where)
     if hint is types.NoneType:
         if value is None:
             return None
@@ -79,8 +88,21 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         and isinstance(value, hint)
         and not (hint is int and isinstance(value, bool))
     ):
+        if hint is int and abs(value) >= INTEGERS:
+            raise UserError(
+                f"{where} must be an integer below 2^63, not {shown(value)}: larger ones have no "
+                "place in a tensor"
+            )
         return value
-    raise UserError(f"{where} must be {getattr(hint, '__name__', hint)}, not {value!r}")
+    raise UserError(f"{where} must be {getattr(hint, '__name__', hint)}, not {shown(value)}")
+
+
+def _number(value: float | str, where: str) -> float:
+    """YAML reads 1e-5 as text."""
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        raise UserError(f"{where} must be a number, not {shown(value)}") from None
 
 
 def _first_that_fits(options: Sequence[Any], value: Any, where: str) -> Any:
@@ -93,7 +115,7 @@ def _first_that_fits(options: Sequence[Any], value: Any, where: str) -> Any:
             if is_dataclass(option) and isinstance(value, Mapping):
                 raise  # it was meant as that group: its own message says more
             told.append(getattr(option, "__name__", str(option)).replace("NoneType", "null"))
-    raise UserError(f"{where} must be {' or '.join(told)}, not {value!r}")
+    raise UserError(f"{where} must be {' or '.join(told)}, not {shown(value)}")
 
 
 def plain(value: Any) -> Any:
@@ -178,25 +200,63 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[str, Any]]:
                 "optim.learning_rate=1e-5"
             )
         try:
-            pairs.append((key, yaml.safe_load(value) if value else ""))
-        except yaml.YAMLError:
+            pairs.append((key, load_yaml(value) if value else ""))
+        except UNREADABLE:
             raise UserError(
-                f"{text!r}: the value is not valid YAML; put text with braces, brackets or colons "
-                "in double quotes"
+                f"{shown(text)}: the value is not valid YAML; put text with braces, brackets or "
+                "colons in double quotes"
             ) from None
     return pairs
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key comes twice, and 2024-01-31 is text."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1 and key != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice: keep one", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in known if not tag.endswith(":timestamp")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+# what a text that is not YAML raises: also dates out of range, integers of 5,000 digits, brackets
+# 1,000 deep
+UNREADABLE = (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError, AttributeError)
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text; raises one of `UNREADABLE`."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as a mapping."""
+    text = read_text(Path(path), "a run's YAML file")
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}: give the path of a run's YAML file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+        values = load_yaml(text)
+    except UNREADABLE as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:400]
+        raise UserError(
+            f"{path} is not valid YAML: {why}. A run's file holds lines such as `steps: 100`; mend "
+            "that place, or write the file anew"
+        ) from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys and values, not {type(values).__name__}")
+        raise UserError(
+            f"{path} must hold keys and values, such as `steps: 100`, not {type(values).__name__}: "
+            "give the path of a run's YAML file"
+        )
     return values
 
 

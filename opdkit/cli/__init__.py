@@ -19,6 +19,7 @@ from opdkit.cli.quickstart import QUICKSTART
 from opdkit.cli.report import REPORT
 from opdkit.cli.serve_teacher import SERVE_TEACHER
 from opdkit.cli.train import TRAIN
+from opdkit.cli.unforeseen import tell
 
 COMMANDS = (
     QUICKSTART,
@@ -48,9 +49,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 for an error that the user can mend, 128 + its number for a
-    signal (Ctrl-C: 130).
+    """Run one command; 0 on success, 2 for an error that the user can mend, 1 for one that nobody
+    foresaw, 128 + its number for a signal (Ctrl-C: 130).
     """
+    for stream in (sys.stdout, sys.stderr):  # what has no form in the terminal's encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     made = parser()
     options, rest = made.parse_known_args(arguments)
     if hasattr(options, "settings") and all(
@@ -65,14 +69,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _environment()
     try:
         with stoppable():
-            return options.run(options) or 0
+            status = options.run(options) or 0
+            sys.stdout.flush()
+            return status
     except UserError as error:
         print(f"opdkit: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         return interrupted(stop, "continue with --resume")
+    except BaseException as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            return 0
+        name = next(command.name for command in COMMANDS if command.run is options.run)
+        return tell(error, name)
+
+
+def _unread() -> bool:
+    """Whether the reader of what is printed has gone, as in `opdkit methods | head`."""
+    try:
+        sys.stdout.flush()
     except BrokenPipeError:
-        return 0
+        # Python flushes once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _environment() -> None:

@@ -54,6 +54,12 @@ def evaluate(text: str, leaf: Callable[..., Any]) -> Any:
                 raise UserError(
                     f"in {text!r} the arguments of {node.func.id} must be given by name: {EXAMPLE}"
                 )
+            names = [str(k.arg) for k in node.keywords]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise UserError(
+                    f"in {text!r} the argument {twice[0]} of {node.func.id} is given twice, and "
+                    "only one value can hold: leave one out"
+                )
             arguments = {str(k.arg): _literal(k.value, text) for k in node.keywords}
             return leaf(addresses.get(node.func.id, node.func.id), **arguments)
         raise UserError(
@@ -96,7 +102,7 @@ def _literal(node: ast.expr, text: str) -> Any:
         return tuple(_literal(x, text) for x in node.elts)
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         raise UserError(
             f"in {text!r} the argument {ast.unparse(node)!r} is not a number, a text or a list of "
             "these"

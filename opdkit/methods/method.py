@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
-from opdkit.base.address import is_address, load_address
-from opdkit.base.errors import UserError, nearest
+from opdkit.base.address import is_address, load_address, path_of
+from opdkit.base.config import convert
+from opdkit.base.errors import UserError, nearest, shown
+from opdkit.base.own_code import CALL_SECONDS, own_code
 from opdkit.curricula import Curriculum, Plain, together
 from opdkit.methods import METHODS, expression
 from opdkit.objective import algebra, credits, ratio_layer
@@ -38,7 +42,9 @@ class Method:
     @property
     def needs(self) -> Needs:
         """What the objective reads."""
-        return needs(self.objective)
+        what = f"method {self.name or 'own'!r} fails where its formula is run once on made-up facts"
+        with own_code(what, path_of(self.name), CALL_SECONDS):
+            return needs(self.objective)
 
     def __str__(self) -> str:
         return str(self.objective)
@@ -210,13 +216,16 @@ def load(name: str, /, **arguments: Any) -> Method:
     function = function_of(name)
     given = {k: _frozen(v) for k, v in arguments.items()}
     own, layer = _divided(function, name, given)
-    try:
-        bound = inspect.signature(function).bind(**own)
-        bound.apply_defaults()
-        made = _method(function(*bound.args, **bound.kwargs), name)
-        objective = ratio_layer.apply_layer(made.objective, **layer)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"method {name!r}: {error}") from error
+    with own_code(f"method {name!r} cannot be used", path_of(name), CALL_SECONDS):
+        try:
+            bound = inspect.signature(function).bind(**own)
+            bound.apply_defaults()
+            made = _method(function(*bound.args, **bound.kwargs), name)
+            objective = ratio_layer.apply_layer(made.objective, **layer)
+        except (TypeError, ValueError) as error:
+            if is_address(name):
+                raise  # with the line in the file
+            raise UserError(f"method {name!r}: {error}") from error
     # else it is made of methods that have been looked at
     if name not in METHODS and made.name in ("", "own"):
         credits.refuse(objective, name)
@@ -238,8 +247,9 @@ def _divided(
     function: Callable[..., Any], name: str, given: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments that are the function's own, and those of the ratio layer."""
-    known = list(inspect.signature(function).parameters)
-    own = {k: v for k, v in given.items() if k in known}
+    with own_code(f"method {name!r} cannot be used", path_of(name)):
+        known = list(inspect.signature(function).parameters)
+    own = {k: _typed(function, k, v, name) for k, v in given.items() if k in known}
     layer = {k: v for k, v in given.items() if k not in known}
     for argument in layer:
         if argument not in ratio_layer.SETTINGS:
@@ -248,6 +258,22 @@ def _divided(
                 f"method {name!r} has no argument {argument!r}{nearest(argument, every)}"
             )
     return own, layer
+
+
+def _typed(function: Callable[..., Any], argument: str, value: Any, name: str) -> Any:
+    """An argument as its function declares it, where that is a plain type; else as it is.
+
+    Infinity is a number here: some arguments have it for "off".
+    """
+    try:
+        hint = get_type_hints(function).get(argument)
+    except Exception:  # annotations of one's own that mean nothing here
+        return value
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if not set(kinds) <= {int, float, str, bool, NoneType} or value in (math.inf, -math.inf):
+        return value
+    made = convert(hint, value, f"method {name!r}: {argument}")
+    return value if made == value else made  # 1 stays 1 where 1.0 would do
 
 
 def _layer_of(function: Callable[..., Any]) -> list[str]:
@@ -265,8 +291,8 @@ def _method(made: Any, name: str) -> Method:
     if isinstance(made, Method):
         return made
     raise UserError(
-        f"{name} returned {type(made).__name__}: a method is a function that returns an Objective "
-        "or a Method"
+        f"{name} returned {shown(made)} ({type(made).__name__}), which cannot be minimised: a "
+        "method is a function that returns an Objective or a Method"
     )
 
 

@@ -9,9 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from opdkit.base.address import is_address, load_address
+from opdkit.base.address import is_address, load_address, path_of
 from opdkit.base.config import plain
-from opdkit.base.errors import UserError, nearest
+from opdkit.base.errors import UserError, nearest, shown
+from opdkit.base.own_code import CALL_SECONDS, own_code
 
 RECIPES = {
     "gsm8k": "opdkit.recipes.gsm8k:gsm8k",
@@ -31,6 +32,11 @@ def recipe(name: str, folder: Path | None = None) -> dict[str, Any]:
     """
     if is_address(name):
         function = load_address(name)
+        if not callable(function):
+            raise UserError(
+                f"recipe {name!r} is {shown(function)}, not a function: a recipe is a function "
+                "that returns the settings of a run"
+            )
     elif name in RECIPES:
         function = _function(RECIPES[name])
     else:
@@ -38,8 +44,14 @@ def recipe(name: str, folder: Path | None = None) -> dict[str, Any]:
             f"unknown recipe {name!r}{nearest(name, list(RECIPES))} (one's own: file.py:function)"
         )
     takes_folder = folder is not None and "folder" in inspect.signature(function).parameters
-    found = function(folder=folder) if takes_folder else function()
-    return dict(found) if isinstance(found, dict) else plain(found)
+    with own_code(f"recipe {name!r} cannot be used", path_of(name), CALL_SECONDS):
+        found = plain(function(folder=folder) if takes_folder else function())
+    if not isinstance(found, dict):
+        raise UserError(
+            f"recipe {name!r} returned {shown(found)}, which describes no run: a recipe returns a "
+            "Run, or a mapping of its settings such as {'student': ..., 'steps': 100}"
+        )
+    return found
 
 
 def make(name: str, *folder: Path) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from opdkit.base.rules import Rules, follow
 from opdkit.models.quantize import check_quantize
 
 SCHEDULES = ("constant", "linear", "cosine")
 
-# With other numbers a run goes on, step by step, and learns nothing, or goes uphill: what will do,
-# what it must be, what else happens.
-Rules = Mapping[str, tuple[Callable[[Any], bool], str, str]]
+# With other numbers a run goes on, step by step, and learns nothing, or goes uphill.
 LORA: Rules = {
     "r": (
         lambda r: r >= 1,
@@ -68,13 +65,6 @@ OPTIM: Rules = {
         "such step uphill",
     ),
 }
-
-
-def follow(rules: Rules, settings: object) -> None:
-    """A ValueError for the first setting that breaks its rule."""
-    for name, (good, must, otherwise) in rules.items():
-        if not good(value := getattr(settings, name)):
-            raise ValueError(f"{name}={value!r} must be {must}: {otherwise}")
 
 
 @dataclass(frozen=True)

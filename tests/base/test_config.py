@@ -372,7 +372,7 @@ def test_yaml_holds_every_setting_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("- a\n- b\n", "must hold keys and values, not list"),
+        ("- a\n- b\n", "must hold keys and values, such as `steps: 100`, not list"),
         ("", "not NoneType"),
         ("a: [1\n", "is not valid YAML"),
         (None, "there is no file"),

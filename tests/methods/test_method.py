@@ -126,7 +126,7 @@ def test_it_is_a_value_like_the_others(own):
         ),
         ("OWN:bounde", {}, "defines no 'bounde'; did you mean 'bounded'"),
         ("OWN:bounded", {"sise": 1}, "has no argument 'sise'; did you mean 'size'"),
-        ("OWN:wrong", {}, "returned int"),
+        ("OWN:wrong", {}, r"returned 3 \(int\), which"),
         ("OWN:NUMBER", {}, "is not a function"),
         ("OWN:broken", {}, "positional arguments"),
         ("nowhere.py:bounded", {}, "nowhere.py, which is not there"),

@@ -1,0 +1,5 @@
+"""python -m opdkit.cli."""
+
+from opdkit.cli import main
+
+raise SystemExit(main())
