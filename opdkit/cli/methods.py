@@ -25,7 +25,10 @@ def list_methods(options: Any) -> None:
         shown.add_column(column, no_wrap=column in ("method", "source"))
     for row in table():
         shown.add_row(*row.values())
-    Console(soft_wrap=False).print(shown)
+    console = Console(soft_wrap=False)
+    with console.capture() as text:  # rich would exit by itself where the reader has gone
+        console.print(shown)
+    print(text.get(), end="")
     print(
         "\npasses: forward passes of a step besides sampling. opdkit explain METHOD prints the "
         "formula."
