@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -87,12 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _unread() -> bool:
     """Whether the reader of what is printed has gone, as in `opdkit methods | head`."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more as it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        watch = select.poll()
+        watch.register(sys.stdout.fileno(), 0)
+        gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
+        if gone:  # Python flushes once more as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return gone
+    except (AttributeError, OSError, ValueError):  # no such call, or no file behind stdout
+        return False
 
 
 def _environment() -> None:
