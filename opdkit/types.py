@@ -13,6 +13,38 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from opdkit.base.rules import Rules, at_least, follow
+
+SAMPLING: Rules = {
+    "temperature": (
+        lambda t: 0 <= t <= 100,
+        "0 (greedy) or more, and at most 100",
+        "logits are divided by it, and far above 1 every token is as likely as any other",
+    ),
+    "top_p": (
+        lambda p: 0 < p <= 1,
+        "above 0 and at most 1 (1 keeps every token)",
+        "it is the mass of the tokens that can be drawn",
+    ),
+    "top_k": (at_least(0), "0 (keeps every token) or more", "it is a number of tokens"),
+    "min_p": (
+        lambda p: 0 <= p <= 1,
+        "between 0 (keeps every token) and 1",
+        "it is a share of the probability of the most probable token",
+    ),
+    "max_completion_length": (
+        at_least(1),
+        "at least 1",
+        "a response without a token teaches nothing",
+    ),
+    "num_generations": (at_least(1), "at least 1", "it is the number of responses to a prompt"),
+    "stop": (
+        all,
+        "strings that are not empty",
+        "the empty one would end every response before its first token",
+    ),
+}
+
 DataRow = dict[str, Any]  # one row of a data set by column name, such as prompt, answer, teacher
 
 
@@ -55,6 +87,9 @@ class Sampling:
     max_completion_length: int = 512
     num_generations: int = 1
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        follow(SAMPLING, self)
 
     @property
     def plain(self) -> bool:

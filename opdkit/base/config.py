@@ -19,6 +19,14 @@ from opdkit.base.files import read_text
 C = TypeVar("C")
 # groups that a single value may stand for, and the field it means
 SHORT = {"data": "source", "teacher": "default"}
+# of what a type is, in the words of YAML
+EXAMPLES = {
+    "int": ": give a whole number, such as 8",
+    "float": ": give a number, such as 0.5 or 1e-5",
+    "bool": ": write true or false",
+    "str": ": give a text, in quotes where it looks like a number",
+    "NoneType": ": leave it out, or write null",
+}
 INTEGERS = 2**63  # tensors and generators of random numbers hold integers below it
 
 
@@ -67,7 +75,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return build(hint, value, where + ".")
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise UserError(f"{where} must be a list, not {shown(value)}")
+            raise UserError(f"{where} must be a list, not {shown(value)}: write [a, b]")
         inner = args[0] if len(args) == 2 and args[1] is ... else None
         if inner is None and len(value) != len(args):
             raise UserError(
@@ -76,7 +84,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(convert(inner or args[i], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise UserError(f"{where} must be a mapping, not {shown(value)}")
+            raise UserError(f"{where} must be a mapping, not {shown(value)}: write {{a: b}}")
         return {str(k): convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return _number(value, where)
@@ -94,7 +102,9 @@ def convert(hint: Any, value: Any, where: str) -> Any:
                 "place in a tensor"
             )
         return value
-    raise UserError(f"{where} must be {getattr(hint, '__name__', hint)}, not {shown(value)}")
+    kind = getattr(hint, "__name__", str(hint))
+    example = EXAMPLES.get(kind, "")
+    raise UserError(f"{where} must be {kind}, not {shown(value)}{example}")
 
 
 def _number(value: float | str, where: str) -> float:
@@ -102,7 +112,9 @@ def _number(value: float | str, where: str) -> float:
     try:
         return float(value)
     except (ValueError, OverflowError):
-        raise UserError(f"{where} must be a number, not {shown(value)}") from None
+        raise UserError(
+            f"{where} must be a number, not {shown(value)}: write for example 1e-5"
+        ) from None
 
 
 def _first_that_fits(options: Sequence[Any], value: Any, where: str) -> Any:
@@ -115,7 +127,8 @@ def _first_that_fits(options: Sequence[Any], value: Any, where: str) -> Any:
             if is_dataclass(option) and isinstance(value, Mapping):
                 raise  # it was meant as that group: its own message says more
             told.append(getattr(option, "__name__", str(option)).replace("NoneType", "null"))
-    raise UserError(f"{where} must be {' or '.join(told)}, not {shown(value)}")
+    example = EXAMPLES.get(told[0], "") if len(told) <= 2 else ""
+    raise UserError(f"{where} must be {' or '.join(told)}, not {shown(value)}{example}")
 
 
 def plain(value: Any) -> Any:

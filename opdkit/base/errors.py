@@ -26,7 +26,7 @@ class _Short(reprlib.Repr):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maxstring = self.maxother = 120
+        self.maxstring = self.maxother = 240
         self.maxdict = self.maxlist = self.maxtuple = 4
         self.maxlevel = 3
 

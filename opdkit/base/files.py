@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from opdkit.base.errors import UserError
+from opdkit.base.errors import UserError, shown
 
 PARTIAL = ".partial-"  # begins the name of what is being written
 REPLACED = ".replaced-"  # of a folder whose place is being taken
@@ -106,20 +106,22 @@ def _flush(path: Path) -> None:
 
 def read_text(path: Path, what: str) -> str:
     """A file of text that a person named; `what` it should be ("a run's YAML file")."""
+    name = shown(str(path))
     try:
         if not path.exists():
-            raise UserError(f"there is no file {path}: give the path of {what}")
+            raise UserError(f"there is no file {name}: give the path of {what}")
         if not path.is_file():
             kind = "a folder" if path.is_dir() else "no file of text"
-            raise UserError(f"{path} is {kind}: give the path of {what}")
+            raise UserError(f"{name} is {kind}: give the path of {what}")
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 ({error.reason} at byte {error.start}), so it cannot be read as "
+            f"{name} is not UTF-8 ({error.reason} at byte {error.start}), so it cannot be read as "
             f"{what}: save it as UTF-8"
         ) from None
     except (OSError, ValueError) as error:  # no permission, a name too long or with a NUL
-        raise UserError(f"{path} cannot be read ({error}): give the path of {what}") from None
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{name} cannot be read ({why}): give the path of {what}") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

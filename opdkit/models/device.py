@@ -17,7 +17,7 @@ def device_of(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"device={name!r} cannot be used here ({str(error).splitlines()[0]}): auto takes a GPU "
-            "where there is one"
+            f"device={name!r} cannot be used here ({str(error).splitlines()[0]}): set "
+            "device=auto, which takes a GPU where there is one and else the CPU"
         ) from error
     return name

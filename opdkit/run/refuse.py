@@ -16,7 +16,6 @@ from opdkit.rewards import Reward
 from opdkit.run.open import INTERNAL
 from opdkit.run.prompts import stored_rollouts
 from opdkit.run.settings import Run
-from opdkit.sampling.draws import check_sampling
 from opdkit.train.track import BACKENDS
 from opdkit.types import Sampling
 
@@ -38,6 +37,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             "the run evaluates on held-out problems and has no reward to score them with: set "
             "reward"
         )
+    _refuse_without_reward(run, reward)
     missing = needs.models - INTERNAL - {"teacher", "reference"} - set(run.models)
     if missing:
         name = sorted(missing)[0]
@@ -69,7 +69,6 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
             "token by token: set sampler=hf"
         )
-    check_sampling(run.sampling)
     stored = stored_rollouts(run, method)
     sampling = run.sampling if stored is None else stored.origin.sampling
     if not sampling.plain and not run.correct_sampling and "sampler" in needs.models:
@@ -78,6 +77,34 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             "min_p), so sampled-token estimators are biased by log(drawn/plain), logged as "
             "sampling/log_ratio. correct_sampling=true takes ratios to what was drawn from.",
             file=sys.stderr,
+        )
+
+
+def _refuse_without_reward(run: Run, reward: Reward | None) -> None:
+    """What changes rewards or chooses by them needs some."""
+    if run.overlong_margin is not None:
+        if reward is None:
+            raise UserError(
+                f"overlong_margin={run.overlong_margin} lowers the rewards of long responses, and "
+                "the run has no reward: set reward, or leave overlong_margin out"
+            )
+        if run.overlong_margin > run.sampling.max_completion_length:
+            raise UserError(
+                f"overlong_margin={run.overlong_margin} is more than max_completion_length="
+                f"{run.sampling.max_completion_length}, so that even an empty response would lose "
+                "reward: lower it (DAPO has a margin of a fifth of the limit)"
+            )
+    if run.dynamic_sampling and reward is None:
+        raise UserError(
+            "dynamic_sampling=true replaces prompts whose responses are all right or all wrong, "
+            "and the run has no reward that says so: set reward, or dynamic_sampling=false"
+        )
+    drawn = run.evaluate and (run.evaluate.sampling or run.sampling)
+    if run.evaluate and drawn and drawn.temperature == 0 and run.evaluate.num_generations > 1:
+        raise UserError(
+            f"the evaluation asks for num_generations={run.evaluate.num_generations} answers at "
+            "temperature 0, which are all the same answer, so Pass@k would say nothing: set "
+            "evaluate.num_generations=1, or evaluate.sampling.temperature above 0"
         )
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from opdkit.base.config import build, override, parse_overrides, plain, read_yaml, to_yaml
-from opdkit.base.errors import UserError
+from opdkit.base.errors import UserError, shown
+from opdkit.base.rules import OutOfRange, follow
 from opdkit.methods.method import Method, load
+from opdkit.run.ranges import DATA, EVALUATE, RUN
 from opdkit.sampling.kinds import sampler_of
 from opdkit.sampling.settings import SamplerSettings
 from opdkit.teachers.kinds import one_teacher_of, teacher_of
@@ -39,6 +41,9 @@ class Data:
     enable_thinking: bool | None = None
     max_prompt_length: int | None = None  # longer prompts are reported and dropped, never cut
 
+    def __post_init__(self) -> None:
+        follow(DATA, self)
+
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -50,6 +55,15 @@ class Evaluate:
     num_generations: int = 1
     ks: tuple[int, ...] = (1,)  # Pass@k
     teacher: bool = False  # evaluate the teacher too, once
+
+    def __post_init__(self) -> None:
+        follow(EVALUATE, self)
+        if max(self.ks) > self.num_generations:
+            raise OutOfRange(
+                f"ks={self.ks} asks for Pass@{max(self.ks)}, which cannot be estimated from "
+                f"num_generations={self.num_generations} answers to each problem: set "
+                f"num_generations to {max(self.ks)} or more, or leave that k out"
+            )
 
     @property
     def prompts(self) -> Data:
@@ -137,16 +151,7 @@ class Run:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(
-                f"max_tokens={self.max_tokens} must be at least 1, or null for no limit"
-            )
-        if self.dtype not in ("float32", "bfloat16", "float64"):
-            raise ValueError(f"dtype={self.dtype!r} must be float32, bfloat16 or float64")
-        if self.steps < 1 or self.prompts_per_step < 1 or (self.micro_batch_tokens or 1) < 1:
-            raise ValueError("steps, prompts_per_step and micro_batch_tokens must be at least 1")
-        if self.rollouts not in ("student", "cache"):
-            raise ValueError(f"rollouts={self.rollouts!r} must be student or cache")
+        follow(RUN, self)
         teacher_of(self.teacher)  # a wrong setting is an error here, before anything else is done
         sampler_of(self.sampler)
 
@@ -215,10 +220,13 @@ def _method(given: Mapping[str, Any]) -> dict[str, Any]:
     of the method.
     """
     known = [f.name for f in fields(MethodSpec)]
-    arguments = {
-        **(given.get("arguments") or {}),
-        **{k: v for k, v in given.items() if k not in known},
-    }
+    listed = given.get("arguments") or {}
+    if not isinstance(listed, Mapping):
+        raise UserError(
+            f"method.arguments must be a mapping such as {{k: 32}}, not {shown(listed)}: arguments "
+            "are given by name"
+        )
+    arguments = {**listed, **{k: v for k, v in given.items() if k not in known}}
     times = given.get("times") or []
     times = [
         _method(t) if isinstance(t, Mapping) else t
@@ -269,9 +277,9 @@ def claim_folder(folder: Path, resume: bool) -> None:
         probe = folder / ".writable"
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"the output folder {folder} cannot be written ({error.strerror}): choose another with "
+            f"the output folder {folder} cannot be written ({error}): choose another with "
             "output=DIR"
         ) from None
     if not resume and (folder / "run.yaml").exists():

@@ -10,32 +10,10 @@ import torch
 from torch import Tensor
 
 from opdkit.base import splitmix
-from opdkit.base.errors import UserError
 from opdkit.types import Sampling
 
 BLOCK = 512  # ids summed in float32 before the first float64
 NUCLEUS = 1024  # tokens among which the edge of top_p is first looked for
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Refuses settings that describe no distribution."""
-    rules = {
-        "temperature": (sampling.temperature >= 0, "0 (greedy) or more"),
-        "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1 (1 keeps every token)"),
-        "top_k": (sampling.top_k >= 0, "0 (keeps every token) or more"),
-        "min_p": (0 <= sampling.min_p <= 1, "between 0 (keeps every token) and 1"),
-        "max_completion_length": (sampling.max_completion_length >= 1, "at least 1"),
-        "num_generations": (sampling.num_generations >= 1, "at least 1"),
-        "stop": (
-            all(sampling.stop),
-            "strings that are not empty: the empty one would end every response",
-        ),
-    }
-    for name, (good, rule) in rules.items():
-        if not good:
-            raise UserError(
-                f"sampling: {name}={getattr(sampling, name)!r} is not possible; it must be {rule}"
-            )
 
 
 def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from opdkit.base.rules import Rules, follow
+from opdkit.base.rules import Rules, at_least, follow
 from opdkit.models.quantize import check_quantize
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -67,6 +67,12 @@ OPTIM: Rules = {
 }
 
 
+CHECKPOINT: Rules = {
+    "every": (at_least(0), "at least 0 (0: only at the end)", "it is a number of steps"),
+    "keep": (at_least(1), "at least 1", "a run that keeps none cannot be continued"),
+}
+
+
 @dataclass(frozen=True)
 class Lora:
     """Low-rank adapters instead of full weights."""
@@ -110,3 +116,6 @@ class Checkpoint:
 
     every: int = 50  # steps; 0: only at the end
     keep: int = 1  # newest ones kept besides the best
+
+    def __post_init__(self) -> None:
+        follow(CHECKPOINT, self)

@@ -91,7 +91,7 @@ def test_a_number_may_be_written_as_yaml_does_not_read_it(text: Any) -> None:
 def test_what_does_not_fit_is_named_with_its_path(values: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
         build(Outer, values)
-    assert str(error.value) == said
+    assert str(error.value).startswith(said)
 
 
 def test_a_groups_own_rules_are_told_with_its_name() -> None:
@@ -99,9 +99,7 @@ def test_a_groups_own_rules_are_told_with_its_name() -> None:
         UserError, match=r"^optim: schedule='step' must be one of constant, linear, cosine$"
     ):
         make_run({**LEAST, "optim": {"schedule": "step"}})
-    with pytest.raises(
-        UserError, match=r"^Run: steps, prompts_per_step and micro_batch_tokens must be at least 1$"
-    ):
+    with pytest.raises(UserError, match=r"^Run: steps=0 must be at least 1: a run without"):
         make_run({**LEAST, "steps": 0})
 
 
@@ -116,6 +114,35 @@ NOT_TO_BE = {  # values with which a run would go on and learn nothing, or the r
         "max_grad_norm": (-1, -INF, INF, NAN),
     },
     "lora": {"r": (0, -4), "alpha": (0, -8), "dropout": (1, -0.1, NAN)},
+    "sampling": {
+        "temperature": (-1, INF, NAN, 1e9),
+        "top_p": (0, 1.1, NAN),
+        "top_k": (-1,),
+        "min_p": (-0.1, 1.1, NAN),
+        "max_completion_length": (0,),
+        "num_generations": (0,),
+        "stop": ([""],),
+    },
+    "checkpoint": {"every": (-5,), "keep": (0, -3)},
+    "evaluate": {"every": (-1,), "num_generations": (0,), "ks": ([], [0], [1, -2])},
+    "data": {"source": ("",), "limit": (0, -1), "max_prompt_length": (0,)},
+    "Run": {
+        "student": ("",),
+        "output": ("", " ", "a\0b"),
+        "steps": (0, -1),
+        "max_tokens": (0,),
+        "prompts_per_step": (0,),
+        "overlong_margin": (0, -1),
+        "dtype": ("float16", ""),
+        "teacher_dtype": ("float7",),
+        "device": ("", "meta", "meta:0"),
+        "micro_batch_tokens": (0,),
+        "keep_samples": (-1,),
+        "sample_every": (-1,),
+        "term_gradients_every": (-1,),
+        "seed": (-1, 2**32),
+        "rollouts": ("teacher",),
+    },
 }
 
 
@@ -127,7 +154,10 @@ def test_numbers_that_learn_nothing_or_the_reverse_are_refused(
     group: str, name: str, value: Any
 ) -> None:
     with pytest.raises(UserError, match=rf"^{group}: {name}=.* must be .*: .{{20}}"):
-        make_run({**LEAST, group: {name: value}})
+        needed = {"data": "e"} if group == "evaluate" else {}
+        needed |= {"source": "d"} if group == "data" else {}
+        own = {name: value}
+        make_run({**LEAST, **(own if group == "Run" else {group: needed | own})})
 
 
 def test_bounds_that_are_values() -> None:
@@ -250,9 +280,9 @@ def test_an_unknown_override_names_the_nearest() -> None:
         ),
         (
             {"evaluate": {"data": "e"}},
-            "evaluate.ks=[1, 4]",
+            "evaluate.ks=[1, 1]",
             lambda run: run.evaluate,
-            Evaluate("e", ks=(1, 4)),
+            Evaluate("e", ks=(1, 1)),
         ),
         (
             {"evaluate": {"data": "e"}},
@@ -342,7 +372,7 @@ RUNS = [
             num_generations=8,
         ),
         trackers=("tensorboard",),
-        seed=-1,
+        seed=7,
     ),
 ]
 

@@ -14,14 +14,41 @@ from tests.hostile.judge import EITHER, REFUSED, WORKS, Attack
 pytestmark = pytest.mark.hostile
 
 NO_NUMBERS = ("nan", "inf", "text", "[1, two]", "{a: 1}", "9" * 5000)
-NUMBERS = (
-    "steps max_tokens prompts_per_step overlong_margin micro_batch_tokens keep_samples sample_every "
-    "term_gradients_every seed sampling.temperature sampling.top_p sampling.top_k sampling.min_p "
-    "sampling.max_completion_length sampling.num_generations optim.learning_rate "
-    "optim.warmup_steps optim.weight_decay optim.eps optim.max_grad_norm optim.passes "
-    "optim.minibatches lora.r lora.alpha lora.dropout checkpoint.every checkpoint.keep data.limit "
-    "data.max_prompt_length evaluate.every evaluate.num_generations evaluate.sampling.temperature"
-).split()
+LARGE = "1000000000000000000000"  # too large for an integer, and for some floats
+NUMBERS = [
+    "steps",
+    "max_tokens",
+    "prompts_per_step",
+    "overlong_margin",
+    "micro_batch_tokens",
+    "keep_samples",
+    "sample_every",
+    "term_gradients_every",
+    "seed",
+    "sampling.temperature",
+    "sampling.top_p",
+    "sampling.top_k",
+    "sampling.min_p",
+    "sampling.max_completion_length",
+    "sampling.num_generations",
+    "optim.learning_rate",
+    "optim.warmup_steps",
+    "optim.weight_decay",
+    "optim.eps",
+    "optim.max_grad_norm",
+    "optim.passes",
+    "optim.minibatches",
+    "lora.r",
+    "lora.alpha",
+    "lora.dropout",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "data.limit",
+    "data.max_prompt_length",
+    "evaluate.every",
+    "evaluate.num_generations",
+    "evaluate.sampling.temperature",
+]
 EVALUATE = ("reward=math", "evaluate.data={data}")
 
 # what is wrong with it: overrides
@@ -38,7 +65,6 @@ OVERRIDES = {
     "brackets 3,000 deep": ("optim.betas=" + "[" * 3000,),
     "one beta": ("optim.betas=[0.9]",),
     "betas of one": ("optim.betas=[1.0, 0.95]",),
-    "a date that is none": ("output=2024-13-45",),
     "a tag of Python": ("seed=!!python/object/apply:os.getpid []",),
     "a device without memory": ("device=meta",),
     "a device that is not there": ("device=cuda:99",),
@@ -54,7 +80,9 @@ OVERRIDES = {
     "a tracker of others": ("trackers=[mlflow]",),
     "trackers as text": ("trackers=tensorboard",),
     "samples at temperature 0 for Pass@2": (
-        *EVALUATE, "evaluate.num_generations=2", "evaluate.ks=[3]"
+        *EVALUATE,
+        "evaluate.num_generations=2",
+        "evaluate.ks=[3]",
     ),
     "Pass@0": (*EVALUATE, "evaluate.ks=[0]"),
     "no k": (*EVALUATE, "evaluate.ks=[]"),
@@ -95,7 +123,7 @@ HARMLESS = {
     "an integer as text of a float": ("learning_rate=1",),
     "null where there may be none": ("max_tokens=null", "data.limit=null"),
     "greedy": ("temperature=0",),
-    "a date as a name": ("output={out}/2024-01-31",),
+    "a date as a name": ("output=2024-13-45",),
     "twice the same": ("steps=2", "steps=1"),
 }
 FILES: dict[str, str | bytes] = {
@@ -130,7 +158,7 @@ FILES: dict[str, str | bytes] = {
 def numbers() -> Iterator[tuple[str, str]]:
     """Every number of a run's settings, with what is no number and one below its range."""
     for name in NUMBERS:
-        for value in (*NO_NUMBERS, "-1", "true", "1000000000000000000000"):
+        for value in (*NO_NUMBERS, "-1", "true", LARGE):
             yield name, value
 
 
@@ -143,7 +171,8 @@ def test_every_number_of_the_settings_is_listed() -> None:
 def overrides(ground: Ground) -> Iterator[Attack]:
     for name, value in numbers():
         shown = value if len(value) < 20 else f"{len(value)} digits"
-        yield ground.train(f"{name}={shown}", *_needed(name, ground), f"{name}={value}")
+        end = EITHER if value == LARGE else REFUSED
+        yield ground.train(f"{name}={shown}", *_needed(name, ground), f"{name}={value}", end=end)
     for end, table in ((REFUSED, OVERRIDES), (WORKS, HARMLESS)):
         for what, settings in table.items():
             filled = [text.replace("{data}", ground.data) for text in settings]
@@ -176,6 +205,3 @@ def test_files_of_runs(ground: Ground, judged) -> None:
         yield Attack("only a student", ("train", "--student", ground.student))
 
     judged("settings: files", attacks())
-
-
-__all__ = ["EITHER"]
