@@ -13,6 +13,10 @@ from opdkit.types import Prompt, Rollout
 class DataWriter(Writer):
     """One response per prompt, the one in its data row."""
 
+    @property
+    def reads_data(self) -> bool:
+        return True
+
     def write(self, context: StepContext) -> list[Rollout]:
         longest = context.sampling.max_completion_length
         return [
@@ -21,16 +25,21 @@ class DataWriter(Writer):
         ]
 
 
+def no_response(row: str) -> UserError:
+    """The error for a row without a reference response."""
+    return UserError(
+        f"row {row!r} has no reference response, and the method reads a share of its "
+        "responses from the data: add a column `response` (or `completion`, `solution`, "
+        "assistant `messages`), or let the student write them all (lmbda=1)"
+    )
+
+
 def given(prompt: Prompt, response: list[int] | None, longest: int, id: str) -> Rollout:
     """A response of the data, its first `longest` tokens, as a rollout: nobody's log-probs are
     known.
     """
     if not response:
-        raise UserError(
-            f"row {prompt.id} has no reference response, and the method reads a share of its "
-            "responses from the data: add a column `response` (or `completion`, `solution`, "
-            "assistant `messages`), or let the student write them all (lmbda=1)"
-        )
+        raise no_response(prompt.id)
     tokens = response[:longest]
     return Rollout(
         id,

@@ -28,6 +28,10 @@ class ReplayWriter(Writer):
     threshold: float
     capacity: int
 
+    @property
+    def reads_data(self) -> bool:
+        return self.threshold < 1
+
     def write(self, context: StepContext) -> list[Rollout]:
         step, total_steps, memory = context.step, context.total_steps, context.memory
         return self.choose(context.coin, step, total_steps, memory).write(context)

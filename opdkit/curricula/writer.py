@@ -64,6 +64,11 @@ class Writer(ABC):
     # whether every response is read from a cache: then the run opens one, and samples nothing
     stored: ClassVar[bool] = False
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether it reads the reference responses of the data: then every row needs one."""
+        return False
+
     @abstractmethod
     def write(self, context: StepContext) -> list[Rollout]:
         """The step's rollouts; those that answer the same prompt have its id as `group`."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from opdkit.base.errors import UserError, nearest
+from opdkit.base.errors import UserError, nearest, shown
 from opdkit.rewards.extract import boxed
 from opdkit.types import DataRow
 
@@ -58,12 +58,15 @@ def normalise(rows: Iterable[DataRow], columns: Mapping[str, str] | None = None)
 def _normalise(row: DataRow, index: int, columns: dict[str, str], seen: set[str]) -> DataRow:
     named = {key: _named(row, key, column, index) for key, column in columns.items()}
     prompt, said = _prompt(row, named, index)
+    refuse_surrogates(prompt, f"the prompt of row {index}")
     answer, worked = _answer(row, named)
     response = named["response"] if "response" in named else _first(row, RESPONSES)
     if response is None and row.get("test_list"):
         response = row.get("code")  # MBPP
     teacher = named["teacher"] if "teacher" in named else _first(row, TEACHERS + NESTED_TEACHERS)
     id = named["id"] if "id" in named else _first(row, IDS)
+    for name, value in {"answer": answer, "response": response}.items():
+        refuse_surrogates(value, f"the {name} of row {index}")
     return {
         **row,
         "prompt": prompt,
@@ -72,6 +75,17 @@ def _normalise(row: DataRow, index: int, columns: dict[str, str], seen: set[str]
         "teacher": None if teacher in (None, "") else str(teacher),
         "id": unique(str(index if id is None else id), seen),
     }
+
+
+def refuse_surrogates(value: Any, where: str) -> None:
+    """Half of a surrogate pair, as in a text cut between two escapes, is no character."""
+    texts = [str(message["content"]) for message in value] if _is_messages(value) else [value]
+    for written in texts:
+        if isinstance(written, str) and (found := re.search("[\ud800-\udfff]", written)):
+            raise UserError(
+                f"{where} holds {found[0]!r}, half of a surrogate pair, which is no character: no "
+                "tokenizer can read it. Take it out, or write the text again from its source"
+            )
 
 
 def unique(id: str, seen: set[str]) -> str:
@@ -87,7 +101,7 @@ def unique(id: str, seen: set[str]) -> str:
 # ------------------------------------------------------------------------------------------ finding
 
 
-def _look(row: DataRow, column: str) -> Any:
+def look(row: DataRow, column: str) -> Any:
     """A column's value, None where absent.
 
     `a.b` looks inside a dictionary, which may be written as JSON.
@@ -99,7 +113,7 @@ def _look(row: DataRow, column: str) -> Any:
         if isinstance(value, str) and value.lstrip().startswith("{"):
             try:
                 value = json.loads(value)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 return None
         if not isinstance(value, Mapping):
             return None
@@ -110,12 +124,12 @@ def _look(row: DataRow, column: str) -> Any:
 def _first(row: DataRow, columns: Iterable[str]) -> Any:
     """The first of the columns that holds something."""
     return next(
-        (value for column in columns if (value := _look(row, column)) not in (None, "", [])), None
+        (value for column in columns if (value := look(row, column)) not in (None, "", [])), None
     )
 
 
 def _named(row: DataRow, key: str, column: str, index: int) -> Any:
-    value = _look(row, column)
+    value = look(row, column)
     if value is None and column not in row:
         raise UserError(
             f"columns={{{key!r}: {column!r}}} names a column that row {index} does not "
@@ -161,8 +175,8 @@ def _prompt(
     if not _is_messages(value):
         raise UserError(
             f"the prompt of row {index} is neither text nor messages, but {type(value).__name__}: "
-            f"{str(value)[:80]!r}. "
-            'Messages are a list such as [{"role": "user", "content": "..."}].'
+            f"{shown(value)}. Write a text, or messages, which are a list such as "
+            '[{"role": "user", "content": "..."}]'
         )
     messages = [dict(message) for message in value]
     if messages[-1]["role"] != "assistant":
@@ -177,7 +191,7 @@ def _prompt(
 
 def _is_messages(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(m, Mapping) and "role" in m and "content" in m for m in value
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m for m in value
     )
 
 

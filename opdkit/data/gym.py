@@ -68,5 +68,6 @@ def _generate(task: str, settings: dict[str, Any], limit: int | None) -> list[di
         return [data[i] for i in range(len(data) if limit is None else min(limit, len(data)))]
     except (AssertionError, ValueError, TypeError) as error:
         raise UserError(
-            f"reasoning-gym refuses these settings of {task!r}: {settings}: {error}"
+            f"reasoning-gym refuses these settings of {task!r}: {settings}: {error}. Correct them, "
+            "as in reasoning_gym:chain_sum?size=500"
         ) from error

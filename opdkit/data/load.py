@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from opdkit.base.errors import UserError, nearest
+from opdkit.base.errors import UserError, nearest, shown
 from opdkit.data.columns import normalise
 from opdkit.data.gym import PREFIX, gym_rows
 from opdkit.types import DataRow
@@ -108,11 +108,8 @@ def _file(path: Path) -> Iterator[DataRow]:
     try:
         yield from read(path)
     # also pyarrow's and UTF-8's errors, which are ValueErrors
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, or not of "
-            "the kind that its name says"
-        ) from error
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise _damaged(path, error) from error
 
 
 def _open(path: Path) -> Any:
@@ -156,7 +153,7 @@ def _json(path: Path) -> Iterator[DataRow]:
             )
             raise UserError(
                 f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column "
-                f"{error.colno}){hint}"
+                f"{error.colno}){hint}. It is damaged or was cut: write it again"
             ) from None
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -176,8 +173,7 @@ def _parquet(path: Path) -> Iterator[DataRow]:
 
 def _folder(path: Path, split: str | None) -> Iterable[DataRow]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        saved = _datasets("folders written by save_to_disk").load_from_disk(str(path))
-        return _dataset(saved, str(path), split)
+        return _saved(path, split)
     inner = path / "data"  # as in a snapshot of a hub repository
     found = [file for folder in (path, inner) if folder.is_dir() for file in folder.iterdir()]
     files = sorted(
@@ -188,13 +184,33 @@ def _folder(path: Path, split: str | None) -> Iterable[DataRow]:
         by_split.setdefault(re.sub(r"-\d+-of-\d+.*|\..*", "", file.name), []).append(file)
     if not files:
         raise UserError(
-            f"the folder {path} holds no data: none of its files ends in {', '.join(SUFFIXES)}"
+            f"the folder {path} holds no data: none of its files ends in {', '.join(SUFFIXES)}. "
+            "Give the folder that such files are in"
         )
     if split is None and not any(name in SPLITS for name in by_split):
         chosen = files
     else:
         chosen = by_split[_choose(list(by_split), split, str(path))]
     return (row for file in chosen for row in _file(file))
+
+
+def _saved(path: Path, split: str | None) -> Iterator[DataRow]:
+    """What `save_to_disk` wrote."""
+    datasets = _datasets("folders written by save_to_disk")
+    try:
+        yield from _dataset(datasets.load_from_disk(str(path)), str(path), split)
+    except UserError:
+        raise
+    # the package reads what its files say without a look at their form
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"{path} cannot be read ({type(error).__name__}: {shown(str(error))}): it is damaged, or "
+        "not of the kind that its name says. Write it again, or give another path"
+    )
 
 
 def _choose(splits: list[str], split: str | None, name: str) -> str:

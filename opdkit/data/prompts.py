@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from string import Formatter
 from typing import Any, overload
 
-from jinja2 import TemplateError
-
-from opdkit.base.errors import UserError, nearest
+from opdkit.base.errors import UserError, nearest, shown
 from opdkit.base.progress import progress
-from opdkit.data.columns import text
+from opdkit.data.columns import look, text
 from opdkit.types import DataRow, Prompt
 
 MANY = 20_000  # prompts whose tokenising takes long enough to show progress (about 8000 per second)
@@ -77,14 +74,7 @@ class Prompts(Sequence[Prompt]):
                 "write it into template"
             )
         if self.template is not None:
-            names = _columns(self.template)
-            if not names:
-                raise UserError(
-                    f"template={self.template!r} names no column, so every prompt would be the "
-                    f"same: put {{prompt}} in it"
-                )
-            for name in names - set(rows[0]):
-                raise _no_column(name, rows[0])
+            check_template(self.template, rows[:1])
 
     def _drop(self, longest: int) -> None:
         prompts = []
@@ -179,10 +169,12 @@ class Prompts(Sequence[Prompt]):
             ids = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False, **self.options
             )
-        except TemplateError as error:  # templates raise it themselves: "System role not supported"
+        # templates raise errors of their own ("System role not supported"), and any other for
+        # messages of a form that they did not expect
+        except Exception as error:
             raise UserError(
-                f"the chat template refuses row {row['id']!r}: {error}. Change the row's messages, "
-                f"or {self._way_out()}"
+                f"the chat template refuses row {row['id']!r} ({type(error).__name__}: "
+                f"{str(error)[:300]}). Change the row's messages, or {self._way_out()}"
             ) from error
         return list(ids)
 
@@ -206,41 +198,66 @@ class Prompts(Sequence[Prompt]):
         return ids
 
     def _encode(self, written: str, *, special: bool) -> list[int]:
-        return list(self.tokenizer(written, add_special_tokens=special)["input_ids"])
+        try:
+            return list(self.tokenizer(written, add_special_tokens=special)["input_ids"])
+        # such as a token that a vocabulary without an unknown one does not have
+        except Exception as error:
+            raise UserError(
+                f"the tokenizer cannot read {shown(written)} ({type(error).__name__}: "
+                f"{str(error)[:300]}): take that text out of the data, or use a model whose "
+                "tokenizer covers it"
+            ) from error
 
     def _fill(self, prompt: str, row: DataRow) -> str:
         if self.template is None:
             return prompt
-        try:
-            return self.template.format_map({**row, "prompt": prompt})
-        except KeyError as error:
-            raise _no_column(str(error.args[0]), row) from None
+        filled = {**row, "prompt": prompt}
+        return "".join(
+            before + ("" if name is None else _value(filled, name))
+            for before, name in _parts(self.template)
+        )
 
 
-def _no_column(name: str, row: DataRow) -> UserError:
-    return UserError(
-        f"template reads the column {name!r}, which row {row['id']!r} does not "
-        f"have{nearest(name, list(row))}"
-    )
+def check_template(template: str, rows: Sequence[DataRow]) -> None:
+    """Refuses a template that cannot be filled from every row."""
+    names = {name for _, name in _parts(template) if name is not None}
+    if not names:
+        raise UserError(
+            f"template={shown(template)} names no column, so every prompt would be the same: put "
+            f"{{prompt}} in it"
+        )
+    for row in rows:
+        for name in names:
+            _value(row, name)
 
 
-def _columns(template: str) -> set[str]:
-    """The columns that a template names."""
+def _value(row: DataRow, name: str) -> str:
+    """A column as text; `a.b` looks inside a column that holds a mapping."""
+    found = look(row, name)
+    if found is None and name not in row:
+        raise UserError(
+            f"template reads the column {name!r}, which row {row['id']!r} does not "
+            f"have{nearest(name, list(row))}"
+        )
+    return str(found)
+
+
+def _parts(template: str) -> list[tuple[str, str | None]]:
+    """A template as texts, each with the column that follows it; None at the end."""
     try:
-        names = {
-            re.split(r"[.\[]", name)[0]
-            for _, name, _, _ in Formatter().parse(template)
-            if name is not None
-        }
+        parts = list(Formatter().parse(template))
     except ValueError as error:
         raise _braces(template, str(error)) from None
-    if "" in names:
-        raise _braces(template, "{} names no column")
-    return names
+    for _, name, form, conversion in parts:
+        if name == "":
+            raise _braces(template, "{} names no column")
+        if name is not None and (form or conversion or "[" in name):
+            raise _braces(template, f"{{{name}}} with signs that change its form")
+    return [(before, name) for before, name, _, _ in parts]
 
 
 def _braces(template: str, why: str) -> UserError:
     return UserError(
-        f"template={template!r} cannot be read ({why}): braces name columns, so write a literal "
-        f"one twice, as in \\boxed{{{{}}}}"
+        f"template={shown(template)} cannot be read ({why}): braces name columns, as in "
+        f"{{prompt}}, and nothing else; write a literal one twice, as in \\boxed{{{{}}}}"
     )

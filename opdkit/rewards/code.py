@@ -59,6 +59,10 @@ class Code:
         """Refuse a machine on which programs cannot be confined, before a run begins."""
         self.sandbox.check()
 
+    def check_row(self, row: DataRow) -> None:
+        """Refuse a row without tests that can be read."""
+        _case(row, "", self.challenge)
+
     def __call__(self, rollout: Rollout) -> float:
         return self.score_many([rollout])[0]
 
@@ -120,7 +124,7 @@ def _case(row: DataRow, text: str, challenge: bool) -> Calls | Prints:
         )
     raise UserError(
         f"the reward 'code' reads tests from the row's columns {COLUMNS}, and the row has only "
-        f"{', '.join(row)}"
+        f"{', '.join(row)}: use data with tests, or another reward"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from opdkit.base.errors import UserError
-from opdkit.types import Rollout
+from opdkit.types import DataRow, Rollout
 
 TAIL = 4_000  # characters at the end in which an answer without a box is sought
 BOX = 2_000  # characters that a \\boxed{...} may span
@@ -30,13 +30,18 @@ _FORMULA = re.compile(
 
 
 def truth(rollout: Rollout, reward: str) -> str:
-    """The row's ground truth as text."""
-    answer = rollout.row.get("answer")
-    if answer is None:
+    """The ground truth of a rollout's row as text."""
+    return truth_of(rollout.row, reward)
+
+
+def truth_of(row: DataRow, reward: str) -> str:
+    """A row's ground truth as text."""
+    answer = row.get("answer")
+    if answer is None or not str(answer).strip():
         raise UserError(
-            f"the reward {reward!r} compares responses with row['answer'], which is absent "
-            f"(columns: {', '.join(rollout.row)}): use data with answers, name their column "
-            "(columns={'answer': 'my_column'}), or use another reward"
+            f"the reward {reward!r} compares responses with row['answer'], which is "
+            f"{'absent' if answer is None else 'blank'} (columns: {', '.join(row)}): use data with "
+            "answers, name their column (columns={'answer': 'my_column'}), or use another reward"
         )
     return str(answer)
 

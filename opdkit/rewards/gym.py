@@ -9,7 +9,7 @@ from typing import Any
 from opdkit.base.errors import UserError
 from opdkit.rewards.extract import after_thinking, boxed, stated
 from opdkit.rewards.guard import Failed, Guard, Guarded
-from opdkit.types import Rollout
+from opdkit.types import DataRow, Rollout
 
 # characters of an answer; the largest grids of the library's tasks are a tenth of this
 LONGEST = 20_000
@@ -32,8 +32,11 @@ class ReasoningGym(Guarded):
     def guard(self) -> Guard:
         return Guard("gym", "reasoning_gym", "ReasoningGym", self.unprotected)
 
+    def check_row(self, row: DataRow) -> None:
+        _entry(row)
+
     def __call__(self, rollout: Rollout) -> float:
-        task, config, entry = _entry(rollout)
+        task, config, entry = _entry(rollout.row)
         said = answer_in(rollout.text)
         if not said or len(said) > LONGEST:
             return 0.0
@@ -55,8 +58,8 @@ class ReasoningGym(Guarded):
         return 0.0
 
 
-def _entry(rollout: Rollout) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    row = rollout.row
+def _entry(row: DataRow) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The task's name, its settings, and its entry."""
     if "reasoning_gym" in row:
         kept = row["reasoning_gym"]
         return kept["task"], kept["config"], kept["entry"]

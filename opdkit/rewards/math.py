@@ -17,10 +17,11 @@ from opdkit.rewards.extract import (
     last_number,
     stated,
     truth,
+    truth_of,
 )
 from opdkit.rewards.guard import Guard, Guarded
 from opdkit.rewards.quantity import clean, quantity
-from opdkit.types import Rollout
+from opdkit.types import DataRow, Rollout
 
 # characters of an expression that is handed to math-verify; a longer one counts as wrong
 LONGEST = 400
@@ -42,6 +43,9 @@ class Math(Guarded):
     @property
     def guard(self) -> Guard:
         return Guard("math", "math", "Math", self.unprotected)
+
+    def check_row(self, row: DataRow) -> None:
+        truth_of(row, "math")
 
     def __call__(self, rollout: Rollout) -> float:
         return float(right(rollout.text, truth(rollout, "math"), self.guard))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from opdkit.curricula import writer_of
+from opdkit.curricula.data import no_response
 from opdkit.data.cache import Cache
+from opdkit.data.prompts import check_template
 from opdkit.methods.method import Method
 from opdkit.rewards import Reward, load_reward
+from opdkit.rewards.rows import check_rows
 from opdkit.run.open import Given
 from opdkit.run.prompts import from_cache, read_rows, stored_rollouts
 from opdkit.run.refuse import refuse
-from opdkit.run.settings import Run
+from opdkit.run.settings import Data, Run
 from opdkit.teachers import route
 from opdkit.teachers.teacher import Teacher
 from opdkit.types import DataRow
@@ -42,9 +46,27 @@ def ask(run: Run, given: Given) -> Asked:
     eval_rows = (
         None if run.evaluate is None else read_rows(run.evaluate.prompts, given.eval_rows, run.seed)
     )
+    check_data(run.prompts, rows, reward, method)
+    if run.evaluate is not None and eval_rows is not None:
+        check_data(run.evaluate.prompts, eval_rows, reward)
     routes = run.teachers.routes if "teacher" in method.needs.models else {}
     for row in rows if routes else ():
         route(row["teacher"], routes, f"row {row['id']}")
     if stored is not None:
         stored.refuse_unknown([row["id"] for row in rows])
     return Asked(method, reward, rows, eval_rows, stored, routes)
+
+
+def check_data(
+    data: Data, rows: Sequence[DataRow], reward: Reward | None, method: Method | None = None
+) -> None:
+    """Refuses rows that the template, the reward or the method's curriculum could not use, before
+    they are met in the middle of a run.
+    """
+    if data.template is not None:
+        check_template(data.template, rows)
+    check_rows(reward, rows)
+    if method is not None and writer_of(method.curriculum).reads_data:
+        for row in rows:
+            if not row.get("response"):
+                raise no_response(row["id"])

@@ -155,7 +155,7 @@ def test_named_columns():
             r"problem",
         ),
         ({"prompt": ""}, None, "row 0 has no prompt: its column 'prompt' is empty"),
-        ({"prompt": 5}, None, "neither text nor messages, but int: '5'"),
+        ({"prompt": 5}, None, "neither text nor messages, but int: 5"),
         ({"prompt": [{"text": "x"}]}, None, "neither text nor messages, but list"),
         ({"messages": CHAT[1:]}, None, "only an assistant's message"),
         (

@@ -29,6 +29,8 @@ TO_DO = re.compile(
     r"need|needs)\b|did you mean|known:|usage:",
     re.IGNORECASE,
 )
+# of the system's temporary files: traces, and the folders of workers that live as long as a process
+KEPT = ("opdkit-error-", "opdkit-jail-")
 WORKS, REFUSED, EITHER = "works", "is refused", "works or is refused"
 
 
@@ -84,7 +86,7 @@ def run(arguments: Iterable[str], folder: Path) -> Seen:
         os.chdir(before)
         tempfile.tempdir = temporary
     left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-    left += [f"tmp/{p.name}" for p in traces.iterdir() if not p.name.startswith("opdkit-error-")]
+    left += [f"tmp/{p.name}" for p in traces.iterdir() if not p.name.startswith(KEPT)]
     shutil.rmtree(folder)
     shutil.rmtree(traces)
     return Seen(status, out.getvalue(), err.getvalue(), left, time.monotonic() - start)
