@@ -44,7 +44,7 @@ def own_code(what: str, path: str = "", seconds: float | None = None) -> Iterato
             "the whole program, as if all had gone well. Return a value, or raise an error"
         ) from error
     except BaseException as error:
-        raise UserError(f"{what}: {where(error, path)}") from error
+        raise UserError(f"{what}: {where(error, path)}. Correct it there, and try again") from error
 
 
 def where(error: BaseException, path: str) -> str:

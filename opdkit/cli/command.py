@@ -84,7 +84,10 @@ def described_run(options: Any, names: Sequence[str], more: Sequence[str] = ()) 
     from opdkit.recipes import make, recipe
     from opdkit.run.settings import load_run, make_run
 
-    flags = [*(f"{n}={getattr(options, n)}" for n in names if getattr(options, n)), *more]
+    flags = [
+        *(f"{n}={getattr(options, n)}" for n in names if getattr(options, n) is not None),
+        *more,
+    ]
     settings = list(options.settings)
     # train --recipe gsm8k steps=10: the first setting stands where the file would
     if options.file and "=" in options.file:

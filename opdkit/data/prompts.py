@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from string import Formatter
@@ -232,13 +233,24 @@ def check_template(template: str, rows: Sequence[DataRow]) -> None:
 
 
 def _value(row: DataRow, name: str) -> str:
-    """A column as text; `a.b` looks inside a column that holds a mapping."""
-    found = look(row, name)
-    if found is None and name not in row:
+    """A column as text; `a.b` and `a[b]` look inside a column, `a[0]` in a list."""
+    column, *keys = re.split(r"\[|\]\[|\]$", name.removesuffix("]"))
+    found = look(row, column)
+    if found is None and column not in row:
         raise UserError(
-            f"template reads the column {name!r}, which row {row['id']!r} does not "
-            f"have{nearest(name, list(row))}"
+            f"template reads the column {column!r}, which row {row['id']!r} does not "
+            f"have{nearest(column, list(row))}"
         )
+    for key in keys:
+        try:
+            if isinstance(found, str):
+                raise TypeError("it is a text")
+            found = found[int(key) if key.isdigit() else key]
+        except (TypeError, KeyError, IndexError) as error:
+            raise UserError(
+                f"template reads {{{name}}}, and row {row['id']!r} has no [{key}] there ({error}): "
+                "name a column that is a list or a mapping, and a place in it"
+            ) from None
     return str(found)
 
 
@@ -251,7 +263,7 @@ def _parts(template: str) -> list[tuple[str, str | None]]:
     for _, name, form, conversion in parts:
         if name == "":
             raise _braces(template, "{} names no column")
-        if name is not None and (form or conversion or "[" in name):
+        if name is not None and (form or conversion):
             raise _braces(template, f"{{{name}}} with signs that change its form")
     return [(before, name) for before, name, _, _ in parts]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-from opdkit.base.errors import UserError
+from opdkit.base.errors import UserError, shown
 
 # file.py:function, inside an expression
 ADDRESS = re.compile(r"""[^\s*+(),="']+\.py:[A-Za-z_]\w*""")
@@ -42,8 +42,8 @@ def evaluate(text: str, leaf: Callable[..., Any]) -> Any:
             if not any(isinstance(x, (int, float)) for x in (left, right)):
                 return left + right
             raise UserError(
-                f"in {text!r} a number is added to a method: numbers multiply, as in '0.5 * opd + "
-                "gkd'"
+                f"in {shown(text)} a number is added to a method: numbers multiply; write '0.5 * "
+                "opd + gkd'"
             )
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
             return node.value
@@ -52,24 +52,25 @@ def evaluate(text: str, leaf: Callable[..., Any]) -> Any:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if node.args or any(k.arg is None for k in node.keywords):
                 raise UserError(
-                    f"in {text!r} the arguments of {node.func.id} must be given by name: {EXAMPLE}"
+                    f"in {shown(text)} the arguments of {node.func.id} must be given by name: "
+                    f"{EXAMPLE}"
                 )
             names = [str(k.arg) for k in node.keywords]
             if twice := [name for name in names if names.count(name) > 1]:
                 raise UserError(
-                    f"in {text!r} the argument {twice[0]} of {node.func.id} is given twice, and "
-                    "only one value can hold: leave one out"
+                    f"in {shown(text)} the argument {twice[0]} of {node.func.id} is given twice, "
+                    "and only one value can hold: leave one out"
                 )
             arguments = {str(k.arg): _literal(k.value, text) for k in node.keywords}
             return leaf(addresses.get(node.func.id, node.func.id), **arguments)
         raise UserError(
-            f"{text!r} cannot be read at {ast.unparse(node)!r}: methods are joined by * and + "
+            f"{shown(text)} cannot be read at {ast.unparse(node)!r}: methods are joined by * and + "
             f"only; {EXAMPLE}"
         )
 
     made = value(tree)
     if isinstance(made, (int, float)):
-        raise UserError(f"{text!r} is a number, not a method: {EXAMPLE}")
+        raise UserError(f"{shown(text)} is a number, not a method: {EXAMPLE}")
     return made
 
 
@@ -88,7 +89,7 @@ def parse(text: str) -> tuple[ast.expr, dict[str, str]]:
         return ast.parse(ADDRESS.sub(hide, text).strip(), mode="eval").body, addresses
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(
-            f"{text!r} is neither the name of a method nor an expression of methods: {EXAMPLE}"
+            f"{shown(text)} is neither the name of a method nor an expression of methods: {EXAMPLE}"
         ) from None
 
 
@@ -104,8 +105,8 @@ def _literal(node: ast.expr, text: str) -> Any:
         return ast.literal_eval(node)
     except (ValueError, TypeError, RecursionError):
         raise UserError(
-            f"in {text!r} the argument {ast.unparse(node)!r} is not a number, a text or a list of "
-            "these"
+            f"in {shown(text)} the argument {ast.unparse(node)!r} is not a number, a text or a "
+            f"list of these: {EXAMPLE}"
         ) from None
 
 

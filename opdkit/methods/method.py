@@ -190,8 +190,7 @@ def function_of(name: str) -> Callable[..., Method | Objective]:
         found = load_address(name)
         if not callable(found):
             raise UserError(
-                f"{name} is not a function: a method is a function that returns an Objective or a "
-                "Method"
+                f"{name} is not a function: name one that returns an Objective or a Method"
             )
         return found
     raise UserError(
@@ -222,10 +221,16 @@ def load(name: str, /, **arguments: Any) -> Method:
             bound.apply_defaults()
             made = _method(function(*bound.args, **bound.kwargs), name)
             objective = ratio_layer.apply_layer(made.objective, **layer)
+            str(objective)  # signals and losses of one's own must be dataclasses to have words
         except (TypeError, ValueError) as error:
             if is_address(name):
                 raise  # with the line in the file
             raise UserError(f"method {name!r}: {error}") from error
+    if not objective.terms:
+        raise UserError(
+            f"method {name!r} returned an objective without a term, which trains nothing: put a "
+            "loss into it, as in Objective(PolicyGradient(...))"
+        )
     # else it is made of methods that have been looked at
     if name not in METHODS and made.name in ("", "own"):
         credits.refuse(objective, name)
@@ -291,8 +296,8 @@ def _method(made: Any, name: str) -> Method:
     if isinstance(made, Method):
         return made
     raise UserError(
-        f"{name} returned {shown(made)} ({type(made).__name__}), which cannot be minimised: a "
-        "method is a function that returns an Objective or a Method"
+        f"{name} returned {shown(made)} ({type(made).__name__}), which cannot be minimised: "
+        "return an Objective or a Method"
     )
 
 

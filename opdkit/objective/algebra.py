@@ -113,6 +113,6 @@ def scale(objective: Objective, number: Number) -> Objective:
         raise UserError(
             f"a method times {number:g}: a method can be multiplied by a positive number only. 0 "
             "trains nothing, and a negative number drives the student away from what the method "
-            "teaches"
+            "teaches. Give a number above 0"
         )
     return objective * number

@@ -11,7 +11,7 @@ from numbers import Real
 from typing import Any, TypeVar
 
 from opdkit.base.address import is_address, load_address
-from opdkit.base.errors import UserError, nearest
+from opdkit.base.errors import UserError, nearest, shown
 from opdkit.rewards.code import Code
 from opdkit.rewards.exact import Exact
 from opdkit.rewards.gym import ReasoningGym
@@ -48,7 +48,7 @@ def load_reward(spec: str | Reward | None) -> Reward | None:
         reward = load_address(spec)
         if not callable(reward):
             raise UserError(
-                f"reward {spec!r} is {reward!r}, not a function: a reward takes a Rollout and "
+                f"reward {spec!r} is {reward!r}, not a function: name one that takes a Rollout and "
                 "returns a number"
             )
         return reward
@@ -109,7 +109,9 @@ def _scored(rollout: Rollout, reward: Reward) -> Rollout:
         value = reward(rollout)
     except UserError as error:
         raise UserError(f"rollout {rollout.id!r}: {error}") from error
-    except Exception as error:
+    except KeyboardInterrupt:  # a signal that ends the program
+        raise
+    except BaseException as error:  # also sys.exit, which would end the run as if it were done
         raise UserError(
             f"the reward {_name(reward)} failed on rollout {rollout.id!r} with "
             f"{type(error).__name__}: {error}. A reward must give every response a number, also "
@@ -118,12 +120,20 @@ def _scored(rollout: Rollout, reward: Reward) -> Rollout:
     return _filled(rollout, reward, value)
 
 
+def _finite(value: Any) -> bool:
+    """Whether a reward is a number that a float holds."""
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer of a thousand digits
+        return False
+
+
 def _filled(rollout: Rollout, reward: Reward, value: Any) -> Rollout:
-    if not isinstance(value, Real) or not math.isfinite(value):
+    if not _finite(value):
         raise UserError(
-            f"the reward {_name(reward)} returned {value!r} ({type(value).__name__}) for rollout "
-            f"{rollout.id!r}, which cannot be averaged or compared: return a finite float, 1.0 for "
-            "right and 0.0 for wrong"
+            f"the reward {_name(reward)} returned {shown(value)} ({type(value).__name__}) for "
+            f"rollout {rollout.id!r}, which cannot be averaged or compared: return a finite float, "
+            "1.0 for right and 0.0 for wrong"
         )
     number, least = float(value), getattr(reward, "correct_from", None)
     return replace(

@@ -202,7 +202,7 @@ def test_rows_that_make_no_prompt(plain, chat):
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') "
         "}}{% endif %}x"
     )
-    with pytest.raises(UserError, match="refuses row '1' .*System role not supported"):
+    with pytest.raises(UserError, match=r"refuses row '1' .*System role not supported"):
         list(Prompts(ROWS, gemma))
     mixed = load_rows([{"prompt": "a", "x": 1}, {"prompt": "b"}])
     with pytest.raises(UserError, match="reads the column 'x', which row '1' does not have"):
