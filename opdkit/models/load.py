@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from opdkit.base.errors import UserError, nearest
+from opdkit.models.complete import check_complete
 from opdkit.models.offload import enough_memory
 from opdkit.models.quantize import config_for, quantized, same_when_training
 
@@ -61,15 +62,11 @@ def load_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
             **settings,
         )
     loaded, report = pair
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"the checkpoint {model!r} has no weights for {len(missing)} tensors of "
-            f"{type(loaded).__name__}, for example {missing[0]}: they would stay random and the "
-            "model would write noise. Use a complete checkpoint of a causal language model"
-        )
+    check_complete(model, loaded, report)
     held = quantized(loaded)
     if quantize is not None and held != quantize:
         raise UserError(
@@ -141,20 +138,29 @@ def parameter_count(model: str | CausalLM, trust_remote_code: bool = False) -> i
     return sum(p.numel() for p in empty.parameters())
 
 
+def _exists(folder: Path) -> bool:
+    try:
+        return folder.exists()
+    except OSError:  # a name that no folder can have
+        return False
+
+
 @contextmanager
 def _teaching(what: str, name: str) -> Iterator[None]:
     """Turns what transformers raises for an unusable name into advice."""
     folder = Path(name).expanduser()
-    if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~"))):
+    if not _exists(folder) and (folder.is_absolute() or name.startswith((".", "~"))):
         raise UserError(
             f"there is no folder {name!r} to load the {what} from: check the path, or give the "
             "name of a hub repository"
         )
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if folder.is_dir():
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what its files say is read without a look at their form
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if _exists(folder) and folder.is_dir():
             advice = (
                 "the folder must be a Hugging Face checkpoint: config.json and *.safetensors for a "
                 "model, tokenizer.json for a tokenizer. Pickled weights (*.bin) are not read, as "

@@ -21,7 +21,7 @@ from opdkit.run.evaluation import Evaluator, Validator, score_teachers
 from opdkit.run.open import Given
 from opdkit.run.opened import Opened
 from opdkit.run.prompts import make_prompts
-from opdkit.run.refuse import refuse_long
+from opdkit.run.refuse import refuse_long, refuse_short
 from opdkit.run.screen import Screen
 from opdkit.run.settings import Run
 from opdkit.sampling import Guide
@@ -91,6 +91,8 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
     prompts = make_prompts(run.prompts, asked.rows, opened.tokenizer)
     sampling = run.sampling if stored is None else stored.origin.sampling
     longest = refuse_long(prompts, student.model, sampling)
+    for name, scorer in opened.scorers.items():
+        refuse_short(name, scorer, longest)
     return Collector(
         writer=writer_of(method.curriculum),
         sampler=opened.models.sampler(student, watched(method.needs), mix, longest)

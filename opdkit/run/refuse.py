@@ -124,3 +124,17 @@ def refuse_long(prompts: Prompts, model: Any, sampling: Sampling) -> int:
             "prompts, or lower max_completion_length"
         )
     return len(longest.tokens) + sampling.max_completion_length
+
+
+def refuse_short(name: str, scorer: Any, longest: int) -> None:
+    """A model in this process that scores rollouts of `longest` tokens must hold them."""
+    for part in getattr(scorer, "teachers", {"": scorer}).values():
+        config = getattr(getattr(part, "model", None), "config", None)
+        limit = getattr(config, "max_position_embeddings", None) or math.inf
+        if longest > limit:
+            raise UserError(
+                f"the {name}'s context of {limit} tokens does not hold the longest rollout, prompt "
+                f"and response of {longest} tokens: its log-probs behind that would be of "
+                f"positions it was never trained on. Lower max_completion_length by "
+                f"{longest - limit}, set data.max_prompt_length, or use another {name}"
+            )
