@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from opdkit.base.errors import UserError
 from opdkit.base.files import write_whole
-from opdkit.eval.stats import Estimate, Interval, estimate, pass_at_k, problem_means
+from opdkit.eval.intervals import Interval
+from opdkit.eval.stats import Estimate, estimate, pass_at_k, problem_means
 
 if TYPE_CHECKING:
     from opdkit.types import Prompt, Rollout, Sampler, Sampling
@@ -100,10 +101,8 @@ def evaluate_model(
         name=name,
         n_problems=len(problems),
         samples_per_problem=n,
-        avg_at_k=estimate(means, seed=seed),
-        pass_at_k={
-            k: estimate([pass_at_k(n, sum(c), k) for c in problems.values()], seed=seed) for k in ks
-        },
+        avg_at_k=estimate(means, samples=n),
+        pass_at_k={k: estimate([pass_at_k(n, sum(c), k) for c in problems.values()]) for k in ks},
         mean_length=sum(lengths) / len(lengths),
         truncated_share=sum(r.finish == "length" for r in rollouts) / len(rollouts),
         reward_mean=sum(rewards) / len(rewards),

@@ -10,13 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Interval:
-    """A confidence interval, in the unit of what it is about."""
-
-    low: float
-    high: float
+from opdkit.eval.intervals import Interval, difference_interval, share_interval
 
 
 @dataclass(frozen=True)
@@ -60,54 +54,16 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def bootstrap(
-    values_per_problem: Sequence[float],
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Percentile interval of the mean of per-problem values, by resampling problems with
-    replacement.
-
-    It covers chance in which problems were asked and in their sampled answers. One problem gives an
-    interval of no width: a single problem says nothing of others.
-    """
-    values = np.asarray(values_per_problem, dtype=float)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError("bootstrap needs one finite number per problem, and at least one problem")
-    if not 0 < level < 1 or resamples < 1:
-        raise ValueError(
-            f"bootstrap needs 0 < level < 1 and resamples >= 1, got level={level}, "
-            f"resamples={resamples}"
-        )
-    rng = np.random.default_rng(seed)
-    # One resample at a time: [resamples, problems] at once would take gigabytes on a large
-    # benchmark.
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high))
-
-
 def estimate(
-    values_per_problem: Sequence[float],
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    values_per_problem: Sequence[float], *, samples: int = 1, level: float = 0.95
 ) -> Estimate:
-    """The mean of per-problem values with its bootstrap interval."""
-    interval = bootstrap(values_per_problem, level=level, resamples=resamples, seed=seed)
+    """The mean of per-problem shares, each of `samples` answers, with its interval."""
+    interval = share_interval(values_per_problem, samples=samples, level=level)
     return Estimate(float(np.mean(values_per_problem)), interval)
 
 
 def paired_difference(
-    a: Sequence[float],
-    b: Sequence[float],
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    a: Sequence[float], b: Sequence[float], *, samples: int = 1, level: float = 0.95
 ) -> Estimate:
     """Mean of b - a over the same problems in the same order, with its interval.
 
@@ -117,6 +73,6 @@ def paired_difference(
         raise ValueError(
             f"a paired difference needs the same problems twice, got {len(a)} and {len(b)} values"
         )
-    return estimate(
-        np.subtract(b, a, dtype=float).tolist(), level=level, resamples=resamples, seed=seed
-    )
+    change = np.subtract(b, a, dtype=float).tolist()
+    interval = difference_interval(change, samples=samples, level=level)
+    return Estimate(float(np.mean(change)), interval)

@@ -41,7 +41,9 @@ def change(before: EvalResult, after: EvalResult) -> Estimate | None:
         return None
     ids = sorted(before.per_problem)
     return paired_difference(
-        [before.per_problem[i] for i in ids], [after.per_problem[i] for i in ids]
+        [before.per_problem[i] for i in ids],
+        [after.per_problem[i] for i in ids],
+        samples=min(before.samples_per_problem, after.samples_per_problem),
     )
 
 

@@ -111,11 +111,15 @@ def _standing(entrant: Entrant, first: Entrant) -> Standing:
     runs = list(entrant.runs.values())
     seeds = [] if entrant is first else [seed for seed in entrant.runs if seed in first.runs]
     pairs = {seed: _paired(first.runs[seed], entrant.runs[seed]) for seed in seeds}
+    answers = final(runs[0]).samples_per_problem
     return Standing(
         label=entrant.label,
         seeds=tuple(entrant.runs),
-        accuracy=estimate(list(_by_problem([final(run).per_problem for run in runs]).values())),
-        difference=_difference(pairs) if pairs else None,
+        accuracy=estimate(
+            list(_by_problem([final(run).per_problem for run in runs]).values()),
+            samples=len(runs) * answers,
+        ),
+        difference=_difference(pairs, len(pairs) * answers) if pairs else None,
         by_seed={
             seed: sum(b - a for a, b in pair.values()) / len(pair) for seed, pair in pairs.items()
         },
@@ -145,8 +149,8 @@ def _paired(a: RunData, b: RunData) -> dict[str, tuple[float, float]]:
     return {problem: (one[problem], other[problem]) for problem in sorted(one)}
 
 
-def _difference(pairs: Mapping[int, Mapping[str, tuple[float, float]]]) -> Estimate:
-    """Paired by problem and seed.
+def _difference(pairs: Mapping[int, Mapping[str, tuple[float, float]]], samples: int) -> Estimate:
+    """Paired by problem and seed; `samples` answers to each problem, over all seeds.
 
     A problem's seeds are averaged first: they are not independent, problems are the unit of chance.
     """
@@ -154,7 +158,7 @@ def _difference(pairs: Mapping[int, Mapping[str, tuple[float, float]]]) -> Estim
     other = _by_problem(
         [{problem: b for problem, (_, b) in pair.items()} for pair in pairs.values()]
     )
-    return paired_difference(list(one.values()), list(other.values()))
+    return paired_difference(list(one.values()), list(other.values()), samples=samples)
 
 
 def _by_problem(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import pytest
 
 from opdkit.base.errors import UserError
 from opdkit.eval import EvalResult, evaluate_model
+from opdkit.eval.intervals import exact
 from opdkit.types import Prompt, Rollout, Sampling
 
 PROMPTS = [
@@ -70,8 +71,8 @@ def test_numbers_of_an_evaluation():
     assert result.avg_at_k.value == result.pass_at_k[1].value == result.reward_mean == 0.5
     # (1/2 + 1) / 2: one right of four, then three right of four
     assert result.pass_at_k[2].value == 0.75
-    # two problems: either may come twice
-    assert (result.avg_at_k.interval.low, result.avg_at_k.interval.high) == (0.25, 0.75)
+    # variance of the mean over problems 1/16, of one answer 1/4: as good as four answers, 2 right
+    assert result.avg_at_k.interval == exact(2, 4)
     assert (result.n_problems, result.samples_per_problem, result.step, result.name) == (
         2,
         4,
