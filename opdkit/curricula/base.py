@@ -24,6 +24,11 @@ class Curriculum(Protocol):
     needs_own: ClassVar[bool]
 
     @property
+    def authors(self) -> tuple[str, ...]:
+        """Who writes tokens that its method learns from (see `types.AUTHORS`)."""
+        ...
+
+    @property
     def writer(self) -> Writer | None:
         """Who writes; None: a curriculum that only remembers leaves it to the student."""
         ...
@@ -43,6 +48,10 @@ class Plain:
 
     validates: ClassVar[bool] = False
     needs_own: ClassVar[bool] = False
+
+    @property
+    def authors(self) -> tuple[str, ...]:
+        return ("student",)
 
     @property
     def writer(self) -> Writer | None:

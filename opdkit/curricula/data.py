@@ -39,8 +39,10 @@ def given(prompt: Prompt, response: list[int] | None, longest: int, id: str) -> 
         [True] * len(tokens),
         [],
         [],
-        prompt.id,
+        prompt.group,
         finish="given",
         text=str(prompt.row.get("response") or ""),
+        marks={"given": [True] * len(tokens)},
         row=prompt.row,
+        question=prompt.question,
     )

@@ -15,11 +15,11 @@ from opdkit.types import Rollout
 
 @dataclass(frozen=True)
 class PassRates(Plain):
-    """Every prompt as it is; memory["pass_rate"][prompt id] is the share of correct ones among its
+    """Every prompt as it is; memory["pass_rate"][question] is the share of correct ones among its
     last `window` rollouts.
 
     All rollouts of a visit count, also where they are more than the window. Rollouts without a
-    reward are passed over.
+    reward, and those of which a part was written for the student, are passed over.
     """
 
     window: int = 8
@@ -27,13 +27,13 @@ class PassRates(Plain):
 
     def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
         fresh: dict[str, list[bool]] = {}
-        for rollout in rollouts:
+        for rollout in (r for r in rollouts if r.unaided):
             if rollout.correct is not None:
-                fresh.setdefault(rollout.group, []).append(rollout.correct)
+                fresh.setdefault(rollout.question, []).append(rollout.correct)
             elif rollout.reward is not None:
-                fresh.setdefault(rollout.group, []).append(rollout.reward > 0)
+                fresh.setdefault(rollout.question, []).append(rollout.reward > 0)
         solved, rates = dict(memory.get("solved", {})), dict(memory.get("pass_rate", {}))
-        for prompt, results in fresh.items():
-            last = [*solved.get(prompt, []), *results][-max(self.window, len(results)) :]
-            solved[prompt], rates[prompt] = last, sum(last) / len(last)
+        for question, results in fresh.items():
+            last = [*solved.get(question, []), *results][-max(self.window, len(results)) :]
+            solved[question], rates[question] = last, sum(last) / len(last)
         return {**memory, "solved": solved, "pass_rate": rates}

@@ -80,6 +80,10 @@ class Replay(Plain):
             raise ValueError(f"capacity={self.capacity} must be at least 1")
 
     @property
+    def authors(self) -> tuple[str, ...]:
+        return ("student", "data")
+
+    @property
     def writer(self) -> Writer:
         return ReplayWriter(self.schedule, self.threshold, self.capacity)
 

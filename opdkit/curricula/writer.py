@@ -66,4 +66,6 @@ class Writer(ABC):
 
     @abstractmethod
     def write(self, context: StepContext) -> list[Rollout]:
-        """The step's rollouts; those that answer the same prompt have its id as `group`."""
+        """The step's rollouts, with `group` and `question` of their prompts; what the student did
+        not draw is marked (see `types.Rollout`).
+        """

@@ -118,14 +118,13 @@ def _by_problem(
     prompts: Sequence[Prompt], rollouts: Sequence[Rollout], n: int
 ) -> dict[str, list[bool]]:
     """By the id of a problem: which of its n samples are correct."""
-    problems: dict[str, list[bool]] = {p.id: [] for p in prompts}
+    problems: dict[str, list[bool]] = {p.question: [] for p in prompts}
     for r in rollouts:
-        if r.group not in problems or r.reward is None or r.correct is None:
+        if r.question not in problems or r.reward is None or r.correct is None:
             raise RuntimeError(
-                f"rollout {r.id!r} of group {r.group!r} is of no prompt that was asked, or has no "
-                "reward"
+                f"rollout {r.id!r} answers {r.question!r}, which was not asked, or has no reward"
             )
-        problems[r.group].append(r.correct)
+        problems[r.question].append(r.correct)
     short = [problem for problem, samples in problems.items() if len(samples) != n]
     if short:
         raise RuntimeError(

@@ -21,6 +21,7 @@ from opdkit.objective import (
     clipped,
     ratio,
 )
+from opdkit.objective.losses import MOST_APART
 from opdkit.objective.maths import row_mean
 
 
@@ -31,11 +32,10 @@ class SequenceClipped(Bounds, RolloutLoss):
     The credit is one number per rollout.
     """
 
-    base: str = "sampler"
-
     def value(self, logp: Tensor, mask: Tensor, rows: Tensor, batch: Batch) -> Tensor:  # [R]
-        whole = row_mean(logp - batch.read(LogpFact(self.base))[rows], mask).exp()
-        return clipped(whole, self.credit(batch)[rows], self.low, self.high, self.dual)[:, 0]
+        moved = row_mean(logp - batch.read(LogpFact("student"))[rows], mask)
+        r = moved.clamp(-MOST_APART, MOST_APART).exp()
+        return clipped(r, self.credit(batch)[rows], self.low, self.high, self.dual)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ClippedWeight(Bounds, TokenLoss):
         super().__post_init__()
 
     def value(self, live: Live) -> Tensor:  # [n]
-        weight = ratio(live, self.base).detach().clamp(1 - self.low, 1 + self.high)
+        weight = ratio(live, "student").detach().clamp(1 - self.low, 1 + self.high)
         return -weight * live.pick(self.credit) * live.logp
 
 
@@ -66,8 +66,9 @@ def grpo(
     """GRPO: the reward of a rollout, less the mean of its prompt's rollouts, credits each of its
     tokens.
 
-        A = (R - mean) / (std + 1e-6),   r_t = pi_s/pi_sampler
-        PPO's loss max(-A r, -A clip(r, 1 - low, 1 + high))   [+ reference_kl * k3]
+        A = (R - mean) / (std + 1e-6),   r_t = pi_s / pi_s before the step
+        PPO's loss max(-A r, -A clip(r, 1 - low, 1 + high)) times pi_s before the step / pi_sampler
+        [+ reference_kl * k3]
 
         grpo     mean over each rollout's tokens, then over rollouts
         dapo     mean over all tokens; the paper has clip=(0.2, 0.28)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,15 @@ class Method:
     arguments: tuple[tuple[str, Any], ...] = ()
     summary: str = ""
     doc: str = ""
+    # whether the curriculum has said whose tokens the terms are about that do not say it: it does
+    # so of those that it was made with, not of another method's that are added later
+    settled: bool = field(default=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        authors = self.curriculum.authors
+        if not self.settled and authors != ("student",):
+            object.__setattr__(self, "objective", self.objective.by_default_of(authors))
+        object.__setattr__(self, "settled", True)
 
     @property
     def needs(self) -> Needs:
@@ -90,7 +99,7 @@ class Method:
 
 
 # what composing fills in
-COMPOSED = ("objective", "curriculum", "name", "arguments", "summary", "doc")
+COMPOSED = ("objective", "curriculum", "name", "arguments", "summary", "doc", "settled")
 
 
 def _composed(
@@ -102,11 +111,11 @@ def _composed(
     """
     names = spelled(base), spelled(other)
     brought = together.keeper(other.curriculum, names[1]) if as_weight else other.curriculum
-    for field in (f for f in fields(Method) if f.name not in COMPOSED):
-        mine, theirs = getattr(base, field.name), getattr(other, field.name)
-        if mine != theirs and not (as_weight and theirs == field.default):
+    for part in (f for f in fields(Method) if f.name not in COMPOSED):
+        mine, theirs = getattr(base, part.name), getattr(other, part.name)
+        if mine != theirs and not (as_weight and theirs == part.default):
             raise UserError(
-                f"{name}: {names[0]} has {field.name}={mine}, {names[1]} {field.name}={theirs}, "
+                f"{name}: {names[0]} has {part.name}={mine}, {names[1]} {part.name}={theirs}, "
                 "and only one can hold"
             )
     made = replace(

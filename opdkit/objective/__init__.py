@@ -25,10 +25,8 @@ from opdkit.objective.grammar import (
     Number,
     Objective,
     Operation,
-    PlannedTerm,
     RolloutLoss,
     Signal,
-    StepPlan,
     Term,
     TokenLoss,
     credit_of,
@@ -37,13 +35,13 @@ from opdkit.objective.grammar import (
 )
 from opdkit.objective.losses import (
     Bounds,
-    Candidates,
     Clipped,
     Divergence,
     Estimator,
     Likelihood,
     PolicyGradient,
     clipped,
+    log_ratio,
     natural_support,
     ratio,
     refuse_constant,
@@ -60,7 +58,8 @@ from opdkit.objective.maths import (
     SkewReverse,
     TotalVariation,
 )
-from opdkit.objective.ratio_layer import against, policy_gradient
+from opdkit.objective.plan import PlannedTerm, StepPlan
+from opdkit.objective.ratio_layer import policy_gradient
 from opdkit.objective.signals import (
     Advantage,
     Ceiling,
@@ -96,7 +95,6 @@ __all__ = [
     "Alpha",
     "Batch",
     "Bounds",
-    "Candidates",
     "Ceiling",
     "Chi2",
     "Chunk",
@@ -160,11 +158,11 @@ __all__ = [
     "TopFact",
     "TotalVariation",
     "VocabularyFact",
-    "against",
     "clipped",
     "credit_of",
     "depends_on_sample",
     "lift",
+    "log_ratio",
     "natural_support",
     "policy_gradient",
     "ratio",

@@ -6,9 +6,10 @@ the right), V vocabulary entries. Log-probabilities, entropies and divergences a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +22,10 @@ from opdkit.objective.facts import (
     LogpAtFact,
     LogpFact,
     MissingFact,
-    TopFact,
     VocabularyFact,
 )
 from opdkit.objective.kernels import Vocabulary
-from opdkit.types import DataRow
+from opdkit.types import MARK_OF
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -38,7 +38,7 @@ class Batch:
 
     Arguments:
         tokens: [B, T] int64: the responses, padded on the right.
-        mask: [B, T] bool: the trained tokens.
+        trained: [B, T] bool: the tokens that may be learnt from, whoever wrote them.
         facts: tensors by fact: [B, T], [B, T, k], or [B] for columns.
         sources: by model, the whole vocabulary of those in this process (see `head.Source`).
         keys: [B] int64: hash of each rollout's id, which keyed draws depend on.
@@ -46,7 +46,8 @@ class Batch:
         seed: of the run, for keyed draws.
         uniform: [B, T] in [0, 1): replaces the keyed draws.
         memory: what the method's curriculum remembers, by name.
-        rows: the data row of each rollout.
+        drawn: whether the sampler's log-probs are those of the distribution that tokens were drawn
+            from (temperature, cuts, a teacher's share), not of its plain softmax.
         dtype: of numbers that signals compute in.
 
     >>> from opdkit.objective.facts import LogpFact
@@ -60,7 +61,7 @@ class Batch:
     def __init__(
         self,
         tokens: Tensor,
-        mask: Tensor,
+        trained: Tensor,
         facts: Mapping[Fact, Tensor] | None = None,
         sources: Mapping[str, Any] | None = None,
         keys: Tensor | None = None,
@@ -69,17 +70,17 @@ class Batch:
         seed: int = 0,
         uniform: Tensor | None = None,
         memory: Mapping[str, Any] | None = None,
-        rows: Sequence[DataRow] | None = None,
+        drawn: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
-        self.tokens, self.mask = tokens, mask
+        self.tokens, self.trained = tokens, trained
         self.facts: dict[Fact, Tensor] = dict(facts or {})
         self.sources: dict[str, Any] = dict(sources or {})
         self.keys = torch.arange(len(tokens), device=tokens.device) if keys is None else keys
         self.step, self.total_steps, self.seed = step, total_steps, seed
         self.uniform = uniform
         self.memory = dict(memory or {})
-        self.rows = rows
+        self.drawn = drawn
         self.dtype = dtype
         # values of the step's signals, each computed once
         self.signals: dict[Hashable, Tensor] = {}
@@ -91,6 +92,23 @@ class Batch:
     @property
     def shape(self) -> torch.Size:
         return self.tokens.shape
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] bool: the trained tokens that the student drew: what signals look at."""
+        return self.by(("student",))
+
+    def by(self, authors: Collection[str]) -> Tensor:
+        """[B, T] bool: the trained tokens that one of `authors` (see `types.AUTHORS`) wrote."""
+        marked = {a: self.facts.get(ColumnFact(f"mark:{mark}")) for a, mark in MARK_OF.items()}
+        found = self.trained
+        for author, where in marked.items():
+            if where is not None and author not in authors:
+                found = found & ~where
+        if "student" not in authors:
+            others = [where for a in authors if (where := marked[a]) is not None]
+            found = found & reduce(operator.or_, others, torch.zeros_like(found))
+        return found
 
     def read(self, fact: Fact) -> Tensor:
         """[B, T] or [B, T, k], a column [B]: the tensor of a fact, detached."""
@@ -113,12 +131,17 @@ class Batch:
 
     @property
     def group(self) -> Tensor:
-        """[B] int64: equal where the prompt is the same."""
+        """[B] int64: equal for rollouts that are compared with each other."""
         return self.read(ColumnFact("group"))
+
+    @property
+    def turn(self) -> Tensor:
+        """[B, T] int64: the turn of each token, from 0."""
+        return self.facts.get(ColumnFact("turn"), torch.zeros_like(self.tokens))
 
     def mark(self, name: str) -> Tensor:
         """[B, T] bool: the tokens that carry a mark; none where no rollout of the step has it."""
-        return self.facts.get(ColumnFact(f"mark:{name}"), torch.zeros_like(self.mask))
+        return self.facts.get(ColumnFact(f"mark:{name}"), torch.zeros_like(self.trained))
 
     def column(self, name: str) -> Tensor:
         """[B] numbers from a column of the data rows."""
@@ -156,10 +179,6 @@ class Scores:
     def entropy(self) -> Tensor:
         """[B, T] nats, over the whole vocabulary."""
         return self.batch.read(EntropyFact(self.model))
-
-    def top(self, k: int) -> Tensor:
-        """[B, T, k] ids of the model's most probable tokens."""
-        return self.batch.read(TopFact(self.model, k))
 
     def at_top(self, owner: str, k: int) -> Tensor:
         """[B, T, k]: this model's log-probs at the top-k ids of `owner`."""
@@ -215,10 +234,6 @@ class Live:
     def logps(self, temperature: float = 1.0) -> Tensor:
         """[n, V]: log pi_s over the whole vocabulary, logits divided by `temperature`."""
         return self.own.logps(temperature)
-
-    def model_logps(self, model: str, temperature: float = 1.0) -> Tensor:
-        """[n, V]: log-probs of another model in this process, no gradient."""
-        return self.vocabulary(model).logps(temperature)
 
     def vocabulary(self, model: str, fact: Fact | None = None) -> Vocabulary:
         """The whole vocabulary of another model in this process, no gradient; shared by all terms

@@ -14,13 +14,15 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cached_property, reduce
+from functools import reduce
 from typing import Any, ClassVar, Union
 
 import torch
 from torch import Tensor
 
 from opdkit.objective.batch import Batch, Live
+from opdkit.objective.plan import StepPlan, plan
+from opdkit.types import AUTHORS, MARK_OF
 
 Number = Union[int, float]  # noqa: UP007 (evaluated at run time)
 
@@ -44,6 +46,12 @@ class Signal(ABC):
             with torch.no_grad():
                 batch.signals[self] = self.value(batch)
         return batch.signals[self]
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """The marks that it reads, by itself or in its parts."""
+        held = (x for v in vars(self).values() for x in (v if isinstance(v, tuple) else (v,)))
+        return frozenset(mark for x in held if isinstance(x, Signal) for mark in x.marks)
 
     # replaced by dataclass; keeps the abstract class hashable for type checkers
     def __hash__(self) -> int:
@@ -215,6 +223,8 @@ class Loss(ABC):
     """What a term minimises. Subclasses are frozen dataclasses."""
 
     name: ClassVar[str] = ""  # in logs and reports; the class's own name where empty
+    usual: ClassVar[str] = "tokens"  # what a term divides by where nothing is said
+    over_rollouts: ClassVar[bool] = False
 
     def __mul__(self, weight: Signal | Number) -> Term:
         return Term(self) * weight
@@ -227,6 +237,29 @@ class Loss(ABC):
     def per(self, denominator: str | int) -> Term:
         """This loss, unweighted, over another denominator."""
         return Term(self).per(denominator)
+
+    def of(self, *authors: str) -> Term:
+        """This loss, unweighted, of the tokens that these wrote (see `Term`)."""
+        return Term(self).of(*authors)
+
+    @property
+    def outer(self) -> Signal:
+        """A weight that is the loss's own, such as that of a sampler which is not the trainer."""
+        return Const(1)
+
+    def defined(self, batch: Batch) -> Tensor | None:
+        """[B, T] or [B, 1] bool: where there is such a loss at all; elsewhere its weight is zero.
+
+        None: everywhere. A policy gradient (a loss with a credit) is one of the tokens that the
+        student drew: how probable others were to it says nothing of a choice.
+        """
+        return None if credit_of(self) is None else batch.mask
+
+    def joined(self, batch: Batch) -> Tensor | None:
+        """[B, T] bool: tokens that go into the same chunk as the one before, for a loss that reads
+        back (`live.back`). None: no token.
+        """
+        return None
 
     def __str__(self) -> str:
         return spell(self)
@@ -241,27 +274,23 @@ class TokenLoss(Loss):
         carry no gradient.
         """
 
-    def defined(self, batch: Batch) -> Tensor | None:
-        """[B, T] or [B, 1] bool: where there is such a loss at all; elsewhere its weight is zero.
-
-        None: everywhere.
-        """
-        return None
-
-    def joined(self, batch: Batch) -> Tensor | None:
-        """[B, T] bool: tokens that go into the same chunk as the one before, for a loss that reads
-        back (`live.back`). None: no token.
-        """
-        return None
-
 
 class RolloutLoss(Loss):
-    """A number to minimise for each rollout, any function of its log-probs."""
+    """A number to minimise for each rollout, any function of the log-probs of the optimiser step:
+    of its own, of the pair or of the group that it is in.
+
+    Its slope d loss / d log pi_s is taken once per optimiser step, over all of its rollouts; what
+    is then learnt is linear, and how the step is cut into micro-batches cannot change it.
+    """
+
+    usual: ClassVar[str] = "row_sums"
+    over_rollouts: ClassVar[bool] = True
 
     @abstractmethod
     def value(self, logp: Tensor, mask: Tensor, rows: Tensor, batch: Batch) -> Tensor:
-        """[R] from the live log-probs [R, T] of rollouts `rows` [R] (indices into the batch);
-        `mask` [R, T] says where.
+        """[R] from the live log-probs [R, T] of the R rollouts of the step that have tokens; `mask`
+        [R, T] says where, `rows` [R] which they are in the batch (`batch.group[rows]`, a signal
+        of [B, 1] as `signal(batch)[rows]`). A rollout whose weight is 0 is there as well.
         """
 
 
@@ -272,19 +301,29 @@ DENOMINATORS = ("tokens", "own", "rows", "own_rows", "row_sums")
 
 @dataclass(frozen=True)
 class Term:
-    """loss * weight / denominator.
+    """loss * weight * by * by ... / denominator, over the tokens that `authors` wrote.
 
-    denominator: "tokens" all trained tokens of the optimiser step; "own" those this term selects;
-    "rows" mean over each rollout's trained tokens, then over rollouts; "own_rows" the same over
-    those of them that this term selects; "row_sums" sum over tokens, mean over rollouts; a number
-    L: rollouts * L.
+    weight: the signals that say which of these tokens the term selects, and how much they count.
+    by: what the whole objective is multiplied by from outside, such as another method's weight.
+    denominator: "tokens" all of these tokens of the optimiser step; "own" those that `weight`
+    selects; "rows" mean over each rollout's tokens, then over rollouts; "own_rows" the same over
+    those of them that `weight` selects; "row_sums" sum over tokens, mean over rollouts; a number L:
+    rollouts * L. Default: "tokens", of a loss over rollouts "row_sums".
+    authors: who wrote the tokens that the loss is about, and which are counted: "student",
+    "guide", "data", "environment". Default: the student, those whose marks ("guided", "given",
+    "tool") the weight names, and who else writes for the method that the term is in, as its
+    curriculum says.
     """
 
     loss: Loss
     weight: Signal = field(default_factory=lambda: Const(1))
-    denominator: str | int = "tokens"
+    denominator: str | int = ""
+    authors: tuple[str, ...] = ()
+    by: tuple[Signal, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.denominator == "":
+            object.__setattr__(self, "denominator", self.loss.usual)
         if not (
             self.denominator in DENOMINATORS
             or (isinstance(self.denominator, int) and self.denominator > 0)
@@ -293,9 +332,13 @@ class Term:
                 f"denominator {self.denominator!r} must be one of {', '.join(DENOMINATORS)} or a "
                 "positive length"
             )
+        if not set(self.authors) <= set(AUTHORS):
+            raise ValueError(
+                f"a loss of {self.authors!r}: tokens are written by {', '.join(AUTHORS)}"
+            )
 
     def __mul__(self, weight: Signal | Number) -> Term:
-        first = isinstance(self.weight, Const) and self.weight.number == 1
+        first = self.weight == Const(1)
         return replace(self, weight=lift(weight) if first else self.weight * weight)
 
     __rmul__ = __mul__
@@ -306,43 +349,69 @@ class Term:
     def per(self, denominator: str | int) -> Term:
         return replace(self, denominator=denominator)
 
-    def weights(self, batch: Batch) -> Tensor:
-        """[B, T]: the product of the signals, zero outside the trained tokens and where the loss is
-        not defined.
-        """
-        weight = self.weight(batch).expand(batch.shape)
-        defined = self.loss.defined(batch) if isinstance(self.loss, TokenLoss) else None
-        mask = batch.mask if defined is None else batch.mask & defined
-        return torch.where(
-            mask, weight.to(batch.dtype), torch.zeros((), dtype=batch.dtype, device=batch.device)
-        )
+    def of(self, *authors: str) -> Term:
+        """This term, over the tokens that these wrote."""
+        return replace(self, authors=tuple(authors))
 
-    def count(self, mask: Tensor, weight: Tensor) -> Tensor:
-        """[] or [B, 1]: what the weighted sum is divided by; at least one, so that nothing trained
-        is a zero.
+    def times(self, weight: Signal) -> Term:
+        """This term times a signal from outside, which it does not count as its selection."""
+        if self.denominator in ("own", "own_rows"):
+            return replace(self, by=(*self.by, weight))
+        return self * weight
+
+    @property
+    def whose(self) -> tuple[str, ...]:
+        """The authors, as said or by default."""
+        if self.authors:
+            return self.authors
+        named = self.weight.marks
+        return ("student", *(author for author, mark in MARK_OF.items() if mark in named))
+
+    @property
+    def weights(self) -> Signal:
+        """All that the loss is multiplied by."""
+        every = [self.weight, *self.by]
+        return reduce(operator.mul, every[1:] if self.by and every[0] == Const(1) else every)
+
+    def chosen(self, batch: Batch) -> Tensor:
+        """[B, T]: the term's own weight, zero where the loss is not defined."""
+        weight = self.weight(batch).expand(batch.shape).to(batch.dtype)
+        defined = self.loss.defined(batch)
+        return weight if defined is None else torch.where(defined, weight, 0.0)
+
+    def weighed(self, batch: Batch, chosen: Tensor) -> Tensor:
+        """[B, T]: its own weight [B, T] with what it is multiplied by from outside, and the loss
+        from within.
+        """
+        more = (by(batch).to(batch.dtype) for by in (*self.by, self.loss.outer))
+        return reduce(_product, more, chosen)
+
+    def count(self, mask: Tensor, chosen: Tensor) -> Tensor:
+        """[] or [B, 1]: what the weighted sum is divided by, from the term's tokens [B, T] and its
+        own weight [B, T]; at least one, so that nothing trained is a zero.
         """
         lengths = mask.sum(1, keepdim=True)
         rows = (lengths > 0).sum()
         if self.denominator == "tokens":
             count = lengths.sum()
         elif self.denominator == "own":
-            count = (weight != 0).sum()
+            count = (chosen != 0).sum()
         elif self.denominator == "rows":
             count = lengths.clamp_min(1) * rows
         elif self.denominator == "own_rows":
-            count = (weight != 0).sum(1, keepdim=True).clamp_min(1) * rows
+            count = (chosen != 0).sum(1, keepdim=True).clamp_min(1) * rows
         elif self.denominator == "row_sums":
             count = rows
         else:
             count = rows * int(self.denominator)
-        return count.clamp_min(1).to(weight.dtype)
+        return count.clamp_min(1).to(chosen.dtype)
 
     def __str__(self) -> str:
-        one = isinstance(self.weight, Const) and self.weight.number == 1
-        weight = "" if one else f" * {Operation._inside(self.weight, RANK['*'])}"
-        return f"{self.loss}{weight}" + (
-            "" if self.denominator == "tokens" else f" per {self.denominator}"
-        )
+        weights = self.weights
+        weight = "" if weights == Const(1) else f" * {Operation._inside(weights, RANK['*'])}"
+        per = "" if self.denominator == self.loss.usual else f" per {self.denominator}"
+        of = "" if self.authors in ((), ("student",)) else f" of {' and '.join(self.authors)}"
+        return f"{self.loss}{weight}{per}{of}"
 
 
 @dataclass(frozen=True, init=False)
@@ -367,9 +436,14 @@ class Objective:
     def __add__(self, other: Loss | Term | Objective) -> Objective:
         return Objective(self, other)
 
+    def by_default_of(self, authors: tuple[str, ...]) -> Objective:
+        """Every term that does not say whose tokens it is about, also over those of `authors`."""
+        every = [dict.fromkeys((*term.whose, *authors)) for term in self.terms]
+        return Objective(*(t if t.authors else t.of(*a) for t, a in zip(self.terms, every)))
+
     def __mul__(self, weight: Signal | Number) -> Objective:
-        """Every term times a signal or number."""
-        return Objective(*(term * weight for term in self.terms))
+        """Every term times a signal or number; what a term selects and counts stays as it is."""
+        return Objective(*(term.times(lift(weight)) for term in self.terms))
 
     __rmul__ = __mul__
 
@@ -382,20 +456,8 @@ class Objective:
         )
 
     def plan(self, batch: Batch, rows: Tensor | None = None) -> StepPlan:
-        """Weights and denominators of one optimiser step: signals over the whole batch, counts over
-        `rows` [R] (default all).
-        """
-        mask = batch.mask
-        if rows is not None:
-            inside = torch.zeros(len(mask), dtype=torch.bool, device=mask.device).index_fill(
-                0, rows, True
-            )
-            mask = mask & inside[:, None]
-        parts = []
-        for name, term in zip(self.names, self.terms):
-            weight = torch.where(mask, term.weights(batch), 0.0)
-            parts.append(PlannedTerm(name, term, weight, term.count(mask, weight)))
-        return StepPlan(batch, mask, tuple(parts))
+        """What one optimiser step on `rows` [R] (default all) does: see `plan.plan`."""
+        return plan(dict(zip(self.names, self.terms)), batch, rows)
 
     def __str__(self) -> str:
         return "\n  + ".join(str(term) for term in self.terms)
@@ -404,47 +466,3 @@ class Objective:
 def credit_of(loss: Loss) -> Signal | None:
     """What a loss credits each sampled token with, for losses that push on the sampled token."""
     return getattr(loss, "credit", None)
-
-
-@dataclass(frozen=True)
-class PlannedTerm:
-    """A term with its numbers for one optimiser step."""
-
-    name: str
-    term: Term
-    weight: Tensor  # [B, T], zero where the term does not look
-    denominator: Tensor  # [] or [B, 1]
-
-    @property
-    def scale(self) -> Tensor:
-        """[B, T]: what a position's loss is multiplied by."""
-        return self.weight / self.denominator
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What one optimiser step will do, before any backward."""
-
-    batch: Batch
-    mask: Tensor  # [B, T]: the trained tokens of this optimiser step
-    parts: tuple[PlannedTerm, ...]
-
-    @property
-    def selected(self) -> Tensor:
-        """[B, T] bool: positions that at least one term looks at, and what is joined to them.
-
-        No other is projected on the vocabulary.
-        """
-        chosen = reduce(operator.or_, (part.weight != 0 for part in self.parts))
-        if self.joined is None:
-            return chosen
-        # a number for each token and what is joined to it
-        together = (~self.joined).flatten().cumsum(0)
-        return torch.isin(together, together[chosen.flatten()]).view_as(chosen)
-
-    @cached_property
-    def joined(self) -> Tensor | None:
-        """[B, T] bool: tokens that go into the same chunk as the one before."""
-        losses = [part.term.loss for part in self.parts if isinstance(part.term.loss, TokenLoss)]
-        found = [joined for loss in losses if (joined := loss.joined(self.batch)) is not None]
-        return reduce(operator.or_, found) if found else None

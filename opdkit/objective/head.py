@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from opdkit.objective.batch import Live
-from opdkit.objective.grammar import PlannedTerm, RolloutLoss, StepPlan, TokenLoss
+from opdkit.objective.grammar import TokenLoss
+from opdkit.objective.plan import PlannedRollouts, PlannedTerm, StepPlan, planned_rollouts
 
 CHUNK_ENTRIES = 1 << 24  # logits in one chunk, at least: 64 MiB in float32
 CHUNK_MOST = 1 << 28  # on a GPU
@@ -154,8 +155,6 @@ def learn(
     takes a further backward pass per term down to these, and no further.
     """
     running = LearningPass.begin(plan, positions, hidden, term_gradients)
-    if running.rollout_terms:
-        running.slope = _rollout_slope(running, hidden, head, chunk)
     size = chunk or chunk_rows(head.size(hidden), hidden.device)
     chunks = (
         slices(len(hidden), size)
@@ -164,7 +163,7 @@ def learn(
     )
     loss = _ChunkedSum.apply(hidden, head.weight, head.bias, head, chunks, running.loss)
     sums = running.sums
-    if running.rollout_terms:  # the pass carried their slope; the value is what they said
+    if running.rollout_terms:  # what is learnt is their slope; the value is what they said
         loss = loss + (sums.sum() - loss.detach())
     return Learned(
         loss, sums, running.entropy, running.logp, running.gap, running.slopes, len(positions)
@@ -182,7 +181,7 @@ class LearningPass:
     plan: StepPlan
     positions: Tensor  # [N]
     token_terms: list[tuple[int, PlannedTerm]]  # Q
-    rollout_terms: list[tuple[int, PlannedTerm]]  # W
+    rollout_terms: list[tuple[int, PlannedRollouts]]  # W
     scales: Tensor | None  # [Q, N]: what a position's loss is multiplied by; None where Q = 0
     measured: bool  # whether each term's gradient in the logits is
     sums: Tensor  # [P]: each term's share of the loss
@@ -190,7 +189,6 @@ class LearningPass:
     entropy: Tensor  # [N]
     logp: Tensor  # [N]
     gap: Tensor  # [N]
-    slope: Tensor | None = None  # [W, N]: d term / d logp; None where W = 0
 
     @staticmethod
     def begin(
@@ -199,9 +197,11 @@ class LearningPass:
         """Of positions [N] with hidden states [N, H], before the first chunk."""
         terms = list(enumerate(plan.parts))
         over_tokens = [(i, x) for i, x in terms if isinstance(x.term.loss, TokenLoss)]
-        over_rollouts = [(i, x) for i, x in terms if isinstance(x.term.loss, RolloutLoss)]
+        over_rollouts = planned_rollouts(plan.parts)
         scales = [x.scale.flatten()[positions] for _, x in over_tokens]
         sums = torch.zeros(len(terms), dtype=plan.batch.dtype, device=hidden.device)
+        for i, x in over_rollouts:
+            sums[i] = x.values.flatten()[positions].sum()
         entropy = torch.zeros(len(positions), dtype=plan.batch.dtype, device=hidden.device)
         return LearningPass(
             plan,
@@ -227,11 +227,10 @@ class LearningPass:
             self.sums[i] += value.detach()
             self.slopes[i] += self._steepness(value, logits)
             total = total + value
-        if self.slope is not None:
-            for (i, _), of_logp in zip(self.rollout_terms, self.slope):
-                value = (of_logp[at] * live.logp).sum()
-                self.slopes[i] += self._steepness(value, logits)
-                total = total + value
+        for i, planned in self.rollout_terms:
+            value = (planned.slope.flatten()[self.positions[at]] * live.logp).sum()
+            self.slopes[i] += self._steepness(value, logits)
+            total = total + value
         self._note(at, live)
         return total
 
@@ -261,50 +260,6 @@ def _weighted(loss: TokenLoss, live: Live, scale: Tensor) -> Tensor:
     if len(index) < len(scale):
         live, scale = live.select(index), scale[index]
     return (scale * loss.value(live)).sum()
-
-
-def _rollout_slope(running: LearningPass, hidden: Tensor, head: Head, chunk: int | None) -> Tensor:
-    """[W, N]: d term / d logp of each term over whole rollouts; their values are added to the
-    pass's sums.
-
-    They need all log-probs of a rollout first: one more projection of the hidden states [N, H].
-    """
-    plan, batch, positions = running.plan, running.plan.batch, running.positions
-    with torch.no_grad():
-        numbers = torch.zeros(batch.tokens.numel(), dtype=batch.dtype, device=hidden.device)
-        numbers[positions] = scan(
-            hidden, head, lambda at, logits: Live(batch, positions[at], logits).logp, chunk
-        ).to(batch.dtype)
-    rows = torch.unique(positions // batch.shape[1])
-    logp = numbers.view(batch.shape)[rows].requires_grad_()
-    slope = numbers.new_zeros(len(running.rollout_terms), *batch.shape)
-    with torch.enable_grad():
-        for number, (i, planned) in enumerate(running.rollout_terms):
-            mask = plan.mask[rows]
-            scale = _one_scale(planned, mask, planned.scale[rows])
-            keep = scale != 0
-            if not bool(keep.any()):
-                continue
-            loss = planned.term.loss
-            assert isinstance(loss, RolloutLoss)
-            value = (scale[keep] * loss.value(logp[keep], mask[keep], rows[keep], batch)).sum()
-            running.sums[i] += value.detach()
-            if value.requires_grad:
-                slope[number, rows] = torch.autograd.grad(value, logp)[0]
-    return slope.flatten(1)[:, positions]
-
-
-def _one_scale(planned: PlannedTerm, mask: Tensor, scale: Tensor) -> Tensor:
-    """[R]: what each rollout's loss is multiplied by, from the scales [R, T] of its trained tokens
-    (mask [R, T]), which must be equal.
-    """
-    first = scale.gather(1, mask.long().argmax(1, keepdim=True))
-    if bool((mask & ((scale - first).abs() > 0)).any()):
-        raise ValueError(
-            f"{planned.term} weighs the tokens of a rollout differently, but its loss is one "
-            "number per rollout: use a signal per rollout, such as RowMean(...)"
-        )
-    return first[:, 0]
 
 
 class _ChunkedSum(torch.autograd.Function):

@@ -9,17 +9,18 @@ from torch import Tensor
 
 from opdkit.objective.alignment import AlignedSource, Alignment
 from opdkit.objective.batch import Batch, Live
-from opdkit.objective.facts import ColumnFact, Fact, VocabularyFact
+from opdkit.objective.facts import ColumnFact, Fact, LogpFact, VocabularyFact
 from opdkit.objective.grammar import Objective, RolloutLoss, Signal, TokenLoss, credit_of
 from opdkit.objective.head import Head, Source
-from opdkit.types import Watch
+from opdkit.types import AUTHORS, Watch
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective reads, found by running it."""
+    """What an objective reads, found by running it, of tokens that `authors` wrote."""
 
     facts: frozenset[Fact]
+    authors: tuple[str, ...] = ("student",)
 
     @property
     def models(self) -> frozenset[str]:
@@ -55,13 +56,20 @@ class Needs:
         return ", ".join(sorted({fact.words() for fact in self.facts})) or "nothing"
 
 
+def reads_student(needs: Needs) -> bool:
+    """Whether a pass of the student before the step is needed: more is read of it than its sampler
+    notes.
+    """
+    return any(fact.watch("student") is None for fact in needs.of("student"))
+
+
 def watched(needs: Needs) -> Watch:
     """What a sampler notes of the student so that no pass of it is needed; nothing where one is
     needed anyway.
     """
-    noted = [fact.watch("student") for fact in needs.of("student")]
-    if None in noted:
+    if reads_student(needs):
         return Watch()
+    noted = [fact.watch("student") for fact in needs.of("student")]
     # before the first optimiser step the live student is the one that wrote
     noted += [fact.watch("live") for fact in needs.of("live")]
     return Watch(
@@ -74,10 +82,17 @@ class _Probe(Batch):
     """A tiny batch that makes up every fact it is asked for and notes it."""
 
     ROWS, LENGTH, VOCABULARY = 2, 3, 8
+    # a formula may read more from some step on, or until some share of the run
+    STEPS = (0, 1, 10, 100, 1_000, 10_000, 100_000, 999_999)
 
-    def __init__(self) -> None:
+    def __init__(self, step: int = 0) -> None:
         shape = (self.ROWS, self.LENGTH)
-        super().__init__(torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool))
+        super().__init__(
+            torch.zeros(shape, dtype=torch.int64),
+            torch.ones(shape, dtype=torch.bool),
+            step=step,
+            total_steps=self.STEPS[-1] + 1,
+        )
         self.asked: set[Fact] = set()
 
     def read(self, fact: Fact) -> Tensor:
@@ -106,22 +121,27 @@ def per_rollout(signal: Signal) -> bool:
 
 
 def needs(objective: Objective) -> Needs:
-    """What an objective reads: the formula is run once on made-up facts that note each reading.
+    """What an objective reads: the formula is run on made-up facts that note each reading, at a few
+    steps from the first to the last.
 
     Every loss is run whatever its weight, so that what is read only at rare tokens is found as
     well.
     """
-    probe = _Probe()
-    positions = torch.arange(probe.tokens.numel())
-    live = Live(probe, positions, torch.zeros(len(positions), probe.VOCABULARY))
-    for planned in objective.plan(probe).parts:
-        loss = planned.term.loss
-        if isinstance(loss, TokenLoss):
-            loss.value(live)
-        elif isinstance(loss, RolloutLoss):
-            rows = torch.arange(probe.ROWS)
-            loss.value(live.logp.view(probe.shape), probe.mask, rows, probe)
-        credit = credit_of(loss)
-        if credit is not None:
-            credit(probe)
-    return Needs(frozenset(probe.asked))
+    asked: set[Fact] = set()
+    for step in _Probe.STEPS:
+        probe = _Probe(step)
+        positions = torch.arange(probe.tokens.numel())
+        live = Live(probe, positions, torch.zeros(len(positions), probe.VOCABULARY))
+        for planned in objective.plan(probe).parts:
+            loss = planned.term.loss
+            if isinstance(loss, TokenLoss):
+                loss.value(live)
+            elif isinstance(loss, RolloutLoss):
+                rows = torch.arange(probe.ROWS)
+                loss.value(probe.read(LogpFact("live")), probe.mask, rows, probe)
+            credit = credit_of(loss)
+            if credit is not None:
+                credit(probe)
+        asked |= probe.asked
+    wrote = {author for term in objective.terms for author in term.whose}
+    return Needs(frozenset(asked), tuple(a for a in AUTHORS if a in wrote))

@@ -26,7 +26,7 @@ from opdkit.teachers.views.translated import model_and_tokenizer
 from opdkit.train.collect.collector import Questions
 from opdkit.train.gather import gather
 from opdkit.train.student import Student
-from opdkit.types import DataRow
+from opdkit.types import AUTHORS, DataRow
 
 
 @dataclass
@@ -100,11 +100,11 @@ class Validator:
         with self.student.autocast():
             batch = gather(
                 rollouts,
-                Needs(frozenset({LogpFact("student")})),
+                Needs(frozenset({LogpFact("student")}), AUTHORS),
                 {"student": self.scorer},
                 device=self.student.device,
             )
-        return -batch["student"].logp[batch.mask].mean().item()
+        return -batch["student"].logp[batch.trained].mean().item()
 
 
 def score_teachers(

@@ -59,14 +59,18 @@ def evaluate(
     uniform: Tensor | None = None,
     seed: int = 0,
     alignments: Mapping[str, Alignment] | None = None,
+    turn: Tensor | None = None,
 ) -> Evaluation:
     """Loss, gradient and terms of an objective, from logits [B, T, V] and sampled tokens [B, T].
 
     mask [B, T] bool, the trained tokens (default all). models: logits [B, T, V] by name, "teacher",
     "reference" or any other. before_logits: the student before this step (default: student_logits);
     sampler_logits: the policy that sampled (default: before_logits). group, reward, correct [B];
-    correct defaults to reward > 0. marks: {"guided": [B, T]}. uniform [B, T] replaces the keyed
-    draws. Vocabularies of different size are cut to the smallest: what is beyond only pads. Float64
+    correct defaults to reward > 0. marks: {"guided": [B, T]}; "guided" (a teacher), "given" (the
+    data) and "tool" (the environment) say who wrote a token that the student did not draw: only
+    terms that ask for such tokens look at them. turn [B, T]: of each token, from 0. uniform [B, T]
+    replaces the keyed draws. Vocabularies of different size are cut to the smallest: what is beyond
+    only pads. Float64
     in, float64 through.
 
     A model with a tokenizer of its own has logits [B, U, V_t] at its own U tokens of the same text,
@@ -82,7 +86,7 @@ def evaluate(
         sampler=sampler_logits,
         columns={
             k: v
-            for k, v in (("group", group), ("reward", reward), ("correct", correct))
+            for k, v in (("group", group), ("reward", reward), ("correct", correct), ("turn", turn))
             if v is not None
         },
         marks=marks or {},
@@ -142,7 +146,8 @@ class Case:
                 else replace(own, head=Head(vocab=len(alignment.same)))
             )
             batch.sources[name] = AlignedSource(own, alignment)
-        batch.facts.update(supply(batch, wanted.facts, flat_positions(mask), chunk))
+        positions = flat_positions(batch.by(wanted.authors))
+        batch.facts.update(supply(batch, wanted.facts, positions, chunk))
         return batch
 
     def _alignment(self, name: str, wanted: Needs) -> Alignment:
@@ -218,7 +223,7 @@ def _columns(
     facts: dict[Fact, Tensor] = {}
     for name, values in columns.items():
         facts[ColumnFact(name)] = torch.as_tensor(values).to(
-            {"group": torch.int64, "correct": torch.bool}.get(name, dtype)
+            {"group": torch.int64, "turn": torch.int64, "correct": torch.bool}.get(name, dtype)
         )
     if "reward" in columns and "correct" not in columns:
         facts[ColumnFact("correct")] = facts[ColumnFact("reward")] > 0

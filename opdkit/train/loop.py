@@ -16,9 +16,9 @@ from opdkit.base.errors import UserError
 from opdkit.base.interrupt import held
 from opdkit.models.layout import Layout
 from opdkit.objective.batch import Batch
-from opdkit.objective.grammar import StepPlan
 from opdkit.objective.head import flat_positions, learn
 from opdkit.objective.maths import keyed_uniform
+from opdkit.objective.plan import StepPlan
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
 from opdkit.train.collect.collect import collect
@@ -181,7 +181,7 @@ def _not_finite(
 
 
 def _inputs_finite(batch: Batch, row: int) -> Tensor:
-    mask = batch.mask[row]
+    mask = batch.trained[row]
     numbers = [
         v[row][mask]
         for v in batch.facts.values()

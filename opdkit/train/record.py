@@ -18,8 +18,9 @@ from torch import Tensor
 from opdkit.base.files import write_whole
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import LogpFact
-from opdkit.objective.grammar import StepPlan, credit_of
+from opdkit.objective.grammar import credit_of
 from opdkit.objective.head import Learned
+from opdkit.objective.plan import StepPlan
 from opdkit.train import diagnostics
 from opdkit.train.gather import mean_gap
 from opdkit.train.student import Student
@@ -79,9 +80,9 @@ class StepRecord:
             on = part.weight[part.weight != 0]
             out[f"share/{part.name}"] = len(on) / trained
             out[f"weight/{part.name}"] = on.mean().item() if len(on) else 0.0
-        gap = mean_gap(batch, "student", "teacher", batch.mask & ~batch.mark("guided"))
+        gap = mean_gap(batch, "student", "teacher")
         if math.isnan(gap) and self.gap:
-            gap = torch.cat(self.gap).nanmean().item()
+            gap = self.spread(batch, self.gap)[batch.mask].nanmean().item()
         if not math.isnan(gap):
             # one-sample estimate of KL(student || teacher), mean over tokens
             out["teacher_kl/sampled"] = gap
@@ -97,7 +98,7 @@ class StepRecord:
         """
         if LogpFact("sampler") not in batch.facts or not self.logp:
             return {}
-        apart = (self.spread(batch, self.logp) - batch["sampler"].logp).abs()
+        apart = (self.spread(batch, self.logp) - batch["sampler"].logp)[batch.mask].abs()
         apart = apart[apart.isfinite()]
         return (
             {"sampling/mismatch": apart.mean().item(), "sampling/mismatch_max": apart.max().item()}

@@ -160,7 +160,7 @@ def test_a_plan_is_for_the_rows_of_one_optimiser_step():
 def test_nothing_selected_is_one_not_zero_in_the_denominator():
     for over in ("tokens", "own", "rows", "row_sums", 7):
         here = batch()
-        here.mask = torch.zeros_like(here.mask)
+        here.trained = torch.zeros_like(here.trained)
         part = Objective(Likelihood().per(over)).plan(here).parts[0]
         assert (part.denominator >= 1).all() and (part.scale == 0).all()
 

@@ -12,13 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from opdkit.curricula import reads_cache
-from opdkit.methods.explain import reads_student
 from opdkit.methods.method import Method
 from opdkit.models.held import HERE, WIDTH, Held
 from opdkit.models.shapes import Shape
 from opdkit.objective.facts import VocabularyFact
 from opdkit.objective.head import CHUNK_BYTES, CHUNK_ENTRIES, CHUNK_MOST, CHUNK_PART
-from opdkit.objective.needs import Needs
+from opdkit.objective.needs import Needs, reads_student
 from opdkit.run.plan.devices import GIB, Device
 from opdkit.run.plan.models import student_dtype
 from opdkit.run.settings import Run

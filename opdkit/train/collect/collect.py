@@ -73,4 +73,4 @@ def collect(
         return last(filtered(before), lambda: filtered(before))
 
     rollouts = filtered(collector.filters)
-    return Collected(rollouts, sum(len(r.tokens) - sum(r.marks.get("guided", ())) for r in written))
+    return Collected(rollouts, sum(sum(r.drawn) for r in written))
