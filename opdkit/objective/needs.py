@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -120,6 +121,7 @@ def per_rollout(signal: Signal) -> bool:
     return signal(_Probe()).shape[1] == 1
 
 
+@lru_cache(maxsize=256)  # a formula is a value, and is asked again and again
 def needs(objective: Objective) -> Needs:
     """What an objective reads: the formula is run on made-up facts that note each reading, at a few
     steps from the first to the last.
@@ -131,11 +133,11 @@ def needs(objective: Objective) -> Needs:
     for step in _Probe.STEPS:
         probe = _Probe(step)
         positions = torch.arange(probe.tokens.numel())
-        live = Live(probe, positions, torch.zeros(len(positions), probe.VOCABULARY))
         for planned in objective.plan(probe).parts:
             loss = planned.term.loss
             if isinstance(loss, TokenLoss):
-                loss.value(live)
+                # one of its own: what another term has read is not read again
+                loss.value(Live(probe, positions, torch.zeros(len(positions), probe.VOCABULARY)))
             elif isinstance(loss, RolloutLoss):
                 rows = torch.arange(probe.ROWS)
                 loss.value(probe.read(LogpFact("live")), probe.mask, rows, probe)

@@ -177,12 +177,13 @@ class Case:
         objective: Objective,
         parts: Sequence[Sequence[int]] | None = None,
         chunk: int | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Evaluation:
-        """One optimiser step's loss and gradient, in micro-batches of rows `parts` (default one),
-        `chunk` positions at a time.
+        """One optimiser step's loss and gradient, on `rows` of the step (default all), in
+        micro-batches of rows `parts` (default one), `chunk` positions at a time.
         """
         batch = self.batch(objective, chunk)
-        plan = objective.plan(batch)
+        plan = objective.plan(batch, None if rows is None else torch.tensor(rows))
         leaf = self.student.to(batch.dtype).clone().requires_grad_()
         head = batch.sources["student"].head
         loss = torch.zeros((), dtype=batch.dtype)

@@ -16,10 +16,12 @@ from opdkit.objective.alignment import OUT, Alignment
 from opdkit.objective.grammar import Objective
 from opdkit.testing.case import AnyObjective, Case, Evaluation
 from opdkit.testing.fabricate import KEYS, fabricate
+from opdkit.types import MARK_OF
 
 Change = Callable[[Tensor], Tensor]  # of a tensor [B, T, ...], into one of as many dimensions
 
 TOLERANCE = 1e-9  # relative, float64: the sums run in another order, nothing else differs
+FLOAT32 = 1e-3  # relative: many roundings of 6e-8 of logits that are not small
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,11 @@ def check(method: AnyObjective, seed: int = 0) -> Report:
     """The tests every method must pass, on random logits in float64: raises `CheckFailed` with the
     report, else returns it.
 
-    The gradient does not depend on micro-batches, padding, row order, chunks or padded vocabulary;
-    untrained tokens have none and cannot spoil it; it is finite, blind to a constant added to all
-    logits, and the same when asked twice; an empty batch is a zero.
+    The gradient does not depend on micro-batches, whether they follow the groups or not, on
+    padding, row order, chunks or padded vocabulary; untrained tokens, and those that others wrote
+    where no term asks for them, have none and cannot spoil it; it is finite, also in float32, for
+    equal rewards, at another step of the run and on a part of the rollouts; it is blind to a
+    constant added to all logits, and the same when asked twice; an empty batch is a zero.
     """
     made = as_method(method)
     case = fabricate(made.objective, seed)
@@ -172,6 +176,77 @@ def _empty_response(of: Subject) -> bool:
     return _finite(of.run(replace(of.case, mask=_mask(of.case) & written)))
 
 
+def _micro_batches(of: Subject) -> bool:
+    """Along the two groups, across them, and row by row."""
+    cuts = ([[0, 1, 2], [3, 4, 5]], [[0, 3], [1, 4], [2, 5]], [[i] for i in range(6)])
+    return all(of.same(of.run(parts=parts)) for parts in cuts)
+
+
+def _minibatches(of: Subject) -> bool:
+    """An optimiser step on one group: nothing is learnt from the other, in whatever order and parts
+    its rollouts come.
+    """
+    out = of.run(rows=[3, 4, 5])
+    again = Subject(of.method, of.case, out).same(of.run(rows=[5, 3, 4], parts=[[4], [5, 3]]))
+    return again and _finite(out) and bool((out.grad[:3] == 0).all())
+
+
+def _first_update(of: Subject) -> bool:
+    """Rollouts that the student has just written: before any update nothing has drifted."""
+    fresh = replace(of.case, before=None, sampler=None)
+    out = of.run(fresh)
+    return _finite(out) and Subject(of.method, fresh, out).same(
+        of.run(fresh, parts=[[0, 4], [1, 2, 3, 5]])
+    )
+
+
+def _other_steps(of: Subject) -> bool:
+    """What is read from some step on was found and gathered as well."""
+    every = ({"step": 0}, {"step": 9}, {"step": 5_000, "total_steps": 10_000})
+    cases = [replace(of.case, settings={**of.case.settings, **at}) for at in every]
+    return all(_finite(of.run(case)) for case in cases)
+
+
+def _equal_rewards(of: Subject) -> bool:
+    rewards = {k: torch.full((6,), 0.7).double() for k in of.case.columns if k == "reward"}
+    return _finite(of.run(replace(of.case, columns={**of.case.columns, **rewards})))
+
+
+def _float32(of: Subject) -> bool:
+    """The same to the digits that float32 holds, as far as no choice between tokens turns on
+    them.
+    """
+
+    def narrow(x: Tensor) -> Tensor:
+        return x.float()
+
+    case = of.case
+    out = of.run(
+        replace(
+            case,
+            student=narrow(case.student),
+            models={k: narrow(v) for k, v in case.models.items()},
+            before=None if case.before is None else narrow(case.before),
+            sampler=None if case.sampler is None else narrow(case.sampler),
+        )
+    )
+    return _finite(out) and of.same(replace(out, grad=out.grad.double()), FLOAT32)
+
+
+def _written_by_others(of: Subject) -> bool:
+    """Tokens that others wrote are as if they were not trained, unless a term asks for them."""
+    asked = {author for term in of.objective.terms for author in term.whose}
+    third = (torch.arange(of.case.tokens.shape[1]) % 3 == 1).expand(of.case.tokens.shape)
+    for author, mark in MARK_OF.items():
+        if author in asked or mark in of.case.marks:
+            continue
+        marked = of.run(replace(of.case, marks={**of.case.marks, mark: third}))
+        without = of.run(replace(of.case, mask=_mask(of.case) & ~third))
+        if not Subject(of.method, of.case, without).same(marked, 0.0):
+            return False
+    return True
+
+
 def _value_like(of: Subject) -> bool:
     method = of.method
     twin = (
@@ -191,7 +266,13 @@ RULES: dict[str, Callable[[Subject], bool]] = {
     "loss and gradient are finite": lambda of: _finite(of.out),
     "some gradient reaches the student": lambda of: bool(of.out.grad.abs().sum() > 0),
     "asked twice, the answer is the same": lambda of: of.same(of.run(), 0.0),
-    "micro-batches do not change it": lambda of: of.same(of.run(parts=[[0, 1, 2], [3, 4, 5]])),
+    "micro-batches do not change it": _micro_batches,
+    "an optimiser step on some rollouts learns from these": _minibatches,
+    "rollouts just written are learnt from": _first_update,
+    "other steps of the run read nothing else": _other_steps,
+    "equal rewards are no trouble": _equal_rewards,
+    "float32 gives the same in its digits": _float32,
+    "tokens that others wrote are passed over": _written_by_others,
     "chunks do not change it": _chunks,
     "row order does not change it": _order,
     "padding does not change it": _padding,

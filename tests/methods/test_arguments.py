@@ -32,6 +32,7 @@ from opdkit.objective import (
 from opdkit.objective.ratio_layer import SETTINGS, apply_layer
 from opdkit.run.settings import MethodSpec, make_run
 from opdkit.testing import check, fabricate
+from opdkit.testing.check import RULES
 
 FOLDER = Path(opdkit.__file__).parent / "methods"
 FILES = sorted(
@@ -219,7 +220,7 @@ def test_a_method_of_ones_own_gets_them_for_nothing(own):
         ("rollout_cap", None),
     )
     assert load(f"{own}:plain(clip=(0.1, 0.2), dual_clip=3, size=2)").objective == made.objective
-    assert len(check(made).passed) == 14
+    assert len(check(made).passed) == len(RULES)
 
 
 def test_an_argument_of_the_functions_own_stays_its_own(own):

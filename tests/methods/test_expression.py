@@ -22,6 +22,7 @@ from opdkit.objective.needs import per_rollout
 from opdkit.objective.signals import Draw, Entropy, Exp, LogRatio, Where
 from opdkit.run.settings import MethodSpec, load_run, make_run
 from opdkit.testing import check, evaluate, fabricate
+from opdkit.testing.check import RULES
 from opdkit.types import Prompt, Rollout, Sampling
 from tests.curricula.context import context
 from tests.methods.toy import close, logits, tokens
@@ -37,7 +38,7 @@ WEIGHTS = ("iw_opd", "tip", "paced", "drift_gating", "position_opd", "scope")
 @pytest.mark.parametrize("base", BASES)
 def test_every_pair_passes_check_and_is_the_base_times_the_weight(base, weight):
     made, alone = load(f"{base} * {weight}"), load(base)
-    assert len(check(made).passed) == 14
+    assert len(check(made).passed) == len(RULES)
     batch = fabricate(made.objective).batch(made.objective)
     factor = weight_of(weight)(batch).to(batch.dtype)
     if not per_rollout(weight_of(weight)):  # it says nothing of the tokens of a teacher's prefix
@@ -186,7 +187,7 @@ def test_a_signal_of_ones_own_multiplies_a_method():
         and made.objective == load("tropd").objective * Where("student", sure, Const(1))
         and made.curriculum == TeacherPrefix()
     )
-    assert "4 times" not in made.doc and len(check(made).passed) == 14
+    assert "4 times" not in made.doc and len(check(made).passed) == len(RULES)
 
 
 def test_files_of_ones_own_in_an_expression(tmp_path, monkeypatch):
@@ -201,7 +202,7 @@ def test_files_of_ones_own_in_an_expression(tmp_path, monkeypatch):
         "gkd * mine.py:sure"
     ).curriculum == Mixed(1.0)
     assert expression.base_of(made.name) == "./mine.py:sure(t=2.0)"
-    assert len(check(made).passed) == 14
+    assert len(check(made).passed) == len(RULES)
 
 
 def test_in_a_run(tmp_path):
@@ -312,7 +313,7 @@ def test_arguments_belong_inside_an_expression():
 
 def test_a_weight_per_rollout_may_weigh_a_loss_over_rollouts():
     for weight in ("paced", "scope"):
-        assert len(check(f"grpo(loss=gspo) * {weight}").passed) == 14
+        assert len(check(f"grpo(loss=gspo) * {weight}").passed) == len(RULES)
 
 
 IMPORTS = (
@@ -351,7 +352,7 @@ def test_credits_that_are_wrong_are_refused_in_ones_own_method(tmp_path, credit,
                 use(address)
         assert main(["check", address]) == 2
     else:
-        assert len(check(load(address)).passed) == 14
+        assert len(check(load(address)).passed) == len(RULES)
 
 
 def test_minillm_whitens_by_its_own_definition(tmp_path):
@@ -360,7 +361,7 @@ def test_minillm_whitens_by_its_own_definition(tmp_path):
     )
     assert load(f"{tmp_path}/mine.py:method").objective == load("0.123456789 * minillm").objective
     credit = load("minillm").objective.terms[0].loss.credit
-    assert credits.standardised(credit) and len(check("minillm * paced").passed) == 14
+    assert credits.standardised(credit) and len(check("minillm * paced").passed) == len(RULES)
 
 
 # ---------------------------------------------------------------------------------------- curricula

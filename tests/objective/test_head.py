@@ -35,8 +35,8 @@ from tests.methods.toy import close, logits, tokens
 B, T, H, V, ROWS = 3, 5, 8, 11, 13  # 13 rows in the matrix, 11 tokens: two pad it
 
 OBJECTIVE = (
-    Divergence("reverse_kl")
-    + Divergence("jsd") * Entropy("teacher")
+    Divergence("reverse_kl").of("student", "guide")
+    + (Divergence("jsd") * Entropy("teacher")).of("student", "guide")
     + (Likelihood() * Mark("guided")).per("own") * 0.3
 )
 
