@@ -15,7 +15,8 @@ from opdkit.base.errors import UserError, nearest
 from opdkit.curricula import Curriculum, Plain, together
 from opdkit.methods import METHODS, expression
 from opdkit.objective import algebra, credits, ratio_layer
-from opdkit.objective.grammar import Loss, Number, Objective, Signal, Term
+from opdkit.objective.formula import Number, Signal
+from opdkit.objective.grammar import Loss, Objective, Term
 from opdkit.objective.needs import Needs, needs
 
 

@@ -19,20 +19,8 @@ from opdkit.objective.facts import (
     TopFact,
     VocabularyFact,
 )
-from opdkit.objective.grammar import (
-    Const,
-    Loss,
-    Number,
-    Objective,
-    Operation,
-    RolloutLoss,
-    Signal,
-    Term,
-    TokenLoss,
-    credit_of,
-    lift,
-    spell,
-)
+from opdkit.objective.formula import Const, Number, Operation, Signal, lift, spell
+from opdkit.objective.grammar import Loss, Objective, RolloutLoss, Term, TokenLoss, credit_of
 from opdkit.objective.losses import (
     Bounds,
     Clipped,

@@ -11,14 +11,8 @@ from functools import reduce
 from operator import mul
 
 from opdkit.base.errors import UserError
-from opdkit.objective.grammar import (
-    Const,
-    Number,
-    Objective,
-    Operation,
-    RolloutLoss,
-    Signal,
-)
+from opdkit.objective.formula import Const, Number, Operation, Signal
+from opdkit.objective.grammar import Objective, RolloutLoss
 from opdkit.objective.losses import Clipped
 from opdkit.objective.needs import per_rollout
 from opdkit.objective.signals import Where

@@ -7,7 +7,7 @@ the right), V vocabulary entries. Log-probabilities, entropies and divergences a
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,8 @@ class Batch:
         seed: of the run, for keyed draws.
         uniform: [B, T] in [0, 1): replaces the keyed draws.
         memory: what the method's curriculum remembers, by name.
+        mine: [B, T] bool: the tokens that this process has facts [B, T, k] of; None: all.
+        whole: makes what every process found of its own tokens the whole, by a sum; see `shared`.
         drawn: whether the sampler's log-probs are those of the distribution that tokens were drawn
             from (temperature, cuts, a teacher's share), not of its plain softmax.
         dtype: of numbers that signals compute in.
@@ -71,6 +73,8 @@ class Batch:
         uniform: Tensor | None = None,
         memory: Mapping[str, Any] | None = None,
         drawn: bool = False,
+        mine: Tensor | None = None,
+        whole: Callable[[Tensor], Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         self.tokens, self.trained = tokens, trained
@@ -81,6 +85,9 @@ class Batch:
         self.uniform = uniform
         self.memory = dict(memory or {})
         self.drawn = drawn
+        self.mine, self.whole = mine, whole
+        # whether what is being computed has read facts of this process's own tokens alone
+        self.partial = False
         self.dtype = dtype
         # values of the step's signals, each computed once
         self.signals: dict[Hashable, Tensor] = {}
@@ -114,7 +121,23 @@ class Batch:
         """[B, T] or [B, T, k], a column [B]: the tensor of a fact, detached."""
         if fact not in self.facts:
             raise self.missing(fact)
+        self.partial |= len(fact.shape) > 0
         return self.facts[fact]
+
+    def shared(self, value: Tensor) -> Tensor:
+        """[B, T] or [B, 1]: a value that was made of facts [B, T, k], of which a process holds
+        those of its own tokens, as all processes together have it.
+        """
+        if self.mine is None or self.whole is None:
+            return value
+        if value.shape[0] != self.shape[0]:
+            raise ValueError(
+                "a number of the whole step is made from a fact with several numbers per token, of "
+                "which each process has its own tokens' only: first make a signal [B, T] of it"
+            )
+        mine = self.mine if value.shape[1] == self.shape[1] else self.mine.any(1, keepdim=True)
+        joined = self.whole(torch.where(mine, value, torch.zeros_like(value)).to(self.dtype))
+        return joined.to(value.dtype)
 
     def __getitem__(self, model: str) -> Scores:
         return Scores(self, model)

@@ -13,7 +13,8 @@ from torch import Tensor
 from opdkit.objective import kernels, maths
 from opdkit.objective.batch import Batch, Live
 from opdkit.objective.facts import LogpFact
-from opdkit.objective.grammar import Const, Loss, Signal, TokenLoss
+from opdkit.objective.formula import Const, Signal
+from opdkit.objective.grammar import Loss, TokenLoss
 from opdkit.objective.maths import ForwardKL, Kind, ReverseKL, SkewForward, SkewReverse, kind_of
 from opdkit.objective.signals import depends_on_sample
 from opdkit.objective.support import Support

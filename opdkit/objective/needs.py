@@ -11,7 +11,8 @@ from torch import Tensor
 from opdkit.objective.alignment import AlignedSource, Alignment
 from opdkit.objective.batch import Batch, Live
 from opdkit.objective.facts import ColumnFact, Fact, LogpFact, VocabularyFact
-from opdkit.objective.grammar import Objective, RolloutLoss, Signal, TokenLoss, credit_of
+from opdkit.objective.formula import Signal
+from opdkit.objective.grammar import Objective, RolloutLoss, TokenLoss, credit_of
 from opdkit.objective.head import Head, Source
 from opdkit.types import AUTHORS, Watch
 

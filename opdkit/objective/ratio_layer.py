@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from opdkit.objective.grammar import Loss, Objective, Signal, Term
+from opdkit.objective.formula import Signal
+from opdkit.objective.grammar import Loss, Objective, Term
 from opdkit.objective.losses import Bounds, Clipped, PolicyGradient
 
 SETTINGS = ("clip", "dual_clip", "rollout_cap")

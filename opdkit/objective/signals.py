@@ -19,7 +19,7 @@ from opdkit.objective.facts import (
     LogpFact,
     MissingFact,
 )
-from opdkit.objective.grammar import Signal
+from opdkit.objective.formula import Signal
 from opdkit.objective.maths import (
     Kind,
     divergence,
@@ -391,7 +391,7 @@ def depends_on_sample(signal: Any) -> bool:
     parts = [x for x in inner if isinstance(x, (Signal, tuple))]
     own = isinstance(signal, Signal) and type(signal).__module__ not in (
         __name__,
-        "opdkit.objective.grammar",
+        "opdkit.objective.formula",
     )
     # a user's own signal without parts may read anything
     return any(map(depends_on_sample, parts)) or (own and not parts)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import EntropyFact, Fact, GapFact, LogpFact
-from opdkit.objective.grammar import Const
+from opdkit.objective.formula import Const
 from opdkit.objective.maths import ReverseKL
 from opdkit.objective.plan import StepPlan
 

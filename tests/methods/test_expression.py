@@ -17,7 +17,7 @@ from opdkit.methods import expression
 from opdkit.methods.explain import explain
 from opdkit.methods.method import load, weight_of
 from opdkit.objective import algebra, credits
-from opdkit.objective.grammar import Const
+from opdkit.objective.formula import Const
 from opdkit.objective.needs import per_rollout
 from opdkit.objective.signals import Draw, Entropy, Exp, LogRatio, Where
 from opdkit.run.settings import MethodSpec, load_run, make_run

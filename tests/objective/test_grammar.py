@@ -14,7 +14,8 @@ import torch
 
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import ColumnFact, LogpFact
-from opdkit.objective.grammar import Const, Objective, Signal, Term, lift
+from opdkit.objective.formula import Const, Signal, lift
+from opdkit.objective.grammar import Objective, Term
 from opdkit.objective.losses import Divergence, Likelihood, PolicyGradient
 from opdkit.objective.signals import Correct, Exp, LogRatio, Mark, Reward
 from opdkit.testing import evaluate

@@ -11,7 +11,7 @@ import torch
 from opdkit.methods.method import load
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import ColumnFact, LogpFact, MissingFact
-from opdkit.objective.grammar import Const, Signal
+from opdkit.objective.formula import Const, Signal
 from opdkit.objective.losses import Likelihood
 from opdkit.objective.signals import (
     Advantage,
