@@ -27,6 +27,7 @@ from opdkit.objective.needs import Needs
 from opdkit.objective.supply import Tensors, still_asked, supply, with_ids
 from opdkit.teachers import Remote, Scorer
 from opdkit.teachers.base import scattered
+from opdkit.train.mesh import ALONE, Mesh
 from opdkit.types import Rollout, row_keys
 
 # input tokens whose hidden states are held at once where only numbers are read off them
@@ -47,6 +48,7 @@ def gather(
     correct_sampling: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    mesh: Mesh = ALONE,
 ) -> Batch:
     """The facts that `needs` names, at the tokens that its authors wrote.
 
@@ -60,27 +62,22 @@ def gather(
     batch.step, batch.total_steps, batch.seed = step, total_steps, seed
     batch.memory = dict(memory or {})
     _columns(batch, rollouts, needs)
-    layout, where = Layout(rollouts, batch.shape[1]), batch.by(needs.authors)
+    layout, everywhere = Layout(rollouts, batch.shape[1]), batch.by(needs.authors)
+    if mesh.size > 1:
+        mine = mesh.mine(rollouts, batch.shape[1]).to(batch.device)
+        batch.mine, batch.whole = mine, mesh.total
+    where = everywhere if batch.mine is None else everywhere & batch.mine
     again = recompute_student or correct_sampling
     fresh = [written(r) and r.policy_version == policy_version and not again for r in rollouts]
     wanted = _wanted(batch, rollouts, needs, where)
     told = _told(batch, rollouts, fresh, needs)
     if not all(fresh):
-        rest = with_ids(wanted) - set(told)
-        if any("student" in still_asked(batch, fact) for fact in rest):
-            told = {}  # a pass of the student over all is made anyway
-        told = {fact: values for fact, values in told.items() if fact in with_ids(wanted)}
-    made: Tensors = {}
-    if told and not all(fresh):
-        stale = torch.tensor([not x for x in fresh], device=batch.device)[:, None]
-        made = _ask(batch, set(told), scorers, layout, flat_positions(where & stale))
-        told = {f: torch.where(_like(stale, v), made.pop(f), v) for f, v in told.items()}
-        batch.sources.clear()
+        told = _completed(batch, told, fresh, wanted, scorers, layout, where)
     batch.facts |= told
-    made |= _ask(batch, wanted, scorers, layout, flat_positions(where))
+    made = _ask(batch, wanted, scorers, layout, flat_positions(where))
     for fact, values in (told | made).items():
         _refuse_nan(fact, values, where, rollouts)
-    batch.facts |= made
+    batch.facts |= {fact: _whole(batch, fact, values) for fact, values in made.items()}
     if LogpFact("sampler") in needs.facts and LogpFact("student") in batch.facts:
         # what nobody drew, the student might as well have: ratio 1
         drawn = torch.tensor([written(r) for r in rollouts], device=batch.device)[:, None]
@@ -108,6 +105,38 @@ def _wanted(batch: Batch, rollouts: Sequence[Rollout], needs: Needs, where: Tens
     if LogpFact("sampler") in needs.facts and bool((where & unwritten).any()):
         wanted.add(LogpFact("student"))
     return wanted
+
+
+def _completed(
+    batch: Batch,
+    told: Tensors,
+    fresh: Sequence[bool],
+    wanted: set[Fact],
+    scorers: Mapping[str, Scorer | Remote],
+    layout: Layout,
+    where: Tensor,
+) -> Tensors:
+    """What was told of `fresh` rollouts, with what the student says of the others at positions
+    `where` [B, T]; nothing where a pass of the student over all of them is made anyway.
+    """
+    rest = with_ids(wanted) - set(told)
+    if any("student" in still_asked(batch, fact) for fact in rest):
+        return {}
+    told = {fact: values for fact, values in told.items() if fact in with_ids(wanted)}
+    stale = torch.tensor([not x for x in fresh], device=batch.device)[:, None]
+    made = _ask(batch, set(told), scorers, layout, flat_positions(where & stale))
+    batch.sources.clear()
+    whole = {fact: _whole(batch, fact, made[fact]) for fact in told}
+    return {f: torch.where(_like(stale, v), whole[f], v) for f, v in told.items()}
+
+
+def _whole(batch: Batch, fact: Fact, values: Tensor) -> Tensor:
+    """A fact [B, T] that this process has found of its own tokens, as all together have it; one
+    [B, T, k], which would be much to send, as it is.
+    """
+    if batch.whole is None or fact.shape:
+        return values
+    return batch.whole(values).to(values.dtype)
 
 
 def _like(rows: Tensor, values: Tensor) -> Tensor:
@@ -232,12 +261,15 @@ def refresh(
     batch: Batch, needs: Needs, scorers: Mapping[str, Any], rollouts: Sequence[Rollout]
 ) -> None:
     """Facts of the live student anew, after it has moved; the signals are computed again."""
-    layout, positions = Layout(rollouts, batch.shape[1]), flat_positions(batch.by(needs.authors))
+    where = batch.by(needs.authors)
+    positions = flat_positions(where if batch.mine is None else where & batch.mine)
+    layout = Layout(rollouts, batch.shape[1])
     facts = needs.of("live")
     for fact in facts:
         del batch.facts[fact]
     batch.sources["live"] = scorers["live"].source(layout, positions)
-    batch.facts.update(supply(batch, facts, positions))
+    made = supply(batch, facts, positions)
+    batch.facts |= {fact: _whole(batch, fact, values) for fact, values in made.items()}
     del batch.sources["live"]
     batch.signals.clear()
 

@@ -14,6 +14,7 @@ from opdkit.objective.needs import Needs, needs
 from opdkit.teachers import Remote, Scorer
 from opdkit.train.checkpoint import State
 from opdkit.train.collect.collector import Collector
+from opdkit.train.mesh import ALONE, Mesh
 from opdkit.train.record import Recorder
 from opdkit.train.settings import Checkpoint
 from opdkit.train.student import Student
@@ -82,6 +83,7 @@ class Job:
     micro_batch_tokens: int
     scoring: Scoring = Scoring()
     held_out: HeldOut = HeldOut()
+    mesh: Mesh = ALONE  # the processes that share the run
     seed: int = 0
 
     @cached_property

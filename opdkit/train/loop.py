@@ -96,6 +96,7 @@ def train_step(job: Job, state: State) -> None:
             recompute_student=job.scoring.recompute_student,
             correct_sampling=job.scoring.correct_sampling,
             device=student.device,
+            mesh=job.mesh,
             dtype=torch.promote_types(torch.float32, student.parameters[0].dtype),
         )
     record = job.recorder.start(step, job.objective.names)
@@ -111,6 +112,7 @@ def train_step(job: Job, state: State) -> None:
     state.memory = job.curriculum.observe(rollouts, state.memory)  # observe
     state.step += 1
     state.stream = job.collector.stream.state()
+    record.join(job.mesh)
     # record
     job.recorder.step(state.step, state.tokens, rollouts, batch, record, clock.seconds, student)
 
@@ -139,11 +141,10 @@ def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> Iterat
 def _learn(job: Job, plan: StepPlan, rollouts: Sequence[Rollout], record: StepRecord) -> None:
     """One optimiser step: gradients of every micro-batch, then AdamW, if they are finite."""
     student = job.student
-    layout = Layout(rollouts, plan.batch.shape[1])
+    layout, mine = Layout(rollouts, plan.batch.shape[1]), plan.batch.mine
+    selected = flat_positions(plan.selected if mine is None else plan.selected & mine)
     with student.learning(job.seed):
-        for positions in layout.micro_batches(
-            flat_positions(plan.selected), job.micro_batch_tokens
-        ):
+        for positions in layout.micro_batches(selected, job.micro_batch_tokens):
             with student.autocast():
                 states = layout.states(student.model, positions)
                 learned = learn(

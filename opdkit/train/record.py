@@ -23,6 +23,7 @@ from opdkit.objective.head import Learned
 from opdkit.objective.plan import StepPlan
 from opdkit.train import diagnostics
 from opdkit.train.gather import mean_gap
+from opdkit.train.mesh import Mesh
 from opdkit.train.student import Student
 from opdkit.train.track import Trackers
 from opdkit.types import Rollout
@@ -55,6 +56,16 @@ class StepRecord:
         self.logp.append(learned.logp)
         self.gap.append(learned.gap)
         self.positions += learned.positions
+
+    def join(self, mesh: Mesh) -> None:
+        """What the other processes have learnt of their tokens, beside what this one has."""
+        if mesh.size == 1:
+            return
+        held = [self.seen, self.parts, self.entropy, self.logp, self.gap]
+        for mine, all_ in zip(held, zip(*mesh.every(held))):
+            mine[:] = [tensor for part in all_ for tensor in part]
+        self.positions = sum(len(positions) for positions in self.seen)
+        self.slope_norms = [mesh.total(norm.square()).sqrt() for norm in self.slope_norms]
 
     def close(self, plan: StepPlan, norm: Tensor, rate: float) -> None:
         """An optimiser step, with the norm [] of its gradient."""
