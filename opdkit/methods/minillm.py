@@ -78,9 +78,8 @@ def minillm(
     the teacher decoding beside the student; w is at most 1/(1 - a) on fresh rollouts.
 
     Source: arXiv 2306.08543 and its code. Departures: a = 0 (paper 0.2); w outside the clip;
-    statistics over trained tokens only (its code counts padding as zeros). Not offered: the
-    pre-training term on a text corpus. TRL's MiniLLM is scale=1, discount=0, length_norm=False,
-    whiten=False, advantage="std".
+    statistics without the padding. Not offered: the pre-training term on a text corpus. TRL's
+    MiniLLM is scale=1, discount=0, length_norm=False, whiten=False, advantage="std".
 
     Arguments:
         scale: divides the log-ratio before it is clamped; above 0. Default: the code's.
