@@ -38,6 +38,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             "the run evaluates on held-out problems and has no reward to score them with: set "
             "reward"
         )
+    _note_long_warm_up(run)
     missing = needs.models - INTERNAL - {"teacher", "reference"} - set(run.models)
     if missing:
         name = sorted(missing)[0]
@@ -77,6 +78,17 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             "opdkit: tokens are not drawn from the plain softmax (temperature, top_p, top_k or "
             "min_p), so sampled-token estimators are biased by log(drawn/plain), logged as "
             "sampling/log_ratio. correct_sampling=true takes ratios to what was drawn from.",
+            file=sys.stderr,
+        )
+
+
+def _note_long_warm_up(run: Run) -> None:
+    """Says so where the run ends before its learning rate is what was asked for."""
+    warm, most = run.optim.warmup_steps, run.steps * run.optim.passes * run.optim.minibatches
+    if warm > most:
+        print(
+            f"opdkit: warmup_steps={warm} is more than the {most} optimiser steps that the run "
+            f"takes at most: the learning rate ends at {most}/{warm} of what was asked for.",
             file=sys.stderr,
         )
 

@@ -30,7 +30,8 @@ class Student:
     model: Any
     optim: Optim
     learning_rate: float  # after warm-up
-    total_updates: int
+    # optimiser steps that the run will have taken at its end, as far as is known: see `expect`
+    total_updates: float
     bfloat16: bool = False
     vocab: int | None = None  # rows of the head that teacher and student share
     updates: int = 0  # optimiser steps taken
@@ -69,6 +70,13 @@ class Student:
             torch.manual_seed(int(row_keys([f"dropout {seed} {self.updates}"])))
             self.model.train()
             yield
+
+    def expect(self, now: int, step: int, total_steps: int) -> None:
+        """Lays the schedule out anew: step number `step` (from 0) of `total_steps` takes `now`
+        optimiser steps, and those after it as many as a step took so far.
+        """
+        taken = self.updates + now
+        self.total_updates = taken + (total_steps - step - 1) * taken / (step + 1)
 
     def rate(self, update: int) -> float:
         """Learning rate of the optimiser step number `update`, from 0: linear warm-up, then the

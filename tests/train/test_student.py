@@ -56,6 +56,21 @@ def test_a_schedule_stays_at_its_end(model: Any) -> None:
     )
 
 
+def test_the_length_of_the_schedule_is_what_steps_have_taken_so_far(model: Any) -> None:
+    """Ten steps; two updates in the first: 20 in all. After 3, 3, 3 more and now 1: 12 in 5 steps,
+    24 in all. The last step knows.
+    """
+    student = Student(model, Optim(schedule="linear"), 1.0, total_updates=99)
+    student.expect(2, 0, 10)
+    assert student.total_updates == 20
+    student.updates = 11
+    student.expect(1, 4, 10)
+    assert student.total_updates == 24
+    student.updates = 23
+    student.expect(2, 9, 10)
+    assert student.total_updates == 25 and student.rate(24) == pytest.approx(1 / 25)
+
+
 def test_only_matrices_are_decayed() -> None:
     """With zero gradients the decayed weights shrink by rate * decay, and norms stay."""
     student = Student(tiny_model(), Optim(weight_decay=0.1), learning_rate=0.5, total_updates=1)

@@ -1,0 +1,61 @@
+"""Numbers that a run is given mean what they say: its schedule, its lengths, its evaluations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opdkit.base.files import read_lines
+from opdkit.run.build import prepare
+from opdkit.train import checkpoint as checkpoints
+from opdkit.train import loop
+from tests.end_to_end.conftest import Shop
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return read_lines(output / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_schedule_counts_the_optimiser_steps_that_are_taken(
+    shop: Shop, tmp_path: Path, resumed: bool
+) -> None:
+    """Eight minibatches of two groups are two: 4 steps of 2 updates, the last of each at 1 - 1/8,
+    1 - 3/8, 1 - 5/8 and 1 - 7/8 of the rate; 32 were planned by the settings alone.
+    """
+    settings = {
+        "steps": 4,
+        "optim": {"minibatches": 8, "schedule": "linear"},
+        "checkpoint": {"every": 1},
+    }
+    job, state = prepare(shop.run(tmp_path, **settings))
+    with job.recorder.trackers:
+        if resumed:
+            for _ in range(3):
+                loop.train_step(job, state)
+            checkpoints.save(job.folder, state, job.student, job.tokenizer)
+        else:
+            loop.train(job, state)
+    if resumed:
+        job, state = prepare(shop.run(tmp_path, **settings), resume=True)
+        with job.recorder.trackers:
+            loop.train(job, state)
+    assert job.student.updates == 8
+    assert [line["learning_rate"] for line in metrics(tmp_path)] == pytest.approx(
+        [1e-3 * (1 - n / 8) for n in (1, 3, 5, 7)]
+    )
+
+
+def test_a_run_that_ends_by_its_tokens_ends_its_schedule_with_them(
+    shop: Shop, tmp_path: Path
+) -> None:
+    """The rollouts of the last step say that it is the last: its rate is 1/n of the whole one."""
+    run = shop.run(tmp_path, steps=50, max_tokens=100, optim={"schedule": "linear"})
+    job, state = prepare(run)
+    with job.recorder.trackers:
+        loop.train(job, state)
+    rates = [line["learning_rate"] for line in metrics(tmp_path)]
+    assert 2 < len(rates) < 50 and rates[-1] == pytest.approx(1e-3 / len(rates))
+    assert rates == sorted(rates, reverse=True)
