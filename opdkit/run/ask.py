@@ -9,7 +9,7 @@ from opdkit.data.cache import Cache
 from opdkit.methods.method import Method
 from opdkit.rewards import Reward, load_reward
 from opdkit.run.open import Given
-from opdkit.run.prompts import from_cache, read_rows, stored_rollouts
+from opdkit.run.prompts import from_cache, read_rows, stored_rollouts, within
 from opdkit.run.refuse import refuse
 from opdkit.run.settings import Run
 from opdkit.teachers import route
@@ -31,7 +31,7 @@ class Asked:
 
 def ask(run: Run, given: Given) -> Asked:
     """Reads what the run names; refuses what can be refused without a model."""
-    method = from_cache(given.method or run.method_spec.load(), run)
+    method = within(run, from_cache(given.method or run.method_spec.load(), run))
     reward = given.reward or load_reward(run.reward)
     refuse(run, method, reward)
     # a judge that is not there, a machine that cannot confine programs

@@ -20,7 +20,7 @@ from opdkit.run.ask import Asked
 from opdkit.run.evaluation import Evaluator, Validator, score_teachers
 from opdkit.run.open import Given
 from opdkit.run.opened import Opened
-from opdkit.run.prompts import make_prompts
+from opdkit.run.prompts import make_prompts, sampled_as
 from opdkit.run.refuse import refuse_long
 from opdkit.run.screen import Screen
 from opdkit.run.settings import Run
@@ -89,8 +89,7 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
     method, stored, student = asked.method, asked.stored, opened.student
     mix = guide(opened.scorers, method.teacher_mix) if method.teacher_mix else None
     prompts = make_prompts(run.prompts, asked.rows, opened.tokenizer)
-    sampling = run.sampling if stored is None else stored.origin.sampling
-    longest = refuse_long(prompts, student.model, sampling)
+    longest = refuse_long(prompts, student.model, sampled_as(run, method))
     return Collector(
         writer=writer_of(method.curriculum),
         sampler=opened.models.sampler(student, watched(method.needs), mix, longest)

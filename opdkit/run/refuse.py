@@ -14,9 +14,8 @@ from opdkit.methods.method import Method
 from opdkit.objective.facts import LogpFact
 from opdkit.rewards import Reward
 from opdkit.run.open import INTERNAL
-from opdkit.run.prompts import stored_rollouts
+from opdkit.run.prompts import sampled_as
 from opdkit.run.settings import Run
-from opdkit.sampling.draws import check_sampling
 from opdkit.train.track import BACKENDS
 from opdkit.types import Sampling
 
@@ -70,9 +69,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
             "token by token: set sampler=hf"
         )
-    check_sampling(run.sampling)
-    stored = stored_rollouts(run, method)
-    sampling = run.sampling if stored is None else stored.origin.sampling
+    sampling = sampled_as(run, method)
     if not sampling.plain and not run.correct_sampling and "sampler" in needs.models:
         print(
             "opdkit: tokens are not drawn from the plain softmax (temperature, top_p, top_k or "

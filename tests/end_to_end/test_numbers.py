@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from opdkit.base.files import read_lines
 from opdkit.run.build import prepare
+from opdkit.run.launch import execute
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train import loop
 from tests.end_to_end.conftest import Shop
@@ -59,3 +61,16 @@ def test_a_run_that_ends_by_its_tokens_ends_its_schedule_with_them(
     rates = [line["learning_rate"] for line in metrics(tmp_path)]
     assert 2 < len(rates) < 50 and rates[-1] == pytest.approx(1e-3 / len(rates))
     assert rates == sorted(rates, reverse=True)
+
+
+def test_dr_grpo_divides_by_the_limit_of_the_run(
+    shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is used is printed, and kept in the summary; a length that is given stays."""
+    settings = {"method": {"name": "grpo", "arguments": {"loss": "dr_grpo"}}, "reward": shop.reward}
+    job, _ = prepare(shop.run(tmp_path / "a", **settings))
+    assert [term.denominator for term in job.objective.terms] == [8]
+    assert "per 8" in capsys.readouterr().err
+    settings["method"]["arguments"]["max_completion_length"] = 20
+    result = execute(shop.run(tmp_path / "b", **settings))
+    assert "per 20" in json.loads((result.folder / "summary.json").read_text())["objective"]
