@@ -176,6 +176,9 @@ class Run:
     teacher_dtype: str | None = None  # null: as the student
     device: str = "auto"
     gradient_checkpointing: bool = False
+    # the dropout of the student's configuration (LoRA's is lora.dropout); false: it learns with it,
+    # other than it samples and is scored
+    disable_dropout: bool = True
     # padded tokens of one forward pass; changes memory and speed, never the gradient (null: by
     # device)
     micro_batch_tokens: int | None = None

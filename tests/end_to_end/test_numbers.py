@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from opdkit.base.files import read_lines
 from opdkit.run.build import prepare
 from opdkit.run.launch import execute
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train import loop
+from tests.common.tiny import tiny_tokenizer
 from tests.end_to_end.conftest import Shop
 
 
@@ -74,3 +76,25 @@ def test_dr_grpo_divides_by_the_limit_of_the_run(
     settings["method"]["arguments"]["max_completion_length"] = 20
     result = execute(shop.run(tmp_path / "b", **settings))
     assert "per 20" in json.loads((result.folder / "summary.json").read_text())["objective"]
+
+
+@pytest.mark.parametrize("disable", [True, False])
+def test_a_student_whose_configuration_has_dropout(
+    shop: Shop, tmp_path: Path, disable: bool
+) -> None:
+    """Its own teacher: nothing to learn, and the sampler says what the trainer says. With dropout
+    the trainer sees another student.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=320, n_positions=512)
+    config.eos_token_id = config.bos_token_id = 2
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    path = str(tmp_path / "model")
+    settings = {"student": path, "teacher": path, "steps": 1, "disable_dropout": disable}
+    execute(shop.run(tmp_path / "run", method="gkd", **settings))
+    (line,) = metrics(tmp_path / "run")
+    assert (abs(line["loss"]) < 1e-6) == disable
+    assert (line["sampling/mismatch_max"] < 1e-5) == disable
