@@ -26,7 +26,7 @@ class Prompt:
     """One question as token ids.
 
     Arguments:
-        id: keys the draws of the responses: two prompts of one step have different ones.
+        id: keys the draws of the responses, with their numbers.
         tokens: what the student reads, the chat template applied.
         row: the data row that it came from.
         prefix: response tokens written for the student, which its response begins with (a teacher

@@ -10,7 +10,7 @@ from opdkit.methods.method import Method
 from opdkit.rewards import Reward, load_reward
 from opdkit.run.open import Given
 from opdkit.run.prompts import from_cache, read_rows, stored_rollouts, within
-from opdkit.run.refuse import refuse
+from opdkit.run.refuse import refuse, refuse_no_response
 from opdkit.run.settings import Run
 from opdkit.teachers import route
 from opdkit.teachers.teacher import Teacher
@@ -42,6 +42,8 @@ def ask(run: Run, given: Given) -> Asked:
     eval_rows = (
         None if run.evaluate is None else read_rows(run.evaluate.prompts, given.eval_rows, run.seed)
     )
+    if method.curriculum.validates:
+        refuse_no_response([row.get("response") for row in eval_rows or ()])
     routes = run.teachers.routes if "teacher" in method.needs.models else {}
     for row in rows if routes else ():
         route(row["teacher"], routes, f"row {row['id']}")

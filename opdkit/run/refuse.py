@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from opdkit.base.errors import UserError, nearest
@@ -32,7 +33,8 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             "no reward: set reward to math, code, exact, reasoning_gym, regex:PATTERN, judge:URL "
             "or file.py:function"
         )
-    if reward is None and run.evaluate is not None:
+    scores = not method.curriculum.validates or (run.evaluate is not None and run.evaluate.teacher)
+    if reward is None and run.evaluate is not None and scores:
         raise UserError(
             "the run evaluates on held-out problems and has no reward to score them with: set "
             "reward"
@@ -69,6 +71,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
             "token by token: set sampler=hf"
         )
+    _refuse_never_validated(run, method)
     sampling = sampled_as(run, method)
     if not sampling.plain and not run.correct_sampling and "sampler" in needs.models:
         print(
@@ -76,6 +79,29 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             "min_p), so sampled-token estimators are biased by log(drawn/plain), logged as "
             "sampling/log_ratio. correct_sampling=true takes ratios to what was drawn from.",
             file=sys.stderr,
+        )
+
+
+def _refuse_never_validated(run: Run, method: Method) -> None:
+    """A schedule that adapts to a loss which the run never measures in between."""
+    every = 0 if run.evaluate is None else run.evaluate.every
+    if method.curriculum.validates and not 0 < every < run.steps:
+        raise UserError(
+            f"method {method.name or 'own'!r} adapts to the loss on held-out reference responses, "
+            f"and the run evaluates "
+            + ("nothing" if run.evaluate is None else "only before its first step and at its end")
+            + ": it would never adapt. Set evaluate.data=FILE (with a column `response`) and "
+            f"evaluate.every=N, below steps={run.steps}; or use a schedule that does not adapt "
+            "(distillm: schedule=null, where the student writes every batch, or threshold=1)"
+        )
+
+
+def refuse_no_response(rows: Sequence[Any]) -> None:
+    """Held-out rows or responses among which there is none to validate on."""
+    if not any(rows):
+        raise UserError(
+            "this method adapts to the loss on held-out reference responses, and the evaluation "
+            "set has none: add a column `response` to it"
         )
 
 

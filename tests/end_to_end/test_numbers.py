@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from opdkit import UserError
 from opdkit.base.files import read_lines
+from opdkit.run import build
 from opdkit.run.build import prepare
 from opdkit.run.launch import execute
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train import loop
 from tests.common.tiny import tiny_tokenizer
-from tests.end_to_end.conftest import Shop
+from tests.end_to_end.conftest import Shop, write_rows
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
@@ -98,3 +100,62 @@ def test_a_student_whose_configuration_has_dropout(
     (line,) = metrics(tmp_path / "run")
     assert (abs(line["loss"]) < 1e-6) == disable
     assert (line["sampling/mismatch_max"] < 1e-5) == disable
+
+
+WITH_RESPONSES = [{"question": f"What is {i}?", "response": f" {i}"} for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "the run evaluates nothing"),
+        ({"evaluate": {}}, "only before its first step and at its end"),
+        ({"evaluate": {"every": 4}}, "only before its first step and at its end"),
+        ({"evaluate": {"every": 1}}, "evaluation set has none"),
+    ],
+    ids=["no evaluation", "no cadence", "not before the end", "no responses"],
+)
+def test_a_schedule_that_would_never_adapt_is_refused(
+    shop: Shop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    said: str,
+) -> None:
+    """Before a model is loaded, with the remedy."""
+    monkeypatch.setattr(build, "open_models", None)
+    questions = write_rows(tmp_path / "e.jsonl", [{"question": "What is 2?"}])
+    if "evaluate" in settings:
+        settings = {"evaluate": {"data": questions, **settings["evaluate"]}}
+    run = shop.run(tmp_path / "run", method="distillm", steps=4, **settings)
+    with pytest.raises(UserError, match=said) as error:
+        prepare(run)
+    assert "response" in str(error.value)
+
+
+def test_distillm_validates_without_a_reward(shop: Shop, tmp_path: Path) -> None:
+    """The loss on held-out responses is measured before the run and at each evaluation: with no
+    tolerance for it and a student that is made worse, the share of student text rises.
+    """
+    data = write_rows(tmp_path / "e.jsonl", WITH_RESPONSES)
+    settings = {"name": "distillm", "arguments": {"tolerance": 0.0}}
+    run = shop.run(
+        tmp_path / "run",
+        method=settings,
+        data=data,
+        steps=4,
+        evaluate={"data": data, "every": 2},
+        optim={"learning_rate": 0.5},
+    )
+    job, state = prepare(run)
+    with job.recorder.trackers:
+        assert loop.train(job, state).memory["phi"] > 0
+    assert not read_lines(tmp_path / "run" / "evals.jsonl")
+
+
+@pytest.mark.parametrize("arguments", [{"schedule": None}, {"threshold": 1.0}])
+def test_a_schedule_that_does_not_adapt_needs_no_evaluation(
+    shop: Shop, tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    run = shop.run(tmp_path, method={"name": "distillm", "arguments": arguments})
+    assert prepare(run)[0].held_out.validate is None
