@@ -72,6 +72,12 @@ class Writer(ABC):
     # whether every response is read from a cache: then the run opens one, and samples nothing
     stored: ClassVar[bool] = False
 
+    def per_prompt(self, sampling: Sampling) -> int:
+        """How many responses of a step answer the same prompt, at least: methods that compare them
+        with each other need two.
+        """
+        return sampling.num_generations
+
     @abstractmethod
     def write(self, context: StepContext) -> list[Rollout]:
         """The step's rollouts, with `group` and `question` of their prompts; what the student did

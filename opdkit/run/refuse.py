@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opdkit.base.errors import UserError, nearest
+from opdkit.curricula import reads_cache, writer_of
 from opdkit.data import Prompts
 from opdkit.methods.method import Method
 from opdkit.objective.facts import LogpFact
@@ -73,12 +74,60 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
         )
     _refuse_never_validated(run, method)
     sampling = sampled_as(run, method)
+    _refuse_alone(run, method, sampling)
+    _refuse_idle_filters(run, reward, sampling)
     if not sampling.plain and not run.correct_sampling and "sampler" in needs.models:
         print(
             "opdkit: tokens are not drawn from the plain softmax (temperature, top_p, top_k or "
             "min_p), so sampled-token estimators are biased by log(drawn/plain), logged as "
             "sampling/log_ratio. correct_sampling=true takes ratios to what was drawn from.",
             file=sys.stderr,
+        )
+
+
+def _refuse_alone(run: Run, method: Method, sampling: Sampling) -> None:
+    """Rollouts that have none beside them, where the objective compares those of a prompt."""
+    beside = writer_of(method.curriculum).per_prompt(sampling)
+    if "group" not in method.needs.columns or (beside > 1 and sampling.temperature > 0):
+        return
+    cached = reads_cache(method.curriculum)
+    raise UserError(
+        f"method {method.name or 'own'!r} compares the responses to a prompt with each other, and "
+        + (
+            f"with num_generations={sampling.num_generations} each is alone: there is no baseline, "
+            "share or pass rate but its own"
+            if beside <= 1
+            else "with temperature=0 all of them are the same, so that nothing tells them apart"
+        )
+        + ". Set "
+        + ("num_generations to 2 or more (4 to 16 are usual)" if beside <= 1 else "temperature=1")
+        + (" and write the cache again with `opdkit cache-teacher`" if cached else "")
+    )
+
+
+def _refuse_idle_filters(run: Run, reward: Reward | None, sampling: Sampling) -> None:
+    """Rules about rewards and lengths that could never act."""
+    for name, on in (
+        ("dynamic_sampling", run.dynamic_sampling),
+        ("overlong_margin", run.overlong_margin is not None),
+    ):
+        if on and reward is None:
+            raise UserError(
+                f"{name} goes by the rewards of rollouts, and the run has none: set reward, or "
+                f"leave {name} out"
+            )
+    if run.dynamic_sampling and (sampling.num_generations == 1 or sampling.temperature == 0):
+        raise UserError(
+            "dynamic_sampling keeps prompts that some responses solve and others do not, which one "
+            "response, or several of temperature=0, never are: set num_generations to 2 or more "
+            "and temperature above 0, or leave dynamic_sampling out"
+        )
+    margin, limit = run.overlong_margin, sampling.max_completion_length
+    if margin is not None and margin > limit:
+        raise UserError(
+            f"overlong_margin={margin} is more than max_completion_length={limit}: every response "
+            f"would be charged, the empty one too. Set overlong_margin to {limit} or less (DAPO: a "
+            "fifth of the limit)"
         )
 
 

@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from opdkit import UserError
+from opdkit import UserError, methods
 from opdkit.base.files import read_lines
+from opdkit.curricula import Plain
+from opdkit.curricula.student import StudentWriter
+from opdkit.methods.method import Method, load
 from opdkit.run import build
+from opdkit.run.ask import ask
 from opdkit.run.build import prepare
 from opdkit.run.launch import execute
+from opdkit.run.open import Given
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train import loop
+from opdkit.types import Sampling
 from tests.common.tiny import tiny_tokenizer
 from tests.end_to_end.conftest import Shop, write_rows
 
@@ -159,3 +165,96 @@ def test_a_schedule_that_does_not_adapt_needs_no_evaluation(
 ) -> None:
     run = shop.run(tmp_path, method={"name": "distillm", "arguments": arguments})
     assert prepare(run)[0].held_out.validate is None
+
+
+# what they compare the responses to a prompt for: baselines, pass rates, shares, margins
+COMPARE = {"scope", "paced", "kdrl", "rlad", "uni_opd", "grpo"}
+
+
+@pytest.mark.parametrize("name", methods())
+def test_with_one_generation_a_method_trains_or_is_refused(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Refused before a model is loaded are those that compare responses; the others learn."""
+    data = write_rows(tmp_path / "d.jsonl", WITH_RESPONSES)
+    more: dict[str, Any] = {"sampling": {"num_generations": 1}, "reward": shop.reward}
+    if name == "distillm":
+        more |= {"steps": 2, "evaluate": {"data": data, "every": 1}}
+    if name == "lightning_opd":
+        assert shop.cache(tmp_path / "cache", "--num-generations=1") == 0
+        more |= {"teacher": f"cached:{tmp_path / 'cache'}", "data": str(tmp_path / "cache")}
+    run = shop.run(tmp_path / "run", **{"data": data, "method": name, **more})
+    if name in COMPARE:
+        monkeypatch.setattr(build, "open_models", None)
+        with pytest.raises(UserError, match=rf"{name}.*num_generations=1.*Set num_generations"):
+            prepare(run)
+        return
+    job, state = prepare(run)
+    with job.recorder.trackers:
+        loop.train_step(job, state)
+    assert metrics(tmp_path / "run")[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "sampling", "said"),
+    [
+        ("opd + 0.1 * grpo", {"num_generations": 1}, "Set num_generations"),
+        ("tip * paced", {"num_generations": 1}, "Set num_generations"),
+        ("minillm(advantage='std')", {"num_generations": 1}, "Set num_generations"),
+        ("grpo", {"num_generations": 4, "temperature": 0}, "Set temperature"),
+        ("uni_opd(scope='step', balance_scope='step')", {"num_generations": 1}, None),
+        ("opd", {"num_generations": 4, "temperature": 0}, None),
+    ],
+)
+def test_what_compares_responses_is_known_by_what_it_reads(
+    shop: Shop, tmp_path: Path, method: str, sampling: dict[str, Any], said: str | None
+) -> None:
+    run = shop.run(tmp_path, method=method, sampling=sampling, reward=shop.reward)
+    if said is None:
+        ask(run, Given())
+        return
+    with pytest.raises(UserError, match=said):
+        ask(run, Given())
+
+
+def test_a_writer_of_several_responses_says_so(shop: Shop, tmp_path: Path) -> None:
+    """Then the number of a run's generations is not what counts."""
+
+    class Thrice(StudentWriter):
+        def per_prompt(self, sampling: Sampling) -> int:
+            return 3 * sampling.num_generations
+
+    class Often(Plain):
+        writer = Thrice()  # type: ignore[assignment]
+
+    method = Method(load("grpo").objective, curriculum=Often())
+    run = shop.run(tmp_path, sampling={"num_generations": 1}, reward=shop.reward)
+    assert ask(run, Given(method=method)).method.curriculum == method.curriculum
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dynamic_sampling": True}, "dynamic_sampling goes by the rewards"),
+        ({"overlong_margin": 4}, "overlong_margin goes by the rewards"),
+        ({"dynamic_sampling": True, "sampling": {"num_generations": 1}}, "one response"),
+        ({"dynamic_sampling": True, "sampling": {"temperature": 0}}, "temperature above 0"),
+        ({"overlong_margin": 9}, "more than max_completion_length=8"),
+    ],
+)
+def test_rules_that_could_never_act_are_refused(
+    shop: Shop, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    reward = {} if "goes by" in said else {"reward": shop.reward}
+    with pytest.raises(UserError, match=said):
+        ask(shop.run(tmp_path, **reward, **settings), Given())
+
+
+def test_a_warm_up_longer_than_the_run_is_told(
+    shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps of at most two updates: 5 of warm-up end at 4/5, 4 are reached."""
+    for warm, told in ((5, True), (4, False)):
+        optim = {"warmup_steps": warm, "minibatches": 2}
+        ask(shop.run(tmp_path, optim=optim), Given())
+        assert ("ends at 4/5" in capsys.readouterr().err) == told
