@@ -28,18 +28,8 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
     for tracker in run.trackers:
         if tracker not in BACKENDS:
             raise UserError(f"there is no tracker {tracker!r}{nearest(tracker, list(BACKENDS))}")
-    if reward is None and needs.columns & {"reward", "correct"}:
-        raise UserError(
-            f"method {method.name or 'own'!r} reads whether a response is right, and the run has "
-            "no reward: set reward to math, code, exact, reasoning_gym, regex:PATTERN, judge:URL "
-            "or file.py:function"
-        )
-    scores = not method.curriculum.validates or (run.evaluate is not None and run.evaluate.teacher)
-    if reward is None and run.evaluate is not None and scores:
-        raise UserError(
-            "the run evaluates on held-out problems and has no reward to score them with: set "
-            "reward"
-        )
+    if reward is None:
+        _refuse_without_reward(run, method)
     _note_long_warm_up(run)
     missing = needs.models - INTERNAL - {"teacher", "reference"} - set(run.models)
     if missing:
@@ -75,7 +65,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
     _refuse_never_validated(run, method)
     sampling = sampled_as(run, method)
     _refuse_alone(run, method, sampling)
-    _refuse_idle_filters(run, reward, sampling)
+    _refuse_idle_filters(run, sampling)
     if not sampling.plain and not run.correct_sampling and "sampler" in needs.models:
         print(
             "opdkit: tokens are not drawn from the plain softmax (temperature, top_p, top_k or "
@@ -83,6 +73,31 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             "sampling/log_ratio. correct_sampling=true takes ratios to what was drawn from.",
             file=sys.stderr,
         )
+
+
+def _refuse_without_reward(run: Run, method: Method) -> None:
+    """What a run that scores nothing cannot do."""
+    if method.needs.columns & {"reward", "correct"}:
+        raise UserError(
+            f"method {method.name or 'own'!r} reads whether a response is right, and the run has "
+            "no reward: set reward to math, code, exact, reasoning_gym, regex:PATTERN, judge:URL "
+            "or file.py:function"
+        )
+    # those of a curriculum that validates are there for the loss on their responses
+    if run.evaluate is not None and (run.evaluate.teacher or not method.curriculum.validates):
+        raise UserError(
+            "the run evaluates on held-out problems and has no reward to score them with: set "
+            "reward"
+        )
+    for name, on in (
+        ("dynamic_sampling", run.dynamic_sampling),
+        ("overlong_margin", run.overlong_margin is not None),
+    ):
+        if on:
+            raise UserError(
+                f"{name} goes by the rewards of rollouts, and the run has none: set reward, or "
+                f"leave {name} out"
+            )
 
 
 def _refuse_alone(run: Run, method: Method, sampling: Sampling) -> None:
@@ -105,17 +120,8 @@ def _refuse_alone(run: Run, method: Method, sampling: Sampling) -> None:
     )
 
 
-def _refuse_idle_filters(run: Run, reward: Reward | None, sampling: Sampling) -> None:
-    """Rules about rewards and lengths that could never act."""
-    for name, on in (
-        ("dynamic_sampling", run.dynamic_sampling),
-        ("overlong_margin", run.overlong_margin is not None),
-    ):
-        if on and reward is None:
-            raise UserError(
-                f"{name} goes by the rewards of rollouts, and the run has none: set reward, or "
-                f"leave {name} out"
-            )
+def _refuse_idle_filters(run: Run, sampling: Sampling) -> None:
+    """Rules about rewards and lengths that could not do what they are there for."""
     if run.dynamic_sampling and (sampling.num_generations == 1 or sampling.temperature == 0):
         raise UserError(
             "dynamic_sampling keeps prompts that some responses solve and others do not, which one "

@@ -38,7 +38,6 @@ def collect(
     asked: Counter[str] = Counter()  # responses to each prompt so far
 
     def numbered(prompt: Prompt, count: int) -> Prompt:
-        """The prompt, its next `count` responses numbered after those that it has in this step."""
         asked[prompt.id] += count
         return replace(prompt, number=asked[prompt.id] - count)
 
