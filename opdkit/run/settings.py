@@ -48,9 +48,7 @@ RUN: Rules = {
         1, "it is the tokens over which the reward falls by 1", null="no penalty"
     ),
     "keep_samples": at_least(0, "it is how many rollouts are kept of a recorded step; 0 for none"),
-    "sample_every": at_least(
-        1, "it is the number of steps between recorded rollouts; keep_samples=0 records none"
-    ),
+    "sample_every": at_least(0, "it is the number of steps between recorded rollouts; 0 for none"),
     "term_gradients_every": at_least(
         0, "it is the number of steps between two measurements; 0 for none"
     ),

@@ -139,7 +139,7 @@ NOT_TO_BE = {  # values with which a run would go on and learn nothing, or the r
         "micro_batch_tokens": (0, -1),
         "overlong_margin": (0, -1),
         "keep_samples": (-1,),
-        "sample_every": (0, -1),
+        "sample_every": (-1,),
         "term_gradients_every": (-1,),
     },
 }
