@@ -26,14 +26,16 @@ class Prompt:
     """One question as token ids.
 
     Arguments:
-        id: keys the draws of the responses: two prompts of one step have different ones.
+        id: keys the draws of the responses, with their numbers.
         tokens: what the student reads, the chat template applied.
         row: the data row that it came from.
         prefix: response tokens written for the student, which its response begins with (a teacher
             prefix).
         question: the question's own id, of which there may be several prompts (with a prefix,
-            drawn twice, in a later turn). Default: `id`.
+            in a later turn). Default: `id`.
         group: the responses that a baseline or a pair is taken over. Default: `question`.
+        number: of its first response; a prompt that is asked again in a step goes on counting, so
+            that its responses have ids, and thus draws, of their own.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Prompt:
     prefix: list[int] = field(default_factory=list)
     question: str = ""
     group: str = ""
+    number: int = 0
 
     def __post_init__(self) -> None:
         # as they are now: `replace(prompt, id=...)` is another prompt of the same question
@@ -197,7 +200,8 @@ class Sampler(Protocol):
 
         Arguments:
             seed: draws are keyed by it and by each rollout's id.
-            step: part of the rollouts' ids, step/prompt/number; None: they have none.
+            step: part of the rollouts' ids, step/prompt/number, numbers from the prompt's own on;
+                None: they have none.
             policy_version: optimiser steps that the student has taken.
             progress: is called with the number of rollouts finished so far.
         """

@@ -17,7 +17,7 @@ class DataWriter(Writer):
         longest = context.sampling.max_completion_length
         return [
             given(prompt, context.reference(prompt), longest, f"{context.step}/{prompt.id}/given")
-            for prompt in context.prompts
+            for prompt in context.once
         ]
 
 

@@ -8,9 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from opdkit.base.rules import Rules, at_least, follow
 from opdkit.curricula.base import Plain
 from opdkit.curricula.writer import Memory
 from opdkit.types import Rollout
+
+PASS_RATES: Rules = {
+    "window": at_least(1, "it is how many of a prompt's last rollouts its pass rate is taken over")
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,9 @@ class PassRates(Plain):
 
     window: int = 8
     needs_own: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        follow(PASS_RATES, self)
 
     def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
         fresh: dict[str, list[bool]] = {}

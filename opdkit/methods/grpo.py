@@ -61,7 +61,7 @@ def grpo(
     loss: str = "grpo",
     reference_kl: float = 0.0,
     reference_estimator: str = "k3",
-    max_completion_length: int = 512,
+    max_completion_length: int | None = None,
 ) -> Objective:
     """GRPO: the reward of a rollout, less the mean of its prompt's rollouts, credits each of its
     tokens.
@@ -95,13 +95,13 @@ def grpo(
         reference_kl: weight of a penalty that keeps the student near the reference, per token; at
             least 0, 0 loads no reference. Default: off, as is now usual; DeepSeekMath has 0.04.
         reference_estimator: form of that penalty: "k3", "k2" or "k3+". Default: GRPO's.
-        max_completion_length: L of loss="dr_grpo", in tokens, at least 1: the run's own limit.
-            Default: that of a run's sampling.
+        max_completion_length: L of loss="dr_grpo", in tokens, at least 1; None: the run's own, its
+            sampling.max_completion_length, and 512 where there is no run. Default: the run's.
     """
     over: dict[str, str | int] = {
         "grpo": "rows",
         "dapo": "tokens",
-        "dr_grpo": max_completion_length,
+        "dr_grpo": "limit" if max_completion_length is None else max_completion_length,
         "gspo": "row_sums",
         "cispo": "tokens",
     }

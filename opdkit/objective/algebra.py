@@ -113,3 +113,8 @@ def scale(objective: Objective, number: Number) -> Objective:
             "teaches"
         )
     return objective * number
+
+
+def within(objective: Objective, limit: int) -> Objective:
+    """An objective in a run whose responses have at most `limit` tokens."""
+    return Objective(*(t.per(limit) if t.denominator == "limit" else t for t in objective.terms))

@@ -22,7 +22,7 @@ from torch import Tensor
 from opdkit.objective.batch import Batch, Live
 from opdkit.objective.formula import RANK, Const, Number, Operation, Signal, lift, product, spell
 from opdkit.objective.plan import StepPlan, plan
-from opdkit.types import AUTHORS, MARK_OF
+from opdkit.types import AUTHORS, MARK_OF, Sampling
 
 # ------------------------------------------------------------------------------------------- losses
 
@@ -104,7 +104,8 @@ class RolloutLoss(Loss):
 
 # -------------------------------------------------------------------------------------------- terms
 
-DENOMINATORS = ("tokens", "own", "rows", "own_rows", "row_sums")
+DENOMINATORS = ("tokens", "own", "rows", "own_rows", "row_sums", "limit")
+LIMIT = Sampling.max_completion_length  # of "limit" where there is no run
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class Term:
     denominator: "tokens" all of these tokens of the optimiser step; "own" those that `weight`
     selects; "rows" mean over each rollout's tokens, then over rollouts; "own_rows" the same over
     those of them that `weight` selects; "row_sums" sum over tokens, mean over rollouts; a number L:
-    rollouts * L. Default: "tokens", of a loss over rollouts "row_sums".
+    rollouts * L; "limit" the same with the run's max_completion_length (`algebra.within`). Default:
+    "tokens", of a loss over rollouts "row_sums".
     authors: who wrote the tokens that the loss is about, and which are counted: "student",
     "guide", "data", "environment". Default: the student, those whose marks ("guided", "given",
     "tool") the weight names, and who else writes for the method that the term is in, as its
@@ -132,10 +134,8 @@ class Term:
     def __post_init__(self) -> None:
         if self.denominator == "":
             object.__setattr__(self, "denominator", self.loss.usual)
-        if not (
-            self.denominator in DENOMINATORS
-            or (isinstance(self.denominator, int) and self.denominator > 0)
-        ):
+        length = isinstance(self.denominator, int) and self.denominator > 0
+        if not (length or self.denominator in DENOMINATORS):
             raise ValueError(
                 f"denominator {self.denominator!r} must be one of {', '.join(DENOMINATORS)} or a "
                 "positive length"
@@ -211,7 +211,7 @@ class Term:
         elif self.denominator == "row_sums":
             count = rows
         else:
-            count = rows * int(self.denominator)
+            count = rows * (LIMIT if self.denominator == "limit" else int(self.denominator))
         return count.clamp_min(1).to(chosen.dtype)
 
     def __str__(self) -> str:

@@ -50,7 +50,15 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
     heads = [head_of(base), *(head for scorer in others.values() for head in heads_of(scorer))]
     vocab = shared_vocabulary(heads, real_vocabulary(tokenizer))
     updates = run.steps * run.optim.passes * run.optim.minibatches
-    student = Student(base, run.optim, run.learning_rate, updates, run.dtype == "bfloat16", vocab)
+    student = Student(
+        base,
+        run.optim,
+        run.learning_rate,
+        updates,
+        run.dtype == "bfloat16",
+        vocab,
+        disable_dropout=run.disable_dropout,
+    )
     scorers: dict[str, Scorer | Remote] = {
         "student": LocalModel(base, student.head),
         "live": LocalModel(base, student.head),

@@ -149,6 +149,6 @@ def restore(checkpoint: Path, student: Student) -> State:
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and the best."""
     found = checkpoints(folder)
-    for path in found[: max(len(found) - max(keep, 1), 0)]:
+    for path in found[: max(len(found) - keep, 0)]:
         if path.name != f"checkpoint-{best_step}":
             shutil.rmtree(path)

@@ -40,6 +40,8 @@ class Length:
 
         With `max_tokens`, by the tokens a step took so far.
         """
+        if self.ended(state):
+            return state.step
         if self.max_tokens is None or not state.step or not state.tokens:
             return self.steps
         return min(

@@ -78,7 +78,6 @@ def train_step(job: Job, state: State) -> None:
     student, step = job.student, state.step
 
     total = job.length.expected_steps(state)
-    student.total_updates = total * student.optim.passes * student.optim.minibatches
     collected = collect(  # sample, reward
         job.collector, student, clock, step=step, total_steps=total, memory=state.memory
     )
@@ -99,9 +98,11 @@ def train_step(job: Job, state: State) -> None:
             mesh=job.mesh,
             dtype=torch.promote_types(torch.float32, student.parameters[0].dtype),
         )
+    parts = _optimiser_steps(job, rollouts, step)
+    student.expect(len(parts), step, job.length.expected_steps(replace(state, step=step + 1)))
     record = job.recorder.start(step, job.objective.names)
     with clock("learn"):
-        for number, rows in enumerate(_optimiser_steps(job, rollouts, step)):
+        for number, rows in enumerate(parts):
             if number and job.needs.of("live"):
                 with student.autocast():
                     refresh(batch, job.needs, job.scorers, rollouts)
@@ -117,15 +118,15 @@ def train_step(job: Job, state: State) -> None:
     job.recorder.step(state.step, state.tokens, rollouts, batch, record, clock.seconds, student)
 
 
-def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> Iterator[Tensor | None]:
-    """Rows of each optimiser step: `passes` times through the rollouts in `minibatches` parts; a
-    prompt's rollouts stay together.
+def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> list[Tensor | None]:
+    """Rows [R] of each optimiser step, None for all: `passes` times through the rollouts in
+    `minibatches` parts, or as many as there are groups; a prompt's rollouts stay together.
     """
-    optim = job.student.optim
-    if optim.minibatches == 1:
-        yield from [None] * optim.passes
-        return
+    optim, device = job.student.optim, job.student.device
     groups = list(dict.fromkeys(r.group for r in rollouts))
+    if min(optim.minibatches, len(groups)) <= 1:
+        return [None] * optim.passes
+    steps: list[Tensor | None] = []
     for number in range(optim.passes):
         keys = torch.arange(len(groups))
         order = keyed_uniform(job.seed, step, f"pass {number}", keys, 1, torch.float64)[
@@ -133,9 +134,9 @@ def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> Iterat
         ].argsort()
         for part in order.tensor_split(min(optim.minibatches, len(groups))):
             mine = {groups[i] for i in part.tolist()}
-            yield torch.tensor(
-                [b for b, r in enumerate(rollouts) if r.group in mine], device=job.student.device
-            )
+            rows = [b for b, r in enumerate(rollouts) if r.group in mine]
+            steps.append(torch.tensor(rows, device=device))
+    return steps
 
 
 def _learn(job: Job, plan: StepPlan, rollouts: Sequence[Rollout], record: StepRecord) -> None:

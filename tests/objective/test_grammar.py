@@ -168,7 +168,7 @@ def test_nothing_selected_is_one_not_zero_in_the_denominator():
 
 @pytest.mark.parametrize("bad", ["token", "sequence", 0, -3, 1.5])
 def test_an_unknown_denominator_is_refused(bad):
-    with pytest.raises(ValueError, match="row_sums or a positive length"):
+    with pytest.raises(ValueError, match="limit or a positive length"):
         Likelihood().per(bad)
 
 
