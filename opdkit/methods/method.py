@@ -15,9 +15,10 @@ from opdkit.base.errors import UserError, nearest
 from opdkit.curricula import Curriculum, Plain, together
 from opdkit.methods import METHODS, expression
 from opdkit.objective import algebra, credits, ratio_layer
+from opdkit.objective.companion import Companion
 from opdkit.objective.formula import Number, Signal
 from opdkit.objective.grammar import Loss, Objective, Term
-from opdkit.objective.needs import Needs, needs
+from opdkit.objective.needs import INTERNAL, Needs, needs
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Method:
     curriculum: Curriculum = Plain()
     # share of the teacher in the distribution that the student's tokens are drawn from
     teacher_mix: float = 0.0
+    # what stands beside the student and its formula does not ask for itself: copies of the student
+    companions: tuple[Companion, ...] = ()
     name: str = ""  # filled by `load`, as are the next three
     arguments: tuple[tuple[str, Any], ...] = ()
     summary: str = ""
@@ -44,11 +47,36 @@ class Method:
         if not self.settled and authors != ("student",):
             object.__setattr__(self, "objective", self.objective.by_default_of(authors))
         object.__setattr__(self, "settled", True)
+        named: dict[str, Companion] = {}
+        for companion in self.companions:
+            name = companion.model
+            if name in INTERNAL:
+                raise UserError(
+                    f"{companion} calls itself the model {name!r}, which is the run's own: give it "
+                    "another name"
+                )
+            if name and named.setdefault(name, companion) != companion:
+                raise UserError(
+                    f"{named[name]} and {companion} are both to be read as the model {name!r}, "
+                    "which can be only one of them: give one another name (model=...)"
+                )
 
     @property
     def needs(self) -> Needs:
         """What the objective reads."""
         return needs(self.objective)
+
+    @property
+    def brought(self) -> frozenset[str]:
+        """Models that stand beside the student, by name."""
+        return frozenset(c.model for c in self.companions if c.model)
+
+    @property
+    def opened(self) -> frozenset[str]:
+        """Models that a run opens for it: what the objective reads but the student itself and
+        what it brings.
+        """
+        return self.needs.models - INTERNAL - self.brought
 
     def __str__(self) -> str:
         return str(self.objective)
@@ -100,7 +128,16 @@ class Method:
 
 
 # what composing fills in
-COMPOSED = ("objective", "curriculum", "name", "arguments", "summary", "doc", "settled")
+COMPOSED = (
+    "objective",
+    "curriculum",
+    "companions",
+    "name",
+    "arguments",
+    "summary",
+    "doc",
+    "settled",
+)
 
 
 def _composed(
@@ -120,7 +157,10 @@ def _composed(
                 "and only one can hold"
             )
     made = replace(
-        base, objective=objective, curriculum=together.join(base.curriculum, brought, names)
+        base,
+        objective=objective,
+        curriculum=together.join(base.curriculum, brought, names),
+        companions=tuple(dict.fromkeys(base.companions + other.companions)),
     )
     return _called(made, "own" if "own" in names else name, doc)
 

@@ -5,7 +5,17 @@ handed on here.
 """
 
 from opdkit.objective.alignment import SpanFact
-from opdkit.objective.batch import Batch, Live
+from opdkit.objective.batch import Batch, HiddenFact, Live
+from opdkit.objective.companion import (
+    Around,
+    Companion,
+    Companions,
+    CompanionState,
+    Stepped,
+    Trained,
+)
+from opdkit.objective.copies import Ema, StudentCopy
+from opdkit.objective.critic import Value, ValueFact, ValueHead, ValueLoss
 from opdkit.objective.facts import (
     Chunk,
     ColumnFact,
@@ -83,6 +93,7 @@ __all__ = [
     "JSD",
     "Advantage",
     "Alpha",
+    "Around",
     "Batch",
     "Bounds",
     "Ceiling",
@@ -90,11 +101,15 @@ __all__ = [
     "Chunk",
     "Clipped",
     "ColumnFact",
+    "Companion",
+    "CompanionState",
+    "Companions",
     "Const",
     "Correct",
     "Divergence",
     "Draw",
     "Early",
+    "Ema",
     "Entropy",
     "EntropyFact",
     "Estimator",
@@ -107,6 +122,7 @@ __all__ = [
     "GroupMean",
     "GroupShare",
     "Hellinger2",
+    "HiddenFact",
     "HybridDistance",
     "Kind",
     "Likelihood",
@@ -142,12 +158,19 @@ __all__ = [
     "SpanFact",
     "SpanLoss",
     "StepPlan",
+    "Stepped",
+    "StudentCopy",
     "Support",
     "Term",
     "ToGo",
     "TokenLoss",
     "TopFact",
     "TotalVariation",
+    "Trained",
+    "Value",
+    "ValueFact",
+    "ValueHead",
+    "ValueLoss",
     "VocabularyFact",
     "Where",
     "clipped",

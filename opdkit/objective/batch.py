@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from opdkit.objective.companion import Companion, Companions
 from opdkit.objective.facts import (
     ColumnFact,
     EntropyFact,
@@ -22,6 +23,7 @@ from opdkit.objective.facts import (
     LogpAtFact,
     LogpFact,
     MissingFact,
+    ReadFrom,
     VocabularyFact,
 )
 from opdkit.objective.kernels import Vocabulary
@@ -89,6 +91,7 @@ class Batch:
         # whether what is being computed has read facts of this process's own tokens alone
         self.partial = False
         self.dtype = dtype
+        self.companions = Companions()  # what stands beside the student, as it is now
         # values of the step's signals, each computed once
         self.signals: dict[Hashable, Tensor] = {}
 
@@ -178,6 +181,10 @@ class Batch:
             raise self.missing(fact or VocabularyFact(model))
         return self.sources[model]
 
+    def companion(self, companion: Companion) -> Any:
+        """The state of a companion."""
+        return self.companions[companion]
+
     def missing(self, fact: Fact) -> MissingFact:
         """The error for a fact that is not there."""
         known = {m for f in self.facts for m in f.models[:1]} | set(self.sources)
@@ -208,6 +215,20 @@ class Scores:
         return self.batch.read(LogpAtFact(self.model, owner, k))
 
 
+@dataclass(frozen=True)
+class HiddenFact(Fact):
+    """The model's last hidden states at any position: a model in this process."""
+
+    model: str
+
+    def words(self) -> str:
+        return f"{self.model} hidden states"
+
+    @property
+    def read_from(self) -> ReadFrom:
+        return "loss"
+
+
 class Live:
     """The student's forward pass at n selected positions: the only thing with a gradient.
 
@@ -220,10 +241,12 @@ class Live:
         positions: Tensor,  # [n] indices into the flattened [B * T]
         logits: Tensor,  # [n, V]
         parent: tuple[Live, Tensor] | None = None,
+        hidden: Callable[[], Tensor] | None = None,  # [n, H], where there is a gradient
     ):
         self.batch = batch
         self.positions = positions
         self.parent = parent
+        self._hidden = hidden
         self.own: Vocabulary = Vocabulary(
             logits, None if parent is None else (parent[0].own, parent[1])
         )
@@ -250,6 +273,19 @@ class Live:
         logps = self.logps()
         return -(logps.exp() * torch.nan_to_num(logps, neginf=0.0)).sum(-1)
 
+    @cached_property
+    def hidden(self) -> Tensor:
+        """[n, H]: the student's last hidden states, which the head turns into logits."""
+        if self.parent is not None:
+            parent, index = self.parent
+            return parent.hidden[index]
+        if self._hidden is None:
+            raise LookupError(
+                "the live student's hidden states exist in a loss only; a fact reads those before "
+                "the step, here.hidden_of('student')"
+            )
+        return self._hidden()
+
     def at(self, ids: Tensor) -> Tensor:
         """[n, k]: log pi_s at token ids [n, k]."""
         return self.own.at(ids)
@@ -271,6 +307,22 @@ class Live:
                 parent, index = self.parent
                 self.others[model] = parent.vocabulary(model, fact).select(index)
         return self.others[model]
+
+    def hidden_of(self, model: str) -> Tensor:
+        """[n, H]: last hidden states of another model in this process, or of the student before
+        the step; no gradient.
+        """
+        source = self.batch.source(model, HiddenFact(model))
+        if not hasattr(source, "hidden_at"):
+            raise LookupError(
+                f"{model} is put together from several models, which have no hidden states in "
+                "common: read those of one model in this process"
+            )
+        return source.hidden_at(self.positions).to(self.batch.dtype)
+
+    def companion(self, companion: Companion) -> Any:
+        """The state of a companion; its parameters take part in the gradient."""
+        return self.batch.companion(companion)
 
     def pick(self, signal: Any) -> Tensor:
         """[n]: a signal of the whole step, at these positions."""

@@ -53,11 +53,17 @@ class Head:
     def product(self, hidden: Tensor) -> Tensor:
         """[n, V]: the matrix product, with bias, of the rows that are kept."""
         if self.weight is None:
-            return hidden[..., : self.vocab]
+            return self.states(hidden)
         bias = None if self.bias is None else self.bias[: self.vocab]
         return torch.nn.functional.linear(
             hidden.to(self.weight.dtype), self.weight[: self.vocab], bias
         )
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """[n, H]: hidden states [n, H] as others may read them; where they are the logits, cut
+        like these.
+        """
+        return hidden[..., : self.vocab] if self.weight is None else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, V] of hidden states [n, H]."""
@@ -88,6 +94,10 @@ class Source:
         """[n, V] at flat positions [n]; no gradient."""
         with torch.no_grad():
             return self.head.logits(self.hidden[self.index[positions]])
+
+    def hidden_at(self, positions: Tensor) -> Tensor:
+        """[n, H] at flat positions [n]; no gradient."""
+        return self.head.states(self.hidden[self.index[positions]].detach())
 
 
 def chunk_rows(vocabulary: int, device: torch.device | None = None) -> int:
@@ -161,7 +171,8 @@ def learn(
         if plan.joined is None
         else cuts(plan.joined.flatten()[positions], size)
     )
-    loss = _ChunkedSum.apply(hidden, head.weight, head.bias, head, chunks, running.loss)
+    owned = plan.batch.companions.parameters
+    loss = _ChunkedSum.apply(hidden, head.weight, head.bias, head, chunks, running.loss, *owned)
     sums = running.sums
     if running.rollout_terms:  # what is learnt is their slope; the value is what they said
         loss = loss + (sums.sum() - loss.detach())
@@ -217,9 +228,12 @@ class LearningPass:
             torch.full_like(entropy, torch.nan),
         )
 
-    def loss(self, at: slice, logits: Tensor) -> Tensor:
-        """[] with gradient: the loss of a chunk of the positions, from their logits [n, V]."""
-        live = Live(self.plan.batch, self.positions[at], logits)
+    def loss(self, at: slice, logits: Tensor, states: Tensor) -> Tensor:
+        """[] with gradient: the loss of a chunk of the positions, from their logits [n, V] and
+        hidden states [n, H].
+        """
+        batch = self.plan.batch
+        live = Live(batch, self.positions[at], logits, hidden=lambda: states.to(batch.dtype))
         total = logits.new_zeros(())
         for row, (i, planned) in enumerate(self.token_terms):
             assert isinstance(planned.term.loss, TokenLoss) and self.scales is not None
@@ -240,7 +254,8 @@ class LearningPass:
         """
         if not self.measured or not value.requires_grad:
             return 0.0
-        return torch.autograd.grad(value, logits, retain_graph=True)[0].square().sum()
+        (slope,) = torch.autograd.grad(value, logits, retain_graph=True, allow_unused=True)
+        return 0.0 if slope is None else slope.square().sum()
 
     def _note(self, at: slice, live: Live) -> None:
         """What the student says of a chunk's tokens, and the teacher if a term has read it."""
@@ -263,8 +278,10 @@ def _weighted(loss: TokenLoss, live: Live, scale: Tensor) -> Tensor:
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """[]: sum over chunks of run(chunk, logits [n, V]), with the gradients in the hidden states
-    [N, H], the weight [V', H] and the bias [V'] taken chunk by chunk in the forward pass.
+    """[]: sum over chunks of run(chunk, logits [n, V], states [n, H]), with the gradients in the
+    hidden states [N, H], the weight [V', H], the bias [V'] and what else is `owned` [...] taken
+    chunk by chunk in the forward pass. The hidden states are reached through the logits, and beside
+    them where `run` reads `states`.
     """
 
     @staticmethod
@@ -275,38 +292,43 @@ class _ChunkedSum(torch.autograd.Function):
         bias: Tensor | None,
         head: Head,
         chunks: Iterator[slice],
-        run: Callable[[slice, Tensor], Tensor],
+        run: Callable[[slice, Tensor, Tensor], Tensor],
+        *owned: Tensor,
     ) -> Tensor:
         wide = torch.promote_types(torch.float32, hidden.dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros_like(hidden) if to_hidden else None
-        d_weight = (
-            torch.zeros(weight.shape, dtype=wide, device=hidden.device)
-            if to_weight and weight is not None
-            else None
-        )
-        d_bias = (
-            torch.zeros(bias.shape, dtype=wide, device=hidden.device)
-            if to_bias and bias is not None
-            else None
-        )
+        d_weight = _sum_for(weight, wide) if to_weight else None
+        d_bias = _sum_for(bias, wide) if to_bias else None
+        d_owned = [_sum_for(p, wide) for p in owned]
         rows = head.size(hidden)
         for at in chunks:
             states = hidden[at].detach()
             product = head.product(states).detach().requires_grad_()
+            beside = states.detach().requires_grad_()
             with torch.enable_grad():
-                value = run(at, head.finish(product))
+                value = run(at, head.finish(product), head.states(beside))
             total += value.detach()
             if not value.requires_grad:
                 continue
-            (slope,) = torch.autograd.grad(value, product)
+            slope, direct, *slopes = torch.autograd.grad(
+                value, (product, beside, *owned), allow_unused=True
+            )
+            for d, more in zip(d_owned, slopes):
+                if more is not None:
+                    d += more
+            if d_hidden is not None and direct is not None:
+                d_hidden[at] = direct
+            if slope is None:  # nothing was read off the logits
+                continue
             if d_hidden is not None:
-                d_hidden[at] = (
+                reached = (
                     slope @ weight[:rows]
                     if weight is not None
                     else _padded(slope, hidden.shape[-1])
                 )
+                d_hidden[at] = reached if direct is None else direct + reached
             if d_weight is not None:
                 d_weight[:rows].addmm_(slope.T.to(wide), states.to(wide))
             if d_bias is not None:
@@ -315,18 +337,20 @@ class _ChunkedSum(torch.autograd.Function):
             d_hidden,
             d_weight if d_weight is None else d_weight.to(weight.dtype),  # type: ignore[union-attr]
             d_bias if d_bias is None else d_bias.to(bias.dtype),  # type: ignore[union-attr]
+            *(d.to(p.dtype) for d, p in zip(d_owned, owned)),  # type: ignore[union-attr]
         )
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         gradients, ctx.gradients = ctx.gradients, None
-        return (
-            *(None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients),
-            None,
-            None,
-            None,
-        )
+        scaled = [None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients]
+        return (*scaled[:3], None, None, None, *scaled[3:])
+
+
+def _sum_for(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """[...]: zeros to add up the gradient of a parameter [...] in, where there is one."""
+    return None if parameter is None else torch.zeros_like(parameter, dtype=dtype)
 
 
 def _padded(slope: Tensor, width: int) -> Tensor:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opdkit.objective.alignment import AlignedSource, Alignment
 from opdkit.objective.batch import Batch, Live
+from opdkit.objective.companion import Around, Companion, Companions
 from opdkit.objective.facts import ColumnFact, Fact, LogpFact, VocabularyFact
 from opdkit.objective.formula import Signal
 from opdkit.objective.grammar import Objective, RolloutLoss, TokenLoss, credit_of
 from opdkit.objective.head import Head, Source
 from opdkit.types import AUTHORS, Watch
+
+INTERNAL = frozenset({"student", "sampler", "live"})  # models that are the run itself
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Needs:
 
     facts: frozenset[Fact]
     authors: tuple[str, ...] = ("student",)
+    companions: frozenset[Companion] = frozenset()
+    hidden: bool = False  # whether a loss reads the student's own hidden states
 
     @property
     def models(self) -> frozenset[str]:
@@ -37,6 +43,10 @@ class Needs:
     def of(self, model: str) -> frozenset[Fact]:
         """Facts that involve a model."""
         return frozenset(fact for fact in self.facts if model in fact.models)
+
+    def kept(self, model: str) -> bool:
+        """Whether a loss reads a model chunk by chunk, whose hidden states are kept for it."""
+        return any(fact.read_from == "loss" for fact in self.of(model))
 
     def whole(self, model: str) -> bool:
         """Whether the whole vocabulary of a model is read: then it must run in this process."""
@@ -96,15 +106,30 @@ class _Probe(Batch):
             total_steps=self.STEPS[-1] + 1,
         )
         self.asked: set[Fact] = set()
+        self.hidden_asked = False
 
     def read(self, fact: Fact) -> Tensor:
         """[ROWS, LENGTH] or [ROWS, LENGTH, k]; a column [ROWS]."""
         self.asked.add(fact)
+        for companion in fact.companions:
+            self.companion(companion)
         return fact.made_up(self.ROWS, self.LENGTH, self.VOCABULARY)
 
     def mark(self, name: str) -> Tensor:
         """[ROWS, LENGTH] bool."""
         return self.read(ColumnFact(f"mark:{name}"))
+
+    def companion(self, companion: Companion) -> Any:
+        if companion not in self.companions:
+            around = Around(lambda model: self.VOCABULARY, self.device, self.dtype)
+            made = Companions.build([companion], around)
+            self.companions = Companions({**self.companions, **made})
+        return self.companions[companion]
+
+    def hidden(self) -> Tensor:
+        """[ROWS * LENGTH, VOCABULARY]: the live student's hidden states."""
+        self.hidden_asked = True
+        return torch.zeros(self.tokens.numel(), self.VOCABULARY)
 
     def source(self, model: str, fact: Fact | None = None) -> AlignedSource:
         self.asked.add(fact or VocabularyFact(model))
@@ -130,21 +155,25 @@ def needs(objective: Objective) -> Needs:
     Every loss is run whatever its weight, so that what is read only at rare tokens is found as
     well.
     """
-    asked: set[Fact] = set()
-    for step in _Probe.STEPS:
-        probe = _Probe(step)
+    probes = [_Probe(step) for step in _Probe.STEPS]
+    for probe in probes:
         positions = torch.arange(probe.tokens.numel())
         for planned in objective.plan(probe).parts:
             loss = planned.term.loss
             if isinstance(loss, TokenLoss):
                 # one of its own: what another term has read is not read again
-                loss.value(Live(probe, positions, torch.zeros(len(positions), probe.VOCABULARY)))
+                logits = torch.zeros(len(positions), probe.VOCABULARY)
+                loss.value(Live(probe, positions, logits, hidden=probe.hidden))
             elif isinstance(loss, RolloutLoss):
                 rows = torch.arange(probe.ROWS)
                 loss.value(probe.read(LogpFact("live")), probe.mask, rows, probe)
             credit = credit_of(loss)
             if credit is not None:
                 credit(probe)
-        asked |= probe.asked
     wrote = {author for term in objective.terms for author in term.whose}
-    return Needs(frozenset(asked), tuple(a for a in AUTHORS if a in wrote))
+    return Needs(
+        frozenset(fact for probe in probes for fact in probe.asked),
+        tuple(a for a in AUTHORS if a in wrote),
+        frozenset(companion for probe in probes for companion in probe.companions),
+        any(probe.hidden_asked for probe in probes),
+    )

@@ -44,7 +44,7 @@ def ask(run: Run, given: Given) -> Asked:
     )
     if method.curriculum.validates:
         refuse_no_response([row.get("response") for row in eval_rows or ()])
-    routes = run.teachers.routes if "teacher" in method.needs.models else {}
+    routes = run.teachers.routes if "teacher" in method.opened else {}
     for row in rows if routes else ():
         route(row["teacher"], routes, f"row {row['id']}")
     if stored is not None:

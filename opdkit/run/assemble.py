@@ -55,7 +55,11 @@ def assemble(
     if asked.stored is not None and given.student is None:
         for note in student_notes(asked.stored, identify(run.student)):
             print(f"opdkit: {note}", file=sys.stderr)
-    state = State() if checkpoint is None else checkpoints.restore(checkpoint, student)
+    state = (
+        State()
+        if checkpoint is None
+        else checkpoints.restore(checkpoint, student, opened.companions)
+    )
     if overwrite:  # now that everything is known to load
         checkpoints.clear(run.folder)
     truncate_metrics(run.folder / "metrics.jsonl", state.step)
@@ -75,6 +79,7 @@ def assemble(
         length=Length(run.steps, run.max_tokens),
         checkpoint=run.checkpoint,
         micro_batch_tokens=run.micro_batch_tokens or batch_tokens(student.device),
+        companions=opened.companions,
         scoring=Scoring(run.recomputes_student, run.correct_sampling),
         held_out=make_held_out(run, asked, opened, evaluator),
         seed=run.seed,

@@ -15,7 +15,6 @@ from opdkit.data import Prompts
 from opdkit.methods.method import Method
 from opdkit.objective.facts import LogpFact
 from opdkit.rewards import Reward
-from opdkit.run.open import INTERNAL
 from opdkit.run.prompts import sampled_as
 from opdkit.run.settings import Run
 from opdkit.train.track import BACKENDS
@@ -31,13 +30,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
     if reward is None:
         _refuse_without_reward(run, method)
     _note_long_warm_up(run)
-    missing = needs.models - INTERNAL - {"teacher", "reference"} - set(run.models)
-    if missing:
-        name = sorted(missing)[0]
-        raise UserError(
-            f"method {method.name or 'own'!r} reads a model called {name!r}: say which with "
-            f"models.{name}=MODEL"
-        )
+    refuse_models(run, method)
     unknown = needs.of("sampler") - {LogpFact("sampler")}
     if unknown:
         words = ", ".join(sorted(fact.words() for fact in unknown))
@@ -45,7 +38,8 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} reads {words}: of the sampler only the log-probs of "
             "its own tokens are recorded. Read the student instead"
         )
-    run.teachers.refuse(method.name or "own", needs)
+    if "teacher" not in method.brought:
+        run.teachers.refuse(method.name or "own", needs)
     local = run.teachers.opens_local_model
     if run.evaluate is not None and run.evaluate.teacher and not local:
         raise UserError(
@@ -168,6 +162,27 @@ def _note_long_warm_up(run: Run) -> None:
             f"opdkit: warmup_steps={warm} is more than the {most} optimiser steps that the run "
             f"takes at most: the learning rate ends at {most}/{warm} of what was asked for.",
             file=sys.stderr,
+        )
+
+
+def refuse_models(run: Run, method: Method) -> None:
+    """Models that a method reads and nobody names, or that it brings and the run names too."""
+    named = {
+        **{name: f"models.{name}" for name in run.models},
+        **({"reference": "reference"} if run.reference else {}),
+        **({"teacher": "evaluate.teacher"} if run.evaluate and run.evaluate.teacher else {}),
+    }
+    for name in sorted(method.brought & set(named)):
+        raise UserError(
+            f"method {method.name or 'own'!r} brings its own model {name!r}, and the run names "
+            f"another: leave {named[name]} out"
+        )
+    missing = method.opened - {"teacher", "reference"} - set(run.models)
+    if missing:
+        name = sorted(missing)[0]
+        raise UserError(
+            f"method {method.name or 'own'!r} reads a model called {name!r}: say which with "
+            f"models.{name}=MODEL"
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from opdkit.base.errors import UserError
 from opdkit.models.layout import Layout
 from opdkit.objective.batch import Batch
+from opdkit.objective.companion import Companions
 from opdkit.objective.facts import (
     ColumnFact,
     EntropyFact,
@@ -20,7 +21,6 @@ from opdkit.objective.facts import (
     LogpFact,
     Noted,
     TopFact,
-    VocabularyFact,
 )
 from opdkit.objective.head import flat_positions
 from opdkit.objective.needs import Needs
@@ -43,6 +43,7 @@ def gather(
     total_steps: int = 1,
     seed: int = 0,
     memory: Mapping[str, Any] | None = None,
+    companions: Companions | None = None,
     policy_version: int = 0,
     recompute_student: bool = False,
     correct_sampling: bool = False,
@@ -61,6 +62,7 @@ def gather(
     batch = collate(rollouts, device, dtype, correct_sampling)
     batch.step, batch.total_steps, batch.seed = step, total_steps, seed
     batch.memory = dict(memory or {})
+    batch.companions = companions or Companions()
     _columns(batch, rollouts, needs)
     layout, everywhere = Layout(rollouts, batch.shape[1]), batch.by(needs.authors)
     if mesh.size > 1:
@@ -86,9 +88,7 @@ def gather(
     # until the first optimiser step the live student is the student before it
     for fact in needs.of("live"):
         batch.facts[fact] = batch.facts[as_student(fact)]
-    batch.sources = {
-        m: s for m, s in batch.sources.items() if VocabularyFact(m) in needs.facts or needs.spans(m)
-    }
+    batch.sources = {m: s for m, s in batch.sources.items() if needs.kept(m) or needs.spans(m)}
     return batch
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from opdkit.curricula import Curriculum
+from opdkit.objective.companion import Companions
 from opdkit.objective.grammar import Objective
 from opdkit.objective.needs import Needs, needs
 from opdkit.teachers import Remote, Scorer
@@ -83,6 +84,7 @@ class Job:
     length: Length
     checkpoint: Checkpoint
     micro_batch_tokens: int
+    companions: Companions = field(default_factory=Companions)  # what stands beside the student
     scoring: Scoring = Scoring()
     held_out: HeldOut = HeldOut()
     mesh: Mesh = ALONE  # the processes that share the run

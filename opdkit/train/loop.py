@@ -16,6 +16,7 @@ from opdkit.base.errors import UserError
 from opdkit.base.interrupt import held
 from opdkit.models.layout import Layout
 from opdkit.objective.batch import Batch
+from opdkit.objective.companion import Stepped
 from opdkit.objective.head import flat_positions, learn
 from opdkit.objective.maths import keyed_uniform
 from opdkit.objective.plan import StepPlan
@@ -48,7 +49,7 @@ def train(job: Job, state: State) -> State:
         )
         if due and state.step and state != saved:
             with held():
-                checkpoints.save(job.folder, state, job.student, job.tokenizer)
+                checkpoints.save(job.folder, state, job.student, job.tokenizer, job.companions)
                 checkpoints.prune(job.folder, job.checkpoint.keep, state.best_step)
         if last:
             return state
@@ -68,7 +69,7 @@ def _kept(job: Job, state: State) -> Iterator[None]:
         if job.student.updates == updates and before.step > 0:
             job.student.optimiser.zero_grad(set_to_none=True)
             with held():
-                checkpoints.save(job.folder, before, job.student, job.tokenizer)
+                checkpoints.save(job.folder, before, job.student, job.tokenizer, job.companions)
         raise
 
 
@@ -91,6 +92,7 @@ def train_step(job: Job, state: State) -> None:
             total_steps=total,
             seed=job.seed,
             memory=state.memory,
+            companions=job.companions,
             policy_version=student.updates,
             recompute_student=job.scoring.recompute_student,
             correct_sampling=job.scoring.correct_sampling,
@@ -161,8 +163,12 @@ def _learn(job: Job, plan: StepPlan, rollouts: Sequence[Rollout], record: StepRe
             f"the gradient is not finite (norm {norm.item()}) though the loss is: the optimiser "
             "was not moved. Lower the learning rate, or train in float32"
         )
+    job.companions.refuse_broken()
     record.close(plan, norm, student.rate(student.updates))
     student.step()
+    job.companions.after_step(
+        Stepped(plan.batch, plan.mask, rollouts, student.updates, student.model)
+    )
 
 
 def _not_finite(
