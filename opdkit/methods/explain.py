@@ -118,6 +118,8 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
         "memory of the loss: one chunk of the vocabulary, about "
         f"{CHUNK_ENTRIES * CHUNK_BYTES / GIB:.1f} GiB at most; no [N, V] tensor"
     )
+    beside = sorted({*needs.companions, *made.companions}, key=repr)
+    lines += [f"state beside the student, saved with it: {c}" for c in beside]
     if made.curriculum != Plain():
         lines.append(f"curriculum: {made.curriculum}")
     return "\n".join(lines)

@@ -183,6 +183,11 @@ class Batch:
 
     def companion(self, companion: Companion) -> Any:
         """The state of a companion."""
+        if companion not in self.companions:
+            raise LookupError(
+                f"{companion} is not there: companions are found by running the formula once. One "
+                "that only a fact reads has to be a field of the fact, or in its `companions`"
+            )
         return self.companions[companion]
 
     def missing(self, fact: Fact) -> MissingFact:

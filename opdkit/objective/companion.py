@@ -148,12 +148,6 @@ class Companions(Mapping[Companion, CompanionState]):
         return built
 
     def __getitem__(self, companion: Companion) -> CompanionState:
-        if companion not in self.built:
-            raise LookupError(
-                f"{companion} is not there: companions are found by running the formula once. One "
-                "that only a fact reads stands among its `companions` (each field that is one "
-                "does)"
-            )
         return self.built[companion]
 
     def __iter__(self) -> Iterator[Companion]:

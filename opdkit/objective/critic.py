@@ -18,12 +18,6 @@ from opdkit.objective.facts import Chunk, Fact, TopFact
 from opdkit.objective.grammar import Signal, TokenLoss
 
 
-class _Critic(Trained):
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """[n] from hidden states [n, H]."""
-        return super().__call__(*inputs)[:, 0]
-
-
 @dataclass(frozen=True)
 class ValueHead(Companion):
     """One linear number of a hidden state, with an AdamW of its own; equal ones are one head."""
@@ -32,12 +26,15 @@ class ValueHead(Companion):
 
     def build(self, around: Around) -> Trained:
         linear = nn.Linear(around.width("student"), 1, device=around.device, dtype=around.dtype)
-        return _Critic(linear, self.learning_rate)
+        return Trained(linear, self.learning_rate)
 
 
 @dataclass(frozen=True)
 class ValueFact(Fact):
-    """[B, T]: the head's value before each token, from the student before the step."""
+    """[B, T]: a head's value before each token, from the student before the step.
+
+    The head is any companion that makes one number [n, 1] of hidden states [n, H].
+    """
 
     head: Companion
 
@@ -49,7 +46,7 @@ class ValueFact(Fact):
         return f"the value that {self.head} gives"
 
     def read(self, here: Chunk, first: Mapping[TopFact, Tensor]) -> Tensor:  # [n]
-        return here.companion(self.head)(here.hidden_of("student"))
+        return here.companion(self.head)(here.hidden_of("student"))[:, 0]
 
 
 @dataclass(frozen=True)
@@ -77,4 +74,5 @@ class ValueLoss(TokenLoss):
 
     def value(self, live: Live) -> Tensor:  # [n]
         hidden = live.hidden if self.into_student else live.hidden.detach()
-        return (live.companion(self.head)(hidden) - live.pick(self.target)).square() / 2
+        value = live.companion(self.head)(hidden)[:, 0]
+        return (value - live.pick(self.target)).square() / 2

@@ -65,7 +65,9 @@ class Needs:
         return frozenset(fact for fact in self.of(model) if not fact.own_tokenizer)
 
     def __str__(self) -> str:
-        return ", ".join(sorted({fact.words() for fact in self.facts})) or "nothing"
+        words = {fact.words() for fact in self.facts}
+        words |= {"hidden states of the live student"} if self.hidden else set()
+        return ", ".join(sorted(words)) or "nothing"
 
 
 def reads_student(needs: Needs) -> bool:

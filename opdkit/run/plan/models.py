@@ -49,6 +49,9 @@ def models_of(run: Run, method: Method) -> list[Held]:
         else:
             model = str(run.reference if name == "reference" else run.models[name])
             others += LocalTeacher(model).held(name, usual, shaped)
+    # copies of the student, whose weights are counted by what they hold of their own
+    read = sorted(method.brought & method.needs.models)
+    others += [replace(student, role=name, own=False) for name in read]
     seen = [(held.where, held.name, held.numbers, held.offload) for held in others]
     return [
         student,
