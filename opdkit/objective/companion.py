@@ -82,8 +82,13 @@ class Companion(ABC):
 
     # The name under which a formula reads it, where it is a model: LogRatio("ema", "student").
     model = ""
-    # How many copies of the weights that learn it holds, for estimates of memory.
-    copies = 0
+
+    @property
+    def copies(self) -> int:
+        """How many copies of the weights that learn it holds, for estimates of memory; a model is
+        taken to hold one.
+        """
+        return int(bool(self.model))
 
     @abstractmethod
     def build(self, around: Around) -> CompanionState:

@@ -27,7 +27,6 @@ class Ema(Companion):
     rate: float = 0.01
     every: int = 1
     model: str = "ema"
-    copies = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1:
