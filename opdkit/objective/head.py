@@ -301,7 +301,7 @@ class _ChunkedSum(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden) if to_hidden else None
         d_weight = _sum_for(weight, wide) if to_weight else None
         d_bias = _sum_for(bias, wide) if to_bias else None
-        d_owned = [_sum_for(p, wide) for p in owned]
+        d_owned = [torch.zeros_like(p, dtype=wide) for p in owned]
         rows = head.size(hidden)
         for at in chunks:
             states = hidden[at].detach()
@@ -337,7 +337,7 @@ class _ChunkedSum(torch.autograd.Function):
             d_hidden,
             d_weight if d_weight is None else d_weight.to(weight.dtype),  # type: ignore[union-attr]
             d_bias if d_bias is None else d_bias.to(bias.dtype),  # type: ignore[union-attr]
-            *(d.to(p.dtype) for d, p in zip(d_owned, owned)),  # type: ignore[union-attr]
+            *(d.to(p.dtype) for d, p in zip(d_owned, owned)),
         )
         return total
 
