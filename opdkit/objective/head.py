@@ -242,9 +242,9 @@ class LearningPass:
             self.slopes[i] += self._steepness(value, logits)
             total = total + value
         for i, planned in self.rollout_terms:
-            value = (planned.slope.flatten()[self.positions[at]] * live.logp).sum()
+            value = (planned.slope.flatten()[live.positions] * live.logp).sum()
             self.slopes[i] += self._steepness(value, logits)
-            total = total + value
+            total = total + value + planned.owned_at(live.positions)
         self._note(at, live)
         return total
 

@@ -44,6 +44,16 @@ class PlannedRollouts(PlannedTerm):
 
     slope: Tensor  # [B, T]: d term / d log pi_s of each token
     values: Tensor  # [B, T]: what each rollout adds to the loss, at the first of its tokens
+    # parameters [...] beside the student that the loss computed with, and d term / d each
+    owned: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def owned_at(self, positions: Tensor) -> Tensor | float:
+        """[] of which the gradient in what stands beside the student is the term's, once: at the
+        first position that the term looks at, 0 at flat positions [n] without it.
+        """
+        if not self.owned or int(self.weight.flatten().nonzero()[0]) not in positions:
+            return 0.0
+        return torch.stack([(p * slope).sum() for p, slope in self.owned]).sum()
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,7 @@ def _with_slope(planned: PlannedTerm, batch: Batch) -> PlannedRollouts:
     rows = mask.any(1).nonzero()[:, 0]
     logp = batch.read(LogpFact("live")).detach().clone().requires_grad_()
     slope, values = torch.zeros_like(logp), torch.zeros_like(logp)
+    owned: list[tuple[Tensor, Tensor]] = []
     scale = _one_scale(planned, mask[rows], planned.scale[rows])
     if bool((scale != 0).any()):
         with torch.enable_grad():
@@ -109,7 +120,10 @@ def _with_slope(planned: PlannedTerm, batch: Batch) -> PlannedRollouts:
             each = torch.where(scale != 0, scale * each, 0.0)
         values[rows, mask[rows].long().argmax(1)] = each.detach()
         if each.requires_grad:
-            slope = torch.autograd.grad(each.sum(), logp)[0]
+            leaves = [logp, *batch.companions.parameters]
+            found = torch.autograd.grad(each.sum(), leaves, allow_unused=True)
+            slope = slope if found[0] is None else found[0]
+            owned = [(p, d) for p, d in zip(leaves[1:], found[1:]) if d is not None]
     return PlannedRollouts(
         planned.name,
         planned.term,
@@ -118,6 +132,7 @@ def _with_slope(planned: PlannedTerm, batch: Batch) -> PlannedRollouts:
         planned.denominator,
         torch.where(mask, slope, 0.0).detach(),
         values.detach(),
+        tuple(owned),
     )
 
 

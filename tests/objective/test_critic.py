@@ -24,6 +24,7 @@ from opdkit.objective import (
     Objective,
     PolicyGradient,
     Reward,
+    RolloutLoss,
     Stepped,
     TokenLoss,
     Trained,
@@ -218,3 +219,37 @@ def test_a_head_learns_what_it_is_told() -> None:
         batch.companions.after_step(Stepped(batch, batch.mask, updates=update))
         assert all(p.grad is None for p in batch.companions.parameters)
     assert losses[-1] < 0.1 * losses[0]
+
+
+@dataclass(frozen=True)
+class Scaled(RolloutLoss, Companion):
+    """-log sigmoid(+-a R / 2), a learnt and R the log-prob of a rollout, + where it is right."""
+
+    def build(self, around: Around) -> Trained:
+        return Trained(nn.Linear(1, 1, bias=False, dtype=around.dtype), 0.1)
+
+    def value(self, logp: Tensor, mask: Tensor, rows: Tensor, batch: Batch) -> Tensor:  # [R]
+        total = torch.where(mask, logp, 0.0).sum(1, keepdim=True) / 2
+        sign = torch.where(batch.reward[rows] > 0, 1.0, -1.0)
+        return -(batch.companion(self)(total)[:, 0] * sign).sigmoid().log()
+
+
+def test_a_loss_over_rollouts_teaches_what_it_owns_once() -> None:
+    """By hand: d/da of the mean over rollouts of -log sigmoid(s a R / 2) is the mean of
+    -(1 - sigmoid(s a R / 2)) s R / 2; in any micro-batches, chunks and minibatches.
+    """
+    case = fabricate(Objective(Scaled()))
+    mask, reward = case.mask, torch.tensor(case.columns["reward"])
+    assert mask is not None
+    logp = case.student.log_softmax(-1).gather(-1, case.tokens[..., None])[..., 0]
+    half = torch.where(mask, logp, 0.0).sum(1) / 2 * torch.where(reward > 0, 1.0, -1.0)
+    for rows in (None, [3, 4, 5], [0]):
+        mine = half if rows is None else half[rows]
+        for parts in (None, [[0, 4], [3, 1], [2, 5]], [[i] for i in range(6)]):
+            for chunk in (1, None):
+                out = case.run(Objective(Scaled()), parts, chunk, rows)
+                (a,) = out.companions.parameters
+                expected = -((1 - (a * mine).sigmoid()) * mine).mean()
+                assert a.grad is not None
+                assert a.grad.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert "micro-batches do not change it" in check(Scaled()).passed
