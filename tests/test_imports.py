@@ -23,7 +23,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = {  # each room and the rooms that it may import, all of them above it here
     "base": "",
-    "types": "base",
+    "types": "",
     "objective": "base types",
     "curricula": "base types objective",
     "methods": "base objective curricula",

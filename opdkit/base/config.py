@@ -51,8 +51,8 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     for key, value in made.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(
-                f"{where}{key} must be a finite number, not {value}: what is computed with it "
-                "would be infinite or no number"
+                f"{where.rstrip('.') or cls.__name__}: {key}={value} must be a finite number: what "
+                "is computed with it would be infinite or no number"
             )
     return built
 

@@ -33,6 +33,7 @@ from opdkit.run.open import Given, Models
 from opdkit.run.prompts import make_prompts, read_rows
 from opdkit.run.refuse import refuse_long
 from opdkit.run.settings import Run
+from opdkit.sampling.draws import check_sampling
 from opdkit.teachers import route
 from opdkit.teachers.base import cut, heads_of
 from opdkit.train.gather import gather
@@ -204,6 +205,7 @@ def reading(top_k: int) -> Method:
 
 def _refuse(run: Run, method: Method) -> None:
     """What cannot work, before anything is read."""
+    check_sampling(run.sampling)
     for teacher in [run.teachers, *run.teachers.routes.values()]:
         if teacher.own_data is not None:
             raise UserError(

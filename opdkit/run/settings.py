@@ -12,15 +12,81 @@ from typing import Any, ClassVar
 
 from opdkit.base.config import build, override, parse_overrides, plain, read_yaml, to_yaml
 from opdkit.base.errors import UserError, shown
-from opdkit.base.rules import OutOfRange, follow
+from opdkit.base.rules import Rules, at_least, follow
+from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.methods.method import Method, load
-from opdkit.run.ranges import DATA, EVALUATE, RUN
+from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.kinds import sampler_of
 from opdkit.sampling.settings import SamplerSettings
 from opdkit.teachers.kinds import one_teacher_of, teacher_of
 from opdkit.teachers.teacher import Teacher
 from opdkit.train.settings import Checkpoint, Lora, Optim
 from opdkit.types import Sampling
+
+NAMED = (lambda name: bool(name.strip()), "a name that is not empty", "it says what is read")
+DATA: Rules = {
+    "source": NAMED,
+    "limit": at_least(1, "it is how many of the first rows are read", null="all"),
+    "max_prompt_length": at_least(
+        1, "prompts of more tokens are dropped, and a shorter one there is none", null="no limit"
+    ),
+}
+EVALUATE: Rules = {
+    "every": at_least(
+        0, "it is the number of steps between two evaluations; 0 has them before and after the run"
+    ),
+    "num_generations": at_least(1, "it is the number of answers to each problem"),
+    "ks": (len, "at least one number", "each is the k of a Pass@k"),
+}
+DTYPES = ("float32", "bfloat16", "float64")
+WRITERS = ("student", "cache")
+RUN: Rules = {
+    "student": NAMED,
+    "output": (
+        lambda name: bool(name.strip()) and "\0" not in name,
+        "the name of a folder",
+        "the run is written into it",
+    ),
+    "teacher_dtype": (
+        lambda dtype: dtype is None or dtype in DTYPES,
+        f"one of {', '.join(DTYPES)}, or null for the student's",
+        "the teacher computes in it",
+    ),
+    "device": (
+        lambda device: bool(device) and device.partition(":")[0] != "meta",
+        "auto, cpu, cuda or cuda:N",
+        "models are kept and computed there",
+    ),
+    "seed": (
+        lambda seed: 0 <= seed < 2**32,
+        "between 0 and 2^32 - 1",
+        "generators of random numbers take no other",
+    ),
+    "steps": at_least(1, "without a step nothing is learnt"),
+    "max_tokens": at_least(1, "the run ends once the student has written so many", null="no limit"),
+    "prompts_per_step": at_least(1, "without a prompt nothing is learnt"),
+    "micro_batch_tokens": at_least(
+        1, "it is the tokens of one forward pass", null="what the device has room for"
+    ),
+    "overlong_margin": at_least(
+        1, "it is the tokens over which the reward falls by 1", null="no penalty"
+    ),
+    "keep_samples": at_least(0, "it is how many rollouts are kept of a recorded step; 0 for none"),
+    "sample_every": at_least(0, "it is the number of steps between recorded rollouts; 0 for none"),
+    "term_gradients_every": at_least(
+        0, "it is the number of steps between two measurements; 0 for none"
+    ),
+    "dtype": (
+        lambda dtype: dtype in DTYPES,
+        f"one of {', '.join(DTYPES)}",
+        "it is that of the student's matrix products",
+    ),
+    "rollouts": (
+        lambda writer: writer in WRITERS,
+        f"one of {', '.join(WRITERS)}",
+        "it says who writes the rollouts",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -58,12 +124,10 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         follow(EVALUATE, self)
-        if max(self.ks) > self.num_generations:
-            raise OutOfRange(
-                f"ks={self.ks} asks for Pass@{max(self.ks)}, which cannot be estimated from "
-                f"num_generations={self.num_generations} answers to each problem: set "
-                f"num_generations to {max(self.ks)} or more, or leave that k out"
-            )
+        check_ks(self.num_generations, self.ks)
+        if self.sampling is not None:
+            check_sampling(self.sampling, "evaluate.sampling")
+            drawn(self.sampling, self.num_generations)
 
     @property
     def prompts(self) -> Data:
@@ -134,6 +198,9 @@ class Run:
     teacher_dtype: str | None = None  # null: as the student
     device: str = "auto"
     gradient_checkpointing: bool = False
+    # the dropout of the student's configuration (LoRA's is lora.dropout); false: it learns with it,
+    # other than it samples and is scored
+    disable_dropout: bool = True
     # padded tokens of one forward pass; changes memory and speed, never the gradient (null: by
     # device)
     micro_batch_tokens: int | None = None
@@ -152,6 +219,7 @@ class Run:
 
     def __post_init__(self) -> None:
         follow(RUN, self)
+        check_sampling(self.sampling)
         teacher_of(self.teacher)  # a wrong setting is an error here, before anything else is done
         sampler_of(self.sampler)
 

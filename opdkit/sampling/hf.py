@@ -18,6 +18,7 @@ from opdkit.objective.head import Head
 from opdkit.sampling.attention import decoding
 from opdkit.sampling.check import check_model, check_prompts
 from opdkit.sampling.decode import Decoding, Guide
+from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.finish import Tick, finish, rollout_ids
 from opdkit.sampling.kv_cache import tokens_that_fit
 from opdkit.types import Prompt, Rollout, Sampling, Watch
@@ -80,6 +81,7 @@ class HFSampler:
         string (tokens kept, text cut), or at `max_completion_length`. A prompt's prefix opens its
         responses: marked "guided", with log-probs under the model's plain softmax.
         """
+        check_sampling(sampling)
         if not prompts:
             return []
         head = self.head or head_of(self.model, real_vocabulary(self.tokenizer))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opdkit.base.rules import Rules, at_least, follow, optional
+from opdkit.base.rules import Rules, at_least, follow
 from opdkit.models.held import WIDTH, Held
 from opdkit.sampling.kv_cache import CPU_BYTES, FREE_SHARE
 from opdkit.sampling.settings import Pace, Room, SamplerContext, SamplerSettings, Sizes
 from opdkit.types import Sampler
 
-BATCH: Rules = {
-    "max_batch_tokens": (
-        optional(at_least(1)),
-        "at least 1, or null for what the memory holds",
-        "it is the room for the rollouts that are sampled at once",
+HF: Rules = {
+    "max_batch_tokens": at_least(
+        1,
+        "it is the tokens of all rollouts that are sampled at once",
+        null="what the device has room for",
     )
 }
 
@@ -29,7 +29,7 @@ class HfSettings(SamplerSettings):
     max_batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        follow(BATCH, self)
+        follow(HF, self)
 
     def open(self, context: SamplerContext) -> Sampler:
         from opdkit.sampling.hf import HFSampler

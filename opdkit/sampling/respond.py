@@ -15,6 +15,7 @@ from opdkit.models.load import CausalLM
 from opdkit.models.tokenizers import stop_ids
 from opdkit.objective.head import Head
 from opdkit.sampling.check import check_prompts
+from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.finish import Response, Tick, finish, rollout_ids
 from opdkit.types import Prompt, Rollout, Sampling
 
@@ -77,6 +78,7 @@ class EngineSampler(Engine):
         progress: Tick | None = None,
     ) -> list[Rollout]:
         """All responses to the first prompt, then to the second, ...: see `HFSampler.sample`."""
+        check_sampling(sampling)
         if not prompts:
             return []
         check_engine(sampling, check_prompts(prompts, sampling, self.model, self.head), self.limit)

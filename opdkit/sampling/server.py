@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 import torch
 
 from opdkit.base.errors import UserError
-from opdkit.base.rules import CLIENT, follow
 from opdkit.models.body import head_of
 from opdkit.models.engines.endpoint import Endpoint
 from opdkit.models.engines.probe import Probe
@@ -84,7 +83,12 @@ class ServerSettings(SamplerSettings):
     sync_tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        follow(CLIENT, self)
+        if not self.urls:
+            raise ValueError(
+                "a sampling server needs at least one url, such as http://127.0.0.1:8000"
+            )
+        if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
+            raise ValueError("concurrency must be at least 1, timeout positive, retries at least 0")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(
                 f"dtype={self.dtype!r} must be one that vLLM computes in: {', '.join(DTYPES)}"

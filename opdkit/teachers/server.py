@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from opdkit.base.errors import UserError
-from opdkit.base.rules import CLIENT, follow
 from opdkit.models.engines.endpoint import Endpoint, Refused
 from opdkit.models.held import ELSEWHERE, Held
 from opdkit.models.identity import Identity
@@ -43,7 +42,12 @@ class ServerTeacher(Teacher):
     api_key_env: str | None = None
 
     def __post_init__(self) -> None:
-        follow(CLIENT, self)
+        if not self.urls:
+            raise ValueError(
+                "a server teacher needs at least one url, such as http://127.0.0.1:8000"
+            )
+        if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
+            raise ValueError("concurrency must be at least 1, timeout positive, retries at least 0")
 
     @classmethod
     def from_text(cls, text: str) -> dict[str, Any]:

@@ -12,15 +12,9 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 # With other numbers a run goes on, step by step, and learns nothing, or goes uphill.
 LORA: Rules = {
-    "r": (
-        lambda r: r >= 1,
-        "at least 1",
-        "it is the rank of the adapters, and without one nothing is learnt",
-    ),
-    "alpha": (
-        lambda a: a >= 1,
-        "at least 1",
-        "adapters are scaled by alpha / r; at 0 they get no gradient, and nothing is learnt",
+    "r": at_least(1, "it is the rank of the adapters, and without one nothing is learnt"),
+    "alpha": at_least(
+        1, "adapters are scaled by alpha / r; at 0 they get no gradient, and nothing is learnt"
     ),
     "dropout": (
         lambda d: 0 <= d < 1,
@@ -29,16 +23,25 @@ LORA: Rules = {
     ),
 }
 OPTIM: Rules = {
+    "schedule": (
+        lambda schedule: schedule in SCHEDULES,
+        f"one of {', '.join(SCHEDULES)}",
+        "it is the shape of the learning rate after warm-up",
+    ),
     "learning_rate": (
         lambda rate: rate is None or 0 < rate < math.inf,
         "positive and finite, or null for the usual one",
         "at 0 nothing is learnt, and below it every step goes uphill, away from what the method "
         "teaches",
     ),
-    "warmup_steps": (
-        lambda n: n >= 0,
-        "at least 0",
-        "it is the number of optimiser steps over which the learning rate rises",
+    "warmup_steps": at_least(
+        0, "it is the number of optimiser steps over which the learning rate rises"
+    ),
+    "passes": at_least(
+        1, "it is how often a step's rollouts are gone through, and without one nothing is learnt"
+    ),
+    "minibatches": at_least(
+        1, "it is the number of optimiser steps of a pass, and without one nothing is learnt"
     ),
     "weight_decay": (
         lambda decay: 0 <= decay < math.inf,
@@ -65,11 +68,14 @@ OPTIM: Rules = {
         "such step uphill",
     ),
 }
-
-
 CHECKPOINT: Rules = {
-    "every": (at_least(0), "at least 0 (0: only at the end)", "it is a number of steps"),
-    "keep": (at_least(1), "at least 1", "a run that keeps none cannot be continued"),
+    "every": at_least(
+        0, "it is the number of steps between two checkpoints; 0 saves only at the end"
+    ),
+    "keep": at_least(
+        1,
+        "it is how many of the newest checkpoints stay, and a run is resumed from the newest one",
+    ),
 }
 
 
@@ -100,13 +106,10 @@ class Optim:
     eps: float = 1e-8
     max_grad_norm: float | None = 1.0  # longer gradients are shortened to it; null or 0: none is
     passes: int = 1  # times a rollout batch is gone through
-    minibatches: int = 1  # optimiser steps per pass
+    # optimiser steps per pass; fewer where a step has fewer groups, which are not divided
+    minibatches: int = 1
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r} must be one of {', '.join(SCHEDULES)}")
-        if self.passes < 1 or self.minibatches < 1:
-            raise ValueError("passes and minibatches must be at least 1")
         follow(OPTIM, self)
 
 

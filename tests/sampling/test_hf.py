@@ -537,6 +537,7 @@ def test_progress_counts_finished_rollouts() -> None:
             DRAWN,
             r"prompt 'far' holds token id 320.*another model's tokenizer",
         ),
+        (PROMPTS, replace(DRAWN, top_p=0.0), r"sampling: top_p=0.0"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(
