@@ -36,6 +36,7 @@ from opdkit.train.collect.filters import (
     OverlongPenalty,
     newlines,
 )
+from opdkit.train.idle import Idle
 from opdkit.train.job import HeldOut, Job, Length, Scoring
 from opdkit.train.record import Recorder
 from opdkit.train.track import open_trackers
@@ -137,6 +138,7 @@ def make_recorder(run: Run, given: Given, asked: Asked, opened: Opened, state: S
         run.term_gradients_every,
         given.show or Screen(run.steps, state.step, run.max_tokens, state.tokens),
         (lambda rollout: route(rollout.row.get("teacher"), routes, rollout.id)) if routes else None,
+        Idle(bool(asked.method.needs.columns & {"reward", "correct"})),
     )
 
 

@@ -4,10 +4,12 @@ then every model is opened once, and the job assembled.
 
 from __future__ import annotations
 
+from opdkit.models.device import device_of
 from opdkit.run.ask import ask
 from opdkit.run.assemble import assemble
 from opdkit.run.open import Given
 from opdkit.run.opened import open_models
+from opdkit.run.resolve import on_device
 from opdkit.run.settings import Run
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
@@ -21,6 +23,7 @@ def prepare(
 
     `overwrite` removes what an earlier run left in the folder, once everything is known to load.
     """
+    run = on_device(run, device_of(run.device).startswith("cuda"))
     asked = ask(run, given)
     checkpoint = checkpoints.newest(run.folder) if resume else None
     opened = open_models(run, given, asked.method, checkpoint)

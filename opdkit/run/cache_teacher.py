@@ -32,6 +32,7 @@ from opdkit.objective.signals import LogRatio
 from opdkit.run.open import Given, Models
 from opdkit.run.prompts import make_prompts, read_rows
 from opdkit.run.refuse import refuse_long
+from opdkit.run.resolve import on_device
 from opdkit.run.settings import Run
 from opdkit.sampling.draws import check_sampling
 from opdkit.teachers import route
@@ -63,6 +64,7 @@ def cache_teacher(
     """
     _refuse_sizes(run, top_k, prompts_per_shard)
     folder, method = Path(folder), reading(top_k)
+    run = on_device(run, device_of(run.device).startswith("cuda"))
     _refuse(run, method)
     rows = read_rows(run.prompts, None, run.seed)
     routes = run.teachers.routes

@@ -16,8 +16,10 @@ from opdkit.models.quantize import merged
 from opdkit.report import write_report
 from opdkit.run.build import prepare
 from opdkit.run.open import Given
-from opdkit.run.plan import use_of
+from opdkit.run.origin import write_origin
+from opdkit.run.plan import fitting, use_of
 from opdkit.run.prompts import as_rows
+from opdkit.run.resolve import resolve
 from opdkit.run.settings import Run, claim_folder, make_run, set_value
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.loop import train
@@ -107,10 +109,13 @@ def _execute(run: Run, given: Given, resume: bool, overwrite: bool) -> Result:
             "resume continues the run in the output folder, overwrite replaces it: choose one of "
             "them"
         )
+    run = resolve(run, resume)
     claim_folder(run.folder, resume or overwrite)
     job, state = prepare(run, given, resume=resume, overwrite=overwrite)
     if given.student is None and given.teacher is None and given.method is None:
         job.recorder.use = use_of(run)
+        job.micro_batch_tokens = fitting(run) or job.micro_batch_tokens
+    write_origin(run.folder, state.step, str(job.student.device))
     with job.recorder.trackers:
         state = train(job, state)
     final = run.folder / "model"

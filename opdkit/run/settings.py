@@ -38,6 +38,7 @@ EVALUATE: Rules = {
     "num_generations": at_least(1, "it is the number of answers to each problem"),
     "ks": (len, "at least one number", "each is the k of a Pass@k"),
 }
+AUTO = "auto"  # decided as the run begins
 DTYPES = ("float32", "bfloat16", "float64")
 WRITERS = ("student", "cache")
 RUN: Rules = {
@@ -77,8 +78,8 @@ RUN: Rules = {
         0, "it is the number of steps between two measurements; 0 for none"
     ),
     "dtype": (
-        lambda dtype: dtype in DTYPES,
-        f"one of {', '.join(DTYPES)}",
+        lambda dtype: dtype in (AUTO, *DTYPES),
+        f"one of {AUTO}, {', '.join(DTYPES)}",
         "it is that of the student's matrix products",
     ),
     "rollouts": (
@@ -171,7 +172,7 @@ class Run:
     teacher: str | dict[str, Any]
     data: str | Data
     method: str | MethodSpec = "opd"
-    output: str = "runs/run"
+    output: str = AUTO  # auto: runs/METHOD-NNN, the first number that is free
     reward: str | None = None
     reference: str | None = None  # null: the student's initial weights
     models: dict[str, str] = field(default_factory=dict)  # further models that the method names
@@ -193,11 +194,12 @@ class Run:
     lora: Lora | None = None
     evaluate: Evaluate | None = None
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    # of the student's matrix products: float32, or bfloat16 with float32 weights
-    dtype: str = "float32"
+    # of the student's matrix products: float32, or bfloat16 with float32 weights; auto: bfloat16 on
+    # a GPU
+    dtype: str = AUTO
     teacher_dtype: str | None = None  # null: as the student
     device: str = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None  # null: on a GPU
     # the dropout of the student's configuration (LoRA's is lora.dropout); false: it learns with it,
     # other than it samples and is scored
     disable_dropout: bool = True

@@ -81,7 +81,14 @@ def clear(folder: Path) -> None:
     tidy(folder)
     for path in [*checkpoints(folder), folder / "samples", folder / "model"]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in ("run.yaml", "metrics.jsonl", "evals.jsonl", "report.html", "summary.json"):
+    for name in (
+        "run.yaml",
+        "metrics.jsonl",
+        "evals.jsonl",
+        "report.html",
+        "summary.json",
+        "origin.jsonl",
+    ):
         (folder / name).unlink(missing_ok=True)
 
 

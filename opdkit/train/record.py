@@ -79,7 +79,7 @@ class StepRecord:
     def metrics(self, batch: Batch) -> dict[str, float]:
         """Losses per optimiser step, weights, entropy and the distance to the teacher, in nats."""
         steps = max(len(self.plans), 1)
-        out: dict[str, float] = {}
+        out: dict[str, float] = {"loss": 0.0}  # where no term has a token to look at
         if self.parts:
             parts = torch.stack(self.parts).sum(0) / steps
             out["loss"] = parts.sum().item()
@@ -160,6 +160,8 @@ class Recorder:
     show: Callable[[int, Mapping[str, float]], None] | None = None
     # where there are several teachers: the one that scores a rollout
     route: Callable[[Rollout], str] | None = None
+    # says so where nothing is learnt
+    idle: Callable[[Mapping[str, float]], object] | None = None
     # of the device's arithmetic, by phase
     use: Callable[[Sequence[Rollout], Mapping[str, float]], dict[str, float]] | None = None
 
@@ -191,6 +193,8 @@ class Recorder:
         metrics["tokens/sampled_so_far"] = tokens
         metrics["memory/peak_gib"] = peak_memory(student.device)
         self.trackers.log(step, metrics)
+        if self.idle is not None:
+            self.idle(metrics)
         if self.keep_samples and self.sample_every and (step == 1 or step % self.sample_every == 0):
             self.samples(step, rollouts[: self.keep_samples], batch, record.plans[0])
         if self.show is not None:
@@ -202,6 +206,7 @@ class Recorder:
         credit = credit_of(part.term.loss)
         credits = None if credit is None else credit(batch).expand(batch.shape)
         teacher = batch.facts.get(LogpFact("teacher"))
+        weight = torch.stack([p.weight.expand(batch.shape) for p in plan.parts]).sum(0)
         lines = []
         for b, r in enumerate(rollouts):
             n = len(r.tokens)
@@ -212,7 +217,7 @@ class Recorder:
                     "prompt": r.row.get("prompt"),
                     "pieces": [self.token_text(t) for t in r.tokens],
                     "credit": _numbers(credits, b, n),
-                    "weight": _numbers(part.weight, b, n),
+                    "weight": _numbers(weight, b, n),
                     "logp": r.logp if r.logp else _numbers(None, b, n),
                     "teacher_logp": _numbers(teacher, b, n),
                     "reward": r.reward,

@@ -25,7 +25,7 @@ MOMENTS = (
     "after recording",
 )
 # hold timings, the folder's name, digests of a zip file
-NOT_COMPARED = ("report.html", "run.yaml", "manifest.json")
+NOT_COMPARED = ("report.html", "run.yaml", "manifest.json", "origin.jsonl")
 
 
 def in_child(

@@ -35,6 +35,7 @@ from opdkit.run.plan.memory import (
 )
 from opdkit.run.plan.models import student_dtype
 from opdkit.run.plan.work import body, head
+from opdkit.run.resolve import on_device
 from opdkit.run.settings import Run, make_run
 from opdkit.sampling.kv_cache import new_cache
 from opdkit.teachers import LocalModel
@@ -60,7 +61,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tiny_run(**settings: Any) -> Run:
-    return make_run({"student": "s", "teacher": "t", "data": "d", **settings})
+    run = make_run({"student": "s", "teacher": "t", "data": "d", **settings})
+    return on_device(run, gpu=False)
 
 
 def qwen_run(**settings: Any) -> Run:
@@ -534,7 +536,7 @@ def test_devices_by_name_by_numbers_and_changed() -> None:
 
 
 def test_what_does_not_fit_is_said_with_what_would() -> None:
-    run = qwen_run()
+    run = qwen_run(gradient_checkpointing=False, micro_batch_tokens=16384)
     tight = plan(run, KNOWN["l4"])
     assert not tight.memory.fits and "does not fit" in str(tight)
     found = {change.setting: change for change in tight.changes}
@@ -552,6 +554,8 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
             "teacher": run.teacher,
             "data": "d",
             "dtype": "bfloat16",
+            "gradient_checkpointing": False,
+            "micro_batch_tokens": 16384,
             "sampling": {"max_completion_length": 4096},
         }
         alone = plan(make_run(values, [setting]), KNOWN["l4"])
@@ -559,6 +563,24 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
             found[setting].peak,
             found[setting].fits,
         )
+
+
+def test_readme_s_three_lines_fit_a_card() -> None:
+    """Nothing said of the device: on a GPU bfloat16, checkpointing, and passes that fit."""
+    values = {
+        "student": "Qwen/Qwen3-0.6B",
+        "teacher": "Qwen/Qwen3-4B",
+        "data": "openai/gsm8k:main",
+        "method": "iw_opd",
+    }
+    sizes = {}
+    for card in ("h100", "a100-40gb", "l4"):
+        made = plan(make_run(values), KNOWN[card])
+        assert made.memory.fits and made.run.dtype == "bfloat16" and made.run.gradient_checkpointing
+        sizes[card] = made.run.micro_batch_tokens
+    assert sizes["h100"] == 16384 and sizes["l4"] < 16384  # smaller where there is less room
+    on_cpu = on_device(make_run(values), gpu=False)
+    assert (on_cpu.dtype, on_cpu.gradient_checkpointing) == ("float32", False)
 
 
 def test_text_and_json_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:

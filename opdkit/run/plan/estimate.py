@@ -15,16 +15,20 @@ from opdkit.methods.method import Method
 from opdkit.models.held import ELSEWHERE, Held
 from opdkit.rewards import Reward, load_reward
 from opdkit.run.plan.changes import Change, changes
-from opdkit.run.plan.devices import GIB, Device
+from opdkit.run.plan.devices import GIB, Device, find_device
 from opdkit.run.plan.memory import PHASES, USABLE, Memory, Step, memory_of, step_of
 from opdkit.run.plan.models import models_of
 from opdkit.run.plan.work import USUAL, Load, Phase, Rates, load_of, phases, sampling
 from opdkit.run.prompts import from_cache
 from opdkit.run.refuse import refuse
+from opdkit.run.resolve import on_device
 from opdkit.run.settings import Run
 
 WIDE = 58  # of the names in the table of memory
 INSTALLED = ("math", "reasoning_gym", "code")  # rewards that need packages, or a sandbox
+
+
+MICRO = (16384, 8192, 4096, 2048)  # tokens of a forward pass that are tried, largest first
 
 
 def plan(
@@ -39,10 +43,34 @@ def plan(
             f"a mean response of {response:g} tokens cannot be: give a positive number, or none "
             "for half of the limit"
         )
+    run = on_device(run, device.gpu)
     method = from_cache(run.method_spec.load(), run)
     reward, notes = _reward(run)
     refuse(run, method, reward)
-    return RunPlan(run, method, device, rates, response, notes)
+    return RunPlan(sized(run, method, device), method, device, rates, response, notes)
+
+
+def sized(run: Run, method: Method, device: Device) -> Run:
+    """With the largest forward passes that a GPU has room for, where the run leaves them open."""
+    if run.micro_batch_tokens is not None or not device.gpu:
+        return run
+    models = models_of(run, method)
+    for tokens in MICRO:
+        tried = replace(run, micro_batch_tokens=tokens)
+        if memory_of(tried, method, models, step_of(tried, device), device).fits:
+            return tried
+    return run
+
+
+def fitting(run: Run) -> int | None:
+    """`micro_batch_tokens` of a run on the GPU that is here; None on a CPU, and where it cannot be
+    reckoned: an estimate ends no run.
+    """
+    try:
+        device = find_device(setting=run.device)
+        return sized(run, from_cache(run.method_spec.load(), run), device).micro_batch_tokens
+    except Exception:
+        return run.micro_batch_tokens
 
 
 def _reward(run: Run) -> tuple[Reward | None, tuple[str, ...]]:

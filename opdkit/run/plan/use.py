@@ -13,6 +13,7 @@ from opdkit.run.plan.devices import Device, find_device
 from opdkit.run.plan.models import models_of
 from opdkit.run.plan.work import USUAL, Load, peak, phases
 from opdkit.run.prompts import from_cache
+from opdkit.run.resolve import on_device
 from opdkit.run.settings import Run
 from opdkit.types import Rollout
 
@@ -60,5 +61,5 @@ def use_of(run: Run) -> Use | None:
     method, device = from_cache(run.method_spec.load(), run), find_device(setting=run.device)
     if not device.tflops:
         return None
-    once = replace(run, gradient_checkpointing=False)
+    once = replace(on_device(run, device.gpu), gradient_checkpointing=False)
     return Use(once, method, models_of(run, method), device)
