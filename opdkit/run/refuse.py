@@ -14,6 +14,7 @@ from opdkit.curricula import reads_cache, writer_of
 from opdkit.data import Prompts
 from opdkit.methods.method import Method
 from opdkit.objective.facts import LogpFact
+from opdkit.objective.grammar import credit_of
 from opdkit.rewards import Reward
 from opdkit.run.prompts import sampled_as
 from opdkit.run.settings import Run
@@ -56,6 +57,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
             "token by token: set sampler=hf"
         )
+    _refuse_undrawn(method)
     _refuse_never_validated(run, method)
     sampling = sampled_as(run, method)
     _refuse_alone(run, method, sampling)
@@ -92,6 +94,18 @@ def _refuse_without_reward(run: Run, method: Method) -> None:
                 f"{name} goes by the rewards of rollouts, and the run has none: set reward, or "
                 f"leave {name} out"
             )
+
+
+def _refuse_undrawn(method: Method) -> None:
+    """Policy gradients where the student never writes."""
+    credited = [term for term in method.objective.terms if credit_of(term.loss) is not None]
+    if credited and not writer_of(method.curriculum).draws:
+        raise UserError(
+            f"method {method.name or 'own'!r} reads every response from the data, and its term "
+            f"{credited[0]} is a policy gradient: of tokens that the student did not draw there is "
+            "none, so that the term would teach nothing. Let the student write some of the batches "
+            "(lmbda above 0), or leave the term out"
+        )
 
 
 def _refuse_alone(run: Run, method: Method, sampling: Sampling) -> None:

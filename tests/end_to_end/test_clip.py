@@ -1,5 +1,5 @@
-"""A clip compares the student with itself before the step: nothing of fresh rollouts is beyond it at
-the first optimiser step, whatever drew them and in whatever numbers.
+"""A clip compares the student with itself before the step: nothing of fresh rollouts is beyond it
+at the first optimiser step, whatever drew them and in whatever numbers.
 """
 
 from __future__ import annotations
