@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from opdkit.base.errors import UserError
 from opdkit.models.load import CausalLM, evaluating
+from opdkit.models.tokenizers import usable
 from opdkit.objective.head import Head
 
 # of the largest logit: body and head against the whole model
@@ -75,18 +76,23 @@ def head_of(model: CausalLM, vocab: int | None = None) -> Head:
     )
 
 
-def shared_vocabulary(heads: Sequence[Head], tokens: int) -> int | None:
-    """Rows that every head keeps: those of the tokenizer's `tokens`; None where no head has more.
+def shared_vocabulary(heads: Sequence[Head], tokenizer: Any) -> int:
+    """Ids that every head can write: the tokenizer's, or fewer where a head lacks added tokens.
 
-    The rest only pad the matrix.
+    Rows behind them only pad the matrix.
     """
-    sizes = [len(h.weight) for h in heads if h.weight is not None]
-    if min(sizes) < tokens:
-        raise UserError(
-            f"a model's head has {min(sizes)} rows, fewer than the tokenizer's {tokens} tokens: it "
-            "cannot score every token the student may write. Use models of one family"
-        )
-    return tokens if max(sizes) > tokens else None
+    rows = [
+        len(h.weight) if h.vocab is None else min(h.vocab, len(h.weight))
+        for h in heads
+        if h.weight is not None
+    ]
+    return usable(tokenizer, min(rows))
+
+
+def kept_rows(heads: Sequence[Head], vocabulary: int) -> int | None:
+    """What heads are cut to; None where no head has more rows."""
+    longer = any(h.weight is not None and len(h.weight) > vocabulary for h in heads)
+    return vocabulary if longer else None
 
 
 def check_head(model: CausalLM) -> None:

@@ -89,6 +89,7 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
     method, stored, student = asked.method, asked.stored, opened.student
     mix = guide(opened.scorers, method.teacher_mix) if method.teacher_mix else None
     prompts = make_prompts(run.prompts, asked.rows, opened.tokenizer)
+    prompts.refuse_unknown(opened.vocabulary)
     sampling = run.sampling if stored is None else stored.origin.sampling
     longest = refuse_long(prompts, student.model, sampling)
     return Collector(

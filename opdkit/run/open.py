@@ -5,6 +5,7 @@ whatever kind, and who samples.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from opdkit.models.body import check_head, head_of
 from opdkit.models.load import load_advised, load_tokenizer, take_loaded
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE
 from opdkit.models.quantize import quantized
-from opdkit.models.tokenizers import refuse_other_tokenizer, stop_ids
+from opdkit.models.tokenizers import end_with, refuse_other_tokenizer, shared_ids, stop_ids
 from opdkit.rewards import Reward
 from opdkit.run.settings import Run
 from opdkit.sampling import Guide
@@ -115,7 +116,21 @@ class Models:
             if run.lora is not None:
                 model.enable_input_require_grads()
         check_head(model)
+        self.end_as_teacher(model)
         return model
+
+    def end_as_teacher(self, student: Any) -> None:
+        """The student's answers end with whatever the teacher ends its own with, too."""
+        if "teacher" not in self.method.needs.models:
+            return
+        ends = self.run.teachers.ends(self._of_teacher(self.context))
+        if new := end_with(student, self.tokenizer, ends):
+            names = ", ".join(map(str, self.tokenizer.convert_ids_to_tokens(new)))
+            print(
+                f"opdkit: an answer of the student also ends with {names}, with which the teacher "
+                "ends its own",
+                file=sys.stderr,
+            )
 
     def _whole(self, start: str, resumed: bool) -> Any:
         """A student all of whose weights learn: float32 ones, whatever its products are in."""
@@ -182,7 +197,7 @@ class Models:
                 model = str(run.reference if name == "reference" else run.models[name])
                 theirs = load_tokenizer(model, run.trust_remote_code)
                 refuse_other_tokenizer(model, self.tokenizer, theirs)
-                out[name] = self.frozen(model)
+                out[name] = self.frozen(model).cut(shared_ids(self.tokenizer, theirs))
         return out
 
     def frozen(self, model: str, dtype: str | None = None) -> LocalModel:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from opdkit.methods.method import Method
-from opdkit.models.body import head_of, shared_vocabulary
+from opdkit.models.body import head_of, kept_rows, shared_vocabulary
 from opdkit.models.device import device_of
 from opdkit.models.load import load_tokenizer
-from opdkit.models.tokenizers import real_vocabulary
 from opdkit.run.open import Given, Models
 from opdkit.run.settings import Run
 from opdkit.sampling import HFSampler
@@ -28,6 +27,7 @@ class Opened:
     student: Student
     # "student" and "live" (the student as it is now), and every model the objective reads
     scorers: dict[str, Scorer | Remote]
+    vocabulary: int  # ids of the tokenizer that all of them have
 
     @property
     def sampler(self) -> HFSampler:
@@ -48,7 +48,8 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
     base = models.student(start, checkpoint is not None)
     others = models.others(base)
     heads = [head_of(base), *(head for scorer in others.values() for head in heads_of(scorer))]
-    vocab = shared_vocabulary(heads, real_vocabulary(tokenizer))
+    vocabulary = shared_vocabulary(heads, tokenizer)
+    vocab = kept_rows(heads, vocabulary)
     updates = run.steps * run.optim.passes * run.optim.minibatches
     student = Student(base, run.optim, run.learning_rate, updates, run.dtype == "bfloat16", vocab)
     scorers: dict[str, Scorer | Remote] = {
@@ -56,4 +57,4 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
         "live": LocalModel(base, student.head),
     }
     scorers |= {name: cut(scorer, vocab) for name, scorer in others.items()}
-    return Opened(models, tokenizer, student, scorers)
+    return Opened(models, tokenizer, student, scorers, vocabulary)

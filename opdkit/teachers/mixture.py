@@ -143,6 +143,10 @@ class MixtureTeacher(Teacher):
         for member in self.of.values():
             member.check(replace(context, given=None, by_ids=True))
 
+    def ends(self, context: TeacherContext) -> frozenset[int]:
+        members = (member.ends(replace(context, given=None)) for member in self.of.values())
+        return frozenset().union(*members)
+
     def open(self, context: TeacherContext) -> Scorer:
         inside = replace(context, given=None, by_ids=True)
         members = {name: member.open(inside) for name, member in self.of.items()}

@@ -169,6 +169,10 @@ class RoutedTeacher(Teacher):
         for name, teacher in self.teachers.items():
             teacher.check(context.on_route(name))
 
+    def ends(self, context: TeacherContext) -> frozenset[int]:
+        members = (t.ends(context.on_route(name)) for name, t in self.teachers.items())
+        return frozenset().union(*members)
+
     def open(self, context: TeacherContext) -> Routed | RoutedRemote:
         members = {name: t.open(context.on_route(name)) for name, t in self.teachers.items()}
         elsewhere = any(isinstance(member, Remote) for member in members.values())

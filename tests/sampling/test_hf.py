@@ -61,7 +61,7 @@ def stopping_model(kind: str = "qwen3", **config: Any) -> Any:
 
 
 def endless_tokenizer() -> Any:
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(chat_template=False)
     tokenizer.eos_token = None
     return tokenizer
 

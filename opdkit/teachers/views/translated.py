@@ -15,10 +15,10 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError
 from opdkit.data import Prompts
-from opdkit.models.body import shared_vocabulary
+from opdkit.models.body import kept_rows, shared_vocabulary
 from opdkit.models.layout import Layout
 from opdkit.models.token_bytes import TokenBytes, same_tokens, token_bytes
-from opdkit.models.tokenizers import real_vocabulary
+from opdkit.models.tokenizers import answer_end
 from opdkit.objective.alignment import EOS, OUT, AlignedSource, Alignment
 from opdkit.objective.head import Head, flat_positions
 from opdkit.teachers.base import Scorer, cut, heads_of
@@ -70,7 +70,7 @@ class Translated:
     student: TokenBytes
     teacher: TokenBytes
     stops: frozenset[int]  # the student's ends of sequence
-    eos: tuple[int | None, int | None]  # the usual one of student and teacher
+    eos: tuple[int | None, int | None]  # with which student and teacher close an answer
     prompt: Callable[[Rollout], list[int]]
     limit: int | None = None  # tokens that the teacher can read
 
@@ -161,7 +161,8 @@ def as_span_teacher(
     """
     if theirs is None:
         return SameTokenizer(local, frozenset(stops))
-    own = cut(local, shared_vocabulary([local.head], real_vocabulary(theirs)))
+    heads = [local.head]
+    own = cut(local, kept_rows(heads, shared_vocabulary(heads, theirs)))
     return translated(own, student, theirs, stops, questions)
 
 
@@ -180,7 +181,7 @@ def translated(
         return Prompts([rollout.row], tokenizer, **asked)[0].tokens
 
     limit = getattr(scorer.model.config.get_text_config(), "max_position_embeddings", None)
-    eos = student.eos_token_id, tokenizer.eos_token_id
+    eos = answer_end(student, bool(asked["chat"])), answer_end(tokenizer, bool(asked["chat"]))
     return Translated(
         scorer,
         tokenizer,
