@@ -58,6 +58,7 @@ def evaluate(options: Any) -> None:
         dtype=options.dtype,
         seed=options.seed,
         keep=options.out,
+        trust_remote_code=options.trust_remote_code,
     )
     interval = out.avg_at_k.interval
     print(f"problems    {out.n_problems}, {out.samples_per_problem} samples each")
@@ -90,7 +91,12 @@ def sample(options: Any) -> None:
         raise UserError("there is nothing to answer: give a prompt, or --data FILE")
     prompts = Data(options.data, limit=options.limit) if options.data else options.prompt
     for rollout in sample_model(
-        options.model, prompts, sampling(options), dtype=options.dtype, seed=options.seed
+        options.model,
+        prompts,
+        sampling(options),
+        dtype=options.dtype,
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
     ):
         print(f"--- {rollout.id} ({len(rollout.tokens)} tokens, {rollout.finish})\n{rollout.text}")
 

@@ -4,6 +4,7 @@ belong to, and both as one.
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -60,6 +61,26 @@ def _base_in(config: Path, name: str) -> str:
     return base
 
 
+def own_adapters(model: Any, checkpoint: str | None) -> Any:
+    """A student that a caller hands over with adapters on it: these are what learns, from a
+    checkpoint where there is one, which leaves the caller's object as it is.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            "the student comes with adapters none of which is trainable: load them with "
+            "PeftModel.from_pretrained(..., is_trainable=True), or hand over merge_and_unload() to "
+            "train all weights"
+        )
+    if checkpoint is None:
+        return model
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    model = copy.deepcopy(model)
+    weights = load_peft_weights(checkpoint, device="cpu")
+    set_peft_model_state_dict(model, weights, model.active_adapter)
+    return model
+
+
 def with_adapters_of(model: Any, name: str, merge: bool) -> Any:
     """A model with the adapters of a folder or hub name; with `merge` as a plain one, to which they
     have been added.
@@ -79,7 +100,7 @@ def with_adapters_of(model: Any, name: str, merge: bool) -> Any:
         )
     if not merge:
         return wrapped
-    plain = merged(wrapped)
+    plain = merged(wrapped).requires_grad_(True)
     # what is trained further on top of it, as adapters again, belongs to this and not to its base
     plain.config._name_or_path = plain.name_or_path = name
     return plain

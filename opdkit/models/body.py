@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opdkit.base.errors import UserError
+from opdkit.models.adapters import has_adapters
 from opdkit.models.load import CausalLM, evaluating
 from opdkit.models.tokenizers import usable
 from opdkit.objective.head import Head
@@ -19,6 +20,15 @@ from opdkit.objective.head import Head
 AGREE = {torch.float64: 1e-9, torch.float32: 1e-4}
 AGREE_HALF = 2e-2  # in 16 bits a logit carries 8 to 11 significant bits
 PROBE = 8  # tokens read by `check_head`
+
+
+def decoder_of(model: CausalLM) -> Any:
+    """What computes the last hidden states, also under a peft wrapper, whose adapters sit inside
+    its layers.
+    """
+    decoder: Any = model.get_decoder()
+    base = model.get_base_model() if has_adapters(model) else model
+    return base.model if decoder is base else decoder  # Llama 4 calls itself its decoder
 
 
 def hidden_states(
@@ -34,8 +44,7 @@ def hidden_states(
     """
     if position_ids is None and attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
-    # a method of the model also under a peft wrapper, where the adapters sit inside its layers
-    output = model.get_decoder()(
+    output = decoder_of(model)(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # a transformers PreTrainedModel or a peft wrapper of one: they share no class, only their methods
 CausalLM = Any
 
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 # files of which a tokenizer has one
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 

@@ -146,8 +146,8 @@ def _opened(run: Run, method: Method, prompts: Prompts, tokenizer: Any) -> tuple
     models.check_teacher()
     student: Any = models.frozen(run.student, run.dtype)
     models.end_as_teacher(student.model)
-    longest = refuse_long(prompts, student.model, run.sampling)
     teacher = models.teacher(student.model)
+    longest = refuse_long(prompts, student.model, run.sampling, {"teacher": teacher})
     heads = [student.head, *heads_of(teacher)]
     prompts.refuse_unknown(shared_vocabulary(heads, tokenizer))
     vocab = kept_rows(heads, shared_vocabulary(heads, tokenizer))

@@ -12,6 +12,7 @@ from typing import Any
 
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
+from opdkit.models.adapters import has_adapters, own_adapters
 from opdkit.models.body import check_head, head_of
 from opdkit.models.load import load_advised, load_tokenizer, take_loaded
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE
@@ -61,6 +62,7 @@ class Models:
             run.teacher_dtype or run.dtype,
             run.trust_remote_code,
             self.questions,
+            attn_implementation=run.attn_implementation,
             given=given.teacher,
             given_tokenizer=given.teacher_tokenizer,
             given_student=given.student,
@@ -90,6 +92,7 @@ class Models:
             self.device,
             advice,
             trust_remote_code=self.run.trust_remote_code,
+            attn_implementation=self.run.attn_implementation,
             quantize=quantize,
         )
 
@@ -113,7 +116,7 @@ class Models:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-            if run.lora is not None:
+            if has_adapters(model):
                 model.enable_input_require_grads()
         check_head(model)
         self.end_as_teacher(model)
@@ -133,9 +136,14 @@ class Models:
             )
 
     def _whole(self, start: str, resumed: bool) -> Any:
-        """A student all of whose weights learn: float32 ones, whatever its products are in."""
-        if self.given.student is not None and not resumed:
-            return take_loaded(self.given.student, self.device)
+        """A student all of whose weights learn: float32 ones, whatever its products are in; or one
+        that is handed over with adapters, which learn.
+        """
+        given = self.given.student
+        if given is not None and has_adapters(given):
+            return take_loaded(own_adapters(given, start if resumed else None), self.device)
+        if given is not None and not resumed:
+            return take_loaded(given, self.device)
         return self.load(start, "float32" if self.run.dtype == "bfloat16" else self.run.dtype)
 
     def _adapted(self, start: str, resumed: bool) -> Any:
@@ -146,6 +154,12 @@ class Models:
             model = take_loaded(self.given.student, self.device, lora.quantize)
         else:
             model = self.load(run.student, run.dtype, lora.quantize)
+        if has_adapters(model):
+            raise UserError(
+                f"the student {run.student} has adapters already, and `lora` would put others on "
+                "top: leave lora out to train those it has (a loaded model), name the adapters "
+                "without quantize (they are added to the weights below first), or merge them"
+            )
         if not resumed:
             return with_adapters(model, lora)
         from peft import PeftModel

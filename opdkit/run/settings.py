@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from opdkit.base.config import build, override, parse_overrides, plain, read_yaml, to_yaml
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method, load
+from opdkit.models.load import ATTENTION
 from opdkit.sampling.kinds import sampler_of
 from opdkit.sampling.settings import SamplerSettings
 from opdkit.teachers.kinds import one_teacher_of, teacher_of
@@ -119,6 +120,9 @@ class Run:
     dtype: str = "float32"
     teacher_dtype: str | None = None  # null: as the student
     device: str = "auto"
+    # of models in this process: eager, sdpa, flash_attention_2, flash_attention_3 or flex_attention
+    # (null: transformers' choice, and eager where a model caps its attention scores)
+    attn_implementation: str | None = None
     gradient_checkpointing: bool = False
     # padded tokens of one forward pass; changes memory and speed, never the gradient (null: by
     # device)
@@ -143,6 +147,11 @@ class Run:
             )
         if self.dtype not in ("float32", "bfloat16", "float64"):
             raise ValueError(f"dtype={self.dtype!r} must be float32, bfloat16 or float64")
+        if self.attn_implementation not in (None, *ATTENTION):
+            raise ValueError(
+                f"attn_implementation={self.attn_implementation!r} must be null or one of "
+                f"{', '.join(ATTENTION)}"
+            )
         if self.steps < 1 or self.prompts_per_step < 1 or (self.micro_batch_tokens or 1) < 1:
             raise ValueError("steps, prompts_per_step and micro_batch_tokens must be at least 1")
         if self.rollouts not in ("student", "cache"):

@@ -20,7 +20,7 @@ from opdkit.sampling.check import check_model, check_prompts
 from opdkit.sampling.decode import Decoding, Guide
 from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.finish import Tick, finish, rollout_ids
-from opdkit.sampling.kv_cache import tokens_that_fit
+from opdkit.sampling.kv_cache import check_states, tokens_that_fit
 from opdkit.types import Prompt, Rollout, Sampling, Watch
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class HFSampler:
             max_batch_tokens,
         )
         self.guide, self.watch = guide, watch
+        self._checked = False
 
     def sync(self, model: CausalLM, version: int) -> None:
         """After an optimiser step: the model in this process is the student itself, so there is
@@ -84,6 +85,9 @@ class HFSampler:
         check_sampling(sampling)
         if not prompts:
             return []
+        if not self._checked:
+            check_states(self.model)
+            self._checked = True
         head = self.head or head_of(self.model, real_vocabulary(self.tokenizer))
         longest = check_prompts(prompts, sampling, self.model, head)
         budget = (

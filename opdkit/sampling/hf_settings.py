@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdkit.models.held import WIDTH, Held
-from opdkit.sampling.kv_cache import CPU_BYTES, FREE_SHARE
+from opdkit.sampling.kv_cache import CPU_BYTES, FREE_SHARE, check_states
 from opdkit.sampling.settings import Pace, Room, SamplerContext, SamplerSettings, Sizes
 from opdkit.types import Sampler
 
@@ -22,6 +22,7 @@ class HfSettings(SamplerSettings):
     def open(self, context: SamplerContext) -> Sampler:
         from opdkit.sampling.hf import HFSampler
 
+        check_states(context.model)
         return HFSampler(
             context.model,
             context.tokenizer,

@@ -17,6 +17,7 @@ from opdkit.models.body import check_head, head_of
 from opdkit.models.held import HERE, Held
 from opdkit.models.identity import Identity, identify
 from opdkit.models.layout import Layout, batch_tokens
+from opdkit.models.limits import context_limit
 from opdkit.models.load import evaluating, load_advised, load_tokenizer, take_loaded
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE, Offloaded, enough_memory
 from opdkit.models.quantize import check_quantize, require
@@ -48,6 +49,10 @@ class LocalModel:
     @property
     def heads(self) -> list[Head]:
         return [self.head]
+
+    @property
+    def reads(self) -> int | None:
+        return context_limit(self.model.config)
 
     def cut(self, vocab: int | None) -> LocalModel:
         """The same model, its head kept to the first rows."""
@@ -152,6 +157,7 @@ class LocalTeacher(Teacher):
                 context.device,
                 TEACHER_ADVICE,
                 trust_remote_code=context.trust_remote_code,
+                attn_implementation=context.attn_implementation,
                 quantize=self.quantize,
             )
         model = model.eval().requires_grad_(False)
