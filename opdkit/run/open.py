@@ -14,10 +14,10 @@ from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
 from opdkit.models.adapters import has_adapters, own_adapters
 from opdkit.models.body import check_head, head_of
-from opdkit.models.load import load_advised, load_tokenizer, take_loaded
+from opdkit.models.load import load_advised, load_config, load_tokenizer, take_loaded
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE
 from opdkit.models.quantize import quantized
-from opdkit.models.tokenizers import end_with, refuse_other_tokenizer, shared_ids, stop_ids
+from opdkit.models.tokenizers import end_with, refuse_other_tokenizer, shared_ids, stop_ids, usable
 from opdkit.rewards import Reward
 from opdkit.run.settings import Run
 from opdkit.sampling import Guide
@@ -63,10 +63,22 @@ class Models:
             run.trust_remote_code,
             self.questions,
             attn_implementation=run.attn_implementation,
+            vocabulary=self._written(),
             given=given.teacher,
             given_tokenizer=given.teacher_tokenizer,
             given_student=given.student,
         )
+
+    def _written(self) -> int | None:
+        """Ids that the student can write, by its configuration alone."""
+        given = self.given.student
+        config = (
+            load_config(self.run.student, self.run.trust_remote_code)
+            if given is None
+            else given.config
+        )
+        rows = getattr(config.get_text_config(), "vocab_size", None)
+        return usable(self.tokenizer, rows) if isinstance(rows, int) else None
 
     @property
     def questions(self) -> dict[str, Any]:

@@ -133,7 +133,8 @@ def _ask_others(
         default=None,
     )
     method, tokenizer = context.method, context.tokenizer
-    served = Served(endpoint, wires[0], name, real_vocabulary(tokenizer), limit)
+    known = context.vocabulary or real_vocabulary(tokenizer)
+    served = Served(endpoint, wires[0], name, known, limit)
     ones = [replace(endpoint, urls=[url]) for url in cards]
     probe(served, ones, method.name, method.needs, tokenizer, "teacher")
     return served
