@@ -65,6 +65,22 @@ class HFSampler:
         """
         check_model(self.model, model)
 
+    def _budget(self, longest: int, sampling: Sampling) -> int:
+        """Tokens of the cache; refused where one rollout, or this model, does not fit it."""
+        if not self._checked:
+            check_states(self.model)
+            self._checked = True
+        budget = (
+            tokens_that_fit(self.model) if self.max_batch_tokens is None else self.max_batch_tokens
+        )
+        if budget < longest:
+            raise UserError(
+                f"max_batch_tokens={budget} is less than one rollout may need ({longest} tokens: "
+                f"the longest prompt and max_completion_length={sampling.max_completion_length}); "
+                "raise it or shorten the rollouts"
+            )
+        return budget
+
     def sample(
         self,
         prompts: Sequence[Prompt],
@@ -85,20 +101,9 @@ class HFSampler:
         check_sampling(sampling)
         if not prompts:
             return []
-        if not self._checked:
-            check_states(self.model)
-            self._checked = True
         head = self.head or head_of(self.model, real_vocabulary(self.tokenizer))
         longest = check_prompts(prompts, sampling, self.model, head)
-        budget = (
-            tokens_that_fit(self.model) if self.max_batch_tokens is None else self.max_batch_tokens
-        )
-        if budget < longest:
-            raise UserError(
-                f"max_batch_tokens={budget} is less than one rollout may need ({longest} tokens: "
-                f"the longest prompt and max_completion_length={sampling.max_completion_length}); "
-                "raise it or shorten the rollouts"
-            )
+        budget = self._budget(longest, sampling)
         ids = rollout_ids(prompts, sampling, step)
         models = [self.model] if self.guide is None else [self.model, self.guide.model]
         with ExitStack() as stack:
