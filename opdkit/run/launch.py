@@ -121,6 +121,7 @@ def _execute(run: Run, given: Given, resume: bool, overwrite: bool) -> Result:
     checkpoints.put(final, lambda partial: checkpoints.write_model(partial, model, job.tokenizer))
     done = {
         "method": str(run.method_spec),
+        "objective": str(job.objective),
         "steps": state.step,
         "tokens": state.tokens,
         "best": state.best,
