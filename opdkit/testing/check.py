@@ -267,10 +267,10 @@ def _written_by_others(of: Subject) -> bool:
     return True
 
 
-def _continues(of: Subject) -> bool | None:
+def _continues(of: Subject) -> bool:
     """Two optimiser steps, with what stands beside the student saved and loaded between them."""
     if not of.method.needs.companions:
-        return None
+        return True
 
     def stepped(companions: Companions, updates: int) -> Companions:
         out = of.run(companions=companions)
