@@ -70,7 +70,6 @@ def tasks() -> list[str]:
     return sorted(factory.DATASETS)
 
 
-FREE = {"game_of_life_halting"}  # its scorer pays any text
 MOST = 7  # payloads for a task that evaluates nothing
 EVALUATE = (
     "binary_matrix",
@@ -97,7 +96,7 @@ def test_no_answer_is_run_by_any_task(tmp_path: Path) -> None:
             hostile = score(
                 [rollout(f"<answer>{text}</answer>", row) for text in tried], ReasoningGym()
             )
-            assert task in FREE or max(r.reward for r in hostile) < 0.5, task
+            assert max(r.reward for r in hostile) == 0, task
             assert score(plain, ReasoningGym()) == before, task
 
 
@@ -112,7 +111,7 @@ def test_no_answer_is_run_by_math(tmp_path: Path) -> None:
                 f"#### {text}",
             ):
                 assert not right(form, "72") and not right(form, r"\frac{\sqrt{3}}{2}")
-        assert right(r"\boxed{70+2}", "72") and not right(r"\boxed{banana}", "72")
+        assert right(r"\boxed{1+x}", "x+1") and not right(r"\boxed{banana}", "x+1")
 
 
 ARITHMETIC = [
