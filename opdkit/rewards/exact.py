@@ -12,5 +12,7 @@ from opdkit.types import Rollout
 class Exact:
     """1.0 where the response equals row["answer"], white space and thoughts aside."""
 
+    confined = False
+
     def __call__(self, rollout: Rollout) -> float:
         return float(after_thinking(rollout.text) == truth(rollout, "exact").strip())

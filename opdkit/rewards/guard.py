@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
-from opdkit.rewards.workers import ConfinedWork, cores
+from opdkit.rewards.workers import ConfinedWork, cores, unprotected
 
 SECONDS = 2.0  # of a processor for one call, where calls do not hang; most take 0.1
 LEAST = 0.2  # where they do
@@ -77,7 +77,11 @@ class Guard:
     @property
     def jail(self) -> ConfinedWork:
         return ConfinedWork(
-            "scores", self.reward, self.own, (self.library,), unprotected=self.unprotected
+            "scores",
+            self.reward,
+            unprotected(self.own),
+            (self.library,),
+            unprotected=self.unprotected,
         )
 
     def __call__(self, *arguments: Any, seconds: float | None = None) -> Any:
@@ -94,6 +98,8 @@ class Guard:
 
 class Guarded(ABC):
     """A reward that asks a library's scorer about responses."""
+
+    confined = False  # only the scorer is
 
     @property
     @abstractmethod

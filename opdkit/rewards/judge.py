@@ -75,6 +75,8 @@ class Judge:
     verdict).
     """
 
+    confined = False  # it asks a server
+
     urls: tuple[str, ...]
     model: str | None = None  # the name it is served under; null: the only one there
     scale: str = "grade"

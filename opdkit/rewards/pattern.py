@@ -20,6 +20,8 @@ class Pattern:
     around both aside, or as a number: 1,000 is 1000.0.
     """
 
+    confined = False
+
     pattern: str
     compiled: re.Pattern[str] = field(init=False, repr=False, compare=False)
 

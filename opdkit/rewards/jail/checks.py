@@ -18,7 +18,7 @@ FORM = 0.05  # what countdown's own scorer pays for an expression that is not th
 MOST = 0.9  # for what is not equal to the answer of a task of `EQUAL`
 ARITHMETIC = 400  # characters of an expression of numbers
 # words that a float may be spelt with: NaN is equal to nothing, so no difference from it is large
-NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf|infinity)(?![a-z])", flags=re.IGNORECASE)
+NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf|infinity)[ij]?(?![a-z])", flags=re.IGNORECASE)
 NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 NONE = ("", "none", "no solution", "no solutions", "no real solution", "no real solutions", "[]")
 # Tasks that add up credit letter by letter or word by word, up to 1 for an answer that goes on
@@ -126,20 +126,52 @@ def _one_number(said: str, entry: Entry, scorer: Any) -> float:
     return float(len(numbers) == 1 and Fraction(numbers[0]) == Fraction(str(entry["answer"])))
 
 
-def _conclusion(said: str, entry: Entry, scorer: Any) -> float | None:
-    """A conclusion that one premise gives alone, or that holds a premise, is copied from the
-    question.
-    """
-    from reasoning_gym.logic.propositional_logic import Expression
+def _complex(said: str, entry: Entry, scorer: Any) -> float | None:
+    """Only what a complex number is written with is read as one."""
+    return None if re.fullmatch(r"[-+0-9.eEiIjJ()*\s]+", said) else 0.0
 
+
+def _sentences(said: str, entry: Entry, scorer: Any) -> float | None:
+    """A statement of the question, "if Ann is a knight then Bo is a knave", is no solution."""
+    return 0.0 if re.search(r"\b(?:if|then|or|not|only)\b", said) else None
+
+
+def _conclusion(said: str, entry: Entry, scorer: Any) -> float | None:
+    """What one premise gives alone, or all those that are letters, is copied from the question, and
+    so is what holds a premise. Premises that contradict each other give everything.
+    """
+    from reasoning_gym.logic.propositional_logic import Expression, Operator
+
+    def copied(part: Any) -> bool:
+        if part.operator == Operator.AND:
+            return copied(part.left) and copied(part.right)
+        return any(scorer._is_valid_conclusion(given, part) for given in alone)
+
+    if not re.fullmatch(r"[A-Z¬∧∨→↔()\s]+", said):
+        return 0.0
     try:
         concluded = Expression.from_string(said)
         premises = [Expression.from_string(text) for text in entry["metadata"]["premises"]]
-        copied = any(scorer._is_valid_conclusion([premise], concluded) for premise in premises)
+        compound = {str(premise) for premise in premises if premise.operator is not None}
+        letters = [premise for premise in premises if _letter(premise)]
+        alone = [letters, *([premise] for premise in premises)]
+        letter = Expression(None, entry["metadata"]["variables"][0])
+        all_follows = all(
+            scorer._is_valid_conclusion(premises, one)
+            for one in (letter, Expression(Operator.NOT, letter))
+        )
+        same = compound & _parts(concluded) or copied(concluded)
+        return 0.0 if all_follows or same else None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return 0.0
-    compound = {str(premise) for premise in premises if premise.operator is not None}
-    return 0.0 if copied or compound & _parts(concluded) else None
+
+
+def _letter(premise: Any) -> bool:
+    """P, or ¬P."""
+    left = premise.left
+    return premise.operator is None or (
+        premise.right is None and (isinstance(left, str) or left.operator is None)
+    )
 
 
 def _parts(expression: Any) -> set[str]:
@@ -151,9 +183,11 @@ def _parts(expression: Any) -> set[str]:
 
 CHECKS: dict[str, Callable[[str, Entry, Any], float | None]] = {
     "coin_flip": _probability,
+    "complex_arithmetic": _complex,
     "countdown": _puzzle("target"),
     "game_of_life_halting": _words,
     "gsm_symbolic": _one_number,
+    "knights_knaves": _sentences,
     "polynomial_equations": _roots,
     "propositional_logic": _conclusion,
     "puzzle24": _puzzle(24),
