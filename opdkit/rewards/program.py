@@ -52,13 +52,14 @@ def programs(text: str, wanted: Sequence[str]) -> list[str]:
     as it stands, or its lines that look like a program. wanted: what tests call.
     """
     found = blocks(text, wanted)
-    if not found:
-        return [adapted(code, wanted) for code in dict.fromkeys((text, *_lines(text, wanted)))]
-    best = next((code for code in reversed(found) if defines(code, wanted)), found[-1])
-    plain = "\n".join(
-        line for line in (re.sub(r"^>>> ?|^\.\.\. ?", "", x) for x in best.splitlines())
-    )
-    return [adapted(code, wanted) for code in dict.fromkeys((best, plain))]
+    best = next((code for code in reversed(found) if defines(code, wanted)), (found or [text])[-1])
+    ways = (best, _typed(best), *(() if found else _lines(text, wanted)))
+    return [adapted(code, wanted) for code in dict.fromkeys(ways)]
+
+
+def _typed(code: str) -> str:
+    """A program that is shown as typed to an interpreter."""
+    return re.sub(r"^(?:>>>|\.\.\.) ?", "", code, flags=re.MULTILINE)
 
 
 def blocks(text: str, wanted: Sequence[str]) -> list[str]:
@@ -71,10 +72,11 @@ def blocks(text: str, wanted: Sequence[str]) -> list[str]:
         inside = [part.rpartition(start)[2] for part in parts[:-1]]
         if not inside and start in text:
             inside = [text.partition(start)[2]]  # cut
-        # an end without a beginning: that stands in the prompt
         found = [code.strip("\n") for code in inside if start in text or defines(code, wanted)]
-        # after the first answer a base model goes on with the next question
-        found = found[:1] if end == "[DONE]" else found
+        # an end without a beginning: that stands in the prompt. After that, and after a [DONE], a
+        # base model goes on with the next question.
+        if end == "[DONE]" or (inside and start not in parts[0]):
+            found = found[:1]
     return [textwrap.dedent(code) for code in found if code.strip()]
 
 
@@ -164,7 +166,7 @@ def continued(text: str) -> list[str]:
     ways = [text, whole]
     if first and not depth and not _BEGINS.match(first):
         ways = [whole, textwrap.indent(text, "    "), text]
-    return [way for one in dict.fromkeys(ways) for way in (one, body(one))]
+    return [*dict.fromkeys(ways), *dict.fromkeys(map(body, ways))]
 
 
 def body(code: str) -> str:

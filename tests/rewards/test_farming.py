@@ -100,7 +100,7 @@ def test_numbers_of_puzzles_are_the_questions():
     assert rewards("puzzle24", "(8*5+10)/6*3", "24", "8*5*10*6") == [0, 0, 0]
     nested = "(" * 250 + "1" + ")" * 250
     assert checks.arithmetic(nested) is None and checks.arithmetic("2**3") is None
-    assert checks.arithmetic("-(1/3) + 2*3") == (checks.Fraction(17, 3), [1, 3, 2, 3])
+    assert checks.arithmetic("-(1/3) + 2*3") == (checks.Fraction(17, 3), [2, 3, 1, 3])
 
 
 def test_the_integrand_under_an_integral_is_no_integral():
