@@ -19,7 +19,8 @@ from opdkit.rewards.workers import ConfinedWork, cores, unprotected
 SECONDS = 2.0  # of a processor for one call, where calls do not hang; most take 0.1
 LEAST = 0.2  # where they do
 CALM = 60.0  # seconds after which half of the calls that hung are forgotten
-MANY = 4.0  # calls that hung; no more are counted
+FALL = 0.25  # of that time, for each that hung
+MANY = 2.0  # calls that hung; no more are counted
 MOST = 8  # calls at once: each has a process of some 120 MiB
 
 
@@ -32,8 +33,8 @@ class Failed:
 
 @dataclass
 class Patience:
-    """How long a call may take: half as long with each that hung, so that a batch of nothing but
-    answers that hang is through in a time that one can wait for.
+    """How long a call may take: less with each that hung, so that a batch of nothing but answers
+    that hang is through in a time that one can wait for.
     """
 
     hung: float = 0.0
@@ -45,7 +46,7 @@ class Patience:
             now = time.monotonic()
             self.hung *= 0.5 ** ((now - self.since) / CALM)
             self.since = now
-            return max(LEAST, SECONDS * 0.5**self.hung)
+            return max(LEAST, SECONDS * FALL**self.hung)
 
     def one_hung(self) -> None:
         with self.lock:
