@@ -18,6 +18,7 @@ WORK = {
     "det": r"\\det(?![a-z])|\bdet\b|\\begin\{vmatrix\}",
     "mod": r"\\[bp]?mod(?![a-z])|\bmod\b",
     "derivative": r"\\frac\s*\{\s*d[^{}]*\}\s*\{\s*d|\\partial|\bd/d[a-z]\b",
+    "tower": r"\d\s*\^\s*\{?\s*\d+\s*\^",  # 9^{9^{9}}: no computer writes it out
     "rounding": r"\\[lr](?:floor|ceil)(?![a-z])|\b(?:floor|ceil)\b",
 }
 # What the value of a constant is not written with, unless the ground truth is.
