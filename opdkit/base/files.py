@@ -104,6 +104,14 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; False also for a name that none can have."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def read_text(path: Path, what: str) -> str:
     """A file of text that a person named; `what` it should be ("a run's YAML file")."""
     name = shown(str(path))

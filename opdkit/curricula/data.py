@@ -17,6 +17,10 @@ class DataWriter(Writer):
     def reads_data(self) -> bool:
         return True
 
+    @property
+    def draws(self) -> bool:
+        return False
+
     def write(self, context: StepContext) -> list[Rollout]:
         longest = context.sampling.max_completion_length
         return [

@@ -77,6 +77,11 @@ class Writer(ABC):
         """Whether it reads the reference responses of the data: then every row needs one."""
         return False
 
+    @property
+    def draws(self) -> bool:
+        """Whether any response may be the student's, so that there is a choice of its to credit."""
+        return True
+
     def per_prompt(self, sampling: Sampling) -> int:
         """How many responses of a step answer the same prompt, at least: methods that compare them
         with each other need two.

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from opdkit.base.errors import UserError
+from opdkit.models.thoughts import decode, opened, special_marks
+from opdkit.models.tokenizers import special_texts
 from opdkit.types import Notes, Prompt, Rollout, Sampling
 
 Tick = Callable[[int], object]  # is told how many rollouts are finished so far
@@ -44,13 +46,16 @@ def finish(
     policy_version: int,
 ) -> list[Rollout]:
     """The rollouts."""
-    texts = tokenizer.batch_decode([response.tokens for response in responses], **DECODE)
+    texts = decode(tokenizer, [response.tokens for response in responses])
     rollouts = []
     for i, (response, text) in enumerate(zip(responses, texts, strict=True)):
         if not all(map(math.isfinite, response.logp)):
             refuse_broken(ids[i])
         prompt = prompts[i // sampling.num_generations]
         guided, length = len(prompt.prefix), len(response.tokens)
+        said = text
+        if response.stopped:
+            said = _cut(text, response.tokens, prompt, sampling.stop, tokenizer)
         rollouts.append(
             Rollout(
                 id=ids[i],
@@ -63,7 +68,7 @@ def finish(
                 question=prompt.question,
                 policy_version=policy_version,
                 finish="stop" if response.stopped else "length",
-                text=_cut(text, prompt, sampling.stop, tokenizer) if response.stopped else text,
+                text=opened(tokenizer, prompt.tokens, said) + said,
                 marks={"guided": [t < guided for t in range(length)]} if guided else {},
                 row=prompt.row,
                 notes=response.notes,
@@ -72,10 +77,41 @@ def finish(
     return rollouts
 
 
-def _cut(text: str, prompt: Prompt, stop: tuple[str, ...], tokenizer: Any) -> str:
-    """The text before the first stop string that the student wrote."""
-    start = len(tokenizer.decode(prompt.prefix, **DECODE)) if stop and prompt.prefix else 0
-    return text[: min((at for s in stop if (at := text.find(s, start)) >= 0), default=len(text))]
+def names_special(stop: Sequence[str], tokenizer: Any) -> bool:
+    """Whether a stop string holds the name of a special token: then texts are looked for stop
+    strings with special tokens in them, else without.
+    """
+    return bool(stop) and any(name in s for name in special_texts(tokenizer) for s in stop)
+
+
+def with_stops(stop: Sequence[str], tokenizer: Any) -> dict[str, Any]:
+    """How tokens are decoded to be looked for stop strings."""
+    return DECODE | {"skip_special_tokens": not names_special(stop, tokenizer)}
+
+
+def _cut(text: str, tokens: list[int], prompt: Prompt, stop: Sequence[str], tokenizer: Any) -> str:
+    """The text before the first stop string that the student wrote; all of it where it wrote none
+    and ended by a token.
+    """
+    if not stop:
+        return text
+    named = names_special(stop, tokenizer)
+
+    def read(ids: list[int]) -> str:
+        if named:
+            return str(tokenizer.decode(ids, **with_stops(stop, tokenizer)))
+        return decode(tokenizer, [ids])[0]
+
+    whole = read(tokens)
+    start = len(read(prompt.prefix)) if prompt.prefix else 0
+    at = min((found for s in stop if (found := whole.find(s, start)) >= 0), default=None)
+    if at is None:
+        return text
+    kept = whole[:at]
+    left = set(special_marks(tokenizer).values())  # of thoughts
+    for name in special_texts(tokenizer) if named else ():
+        kept = kept if name in left else kept.replace(name, "")
+    return kept
 
 
 def refuse_broken(id: str) -> None:

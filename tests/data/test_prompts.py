@@ -158,13 +158,16 @@ def test_tokenised_once_and_when_read(chat):
         chat_template = "yes"
         eos_token_id = 2
 
+        bos_token_id = None
+
         def apply_chat_template(self, messages, **options):
             calls.append(messages[-1]["content"])
             return [1, 2, 3]
 
     prompts = Prompts(ROWS, Counting())
     assert len(prompts) == 3 and calls == []
-    assert prompts[1].tokens == prompts[1].tokens == [1, 2, 3] and calls == ["And 3 plus 4?"]
+    assert prompts[1].tokens == prompts[1].tokens == [1, 2, 3]
+    assert calls.count("And 3 plus 4?") == 1
 
 
 @pytest.mark.parametrize(
@@ -202,7 +205,7 @@ def test_rows_that_make_no_prompt(plain, chat):
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') "
         "}}{% endif %}x"
     )
-    with pytest.raises(UserError, match=r"refuses row '1' .*System role not supported"):
+    with pytest.raises(UserError, match=r"refuses row '1': System role not supported"):
         list(Prompts(ROWS, gemma))
     mixed = load_rows([{"prompt": "a", "x": 1}, {"prompt": "b"}])
     with pytest.raises(UserError, match="reads the column 'x', which row '1' does not have"):

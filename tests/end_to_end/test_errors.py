@@ -236,7 +236,7 @@ def test_r6_a_teacher_that_is_nan_at_one_token_names_the_rollout(
     )
     refused(capsys, code, "not finite for rollout 0/4/0", "Nothing was learnt from this step")
     assert (
-        files(output) == ["metrics.jsonl", "run.yaml"]
+        files(output) == ["metrics.jsonl", "origin.jsonl", "run.yaml"]
         and (output / "metrics.jsonl").read_text() == ""
     )
 
@@ -346,7 +346,7 @@ def test_an_output_folder_that_cannot_be_written(
     refused(
         capsys,
         shop.train(where),
-        f"the output folder {where} cannot be written",
+        f"{where} cannot be written",
         "choose another with output=DIR",
     )
     assert (tmp_path / "a_file").read_text() == "precious"

@@ -71,6 +71,7 @@ FINE = {
     "auto_map",
     "quantization_config",
     "tie_word_embeddings",
+    "max_position_embeddings",
 }
 
 
