@@ -147,10 +147,21 @@ def truncate_metrics(path: Path, last_step: float = math.inf) -> None:
     """
     if not path.exists():
         return
-    kept = "".join(text + "\n" for text, row in _parse(path) if row["step"] <= last_step)
+    kept = "".join(text + "\n" for text, row in _parse(path) if step_of(row, path) <= last_step)
     if kept.encode() == path.read_bytes():
         return
     write_whole(path, kept)
+
+
+def step_of(row: dict[str, Any], path: Path) -> int:
+    """The step of a line of metrics."""
+    step = row.get("step")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise UserError(
+            f"{path} has a line without the number of its step ({shown(row)}): it was changed "
+            "after it was written. Mend or delete that line, then try again"
+        )
+    return step
 
 
 def _parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -169,11 +180,16 @@ def _parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
     parsed = []
     for number, line in enumerate(lines, 1):
         try:
-            parsed.append((line, json.loads(line)))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError(f"it is a {type(row).__name__}, and each line is an object")
+            parsed.append((line, row))
+        except (ValueError, TypeError, RecursionError) as error:
+            cut = isinstance(error, json.JSONDecodeError) and number == len(lines)
+            if not cut:
                 raise UserError(
-                    f"Line {number} of {path} is not JSON ({error.msg}). The file was changed or "
-                    "damaged after it was written: mend or delete that line, then try again."
+                    f"Line {number} of {path} is not JSON as it was written ({str(error)[:200]}). "
+                    "The file was changed or damaged since then: mend or delete that line, then "
+                    "try again."
                 ) from error
     return parsed

@@ -74,6 +74,11 @@ def sampling(options: Any) -> Sampling:
     """What `sampling_flags` and --samples say."""
     from opdkit.types import Sampling
 
+    if not 0 <= options.seed < 2**32:
+        raise UserError(
+            f"--seed={options.seed} must be between 0 and 2^32 - 1: generators of random numbers "
+            "take no other"
+        )
     return Sampling(
         options.temperature,
         options.top_p,

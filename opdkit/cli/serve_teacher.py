@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from opdkit.base.errors import UserError
 from opdkit.cli.command import Command, trust_flag
 
 
@@ -32,6 +33,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def serve_teacher(options: Any) -> None:
     from opdkit.teachers.serve import serve
+
+    if not 0 <= options.port < 2**16:
+        raise UserError(
+            f"--port={options.port} is no port: give a number from 1 to 65535, or 0 for a free one"
+        )
 
     serve(
         options.model,

@@ -85,6 +85,8 @@ def evaluate_model(
 
     n = sampling.num_generations
     _check(prompts, n, ks)
+    if keep is not None:
+        need_place(keep)
     start = time.perf_counter()
     rollouts = score(
         sampler.sample(prompts, sampling, seed=seed, step=step, progress=progress), reward
@@ -174,9 +176,19 @@ def check_ks(n: int, ks: Sequence[int]) -> None:
         )
 
 
+def need_place(path: Path) -> None:
+    """The folder of a file that is to be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): give a file in a folder that can be made"
+        ) from None
+
+
 def write_samples(path: Path, rollouts: Sequence[Rollout]) -> None:
     """One JSON object per sample; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    need_place(path)
     lines = [
         {
             "id": r.id,

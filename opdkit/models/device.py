@@ -13,6 +13,11 @@ def device_of(name: str) -> str:
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] == "meta":
+        raise UserError(
+            "device=meta holds no numbers, so nothing can be computed there: set device=auto, "
+            "which takes a GPU where there is one and else the CPU"
+        )
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

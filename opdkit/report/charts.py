@@ -18,6 +18,7 @@ POINTS = 400  # kept per line: more than its pixels, few enough for a small file
 READABLE = 1500  # steps of a chart that can be read by pointing at it
 SMOOTH_FROM = 25  # steps; shorter curves are drawn as they are
 LOG_FROM = 50  # times between small and large values
+COLORS = 12  # of curves; the second half of them is dashed as well
 FEW = 12  # points that get a dot each
 
 
@@ -200,8 +201,8 @@ def _draw(curve: _Curve, x: Scale, y: Scale, unit: str, index: int) -> dict[str,
     )
     drawn: dict[str, Any] = {
         "name": curve.name,
-        "color": index % 6,
-        "dash": index >= 6,
+        "color": index % COLORS,
+        "dash": index >= COLORS // 2,
         "band": "",
         "raw": "",
         "smooth": "",

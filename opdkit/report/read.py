@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opdkit.base.errors import UserError
-from opdkit.base.files import read_lines
+from opdkit.base.files import read_lines, step_of
 from opdkit.eval.evaluate import EvalResult
 
 STEPS_SHOWN = 6  # sample files shown, spread evenly over the run
@@ -51,10 +53,32 @@ def read_run(folder: Path) -> RunData:
         steps=steps,
         metrics=metrics,
         nonfinite=nonfinite,
-        evals=[EvalResult.from_dict(line) for line in read_lines(folder / "evals.jsonl")],
+        evals=_evals(folder / "evals.jsonl"),
         samples=_samples(folder / "samples"),
-        summary=json.loads(_text(folder / "summary.json") or "{}"),
+        summary=_summary(folder / "summary.json"),
     )
+
+
+@contextmanager
+def _as_written(path: Path) -> Iterator[None]:
+    """Reads a file of a run, which may have been changed since."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not what was written ({type(error).__name__}: {str(error)[:200]}). Restore "
+            "it, or remove it to get a report without it"
+        ) from error
+
+
+def _evals(path: Path) -> list[EvalResult]:
+    with _as_written(path):
+        return [EvalResult.from_dict(line) for line in read_lines(path)]
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    with _as_written(path):
+        return dict(json.loads(_text(path) or "{}").items())
 
 
 def _text(path: Path) -> str:
@@ -76,28 +100,41 @@ def _config(text: str, folder: Path) -> dict[str, Any]:
 
 def _metrics(path: Path) -> tuple[list[int], dict[str, Values], dict[str, int]]:
     """Columns from lines. The last line of a step counts."""
-    rows = {line["step"]: line for line in read_lines(path)}
+    rows = {step_of(line, path): line for line in read_lines(path)}
     steps = sorted(rows)
     names = dict.fromkeys(
         name for step in steps for name in rows[step] if name not in ("step", "nonfinite")
     )
     columns = {name: [_finite(rows[step].get(name)) for step in steps] for name in names}
-    nonfinite = Counter(name for row in rows.values() for name in row.get("nonfinite", ()))
+    with _as_written(path):
+        nonfinite = Counter(name for row in rows.values() for name in row.get("nonfinite", ()))
     return steps, columns, dict(nonfinite)
 
 
 def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    try:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:  # an integer of a thousand digits
+        return None
 
 
 def _samples(folder: Path) -> list[tuple[int, list[dict[str, Any]]]]:
     """A few rollouts of a few steps, first and last among them."""
-    files = sorted(folder.glob("step_*.jsonl"))
+    files = sorted(p for p in folder.glob("step_*.jsonl") if p.stem[5:].isdigit())
     chosen = [files[i] for i in evenly(len(files), STEPS_SHOWN)]
-    read = [
-        (int(path.stem.removeprefix("step_")), read_lines(path)[:ROLLOUTS_SHOWN]) for path in chosen
-    ]
+    read = [(int(path.stem[5:]), _rollouts(path)) for path in chosen]
     return [(step, rollouts) for step, rollouts in read if rollouts]
+
+
+def _rollouts(path: Path) -> list[dict[str, Any]]:
+    """The first rollouts of a file, as the report reads them."""
+    rows = read_lines(path)[:ROLLOUTS_SHOWN]
+    with _as_written(path):
+        for row in rows:
+            row["pieces"] = [str(piece) for piece in row.get("pieces") or ()]
+            for name in ("credit", "weight", "logp", "teacher_logp"):
+                row[name] = [_finite(value) for value in row.get(name) or ()]
+    return rows
 
 
 def evenly(n: int, most: int) -> list[int]:

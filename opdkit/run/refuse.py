@@ -4,6 +4,7 @@ context does not hold.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +30,11 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
     for tracker in run.trackers:
         if tracker not in BACKENDS:
             raise UserError(f"there is no tracker {tracker!r}{nearest(tracker, list(BACKENDS))}")
+    if run.lora is not None and importlib.util.find_spec("peft") is None:
+        raise UserError(
+            "lora trains adapters with the package peft, which is not installed: pip install "
+            "'opdkit[lora]', or leave lora out to train all weights"
+        )
     if reward is None:
         _refuse_without_reward(run, method)
     _note_long_warm_up(run)

@@ -11,7 +11,7 @@ from typing import Any
 from opdkit.base.config import to_yaml
 from opdkit.base.files import write_whole
 from opdkit.eval.stats import Estimate
-from opdkit.report.charts import WIDTH, Line, Scale, line_chart
+from opdkit.report.charts import COLORS, WIDTH, Line, Scale, line_chart
 from opdkit.report.html import GEOMETRY, templates
 from opdkit.report.numbers import duration, number, ticks
 from opdkit.report.read import evenly
@@ -30,7 +30,6 @@ from opdkit.study.standings import (
     teacher_accuracy,
 )
 
-COLORS = 6  # after which they come again, dashed
 NAME = 30  # characters of a method's name beside its interval
 POINTS = 300  # token counts at which a chart can be read
 SEEDS_LISTED = 5  # more are given by their range

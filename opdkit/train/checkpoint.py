@@ -18,6 +18,7 @@ import torch
 from opdkit.base.errors import UserError
 from opdkit.base.files import tidy, write_folder, write_json
 from opdkit.objective.companion import Companions
+from opdkit.train.restored import load_optimiser, read_state, read_tensors
 from opdkit.train.student import Student
 
 MANIFEST, STATE, OPTIMISER = "manifest.json", "trainer_state.json", "optimizer.pt"
@@ -130,16 +131,20 @@ def verify(checkpoint: Path) -> None:
 
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise damaged(f"its manifest cannot be read ({error})") from error
-    for name, entry in manifest.items():
+        entries = {n: (int(e["bytes"]), str(e["sha256"])) for n, e in manifest.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise damaged(f"its manifest cannot be read ({type(error).__name__}: {error})") from error
+    for name in (STATE, OPTIMISER):
+        if name not in entries:
+            raise damaged(f"its manifest names no {name}")
+    for name, (size, digest) in entries.items():
         path = checkpoint / name
         if not path.is_file():
             raise damaged(f"{name} is missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise damaged(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
+        if path.stat().st_size != size:
+            raise damaged(f"{name} has {path.stat().st_size} bytes instead of {size}")
         with path.open("rb") as handle:
-            if hashlib.file_digest(handle, "sha256").hexdigest() != entry["sha256"]:
+            if hashlib.file_digest(handle, "sha256").hexdigest() != digest:
                 raise damaged(f"{name} is not what was written (its digest differs)")
 
 
@@ -157,16 +162,12 @@ def restore(checkpoint: Path, student: Student, companions: Companions | None = 
     """Optimiser, counters and what stands beside the student; the weights were loaded with the
     model.
     """
-    student.optimiser.load_state_dict(
-        torch.load(checkpoint / OPTIMISER, map_location="cpu", weights_only=True)
-    )
-    state = State(**json.loads((checkpoint / STATE).read_text()))
+    load_optimiser(checkpoint / OPTIMISER, student.optimiser)
+    state: State = read_state(checkpoint / STATE, State)
     student.updates = state.updates
     path = checkpoint / COMPANIONS
     try:
-        (companions or Companions()).load_state_dict(
-            torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-        )
+        (companions or Companions()).load_state_dict(read_tensors(path) if path.exists() else {})
     except UserError as error:
         raise UserError(
             f"{checkpoint} cannot be continued: {error}. It is of a run with another method, or "

@@ -1,0 +1,1 @@
+"""Inputs that are wrong, and attacks: see `make test-hostile`."""

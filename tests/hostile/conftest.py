@@ -4,6 +4,7 @@ of the whole group at its end.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from tests.common.tiny import save_tiny
 from tests.hostile.judge import Attack, Figures
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # names that no folder has are not asked for again and again
 COUNTED: list[tuple[str, int, int]] = []  # (door, inputs, wrong), also of other files of this group
 ROWS = "".join(f'{{"prompt": "What is {i} plus {i}?", "answer": "{2 * i}"}}\n' for i in range(4))
 QUICK = (

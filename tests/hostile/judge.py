@@ -111,7 +111,8 @@ def faults(attack: Attack, seen: Seen) -> list[str]:
 def _message_faults(attack: Attack, seen: Seen) -> list[str]:
     found = []
     errors = [line for line in seen.err.splitlines() if re.match(r"opdkit[\w -]*: error: ", line)]
-    message = seen.err[seen.err.find("error: ") :]
+    start = 0 if "usage:" in seen.err else seen.err.find("error: ")
+    message = seen.err[start:]
     if len(errors) != 1:
         found.append(f"{len(errors)} messages")
     if "nobody foresaw" in message:

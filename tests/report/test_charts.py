@@ -1,7 +1,10 @@
 """Charts put values where they belong and never lose a spike."""
 
+from pathlib import Path
+
 import pytest
 
+from opdkit.report import charts
 from opdkit.report.charts import (
     BOTTOM,
     HEIGHT,
@@ -137,3 +140,15 @@ def test_one_step_and_no_value_at_all_can_be_drawn():
     assert line_chart("x", [3], [Line("a", [0.0])])["curves"][0]["dots"] == [(LEFT, 97.0)]
     empty = line_chart("x", [3, 4], [Line("a", [None, None])])
     assert (empty["curves"][0]["value"], empty["data"]["steps"]) == ("–", [])
+
+
+def test_twelve_curves_are_told_apart() -> None:
+    """Each of twelve has a colour of its own that the page defines, and half of them a dash."""
+    lines = [Line(f"m{i}", [float(i), i + 1.0]) for i in range(12)]
+    drawn = line_chart("many", [1, 2], lines)["curves"]
+    assert len({curve["color"] for curve in drawn}) == 12
+    assert [curve["dash"] for curve in drawn] == [False] * 6 + [True] * 6
+    style = (Path(charts.__file__).parent / "style.css.j2").read_text()
+    light, dark = style.split("color-scheme: light")
+    for theme in (light, dark):
+        assert all(f"--c{curve['color']}: #" in theme for curve in drawn)

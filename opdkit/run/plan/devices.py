@@ -4,6 +4,7 @@ numbers.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -53,6 +54,11 @@ def find_device(
 
     Numbers replace those of the table, or stand for a GPU that is in none; `setting` is the run's.
     """
+    if tflops is not None and not 0 < tflops < math.inf:
+        raise UserError(
+            f"--device-tflops={tflops} must be positive and finite: it is the peak of the device's "
+            "matrix products, such as 989"
+        )
     given: dict[str, Any] = {
         "memory": None if memory is None else int(quantity(memory, 1e9, "--device-memory 80GB")),
         "tflops": tflops,
