@@ -78,6 +78,16 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """A folder, gone in one move: what an interruption leaves of it is no longer called so, and
+    `tidy` removes it.
+    """
+    going = path.with_name(PARTIAL + path.name)
+    shutil.rmtree(going, ignore_errors=True)
+    os.replace(path, going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
 def tidy(folder: Path) -> None:
     """Remove what an interruption left half written; what it was about to replace returns to its
     place.

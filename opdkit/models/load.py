@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,14 +103,24 @@ def load_advised(
         )
 
 
-def take_loaded(model: CausalLM, device: str, quantize: str | None = None) -> CausalLM:
-    """A model of a run that a caller hands over as an object, on the run's device."""
+def take_loaded(
+    model: CausalLM, device: str, quantize: str | None = None, dtype: str | None = None
+) -> CausalLM:
+    """A model of a run that a caller hands over as an object, on the run's device.
+
+    With `dtype` its weights are of that, as if it had been loaded by name: steps of a small
+    learning rate vanish in bfloat16.
+    """
     if quantize not in (None, quantized(model)):
         raise UserError(
             f"quantize={quantize} is done while a model is read, and this one is loaded "
             "already: give its name instead of the object, or load it quantised"
         )
     same_when_training(model)
+    if dtype is not None and quantized(model) is None and model.dtype != DTYPES[dtype]:
+        before = str(model.dtype).removeprefix("torch.")
+        print(f"opdkit: the loaded student is {before}; it trains in {dtype}", file=sys.stderr)
+        model = model.to(DTYPES[dtype])
     return model.to(device)
 
 

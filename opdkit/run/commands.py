@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from opdkit.base.errors import UserError
+from opdkit.data.memory import as_rows
 from opdkit.eval import EvalResult, evaluate_model
 from opdkit.models.device import device_of
 from opdkit.models.load import load_model, load_tokenizer
 from opdkit.rewards import load_reward
-from opdkit.run.prompts import as_rows, make_prompts, read_rows
+from opdkit.run.prompts import make_prompts, read_rows
 from opdkit.run.settings import Data
 from opdkit.sampling import HFSampler
 from opdkit.types import Rollout, Sampling

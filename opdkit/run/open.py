@@ -119,16 +119,17 @@ class Models:
 
     def _whole(self, start: str, resumed: bool) -> Any:
         """A student all of whose weights learn: float32 ones, whatever its products are in."""
+        dtype = "float32" if self.run.dtype == "bfloat16" else self.run.dtype
         if self.given.student is not None and not resumed:
-            return take_loaded(self.given.student, self.device)
-        return self.load(start, "float32" if self.run.dtype == "bfloat16" else self.run.dtype)
+            return take_loaded(self.given.student, self.device, dtype=dtype)
+        return self.load(start, dtype)
 
     def _adapted(self, start: str, resumed: bool) -> Any:
         """A student with adapters: new ones, or those of a checkpoint."""
         run, lora = self.run, self.run.lora
         assert lora is not None
         if self.given.student is not None:
-            model = take_loaded(self.given.student, self.device, lora.quantize)
+            model = take_loaded(self.given.student, self.device, lora.quantize, run.dtype)
         else:
             model = self.load(run.student, run.dtype, lora.quantize)
         if not resumed:

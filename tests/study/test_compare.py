@@ -85,6 +85,7 @@ def fabricate(folder: Path, labels: dict[str, str] | None = None) -> Path:
             run = folder / "runs" / method / f"seed-{seed}"
             (run / "model").mkdir(parents=True)
             (run / "run.yaml").write_text("steps: 20\n")
+            (run / "summary.json").write_text("{}")
             tokens = 30 if (method, seed) == ("other", 1) else 10
             lines = [
                 {
