@@ -44,7 +44,7 @@ FAILING: dict[str, dict[str, Any]] = {  # each fails later than the one before
     "a method that is not there": {"method": "opdd"},
     "a student that is not there": {"student": "/nowhere/student"},
     "no row": {"data": "/nowhere/data.jsonl"},
-    "a prompt too long": {"sampling": {"max_completion_length": 4000}},
+    "a prompt too long": {"sampling": {"max_completion_length": 10**6}},
     "an answer that the first evaluation misses": {
         "reward": "math",
         "evaluate": {"data": "{data}", "ks": (5,)},
@@ -182,7 +182,7 @@ def test_what_a_run_reads_is_not_removed_with_the_run_that_it_replaces(
 ) -> None:
     before = copied(finished, tmp_path / "run")
     run = shop.run(tmp_path / "run", student=str(tmp_path / "run" / "model"))
-    with pytest.raises(UserError, match="the run reads .*model, which is part of the run in"):
+    with pytest.raises(UserError, match=r"the run reads .*model, which is part of the run in"):
         execute(run, overwrite=True)
     assert contents(tmp_path / "run") == before
 
