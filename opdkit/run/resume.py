@@ -17,7 +17,13 @@ from opdkit.base.config import plain, to_yaml
 from opdkit.base.errors import UserError
 from opdkit.methods import expression
 from opdkit.methods.method import spelled
-from opdkit.models.identity import Identity, identify, object_digest, tokenizer_digest
+from opdkit.models.identity import (
+    Identity,
+    identify,
+    object_digest,
+    tokenizer_digest,
+    tokenizer_files_digest,
+)
 from opdkit.run.ask import Asked
 from opdkit.run.open import Given
 from opdkit.run.settings import Data, Run
@@ -77,11 +83,7 @@ def record_of(run: Run, given: Given, asked: Asked) -> dict[str, Any]:
     if asked.stored is not None:
         shards = [entry.sha256 for entry in asked.stored.manifest.entries.values()]
         settings["cached_rollouts"] = _digested(str(asked.stored.folder), repr(shards))
-    if given.tokenizer is not None:
-        template = getattr(given.tokenizer, "chat_template", None)
-        settings["tokenizer"] = _digested(
-            "the tokenizer", tokenizer_digest(given.tokenizer) + str(template)
-        )
+    settings["tokenizer"] = _tokenizer(run, given)
     return settings
 
 
@@ -92,6 +94,14 @@ def _starts_matter(run: Run, asked: Asked) -> bool:
 
 def _digested(name: str, content: str) -> dict[str, Any]:
     return {"name": name, "digest": hashlib.sha256(content.encode()).hexdigest()}
+
+
+def _tokenizer(run: Run, given: Given) -> dict[str, Any]:
+    if given.tokenizer is None:
+        return {"name": run.student, "digest": tokenizer_files_digest(run.student)}
+    template = getattr(given.tokenizer, "chat_template", None)
+    digest = hashlib.sha256(f"{tokenizer_digest(given.tokenizer)} {template}".encode())
+    return {"name": "a loaded tokenizer", "digest": f"object {digest.hexdigest()}"}
 
 
 def _model(name: str, loaded: Any = None) -> dict[str, Any]:

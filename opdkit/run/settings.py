@@ -50,6 +50,15 @@ class Evaluate:
     ks: tuple[int, ...] = (1,)  # Pass@k
     teacher: bool = False  # evaluate the teacher too, once
 
+    def __post_init__(self) -> None:
+        most = max(self.ks, default=1)
+        if most > self.num_generations:
+            raise ValueError(
+                f"ks={list(self.ks)} asks for Pass@{most}, and num_generations="
+                f"{self.num_generations} answers to a problem tell nothing of it: set "
+                f"num_generations to {most} or more"
+            )
+
     @property
     def prompts(self) -> Data:
         return Data(self.data) if isinstance(self.data, str) else self.data

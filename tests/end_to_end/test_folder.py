@@ -45,10 +45,7 @@ FAILING: dict[str, dict[str, Any]] = {  # each fails later than the one before
     "a student that is not there": {"student": "/nowhere/student"},
     "no row": {"data": "/nowhere/data.jsonl"},
     "a prompt too long": {"sampling": {"max_completion_length": 10**6}},
-    "an answer that the first evaluation misses": {
-        "reward": "math",
-        "evaluate": {"data": "{data}", "ks": (5,)},
-    },
+    "a judge that is not there": {"reward": "judge:http://127.0.0.1:9/v1"},
     "a reward that fails in the first step": {"reward": "{broken}"},
 }
 
