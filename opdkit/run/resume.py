@@ -129,11 +129,13 @@ def _method(run: Run, given: Given, asked: Asked) -> Any:
 
 def _code(name: str | None, addresses: list[str] | list[str | None]) -> Any:
     """A name, with a digest of the files of one's own that it names."""
-    named = [text.rpartition(":")[0] for text in addresses if text and is_address(text)]
-    files = [Path(path).expanduser() for path in named]
+    files = [text.rpartition(":")[0] for text in addresses if text and is_address(text)]
     if not files:
         return name
-    return _digested(str(name), repr([path.read_bytes() for path in files]))
+    short = reduce(lambda text, file: text.replace(file, Path(file).name), files, str(name))
+    return _digested(
+        str(name), repr([short, *(Path(file).expanduser().read_bytes() for file in files)])
+    )
 
 
 def _sampler(run: Run) -> dict[str, Any]:
