@@ -41,5 +41,9 @@ class Mixed(Plain):
             )
 
     @property
+    def authors(self) -> tuple[str, ...]:
+        return ("student",) if self.student_share == 1 else ("student", "data")
+
+    @property
     def writer(self) -> Writer | None:
         return None if self.student_share == 1 else MixedWriter(self.student_share)

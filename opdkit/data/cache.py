@@ -287,7 +287,8 @@ class Cache:
             drawn_logp=stored["drawn_logp"].astype(np.float32).tolist()
             if "drawn_logp" in stored
             else logp,
-            group=prompt.id,
+            group=prompt.group,
+            question=prompt.question,
             policy_version=NEVER_FRESH,
             finish=stored["finish"],
             text=stored["text"],

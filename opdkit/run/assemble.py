@@ -20,7 +20,7 @@ from opdkit.run.ask import Asked
 from opdkit.run.evaluation import Evaluator, Validator, score_teachers
 from opdkit.run.open import Given
 from opdkit.run.opened import Opened
-from opdkit.run.prompts import make_prompts
+from opdkit.run.prompts import make_prompts, sampled_as
 from opdkit.run.refuse import refuse_long
 from opdkit.run.resume import run_yaml
 from opdkit.run.screen import Screen
@@ -29,7 +29,7 @@ from opdkit.sampling import Guide
 from opdkit.teachers import LocalModel, Remote, Scorer, route
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
-from opdkit.train.collect.collector import Collector, Questions
+from opdkit.train.collect.collector import Collector
 from opdkit.train.collect.filters import (
     DynamicSampling,
     Filter,
@@ -39,7 +39,6 @@ from opdkit.train.collect.filters import (
 )
 from opdkit.train.job import HeldOut, Job, Length, Scoring
 from opdkit.train.record import Recorder
-from opdkit.train.student import Student
 from opdkit.train.track import open_trackers
 
 
@@ -60,7 +59,7 @@ def assemble(
     if asked.stored is not None and given.student is None:
         for note in student_notes(asked.stored, identify(run.student)):
             print(f"opdkit: {note}", file=sys.stderr)
-    state = State() if checkpoint is None else continued(run, checkpoint, student, record)
+    state = State() if checkpoint is None else continued(run, checkpoint, opened, record)
     state.record = record
     run.folder.mkdir(parents=True, exist_ok=True)
     write_whole(run.folder / "run.yaml", run_yaml(run, record["changes"]))  # first of its files
@@ -80,8 +79,9 @@ def assemble(
         length=Length(run.steps, run.max_tokens),
         checkpoint=run.checkpoint,
         micro_batch_tokens=run.micro_batch_tokens or batch_tokens(student.device),
+        companions=opened.companions,
         scoring=Scoring(run.recomputes_student, run.correct_sampling),
-        held_out=make_held_out(run, asked, opened, evaluator, collector.prompts),
+        held_out=make_held_out(run, asked, opened, evaluator),
         seed=run.seed,
     )
     if evaluator is not None and state.evaluated < 0:
@@ -89,9 +89,9 @@ def assemble(
     return job, state
 
 
-def continued(run: Run, checkpoint: Path, student: Student, record: dict[str, Any]) -> State:
+def continued(run: Run, checkpoint: Path, opened: Opened, record: dict[str, Any]) -> State:
     """The state of a checkpoint, for a run that `record` may have changed since."""
-    state = checkpoints.restore(checkpoint, student)
+    state = checkpoints.restore(checkpoint, opened.student, opened.companions)
     checkpoints.prune(run.folder, run.checkpoint.keep, state.best_step)
     if state.step > run.steps:
         raise UserError(
@@ -115,8 +115,7 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
     method, stored, student = asked.method, asked.stored, opened.student
     mix = guide(opened.scorers, method.teacher_mix) if method.teacher_mix else None
     prompts = make_prompts(run.prompts, asked.rows, opened.tokenizer)
-    sampling = run.sampling if stored is None else stored.origin.sampling
-    longest = refuse_long(prompts, student.model, sampling)
+    longest = refuse_long(prompts, student.model, sampled_as(run, method))
     return Collector(
         writer=writer_of(method.curriculum),
         sampler=opened.models.sampler(student, watched(method.needs), mix, longest)
@@ -168,21 +167,18 @@ def make_evaluator(run: Run, asked: Asked, opened: Opened) -> Evaluator | None:
     return Evaluator(run, opened.sampler, prompts, asked.reward, opened.student)
 
 
-def make_held_out(
-    run: Run, asked: Asked, opened: Opened, evaluator: Evaluator | None, trained: Questions
-) -> HeldOut:
+def make_held_out(run: Run, asked: Asked, opened: Opened, evaluator: Evaluator | None) -> HeldOut:
     """What is measured during training: the score on held-out problems, and for curricula that
-    adapt to it the loss on their reference responses, or on those `trained` on where there are no
-    such problems.
+    adapt to it the loss on their reference responses.
     """
-    validate = None
-    if asked.method.curriculum.validates:
-        questions = evaluator.prompts if evaluator is not None and asked.eval_rows else trained
-        longest = run.sampling.max_completion_length
-        validate = Validator(opened.student, opened.scorers["student"], questions, longest)
     if run.evaluate is None or evaluator is None:
-        return HeldOut(validate=validate)
-    return HeldOut(run.evaluate.every, evaluator.student_score, validate)
+        return HeldOut()
+    validate, scorer = None, opened.scorers["student"]
+    if asked.method.curriculum.validates:
+        longest = run.sampling.max_completion_length
+        validate = Validator(opened.student, scorer, evaluator.prompts, longest)
+    score = None if asked.reward is None else evaluator.student_score
+    return HeldOut(run.evaluate.every, score, validate)
 
 
 def guide(scorers: Mapping[str, Scorer | Remote], share: float) -> Guide:

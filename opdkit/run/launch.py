@@ -144,6 +144,7 @@ def _execute(run: Run, given: Given, job: Job, state: State, claim: Claim) -> Re
     checkpoints.put(final, lambda partial: checkpoints.write_model(partial, model, job.tokenizer))
     done = {
         "method": str(run.method_spec),
+        "objective": str(job.objective),
         "steps": state.step,
         "tokens": state.tokens,
         "best": state.best,

@@ -26,8 +26,6 @@ from opdkit.teachers.local import LocalTeacher
 from opdkit.train.student import Student, with_adapters
 from opdkit.types import DataRow, Sampler, Watch
 
-INTERNAL = frozenset({"student", "sampler", "live"})  # models that are the run itself
-
 
 @dataclass(frozen=True)
 class Given:
@@ -157,7 +155,7 @@ class Models:
         """Asks servers and opens caches, before any weights are loaded: what they cannot say is
         refused here.
         """
-        if "teacher" in self.method.needs.models:
+        if "teacher" in self.method.opened:
             self.run.teachers.check(self._of_teacher(self.context))
 
     def teacher(self, student: Any) -> Scorer | Remote:
@@ -170,8 +168,7 @@ class Models:
 
     def others(self, student: Any) -> dict[str, Scorer | Remote]:
         """Every other model the objective reads."""
-        run, out = self.run, {}
-        wanted = self.method.needs.models - INTERNAL
+        run, out, wanted = self.run, {}, self.method.opened
         if run.evaluate is not None and run.evaluate.teacher:
             wanted |= {"teacher"}
         for name in sorted(wanted):

@@ -14,8 +14,9 @@ from opdkit.curricula import Cached, reads_cache, together
 from opdkit.data import Prompts, load_rows
 from opdkit.data.cache import Cache, CachedPrompts, is_cache, open_cache
 from opdkit.methods.method import Method
+from opdkit.objective import algebra
 from opdkit.run.settings import Data, Run
-from opdkit.types import DataRow
+from opdkit.types import DataRow, Sampling
 
 
 def from_cache(method: Method, run: Run) -> Method:
@@ -41,6 +42,21 @@ def stored_rollouts(run: Run, method: Method) -> Cache | None:
             "teacher=cached:FOLDER and leave data out (or data=FOLDER, with a live teacher)"
         )
     return open_cache(source)
+
+
+def sampled_as(run: Run, method: Method) -> Sampling:
+    """How the rollouts that are learnt from are drawn, or were when they were stored."""
+    stored = stored_rollouts(run, method)
+    return run.sampling if stored is None else stored.origin.sampling
+
+
+def within(run: Run, method: Method) -> Method:
+    """The method with the run's own limit where it divides by one, which is told."""
+    limit = sampled_as(run, method).max_completion_length
+    objective = algebra.within(method.objective, limit)
+    if objective != method.objective:
+        print(f"opdkit: what is minimised, with the run's limit: {objective}", file=sys.stderr)
+    return replace(method, objective=objective)
 
 
 def read_rows(data: Data, rows: Sequence[DataRow] | None, seed: int) -> list[DataRow]:

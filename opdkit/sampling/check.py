@@ -20,15 +20,15 @@ def check_prompts(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     embedding: Any = model.get_input_embeddings()
     known, rows = len(embedding.weight), head.size(embedding.weight)
-    seen: set[str] = set()
+    seen: set[tuple[str, int]] = set()
     for prompt in prompts:
         length = len(prompt.tokens) + sampling.max_completion_length
-        if prompt.id in seen:
+        if (prompt.id, prompt.number) in seen:
             raise UserError(
                 f"two prompts have the id {prompt.id!r}, which keys the random draws: for more "
-                "responses raise num_generations"
+                "responses raise num_generations, or give the second another `number`"
             )
-        seen.add(prompt.id)
+        seen.add((prompt.id, prompt.number))
         if not prompt.tokens:
             raise UserError(
                 f"prompt {prompt.id!r} has no tokens: the model needs at least one to continue"

@@ -29,8 +29,10 @@ class Response:
 
 def rollout_ids(prompts: Sequence[Prompt], sampling: Sampling, step: int | None) -> list[str]:
     """step/prompt/number, without the step where it is None."""
-    names = [p.id if step is None else f"{step}/{p.id}" for p in prompts]
-    return [f"{name}/{c}" for name in names for c in range(sampling.num_generations)]
+    start = "" if step is None else f"{step}/"
+    return [
+        f"{start}{p.id}/{p.number + c}" for p in prompts for c in range(sampling.num_generations)
+    ]
 
 
 def finish(
@@ -57,7 +59,8 @@ def finish(
                 trained=[True] * length,
                 logp=response.logp,
                 drawn_logp=response.drawn_logp,
-                group=prompt.id,
+                group=prompt.group,
+                question=prompt.question,
                 policy_version=policy_version,
                 finish="stop" if response.stopped else "length",
                 text=_cut(text, prompt, sampling.stop, tokenizer) if response.stopped else text,

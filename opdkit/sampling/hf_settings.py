@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdkit.base.rules import Rules, at_least, follow
 from opdkit.models.held import WIDTH, Held
 from opdkit.sampling.kv_cache import CPU_BYTES, FREE_SHARE
 from opdkit.sampling.settings import Pace, Room, SamplerContext, SamplerSettings, Sizes
 from opdkit.types import Sampler
+
+HF: Rules = {
+    "max_batch_tokens": at_least(
+        1,
+        "it is the tokens of all rollouts that are sampled at once",
+        null="what the device has room for",
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,9 @@ class HfSettings(SamplerSettings):
     on_student = True
     # rows x longest possible row; null: half of a GPU's free memory, 2 GiB of a CPU's
     max_batch_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        follow(HF, self)
 
     def open(self, context: SamplerContext) -> Sampler:
         from opdkit.sampling.hf import HFSampler

@@ -17,9 +17,11 @@ import torch
 from opdkit.base import exact
 from opdkit.base.errors import UserError
 from opdkit.base.files import remove_folder, tidy, write_folder, write_json, write_whole
+from opdkit.objective.companion import Companions
 from opdkit.train.student import Student
 
 MANIFEST, STATE, OPTIMISER = "manifest.json", "trainer_state.json", "optimizer.pt"
+COMPANIONS = "companions.pt"
 RECORD = "run.json"  # what the run was that wrote it: see `run.resume`
 
 
@@ -38,7 +40,13 @@ class State:
     record: dict[str, Any] = field(default_factory=dict)  # what run this is, in a file of its own
 
 
-def save(folder: Path, state: State, student: Student, tokenizer: Any) -> Path:
+def save(
+    folder: Path,
+    state: State,
+    student: Student,
+    tokenizer: Any,
+    companions: Companions | None = None,
+) -> Path:
     """Write `checkpoint-N`."""
 
     def write(partial: Path) -> None:
@@ -48,6 +56,8 @@ def save(folder: Path, state: State, student: Student, tokenizer: Any) -> Path:
         write_whole(partial / RECORD, exact.dumps(values.pop("record"), indent=1) + "\n")
         write_whole(partial / STATE, exact.dumps(values, indent=1) + "\n")
         torch.save(student.optimiser.state_dict(), partial / OPTIMISER)
+        if companions:
+            torch.save(companions.state_dict(), partial / COMPANIONS)
         _finish(partial)
 
     final = folder / f"checkpoint-{state.step}"
@@ -135,8 +145,9 @@ def recorded(checkpoint: Path) -> dict[str, Any]:
     return exact.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def restore(checkpoint: Path, student: Student) -> State:
-    """Optimiser and counters; the weights were loaded with the model.
+def restore(checkpoint: Path, student: Student, companions: Companions | None = None) -> State:
+    """Optimiser, counters and what stands beside the student; the weights were loaded with the
+    model.
 
     The optimiser's settings stay the run's: they are the stored ones, unless a change was meant.
     """
@@ -150,12 +161,22 @@ def restore(checkpoint: Path, student: Student) -> State:
     state = State(**exact.loads((checkpoint / STATE).read_text(encoding="utf-8")))
     state.record = recorded(checkpoint)
     student.updates = state.updates
+    path = checkpoint / COMPANIONS
+    try:
+        (companions or Companions()).load_state_dict(
+            torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        )
+    except UserError as error:
+        raise UserError(
+            f"{checkpoint} cannot be continued: {error}. It is of a run with another method, or "
+            "with other arguments: resume with those, or start again with --overwrite"
+        ) from error
     return state
 
 
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and the best."""
     found = checkpoints(folder)
-    for path in found[: max(len(found) - max(keep, 1), 0)]:
+    for path in found[: max(len(found) - keep, 0)]:
         if path.name != f"checkpoint-{best_step}":
             remove_folder(path)

@@ -199,7 +199,7 @@ def scoring(
     needs, seconds, operations = method.needs, 0.0, 0.0
     here = [*scored(run, method, models), *(held for held in models if held.where == ENGINE)]
     for held in here:
-        reads_numbers = bool(needs.of(held.kind) - {VocabularyFact(held.kind)})
+        reads_numbers = any(fact.read_from != "loss" for fact in needs.of(held.kind))
         work = (
             forward(held.shaped, load.tokens, load.pairs)
             + 2 * held.shaped.head * load.written * reads_numbers
