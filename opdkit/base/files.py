@@ -114,6 +114,15 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def path_text(value: Any) -> Any:
+    """A path as text, alone or in a dictionary; anything else as it is."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value) is dict:
+        return {name: path_text(inner) for name, inner in value.items()}
+    return value
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSONL file, none if it is absent; a last line that is still being
     written is left out.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opdkit.base.errors import UserError
+from opdkit.base.files import path_text
 from opdkit.data.memory import as_rows
 from opdkit.eval import EvalResult, evaluate_model
 from opdkit.eval.evaluate import check_ks, drawn
@@ -30,6 +31,7 @@ def open_sampler(
     trust_remote_code: bool = False,
 ) -> HFSampler:
     """A sampler for a model by name, path, or as an object."""
+    model, tokenizer = path_text(model), path_text(tokenizer)
     loaded = load_model(
         model, dtype=dtype, device=device_of(device), trust_remote_code=trust_remote_code
     )
@@ -57,7 +59,7 @@ def eval_model(
     chosen = drawn(sampling or Sampling(), num_generations)
     check_ks(num_generations, ks)
     check_sampling(chosen)
-    sampler = open_sampler(model, tokenizer, dtype)
+    sampler, data = open_sampler(model, tokenizer, dtype), path_text(data)
     settings = (
         data if isinstance(data, Data) else Data(data if isinstance(data, str) else "in memory")
     )
@@ -91,7 +93,7 @@ def sample_model(
     seed: int = 0,
 ) -> list[Rollout]:
     """Responses of a model to texts, rows or a data set."""
-    sampler = open_sampler(model, tokenizer, dtype)
+    sampler, prompts = open_sampler(model, tokenizer, dtype), path_text(prompts)
     settings = (
         prompts
         if isinstance(prompts, Data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opdkit.base.errors import UserError
-from opdkit.base.files import read_lines, write_json
+from opdkit.base.files import path_text, read_lines, write_json
 from opdkit.base.interrupt import stoppable
 from opdkit.data.memory import as_rows
 from opdkit.eval import EvalResult
@@ -73,7 +72,9 @@ def distill(
     that signal: as with Ctrl-C the run is saved, and `resume=True` continues it. A handler of one's
     own, or SIG_IGN, stays: to save the run, let the handler raise KeyboardInterrupt.
     """
-    student, teacher, prompts, eval_prompts = map(_text, (student, teacher, prompts, eval_prompts))
+    student, teacher, prompts, eval_prompts = map(
+        path_text, (student, teacher, prompts, eval_prompts)
+    )
     values: dict[str, Any] = {
         "student": _label(student),
         "teacher": {str(k): _label(v) for k, v in teacher.items()}
@@ -89,7 +90,7 @@ def distill(
     if isinstance(reward, str):
         values["reward"] = reward
     for key, value in settings.items():
-        set_value(values, key.replace("__", "."), _text(value))
+        set_value(values, key.replace("__", "."), path_text(value))
     given = Given(
         None if isinstance(student, str) else student,
         None if isinstance(teacher, str) else teacher,
@@ -191,15 +192,6 @@ def _estimated(run: Run) -> Use | None:
             return unknown(error)
 
     return used
-
-
-def _text(value: Any) -> Any:
-    """A path as text; anything else as it is."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Mapping) and type(value) is dict:
-        return {name: _text(inner) for name, inner in value.items()}
-    return value
 
 
 def _label(model: Any) -> str:

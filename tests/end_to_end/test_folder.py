@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+import opdkit
 from opdkit import UserError, distill
 from opdkit.base.lock import locked
 from opdkit.run import folder as folders
 from opdkit.run.folder import FORMER, MOVING, claimed
 from opdkit.run.launch import execute
 from opdkit.train.record import Recorder
+from opdkit.types import Sampling
 from tests.end_to_end.conftest import Shop
 from tests.end_to_end.crash import in_child, left_by
 
@@ -249,6 +251,9 @@ def test_paths_are_read_as_paths(shop: Shop, tmp_path: Path) -> None:
         device="cpu",
     )
     assert out.folder == tmp_path / "run" and out.model.exists()
+    short = Sampling(max_completion_length=4)
+    assert len(opdkit.sample_model(out.model, Path(shop.data), short)) == 6
+    assert opdkit.eval_model(out.model, Path(shop.data), sampling=short).n_problems == 6
 
 
 def test_an_estimate_ends_no_run(
