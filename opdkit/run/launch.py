@@ -72,21 +72,18 @@ def distill(
     that signal: as with Ctrl-C the run is saved, and `resume=True` continues it. A handler of one's
     own, or SIG_IGN, stays: to save the run, let the handler raise KeyboardInterrupt.
     """
-    student, teacher, prompts, eval_prompts = map(
-        path_text, (student, teacher, prompts, eval_prompts)
-    )
+    student, teacher = map(path_text, (student, teacher))
+    prompts, eval_prompts = map(path_text, (prompts, eval_prompts))
     values: dict[str, Any] = {
         "student": _label(student),
         "teacher": {str(k): _label(v) for k, v in teacher.items()}
         if isinstance(teacher, Mapping)
         else _label(teacher),
-        "data": prompts if isinstance(prompts, str) else "in memory",
+        "data": _source(prompts),
         "method": method if isinstance(method, str) else "own",
     }
     if eval_prompts is not None:
-        values["evaluate"] = {
-            "data": {"source": eval_prompts if isinstance(eval_prompts, str) else "in memory"}
-        }
+        values["evaluate"] = {"data": {"source": _source(eval_prompts)}}
     if isinstance(reward, str):
         values["reward"] = reward
     for key, value in settings.items():
@@ -192,6 +189,10 @@ def _estimated(run: Run) -> Use | None:
             return unknown(error)
 
     return used
+
+
+def _source(prompts: Any) -> str:
+    return prompts if isinstance(prompts, str) else "in memory"
 
 
 def _label(model: Any) -> str:
