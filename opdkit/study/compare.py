@@ -20,6 +20,7 @@ from opdkit.base.files import read_lines, remove_folder, tidy, write_whole
 from opdkit.base.lock import locked
 from opdkit.methods import expression
 from opdkit.methods.method import Method, as_method, spelled
+from opdkit.report import write_report
 from opdkit.rewards import load_reward
 from opdkit.run.folder import refuse_several
 from opdkit.run.launch import execute
@@ -226,7 +227,7 @@ def _compared(plan: ComparisonPlan) -> Comparison:
     failed: dict[tuple[str, int], str] = {}
     plan.write(failed)
     for done in filter(finished, [plan.place(c, seed) for c, seed in plan.order()]):
-        _without_checkpoints(done)
+        _settled(done)
     todo = [(c, seed) for c, seed in plan.order() if not finished(plan.place(c, seed))]
     screen = ComparisonScreen(len(plan.order()), len(plan.order()) - len(todo))
     for who, seed in todo:
@@ -246,7 +247,7 @@ def _compared(plan: ComparisonPlan) -> Comparison:
                 file=sys.stderr,
             )
         if finished(run.folder):
-            _without_checkpoints(run.folder)
+            _settled(run.folder)
         screen.end()
         plan.write(failed)
         write_page(read_comparison(plan.folder))
@@ -260,11 +261,16 @@ def _compared(plan: ComparisonPlan) -> Comparison:
     )
 
 
-def _without_checkpoints(run: Path) -> None:
-    """A finished run's model stays; optimisers of many runs would fill a disk."""
-    tidy(run)
-    for path in checkpoints(run):
-        remove_folder(path)
+def _settled(run: Path) -> None:
+    """A finished run with its report, and without what a kill left of its end. Its model stays;
+    optimisers of many runs would fill a disk.
+    """
+    with locked(run):
+        tidy(run)
+        for path in checkpoints(run):
+            remove_folder(path)
+        if not (run / "report.html").exists():
+            write_report(run)
 
 
 def _begun(folder: Path) -> bool:
