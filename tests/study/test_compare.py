@@ -572,8 +572,12 @@ def test_a_comparison_that_never_began_binds_nobody_and_what_a_kill_left_goes(
     assert not (tmp_path / "a").exists()
     compare(("opd", "iw_opd"), quick, seeds=1, out=tmp_path / "a")
     left = tmp_path / "a" / "runs" / "opd" / "seed-0"
+    (left / ".lock").write_text("process 1 on a machine that is gone")
+    (left / "report.html").unlink()
     for name in ("checkpoint-4", ".partial-checkpoint-1"):
         (left / name).mkdir()
         (left / name / "optimizer.pt").write_bytes(b"half")
     compare(("opd", "iw_opd"), quick, seeds=1, out=tmp_path / "a")
-    assert not any("checkpoint" in path.name for path in (tmp_path / "a").rglob("*"))
+    names = {path.name for path in (tmp_path / "a").rglob("*")}
+    assert (left / "report.html").exists() and ".lock" not in names
+    assert not any("checkpoint" in name for name in names)
