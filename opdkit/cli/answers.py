@@ -53,6 +53,7 @@ def evaluate(options: Any) -> None:
         dtype=options.dtype,
         seed=options.seed,
         keep=options.out,
+        trust_remote_code=options.trust_remote_code,
     )
     interval = out.avg_at_k.interval
     print(f"problems    {out.n_problems}, {out.samples_per_problem} samples each")
@@ -87,7 +88,12 @@ def sample(options: Any) -> None:
     data = {"source": options.data, "limit": options.limit}
     prompts = build(Data, data, "data.") if options.data else options.prompt
     for rollout in sample_model(
-        options.model, prompts, sampling(options), dtype=options.dtype, seed=options.seed
+        options.model,
+        prompts,
+        sampling(options),
+        dtype=options.dtype,
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
     ):
         print(f"--- {rollout.id} ({len(rollout.tokens)} tokens, {rollout.finish})\n{rollout.text}")
 

@@ -13,6 +13,10 @@ from opdkit.types import Prompt, Rollout
 class DataWriter(Writer):
     """One response per prompt, the one in its data row."""
 
+    @property
+    def draws(self) -> bool:
+        return False
+
     def write(self, context: StepContext) -> list[Rollout]:
         longest = context.sampling.max_completion_length
         return [

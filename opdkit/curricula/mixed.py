@@ -17,6 +17,10 @@ class MixedWriter(Writer):
 
     student_share: float
 
+    @property
+    def draws(self) -> bool:
+        return self.student_share > 0
+
     def choose(self, coin: float) -> Writer:
         """Who writes the step for a draw in [0, 1)."""
         return StudentWriter() if coin < self.student_share else DataWriter()

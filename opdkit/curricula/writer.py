@@ -72,6 +72,11 @@ class Writer(ABC):
     # whether every response is read from a cache: then the run opens one, and samples nothing
     stored: ClassVar[bool] = False
 
+    @property
+    def draws(self) -> bool:
+        """Whether any response may be the student's, so that there is a choice of its to credit."""
+        return True
+
     def per_prompt(self, sampling: Sampling) -> int:
         """How many responses of a step answer the same prompt, at least: methods that compare them
         with each other need two.

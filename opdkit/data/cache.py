@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from opdkit.base.progress import progress
 from opdkit.data.prompts import Prompts
 from opdkit.data.shards import GROUP, Scored, Shard, file_digest
 from opdkit.models.identity import Identity, has_digest
+from opdkit.models.tokenizers import answer_end
 from opdkit.types import DataRow, Prompt, Rollout, Sampling
 
 KIND, FORMAT, MANIFEST = "opdkit cache", 1, "manifest.json"
@@ -371,6 +372,11 @@ class CachedPrompts(Prompts):
 
     def _tokens(self, row: DataRow) -> list[int]:
         return self.cache.prompts[row["id"]].tolist()
+
+    @cached_property
+    def end(self) -> int | None:
+        """As in a chat: the stored prompts are of one where the tokenizer has a template."""
+        return answer_end(self.tokenizer, chat=True)
 
 
 def refuse_tokenizer(cache: Cache, tokenizer: Any) -> None:

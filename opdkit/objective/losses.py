@@ -160,7 +160,13 @@ class Estimator(TokenLoss):
 
 
 def base_logp(facts: Batch | Live, base: str | Signal) -> Tensor:
-    """[B, T], or [n] of a live student: the log-prob of a model, or the one that a signal is."""
+    """[B, T], or [n] of a live student: the log-prob of a model, or the one that a signal is.
+
+    The student before the step is the live one until its first update: to the bit, whatever dtype
+    and engine found the fact.
+    """
+    if isinstance(facts, Live) and base == "student" and not facts.batch.moved:
+        return facts.logp.detach()
     if not isinstance(base, Signal):
         return facts.read(LogpFact(base))
     return facts.pick(base) if isinstance(facts, Live) else base(facts)

@@ -26,6 +26,7 @@ from opdkit.run.resume import run_yaml
 from opdkit.run.screen import Screen
 from opdkit.run.settings import Run
 from opdkit.sampling import Guide
+from opdkit.sampling.kv_cache import odd_layers
 from opdkit.teachers import LocalModel, Remote, Scorer, route
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
@@ -40,6 +41,7 @@ from opdkit.train.collect.filters import (
 from opdkit.train.job import HeldOut, Job, Length, Scoring
 from opdkit.train.record import Recorder
 from opdkit.train.track import open_trackers
+from opdkit.types import Sampler
 
 
 def assemble(
@@ -66,7 +68,7 @@ def assemble(
     truncate_metrics(run.folder / "metrics.jsonl", state.step)
     truncate_metrics(run.folder / "evals.jsonl", state.evaluated)
     recorder = make_recorder(run, given, asked, opened, state)
-    evaluator = make_evaluator(run, asked, opened)
+    evaluator = make_evaluator(run, asked, opened, collector.sampler)
     job = Job(
         objective=method.objective,
         curriculum=method.curriculum,
@@ -115,7 +117,8 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
     method, stored, student = asked.method, asked.stored, opened.student
     mix = guide(opened.scorers, method.teacher_mix) if method.teacher_mix else None
     prompts = make_prompts(run.prompts, asked.rows, opened.tokenizer)
-    longest = refuse_long(prompts, student.model, sampled_as(run, method))
+    prompts.refuse_unknown(opened.vocabulary)
+    longest = refuse_long(prompts, student.model, sampled_as(run, method), opened.scorers)
     return Collector(
         writer=writer_of(method.curriculum),
         sampler=opened.models.sampler(student, watched(method.needs), mix, longest)
@@ -159,12 +162,19 @@ def make_recorder(run: Run, given: Given, asked: Asked, opened: Opened, state: S
     )
 
 
-def make_evaluator(run: Run, asked: Asked, opened: Opened) -> Evaluator | None:
-    """Scores models on the run's held-out problems; None where it has none."""
+def make_evaluator(
+    run: Run, asked: Asked, opened: Opened, writer: Sampler | None = None
+) -> Evaluator | None:
+    """Scores models on the run's held-out problems, in this process, or with the sampler that
+    writes (`writer`) where this process cannot sample the student; None where there are none.
+    """
     if run.evaluate is None or asked.eval_rows is None:
         return None
     prompts = make_prompts(run.evaluate.prompts, asked.eval_rows, opened.tokenizer)
-    return Evaluator(run, opened.sampler, prompts, asked.reward, opened.student)
+    sampler: Sampler = opened.sampler
+    if writer is not None and odd_layers(opened.student.model):
+        sampler = writer
+    return Evaluator(run, sampler, prompts, asked.reward, opened.student, opened.tokenizer)
 
 
 def make_held_out(run: Run, asked: Asked, opened: Opened, evaluator: Evaluator | None) -> HeldOut:

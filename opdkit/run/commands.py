@@ -54,12 +54,14 @@ def eval_model(
     seed: int = 0,
     keep: str | Path | None = None,
     name: str = "eval",
+    trust_remote_code: bool = False,
 ) -> EvalResult:
     """Avg@k and Pass@k of a model on a data set, with 95 % confidence intervals over problems."""
     chosen = drawn(sampling or Sampling(), num_generations)
     check_ks(num_generations, ks)
     check_sampling(chosen)
-    sampler, data = open_sampler(model, tokenizer, dtype), path_text(data)
+    sampler = open_sampler(model, tokenizer, dtype, trust_remote_code=trust_remote_code)
+    data = path_text(data)
     settings = (
         data if isinstance(data, Data) else Data(data if isinstance(data, str) else "in memory")
     )
@@ -91,9 +93,11 @@ def sample_model(
     tokenizer: Any = None,
     dtype: str = "float32",
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> list[Rollout]:
     """Responses of a model to texts, rows or a data set."""
-    sampler, prompts = open_sampler(model, tokenizer, dtype), path_text(prompts)
+    sampler = open_sampler(model, tokenizer, dtype, trust_remote_code=trust_remote_code)
+    prompts = path_text(prompts)
     settings = (
         prompts
         if isinstance(prompts, Data)

@@ -26,7 +26,7 @@ from opdkit.teachers.views.translated import model_and_tokenizer
 from opdkit.train.collect.collector import Questions
 from opdkit.train.gather import gather
 from opdkit.train.student import Student
-from opdkit.types import AUTHORS, DataRow
+from opdkit.types import AUTHORS, DataRow, Sampler
 
 
 @dataclass
@@ -34,16 +34,17 @@ class Evaluator:
     """Scores models on held-out problems and keeps what they wrote."""
 
     run: Run
-    sampler: HFSampler
+    sampler: Sampler
     prompts: Prompts
     reward: Reward | None
     trained: Student
+    tokenizer: Any  # the student's
 
     def student_score(self, step: int) -> float:
         with self.trained.autocast():
             return self.score(self.sampler, "student", step).avg_at_k.value
 
-    def score(self, sampler: HFSampler, name: str, step: int) -> EvalResult:
+    def score(self, sampler: Sampler, name: str, step: int) -> EvalResult:
         """One evaluation, appended to evals.jsonl; its samples are kept."""
         settings = self.run.evaluate
         if settings is None or self.reward is None:
@@ -113,7 +114,7 @@ def score_teachers(
         return
     for name, teacher in _by_name(scorers["teacher"]).items():
         local, theirs = model_and_tokenizer(teacher)
-        asked, tokenizer = evaluator.prompts, evaluator.sampler.tokenizer
+        asked, tokenizer = evaluator.prompts, evaluator.tokenizer
         if theirs is not None:
             asked, tokenizer = make_prompts(settings.prompts, rows, theirs), theirs
         with local.around():

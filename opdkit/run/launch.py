@@ -14,6 +14,7 @@ from opdkit.base.interrupt import stoppable
 from opdkit.data.memory import as_rows
 from opdkit.eval import EvalResult
 from opdkit.methods.method import as_method
+from opdkit.models.adapters import has_adapters
 from opdkit.models.quantize import merged
 from opdkit.report import write_report
 from opdkit.run.build import prepare
@@ -59,11 +60,12 @@ def distill(
 ) -> Result:
     """Distil a teacher into a student; returns the new model's path and the metrics.
 
-    student, teacher: names, paths or loaded models (teacher also {route: model}). tokenizer,
+    student, teacher: names, paths or loaded models (teacher also {route: model}), with adapters or
+    without; of a student with adapters these are trained, and merged in the end. tokenizer,
     teacher_tokenizer: of loaded models; a loaded teacher has the student's unless its own is given.
     prompts: a path, a hub name, a list of texts or of rows, a table (pandas, polars, pyarrow), a
-    dictionary of columns. resume: continue from the newest checkpoint, with the settings and data
-    that it records; allow_changes: with others, which run.yaml then tells. method: a name,
+    dictionary of columns. resume: continue from the newest checkpoint, as it records settings and
+    data; allow_changes: with others, which run.yaml then tells. method: a name,
     `file.py:function`, a `Method` or an objective. settings: any of `Run`'s, dotted with `__` or by
     their last name where it is unique: steps=50, num_generations=4, sampling__temperature=0.8.
 
@@ -138,7 +140,8 @@ def _execute(run: Run, given: Given, job: Job, state: State, claim: Claim) -> Re
         state = train(job, state)
     claim.begin()
     final = run.folder / "model"
-    model = merged(job.student.model) if run.lora else job.student.model
+    trained = job.student.model
+    model = merged(trained) if has_adapters(trained) else trained
     checkpoints.put(final, lambda partial: checkpoints.write_model(partial, model, job.tokenizer))
     done = {
         "method": str(run.method_spec),

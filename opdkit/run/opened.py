@@ -11,10 +11,9 @@ import torch
 
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
-from opdkit.models.body import head_of, shared_vocabulary
+from opdkit.models.body import head_of, kept_rows, shared_vocabulary
 from opdkit.models.device import device_of
 from opdkit.models.load import load_tokenizer
-from opdkit.models.tokenizers import real_vocabulary
 from opdkit.objective.companion import Around, Companions
 from opdkit.run.open import Given, Models
 from opdkit.run.settings import Run
@@ -33,6 +32,7 @@ class Opened:
     student: Student
     # "student" and "live" (the student as it is now), and every model the objective reads
     scorers: dict[str, Scorer | Remote]
+    vocabulary: int  # ids of the tokenizer that all of them have
     companions: Companions  # what stands beside the student
 
     @property
@@ -54,7 +54,8 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
     base = models.student(start, checkpoint is not None)
     others = models.others(base)
     heads = [head_of(base), *(head for scorer in others.values() for head in heads_of(scorer))]
-    vocab = shared_vocabulary(heads, real_vocabulary(tokenizer))
+    vocabulary = shared_vocabulary(heads, tokenizer)
+    vocab = kept_rows(heads, vocabulary)
     updates = run.steps * run.optim.passes * run.optim.minibatches
     student = Student(
         base,
@@ -71,7 +72,8 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
     }
     scorers |= {name: cut(scorer, vocab) for name, scorer in others.items()}
     companions = beside(method, student, scorers, run.seed)
-    return Opened(models, tokenizer, student, scorers | companions.scorers, companions)
+    everyone = scorers | companions.scorers
+    return Opened(models, tokenizer, student, everyone, vocabulary, companions)
 
 
 def beside(

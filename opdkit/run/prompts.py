@@ -81,6 +81,6 @@ def make_prompts(data: Data, rows: list[DataRow], tokenizer: Any) -> Prompts:
         )
     else:
         prompts = Prompts(rows, tokenizer, max_prompt_length=data.max_prompt_length, **written)
-    if prompts.dropped:
-        print(f"opdkit: {prompts.report()}", file=sys.stderr)
+    for note in prompts.notes:
+        print(f"opdkit: {note}", file=sys.stderr)
     return prompts

@@ -4,19 +4,21 @@ context does not hold.
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdkit.base.errors import UserError, nearest
 from opdkit.curricula import reads_cache, writer_of
 from opdkit.data import Prompts
 from opdkit.methods.method import Method
+from opdkit.models.limits import context_limit
 from opdkit.objective.facts import LogpFact
+from opdkit.objective.grammar import credit_of
 from opdkit.rewards import Reward
 from opdkit.run.prompts import sampled_as
 from opdkit.run.settings import Run
+from opdkit.teachers.base import reads_of
 from opdkit.train.track import BACKENDS
 from opdkit.types import Sampling
 
@@ -56,6 +58,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
             "token by token: set sampler=hf"
         )
+    _refuse_undrawn(method)
     _refuse_never_validated(run, method)
     sampling = sampled_as(run, method)
     _refuse_alone(run, method, sampling)
@@ -92,6 +95,18 @@ def _refuse_without_reward(run: Run, method: Method) -> None:
                 f"{name} goes by the rewards of rollouts, and the run has none: set reward, or "
                 f"leave {name} out"
             )
+
+
+def _refuse_undrawn(method: Method) -> None:
+    """Policy gradients where the student never writes."""
+    credited = [term for term in method.objective.terms if credit_of(term.loss) is not None]
+    if credited and not writer_of(method.curriculum).draws:
+        raise UserError(
+            f"method {method.name or 'own'!r} reads every response from the data, and its term "
+            f"{credited[0]} is a policy gradient: of tokens that the student did not draw there is "
+            "none, so that the term would teach nothing. Let the student write some of the batches "
+            "(lmbda above 0), or leave the term out"
+        )
 
 
 def _refuse_alone(run: Run, method: Method, sampling: Sampling) -> None:
@@ -186,18 +201,23 @@ def refuse_models(run: Run, method: Method) -> None:
         )
 
 
-def refuse_long(prompts: Prompts, model: Any, sampling: Sampling) -> int:
+def refuse_long(
+    prompts: Prompts, model: Any, sampling: Sampling, others: Mapping[str, Any] | None = None
+) -> int:
     """Tokens of the longest rollout there can be.
 
-    It must fit the model's context: a longer prompt would be cut or answered blindly.
+    It must fit the context of the model, and of every other that is to read it (`others`, scorers
+    by name): a longer prompt would be cut or answered blindly.
     """
-    limit = getattr(model.config, "max_position_embeddings", math.inf)
-    room = limit - sampling.max_completion_length
     longest = max(prompts, key=lambda p: len(p.tokens))
-    if len(longest.tokens) > room:
+    limits = {"model": context_limit(model.config)}
+    limits |= {name: reads_of(scorer) for name, scorer in (others or {}).items()}
+    for name, limit in limits.items():
+        if limit is None or len(longest.tokens) <= (room := limit - sampling.max_completion_length):
+            continue
         raise UserError(
             f"prompt {longest.id} has {len(longest.tokens)} tokens; with "
-            f"max_completion_length={sampling.max_completion_length} only {room} fit the model's "
+            f"max_completion_length={sampling.max_completion_length} only {room} fit the {name}'s "
             f"context of {limit}. Set data.max_prompt_length={max(room, 0)} to drop longer "
             "prompts, or lower max_completion_length"
         )

@@ -17,6 +17,7 @@ from opdkit.base.config import plain, to_yaml
 from opdkit.base.errors import UserError
 from opdkit.methods import expression
 from opdkit.methods.method import spelled
+from opdkit.models.adapters import has_adapters
 from opdkit.models.identity import (
     Identity,
     identify,
@@ -65,8 +66,11 @@ def record_of(run: Run, given: Given, asked: Asked) -> dict[str, Any]:
     """
     settings = {name: value for name, value in plain(run).items() if name not in FREE}
     settings["optim"]["learning_rate"] = run.learning_rate
+    start = given.student if _starts_matter(run, given, asked) else None
     settings |= {
-        "student": _model(run.student, given.student if _starts_matter(run, asked) else None),
+        "student": _model(
+            run.student, given.student if _starts_matter(run, given, asked) else None
+        ),
         "teacher": _teacher(run, given),
         "teacher_dtype": run.teachers.precision(run.teacher_dtype or run.dtype),
         "reference": None if run.reference is None else _model(run.reference),
@@ -87,9 +91,10 @@ def record_of(run: Run, given: Given, asked: Asked) -> dict[str, Any]:
     return settings
 
 
-def _starts_matter(run: Run, asked: Asked) -> bool:
+def _starts_matter(run: Run, given: Given, asked: Asked) -> bool:
     """Whether the weights that a student had at first are read after a resume too."""
-    return run.lora is not None or ("reference" in asked.method.needs.models and not run.reference)
+    reads = "reference" in asked.method.needs.models and not run.reference
+    return reads or run.lora is not None or has_adapters(given.student)
 
 
 def _digested(name: str, content: str) -> dict[str, Any]:

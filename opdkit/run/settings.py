@@ -14,6 +14,7 @@ from opdkit.base.config import build, override, parse_overrides, plain, read_yam
 from opdkit.base.rules import Rules, at_least, follow
 from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.methods.method import Method, load
+from opdkit.models.load import ATTENTION
 from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.kinds import sampler_of
 from opdkit.sampling.settings import SamplerSettings
@@ -55,6 +56,11 @@ RUN: Rules = {
         lambda dtype: dtype in DTYPES,
         f"one of {', '.join(DTYPES)}",
         "it is that of the student's matrix products",
+    ),
+    "attn_implementation": (
+        lambda attention: attention in (None, *ATTENTION),
+        f"one of {', '.join(ATTENTION)}, or null for the usual one",
+        "it is how models in this process compute attention",
     ),
     "rollouts": (
         lambda writer: writer in WRITERS,
@@ -172,6 +178,9 @@ class Run:
     dtype: str = "float32"
     teacher_dtype: str | None = None  # null: as the student
     device: str = "auto"
+    # of models in this process: eager, sdpa, flash_attention_2, flash_attention_3 or flex_attention
+    # (null: transformers' choice, and eager where a model caps its attention scores)
+    attn_implementation: str | None = None
     gradient_checkpointing: bool = False
     # the dropout of the student's configuration (LoRA's is lora.dropout); false: it learns with it,
     # other than it samples and is scored

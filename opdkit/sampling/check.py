@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opdkit.base.errors import UserError
+from opdkit.models.limits import context_limit
 from opdkit.models.load import CausalLM
 from opdkit.objective.head import Head
 from opdkit.types import Prompt, Sampling
@@ -17,7 +18,7 @@ def check_prompts(
     """Refuses prompts that cannot be sampled from; returns the tokens that the longest rollout may
     have.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_limit(model.config)
     embedding: Any = model.get_input_embeddings()
     known, rows = len(embedding.weight), head.size(embedding.weight)
     seen: set[tuple[str, int]] = set()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from opdkit.base.rules import Rules, at_least, follow
 from opdkit.models.held import WIDTH, Held
-from opdkit.sampling.kv_cache import CPU_BYTES, FREE_SHARE
+from opdkit.sampling.kv_cache import CPU_BYTES, FREE_SHARE, check_states
 from opdkit.sampling.settings import Pace, Room, SamplerContext, SamplerSettings, Sizes
 from opdkit.types import Sampler
 
@@ -34,6 +34,7 @@ class HfSettings(SamplerSettings):
     def open(self, context: SamplerContext) -> Sampler:
         from opdkit.sampling.hf import HFSampler
 
+        check_states(context.model)
         return HFSampler(
             context.model,
             context.tokenizer,

@@ -109,6 +109,7 @@ def train_step(job: Job, state: State) -> None:
             if number and job.needs.of("live"):
                 with student.autocast():
                     refresh(batch, job.needs, job.scorers, rollouts)
+            batch.moved = number > 0
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record)  # learn per micro-batch, step
     job.collector.sampler.sync(student.model, student.updates)  # sync

@@ -28,6 +28,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "curriculum with memory": {"method": "paced", "sampling": {"num_generations": 4}},
     "replay": {"method": {"name": "distillm", "threshold": 0.7}},
     "guided rollouts": {"method": "tropd"},
+    "pairs of one's own": {
+        "method": {"name": f"{EXAMPLES / 'own_pair_loss.py'}:pairs"},
+        "sampling": {"num_generations": 4},
+        "optim": {"passes": 2, "minibatches": 2},
+    },
+    "groups of one's own": {
+        "method": {"name": f"{EXAMPLES / 'own_group_loss.py'}:listwise"},
+        "sampling": {"num_generations": 4},
+    },
     "a value head of one's own": {
         "method": f"{EXAMPLES / 'own_value_head.py'}:valued",
         "optim": {"passes": 2, "minibatches": 2},

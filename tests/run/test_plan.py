@@ -458,7 +458,7 @@ def test_operations_of_the_head_are_those_counted(method: Any, also: int) -> Non
     states = Layout(rows, 8).states(model, positions)
     with FlopCounterMode(display=False) as counter:
         learn(ready, positions, states, head_of(model))
-    counted, in_place = head(run, made, read_shape(model.config, "here"), len(positions))
+    counted, in_place = head(run, read_shape(model.config, "here"), len(positions))
     assert counter.get_total_flops() == counted + also * 2 * 320 * 32 * 32
     assert in_place == 2 * 320 * 32 * 32
 
