@@ -24,13 +24,24 @@ MADE: dict[str, Callable[[Any], Any]] = {
 
 
 def dumps(value: Any, other: Callable[[Any], Any] = str, **settings: Any) -> str:
-    """A value as JSON, for `loads`. What plain JSON can say is written as plain JSON.
+    """A value as JSON, for `loads`. What plain JSON can say is written as plain JSON; half of a
+    surrogate pair, which has no UTF-8, makes it ASCII.
 
     Arguments:
         other: what is written of anything that has no form here.
         settings: of `json.dumps`.
     """
-    return json.dumps(_marked(value, other), ensure_ascii=False, **settings)
+    marked = _marked(value, other)
+    text = json.dumps(marked, ensure_ascii=False, **settings)
+    return text if _encodes(text) else json.dumps(marked, **settings)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def loads(text: str) -> Any:

@@ -68,9 +68,7 @@ def record_of(run: Run, given: Given, asked: Asked) -> dict[str, Any]:
     settings["optim"]["learning_rate"] = run.learning_rate
     start = given.student if _starts_matter(run, given, asked) else None
     settings |= {
-        "student": _model(
-            run.student, given.student if _starts_matter(run, given, asked) else None
-        ),
+        "student": _model(run.student, start),
         "teacher": _teacher(run, given),
         "teacher_dtype": run.teachers.precision(run.teacher_dtype or run.dtype),
         "reference": None if run.reference is None else _model(run.reference),

@@ -76,6 +76,11 @@ def test_forms(value: Any, text: str) -> None:
     assert dumps(value) == text
 
 
+def test_half_a_surrogate_pair_can_be_written() -> None:
+    text = dumps({"a": "ä \ud83d"})
+    assert text.encode() == b'{"a": "\\u00e4 \\ud83d"}' and loads(text) == {"a": "ä \ud83d"}
+
+
 def test_what_has_no_form_is_text_and_nan_stays() -> None:
     assert loads(dumps(1j)) == "1j"
     assert math.isnan(loads(dumps(math.nan)))
