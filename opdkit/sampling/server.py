@@ -343,7 +343,7 @@ def _served(endpoint: Endpoint, wanted: str | None) -> tuple[str, int]:
 def _ask(endpoint: Endpoint, path: str, body: dict[str, Any], command: str) -> None:
     """A call that changes the server: made once, and explained where it is not understood."""
     try:
-        replace(endpoint, retries=0).request("POST", path, body, lambda response: response.text)
+        replace(endpoint, retries=0).request("POST", path, body, lambda reply: reply.content)
     except UserError as error:
         raise UserError(
             f"{endpoint.urls[0]} did not take the student's weights over ({error}). It must be "

@@ -134,8 +134,7 @@ def _ask_others(
     method, tokenizer = context.method, context.tokenizer
     served = Served(endpoint, wires[0], name, real_vocabulary(tokenizer), limit)
     ones = [replace(endpoint, urls=[url]) for url in cards]
-    probe(served, ones, method.name, method.needs, tokenizer, "teacher")
-    return served
+    return probe(served, ones, method.name, method.needs, tokenizer, "teacher")
 
 
 def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, dict[str, Any]]:

@@ -59,6 +59,8 @@ class Service:
         self.device = next(model.parameters()).device
         self.budget = self.local.micro_batch_tokens or batch_tokens(self.device)
         self.rows = self.local.head.size(torch.zeros(0))
+        assert self.local.head.weight is not None
+        self.columns = self.local.head.weight.shape[1]
         self.ids = min(self.rows, model.get_input_embeddings().weight.shape[0])
         known = real_vocabulary(self.tokenizer)
         # rows that only pad the head are no tokens
@@ -71,6 +73,7 @@ class Service:
             "fingerprint": self.fingerprint,
             "tokenizer": tokenizer_digest(self.tokenizer)[:SHORT],
             "rows": self.rows,
+            "columns": self.columns,
             "micro_batch_tokens": self.budget,
         }
         card = {
@@ -120,7 +123,7 @@ class Service:
             )
             return {str(i): made[fact] for i, fact in enumerate(wanted)}
 
-        return protocol.pack(self.worker.submit(run).result(), {})
+        return protocol.pack_answer(self.worker.submit(run).result(), body)
 
     def completions(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The OpenAI form with vLLM's prompt_logprobs: prompts of token ids are scored, nothing is

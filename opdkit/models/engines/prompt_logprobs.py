@@ -51,6 +51,7 @@ def parse_prompt_logprobs(
             f"{who}: nothing precedes the first token, so no model can score it: give the prompt "
             "at least one token"
         )
+    _refuse_others(prompt_logprobs, tokens[:start], who)
     ids, logps = _table(prompt_logprobs, start)
     _refuse_broken(ids, logps, start, who)
     own = ids == torch.tensor(tokens[start:], dtype=torch.int64).view(-1, 1)
@@ -106,7 +107,21 @@ def _numbers(values: Iterable[Any]) -> Iterable[float]:
         number = (
             value.get("logprob") if isinstance(value, dict) else getattr(value, "logprob", value)
         )
+        if isinstance(number, str | bool) or (isinstance(number, int) and number != 0):
+            raise ValueError(f"{str(number)[:60]} stands for a log-prob, which is a fraction")
         yield math.nan if number is None else float(number)
+
+
+def _refuse_others(prompt_logprobs: Any, tokens: Sequence[int], who: str) -> None:
+    """An answer about other tokens before those that are read: another request's."""
+    if hasattr(prompt_logprobs, "start_indices"):
+        return
+    for position, (entry, token) in enumerate(zip(prompt_logprobs[1:], tokens[1:]), 1):
+        if entry and token not in entry and str(token) not in entry:
+            raise UserError(
+                f"{who}: the scores of token {position} do not hold its own id {token}: the "
+                "server scored other tokens than it was sent"
+            )
 
 
 def _refuse_broken(ids: Tensor, logps: Tensor, start: int, who: str) -> None:
