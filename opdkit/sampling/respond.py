@@ -31,6 +31,7 @@ class Request:
 
     tokens: list[int]
     settings: dict[str, Any]
+    who: str  # in errors
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,7 @@ def respond(
 
     if given:
         tick(0)
-    requests = [
-        _request(prompts[i // n], sampling, stops, seed_of(seed, ids[i])) for i in unfinished
-    ]
+    requests = [_request(prompts[i // n], sampling, stops, seed, ids[i]) for i in unfinished]
     drawn = dict(zip(unfinished, engine.draw(requests, tick) if requests else []))
     parts = [
         drawn.get(i, Drawn([], [], bool(p.prefix) and p.prefix[-1] in stops))
@@ -184,20 +183,22 @@ def _prefixes(engine: Engine, prompts: Sequence[Prompt]) -> dict[str, list[float
     return dict(zip([p.id for p in guided], scored))
 
 
-def _request(prompt: Prompt, sampling: Sampling, stops: Collection[int], seed: int) -> Request:
+def _request(
+    prompt: Prompt, sampling: Sampling, stops: Collection[int], seed: int, id: str
+) -> Request:
     settings = {
         "temperature": float(sampling.temperature),
         "top_p": float(sampling.top_p),
         "top_k": sampling.top_k,
         "min_p": float(sampling.min_p),
-        "seed": seed,
+        "seed": seed_of(seed, id),
         "max_tokens": sampling.max_completion_length - len(prompt.prefix),
         "stop": list(sampling.stop),
         "stop_token_ids": sorted(stops),
         "ignore_eos": True,  # the end-of-sequence tokens are among the stop tokens
         "logprobs": 0,  # of the drawn token alone
     }
-    return Request(prompt.tokens + prompt.prefix, settings)
+    return Request(prompt.tokens + prompt.prefix, settings, f"rollout {id}")
 
 
 def seed_of(seed: int, id: str) -> int:

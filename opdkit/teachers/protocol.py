@@ -20,6 +20,7 @@ from opdkit.objective.facts import EntropyFact, Fact, LogpAtFact, LogpFact, TopF
 from opdkit.objective.head import Head
 from opdkit.types import Rollout
 
+MOST_TOKENS = 1 << 22  # of one request
 FINGERPRINT = "X-Opdkit-Model"  # header of every answer: which weights gave it
 # by the names under which they are sent
 FACTS: dict[str, type[Fact]] = {
@@ -198,6 +199,8 @@ def unpack_request(
 
 def _layout(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Layout:
     """The rollouts: [n] tokens, cut into prompts and responses by their lengths."""
+    if _integers(tensors, "tokens").numel() > MOST_TOKENS:
+        raise ValueError(f"it holds more than {MOST_TOKENS} tokens")
     tokens, prompts, responses = (
         _integers(tensors, name).tolist() for name in ("tokens", "prompts", "responses")
     )

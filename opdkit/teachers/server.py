@@ -12,6 +12,7 @@ from typing import Any
 
 from opdkit.base.errors import UserError
 from opdkit.models.engines.endpoint import Endpoint, Refused
+from opdkit.models.engines.exchange import Broken, Reply, addresses, object_of, shown
 from opdkit.models.held import ELSEWHERE, Held
 from opdkit.models.identity import Identity
 from opdkit.models.shapes import Shape
@@ -42,6 +43,7 @@ class ServerTeacher(Teacher):
     api_key_env: str | None = None
 
     def __post_init__(self) -> None:
+        addresses(self.urls, "the teacher's server")
         if not self.urls:
             raise ValueError(
                 "a server teacher needs at least one url, such as http://127.0.0.1:8000"
@@ -137,6 +139,19 @@ def _ask_others(
     return probe(served, ones, method.name, method.needs, tokenizer, "teacher")
 
 
+def _known(reply: Reply) -> dict[str, dict[str, Any]]:
+    """By name: what a server says of the models it serves."""
+    known = {}
+    for card in object_of(reply).get("data") or []:
+        limit = card.get("max_model_len")
+        if not isinstance(card["id"], str) or not (
+            limit is None or (type(limit) is int and limit > 0)
+        ):
+            raise Broken(f"{shown(repr(card))} is no model's card")
+        known[card["id"]] = card
+    return known
+
+
 def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, dict[str, Any]]:
     """By URL: what each server says of the model it serves. One of several may be down for now."""
     cards: dict[str, dict[str, Any]] = {}
@@ -144,7 +159,7 @@ def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, dict[str, Any]]:
     for one in endpoint.each():
         (url,) = one.urls
         try:
-            listed = one.get("/v1/models").get("data")
+            known = one.request("GET", "/v1/models", None, _known)
         except Refused as refused:
             raise UserError(
                 f"{url} does not list its models at /v1/models ({refused.status}): it is not an "
@@ -155,9 +170,6 @@ def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, dict[str, Any]]:
                 print(f"opdkit: {error}. The others go on without it", file=sys.stderr)
             failed = error
             continue
-        known = {
-            card["id"]: card for card in listed or [] if isinstance(card, dict) and "id" in card
-        }
         if wanted is None and len(known) != 1:
             raise UserError(
                 f"{url} serves {', '.join(known) or 'no model'}: say which is the teacher with "

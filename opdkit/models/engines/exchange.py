@@ -210,6 +210,12 @@ def address(url: str, what: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
+def addresses(urls: Iterable[str], what: str) -> None:
+    """Refuses settings with an address that is none, before anything is written or shown."""
+    for url in urls:
+        address(url, what)
+
+
 def check_key(key: str, variable: str, what: str) -> str:
     """A key that can be sent in a header."""
     if not (key.isascii() and key.isprintable() and " " not in key):

@@ -107,9 +107,14 @@ def _numbers(values: Iterable[Any]) -> Iterable[float]:
         number = (
             value.get("logprob") if isinstance(value, dict) else getattr(value, "logprob", value)
         )
-        if isinstance(number, str | bool) or (isinstance(number, int) and number != 0):
-            raise ValueError(f"{str(number)[:60]} stands for a log-prob, which is a fraction")
-        yield math.nan if number is None else float(number)
+        yield number_of(number)
+
+
+def number_of(value: Any) -> float:
+    """A log-prob as JSON has it; null is NaN. A ValueError for text, true, and whole numbers."""
+    if isinstance(value, str | bool) or (isinstance(value, int) and value != 0):
+        raise ValueError(f"{str(value)[:60]} stands for a log-prob, which is a fraction")
+    return math.nan if value is None else float(value)
 
 
 def _refuse_others(prompt_logprobs: Any, tokens: Sequence[int], who: str) -> None:
