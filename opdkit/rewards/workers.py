@@ -35,6 +35,8 @@ HELD = {
     "writing": "no file is written, changed or removed outside the program's own folder",
     "reading": "no file is read but Python's own: its library, installed packages, shared "
     "libraries",
+    "seeing": "no other file is seen: neither that it is there, nor its size or times",
+    "disk": "no more than 64 MiB and 1000 files are written, or none at all",
     "neighbours": "no other process is signalled, nor its environment or memory read",
 }
 

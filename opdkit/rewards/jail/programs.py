@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import shutil
 import signal
 import socket
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 from cell import WALL, Jail, begun, child, kill, read
 from check import run_tests
+from mounts import remove
 from program import run_program
 from remote import Channel, Gone
 
@@ -87,7 +87,7 @@ def _serve(orders: socket.socket, jail: Jail) -> None:
             if pid:
                 kill(pid)
                 os.waitpid(pid, 0)
-            shutil.rmtree(jail.base, ignore_errors=True)
+            remove(jail.base)
             return
 
 
@@ -115,7 +115,7 @@ def _called(case: dict[str, Any], jail: Jail, parent: ProgramParent) -> tuple[in
         _send(channel, case, ("wanted",))
         os.close(channel.fd)
         begun(marks_read)
-        said, stopped = read(marks_read, OUTPUT, time.monotonic() + WALL * case["seconds"], jail)
+        said, stopped = read(marks_read, OUTPUT, time.monotonic() + WALL * case["seconds"])
     finally:
         kill(pid)
         os.waitpid(pid, 0)
@@ -145,9 +145,9 @@ def _printed(case: dict[str, Any], jail: Jail, parent: ProgramParent) -> tuple[i
             _send(channel, case, (), stdin=given)
             begun(channel.fd)
             end = time.monotonic() + WALL * case["seconds"]
-            said, why = read(output, OUTPUT + 2 * len(wanted.encode(errors="replace")), end, jail)
+            said, why = read(output, OUTPUT + 2 * len(wanted.encode(errors="replace")), end)
             if not why:
-                _, why = read(channel.fd, OUTPUT, end, jail)  # it closes where the program ends
+                _, why = read(channel.fd, OUTPUT, end)  # it closes where the program ends
         finally:
             status = parent.end()
             os.close(output)

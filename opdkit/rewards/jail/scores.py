@@ -113,7 +113,7 @@ class Work:
             os.close(write)
             try:
                 begun(output)
-                said, stopped = read(output, LONGEST, time.monotonic() + seconds, self.jail)
+                said, stopped = read(output, LONGEST, time.monotonic() + seconds)
             finally:
                 kill(pid)
                 os.waitpid(pid, 0)
