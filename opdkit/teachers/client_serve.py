@@ -23,9 +23,9 @@ from opdkit.objective.head import Head, Source
 from opdkit.objective.supply import Tensors
 from opdkit.teachers import protocol
 from opdkit.teachers.base import Remote, Scorer, in_order, source_of
-from opdkit.teachers.client_vllm_sglang import FAMILY, PROBE, PROBE_TOKENS, WHOLE
+from opdkit.teachers.client_vllm_sglang import FAMILY, PROBE, PROBE_TOKENS
 from opdkit.teachers.scored_facts import without_positions
-from opdkit.teachers.vllm_sglang import same_model
+from opdkit.teachers.vllm_sglang import WHOLE, same_model
 from opdkit.types import Rollout
 
 VOCABULARY = 1 << 28  # bytes of a tokenizer's tokens and their ids, at most

@@ -23,6 +23,7 @@ from opdkit.teachers.scored_facts import PromptScores, parse_prompt_logprobs
 T = TypeVar("T")
 
 ENTRY = 1024  # bytes of JSON, at most, about one log-prob: its number, rank and token's text
+WHOLE = 1.001  # what probabilities may sum to, rounding included
 SPAN = 32  # tokens of one SGLang request for log-probs at ids that differ from token to token
 
 
@@ -87,7 +88,7 @@ class Vllm:
 
     def scores(self, endpoint: Endpoint, model: str, ask: Ask, k: int) -> PromptScores:
         def read(entries: Any, ask: Ask) -> PromptScores:
-            return parse_prompt_logprobs(entries, ask.tokens, ask.start, k, ask.who)
+            return softmax(parse_prompt_logprobs(entries, ask.tokens, ask.start, k, ask.who), ask)
 
         return self._completions(endpoint, model, ask, k, read)
 
@@ -191,9 +192,8 @@ class SGLang:
                     if itself
                     else {one[1]: one[0]}
                 )
-            return parse_prompt_logprobs(
-                [None] * ask.start + entries, ask.tokens, ask.start, k, ask.who
-            )
+            rows = [None] * ask.start + entries
+            return softmax(parse_prompt_logprobs(rows, ask.tokens, ask.start, k, ask.who), ask)
 
         return self._generate(endpoint, ask, read, k + 1, top_logprobs_num=k)
 
@@ -262,6 +262,19 @@ def same_model(said: Any, model: str, who: str) -> None:
             "was started again with another. Nothing was learnt from this step; start the right "
             "one and continue with --resume"
         )
+
+
+def softmax(scored: PromptScores, ask: Ask) -> PromptScores:
+    """Scores as they are, where they can be of a whole vocabulary's softmax."""
+    sums = scored.top_logp.exp().sum(-1) if scored.top_logp.numel() else torch.zeros(0)
+    if bool((sums > WHOLE).any()) or bool(scored.logp.isinf().any()):
+        raise UserError(
+            f"{ask.who}: the server returns numbers that are no log-probs of its whole vocabulary "
+            f"(the most probable tokens' probabilities sum to {max(sums.tolist(), default=0.0):.3f}"
+            f", the least log-prob is {float(scored.logp.min()):g}). Nothing was learnt from this "
+            "step; start it without a --logprobs-mode of its own, and check the model and its dtype"
+        )
+    return scored
 
 
 def whole(table: Tensor, ids: Tensor, ask: Ask) -> Tensor:

@@ -199,7 +199,10 @@ class Endpoint:
         try:
             told = self.request("POST", path, body, made, most)
         except Refused as refused:
-            raise UserError(f"{who} ({refused.url}): {advise(refused)}") from refused
+            raise UserError(
+                f"{who} ({refused.url}): {advise(refused)}. Nothing was learnt from this step; "
+                "look at the server's log"
+            ) from refused
         except UserError as error:
             raise UserError(f"{who}: {error}. Nothing was learnt from this step") from error
         if isinstance(told, UserError):

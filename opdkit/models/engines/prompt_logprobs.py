@@ -14,6 +14,10 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError
 
+OTHERS = (
+    "the server scored other tokens than it was sent. Nothing was learnt from this step; use "
+    "another version of the server"
+)
 JSON_FLOOR = -9999.0  # what the server writes for minus infinity, which JSON does not have
 
 
@@ -58,8 +62,8 @@ def parse_prompt_logprobs(
     if not bool(own.any(1).all()):
         position = start + int((~own.any(1)).nonzero()[0, 0])
         raise UserError(
-            f"{who}: the scores of token {position} do not hold its own id {tokens[position]}: the "
-            "server scored other tokens than it was sent"
+            f"{who}: the scores of token {position} do not hold its own id {tokens[position]}: "
+            f"{OTHERS}"
         )
     logp = logps.masked_fill(~own, -math.inf).amax(1) if len(ids) else logps.new_zeros(0)
     counts = (ids >= 0).sum(1)
@@ -124,8 +128,7 @@ def _refuse_others(prompt_logprobs: Any, tokens: Sequence[int], who: str) -> Non
     for position, (entry, token) in enumerate(zip(prompt_logprobs[1:], tokens[1:]), 1):
         if entry and token not in entry and str(token) not in entry:
             raise UserError(
-                f"{who}: the scores of token {position} do not hold its own id {token}: the "
-                "server scored other tokens than it was sent"
+                f"{who}: the scores of token {position} do not hold its own id {token}: {OTHERS}"
             )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from plain import BASES, MUTABLE, builtin_class, pack, plain, unpack
 
-MESSAGE = 16 << 20  # bytes of one from a program
+MESSAGE = 64 << 20  # bytes of one from a program
 ORDER = 512 << 20  # bytes of one of ours
 
 
