@@ -170,15 +170,19 @@ def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, dict[str, Any]]:
                 print(f"opdkit: {error}. The others go on without it", file=sys.stderr)
             failed = error
             continue
+        if not known:
+            raise UserError(
+                f"{url} serves no model, so there is no teacher: start it with one, or give "
+                "another server"
+            )
         if wanted is None and len(known) != 1:
             raise UserError(
-                f"{url} serves {', '.join(known) or 'no model'}: say which is the teacher with "
-                "teacher.model=NAME"
+                f"{url} serves {', '.join(known)}: say which is the teacher with teacher.model=NAME"
             )
         if wanted is not None and wanted not in known:
             raise UserError(
-                f"{url} does not serve {wanted!r} but {', '.join(known) or 'nothing'}: start it "
-                "with that model, or set teacher.model"
+                f"{url} does not serve {wanted!r} but {', '.join(known)}: start it with "
+                "that model, or set teacher.model"
             )
         cards[url] = known[wanted or next(iter(known))]
     if not cards:

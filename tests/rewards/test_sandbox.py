@@ -176,7 +176,7 @@ def test_much_memory():
 
 
 def test_a_value_that_is_too_large_to_hand_over():
-    assert "too large" in fails("def f(x): return 'x' * (50 << 20)")
+    assert "too large" in fails("def f(x): return 'x' * (65 << 20)", memory=1024)
     fails("def f(x):\n    a = []\n    for _ in range(100_000): a = [a]\n    return a")
 
 

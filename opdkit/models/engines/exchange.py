@@ -186,7 +186,7 @@ def address(url: str, what: str) -> str:
 
     what: whose it is, in the error.
     """
-    public = re.sub(r"[^/\s]*@", "", url.partition("?")[0])
+    public = re.sub(r"[^/\s]*@", "", re.split("[?#]", url)[0])
     try:
         parts = urlsplit(url)
         _ = parts.port  # raises where it is no number
