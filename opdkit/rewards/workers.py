@@ -127,6 +127,7 @@ def protection() -> list[str]:
         else "no Landlock, so programs write no file at all",
         "seccomp" if layers["seccomp"] else "no seccomp",
         f"user {layers['user']}" if layers["user"] else "the same user",
+        "mounts of its own" if layers["mounts"] else "no mounts of its own",
     ]
     enforced = [text for name, text in HELD.items() if held.get(name)]
     missing = [f"NOT enforced: {text}" for name, text in HELD.items() if not held.get(name)]
