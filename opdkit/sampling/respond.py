@@ -16,7 +16,7 @@ from opdkit.models.tokenizers import stop_ids
 from opdkit.objective.head import Head
 from opdkit.sampling.check import check_prompts
 from opdkit.sampling.draws import check_sampling
-from opdkit.sampling.finish import Response, Tick, finish, rollout_ids
+from opdkit.sampling.finish import Response, Tick, finish, names_special, rollout_ids
 from opdkit.types import Prompt, Rollout, Sampling
 
 if TYPE_CHECKING:
@@ -85,9 +85,11 @@ class EngineSampler(Engine):
         check_engine(sampling, check_prompts(prompts, sampling, self.model, self.head), self.limit)
         self.ready(sampling, policy_version)
         ids = rollout_ids(prompts, sampling, step)
-        responses = respond(
-            self, prompts, sampling, ids, stop_ids(self.model, self.tokenizer), seed, progress
+        stops, special = (
+            stop_ids(self.model, self.tokenizer),
+            names_special(sampling.stop, self.tokenizer),
         )
+        responses = respond(self, prompts, sampling, ids, stops, seed, progress, special)
         self.rest()
         return finish(prompts, sampling, ids, responses, self.tokenizer, policy_version)
 
@@ -107,8 +109,12 @@ def respond(
     stops: Collection[int],
     seed: int,
     progress: Tick | None = None,
+    special: bool = False,
 ) -> list[Response]:
-    """The responses of rollouts `ids`, `num_generations` per prompt, prefixes included."""
+    """The responses of rollouts `ids`, `num_generations` per prompt, prefixes included.
+
+    `stops` are the tokens that end one; `special`: stop strings hold names of special tokens.
+    """
     n = sampling.num_generations
     unfinished = [i for i in range(len(ids)) if not _complete(prompts[i // n], sampling, stops)]
     given = len(ids) - len(unfinished)  # prefixes that are whole responses
@@ -119,7 +125,9 @@ def respond(
 
     if given:
         tick(0)
-    requests = [_request(prompts[i // n], sampling, stops, seed, ids[i]) for i in unfinished]
+    requests = [
+        _request(prompts[i // n], sampling, stops, seed, ids[i], special) for i in unfinished
+    ]
     drawn = dict(zip(unfinished, engine.draw(requests, tick) if requests else []))
     parts = [
         drawn.get(i, Drawn([], [], bool(p.prefix) and p.prefix[-1] in stops))
@@ -184,7 +192,7 @@ def _prefixes(engine: Engine, prompts: Sequence[Prompt]) -> dict[str, list[float
 
 
 def _request(
-    prompt: Prompt, sampling: Sampling, stops: Collection[int], seed: int, id: str
+    prompt: Prompt, sampling: Sampling, stops: Collection[int], seed: int, id: str, special: bool
 ) -> Request:
     settings = {
         "temperature": float(sampling.temperature),
@@ -194,6 +202,7 @@ def _request(
         "seed": seed_of(seed, id),
         "max_tokens": sampling.max_completion_length - len(prompt.prefix),
         "stop": list(sampling.stop),
+        "skip_special_tokens": not special,  # of the text that is looked for stop strings
         "stop_token_ids": sorted(stops),
         "ignore_eos": True,  # the end-of-sequence tokens are among the stop tokens
         "logprobs": 0,  # of the drawn token alone

@@ -20,6 +20,7 @@ from opdkit.base.errors import UserError
 from opdkit.models.body import head_of
 from opdkit.models.engines.endpoint import Endpoint
 from opdkit.models.engines.exchange import MOST, Broken, Reply, addresses, object_of, shown
+from opdkit.models.engines.names import card_of, cards_of
 from opdkit.models.engines.probe import Probe
 from opdkit.models.engines.prompt_logprobs import number_of, parse_prompt_logprobs
 from opdkit.models.engines.weights import (
@@ -341,36 +342,29 @@ class ServerSampler(EngineSampler):
 # ------------------------------------------------------------------------------------------- asking
 
 
-def _cards(reply: Reply) -> dict[str, int]:
-    """The models that a server has, adapters aside, and how many tokens each reads; 0: unsaid."""
-    known = {}
-    for card in object_of(reply).get("data") or []:
-        if card.get("parent") is None:
-            limit = card.get("max_model_len") or 0
-            if not isinstance(card["id"], str) or type(limit) is not int:
-                raise Broken(f"{shown(repr(card))} is no model's card")
-            known[card["id"]] = limit
-    return known
-
-
 def _served(endpoint: Endpoint, wanted: str | None) -> tuple[str, int]:
     """The name of the model and the tokens it reads, of every server the same."""
     names, limits = set(), []
     for one in endpoint.each():
-        known = one.request("GET", "/v1/models", None, _cards)
-        if wanted is None and len(known) != 1:
+        cards = [
+            card
+            for card in one.request("GET", "/v1/models", None, cards_of)
+            if card.get("parent") is None
+        ]
+        known = {card["id"]: card for card in cards}
+        card = card_of(cards, wanted)
+        if wanted is None and card is None:
             raise UserError(
                 f"{one.urls[0]} serves {', '.join(known) or 'no model'}: say which samples with "
                 "sampler.model=NAME"
             )
-        if wanted is not None and wanted not in known:
+        if card is None:
             raise UserError(
                 f"{one.urls[0]} does not serve {wanted!r} but {', '.join(known) or 'nothing'}: "
                 "start it with the student, or set sampler.model"
             )
-        name = wanted or next(iter(known))
-        names.add(name)
-        limits.append(known[name])
+        names.add(card["id"])
+        limits.append(card.get("max_model_len") or 0)
     if len(names) > 1:
         raise UserError(
             f"the sampling servers serve different models ({', '.join(sorted(names))}): say which "

@@ -17,7 +17,7 @@ from opdkit.models.engines.endpoint import Endpoint
 from opdkit.models.engines.exchange import Reply, object_of
 from opdkit.models.identity import has_digest
 from opdkit.models.layout import Layout
-from opdkit.models.tokenizers import real_vocabulary, same_tokenizer
+from opdkit.models.tokenizers import same_tokenizer, usable
 from opdkit.objective.facts import EntropyFact, Fact, LogpAtFact, LogpFact, TopFact
 from opdkit.objective.head import Head, Source
 from opdkit.objective.supply import Tensors
@@ -56,12 +56,8 @@ def connect(
             "the tokenizer of the teacher's server is not the student's: "
             f"{same_tokenizer(tokenizer, there)}. {FAMILY}"
         )
-    known, rows, columns = real_vocabulary(tokenizer), first["rows"], first["columns"]
-    if rows < known:
-        raise UserError(
-            f"the head of the teacher's server has {rows} rows, fewer than the tokenizer's {known} "
-            "tokens"
-        )
+    rows, columns = first["rows"], first["columns"]
+    known = usable(tokenizer, rows)
     common = (endpoint, name, first["fingerprint"], first["micro_batch_tokens"])
     made: Numbers | HiddenStates
     if needs.whole(model):

@@ -12,7 +12,8 @@ from typing import Any
 
 from opdkit.base.errors import UserError
 from opdkit.models.engines.endpoint import Endpoint, Refused
-from opdkit.models.engines.exchange import Broken, Reply, addresses, object_of, shown
+from opdkit.models.engines.exchange import addresses
+from opdkit.models.engines.names import Card, card_of, cards_of
 from opdkit.models.held import ELSEWHERE, Held
 from opdkit.models.identity import Identity
 from opdkit.models.shapes import Shape
@@ -134,32 +135,20 @@ def _ask_others(
         default=None,
     )
     method, tokenizer = context.method, context.tokenizer
-    served = Served(endpoint, wires[0], name, real_vocabulary(tokenizer), limit)
+    known = context.vocabulary or real_vocabulary(tokenizer)
+    served = Served(endpoint, wires[0], name, known, limit)
     ones = [replace(endpoint, urls=[url]) for url in cards]
     return probe(served, ones, method.name, method.needs, tokenizer, "teacher")
 
 
-def _known(reply: Reply) -> dict[str, dict[str, Any]]:
-    """By name: what a server says of the models it serves."""
-    known = {}
-    for card in object_of(reply).get("data") or []:
-        limit = card.get("max_model_len")
-        if not isinstance(card["id"], str) or not (
-            limit is None or (type(limit) is int and limit > 0)
-        ):
-            raise Broken(f"{shown(repr(card))} is no model's card")
-        known[card["id"]] = card
-    return known
-
-
-def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, dict[str, Any]]:
+def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, Card]:
     """By URL: what each server says of the model it serves. One of several may be down for now."""
-    cards: dict[str, dict[str, Any]] = {}
+    cards: dict[str, Card] = {}
     failed: UserError | None = None
     for one in endpoint.each():
         (url,) = one.urls
         try:
-            known = one.request("GET", "/v1/models", None, _known)
+            known = one.request("GET", "/v1/models", None, cards_of)
         except Refused as refused:
             raise UserError(
                 f"{url} does not list its models at /v1/models ({refused.status}): it is not an "
@@ -175,16 +164,18 @@ def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, dict[str, Any]]:
                 f"{url} serves no model, so there is no teacher: start it with one, or give "
                 "another server"
             )
-        if wanted is None and len(known) != 1:
+        card = card_of(known, wanted)
+        names = ", ".join(card["id"] for card in known)
+        if wanted is None and card is None:
             raise UserError(
-                f"{url} serves {', '.join(known)}: say which is the teacher with teacher.model=NAME"
+                f"{url} serves {names}: say which is the teacher with teacher.model=NAME"
             )
-        if wanted is not None and wanted not in known:
+        if card is None:
             raise UserError(
-                f"{url} does not serve {wanted!r} but {', '.join(known)}: start it with "
+                f"{url} does not serve {wanted!r} but {names}: start it with "
                 "that model, or set teacher.model"
             )
-        cards[url] = known[wanted or next(iter(known))]
+        cards[url] = card
     if not cards:
         assert failed is not None
         raise failed

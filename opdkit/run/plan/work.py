@@ -17,7 +17,6 @@ from opdkit.methods.method import Method
 from opdkit.models.held import ENGINE, Held
 from opdkit.models.shapes import Shape
 from opdkit.objective.facts import VocabularyFact
-from opdkit.objective.grammar import RolloutLoss
 from opdkit.objective.needs import Needs
 from opdkit.run.plan.devices import Device
 from opdkit.run.plan.memory import Step, scored, trained, trained_width
@@ -117,12 +116,11 @@ def body(run: Run, shape: Shape, tokens: float, pairs: float) -> float:
     )
 
 
-def head(run: Run, method: Method, shape: Shape, positions: float) -> tuple[float, float]:
+def head(run: Run, shape: Shape, positions: float) -> tuple[float, float]:
     """Of the student's head at so many positions: in the products' type, and in float32 (the head's
     own gradient).
     """
-    projections = 2 + any(isinstance(term.loss, RolloutLoss) for term in method.objective.terms)
-    return 2 * shape.head * positions * projections, 0 if run.lora else 2 * shape.head * positions
+    return 4 * shape.head * positions, 0 if run.lora else 2 * shape.head * positions
 
 
 # ------------------------------------------------------------------------------------------- phases
@@ -199,7 +197,7 @@ def scoring(
     needs, seconds, operations = method.needs, 0.0, 0.0
     here = [*scored(run, method, models), *(held for held in models if held.where == ENGINE)]
     for held in here:
-        reads_numbers = bool(needs.of(held.kind) - {VocabularyFact(held.kind)})
+        reads_numbers = any(fact.read_from != "loss" for fact in needs.of(held.kind))
         work = (
             forward(held.shaped, load.tokens, load.pairs)
             + 2 * held.shaped.head * load.written * reads_numbers
@@ -220,7 +218,7 @@ def learning(
     """The student's passes with gradient, and the optimiser."""
     student = models[0]
     shape = student.shaped
-    products, own = head(run, method, shape, load.written)
+    products, own = head(run, shape, load.written)
     whole = sum(
         held.share * 2 * held.shaped.head * load.written
         for held in models[1:]
