@@ -134,7 +134,7 @@ class Models:
 
     def end_as_teacher(self, student: Any) -> None:
         """The student's answers end with whatever the teacher ends its own with, too."""
-        if "teacher" not in self.method.needs.models:
+        if "teacher" not in self.method.needs.models - set(self.method.brought):
             return
         ends = self.run.teachers.ends(self._of_teacher(self.context))
         if new := end_with(student, self.tokenizer, ends):

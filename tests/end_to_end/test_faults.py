@@ -26,7 +26,7 @@ from tests.end_to_end.conftest import train as command
 from tests.end_to_end.crash import assert_same
 from tests.end_to_end.test_errors import refused
 
-STEPS, PER_STEP = 4, 4  # rollouts are scored one by one
+STEPS, PER_STEP = 4, 5  # four rollouts, scored one by one, and the probe once more
 PROBES = 2  # requests at the start
 MIDDLE = PROBES + 2 * PER_STEP + 2  # the second of the third step
 
@@ -101,7 +101,7 @@ def test_what_lasts_stops_the_run_with_the_rollout_and_resumed_nothing_is_lost(
     fast = 0.3 if kind == "hang" else 10.0
     with (
         FakeServer(*parts, faults=[Fault(kind, at=MIDDLE, times=0)]) as fake,
-        pytest.raises(UserError, match=r"^rollout 2/\S+ at teacher: ") as caught,
+        pytest.raises(UserError, match=r"^rollout 2/\S+ at teacher( \(\S+\))?: ") as caught,
     ):
         train(shop, tmp_path / "run", fake.url, timeout=fast)
     assert LASTING[kind] in str(caught.value)
@@ -118,7 +118,8 @@ def test_another_server_takes_over(
 ) -> None:
     with FakeServer(*parts, faults=[Fault(kind, at=6, times=0)]) as ill, FakeServer(*parts) as well:
         train(shop, tmp_path / "run", ill.url, well.url, timeout=0.3 if kind == "hang" else 10.0)
-        assert ill.scored == 6 and well.scored > STEPS * PER_STEP // 2
+        # after that it is asked for nothing but the probe, once a step
+        assert 6 <= ill.scored <= 6 + STEPS and well.scored > STEPS * PER_STEP // 2
     assert_same(tmp_path / "run", whole)
 
 
@@ -176,7 +177,7 @@ def test_a_served_teacher_is_the_teacher_in_process_also_when_it_fails_on_the_wa
     The server fails once, then for good in the third step.
     """
     execute(shop.run(tmp_path / "local", method=method, steps=STEPS, checkpoint={"every": 10}))
-    asked, real, failing = 0, Service.score, {2, 4, 5}
+    asked, real, failing = 0, Service.score, {4, 6, 7}  # two requests at the start, one a step
 
     def score(service: Service, body: bytes) -> bytes:
         nonlocal asked
