@@ -94,13 +94,10 @@ def _to_mixture(
     is not.
     """
     tiny = torch.finfo(p.dtype).tiny  # both may have underflowed
+    apart = torch.sub(q, p).div_(torch.maximum(p, q).clamp_min_(tiny))  # in [-1, 1]
+    log_share = torch.minimum(apart * form.a, apart.mul_(form.a - 1)).log1p_()
     gap = lt.sub_(ls)
-    above = gap > 0
-    larger = torch.maximum(p, q)
-    apart = torch.minimum(p, q).sub_(larger).div_(larger.clamp_min_(tiny))
-    log_share = apart.mul_(above.to(p.dtype).mul_(1 - 2 * form.a).add_(form.a)).log1p_()
-    slope = (gap.clamp_min(0.0).add_(log_share)).mul_(p).mul_(-form.s)
-    entries = slope
+    entries = slope = torch.clamp(gap, min=0.0, out=ls).add_(log_share).mul_(p).mul_(-form.s)
     if form.t:
         entries = slope.addcmul(gap.clamp_max_(0.0).sub_(log_share), q, value=form.t)
     if form.k:
