@@ -17,55 +17,12 @@ from torch import Tensor
 
 from opdkit.objective.batch import Live
 from opdkit.objective.grammar import PlannedTerm, RolloutLoss, StepPlan, TokenLoss
+from opdkit.objective.products import Head as Head
 
 CHUNK_ENTRIES = 1 << 24  # logits in one chunk, at least: 64 MiB in float32
 CHUNK_MOST = 1 << 28  # on a GPU
 CHUNK_BYTES = 24  # per entry: six float32 tensors of a chunk are alive at once
 CHUNK_PART = 8  # of a GPU's free memory that a chunk may take
-
-
-@dataclass(frozen=True)
-class Head:
-    """A language-model head: hidden states [n, H] to logits [n, V], float32 (float64 if the hidden
-    states are).
-
-    logits = cap(scale * (hidden @ weight.T + bias)), cut to the first `vocab` rows: rows that only
-    pad the matrix to a round size are removed, never filled. Without a weight the hidden states are
-    the logits (used by `evaluate`).
-    """
-
-    weight: Tensor | None = None  # [V', H]
-    bias: Tensor | None = None  # [V']
-    scale: float = 1.0
-    softcap: float | None = None  # c * tanh(x / c), as in Gemma 2
-    vocab: int | None = None  # rows kept
-
-    def finish(self, logits: Tensor) -> Tensor:
-        """[n, V]: what follows the matrix product [n, V]."""
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
-
-    def product(self, hidden: Tensor) -> Tensor:
-        """[n, V]: the matrix product, with bias, of the rows that are kept."""
-        if self.weight is None:
-            return hidden[..., : self.vocab]
-        bias = None if self.bias is None else self.bias[: self.vocab]
-        return torch.nn.functional.linear(
-            hidden.to(self.weight.dtype), self.weight[: self.vocab], bias
-        )
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, V] of hidden states [n, H]."""
-        return self.finish(self.product(hidden))
-
-    def size(self, hidden: Tensor) -> int:
-        """Number of vocabulary entries, of hidden states [..., H]."""
-        rows = hidden.shape[-1] if self.weight is None else len(self.weight)
-        return rows if self.vocab is None else min(rows, self.vocab)
 
 
 @dataclass(frozen=True)
@@ -153,16 +110,17 @@ def learn(
     in float32. `term_gradients` measures each term's gradient with respect to the logits, which
     takes a further backward pass per term down to these, and no further.
     """
+    ready = head.ready()
     running = LearningPass.begin(plan, positions, hidden, term_gradients)
     if running.rollout_terms:
-        running.slope = _rollout_slope(running, hidden, head, chunk)
+        running.slope = _rollout_slope(running, hidden, ready, chunk)
     size = chunk or chunk_rows(head.size(hidden), hidden.device)
     chunks = (
         slices(len(hidden), size)
         if plan.joined is None
         else cuts(plan.joined.flatten()[positions], size)
     )
-    loss = _ChunkedSum.apply(hidden, head.weight, head.bias, head, chunks, running.loss)
+    loss = _ChunkedSum.apply(hidden, head.weight, head.bias, ready, chunks, running.loss)
     sums = running.sums
     if running.rollout_terms:  # the pass carried their slope; the value is what they said
         loss = loss + (sums.sum() - loss.detach())
@@ -336,7 +294,6 @@ class _ChunkedSum(torch.autograd.Function):
             if to_bias and bias is not None
             else None
         )
-        rows = head.size(hidden)
         for at in chunks:
             states = hidden[at].detach()
             product = head.product(states).detach().requires_grad_()
@@ -347,15 +304,11 @@ class _ChunkedSum(torch.autograd.Function):
                 continue
             (slope,) = torch.autograd.grad(value, product)
             if d_hidden is not None:
-                d_hidden[at] = (
-                    slope @ weight[:rows]
-                    if weight is not None
-                    else _padded(slope, hidden.shape[-1])
-                )
+                d_hidden[at] = head.slope_to_hidden(slope, hidden.shape[-1])
             if d_weight is not None:
-                d_weight[:rows].addmm_(slope.T.to(wide), states.to(wide))
+                head.add_slope_to_weight(d_weight, slope, states)
             if d_bias is not None:
-                d_bias[:rows] += slope.sum(0, dtype=wide)
+                d_bias[: slope.shape[1]] += slope.sum(0, dtype=wide)
         ctx.gradients = (
             d_hidden,
             d_weight if d_weight is None else d_weight.to(weight.dtype),  # type: ignore[union-attr]
@@ -372,11 +325,6 @@ class _ChunkedSum(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _padded(slope: Tensor, width: int) -> Tensor:
-    """[n, width]: a slope [n, V], zero in columns that were cut."""
-    return torch.nn.functional.pad(slope, (0, width - slope.shape[-1]))
 
 
 # --------------------------------------------------------------------------------- no-gradient pass
