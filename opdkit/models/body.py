@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from opdkit.base.errors import UserError
 from opdkit.models.load import CausalLM, evaluating
+from opdkit.models.precision import computing, head_products_of, products_of
 from opdkit.objective.head import Head
 
 # of the largest logit: body and head against the whole model
@@ -29,18 +30,20 @@ def hidden_states(
 ) -> Tensor:
     """[B, T, H]: what the head receives (the last hidden states after the final norm).
 
-    No logits are computed.
+    No logits are computed. The model computes in its own numbers (`precision`), whatever surrounds
+    the call.
     """
     if position_ids is None and attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
-    # a method of the model also under a peft wrapper, where the adapters sit inside its layers
-    output = model.get_decoder()(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        use_cache=past_key_values is not None,
-    )
+    with computing(model):
+        # a method of the model also under a peft wrapper, where the adapters sit inside its layers
+        output = model.get_decoder()(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        )
     return output.last_hidden_state
 
 
@@ -71,7 +74,12 @@ def head_of(model: CausalLM, vocab: int | None = None) -> Head:
     if divisor := getattr(config, "logits_scaling", None):  # Granite
         scale /= divisor
     return Head(
-        linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None), vocab
+        linear.weight,
+        linear.bias,
+        scale,
+        getattr(config, "final_logit_softcapping", None),
+        vocab,
+        head_products_of(model),
     )
 
 
@@ -97,7 +105,7 @@ def check_head(model: CausalLM) -> None:
     weight = model.get_output_embeddings().weight
     ids = torch.arange(PROBE, device=weight.device)[None] % len(weight)
     mask = torch.ones_like(ids)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), computing(model), torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         logits = head.logits(hidden_states(model, ids, mask))
     if not bool(expected.isfinite().all()):
@@ -107,7 +115,7 @@ def check_head(model: CausalLM) -> None:
             f"{weight.dtype} is too narrow for it. Nothing can be learnt with it: use other files, "
             "or float32"
         )
-    allowed = AGREE.get(weight.dtype, AGREE_HALF) * max(1.0, float(expected.abs().max()))
+    allowed = AGREE.get(products_of(model), AGREE_HALF) * max(1.0, float(expected.abs().max()))
     difference = (
         float((logits - expected).abs().max()) if logits.shape == expected.shape else float("inf")
     )

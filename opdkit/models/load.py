@@ -12,6 +12,7 @@ from torch import nn
 
 from opdkit.base.errors import UserError, nearest
 from opdkit.models.offload import enough_memory
+from opdkit.models.precision import widen_vectors
 from opdkit.models.quantize import config_for, quantized, same_when_training
 
 if TYPE_CHECKING:
@@ -93,13 +94,15 @@ def load_advised(
     would take less.
     """
     with enough_memory(f"{name} was loaded", advice):
-        return load_model(
+        model = load_model(
             name,
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
             quantize=quantize,
         )
+    widen_vectors(model, name)
+    return model
 
 
 def take_loaded(model: CausalLM, device: str, quantize: str | None = None) -> CausalLM:

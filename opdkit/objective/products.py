@@ -59,6 +59,13 @@ class Head:
             return self
         return replace(self, weight=weight.detach()[: self.vocab].to(to))
 
+    def kept(self, hidden: Tensor) -> Tensor:
+        """[..., H]: hidden states [..., H] to be kept for the product, no wider than it takes
+        them.
+        """
+        to = self.rounds_to
+        return hidden.to(to) if to is not None and narrow(to) else hidden
+
     def finish(self, logits: Tensor) -> Tensor:
         """[n, V]: what follows the matrix product [n, V]."""
         logits = logits if logits.dtype == torch.float64 else logits.float()

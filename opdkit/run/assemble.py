@@ -139,7 +139,7 @@ def make_evaluator(run: Run, asked: Asked, opened: Opened) -> Evaluator | None:
     if run.evaluate is None or asked.eval_rows is None:
         return None
     prompts = make_prompts(run.evaluate.prompts, asked.eval_rows, opened.tokenizer)
-    return Evaluator(run, opened.sampler, prompts, asked.reward, opened.student)
+    return Evaluator(run, opened.sampler, prompts, asked.reward)
 
 
 def make_held_out(

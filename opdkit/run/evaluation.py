@@ -37,11 +37,9 @@ class Evaluator:
     sampler: HFSampler
     prompts: Prompts
     reward: Reward | None
-    trained: Student
 
     def student_score(self, step: int) -> float:
-        with self.trained.autocast():
-            return self.score(self.sampler, "student", step).avg_at_k.value
+        return self.score(self.sampler, "student", step).avg_at_k.value
 
     def score(self, sampler: HFSampler, name: str, step: int) -> EvalResult:
         """One evaluation, appended to evals.jsonl; its samples are kept."""
@@ -97,13 +95,12 @@ class Validator:
             given(self.prompts[i], response, self.max_completion_length, f"validation/{i}")
             for i, response in asked
         ]
-        with self.student.autocast():
-            batch = gather(
-                rollouts,
-                Needs(frozenset({LogpFact("student")})),
-                {"student": self.scorer},
-                device=self.student.device,
-            )
+        batch = gather(
+            rollouts,
+            Needs(frozenset({LogpFact("student")})),
+            {"student": self.scorer},
+            device=self.student.device,
+        )
         return -batch["student"].logp[batch.mask].mean().item()
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
 from opdkit.models.body import check_head, head_of
-from opdkit.models.load import load_advised, load_tokenizer, take_loaded
+from opdkit.models.load import DTYPES, load_advised, load_tokenizer, take_loaded
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE
+from opdkit.models.precision import compute_in
 from opdkit.models.quantize import quantized
 from opdkit.models.tokenizers import refuse_other_tokenizer, stop_ids
 from opdkit.rewards import Reward
@@ -58,6 +59,7 @@ class Models:
             tokenizer,
             device,
             run.teacher_dtype or run.dtype,
+            run.head_dtype,
             run.trust_remote_code,
             self.questions,
             given=given.teacher,
@@ -198,4 +200,5 @@ class Models:
             model = copy.deepcopy(self.given.student)
         else:
             model = self.load(run.student, run.teacher_dtype or run.dtype, advice=TEACHER_ADVICE)
+        compute_in(model, head=None if run.head_dtype is None else DTYPES[run.head_dtype])
         return LocalModel(model.eval().requires_grad_(False), head_of(model))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from opdkit.methods.method import Method
-from opdkit.models.body import head_of, shared_vocabulary
+from opdkit.models.body import shared_vocabulary
 from opdkit.models.device import device_of
-from opdkit.models.load import load_tokenizer
+from opdkit.models.load import DTYPES, load_tokenizer
 from opdkit.models.tokenizers import real_vocabulary
 from opdkit.run.open import Given, Models
 from opdkit.run.settings import Run
@@ -46,11 +46,17 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
     models.check_teacher()
     start = run.student if checkpoint is None else str(checkpoint)
     base = models.student(start, checkpoint is not None)
+    student = Student(
+        base,
+        run.optim,
+        run.learning_rate,
+        run.steps * run.optim.passes * run.optim.minibatches,
+        run.dtype == "bfloat16",
+        head_dtype=None if run.head_dtype is None else DTYPES[run.head_dtype],
+    )
     others = models.others(base)
-    heads = [head_of(base), *(head for scorer in others.values() for head in heads_of(scorer))]
-    vocab = shared_vocabulary(heads, real_vocabulary(tokenizer))
-    updates = run.steps * run.optim.passes * run.optim.minibatches
-    student = Student(base, run.optim, run.learning_rate, updates, run.dtype == "bfloat16", vocab)
+    heads = [student.head, *(head for scorer in others.values() for head in heads_of(scorer))]
+    student.vocab = vocab = shared_vocabulary(heads, real_vocabulary(tokenizer))
     scorers: dict[str, Scorer | Remote] = {
         "student": LocalModel(base, student.head),
         "live": LocalModel(base, student.head),

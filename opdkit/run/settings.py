@@ -118,6 +118,9 @@ class Run:
     # of the student's matrix products: float32, or bfloat16 with float32 weights
     dtype: str = "float32"
     teacher_dtype: str | None = None  # null: as the student
+    # float32: hidden states and head are multiplied as they are, whatever the other products are
+    # in (null: as these)
+    head_dtype: str | None = None
     device: str = "auto"
     gradient_checkpointing: bool = False
     # padded tokens of one forward pass; changes memory and speed, never the gradient (null: by
@@ -143,6 +146,11 @@ class Run:
             )
         if self.dtype not in ("float32", "bfloat16", "float64"):
             raise ValueError(f"dtype={self.dtype!r} must be float32, bfloat16 or float64")
+        if self.head_dtype not in ((None,) if self.dtype == "float64" else (None, "float32")):
+            raise ValueError(
+                f"head_dtype={self.head_dtype!r} must be null or float32, and goes with dtype "
+                "float32 or bfloat16: it is for a head more exact than the other products"
+            )
         if self.steps < 1 or self.prompts_per_step < 1 or (self.micro_batch_tokens or 1) < 1:
             raise ValueError("steps, prompts_per_step and micro_batch_tokens must be at least 1")
         if self.rollouts not in ("student", "cache"):

@@ -31,6 +31,7 @@ class TeacherContext:
     tokenizer: Any  # the student's
     device: str = "cpu"
     dtype: str = "float32"  # of a teacher that does not say its own
+    head_dtype: str | None = None  # of the product of its head; null: as its other products
     trust_remote_code: bool = False
     # how the student is asked: `data.Prompts`' template, system, chat and enable_thinking
     questions: Mapping[str, Any] = field(default_factory=lambda: {"chat": False})

@@ -17,8 +17,9 @@ from opdkit.models.body import check_head, head_of
 from opdkit.models.held import HERE, Held
 from opdkit.models.identity import Identity, identify
 from opdkit.models.layout import Layout, batch_tokens
-from opdkit.models.load import evaluating, load_advised, load_tokenizer, take_loaded
+from opdkit.models.load import DTYPES, evaluating, load_advised, load_tokenizer, take_loaded
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE, Offloaded, enough_memory
+from opdkit.models.precision import compute_in
 from opdkit.models.quantize import check_quantize, require
 from opdkit.models.shapes import Shape
 from opdkit.models.tokenizers import refuse_other_tokenizer, same_tokenizer
@@ -69,10 +70,10 @@ class LocalModel:
             advice,
         )
         with memory, evaluating(self.model), torch.no_grad(), self.around():
-            hidden = [layout.states(self.model, part) for part in parts]
+            hidden = [self.head.kept(layout.states(self.model, part)) for part in parts]
         for part, states in zip(parts, hidden):
             self._refuse_broken(layout, part, states)
-        return source_of(self.head, layout, parts, hidden, positions.device)
+        return source_of(self.head.ready(), layout, parts, hidden, positions.device)
 
     def _refuse_broken(self, layout: Layout, positions: Tensor, states: Tensor) -> None:
         """Hidden states that are not numbers would spread into every weight of the student."""
@@ -152,6 +153,7 @@ class LocalTeacher(Teacher):
                 quantize=self.quantize,
             )
         model = model.eval().requires_grad_(False)
+        compute_in(model, head=None if context.head_dtype is None else DTYPES[context.head_dtype])
         check_head(model)
         local = LocalModel(model, head_of(model))
         if not self.offload:

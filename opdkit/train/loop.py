@@ -83,7 +83,7 @@ def train_step(job: Job, state: State) -> None:
         job.collector, student, clock, step=step, total_steps=total, memory=state.memory
     )
     rollouts, state.tokens = collected.rollouts, state.tokens + collected.tokens
-    with clock("score"), student.autocast():  # gather facts
+    with clock("score"):  # gather facts
         batch = gather(
             rollouts,
             job.needs,
@@ -102,8 +102,7 @@ def train_step(job: Job, state: State) -> None:
     with clock("learn"):
         for number, rows in enumerate(_optimiser_steps(job, rollouts, step)):
             if number and job.needs.of("live"):
-                with student.autocast():
-                    refresh(batch, job.needs, job.scorers, rollouts)
+                refresh(batch, job.needs, job.scorers, rollouts)
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record)  # learn per micro-batch, step
     job.collector.sampler.sync(student.model, student.updates)  # sync
@@ -144,11 +143,10 @@ def _learn(job: Job, plan: StepPlan, rollouts: Sequence[Rollout], record: StepRe
         for positions in layout.micro_batches(
             flat_positions(plan.selected), job.micro_batch_tokens
         ):
-            with student.autocast():
-                states = layout.states(student.model, positions)
-                learned = learn(
-                    plan, positions, states, student.head, term_gradients=record.term_gradients
-                )
+            states = layout.states(student.model, positions)
+            learned = learn(
+                plan, positions, states, student.head, term_gradients=record.term_gradients
+            )
             if not bool(learned.loss.isfinite()):
                 raise UserError(_not_finite(plan, positions, rollouts, learned.parts))
             learned.loss.backward()

@@ -19,6 +19,7 @@ from opdkit.cli import main
 from opdkit.models.body import head_of, hidden_states
 from opdkit.models.held import HERE, Held, stored
 from opdkit.models.layout import Layout
+from opdkit.models.precision import compute_in, computing, widen_vectors
 from opdkit.models.shapes import read_shape, shape_of
 from opdkit.objective.head import flat_positions, learn
 from opdkit.run.plan import Rates, RunPlan, find_device, plan
@@ -78,6 +79,7 @@ def qwen_run(**settings: Any) -> Run:
 def tiny_student(run: Run, **config: Any) -> Any:
     """A model as `engines` would have it."""
     model = tiny_model(**config).to(getattr(torch, student_dtype(run)))
+    widen_vectors(model)
     if run.lora is not None:
         model = with_adapters(model, run.lora)
     if run.gradient_checkpointing:
@@ -168,7 +170,7 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(settings: dict[st
     model = tiny_student(run)
     shape = read_shape(tiny_model().config, "here")
     student = Student(model, run.optim, 1e-3, 10, run.dtype == "bfloat16")
-    with student.autocast():
+    with computing(model):
         model(input_ids=torch.arange(8)[None]).logits.sum().backward()
     learning = sum(p.numel() * p.element_size() for p in student.parameters)
     gradients = sum(p.grad.nbytes for p in student.parameters if p.grad is not None)
@@ -233,8 +235,8 @@ def test_activations_are_what_autograd_keeps(
         return tensor
 
     rows, width = 2, 64
-    products = torch.autocast("cpu", torch.bfloat16, enabled=run.dtype == "bfloat16")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), products:
+    compute_in(model, getattr(torch, run.dtype))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         hidden_states(model, torch.randint(3, 300, (rows, width)), None)
     measured = sum(storage.nbytes() for storage in kept.values())
     reckoned = activations(run, shape, rows * width)
@@ -250,8 +252,10 @@ def test_activations_are_what_autograd_keeps(
 def test_a_cached_token_takes_what_is_said(dtype: str, lora: Any) -> None:
     run = tiny_run(dtype=dtype, lora=lora)
     model = tiny_model().to(getattr(torch, student_dtype(run)))
+    widen_vectors(model)
     cache = new_cache(model)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+    compute_in(model, getattr(torch, dtype))
+    with torch.no_grad():
         hidden_states(model, torch.randint(3, 300, (2, 8)), None, past_key_values=cache)
     measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # type: ignore[attr-defined]
     held = Held("student", "s", HERE, read_shape(model.config, "here"), student_dtype(run))
@@ -310,8 +314,7 @@ def test_the_peak_of_a_learning_pass_is_below_the_estimate_and_near_it(
 
     def work() -> None:
         for positions in layout.micro_batches(flat_positions(made.selected), budget):
-            with student.autocast():
-                learned = learn(made, positions, layout.states(model, positions), student.head)
+            learned = learn(made, positions, layout.states(model, positions), student.head)
             learned.loss.backward()
 
     held = ("weights,", "moments", "adapters", "facts")  # before the pass begins

@@ -46,7 +46,7 @@ def collect(
         """Rollouts of the next prompts, with rewards."""
         taken = collector.stream.take(min(collector.prompts_per_step, len(collector.prompts)))
         at = {collector.prompts[i].id: i for i in taken}
-        with clock("sample"), student.autocast():
+        with clock("sample"):
             context = StepContext(
                 prompts=tuple(collector.prompts[i] for i in at.values()),
                 sampling=collector.sampling,
