@@ -127,7 +127,7 @@ class Run:
     # device)
     micro_batch_tokens: int | None = None
     # score rollouts with the trainer, whatever the sampler said (null: where another engine
-    # sampled)
+    # sampled, and in bfloat16)
     recompute_student: bool | None = None
     # take ratios to the distribution tokens were drawn from (temperature, top_p ...)
     correct_sampling: bool = False
@@ -173,13 +173,11 @@ class Run:
     @property
     def recomputes_student(self) -> bool:
         """Whether the trainer scores the rollouts: another engine's log-probs are those of other
-        arithmetic.
+        arithmetic, and in bfloat16 so are those of a token at a time.
         """
-        return (
-            not self.sampler_settings.on_student
-            if self.recompute_student is None
-            else self.recompute_student
-        )
+        if self.recompute_student is not None:
+            return self.recompute_student
+        return self.dtype == "bfloat16" or not self.sampler_settings.on_student
 
     @property
     def method_spec(self) -> MethodSpec:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError
 from opdkit.models.load import CausalLM
+from opdkit.models.precision import products_of
+from opdkit.objective.products import narrow
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -37,8 +39,10 @@ def new_cache(model: CausalLM) -> DynamicCache:
             "attention keys and values, so rows cannot join and leave its batch. Use a transformer "
             "with full or sliding-window attention, or sample with vLLM"
         )
+    products = products_of(model)
+    kept = products if narrow(products) else None
     cache.layers = [
-        layer if isinstance(layer, DynamicSlidingWindowLayer) else GrowingLayer()
+        layer if isinstance(layer, DynamicSlidingWindowLayer) else GrowingLayer(kept)
         for layer in cache.layers
     ]
     return cache
@@ -100,7 +104,7 @@ def tokens_that_fit(model: CausalLM) -> int:
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    per_token = 2 * config.num_hidden_layers * heads * width * products_of(model).itemsize
     memory = (
         FREE_SHARE * torch.cuda.mem_get_info(model.device)[0]
         if model.device.type == "cuda"

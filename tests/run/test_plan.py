@@ -183,7 +183,10 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(settings: dict[st
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     size = trained(shape, run.lora) * trained_width(run)
     assert learning == gradients == size and moments == 2 * size
-    assert stored(shape, student_dtype(run), None) == (learning if run.lora is None else frozen)
+    # the few vectors (norms) of a frozen model in 16 bits are kept in 32
+    assert stored(shape, student_dtype(run), None) == (
+        learning if run.lora is None else pytest.approx(frozen, rel=0.01)
+    )
 
 
 @pytest.mark.parametrize(
@@ -253,8 +256,8 @@ def test_a_cached_token_takes_what_is_said(dtype: str, lora: Any) -> None:
     run = tiny_run(dtype=dtype, lora=lora)
     model = tiny_model().to(getattr(torch, student_dtype(run)))
     widen_vectors(model)
-    cache = new_cache(model)
     compute_in(model, getattr(torch, dtype))
+    cache = new_cache(model)
     with torch.no_grad():
         hidden_states(model, torch.randint(3, 300, (2, 8)), None, past_key_values=cache)
     measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # type: ignore[attr-defined]
@@ -336,7 +339,9 @@ def test_a_large_run_by_hand() -> None:
     assert parts["teacher weights, bfloat16"] == dict.fromkeys(PHASES, 2 * large)
     assert parts["two moments of AdamW"] == dict.fromkeys(PHASES, 8 * small)
     assert parts["gradients"] == {"learn": 4 * small}
-    assert parts["hidden states of scored tokens"] == {"score": (1 << 17) * 4096 * 2}
+    # teacher's and student's, whose log-probs in bfloat16 are the trainer's own
+    assert parts["hidden states of scored tokens"] == {"score": (1 << 17) * (4096 + 2048) * 2}
+    assert parts["bfloat16 copy of the student's head"] == dict.fromkeys(PHASES, 2 * 151936 * 2048)
     between, layer = (
         16384 * 2048 * 4,
         16384 * (26 * 2048 + 10 * 2048 + 10 * 1024 + 8 * 6144 + 4 * (2 + 16 + 16 + 8)),
@@ -466,7 +471,7 @@ def test_longer_and_more_rollouts_take_more_memory_and_time() -> None:
 
 def test_seconds_by_hand() -> None:
     """The teacher's pass: 32 rows of 200 + 2048 tokens."""
-    made = plan(qwen_run(), H100, rates=Rates(score=0.5))
+    made = plan(qwen_run(recompute_student=False), H100, rates=Rates(score=0.5))
     score = next(phase for phase in made.phases if phase.name == "score")
     matrices = 2 * 6_945_767_424 * 32 * 2248
     attention = 4 * 36 * 4096 * 32 * 2248**2 / 2
