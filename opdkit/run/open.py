@@ -61,6 +61,7 @@ class Models:
             run.teacher_dtype or run.dtype,
             run.head_dtype,
             run.trust_remote_code,
+            run.micro_batch_tokens,
             self.questions,
             given=given.teacher,
             given_tokenizer=given.teacher_tokenizer,
@@ -195,10 +196,13 @@ class Models:
         """The student's initial weights: adapters switched off, or a frozen copy."""
         run = self.run
         if run.lora is not None:
-            return LocalModel(student, head_of(student), around=student.disable_adapter)
+            return LocalModel(
+                student, head_of(student), run.micro_batch_tokens, student.disable_adapter
+            )
         if self.given.student is not None:
             model = copy.deepcopy(self.given.student)
         else:
             model = self.load(run.student, run.teacher_dtype or run.dtype, advice=TEACHER_ADVICE)
         compute_in(model, head=None if run.head_dtype is None else DTYPES[run.head_dtype])
-        return LocalModel(model.eval().requires_grad_(False), head_of(model))
+        model = model.eval().requires_grad_(False)
+        return LocalModel(model, head_of(model), run.micro_batch_tokens)

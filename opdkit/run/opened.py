@@ -58,8 +58,8 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
     heads = [student.head, *(head for scorer in others.values() for head in heads_of(scorer))]
     student.vocab = vocab = shared_vocabulary(heads, real_vocabulary(tokenizer))
     scorers: dict[str, Scorer | Remote] = {
-        "student": LocalModel(base, student.head),
-        "live": LocalModel(base, student.head),
+        "student": LocalModel(base, student.head, run.micro_batch_tokens),
+        "live": LocalModel(base, student.head, run.micro_batch_tokens),
     }
     scorers |= {name: cut(scorer, vocab) for name, scorer in others.items()}
     return Opened(models, tokenizer, student, scorers)

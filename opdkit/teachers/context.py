@@ -33,6 +33,8 @@ class TeacherContext:
     dtype: str = "float32"  # of a teacher that does not say its own
     head_dtype: str | None = None  # of the product of its head; null: as its other products
     trust_remote_code: bool = False
+    # padded tokens of one forward pass of a model in this process; null: by device
+    micro_batch_tokens: int | None = None
     # how the student is asked: `data.Prompts`' template, system, chat and enable_thinking
     questions: Mapping[str, Any] = field(default_factory=lambda: {"chat": False})
     # ids that end the student's responses; empty until the student is loaded

@@ -155,7 +155,7 @@ class LocalTeacher(Teacher):
         model = model.eval().requires_grad_(False)
         compute_in(model, head=None if context.head_dtype is None else DTYPES[context.head_dtype])
         check_head(model)
-        local = LocalModel(model, head_of(model))
+        local = LocalModel(model, head_of(model), context.micro_batch_tokens)
         if not self.offload:
             return local
         if context.device == "cpu":

@@ -140,10 +140,10 @@ def _learn(job: Job, plan: StepPlan, rollouts: Sequence[Rollout], record: StepRe
     student = job.student
     layout = Layout(rollouts, plan.batch.shape[1])
     with student.learning(job.seed):
-        for positions in layout.micro_batches(
-            flat_positions(plan.selected), job.micro_batch_tokens
+        for positions, padded in layout.passes(
+            flat_positions(plan.selected), job.micro_batch_tokens, flat_positions(plan.mask)
         ):
-            states = layout.states(student.model, positions)
+            states = layout.states(student.model, positions, padded)
             learned = learn(
                 plan, positions, states, student.head, term_gradients=record.term_gradients
             )

@@ -15,6 +15,7 @@ from opdkit.curricula import reads_cache
 from opdkit.methods.explain import reads_student
 from opdkit.methods.method import Method
 from opdkit.models.held import HERE, WIDTH, Held
+from opdkit.models.layout import HELD
 from opdkit.models.shapes import Shape
 from opdkit.objective.facts import VocabularyFact
 from opdkit.objective.head import CHUNK_BYTES, CHUNK_ENTRIES, CHUNK_MOST, CHUNK_PART
@@ -23,7 +24,6 @@ from opdkit.run.plan.devices import GIB, Device
 from opdkit.run.plan.models import products_of
 from opdkit.run.settings import Run
 from opdkit.sampling.settings import Sizes
-from opdkit.train.gather import HELD
 from opdkit.train.settings import Lora
 
 PHASES = ("sample", "score", "learn")
