@@ -12,7 +12,7 @@ from torch import nn
 
 from opdkit.base.errors import UserError, nearest
 from opdkit.models.offload import enough_memory
-from opdkit.models.precision import widen_vectors
+from opdkit.models.precision import widen
 from opdkit.models.quantize import config_for, quantized, same_when_training
 
 if TYPE_CHECKING:
@@ -89,9 +89,10 @@ def load_advised(
     *,
     trust_remote_code: bool = False,
     quantize: str | None = None,
+    head: bool = False,
 ) -> CausalLM:
-    """A model of a run by name; where the device's memory does not suffice, `advice` says what
-    would take less.
+    """A model of a run by name, its vectors and, where asked for, its head widened (`precision`);
+    where the device's memory does not suffice, `advice` says what would take less.
     """
     with enough_memory(f"{name} was loaded", advice):
         model = load_model(
@@ -101,7 +102,7 @@ def load_advised(
             trust_remote_code=trust_remote_code,
             quantize=quantize,
         )
-    widen_vectors(model, name)
+    widen(model, name, head)
     return model
 
 

@@ -75,21 +75,20 @@ def computing(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-def widen_vectors(model: nn.Module, name: str | None = None) -> None:
+def widen(model: Any, name: str | None = None, head: bool = False) -> None:
     """Norms and biases of a model in 16 bits as float32, in place: as the checkpoint `name` holds
-    them, where its files are here.
+    them, where its files are here. With `head` its weight too, where the checkpoint has more bits.
     """
-    vectors = {
-        key: parameter
-        for key, parameter in model.named_parameters()
-        if narrow(parameter.dtype) and parameter.dim() < 2
-    }
-    folder = folder_of(name) if vectors and name is not None else None
+    last = model.get_output_embeddings()
+    named = {key: p for key, p in model.named_parameters() if narrow(p.dtype)}
+    vectors = {key for key, parameter in named.items() if parameter.dim() < 2}
+    heads = {key for key, p in named.items() if head and p is getattr(last, "weight", None)}
+    folder = folder_of(name) if vectors | heads and name is not None else None
     stored: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")) if folder is not None else ():
         with safe_open(path, "pt") as file:
-            stored |= {key: file.get_tensor(key) for key in vectors.keys() & set(file.keys())}
-    for key, parameter in vectors.items():
-        same = key in stored and stored[key].shape == parameter.shape
-        whole = stored[key].to(parameter.device) if same else parameter.data
-        parameter.data = whole.float()
+            stored |= {key: file.get_tensor(key) for key in (vectors | heads) & set(file.keys())}
+    for key in vectors | heads:
+        parameter, whole = named[key], stored.get(key, named[key].data)
+        if whole.shape == parameter.shape and (key in vectors or not narrow(whole.dtype)):
+            parameter.data = whole.to(parameter.device, torch.float32)

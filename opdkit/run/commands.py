@@ -13,7 +13,7 @@ from opdkit.base.errors import UserError
 from opdkit.eval import EvalResult, evaluate_model
 from opdkit.models.device import device_of
 from opdkit.models.load import load_model, load_tokenizer
-from opdkit.models.precision import widen_vectors
+from opdkit.models.precision import widen
 from opdkit.rewards import load_reward
 from opdkit.run.prompts import as_rows, make_prompts, read_rows
 from opdkit.run.settings import Data
@@ -33,7 +33,7 @@ def open_sampler(
         model, dtype=dtype, device=device_of(device), trust_remote_code=trust_remote_code
     )
     if isinstance(model, str):
-        widen_vectors(loaded, model)
+        widen(loaded, model)
     named = tokenizer if tokenizer is not None else model
     if not isinstance(named, str) and not hasattr(named, "decode"):
         raise UserError("a loaded model comes without its tokenizer: pass tokenizer=")

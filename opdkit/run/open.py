@@ -93,6 +93,7 @@ class Models:
             advice,
             trust_remote_code=self.run.trust_remote_code,
             quantize=quantize,
+            head=self.run.head_dtype is not None,
         )
 
     def student(self, start: str, resumed: bool) -> Any:
@@ -200,9 +201,10 @@ class Models:
                 student, head_of(student), run.micro_batch_tokens, student.disable_adapter
             )
         if self.given.student is not None:
-            model = copy.deepcopy(self.given.student)
+            model, products = copy.deepcopy(self.given.student), None
         else:
-            model = self.load(run.student, run.teacher_dtype or run.dtype, advice=TEACHER_ADVICE)
-        compute_in(model, head=None if run.head_dtype is None else DTYPES[run.head_dtype])
+            dtype = run.teacher_dtype or run.dtype
+            model, products = self.load(run.student, dtype, advice=TEACHER_ADVICE), DTYPES[dtype]
+        compute_in(model, products, run.head_dtype and DTYPES[run.head_dtype])
         model = model.eval().requires_grad_(False)
         return LocalModel(model, head_of(model), run.micro_batch_tokens)

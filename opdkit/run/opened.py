@@ -52,7 +52,7 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
         run.learning_rate,
         run.steps * run.optim.passes * run.optim.minibatches,
         run.dtype == "bfloat16",
-        head_dtype=None if run.head_dtype is None else DTYPES[run.head_dtype],
+        head_dtype=run.head_dtype and DTYPES[run.head_dtype],
     )
     others = models.others(base)
     heads = [student.head, *(head for scorer in others.values() for head in heads_of(scorer))]

@@ -139,21 +139,23 @@ class LocalTeacher(Teacher):
         return context.once(key, lambda: self._load(context))
 
     def _load(self, context: TeacherContext) -> LocalModel:
-        given = context.given
+        given, dtype = context.given, self.dtype or context.dtype
         if given is not None:
             own = copy.deepcopy(given) if given is context.given_student else given
             model = take_loaded(own, context.device, self.quantize)
         else:
             model = load_advised(
                 self.model,
-                self.dtype or context.dtype,
+                dtype,
                 context.device,
                 TEACHER_ADVICE,
                 trust_remote_code=context.trust_remote_code,
                 quantize=self.quantize,
+                head=context.head_dtype is not None,
             )
         model = model.eval().requires_grad_(False)
-        compute_in(model, head=None if context.head_dtype is None else DTYPES[context.head_dtype])
+        products = None if given is not None else DTYPES[dtype]
+        compute_in(model, products, context.head_dtype and DTYPES[context.head_dtype])
         check_head(model)
         local = LocalModel(model, head_of(model), context.micro_batch_tokens)
         if not self.offload:

@@ -19,7 +19,7 @@ from opdkit.cli import main
 from opdkit.models.body import head_of, hidden_states
 from opdkit.models.held import HERE, Held, stored
 from opdkit.models.layout import Layout
-from opdkit.models.precision import compute_in, computing, widen_vectors
+from opdkit.models.precision import compute_in, computing, widen
 from opdkit.models.shapes import read_shape, shape_of
 from opdkit.objective.head import flat_positions, learn
 from opdkit.run.plan import Rates, RunPlan, find_device, plan
@@ -79,7 +79,7 @@ def qwen_run(**settings: Any) -> Run:
 def tiny_student(run: Run, **config: Any) -> Any:
     """A model as `engines` would have it."""
     model = tiny_model(**config).to(getattr(torch, student_dtype(run)))
-    widen_vectors(model)
+    widen(model)
     if run.lora is not None:
         model = with_adapters(model, run.lora)
     if run.gradient_checkpointing:
@@ -255,7 +255,7 @@ def test_activations_are_what_autograd_keeps(
 def test_a_cached_token_takes_what_is_said(dtype: str, lora: Any) -> None:
     run = tiny_run(dtype=dtype, lora=lora)
     model = tiny_model().to(getattr(torch, student_dtype(run)))
-    widen_vectors(model)
+    widen(model)
     compute_in(model, getattr(torch, dtype))
     cache = new_cache(model)
     with torch.no_grad():
