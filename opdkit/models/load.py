@@ -23,6 +23,12 @@ CausalLM = Any
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """A number type by its name in settings; None stays."""
+    return None if name is None else DTYPES[name]
+
+
 # ------------------------------------------------------------------------------------------ loading
 
 

@@ -59,7 +59,7 @@ def computing(model: Any) -> Iterator[None]:
             yield
         return
 
-    def rounded(module: nn.Module, inputs: Any, states: Tensor) -> Tensor:
+    def rounded(module: Any, inputs: Any, states: Tensor) -> Tensor:
         """[B, T, H]: rows of the embedding, rounded as every other matrix, in float32."""
         if (scale := getattr(module, "embed_scale", None)) is None:
             return states.to(products).float()

@@ -12,7 +12,7 @@ from typing import Any
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
 from opdkit.models.body import check_head, head_of
-from opdkit.models.load import DTYPES, load_advised, load_tokenizer, take_loaded
+from opdkit.models.load import DTYPES, dtype_of, load_advised, load_tokenizer, take_loaded
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE
 from opdkit.models.precision import compute_in
 from opdkit.models.quantize import quantized
@@ -205,6 +205,6 @@ class Models:
         else:
             dtype = run.teacher_dtype or run.dtype
             model, products = self.load(run.student, dtype, advice=TEACHER_ADVICE), DTYPES[dtype]
-        compute_in(model, products, run.head_dtype and DTYPES[run.head_dtype])
+        compute_in(model, products, dtype_of(run.head_dtype))
         model = model.eval().requires_grad_(False)
         return LocalModel(model, head_of(model), run.micro_batch_tokens)

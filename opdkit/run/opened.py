@@ -9,7 +9,7 @@ from typing import Any
 from opdkit.methods.method import Method
 from opdkit.models.body import shared_vocabulary
 from opdkit.models.device import device_of
-from opdkit.models.load import DTYPES, load_tokenizer
+from opdkit.models.load import dtype_of, load_tokenizer
 from opdkit.models.tokenizers import real_vocabulary
 from opdkit.run.open import Given, Models
 from opdkit.run.settings import Run
@@ -52,7 +52,7 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
         run.learning_rate,
         run.steps * run.optim.passes * run.optim.minibatches,
         run.dtype == "bfloat16",
-        head_dtype=run.head_dtype and DTYPES[run.head_dtype],
+        head_dtype=dtype_of(run.head_dtype),
     )
     others = models.others(base)
     heads = [student.head, *(head for scorer in others.values() for head in heads_of(scorer))]

@@ -17,7 +17,7 @@ from opdkit.models.body import check_head, head_of
 from opdkit.models.held import HERE, Held
 from opdkit.models.identity import Identity, identify
 from opdkit.models.layout import Layout, batch_tokens
-from opdkit.models.load import DTYPES, evaluating, load_advised, load_tokenizer, take_loaded
+from opdkit.models.load import dtype_of, evaluating, load_advised, load_tokenizer, take_loaded
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE, Offloaded, enough_memory
 from opdkit.models.precision import compute_in
 from opdkit.models.quantize import check_quantize, require
@@ -154,8 +154,8 @@ class LocalTeacher(Teacher):
                 head=context.head_dtype is not None,
             )
         model = model.eval().requires_grad_(False)
-        products = None if given is not None else DTYPES[dtype]
-        compute_in(model, products, context.head_dtype and DTYPES[context.head_dtype])
+        products = dtype_of(dtype if given is None else None)
+        compute_in(model, products, dtype_of(context.head_dtype))
         check_head(model)
         local = LocalModel(model, head_of(model), context.micro_batch_tokens)
         if not self.offload:
