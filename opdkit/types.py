@@ -16,22 +16,40 @@ from torch import Tensor
 DataRow = dict[str, Any]  # one row of a data set by column name, such as prompt, answer, teacher
 
 
+# The marks that say who wrote a token that the student did not draw, by who it was.
+MARK_OF = {"guide": "guided", "data": "given", "environment": "tool"}
+AUTHORS = ("student", *MARK_OF)  # whoever may have written a token of a response
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One question as token ids.
 
     Arguments:
-        id: the data row's; rollouts of one id answer the same question.
+        id: keys the draws of the responses, with their numbers.
         tokens: what the student reads, the chat template applied.
         row: the data row that it came from.
         prefix: response tokens written for the student, which its response begins with (a teacher
             prefix).
+        question: the question's own id, of which there may be several prompts (with a prefix,
+            in a later turn). Default: `id`.
+        group: the responses that a baseline or a pair is taken over. Default: `question`.
+        number: of its first response; a prompt that is asked again in a step goes on counting, so
+            that its responses have ids, and thus draws, of their own.
     """
 
     id: str
     tokens: list[int]
     row: DataRow = field(default_factory=dict)
     prefix: list[int] = field(default_factory=list)
+    question: str = ""
+    group: str = ""
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        # as they are now: `replace(prompt, id=...)` is another prompt of the same question
+        object.__setattr__(self, "question", self.question or self.id)
+        object.__setattr__(self, "group", self.group or self.question)
 
 
 @dataclass(frozen=True)
@@ -80,16 +98,22 @@ class Rollout:
             in nats.
         drawn_logp: the same under the distribution that it was drawn from (temperature, top_p,
             top_k, min_p).
-        group: the prompt's id: rollouts of one group answer the same question.
+        group: rollouts that are compared with each other (baselines, pairs) and learnt from in one
+            optimiser step; in general those of one question.
         policy_version: optimiser steps that the sampling policy had taken.
         finish: "stop": it ended itself; "length": cut at max_completion_length; "given": read from
             data.
         text: the response, decoded.
         reward: what it is worth; None until it is scored.
         correct: whether it is right; None where no reward says so.
-        marks: named sets of tokens, such as "guided" for those of a teacher's prefix.
+        marks: named sets of tokens. Three of them say who wrote a token that the student did not
+            draw: "guided" (a teacher, such as its prefix), "given" (the data), "tool" (the
+            environment).
         row: the data row of its prompt.
         notes: what else the sampler saw at each token.
+        question: what it answers: of one question is remembered how often it is solved. Default:
+            `group`.
+        turns: the turn of each token, from 0; empty: all are of one.
 
     >>> r = Rollout(
     ...     id="0/row7/0", prompt=[5, 6], tokens=[8, 9, 2], trained=[True] * 3,
@@ -117,6 +141,24 @@ class Rollout:
     marks: dict[str, list[bool]] = field(default_factory=dict)
     row: DataRow = field(default_factory=dict)
     notes: Notes | None = field(default=None, compare=False, repr=False)
+    question: str = ""
+    turns: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "question", self.question or self.group)
+
+    @property
+    def drawn(self) -> list[bool]:
+        """[T]: the tokens that the student drew."""
+        others = [self.marks[mark] for mark in MARK_OF.values() if mark in self.marks]
+        return [not any(at) for at in zip(*others)] if others else [True] * len(self.tokens)
+
+    @property
+    def unaided(self) -> bool:
+        """Whether what it is worth is the student's own doing: no part of the answer was written
+        for it.
+        """
+        return not any(any(self.marks.get(mark, ())) for mark in ("guided", "given"))
 
 
 @dataclass(frozen=True)
@@ -158,7 +200,8 @@ class Sampler(Protocol):
 
         Arguments:
             seed: draws are keyed by it and by each rollout's id.
-            step: part of the rollouts' ids, step/prompt/number; None: they have none.
+            step: part of the rollouts' ids, step/prompt/number, numbers from the prompt's own on;
+                None: they have none.
             policy_version: optimiser steps that the student has taken.
             progress: is called with the number of rollouts finished so far.
         """

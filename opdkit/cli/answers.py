@@ -32,6 +32,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(options: Any) -> None:
+    from opdkit.base.config import build
     from opdkit.run.commands import eval_model
     from opdkit.run.settings import Data
 
@@ -40,14 +41,8 @@ def evaluate(options: Any) -> None:
     except ValueError:
         raise UserError(f"--k {options.k} must be numbers, such as 1,4,8") from None
     thinking = None if options.thinking is None else options.thinking == "on"
-    data = Data(
-        options.data,
-        split=options.split,
-        limit=options.limit,
-        template=options.template,
-        system=options.system,
-        enable_thinking=thinking,
-    )
+    given = {name: getattr(options, name) for name in ("split", "limit", "template", "system")}
+    data = build(Data, {"source": options.data, **given, "enable_thinking": thinking}, "data.")
     out = eval_model(
         options.model,
         data,
@@ -58,6 +53,7 @@ def evaluate(options: Any) -> None:
         dtype=options.dtype,
         seed=options.seed,
         keep=options.out,
+        trust_remote_code=options.trust_remote_code,
     )
     interval = out.avg_at_k.interval
     print(f"problems    {out.n_problems}, {out.samples_per_problem} samples each")
@@ -83,14 +79,21 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sample(options: Any) -> None:
+    from opdkit.base.config import build
     from opdkit.run.commands import sample_model
     from opdkit.run.settings import Data
 
     if not options.prompt and not options.data:
         raise UserError("there is nothing to answer: give a prompt, or --data FILE")
-    prompts = Data(options.data, limit=options.limit) if options.data else options.prompt
+    data = {"source": options.data, "limit": options.limit}
+    prompts = build(Data, data, "data.") if options.data else options.prompt
     for rollout in sample_model(
-        options.model, prompts, sampling(options), dtype=options.dtype, seed=options.seed
+        options.model,
+        prompts,
+        sampling(options),
+        dtype=options.dtype,
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
     ):
         print(f"--- {rollout.id} ({len(rollout.tokens)} tokens, {rollout.finish})\n{rollout.text}")
 

@@ -51,6 +51,15 @@ def interrupted(stop: KeyboardInterrupt, then: str) -> int:
     return status(stop)
 
 
+def trust_flag(parser: argparse.ArgumentParser) -> None:
+    """Whether a model may bring code of its own."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that comes with the model, which can do anything: read it first",
+    )
+
+
 def sampling_flags(parser: argparse.ArgumentParser) -> None:
     """How responses are drawn."""
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
@@ -58,6 +67,7 @@ def sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-completion-length", type=int, default=512)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=0)
+    trust_flag(parser)
 
 
 def sampling(options: Any) -> Sampling:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from opdkit.cli.command import Command
+from opdkit.cli.command import Command, trust_flag
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-batch-tokens", type=int, metavar="N", help="padded tokens of one forward pass"
     )
+    trust_flag(parser)
 
 
 def serve_teacher(options: Any) -> None:
@@ -41,6 +42,7 @@ def serve_teacher(options: Any) -> None:
         name=options.name,
         max_batch_tokens=options.max_batch_tokens,
         allow_remote=options.allow_remote,
+        trust_remote_code=options.trust_remote_code,
     )
 
 

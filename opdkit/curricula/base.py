@@ -18,10 +18,20 @@ class Curriculum(Protocol):
     them.
     """
 
-    # whether `validated` wants the loss on held-out reference responses at every evaluation
-    validates: ClassVar[bool]
     # whether `observe` must see nothing but the student's own responses of the step
     needs_own: ClassVar[bool]
+
+    @property
+    def authors(self) -> tuple[str, ...]:
+        """Who writes tokens that its method learns from (see `types.AUTHORS`)."""
+        ...
+
+    @property
+    def validates(self) -> bool:
+        """Whether `validated` wants the loss on held-out reference responses at every evaluation; a
+        run without evaluations between its ends is then refused.
+        """
+        ...
 
     @property
     def writer(self) -> Writer | None:
@@ -41,8 +51,15 @@ class Curriculum(Protocol):
 class Plain:
     """Every prompt as it is, every response written by the student, nothing remembered."""
 
-    validates: ClassVar[bool] = False
     needs_own: ClassVar[bool] = False
+
+    @property
+    def authors(self) -> tuple[str, ...]:
+        return ("student",)
+
+    @property
+    def validates(self) -> bool:
+        return False
 
     @property
     def writer(self) -> Writer | None:

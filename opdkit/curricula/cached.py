@@ -19,7 +19,7 @@ class CacheWriter(Writer):
     stored: ClassVar[bool] = True
 
     def write(self, context: StepContext) -> list[Rollout]:
-        return [rollout for prompt in context.prompts for rollout in context.stored(prompt)]
+        return [rollout for prompt in context.once for rollout in context.stored(prompt)]
 
 
 @dataclass(frozen=True)

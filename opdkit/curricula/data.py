@@ -13,11 +13,15 @@ from opdkit.types import Prompt, Rollout
 class DataWriter(Writer):
     """One response per prompt, the one in its data row."""
 
+    @property
+    def draws(self) -> bool:
+        return False
+
     def write(self, context: StepContext) -> list[Rollout]:
         longest = context.sampling.max_completion_length
         return [
             given(prompt, context.reference(prompt), longest, f"{context.step}/{prompt.id}/given")
-            for prompt in context.prompts
+            for prompt in context.once
         ]
 
 
@@ -39,8 +43,10 @@ def given(prompt: Prompt, response: list[int] | None, longest: int, id: str) -> 
         [True] * len(tokens),
         [],
         [],
-        prompt.id,
+        prompt.group,
         finish="given",
         text=str(prompt.row.get("response") or ""),
+        marks={"given": [True] * len(tokens)},
         row=prompt.row,
+        question=prompt.question,
     )

@@ -17,6 +17,10 @@ class MixedWriter(Writer):
 
     student_share: float
 
+    @property
+    def draws(self) -> bool:
+        return self.student_share > 0
+
     def choose(self, coin: float) -> Writer:
         """Who writes the step for a draw in [0, 1)."""
         return StudentWriter() if coin < self.student_share else DataWriter()
@@ -39,6 +43,10 @@ class Mixed(Plain):
                 f"student_share={self.student_share} must lie in [0, 1]: the share of batches that "
                 "the student writes"
             )
+
+    @property
+    def authors(self) -> tuple[str, ...]:
+        return ("student",) if self.student_share == 1 else ("student", "data")
 
     @property
     def writer(self) -> Writer | None:

@@ -8,9 +8,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from opdkit.base.rules import Rules, at_least, follow
 from opdkit.curricula.base import Plain
 from opdkit.curricula.writer import StepContext, Writer
 from opdkit.types import Prompt, Rollout
+
+PREFIX: Rules = {"extra": at_least(1, "it is the number of guided rollouts of each prompt")}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class TeacherPrefix(Plain):
     """
 
     extra: int = 1
+
+    def __post_init__(self) -> None:
+        follow(PREFIX, self)
 
     @property
     def writer(self) -> Writer:

@@ -4,10 +4,11 @@ adaptive off-policy schedule.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar
 
+from opdkit.base.rules import Rules, at_least, follow
 from opdkit.curricula.base import Plain
 from opdkit.curricula.data import DataWriter
 from opdkit.curricula.store import StoreWriter
@@ -16,6 +17,29 @@ from opdkit.curricula.writer import Memory, StepContext, Writer
 from opdkit.types import Rollout
 
 RAISE = 0.1  # added to the share of student text when the validation loss rises
+SCHEDULES = {  # q / phi, by the share of the run that is done
+    "decreasing": lambda done: 1 - done,
+    "constant": lambda done: 0.5,
+    "increasing": lambda done: done,
+}
+REPLAY: Rules = {
+    "schedule": (
+        lambda schedule: schedule in SCHEDULES,
+        f"one of {', '.join(SCHEDULES)}",
+        "it is how the freshly written share goes over the run",
+    ),
+    "threshold": (
+        lambda share: 0 <= share <= 1,
+        "in [0, 1]",
+        "it is the share of student text at the start",
+    ),
+    "tolerance": (
+        lambda rise: 0 <= rise < math.inf,
+        "at least 0 and finite",
+        "it is the rise of the validation loss, in nats, at which the share of student text rises",
+    ),
+    "capacity": at_least(1, "it is how many responses the store keeps"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +59,7 @@ class ReplayWriter(Writer):
     def fresh(self, phi: float, step: int, total_steps: int) -> float:
         """q: the share of batches that the student writes anew."""
         done = min(step / max(total_steps, 1), 1.0)
-        return phi * {"decreasing": 1 - done, "constant": 0.5, "increasing": done}[self.schedule]
+        return phi * SCHEDULES[self.schedule](done)
 
     def choose(self, coin: float, step: int, total_steps: int, memory: Memory) -> Writer:
         """Who writes the step for a draw in [0, 1)."""
@@ -64,20 +88,17 @@ class Replay(Plain):
     threshold: float = 0.0
     tolerance: float = 0.1
     capacity: int = 1000
-    validates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("decreasing", "constant", "increasing"):
-            raise ValueError(
-                f"schedule={self.schedule!r} must be one of decreasing, constant, increasing"
-            )
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(
-                f"threshold={self.threshold} must lie in [0, 1]: the share of student text at the "
-                "start"
-            )
-        if self.capacity < 1:
-            raise ValueError(f"capacity={self.capacity} must be at least 1")
+        follow(REPLAY, self)
+
+    @property
+    def authors(self) -> tuple[str, ...]:
+        return ("student", "data")
+
+    @property
+    def validates(self) -> bool:
+        return self.threshold < 1  # all is student text already, and phi never falls
 
     @property
     def writer(self) -> Writer:

@@ -31,6 +31,10 @@ class Together:
         return any(part.needs_own for part in self.parts)
 
     @property
+    def authors(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(a for part in self.parts for a in part.authors))
+
+    @property
     def writer(self) -> Writer | None:
         return next((part.writer for part in self.parts if part.writer is not None), None)
 

@@ -28,19 +28,27 @@ def nothing_stored(prompt: Prompt) -> list[Rollout]:
 class StepContext:
     """What a writer is told of a step, and whom it can ask for responses."""
 
-    prompts: tuple[Prompt, ...]  # of the step
+    # of the step; one may come twice, where an epoch ends or the data has fewer than a step takes
+    prompts: tuple[Prompt, ...]
     sampling: Sampling  # the run's settings; `num_generations` responses to each prompt
     step: int  # steps done
     total_steps: int  # that the run will have taken at its end
     seed: int
     # the student's responses, written now. Prompts may be others than those of the step (a
-    # `prefix`, further turns); one that is asked twice needs an id of its own, which keys its draws
+    # `prefix`, further turns); to one that is asked again the student writes other responses
     sample: Callable[[Sequence[Prompt], Sampling], list[Rollout]]
     # token ids of the reference response to a prompt of the step, None where the data has none
     reference: Callable[[Prompt], list[int] | None]
     stored: Callable[[Prompt], list[Rollout]] = nothing_stored  # its rollouts in the run's cache
     memory: Memory = field(default_factory=dict)  # the curriculum's, to be read only
     policy_version: int = 0  # optimiser steps that the student has taken
+
+    @property
+    def once(self) -> tuple[Prompt, ...]:
+        """Each prompt of the step once: for those whose responses are there already, as they would
+        be the same again.
+        """
+        return tuple({prompt.id: prompt for prompt in self.prompts}.values())
 
     @property
     def coin(self) -> float:
@@ -64,6 +72,19 @@ class Writer(ABC):
     # whether every response is read from a cache: then the run opens one, and samples nothing
     stored: ClassVar[bool] = False
 
+    @property
+    def draws(self) -> bool:
+        """Whether any response may be the student's, so that there is a choice of its to credit."""
+        return True
+
+    def per_prompt(self, sampling: Sampling) -> int:
+        """How many responses of a step answer the same prompt, at least: methods that compare them
+        with each other need two.
+        """
+        return sampling.num_generations
+
     @abstractmethod
     def write(self, context: StepContext) -> list[Rollout]:
-        """The step's rollouts; those that answer the same prompt have its id as `group`."""
+        """The step's rollouts, with `group` and `question` of their prompts; what the student did
+        not draw is marked (see `types.Rollout`).
+        """

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from opdkit.base.progress import progress
 from opdkit.data.prompts import Prompts
 from opdkit.data.shards import GROUP, Scored, Shard, file_digest
 from opdkit.models.identity import Identity, has_digest
+from opdkit.models.tokenizers import answer_end
 from opdkit.types import DataRow, Prompt, Rollout, Sampling
 
 KIND, FORMAT, MANIFEST = "opdkit cache", 1, "manifest.json"
@@ -286,7 +287,8 @@ class Cache:
             drawn_logp=stored["drawn_logp"].astype(np.float32).tolist()
             if "drawn_logp" in stored
             else logp,
-            group=prompt.id,
+            group=prompt.group,
+            question=prompt.question,
             policy_version=NEVER_FRESH,
             finish=stored["finish"],
             text=stored["text"],
@@ -369,6 +371,11 @@ class CachedPrompts(Prompts):
 
     def _tokens(self, row: DataRow) -> list[int]:
         return self.cache.prompts[row["id"]].tolist()
+
+    @cached_property
+    def end(self) -> int | None:
+        """As in a chat: the stored prompts are of one where the tokenizer has a template."""
+        return answer_end(self.tokenizer, chat=True)
 
 
 def refuse_tokenizer(cache: Cache, tokenizer: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from opdkit.base.errors import UserError, nearest
+from opdkit.data.messages import as_messages, is_messages, stringified
 from opdkit.rewards.extract import boxed
 from opdkit.types import DataRow
 
@@ -153,18 +154,19 @@ def _prompt(
                 else "Rename a column, or name it: columns={'prompt': 'my_column'}."
             )
         )
+    value = stringified(value)
     if isinstance(value, str):
         by_instruction = "prompt" not in named and value is row.get("instruction")
         return (
             f"{value}\n\n{row['input']}" if by_instruction and row.get("input") else value
         ), None
-    if not _is_messages(value):
+    if not is_messages(value):
         raise UserError(
             f"the prompt of row {index} is neither text nor messages, but {type(value).__name__}: "
             f"{str(value)[:80]!r}. "
             'Messages are a list such as [{"role": "user", "content": "..."}].'
         )
-    messages = [dict(message) for message in value]
+    messages = as_messages(value, f"row {index}")
     if messages[-1]["role"] != "assistant":
         return messages, None
     if len(messages) == 1:
@@ -175,28 +177,21 @@ def _prompt(
     return messages[:-1], _said(messages[-1:])
 
 
-def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(m, Mapping) and "role" in m and "content" in m for m in value
-    )
-
-
 def _said(value: Any) -> str | None:
     """A response as text: a string, or the assistant's turns of a list of messages (TRL's
     conversational completion).
     """
-    if isinstance(value, list) and _is_messages(value):
-        return (
-            "".join(text(message["content"]) for message in value if message["role"] == "assistant")
-            or None
-        )
+    value = stringified(value)
+    if is_messages(value):
+        said = [text(m.get("content")) for m in value if m["role"] == "assistant"]
+        return "".join(said) or None
     return None if value is None else str(value)
 
 
 def text(content: Any) -> str:
     """A message's content as text: a string, or parts such as {"type": "text", "text": "..."}."""
     if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content)
+        return "".join(p if isinstance(p, str) else str(p.get("text") or "") for p in content)
     return "" if content is None else str(content)
 
 

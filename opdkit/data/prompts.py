@@ -5,14 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from string import Formatter
 from typing import Any, overload
-
-from jinja2 import TemplateError
 
 from opdkit.base.errors import UserError, nearest
 from opdkit.base.progress import progress
 from opdkit.data.columns import text
+from opdkit.data.messages import Message, as_messages, called, is_messages, name_of, tools_of
+from opdkit.models.chat import (
+    has_template,
+    parts,
+    reads_parts,
+    reads_text,
+    reads_thinking,
+    rendered,
+)
+from opdkit.models.tokenizers import answer_end
 from opdkit.types import DataRow, Prompt
 
 MANY = 20_000  # prompts whose tokenising takes long enough to show progress (about 8000 per second)
@@ -42,20 +51,20 @@ class Prompts(Sequence[Prompt]):
         chat: bool | None = None,
         enable_thinking: bool | None = None,
     ):
-        has_template = bool(getattr(tokenizer, "chat_template", None))
         self.tokenizer, self.template, self.system = tokenizer, template, system
-        self.chat = has_template if chat is None else chat
+        self.chat = has_template(tokenizer) if chat is None else chat
+        self.vocabulary: int | None = None  # ids that all models have, once that is known
         self.options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self.dropped: list[str] = []  # "id (n tokens)"
         self.max_prompt_length = max_prompt_length
-        self._check(rows, has_template)
+        self._check(rows)
         self.rows = list(rows)
         self._prompts: list[Prompt | None] = [None] * len(self.rows)
         self._asked = len(self.rows)
         if max_prompt_length is not None:
             self._drop(max_prompt_length)
 
-    def _check(self, rows: Sequence[DataRow], has_template: bool) -> None:
+    def _check(self, rows: Sequence[DataRow]) -> None:
         if not rows:
             raise UserError(
                 "there are no rows to make prompts of: check the data set's path, split and filters"
@@ -65,7 +74,7 @@ class Prompts(Sequence[Prompt]):
                 "Prompts takes rows with 'prompt' and 'id', as load_rows gives them: "
                 "Prompts(load_rows(rows), tokenizer)"
             )
-        if self.chat and not has_template:
+        if self.chat and not has_template(self.tokenizer):
             raise UserError(
                 "chat=True needs a chat template, and this tokenizer has none: use chat=False, or "
                 "an instruction model's"
@@ -119,6 +128,25 @@ class Prompts(Sequence[Prompt]):
             f"max_prompt_length={self.max_prompt_length}: {', '.join(self.dropped[:NAMED])}{rest}"
         )
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known of how the questions are written."""
+        said = [self.report()] if self.dropped else []
+        if self.options and not reads_thinking(self.tokenizer):
+            said.append(
+                f"enable_thinking={self.options['enable_thinking']} changes nothing: the chat "
+                f"template of {self.tokenizer.name_or_path or 'the tokenizer'} does not read it"
+            )
+        return said
+
+    def refuse_unknown(self, vocabulary: int) -> None:
+        """Refuses prompts with a token that not every model of a run has, which share the first
+        `vocabulary` ids; from now on reference responses too, when they are read.
+        """
+        self.vocabulary = vocabulary
+        for prompt in self:
+            self._known(prompt.tokens, f"prompt of row {prompt.id!r}")
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -136,55 +164,129 @@ class Prompts(Sequence[Prompt]):
         return prompt
 
     def response_tokens(self, index: int) -> list[int] | None:
-        """The row's reference response as the student would have written it: its ids, and the end
-        of sequence.
+        """The row's reference response as the student would have written it: its ids, and what ends
+        an answer.
 
         None where the row has none.
         """
-        response = self.rows[index].get("response")
-        if not response:
+        row = self.rows[index]
+        if not (response := row.get("response")):
             return None
-        ids = self._encode(response, special=False)
-        end = self.tokenizer.eos_token_id
-        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+        ids = self._known(self._encode(response, special=False), f"response of row {row['id']!r}")
+        return ids if self.end is None or ids[-1:] == [self.end] else [*ids, self.end]
 
     # ----------------------------------------------------------------------------------- one prompt
 
     def _tokens(self, row: DataRow) -> list[int]:
         prompt = row["prompt"]
-        if not self.chat:
-            if not isinstance(prompt, str):
-                raise UserError(
-                    f"the prompt of row {row['id']!r} is a list of messages, which only a chat "
-                    "template can write as text: use a tokenizer with one (and not chat=False), or "
-                    "prompts that are plain text"
-                )
-            return self._plain(self._fill(prompt, row))
+        if self.chat:
+            return self._one_start(self._chat_tokens(row))
+        if not isinstance(prompt, str):
+            raise UserError(
+                f"the prompt of row {row['id']!r} is a list of messages, which only a chat "
+                "template can write as text: use a tokenizer with one (and not chat=False), or "
+                "prompts that are plain text"
+            )
+        return self._plain(self._fill(prompt, row))
+
+    def _chat_tokens(self, row: DataRow) -> list[int]:
+        tools = tools_of(row, f"row {row['id']!r}")
+        options = self.options | ({"tools": tools} if tools else {})
+        messages = self._conversation(row, options)
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False, **options
+            )
+        # templates raise of their own accord ("System role not supported"), and what Python raises
+        # for what they do
+        except Exception as error:
+            raise UserError(
+                f"the chat template refuses row {row['id']!r}: {error}. Change the row's messages, "
+                f"or {self._way_out()}"
+            ) from error
+        if names := {*map(name_of, tools), *called(messages)} - {""}:
+            self._refuse_unwritten(names, messages, options, row)
+        return list(ids)
+
+    def _conversation(self, row: DataRow, options: dict[str, Any]) -> list[Message]:
+        """The row's messages as this tokenizer's template reads them."""
+        prompt, who = row["prompt"], f"row {row['id']!r}"
         messages = (
-            [{"role": "user", "content": prompt}]
-            if isinstance(prompt, str)
-            else [dict(m) for m in prompt]
+            as_messages(prompt, who)
+            if is_messages(prompt)
+            else [{"role": "user", "content": prompt}]
         )
         if self.template is not None:
             asked = next((m for m in reversed(messages) if m["role"] == "user"), None)
             if asked is None:
                 raise UserError(
-                    f"template fills a user's message, and the prompt of row {row['id']!r} has "
-                    "none: leave template out"
+                    f"template fills a user's message, and the prompt of {who} has none: leave "
+                    "template out"
                 )
-            asked["content"] = self._fill(text(asked["content"]), row)
+            asked["content"] = self._fill(text(asked.get("content")), row)
         if self.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system})
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False, **self.options
-            )
-        except TemplateError as error:  # templates raise it themselves: "System role not supported"
+        for message in messages:
+            if isinstance(message.get("content"), list):
+                if not self._reads_parts:
+                    message["content"] = text(message["content"])
+            elif "content" in message and not self._reads_text:
+                message["content"] = parts(message["content"])
+        if all("content" in m for m in messages):
+            return messages
+        return self._without_content(messages, options)
+
+    def _without_content(self, messages: list[Message], options: dict[str, Any]) -> list[Message]:
+        """Messages of which some have no content: null where the template knows that, else an empty
+        text, as some write "None" for it or add it to other text.
+        """
+        null, empty = ([{"content": c, **m} for m in messages] for c in (None, ""))
+        said, plain = (rendered(self.tokenizer, m, **options) for m in (null, empty))
+        known = said is not None and (plain is None or said.count("None") <= plain.count("None"))
+        return null if known else empty
+
+    @cached_property
+    def end(self) -> int | None:
+        """The token that closes a reference response."""
+        return answer_end(self.tokenizer, self.chat)
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        return reads_parts(self.tokenizer)
+
+    @cached_property
+    def _reads_text(self) -> bool:
+        return reads_text(self.tokenizer) or not self._reads_parts
+
+    def _refuse_unwritten(
+        self, names: set[str], messages: list[Message], options: dict[str, Any], row: DataRow
+    ) -> None:
+        """Functions of which the template writes nothing."""
+        asked = rendered(self.tokenizer, messages, add_generation_prompt=True, **options) or ""
+        if left_out := sorted(name for name in names if name not in asked):
             raise UserError(
-                f"the chat template refuses row {row['id']!r}: {error}. Change the row's messages, "
-                f"or {self._way_out()}"
-            ) from error
-        return list(ids)
+                f"row {row['id']!r} offers or calls the function {left_out[0]!r}, and the chat "
+                "template does not write it: the student would be asked without it. Use a model "
+                "whose template knows tools, or remove the column tools and messages with "
+                "tool_calls"
+            )
+
+    def _known(self, ids: list[int], what: str) -> list[int]:
+        """Ids, each of which all models of the run have."""
+        if self.vocabulary is not None and (largest := max(ids, default=0)) >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(
+                f"the {what} holds the token {token!r} (id {largest}), and the models of the run "
+                f"share only {self.vocabulary} ids: one of them never learnt it, and whatever it "
+                "said of the text would be noise. Remove it from the data (or from the template), "
+                "or use models that both have it"
+            )
+        return ids
+
+    def _one_start(self, ids: list[int]) -> list[int]:
+        """Without a second start of sequence, which the tokenizer adds to one that is written."""
+        start = self.tokenizer.bos_token_id
+        return ids[1:] if start is not None and ids[:2] == [start, start] else ids
 
     def _way_out(self) -> str:
         return (
@@ -195,15 +297,12 @@ class Prompts(Sequence[Prompt]):
 
     def _plain(self, prompt: str) -> list[int]:
         """With the tokenizer's own start of sequence, without an end: the model is to go on."""
-        ids = self._encode(prompt, special=True)
+        ids, bare = (self._encode(prompt, special=special) for special in (True, False))
+        if bare[:1] == [self.tokenizer.bos_token_id]:
+            ids = self._one_start(ids)
         end = self.tokenizer.eos_token_id
-        if (
-            end is not None
-            and ids[-1:] == [end]
-            and self._encode(prompt, special=False)[-1:] != [end]
-        ):
-            return ids[:-1]
-        return ids
+        added = end is not None and ids[-1:] == [end] and bare[-1:] != [end]
+        return ids[:-1] if added else ids
 
     def _encode(self, written: str, *, special: bool) -> list[int]:
         return list(self.tokenizer(written, add_special_tokens=special)["input_ids"])
@@ -215,6 +314,12 @@ class Prompts(Sequence[Prompt]):
             return self.template.format_map({**row, "prompt": prompt})
         except KeyError as error:
             raise _no_column(str(error.args[0]), row) from None
+        # {prompt.x}, {prompt:z}
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"template={self.template!r} cannot be filled from row {row['id']!r} ({error}): "
+                "write {column} for a column's text, and double braces that are to stay"
+            ) from None
 
 
 def _no_column(name: str, row: DataRow) -> UserError:

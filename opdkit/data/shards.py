@@ -80,7 +80,7 @@ def _table(rollouts: Sequence[Rollout], scores: Sequence[Scored], drawn: bool) -
     ids, halves = (pa.int32(), np.int32), (pa.float16(), np.float16)
     columns = {
         "id": pa.array([r.id for r in rollouts]),
-        "prompt_id": pa.array([r.group for r in rollouts]),
+        "prompt_id": pa.array([r.question for r in rollouts]),
         "row": pa.array([json.dumps(r.row, ensure_ascii=False, default=str) for r in rollouts]),
         "prompt": lists([r.prompt for r in rollouts], *ids),
         "tokens": lists([r.tokens for r in rollouts], *ids),

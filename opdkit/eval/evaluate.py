@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,18 +114,33 @@ def evaluate_model(
     )
 
 
+def drawn(sampling: Sampling, n: int) -> Sampling:
+    """The settings with n samples per problem, which must be those they ask for, or tell apart."""
+    if sampling.num_generations not in (1, n):
+        raise UserError(
+            f"evaluation: its sampling has num_generations={sampling.num_generations}, and the "
+            f"number of samples per problem is given as {n}: leave num_generations out of the "
+            "sampling, and set it beside"
+        )
+    if n > 1 and sampling.temperature == 0:
+        raise UserError(
+            f"evaluation: temperature=0 draws the same answer {n} times, which tells no more than "
+            "one: set num_generations to 1 (and k), or a temperature above 0"
+        )
+    return replace(sampling, num_generations=n)
+
+
 def _by_problem(
     prompts: Sequence[Prompt], rollouts: Sequence[Rollout], n: int
 ) -> dict[str, list[bool]]:
     """By the id of a problem: which of its n samples are correct."""
-    problems: dict[str, list[bool]] = {p.id: [] for p in prompts}
+    problems: dict[str, list[bool]] = {p.question: [] for p in prompts}
     for r in rollouts:
-        if r.group not in problems or r.reward is None or r.correct is None:
+        if r.question not in problems or r.reward is None or r.correct is None:
             raise RuntimeError(
-                f"rollout {r.id!r} of group {r.group!r} is of no prompt that was asked, or has no "
-                "reward"
+                f"rollout {r.id!r} answers {r.question!r}, which was not asked, or has no reward"
             )
-        problems[r.group].append(r.correct)
+        problems[r.question].append(r.correct)
     short = [problem for problem, samples in problems.items() if len(samples) != n]
     if short:
         raise RuntimeError(
@@ -147,6 +162,11 @@ def _check(prompts: Sequence[Prompt], n: int, ks: Sequence[int]) -> None:
             "Two evaluation prompts have the same id, so their samples could not be told apart. "
             "Give each row an id of its own."
         )
+    check_ks(n, ks)
+
+
+def check_ks(n: int, ks: Sequence[int]) -> None:
+    """Refuses a k of Pass@k that n samples cannot tell."""
     bad = [k for k in ks if not 1 <= k <= n]
     if bad:
         raise UserError(

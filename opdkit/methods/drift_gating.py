@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opdkit.methods.method import Method, as_method
 from opdkit.objective import Batch, Exp, LogRatio, Mark, MeanOne, Objective, RolloutLoss, Signal
+from opdkit.objective.algebra import weigh
 
 
 @dataclass(frozen=True)
@@ -106,4 +107,5 @@ def drift_gating(
     drift = BlockMean(
         LogRatio("live", "sampler"), Blocks(block, Mark("newline") if spans else None)
     )
-    return Method(made.objective * MeanOne(Exp(-tau * abs(drift))), made.curriculum)
+    gate = MeanOne(Exp(-tau * abs(drift)))
+    return Method(weigh(made.objective, str(base), gate, "drift_gating"), made.curriculum)

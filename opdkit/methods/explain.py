@@ -15,7 +15,7 @@ from opdkit.methods.arguments import Argument, described
 from opdkit.methods.method import Method, as_method, function_of, load, methods
 from opdkit.objective.grammar import RolloutLoss
 from opdkit.objective.head import CHUNK_BYTES, CHUNK_ENTRIES
-from opdkit.objective.needs import Needs
+from opdkit.objective.needs import Needs, reads_student
 from opdkit.objective.ratio_layer import apply_layer
 
 GIB = 2**30
@@ -35,13 +35,6 @@ def idea(method: Method) -> str:
     """A method's summary without the name it begins with."""
     name, _, rest = method.summary.partition(": ")
     return rest if rest and len(name.split()) <= 3 else method.summary
-
-
-def reads_student(needs: Needs) -> bool:
-    """Whether a pass of the student before the step is needed: more is read of it than its sampler
-    notes (see `objective.needs.watched`).
-    """
-    return any(fact.watch("student") is None for fact in needs.of("student"))
 
 
 def passes(method: Method) -> list[str]:
@@ -118,13 +111,15 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
         lines.append(f"  new beside those of {base} alone: {'; '.join(added) or 'none'}")
     if any(isinstance(t.loss, RolloutLoss) for t in made.objective.terms):
         lines.append(
-            "  the head is projected twice: a loss over whole rollouts needs all their log-probs "
-            "first"
+            "  from the second optimiser step on its rollouts, the student once more without "
+            "gradient: a loss over whole rollouts needs all their log-probs first"
         )
     lines.append(
         "memory of the loss: one chunk of the vocabulary, about "
         f"{CHUNK_ENTRIES * CHUNK_BYTES / GIB:.1f} GiB at most; no [N, V] tensor"
     )
+    beside = sorted({*needs.companions, *made.companions}, key=repr)
+    lines += [f"state beside the student, saved with it: {c}" for c in beside]
     if made.curriculum != Plain():
         lines.append(f"curriculum: {made.curriculum}")
     return "\n".join(lines)

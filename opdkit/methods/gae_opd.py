@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from opdkit.objective import Batch, Const, Gap, LogRatio, Objective, PolicyGradient, Signal
-from opdkit.objective.maths import to_go
+from opdkit.objective.maths import side_by_side, to_go
 
 
 @dataclass(frozen=True)
 class GAE(Signal):
-    """[B, T]: sum_l (g lam)^l delta_{t+l}, delta_t = r_t + g V_{t+1} - V_t; steps count trained
-    tokens, V is 0 behind the last.
+    """[B, T]: sum_l (g lam)^l delta_{t+l}, delta_t = r_t + g V_{t+1} - V_t; steps count the
+    student's tokens, V is 0 behind the last.
     """
 
     of: Signal
@@ -23,14 +23,12 @@ class GAE(Signal):
     lam: float
 
     def value(self, batch: Batch) -> Tensor:  # [B, T]
-        # trained tokens first: a tool's tokens take no time
-        order = batch.mask.int().argsort(dim=1, descending=True, stable=True)
-        r, v = (
-            torch.where(batch.mask, s(batch), 0.0).gather(1, order)
-            for s in (self.of, self.baseline)
-        )
-        delta = r + self.discount * torch.nn.functional.pad(v[:, 1:], (0, 1)) - v
-        return torch.zeros_like(delta).scatter(1, order, to_go(delta, self.discount * self.lam))
+        def sums(r: Tensor, v: Tensor) -> Tensor:  # [B, T] each
+            delta = r + self.discount * torch.nn.functional.pad(v[:, 1:], (0, 1)) - v
+            return to_go(delta, self.discount * self.lam)
+
+        r, v = (s(batch).expand(batch.shape).to(batch.dtype) for s in (self.of, self.baseline))
+        return side_by_side(batch.mask, sums, r, v)
 
 
 def gae_opd(

@@ -21,6 +21,7 @@ from opdkit.objective import (
     clipped,
     ratio,
 )
+from opdkit.objective.losses import MOST_APART
 from opdkit.objective.maths import row_mean
 
 
@@ -31,11 +32,10 @@ class SequenceClipped(Bounds, RolloutLoss):
     The credit is one number per rollout.
     """
 
-    base: str = "sampler"
-
     def value(self, logp: Tensor, mask: Tensor, rows: Tensor, batch: Batch) -> Tensor:  # [R]
-        whole = row_mean(logp - batch.read(LogpFact(self.base))[rows], mask).exp()
-        return clipped(whole, self.credit(batch)[rows], self.low, self.high, self.dual)[:, 0]
+        moved = row_mean(logp - batch.read(LogpFact("student"))[rows], mask)
+        r = moved.clamp(-MOST_APART, MOST_APART).exp()
+        return clipped(r, self.credit(batch)[rows], self.low, self.high, self.dual)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ClippedWeight(Bounds, TokenLoss):
         super().__post_init__()
 
     def value(self, live: Live) -> Tensor:  # [n]
-        weight = ratio(live, self.base).detach().clamp(1 - self.low, 1 + self.high)
+        weight = ratio(live, "student").detach().clamp(1 - self.low, 1 + self.high)
         return -weight * live.pick(self.credit) * live.logp
 
 
@@ -61,13 +61,14 @@ def grpo(
     loss: str = "grpo",
     reference_kl: float = 0.0,
     reference_estimator: str = "k3",
-    max_completion_length: int = 512,
+    max_completion_length: int | None = None,
 ) -> Objective:
     """GRPO: the reward of a rollout, less the mean of its prompt's rollouts, credits each of its
     tokens.
 
-        A = (R - mean) / (std + 1e-6),   r_t = pi_s/pi_sampler
-        PPO's loss max(-A r, -A clip(r, 1 - low, 1 + high))   [+ reference_kl * k3]
+        A = (R - mean) / (std + 1e-6),   r_t = pi_s / pi_s before the step
+        PPO's loss max(-A r, -A clip(r, 1 - low, 1 + high)) times pi_s before the step / pi_sampler
+        [+ reference_kl * k3]
 
         grpo     mean over each rollout's tokens, then over rollouts
         dapo     mean over all tokens; the paper has clip=(0.2, 0.28)
@@ -94,13 +95,13 @@ def grpo(
         reference_kl: weight of a penalty that keeps the student near the reference, per token; at
             least 0, 0 loads no reference. Default: off, as is now usual; DeepSeekMath has 0.04.
         reference_estimator: form of that penalty: "k3", "k2" or "k3+". Default: GRPO's.
-        max_completion_length: L of loss="dr_grpo", in tokens, at least 1: the run's own limit.
-            Default: that of a run's sampling.
+        max_completion_length: L of loss="dr_grpo", in tokens, at least 1; None: the run's own, its
+            sampling.max_completion_length, and 512 where there is no run. Default: the run's.
     """
     over: dict[str, str | int] = {
         "grpo": "rows",
         "dapo": "tokens",
-        "dr_grpo": max_completion_length,
+        "dr_grpo": "limit" if max_completion_length is None else max_completion_length,
         "gspo": "row_sums",
         "cispo": "tokens",
     }

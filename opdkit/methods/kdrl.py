@@ -87,8 +87,8 @@ def kdrl(
             loads no teacher. Default: the paper's.
         beta_min: weight from step `steps` on, at least 0; a value above `beta` counts as `beta`.
             Default: the paper's.
-        steps: optimiser steps in which the weight falls from one to the other, at least 0. Default:
-            the paper's (5e-5 per step).
+        steps: steps of the run in which the weight falls from one to the other, at least 0.
+            Default: the paper's (5e-5 per step).
         estimator: of the KL: "k2", "k3", "topk", or "k1_credit" (inside the clipped loss). Default:
             the paper's.
         mask: which rollouts keep the KL: None (all), "response" (wrong ones), "group" (those of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from opdkit.base.errors import UserError, nearest
 from opdkit.curricula import Curriculum, Plain, together
 from opdkit.methods import METHODS, expression
 from opdkit.objective import algebra, credits, ratio_layer
-from opdkit.objective.grammar import Loss, Number, Objective, Signal, Term
-from opdkit.objective.needs import Needs, needs
+from opdkit.objective.companion import Companion
+from opdkit.objective.formula import Number, Signal
+from opdkit.objective.grammar import Loss, Objective, Term
+from opdkit.objective.needs import INTERNAL, Needs, needs
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,51 @@ class Method:
     curriculum: Curriculum = Plain()
     # share of the teacher in the distribution that the student's tokens are drawn from
     teacher_mix: float = 0.0
+    # what stands beside the student and its formula does not ask for itself: copies of the student
+    companions: tuple[Companion, ...] = ()
     name: str = ""  # filled by `load`, as are the next three
     arguments: tuple[tuple[str, Any], ...] = ()
     summary: str = ""
     doc: str = ""
+    # whether the curriculum has said whose tokens the terms are about that do not say it: it does
+    # so of those that it was made with, not of another method's that are added later
+    settled: bool = field(default=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        authors = self.curriculum.authors
+        if not self.settled and authors != ("student",):
+            object.__setattr__(self, "objective", self.objective.by_default_of(authors))
+        object.__setattr__(self, "settled", True)
+        named: dict[str, Companion] = {}
+        for companion in self.companions:
+            name = companion.model
+            if name in INTERNAL:
+                raise UserError(
+                    f"{companion} calls itself the model {name!r}, which is the run's own: give it "
+                    "another name"
+                )
+            if name and named.setdefault(name, companion) != companion:
+                raise UserError(
+                    f"{named[name]} and {companion} are both to be read as the model {name!r}, "
+                    "which can be only one of them: give one another name (model=...)"
+                )
 
     @property
     def needs(self) -> Needs:
         """What the objective reads."""
         return needs(self.objective)
+
+    @property
+    def brought(self) -> frozenset[str]:
+        """Models that stand beside the student, by name."""
+        return frozenset(c.model for c in self.companions if c.model)
+
+    @property
+    def opened(self) -> frozenset[str]:
+        """Models that a run opens for it: what the objective reads but the student itself and
+        what it brings.
+        """
+        return self.needs.models - INTERNAL - self.brought
 
     def __str__(self) -> str:
         return str(self.objective)
@@ -90,7 +128,16 @@ class Method:
 
 
 # what composing fills in
-COMPOSED = ("objective", "curriculum", "name", "arguments", "summary", "doc")
+COMPOSED = (
+    "objective",
+    "curriculum",
+    "companions",
+    "name",
+    "arguments",
+    "summary",
+    "doc",
+    "settled",
+)
 
 
 def _composed(
@@ -102,15 +149,18 @@ def _composed(
     """
     names = spelled(base), spelled(other)
     brought = together.keeper(other.curriculum, names[1]) if as_weight else other.curriculum
-    for field in (f for f in fields(Method) if f.name not in COMPOSED):
-        mine, theirs = getattr(base, field.name), getattr(other, field.name)
-        if mine != theirs and not (as_weight and theirs == field.default):
+    for part in (f for f in fields(Method) if f.name not in COMPOSED):
+        mine, theirs = getattr(base, part.name), getattr(other, part.name)
+        if mine != theirs and not (as_weight and theirs == part.default):
             raise UserError(
-                f"{name}: {names[0]} has {field.name}={mine}, {names[1]} {field.name}={theirs}, "
+                f"{name}: {names[0]} has {part.name}={mine}, {names[1]} {part.name}={theirs}, "
                 "and only one can hold"
             )
     made = replace(
-        base, objective=objective, curriculum=together.join(base.curriculum, brought, names)
+        base,
+        objective=objective,
+        curriculum=together.join(base.curriculum, brought, names),
+        companions=tuple(dict.fromkeys(base.companions + other.companions)),
     )
     return _called(made, "own" if "own" in names else name, doc)
 

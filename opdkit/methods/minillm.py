@@ -40,14 +40,17 @@ class Whitened(Signal):
 
 @dataclass(frozen=True)
 class LogMixture(Signal):
-    """[B, T]: log(share pi_a + (1 - share) pi_b) of the sampled token."""
+    """[B, T]: log(share pi_a + (1 - share) pi_b) of the sampled token; log pi_b alone where that
+    is known to be what tokens were drawn from, the share of a in it.
+    """
 
     a: str
     b: str
     share: float
 
     def value(self, batch: Batch) -> Tensor:  # [B, T]
-        return maths.mixture(batch.read(LogpFact(self.a)), batch.read(LogpFact(self.b)), self.share)
+        b = batch.read(LogpFact(self.b))
+        return b if batch.drawn else maths.mixture(batch.read(LogpFact(self.a)), b, self.share)
 
 
 def minillm(
@@ -66,17 +69,17 @@ def minillm(
 
         r_t = clip(log(pi_t/pi_s) / scale, +-clamp)
         R_t = sum_k g^k r_{t+k} / (trained tokens from t on),   credit A = R whitened
-        max(-A w, -A clip(w, 1 - low, 1 + high))  +  single_step * KL(pi_s || pi_t)
-        w = pi_s / (a pi_t + (1 - a) pi_sampler),   g = discount,   a = teacher_mix
+        w max(-A r, -A clip(r, 1 - low, 1 + high))  +  single_step * KL(pi_s || pi_t)
+        r = pi_s / pi_old,  w = pi_old / (a pi_t + (1 - a) pi_sampler),  pi_old: pi_s before the
+        step
 
-    both over all trained tokens. The second term is the exact gradient of r_t itself; `teacher_mix`
-    a: tokens are drawn from a pi_t + (1 - a) pi_sampler, the teacher decoding beside the student; w
-    is at most 1/(1 - a) on fresh rollouts.
+    g = discount, a = teacher_mix; both over all trained tokens. The second term is the exact
+    gradient of r_t itself. With `teacher_mix` tokens are drawn from a pi_t + (1 - a) pi_sampler,
+    the teacher decoding beside the student; w is at most 1/(1 - a) on fresh rollouts.
 
-    Source: arXiv 2306.08543 and its code. Departures: a = 0, as the student draws alone (paper 0.2:
-    the teacher takes part in decoding); statistics over trained tokens only (its code counts
-    padding as zeros). Not offered: the pre-training term on a text corpus. TRL's MiniLLM is
-    scale=1, discount=0, length_norm=False, whiten=False, advantage="std".
+    Source: arXiv 2306.08543 and its code. Departures: a = 0 (paper 0.2); w outside the clip;
+    statistics without the padding. Not offered: the pre-training term on a text corpus. TRL's
+    MiniLLM is scale=1, discount=0, length_norm=False, whiten=False, advantage="std".
 
     Arguments:
         scale: divides the log-ratio before it is clamped; above 0. Default: the code's.

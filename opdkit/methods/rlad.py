@@ -16,21 +16,21 @@ from opdkit.objective import (
     Objective,
     TokenLoss,
     clipped,
+    log_ratio,
 )
 
 
 @dataclass(frozen=True)
 class TrustRatio(Bounds, TokenLoss):
-    """[n]: PPO's clipped loss of pi_s / (pi_base^a pi_teacher^(1 - a)); the teacher's log-ratio is
-    clamped and has no gradient beyond.
+    """[n]: PPO's clipped loss of pi_s / (pi_student^a pi_teacher^(1 - a)), pi_student before the
+    step; the teacher's log-ratio is clamped and has no gradient beyond.
     """
 
-    base: str = "sampler"
     a: float = 0.5
     clamp: float = 1.0
 
     def value(self, live: Live) -> Tensor:  # [n]
-        moved = live.logp - live.read(LogpFact(self.base))
+        moved = log_ratio(live, "student")
         ahead = (live.logp - live.read(LogpFact("teacher"))).clamp(-self.clamp, self.clamp)
         return clipped(
             (self.a * moved + (1 - self.a) * ahead).exp(),
@@ -51,7 +51,7 @@ def rlad(
     """RLAD: follow the teacher only where the reward agrees; GRPO whose ratio is to a mixture of
     the old student and the teacher.
 
-        log r_t = a log(pi_s/pi_sampler) + (1 - a) clamp(log(pi_s/pi_t), -c, c)
+        log r_t = a log(pi_s / pi_s before the step) + (1 - a) clamp(log(pi_s/pi_t), -c, c)
         max(-A r, -A clip(r, 1 - low, 1 + high)),   mean over all tokens   [+ reference_kl * k3]
 
     a = 1 is GRPO and loads no teacher, a = 0 a ratio to the teacher alone. A token that the student

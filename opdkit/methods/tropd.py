@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
 from opdkit.curricula import TeacherPrefix
 from opdkit.methods.arguments import one_of
 from opdkit.methods.method import Method
@@ -12,13 +17,29 @@ from opdkit.objective import (
     Floor,
     Gap,
     Likelihood,
+    Live,
     LogRatio,
     Loss,
     Mark,
     Objective,
     PolicyGradient,
     Signal,
+    TokenLoss,
+    ratio,
 )
+
+
+@dataclass(frozen=True)
+class AgainstGuide(TokenLoss):
+    """[n]: -ratio * gain at tokens of the teacher's prefix: no policy gradient, as the student had
+    no choice.
+    """
+
+    gain: Signal
+    name: ClassVar[str] = "policy_gradient"
+
+    def value(self, live: Live) -> Tensor:  # [n]
+        return -ratio(live, "sampler") * live.pick(self.gain)
 
 
 def tropd(
@@ -79,7 +100,7 @@ def tropd(
         objective = Objective(PolicyGradient(credit) * trusted * ~guided)
     if outliers == "forward_kl":
         objective += untrusted(k, rest, outlier_gradient, ~trusted) * ~trusted * ~guided
-    last = Likelihood() if prefix == "likelihood" else PolicyGradient(-credit)
+    last = Likelihood() if prefix == "likelihood" else AgainstGuide(-credit)
     return Method(objective + last * guided * beta, curriculum=TeacherPrefix())
 
 

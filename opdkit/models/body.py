@@ -11,14 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from opdkit.base.errors import UserError
+from opdkit.models.adapters import has_adapters
 from opdkit.models.load import CausalLM, evaluating
 from opdkit.models.precision import computing, head_products_of, products_of
+from opdkit.models.tokenizers import usable
 from opdkit.objective.head import Head
 
 # of the largest logit: body and head against the whole model
 AGREE = {torch.float64: 1e-9, torch.float32: 1e-4}
 AGREE_HALF = 2e-2  # in 16 bits a logit carries 8 to 11 significant bits
 PROBE = 8  # tokens read by `check_head`
+
+
+def decoder_of(model: CausalLM) -> Any:
+    """What computes the last hidden states, also under a peft wrapper, whose adapters sit inside
+    its layers.
+    """
+    decoder: Any = model.get_decoder()
+    base = model.get_base_model() if has_adapters(model) else model
+    return base.model if decoder is base else decoder  # Llama 4 calls itself its decoder
 
 
 def hidden_states(
@@ -36,8 +47,7 @@ def hidden_states(
     if position_ids is None and attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
     with computing(model):
-        # a method of the model also under a peft wrapper, where the adapters sit inside its layers
-        output = model.get_decoder()(
+        output = decoder_of(model)(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -83,18 +93,23 @@ def head_of(model: CausalLM, vocab: int | None = None) -> Head:
     )
 
 
-def shared_vocabulary(heads: Sequence[Head], tokens: int) -> int | None:
-    """Rows that every head keeps: those of the tokenizer's `tokens`; None where no head has more.
+def shared_vocabulary(heads: Sequence[Head], tokenizer: Any) -> int:
+    """Ids that every head can write: the tokenizer's, or fewer where a head lacks added tokens.
 
-    The rest only pad the matrix.
+    Rows behind them only pad the matrix.
     """
-    sizes = [len(h.weight) for h in heads if h.weight is not None]
-    if min(sizes) < tokens:
-        raise UserError(
-            f"a model's head has {min(sizes)} rows, fewer than the tokenizer's {tokens} tokens: it "
-            "cannot score every token the student may write. Use models of one family"
-        )
-    return tokens if max(sizes) > tokens else None
+    rows = [
+        len(h.weight) if h.vocab is None else min(h.vocab, len(h.weight))
+        for h in heads
+        if h.weight is not None
+    ]
+    return usable(tokenizer, min(rows))
+
+
+def kept_rows(heads: Sequence[Head], vocabulary: int) -> int | None:
+    """What heads are cut to; None where no head has more rows."""
+    longer = any(h.weight is not None and len(h.weight) > vocabulary for h in heads)
+    return vocabulary if longer else None
 
 
 def check_head(model: CausalLM) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +12,21 @@ import torch
 from torch import nn
 
 from opdkit.base.errors import UserError, nearest
+from opdkit.models.adapters import base_of, with_adapters_of
+from opdkit.models.files import damages
 from opdkit.models.offload import enough_memory
 from opdkit.models.precision import widen
-from opdkit.models.quantize import config_for, quantized, same_when_training
+from opdkit.models.quantize import config_for, left_whole, quantized, same_when_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # a transformers PreTrainedModel or a peft wrapper of one: they share no class, only their methods
 CausalLM = Any
+
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+# files of which a tokenizer has one
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -42,7 +49,8 @@ def load_model(
 ) -> CausalLM:
     """A causal LM in eval mode from a folder or a hub name, its weights from safetensors only.
 
-    A loaded model is returned as it is.
+    A loaded model is returned as it is. Adapters (a folder of peft's) are loaded with the model
+    that they belong to, and added to its weights unless these are quantised.
 
     `quantize` (8bit, 4bit) stores the linear layers of the body so, as they are read; all else, and
     every product, is of `dtype`.
@@ -51,16 +59,19 @@ def load_model(
         return model
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}{nearest(dtype, list(DTYPES))}")
+    if (base := base_of(model)) is not None:
+        below = load_model(base, dtype, device, trust_remote_code, attn_implementation, quantize)
+        with _teaching("adapters", model):
+            return with_adapters_of(below, model, merge=quantize is None).to(device).eval()
     from transformers import AutoModelForCausalLM
 
-    settings: dict[str, Any] = (
-        {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    )
+    settings: dict[str, Any] = {}
     if quantize is not None:
-        settings |= {
+        settings = {
             "quantization_config": config_for(quantize, DTYPES[dtype]),
             "device_map": {"": str(device)},
         }
+    attention = attention_for(load_config(model, trust_remote_code), attn_implementation)
     with _teaching("model", model):
         pair: Any = AutoModelForCausalLM.from_pretrained(
             model,
@@ -68,23 +79,52 @@ def load_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            attn_implementation=attention,
             **settings,
         )
     loaded, report = pair
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"the checkpoint {model!r} has no weights for {len(missing)} tensors of "
-            f"{type(loaded).__name__}, for example {missing[0]}: they would stay random and the "
-            "model would write noise. Use a complete checkpoint of a causal language model"
-        )
+    _refuse_other_weights(model, loaded, report)
     held = quantized(loaded)
     if quantize is not None and held != quantize:
         raise UserError(
             f"the checkpoint {model!r} is stored as {held} already: leave out quantize, or name "
             "the unquantised checkpoint"
         )
+    if quantize is not None and (left := left_whole(loaded)):
+        print(f"opdkit: quantize={quantize} of {model}: {left}", file=sys.stderr)
     same_when_training(loaded)
     return loaded.to(device).eval()
+
+
+def _refuse_other_weights(name: str, loaded: CausalLM, report: Mapping[str, Any]) -> None:
+    """Weights that the model lacks, or that it has no place for in its layers."""
+    kind = type(loaded).__name__
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"the checkpoint {name!r} has no weights for {len(missing)} tensors of {kind}, for "
+            f"example {missing[0]}: they would stay random and the model would write noise. Use a "
+            "complete checkpoint of a causal language model"
+        )
+    if odd := sorted(key for key in report["unexpected_keys"] if ".layers." in key):
+        raise UserError(
+            f"the checkpoint {name!r} has weights for {len(odd)} tensors that {kind} does not "
+            f"have, for example {odd[0]}: without them it computes something else than was "
+            "trained. Its config.json is another model's: use the one that belongs to the weights"
+        )
+
+
+def attention_for(config: Any, asked: str | None = None) -> str | None:
+    """The attention that a model is loaded with; None: transformers' choice.
+
+    Gemma 2 caps its attention scores, which the usual kernel (sdpa) leaves out without a word.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and asked == "sdpa":
+        raise UserError(
+            "attn_implementation=sdpa leaves out the cap that this model puts on its attention "
+            "scores, so it would compute another model: use eager, or flash_attention_2"
+        )
+    return "eager" if capped and asked is None else asked
 
 
 def load_advised(
@@ -94,6 +134,7 @@ def load_advised(
     advice: str,
     *,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     quantize: str | None = None,
     head: bool = False,
 ) -> CausalLM:
@@ -106,6 +147,7 @@ def load_advised(
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
             quantize=quantize,
         )
     widen(model, name, head)
@@ -113,13 +155,24 @@ def load_advised(
 
 
 def take_loaded(model: CausalLM, device: str, quantize: str | None = None) -> CausalLM:
-    """A model of a run that a caller hands over as an object, on the run's device."""
+    """A model of a run that a caller hands over as an object, on the run's device.
+
+    Where its attention leaves out what its configuration says, it gets one that does not.
+    """
     if quantize not in (None, quantized(model)):
         raise UserError(
             f"quantize={quantize} is done while a model is read, and this one is loaded "
             "already: give its name instead of the object, or load it quantised"
         )
     same_when_training(model)
+    used = model.config.get_text_config()._attn_implementation
+    if used == "sdpa" and (needed := attention_for(model.config)) is not None:
+        model.set_attn_implementation(needed)
+        print(
+            f"opdkit: {type(model).__name__} caps its attention scores, which sdpa leaves out: it "
+            f"computes with attn_implementation={needed} from now on",
+            file=sys.stderr,
+        )
     return model.to(device)
 
 
@@ -131,8 +184,36 @@ def load_tokenizer(
         return tokenizer
     from transformers import AutoTokenizer
 
+    base = base_of(tokenizer)
+    if base is not None and not any((Path(tokenizer) / name).is_file() for name in TOKENIZER):
+        return load_tokenizer(base, trust_remote_code)
     with _teaching("tokenizer", tokenizer):
         return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """A model's configuration; of a folder of adapters that of the model below them."""
+    from transformers import AutoConfig
+
+    base = base_of(name)
+    if base is not None:
+        return load_config(base, trust_remote_code)
+    with _teaching("model", name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def generation_settings(model: str | CausalLM, trust_remote_code: bool = False) -> Any:
+    """A model's generation settings: its own file, else what its configuration says."""
+    if not isinstance(model, str):
+        return getattr(model, "generation_config", None)
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except (OSError, ValueError):  # there is no such file, or it cannot be read
+        if base := base_of(model):
+            return generation_settings(base, trust_remote_code)
+        return GenerationConfig.from_model_config(load_config(model, trust_remote_code))
 
 
 def parameter_count(model: str | CausalLM, trust_remote_code: bool = False) -> int:
@@ -142,12 +223,11 @@ def parameter_count(model: str | CausalLM, trust_remote_code: bool = False) -> i
     """
     if not isinstance(model, str):
         return sum(p.numel() for p in model.parameters())
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with _teaching("model", model):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    config = load_config(model, trust_remote_code)
+    with _teaching("model", model), torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return sum(p.numel() for p in empty.parameters())
 
 
@@ -162,21 +242,53 @@ def _teaching(what: str, name: str) -> Iterator[None]:
         )
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if folder.is_dir():
-            advice = (
-                "the folder must be a Hugging Face checkpoint: config.json and *.safetensors for a "
-                "model, tokenizer.json for a tokenizer. Pickled weights (*.bin) are not read, as "
-                "loading them runs code: save the model again with save_pretrained"
-            )
-        else:
-            advice = (
-                "it is no local folder, so it was looked for on the hub: check the spelling, that "
-                "the hub can be reached from here, and that you may read it (a gated repository "
-                f"needs `hf auth login`); offline, give the folder of a downloaded {what}"
-            )
-        raise UserError(f"cannot load the {what} {name!r}: {reason}\n{advice}") from error
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    # files that are damaged, of another shape, or stored in a way whose package is not there:
+    # transformers raises many kinds of errors for them
+    except Exception as error:
+        said = str(error).strip().splitlines()
+        reason = said[0] if said else type(error).__name__
+        raise UserError(
+            f"cannot load the {what} {name!r}: {reason}\n{_advice(what, name, error)}"
+        ) from error
+
+
+def _advice(what: str, name: str, error: Exception) -> str:
+    """What to do about a name that could not be loaded."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() and (damaged := next(damages(folder), None)):
+        return damaged
+    if method := stored_as(name):
+        return (
+            f"its weights are stored as {method}, which needs a package and often a GPU that are "
+            "not here. As a teacher serve it (vllm serve, teacher=server:URL); as a student, or in "
+            "this process, use the unquantised checkpoint, with quantize=4bit where memory is short"
+        )
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        return "it brings code of its own: read it, then set trust_remote_code=true"
+    if folder.is_dir():
+        return (
+            "the folder must be a Hugging Face checkpoint: config.json and *.safetensors for a "
+            "model, tokenizer.json for a tokenizer. Pickled weights (*.bin) are not read, as "
+            "loading them runs code: save the model again with save_pretrained"
+        )
+    return (
+        "it is no local folder, so it was looked for on the hub: check the spelling, that the hub "
+        "can be reached from here, and that you may read it (a gated repository needs `hf auth "
+        f"login`); offline, give the folder of a downloaded {what}"
+    )
+
+
+def stored_as(name: str) -> str | None:
+    """How a checkpoint's configuration says its weights are quantised (gptq, awq, ...)."""
+    from transformers import PretrainedConfig
+
+    try:
+        said = PretrainedConfig.get_config_dict(name)[0].get("quantization_config")
+    except Exception:  # the configuration itself is what cannot be read
+        return None
+    return str(said.get("quant_method")) if isinstance(said, dict) else None
 
 
 @contextmanager

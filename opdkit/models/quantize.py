@@ -92,6 +92,23 @@ def quantized(model: Any) -> str | None:
     )
 
 
+def left_whole(model: nn.Module) -> str | None:
+    """What is to be known of a quantised model that keeps most of its weights whole: experts that
+    are one tensor, not linear layers, stay as they are. None where there are none.
+    """
+    experts = [p for p in model.parameters() if p.dim() >= 3 and p.is_floating_point()]
+    if not experts:
+        return None
+    count = sum(p.numel() for p in experts)
+    dtype = str(experts[0].dtype).removeprefix("torch.")
+    return (
+        f"{count:,} weights of its experts are no linear layers and stay in {dtype} "
+        f"({sum(p.nbytes for p in experts) / 2**30:.2f} GiB). If memory is short, serve the model "
+        "(vllm serve, teacher=server:URL), or keep it on the CPU while it does not score "
+        "(offload: true)"
+    )
+
+
 def same_when_training(model: nn.Module) -> None:
     """Makes what a quantised layer computes the same in training and in sampling, and of each token
     by itself.

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from opdkit.models.load import parameter_count
+from opdkit.models.load import load_config, parameter_count
 
 # Qwen3's dense models as published: hidden size, layers, heads, intermediate size, whether the head
 # is the embedding
@@ -103,7 +103,7 @@ def shape_of(name: str, trust_remote_code: bool = False) -> Shape:
     else the table, else the hub's.
     """
     from huggingface_hub import try_to_load_from_cache
-    from transformers import AutoConfig, Qwen3Config
+    from transformers import Qwen3Config
 
     known = NAMED.fullmatch(name)
     here = Path(name).expanduser().is_dir()
@@ -121,7 +121,7 @@ def shape_of(name: str, trust_remote_code: bool = False) -> Shape:
         )
         return read_shape(config, "table of published shapes")
     parameter_count(name, trust_remote_code)  # says what is wrong with a name that cannot be read
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = load_config(name, trust_remote_code)
     return read_shape(config, "its configuration", trust_remote_code)
 
 

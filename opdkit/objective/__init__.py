@@ -5,7 +5,17 @@ handed on here.
 """
 
 from opdkit.objective.alignment import SpanFact
-from opdkit.objective.batch import Batch, Live
+from opdkit.objective.batch import Batch, HiddenFact, Live
+from opdkit.objective.companion import (
+    Around,
+    Companion,
+    Companions,
+    CompanionState,
+    Stepped,
+    Trained,
+)
+from opdkit.objective.copies import Ema, StudentCopy
+from opdkit.objective.critic import Value, ValueFact, ValueHead, ValueLoss
 from opdkit.objective.facts import (
     Chunk,
     ColumnFact,
@@ -19,31 +29,18 @@ from opdkit.objective.facts import (
     TopFact,
     VocabularyFact,
 )
-from opdkit.objective.grammar import (
-    Const,
-    Loss,
-    Number,
-    Objective,
-    Operation,
-    PlannedTerm,
-    RolloutLoss,
-    Signal,
-    StepPlan,
-    Term,
-    TokenLoss,
-    credit_of,
-    lift,
-    spell,
-)
+from opdkit.objective.formula import Const, Number, Operation, Signal, lift, spell
+from opdkit.objective.grammar import Loss, Objective, RolloutLoss, Term, TokenLoss, credit_of
 from opdkit.objective.losses import (
     Bounds,
-    Candidates,
     Clipped,
     Divergence,
     Estimator,
     Likelihood,
+    Outer,
     PolicyGradient,
     clipped,
+    log_ratio,
     natural_support,
     ratio,
     refuse_constant,
@@ -60,7 +57,8 @@ from opdkit.objective.maths import (
     SkewReverse,
     TotalVariation,
 )
-from opdkit.objective.ratio_layer import against, policy_gradient
+from opdkit.objective.plan import PlannedTerm, StepPlan
+from opdkit.objective.ratio_layer import policy_gradient
 from opdkit.objective.signals import (
     Advantage,
     Ceiling,
@@ -84,6 +82,7 @@ from opdkit.objective.signals import (
     Row,
     RowMean,
     ToGo,
+    Where,
     depends_on_sample,
     uniform,
 )
@@ -94,19 +93,23 @@ __all__ = [
     "JSD",
     "Advantage",
     "Alpha",
+    "Around",
     "Batch",
     "Bounds",
-    "Candidates",
     "Ceiling",
     "Chi2",
     "Chunk",
     "Clipped",
     "ColumnFact",
+    "Companion",
+    "CompanionState",
+    "Companions",
     "Const",
     "Correct",
     "Divergence",
     "Draw",
     "Early",
+    "Ema",
     "Entropy",
     "EntropyFact",
     "Estimator",
@@ -119,6 +122,7 @@ __all__ = [
     "GroupMean",
     "GroupShare",
     "Hellinger2",
+    "HiddenFact",
     "HybridDistance",
     "Kind",
     "Likelihood",
@@ -135,6 +139,7 @@ __all__ = [
     "Number",
     "Objective",
     "Operation",
+    "Outer",
     "PassRate",
     "PlannedTerm",
     "PolicyGradient",
@@ -153,18 +158,26 @@ __all__ = [
     "SpanFact",
     "SpanLoss",
     "StepPlan",
+    "Stepped",
+    "StudentCopy",
     "Support",
     "Term",
     "ToGo",
     "TokenLoss",
     "TopFact",
     "TotalVariation",
+    "Trained",
+    "Value",
+    "ValueFact",
+    "ValueHead",
+    "ValueLoss",
     "VocabularyFact",
-    "against",
+    "Where",
     "clipped",
     "credit_of",
     "depends_on_sample",
     "lift",
+    "log_ratio",
     "natural_support",
     "policy_gradient",
     "ratio",

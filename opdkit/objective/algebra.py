@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from operator import mul
 
 from opdkit.base.errors import UserError
-from opdkit.objective.grammar import Const, Number, Objective, Operation, RolloutLoss, Signal
+from opdkit.objective.formula import Const, Number, Operation, Signal
+from opdkit.objective.grammar import Objective, RolloutLoss
 from opdkit.objective.losses import Clipped
 from opdkit.objective.needs import per_rollout
-from opdkit.objective.signals import Ceiling, Exp, LogRatio, RowMean
+from opdkit.objective.signals import Where
 
-# pi_student / pi_sampler as the trainer computes it, of each token and of each rollout
-TRAINER_OVER_SAMPLER = (
-    Exp(LogRatio("student", "sampler")),
-    Exp(RowMean(LogRatio("student", "sampler"))),
-)
 SAME_WEIGHT_TWICE = (
     "{name} already carries the weight of {source}: twice the same mask says nothing new, twice "
     "the same weight is its square. Leave one of them out"
@@ -42,15 +39,14 @@ def weight(objective: Objective, name: str) -> Signal:
     its own term.
     """
     terms = objective.terms
-    every = [factors(term.weight) for term in terms]
-    inside = [tuple(f for f in several if not is_cap(f)) for several in every]
+    inside = [factors(term.weights) for term in terms]
     shared = [f for f in inside[0] if all(f in others for others in inside[1:])]
     if len(terms) == 1 and shared:
-        found = terms[0].weight
+        found = terms[0].weights
     elif shared:
         found = reduce(lambda a, b: a * b, shared)
     elif _divide_rollouts(inside):
-        found = reduce(lambda a, b: a + b, (term.weight for term in terms))
+        found = reduce(lambda a, b: a + b, (term.weights for term in terms))
     else:
         why = "its loss is not multiplied by any signal"
         if len(terms) > 1 and any(inside):
@@ -60,17 +56,12 @@ def weight(objective: Objective, name: str) -> Signal:
             f"such as iw_opd, tip, paced, drift_gating, position_opd and scope; add {name} with + "
             "instead"
         )
-    if every != inside or any(isinstance(term.loss, Clipped) for term in terms):
+    if any(isinstance(t.loss, Clipped) or getattr(t.loss, "cap", None) for t in terms):
         raise UserError(
             f"{name} gives clip, dual_clip or rollout_cap, which belong to its own loss, and only "
             "its weight is taken: give them to the method on the left, or leave them out"
         )
     return found
-
-
-def is_cap(factor: Signal) -> bool:
-    """The truncated trainer/sampler weight that `rollout_cap` puts on a policy gradient."""
-    return isinstance(factor, Ceiling) and factor.of in TRAINER_OVER_SAMPLER
 
 
 def _divide_rollouts(inside: Sequence[tuple[Signal, ...]]) -> bool:
@@ -86,8 +77,11 @@ def _divide_rollouts(inside: Sequence[tuple[Signal, ...]]) -> bool:
 
 
 def weigh(objective: Objective, name: str, by: Signal, source: str) -> Objective:
-    """Every term of `objective` times the signal `by` of `source`; denominators stay as
-    they are.
+    """Every term of `objective` times the signal `by` of `source`; what it selects and counts
+    stays as it is.
+
+    A weight of tokens says something of those that the student drew; what others wrote keeps the
+    weight that the method on the left gives it, times what is said of whole rollouts.
     """
     for term in objective.terms:
         if isinstance(term.loss, RolloutLoss) and not per_rollout(by):
@@ -96,7 +90,7 @@ def weigh(objective: Objective, name: str, by: Signal, source: str) -> Objective
                 f"token that {source} could weigh: use a weight per rollout (paced, scope), or a "
                 "loss over tokens"
             )
-        if set(factors(by)) & set(factors(term.weight)):
+        if set(factors(by)) & set(factors(term.weights)):
             raise UserError(SAME_WEIGHT_TWICE.format(name=name, source=source))
     try:
         own = weight(objective, name)
@@ -104,7 +98,10 @@ def weigh(objective: Objective, name: str, by: Signal, source: str) -> Objective
         own = Const(1)
     if own == by:
         raise UserError(SAME_WEIGHT_TWICE.format(name=name, source=source))
-    return objective * by
+    whole = [f for f in factors(by) if per_rollout(f)]
+    drawn = by if whole == list(factors(by)) else Where("student", by, reduce(mul, whole, Const(1)))
+    alone = all(term.whose == ("student",) for term in objective.terms)
+    return objective * (by if alone else drawn)
 
 
 def scale(objective: Objective, number: Number) -> Objective:
@@ -116,3 +113,8 @@ def scale(objective: Objective, number: Number) -> Objective:
             "teaches"
         )
     return objective * number
+
+
+def within(objective: Objective, limit: int) -> Objective:
+    """An objective in a run whose responses have at most `limit` tokens."""
+    return Objective(*(t.per(limit) if t.denominator == "limit" else t for t in objective.terms))

@@ -207,6 +207,15 @@ class AlignedSource:
             )
         return self.source.logits(positions)
 
+    def hidden_at(self, positions: Tensor) -> Tensor:
+        """[n, H] at flat positions [n], of a model with the student's tokenizer."""
+        if not self.alignment.shared:
+            raise ValueError(
+                "hidden states of a model with another tokenizer are not at the student's tokens: "
+                "use a model with the student's"
+            )
+        return self.source.hidden_at(positions)
+
     def pairs(self, positions: Tensor, fact: SpanFact, vocabulary: int) -> list[Pair]:
         """Its distributions [m, V_t] for the spans that end at flat positions [n]; without a merge
         at the student's own tokens, if it shares them.

@@ -6,14 +6,16 @@ the right), V vocabulary entries. Log-probabilities, entropies and divergences a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from opdkit.objective.companion import Companion, Companions
 from opdkit.objective.facts import (
     ColumnFact,
     EntropyFact,
@@ -21,11 +23,11 @@ from opdkit.objective.facts import (
     LogpAtFact,
     LogpFact,
     MissingFact,
-    TopFact,
+    ReadFrom,
     VocabularyFact,
 )
 from opdkit.objective.kernels import Vocabulary
-from opdkit.types import DataRow
+from opdkit.types import MARK_OF
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -38,7 +40,7 @@ class Batch:
 
     Arguments:
         tokens: [B, T] int64: the responses, padded on the right.
-        mask: [B, T] bool: the trained tokens.
+        trained: [B, T] bool: the tokens that may be learnt from, whoever wrote them.
         facts: tensors by fact: [B, T], [B, T, k], or [B] for columns.
         sources: by model, the whole vocabulary of those in this process (see `head.Source`).
         keys: [B] int64: hash of each rollout's id, which keyed draws depend on.
@@ -46,7 +48,10 @@ class Batch:
         seed: of the run, for keyed draws.
         uniform: [B, T] in [0, 1): replaces the keyed draws.
         memory: what the method's curriculum remembers, by name.
-        rows: the data row of each rollout.
+        mine: [B, T] bool: the tokens that this process has facts [B, T, k] of; None: all.
+        whole: makes what every process found of its own tokens the whole, by a sum; see `shared`.
+        drawn: whether the sampler's log-probs are those of the distribution that tokens were drawn
+            from (temperature, cuts, a teacher's share), not of its plain softmax.
         dtype: of numbers that signals compute in.
 
     >>> from opdkit.objective.facts import LogpFact
@@ -60,7 +65,7 @@ class Batch:
     def __init__(
         self,
         tokens: Tensor,
-        mask: Tensor,
+        trained: Tensor,
         facts: Mapping[Fact, Tensor] | None = None,
         sources: Mapping[str, Any] | None = None,
         keys: Tensor | None = None,
@@ -69,18 +74,26 @@ class Batch:
         seed: int = 0,
         uniform: Tensor | None = None,
         memory: Mapping[str, Any] | None = None,
-        rows: Sequence[DataRow] | None = None,
+        drawn: bool = False,
+        mine: Tensor | None = None,
+        whole: Callable[[Tensor], Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
     ):
-        self.tokens, self.mask = tokens, mask
+        self.tokens, self.trained = tokens, trained
         self.facts: dict[Fact, Tensor] = dict(facts or {})
         self.sources: dict[str, Any] = dict(sources or {})
         self.keys = torch.arange(len(tokens), device=tokens.device) if keys is None else keys
         self.step, self.total_steps, self.seed = step, total_steps, seed
         self.uniform = uniform
         self.memory = dict(memory or {})
-        self.rows = rows
+        self.drawn = drawn
+        self.mine, self.whole = mine, whole
+        # whether the student may be another than before the step; until its first update it is not
+        self.moved = True
+        # whether what is being computed has read facts of this process's own tokens alone
+        self.partial = False
         self.dtype = dtype
+        self.companions = Companions()  # what stands beside the student, as it is now
         # values of the step's signals, each computed once
         self.signals: dict[Hashable, Tensor] = {}
 
@@ -92,11 +105,44 @@ class Batch:
     def shape(self) -> torch.Size:
         return self.tokens.shape
 
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] bool: the trained tokens that the student drew: what signals look at."""
+        return self.by(("student",))
+
+    def by(self, authors: Collection[str]) -> Tensor:
+        """[B, T] bool: the trained tokens that one of `authors` (see `types.AUTHORS`) wrote."""
+        marked = {a: self.facts.get(ColumnFact(f"mark:{mark}")) for a, mark in MARK_OF.items()}
+        found = self.trained
+        for author, where in marked.items():
+            if where is not None and author not in authors:
+                found = found & ~where
+        if "student" not in authors:
+            others = [where for a in authors if (where := marked[a]) is not None]
+            found = found & reduce(operator.or_, others, torch.zeros_like(found))
+        return found
+
     def read(self, fact: Fact) -> Tensor:
         """[B, T] or [B, T, k], a column [B]: the tensor of a fact, detached."""
         if fact not in self.facts:
             raise self.missing(fact)
+        self.partial |= len(fact.shape) > 0
         return self.facts[fact]
+
+    def shared(self, value: Tensor) -> Tensor:
+        """[B, T] or [B, 1]: a value that was made of facts [B, T, k], of which a process holds
+        those of its own tokens, as all processes together have it.
+        """
+        if self.mine is None or self.whole is None:
+            return value
+        if value.shape[0] != self.shape[0]:
+            raise ValueError(
+                "a number of the whole step is made from a fact with several numbers per token, of "
+                "which each process has its own tokens' only: first make a signal [B, T] of it"
+            )
+        mine = self.mine if value.shape[1] == self.shape[1] else self.mine.any(1, keepdim=True)
+        joined = self.whole(torch.where(mine, value, torch.zeros_like(value)).to(self.dtype))
+        return joined.to(value.dtype)
 
     def __getitem__(self, model: str) -> Scores:
         return Scores(self, model)
@@ -113,12 +159,17 @@ class Batch:
 
     @property
     def group(self) -> Tensor:
-        """[B] int64: equal where the prompt is the same."""
+        """[B] int64: equal for rollouts that are compared with each other."""
         return self.read(ColumnFact("group"))
+
+    @property
+    def turn(self) -> Tensor:
+        """[B, T] int64: the turn of each token, from 0."""
+        return self.facts.get(ColumnFact("turn"), torch.zeros_like(self.tokens))
 
     def mark(self, name: str) -> Tensor:
         """[B, T] bool: the tokens that carry a mark; none where no rollout of the step has it."""
-        return self.facts.get(ColumnFact(f"mark:{name}"), torch.zeros_like(self.mask))
+        return self.facts.get(ColumnFact(f"mark:{name}"), torch.zeros_like(self.trained))
 
     def column(self, name: str) -> Tensor:
         """[B] numbers from a column of the data rows."""
@@ -131,6 +182,15 @@ class Batch:
         if model not in self.sources:
             raise self.missing(fact or VocabularyFact(model))
         return self.sources[model]
+
+    def companion(self, companion: Companion) -> Any:
+        """The state of a companion."""
+        if companion not in self.companions:
+            raise LookupError(
+                f"{companion} is not there: companions are found by running the formula once. One "
+                "that only a fact reads has to be a field of the fact, or in its `companions`"
+            )
+        return self.companions[companion]
 
     def missing(self, fact: Fact) -> MissingFact:
         """The error for a fact that is not there."""
@@ -157,13 +217,23 @@ class Scores:
         """[B, T] nats, over the whole vocabulary."""
         return self.batch.read(EntropyFact(self.model))
 
-    def top(self, k: int) -> Tensor:
-        """[B, T, k] ids of the model's most probable tokens."""
-        return self.batch.read(TopFact(self.model, k))
-
     def at_top(self, owner: str, k: int) -> Tensor:
         """[B, T, k]: this model's log-probs at the top-k ids of `owner`."""
         return self.batch.read(LogpAtFact(self.model, owner, k))
+
+
+@dataclass(frozen=True)
+class HiddenFact(Fact):
+    """The model's last hidden states at any position: a model in this process."""
+
+    model: str
+
+    def words(self) -> str:
+        return f"{self.model} hidden states"
+
+    @property
+    def read_from(self) -> ReadFrom:
+        return "loss"
 
 
 class Live:
@@ -178,10 +248,12 @@ class Live:
         positions: Tensor,  # [n] indices into the flattened [B * T]
         logits: Tensor,  # [n, V]
         parent: tuple[Live, Tensor] | None = None,
+        hidden: Callable[[], Tensor] | None = None,  # [n, H], where there is a gradient
     ):
         self.batch = batch
         self.positions = positions
         self.parent = parent
+        self._hidden = hidden
         self.own: Vocabulary = Vocabulary(
             logits, None if parent is None else (parent[0].own, parent[1])
         )
@@ -208,6 +280,19 @@ class Live:
         logps = self.logps()
         return -(logps.exp() * torch.nan_to_num(logps, neginf=0.0)).sum(-1)
 
+    @cached_property
+    def hidden(self) -> Tensor:
+        """[n, H]: the student's last hidden states, which the head turns into logits."""
+        if self.parent is not None:
+            parent, index = self.parent
+            return parent.hidden[index]
+        if self._hidden is None:
+            raise LookupError(
+                "the live student's hidden states exist in a loss only; a fact reads those before "
+                "the step, here.hidden_of('student')"
+            )
+        return self._hidden()
+
     def at(self, ids: Tensor) -> Tensor:
         """[n, k]: log pi_s at token ids [n, k]."""
         return self.own.at(ids)
@@ -215,10 +300,6 @@ class Live:
     def logps(self, temperature: float = 1.0) -> Tensor:
         """[n, V]: log pi_s over the whole vocabulary, logits divided by `temperature`."""
         return self.own.logps(temperature)
-
-    def model_logps(self, model: str, temperature: float = 1.0) -> Tensor:
-        """[n, V]: log-probs of another model in this process, no gradient."""
-        return self.vocabulary(model).logps(temperature)
 
     def vocabulary(self, model: str, fact: Fact | None = None) -> Vocabulary:
         """The whole vocabulary of another model in this process, no gradient; shared by all terms
@@ -233,6 +314,22 @@ class Live:
                 parent, index = self.parent
                 self.others[model] = parent.vocabulary(model, fact).select(index)
         return self.others[model]
+
+    def hidden_of(self, model: str) -> Tensor:
+        """[n, H]: last hidden states of another model in this process, or of the student before
+        the step; no gradient.
+        """
+        source = self.batch.source(model, HiddenFact(model))
+        if not hasattr(source, "hidden_at"):
+            raise LookupError(
+                f"{model} is put together from several models, which have no hidden states in "
+                "common: read those of one model in this process"
+            )
+        return source.hidden_at(self.positions).to(self.batch.dtype)
+
+    def companion(self, companion: Companion) -> Any:
+        """The state of a companion; its parameters take part in the gradient."""
+        return self.batch.companion(companion)
 
     def pick(self, signal: Any) -> Tensor:
         """[n]: a signal of the whole step, at these positions."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from opdkit.base.errors import UserError
 from opdkit.objective.algebra import factors
-from opdkit.objective.grammar import Const, Objective, Operation, Signal, credit_of
+from opdkit.objective.formula import Const, Operation, Signal
+from opdkit.objective.grammar import Objective, credit_of
 from opdkit.objective.signals import Ceiling, Exp, Floor, LogRatio, MeanOne, RowMean, ToGo
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from opdkit.objective.companion import Companion
 from opdkit.objective.kernels import Vocabulary, divergence
 from opdkit.types import Watch
 
@@ -30,6 +31,12 @@ class Chunk(Protocol):
 
     def vocabulary(self, model: str) -> Vocabulary:
         """A model's logits [n, V] and what is computed of them, no gradient."""
+
+    def hidden_of(self, model: str) -> Tensor:
+        """[n, H]: a model's last hidden states, no gradient."""
+
+    def companion(self, companion: Companion) -> Any:
+        """The state of a companion, as it is before the step."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,11 @@ class Fact:
     def others_first(self) -> tuple[TopFact, ...]:
         """Those of `needs_first` that another model than the one asked has to name."""
         return tuple(ids for ids in self.needs_first if ids.model != self.models[0])
+
+    @property
+    def companions(self) -> tuple[Companion, ...]:
+        """The companions that `read` asks for: each field that is one."""
+        return tuple(value for value in vars(self).values() if isinstance(value, Companion))
 
     def read(self, here: Chunk, first: Mapping[TopFact, Tensor]) -> Tensor:
         """[n] or [n, k] at the n positions of `here`; `first` has what `needs_first` names,

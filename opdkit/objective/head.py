@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from opdkit.objective.batch import Live
-from opdkit.objective.grammar import PlannedTerm, RolloutLoss, StepPlan, TokenLoss
+from opdkit.objective.grammar import TokenLoss
+from opdkit.objective.plan import PlannedRollouts, PlannedTerm, StepPlan, planned_rollouts
 from opdkit.objective.products import Head as Head
 
 CHUNK_ENTRIES = 1 << 24  # logits in one chunk, at least: 64 MiB in float32
@@ -44,6 +45,10 @@ class Source:
         """[n, V] at flat positions [n]; no gradient."""
         with torch.no_grad():
             return self.head.logits(self.hidden[self.index[positions]])
+
+    def hidden_at(self, positions: Tensor) -> Tensor:
+        """[n, H] at flat positions [n]; no gradient."""
+        return self.head.states(self.hidden[self.index[positions]].detach())
 
 
 def chunk_rows(vocabulary: int, device: torch.device | None = None) -> int:
@@ -112,17 +117,16 @@ def learn(
     """
     ready = head.ready()
     running = LearningPass.begin(plan, positions, hidden, term_gradients)
-    if running.rollout_terms:
-        running.slope = _rollout_slope(running, hidden, ready, chunk)
     size = chunk or chunk_rows(head.size(hidden), hidden.device)
     chunks = (
         slices(len(hidden), size)
         if plan.joined is None
         else cuts(plan.joined.flatten()[positions], size)
     )
-    loss = _ChunkedSum.apply(hidden, head.weight, head.bias, ready, chunks, running.loss)
+    owned = plan.batch.companions.parameters
+    loss = _ChunkedSum.apply(hidden, head.weight, head.bias, ready, chunks, running.loss, *owned)
     sums = running.sums
-    if running.rollout_terms:  # the pass carried their slope; the value is what they said
+    if running.rollout_terms:  # what is learnt is their slope; the value is what they said
         loss = loss + (sums.sum() - loss.detach())
     return Learned(
         loss, sums, running.entropy, running.logp, running.gap, running.slopes, len(positions)
@@ -140,7 +144,7 @@ class LearningPass:
     plan: StepPlan
     positions: Tensor  # [N]
     token_terms: list[tuple[int, PlannedTerm]]  # Q
-    rollout_terms: list[tuple[int, PlannedTerm]]  # W
+    rollout_terms: list[tuple[int, PlannedRollouts]]  # W
     scales: Tensor | None  # [Q, N]: what a position's loss is multiplied by; None where Q = 0
     measured: bool  # whether each term's gradient in the logits is
     sums: Tensor  # [P]: each term's share of the loss
@@ -148,7 +152,6 @@ class LearningPass:
     entropy: Tensor  # [N]
     logp: Tensor  # [N]
     gap: Tensor  # [N]
-    slope: Tensor | None = None  # [W, N]: d term / d logp; None where W = 0
 
     @staticmethod
     def begin(
@@ -157,9 +160,11 @@ class LearningPass:
         """Of positions [N] with hidden states [N, H], before the first chunk."""
         terms = list(enumerate(plan.parts))
         over_tokens = [(i, x) for i, x in terms if isinstance(x.term.loss, TokenLoss)]
-        over_rollouts = [(i, x) for i, x in terms if isinstance(x.term.loss, RolloutLoss)]
+        over_rollouts = planned_rollouts(plan.parts)
         scales = [x.scale.flatten()[positions] for _, x in over_tokens]
         sums = torch.zeros(len(terms), dtype=plan.batch.dtype, device=hidden.device)
+        for i, x in over_rollouts:
+            sums[i] = x.values.flatten()[positions].sum()
         entropy = torch.zeros(len(positions), dtype=plan.batch.dtype, device=hidden.device)
         return LearningPass(
             plan,
@@ -175,9 +180,12 @@ class LearningPass:
             torch.full_like(entropy, torch.nan),
         )
 
-    def loss(self, at: slice, logits: Tensor) -> Tensor:
-        """[] with gradient: the loss of a chunk of the positions, from their logits [n, V]."""
-        live = Live(self.plan.batch, self.positions[at], logits)
+    def loss(self, at: slice, logits: Tensor, states: Tensor) -> Tensor:
+        """[] with gradient: the loss of a chunk of the positions, from their logits [n, V] and
+        hidden states [n, H].
+        """
+        batch = self.plan.batch
+        live = Live(batch, self.positions[at], logits, hidden=lambda: states.to(batch.dtype))
         total = logits.new_zeros(())
         for row, (i, planned) in enumerate(self.token_terms):
             assert isinstance(planned.term.loss, TokenLoss) and self.scales is not None
@@ -185,11 +193,10 @@ class LearningPass:
             self.sums[i] += value.detach()
             self.slopes[i] += self._steepness(value, logits)
             total = total + value
-        if self.slope is not None:
-            for (i, _), of_logp in zip(self.rollout_terms, self.slope):
-                value = (of_logp[at] * live.logp).sum()
-                self.slopes[i] += self._steepness(value, logits)
-                total = total + value
+        for i, planned in self.rollout_terms:
+            value = (planned.slope.flatten()[live.positions] * live.logp).sum()
+            self.slopes[i] += self._steepness(value, logits)
+            total = total + value + planned.owned_at(live.positions)
         self._note(at, live)
         return total
 
@@ -199,7 +206,8 @@ class LearningPass:
         """
         if not self.measured or not value.requires_grad:
             return 0.0
-        return torch.autograd.grad(value, logits, retain_graph=True)[0].square().sum()
+        (slope,) = torch.autograd.grad(value, logits, retain_graph=True, allow_unused=True)
+        return 0.0 if slope is None else slope.square().sum()
 
     def _note(self, at: slice, live: Live) -> None:
         """What the student says of a chunk's tokens, and the teacher if a term has read it."""
@@ -221,53 +229,11 @@ def _weighted(loss: TokenLoss, live: Live, scale: Tensor) -> Tensor:
     return (scale * loss.value(live)).sum()
 
 
-def _rollout_slope(running: LearningPass, hidden: Tensor, head: Head, chunk: int | None) -> Tensor:
-    """[W, N]: d term / d logp of each term over whole rollouts; their values are added to the
-    pass's sums.
-
-    They need all log-probs of a rollout first: one more projection of the hidden states [N, H].
-    """
-    plan, batch, positions = running.plan, running.plan.batch, running.positions
-    with torch.no_grad():
-        numbers = torch.zeros(batch.tokens.numel(), dtype=batch.dtype, device=hidden.device)
-        numbers[positions] = scan(
-            hidden, head, lambda at, logits: Live(batch, positions[at], logits).logp, chunk
-        ).to(batch.dtype)
-    rows = torch.unique(positions // batch.shape[1])
-    logp = numbers.view(batch.shape)[rows].requires_grad_()
-    slope = numbers.new_zeros(len(running.rollout_terms), *batch.shape)
-    with torch.enable_grad():
-        for number, (i, planned) in enumerate(running.rollout_terms):
-            mask = plan.mask[rows]
-            scale = _one_scale(planned, mask, planned.scale[rows])
-            keep = scale != 0
-            if not bool(keep.any()):
-                continue
-            loss = planned.term.loss
-            assert isinstance(loss, RolloutLoss)
-            value = (scale[keep] * loss.value(logp[keep], mask[keep], rows[keep], batch)).sum()
-            running.sums[i] += value.detach()
-            if value.requires_grad:
-                slope[number, rows] = torch.autograd.grad(value, logp)[0]
-    return slope.flatten(1)[:, positions]
-
-
-def _one_scale(planned: PlannedTerm, mask: Tensor, scale: Tensor) -> Tensor:
-    """[R]: what each rollout's loss is multiplied by, from the scales [R, T] of its trained tokens
-    (mask [R, T]), which must be equal.
-    """
-    first = scale.gather(1, mask.long().argmax(1, keepdim=True))
-    if bool((mask & ((scale - first).abs() > 0)).any()):
-        raise ValueError(
-            f"{planned.term} weighs the tokens of a rollout differently, but its loss is one "
-            "number per rollout: use a signal per rollout, such as RowMean(...)"
-        )
-    return first[:, 0]
-
-
 class _ChunkedSum(torch.autograd.Function):
-    """[]: sum over chunks of run(chunk, logits [n, V]), with the gradients in the hidden states
-    [N, H], the weight [V', H] and the bias [V'] taken chunk by chunk in the forward pass.
+    """[]: sum over chunks of run(chunk, logits [n, V], states [n, H]), with the gradients in the
+    hidden states [N, H], the weight [V', H], the bias [V'] and what else is `owned` [...] taken
+    chunk by chunk in the forward pass. The hidden states are reached through the logits, and beside
+    them where `run` reads `states`.
     """
 
     @staticmethod
@@ -278,33 +244,38 @@ class _ChunkedSum(torch.autograd.Function):
         bias: Tensor | None,
         head: Head,
         chunks: Iterator[slice],
-        run: Callable[[slice, Tensor], Tensor],
+        run: Callable[[slice, Tensor, Tensor], Tensor],
+        *owned: Tensor,
     ) -> Tensor:
         wide = torch.promote_types(torch.float32, hidden.dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros_like(hidden) if to_hidden else None
-        d_weight = (
-            torch.zeros(weight.shape, dtype=wide, device=hidden.device)
-            if to_weight and weight is not None
-            else None
-        )
-        d_bias = (
-            torch.zeros(bias.shape, dtype=wide, device=hidden.device)
-            if to_bias and bias is not None
-            else None
-        )
+        d_weight = _sum_for(weight, wide) if to_weight else None
+        d_bias = _sum_for(bias, wide) if to_bias else None
+        d_owned = [torch.zeros_like(p, dtype=wide) for p in owned]
         for at in chunks:
             states = hidden[at].detach()
             product = head.product(states).detach().requires_grad_()
+            beside = states.detach().requires_grad_()
             with torch.enable_grad():
-                value = run(at, head.finish(product))
+                value = run(at, head.finish(product), head.states(beside))
             total += value.detach()
             if not value.requires_grad:
                 continue
-            (slope,) = torch.autograd.grad(value, product)
+            slope, direct, *slopes = torch.autograd.grad(
+                value, (product, beside, *owned), allow_unused=True
+            )
+            for d, more in zip(d_owned, slopes):
+                if more is not None:
+                    d += more
+            if d_hidden is not None and direct is not None:
+                d_hidden[at] = direct
+            if slope is None:  # nothing was read off the logits
+                continue
             if d_hidden is not None:
-                d_hidden[at] = head.slope_to_hidden(slope, hidden.shape[-1])
+                reached = head.slope_to_hidden(slope, hidden.shape[-1])
+                d_hidden[at] = reached if direct is None else direct + reached
             if d_weight is not None:
                 head.add_slope_to_weight(d_weight, slope, states)
             if d_bias is not None:
@@ -313,18 +284,20 @@ class _ChunkedSum(torch.autograd.Function):
             d_hidden,
             d_weight if d_weight is None else d_weight.to(weight.dtype),  # type: ignore[union-attr]
             d_bias if d_bias is None else d_bias.to(bias.dtype),  # type: ignore[union-attr]
+            *(d.to(p.dtype) for d, p in zip(d_owned, owned)),
         )
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         gradients, ctx.gradients = ctx.gradients, None
-        return (
-            *(None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients),
-            None,
-            None,
-            None,
-        )
+        scaled = [None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients]
+        return (*scaled[:3], None, None, None, *scaled[3:])
+
+
+def _sum_for(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """[...]: zeros to add up the gradient of a parameter [...] in, where there is one."""
+    return None if parameter is None else torch.zeros_like(parameter, dtype=dtype)
 
 
 # --------------------------------------------------------------------------------- no-gradient pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,14 +11,19 @@ import torch
 from torch import Tensor
 
 from opdkit.objective import kernels, maths
-from opdkit.objective.batch import Live
-from opdkit.objective.facts import LogpAtFact, LogpFact, TopFact
-from opdkit.objective.grammar import Loss, Signal, TokenLoss
+from opdkit.objective.batch import Batch, Live
+from opdkit.objective.facts import LogpFact
+from opdkit.objective.formula import Const, Signal
+from opdkit.objective.grammar import Loss, TokenLoss
 from opdkit.objective.maths import ForwardKL, Kind, ReverseKL, SkewForward, SkewReverse, kind_of
 from opdkit.objective.signals import depends_on_sample
 from opdkit.objective.support import Support
 
 # ----------------------------------------------------------------------------------- sampled tokens
+
+
+# a log-ratio beyond it, in nats, has no gradient: its exponential would be no number
+MOST_APART = 20.0
 
 
 @dataclass(frozen=True)
@@ -26,26 +32,37 @@ class PolicyGradient(TokenLoss):
     fresh rollouts.
 
     With credit log(teacher/student) its expected gradient is that of KL(student || teacher) at each
-    prefix.
+    prefix. With `cap` the ratio is to the student before the step, and what it disagrees with the
+    base about is a weight: see `Outer`.
     """
 
     credit: Signal
     base: str | Signal = "sampler"
+    cap: float | None = None
     name: ClassVar[str] = "policy_gradient"
 
     def __post_init__(self) -> None:
         refuse_constant(self.credit)
 
     def value(self, live: Live) -> Tensor:  # [n]
-        return -ratio(live, self.base) * live.pick(self.credit)
+        base = self.base if self.cap is None else "student"
+        return -ratio(live, base) * live.pick(self.credit)
+
+    @property
+    def outer(self) -> Signal:
+        return Const(1) if self.cap is None else Outer(self.base, self.cap)
 
 
 @dataclass(frozen=True)
 class Bounds(Loss):
     """The settings of a clipped policy gradient; what it takes the ratio of is up to the loss.
 
+    A clip compares the student with itself before the step, both as the trainer computes them: on
+    fresh rollouts the ratio is exactly 1 and nothing is clipped. What the tokens were drawn from
+    instead (another engine's rounding, a temperature, an earlier student) is a weight: `Outer`.
+
     low, high: the ratio is clipped to 1 - low .. 1 + high, infinite where it is not; dual: see
-    `clipped`; base: what the ratio is to.
+    `clipped`; base: what the tokens were drawn from, a model or its log-prob; cap: see `Outer`.
     """
 
     credit: Signal
@@ -53,6 +70,7 @@ class Bounds(Loss):
     high: float = 0.2
     dual: float | None = None
     base: str | Signal = "sampler"
+    cap: float | None = None
     name: ClassVar[str] = "policy_gradient"
 
     def __post_init__(self) -> None:
@@ -63,17 +81,39 @@ class Bounds(Loss):
                 "negative credit"
             )
 
+    @property
+    def outer(self) -> Signal:
+        """[B, T], or [B, 1] of a loss over rollouts."""
+        same = self.base == "student"
+        return Const(1) if same else Outer(self.base, self.cap, self.over_rollouts)
+
+
+@dataclass(frozen=True)
+class Outer(Signal):
+    """[B, T]: min(pi_student / pi_base, cap), what the trainer says of a token over what it was
+    drawn from; no cap where it is None. [B, 1] of whole rollouts: of their mean log-ratio.
+    """
+
+    base: str | Signal
+    cap: float | None = None
+    whole: bool = False
+
+    def value(self, batch: Batch) -> Tensor:  # [B, T] or [B, 1]
+        apart = batch.read(LogpFact("student")) - base_logp(batch, self.base)
+        if self.whole:
+            apart = maths.row_mean(apart, batch.mask)
+        return apart.clamp(-MOST_APART, MOST_APART).exp().clamp_max(self.cap or math.inf)
+
 
 @dataclass(frozen=True)
 class Clipped(Bounds, TokenLoss):
-    """PPO's clipped policy gradient: max(-A r, -A clip(r, 1 - low, 1 + high)); with `dual`, at most
-    -A dual where A < 0.
+    """PPO's clipped policy gradient: max(-A r, -A clip(r, 1 - low, 1 + high)), r = pi_s / pi_s
+    before the step; with `dual`, at most -A dual where A < 0.
     """
 
     def value(self, live: Live) -> Tensor:  # [n]
-        return clipped(
-            ratio(live, self.base), live.pick(self.credit), self.low, self.high, self.dual
-        )
+        r, credit = ratio(live, "student"), live.pick(self.credit)
+        return clipped(r, credit, self.low, self.high, self.dual)
 
 
 @dataclass(frozen=True)
@@ -119,13 +159,29 @@ class Estimator(TokenLoss):
         return maths.k2(d) if self.kind == "k2" else maths.k3(d)
 
 
-def ratio(live: Live, base: str | Signal) -> Tensor:
-    """[n]: pi_s / pi_base at the sampled token, with gradient; `base` is a model, or the log-prob
-    that stands below.
+def base_logp(facts: Batch | Live, base: str | Signal) -> Tensor:
+    """[B, T], or [n] of a live student: the log-prob of a model, or the one that a signal is.
+
+    The student before the step is the live one until its first update: to the bit, whatever dtype
+    and engine found the fact.
     """
-    return (
-        live.logp - (live.pick(base) if isinstance(base, Signal) else live.read(LogpFact(base)))
-    ).exp()
+    if isinstance(facts, Live) and base == "student" and not facts.batch.moved:
+        return facts.logp.detach()
+    if not isinstance(base, Signal):
+        return facts.read(LogpFact(base))
+    return facts.pick(base) if isinstance(facts, Live) else base(facts)
+
+
+def log_ratio(live: Live, base: str | Signal) -> Tensor:
+    """[n]: log pi_s - log pi_base at the sampled token, with gradient; `base` is a model, or the
+    log-prob itself.
+    """
+    return (live.logp - base_logp(live, base)).clamp(-MOST_APART, MOST_APART)
+
+
+def ratio(live: Live, base: str | Signal) -> Tensor:
+    """[n]: pi_s / pi_base at the sampled token, with gradient; see `log_ratio`."""
+    return log_ratio(live, base).exp()
 
 
 def clipped(
@@ -219,23 +275,3 @@ def natural_support(kind: Kind) -> str:
     if isinstance(kind, (ForwardKL, SkewForward)):
         return "teacher"
     return "student" if isinstance(kind, (ReverseKL, SkewReverse)) else "union"
-
-
-@dataclass(frozen=True)
-class Candidates(TokenLoss):
-    """Policy gradient on the student's k most probable tokens instead of the sampled one (arXiv
-    2604.13016):
-
-    -sum_v w_v A_v ratio_v,   A_v = log pi_t(v) - log pi_s(v),   w = pi_s renormalised on the k,
-    both before this step.
-    """
-
-    k: int = 16
-    teacher: str = "teacher"
-    name: ClassVar[str] = "candidates"
-
-    def value(self, live: Live) -> Tensor:  # [n]
-        before = live.read(LogpAtFact("student", "student", self.k))
-        credit = live.read(LogpAtFact(self.teacher, "student", self.k)) - before
-        ratios = (live.at(live.read(TopFact("student", self.k))) - before).exp()
-        return -(maths.normalise(before).exp() * credit * ratios).sum(-1)

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opdkit.objective.alignment import AlignedSource, Alignment
 from opdkit.objective.batch import Batch, Live
-from opdkit.objective.facts import ColumnFact, Fact, VocabularyFact
-from opdkit.objective.grammar import Objective, RolloutLoss, Signal, TokenLoss, credit_of
+from opdkit.objective.companion import Around, Companion, Companions
+from opdkit.objective.facts import ColumnFact, Fact, LogpFact, VocabularyFact
+from opdkit.objective.formula import Signal
+from opdkit.objective.grammar import Objective, RolloutLoss, TokenLoss, credit_of
 from opdkit.objective.head import Head, Source
-from opdkit.types import Watch
+from opdkit.types import AUTHORS, Watch
+
+INTERNAL = frozenset({"student", "sampler", "live"})  # models that are the run itself
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective reads, found by running it."""
+    """What an objective reads, found by running it, of tokens that `authors` wrote."""
 
     facts: frozenset[Fact]
+    authors: tuple[str, ...] = ("student",)
+    companions: frozenset[Companion] = frozenset()
+    hidden: bool = False  # whether a loss reads the student's own hidden states
 
     @property
     def models(self) -> frozenset[str]:
@@ -34,6 +43,10 @@ class Needs:
     def of(self, model: str) -> frozenset[Fact]:
         """Facts that involve a model."""
         return frozenset(fact for fact in self.facts if model in fact.models)
+
+    def kept(self, model: str) -> bool:
+        """Whether a loss reads a model chunk by chunk, whose hidden states are kept for it."""
+        return any(fact.read_from == "loss" for fact in self.of(model))
 
     def whole(self, model: str) -> bool:
         """Whether the whole vocabulary of a model is read: then it must run in this process."""
@@ -52,16 +65,25 @@ class Needs:
         return frozenset(fact for fact in self.of(model) if not fact.own_tokenizer)
 
     def __str__(self) -> str:
-        return ", ".join(sorted({fact.words() for fact in self.facts})) or "nothing"
+        words = {fact.words() for fact in self.facts}
+        words |= {"hidden states of the live student"} if self.hidden else set()
+        return ", ".join(sorted(words)) or "nothing"
+
+
+def reads_student(needs: Needs) -> bool:
+    """Whether a pass of the student before the step is needed: more is read of it than its sampler
+    notes.
+    """
+    return any(fact.watch("student") is None for fact in needs.of("student"))
 
 
 def watched(needs: Needs) -> Watch:
     """What a sampler notes of the student so that no pass of it is needed; nothing where one is
     needed anyway.
     """
-    noted = [fact.watch("student") for fact in needs.of("student")]
-    if None in noted:
+    if reads_student(needs):
         return Watch()
+    noted = [fact.watch("student") for fact in needs.of("student")]
     # before the first optimiser step the live student is the one that wrote
     noted += [fact.watch("live") for fact in needs.of("live")]
     return Watch(
@@ -74,20 +96,42 @@ class _Probe(Batch):
     """A tiny batch that makes up every fact it is asked for and notes it."""
 
     ROWS, LENGTH, VOCABULARY = 2, 3, 8
+    # a formula may read more from some step on, or until some share of the run
+    STEPS = (0, 1, 10, 100, 1_000, 10_000, 100_000, 999_999)
 
-    def __init__(self) -> None:
+    def __init__(self, step: int = 0) -> None:
         shape = (self.ROWS, self.LENGTH)
-        super().__init__(torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool))
+        super().__init__(
+            torch.zeros(shape, dtype=torch.int64),
+            torch.ones(shape, dtype=torch.bool),
+            step=step,
+            total_steps=self.STEPS[-1] + 1,
+        )
         self.asked: set[Fact] = set()
+        self.hidden_asked = False
 
     def read(self, fact: Fact) -> Tensor:
         """[ROWS, LENGTH] or [ROWS, LENGTH, k]; a column [ROWS]."""
         self.asked.add(fact)
+        for companion in fact.companions:
+            self.companion(companion)
         return fact.made_up(self.ROWS, self.LENGTH, self.VOCABULARY)
 
     def mark(self, name: str) -> Tensor:
         """[ROWS, LENGTH] bool."""
         return self.read(ColumnFact(f"mark:{name}"))
+
+    def companion(self, companion: Companion) -> Any:
+        if companion not in self.companions:
+            around = Around(lambda model: self.VOCABULARY, self.device, self.dtype)
+            made = Companions.build([companion], around)
+            self.companions = Companions({**self.companions, **made})
+        return self.companions[companion]
+
+    def hidden(self) -> Tensor:
+        """[ROWS * LENGTH, VOCABULARY]: the live student's hidden states."""
+        self.hidden_asked = True
+        return torch.zeros(self.tokens.numel(), self.VOCABULARY)
 
     def source(self, model: str, fact: Fact | None = None) -> AlignedSource:
         self.asked.add(fact or VocabularyFact(model))
@@ -105,23 +149,33 @@ def per_rollout(signal: Signal) -> bool:
     return signal(_Probe()).shape[1] == 1
 
 
+@lru_cache(maxsize=256)  # a formula is a value, and is asked again and again
 def needs(objective: Objective) -> Needs:
-    """What an objective reads: the formula is run once on made-up facts that note each reading.
+    """What an objective reads: the formula is run on made-up facts that note each reading, at a few
+    steps from the first to the last.
 
     Every loss is run whatever its weight, so that what is read only at rare tokens is found as
     well.
     """
-    probe = _Probe()
-    positions = torch.arange(probe.tokens.numel())
-    live = Live(probe, positions, torch.zeros(len(positions), probe.VOCABULARY))
-    for planned in objective.plan(probe).parts:
-        loss = planned.term.loss
-        if isinstance(loss, TokenLoss):
-            loss.value(live)
-        elif isinstance(loss, RolloutLoss):
-            rows = torch.arange(probe.ROWS)
-            loss.value(live.logp.view(probe.shape), probe.mask, rows, probe)
-        credit = credit_of(loss)
-        if credit is not None:
-            credit(probe)
-    return Needs(frozenset(probe.asked))
+    probes = [_Probe(step) for step in _Probe.STEPS]
+    for probe in probes:
+        positions = torch.arange(probe.tokens.numel())
+        for planned in objective.plan(probe).parts:
+            loss = planned.term.loss
+            if isinstance(loss, TokenLoss):
+                # one of its own: what another term has read is not read again
+                logits = torch.zeros(len(positions), probe.VOCABULARY)
+                loss.value(Live(probe, positions, logits, hidden=probe.hidden))
+            elif isinstance(loss, RolloutLoss):
+                rows = torch.arange(probe.ROWS)
+                loss.value(probe.read(LogpFact("live")), probe.mask, rows, probe)
+            credit = credit_of(loss)
+            if credit is not None:
+                credit(probe)
+    wrote = {author for term in objective.terms for author in term.whose}
+    return Needs(
+        frozenset(fact for probe in probes for fact in probe.asked),
+        tuple(a for a in AUTHORS if a in wrote),
+        frozenset(companion for probe in probes for companion in probe.companions),
+        any(probe.hidden_asked for probe in probes),
+    )

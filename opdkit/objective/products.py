@@ -66,6 +66,18 @@ class Head:
         to = self.rounds_to
         return hidden.to(to) if to is not None and narrow(to) else hidden
 
+    def states(self, hidden: Tensor) -> Tensor:
+        """[n, H]: hidden states [n, H] as others may read them, the same of all models that agree:
+        rounded as the product takes them, with the gradient of those that are not; where they are
+        the logits, cut like these.
+        """
+        if self.weight is None or self.rounds_to is None:
+            return hidden[..., : self.vocab]
+        if not narrow(self.rounds_to):
+            return hidden
+        whole = hidden.float()
+        return whole + (self.kept(whole).float() - whole).detach()
+
     def finish(self, logits: Tensor) -> Tensor:
         """[n, V]: what follows the matrix product [n, V]."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -78,7 +90,7 @@ class Head:
     def product(self, hidden: Tensor) -> Tensor:
         """[n, V]: the matrix product, with bias, of the rows that are kept."""
         if self.weight is None or self.rounds_to is None:
-            return hidden[..., : self.vocab]
+            return self.states(hidden)
         weight = self.weight[: self.vocab]
         bias = None if self.bias is None else self.bias[: self.vocab]
         with torch.autocast(weight.device.type, enabled=False):

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-from opdkit.objective.algebra import TRAINER_OVER_SAMPLER, factors, is_cap
-from opdkit.objective.grammar import Const, Loss, Objective, Operation, RolloutLoss, Signal, Term
+from opdkit.objective.formula import Signal
+from opdkit.objective.grammar import Loss, Objective, Term
 from opdkit.objective.losses import Bounds, Clipped, PolicyGradient
-from opdkit.objective.signals import Ceiling, Mark
 
 SETTINGS = ("clip", "dual_clip", "rollout_cap")
 NO_RATIO = (
@@ -26,20 +25,16 @@ def apply_layer(objective: Objective, **settings: Any) -> Objective:
     """An objective with the ratio layer's settings in every policy gradient; settings that are not
     given stay as the objective has them.
 
-    Terms on guided tokens are left as they are: no sampler drew these tokens, so their ratio to it
-    is no measure of trust.
-
     Arguments:
-        clip: PPO's range of the ratio, (low, high) or one number for both: a token whose ratio is
-            beyond 1 - low or 1 + high, on the side to which its credit pushes, has no gradient;
-            numbers >= 0. None: no clipping. Default: off, unless the method's paper clips; the
-            usual PPO range is (0.2, 0.2).
+        clip: PPO's range of the ratio to the student before the step, (low, high) or one number
+            for both: a token whose ratio is beyond 1 - low or 1 + high, on the side to which its
+            credit pushes, has no gradient; numbers >= 0. None: no clipping. Default: off, unless
+            the method's paper clips; the usual PPO range is (0.2, 0.2).
         dual_clip: bound on the loss of tokens with negative credit, as a multiple of |credit|;
             above 1, needs clip. None: no bound. Default: off; verl has 3.
         rollout_cap: largest weight min(pi_student / pi_sampler, cap) of a token, for a sampler that
-            is not exactly the trainer (another engine, other precision); ratios are then taken to
-            the student before the step, as the trainer computes it. Above 0. None: no weight, and
-            ratios to the sampler. Default: off; G-OPD's code has 5.
+            is not exactly the trainer (another engine, other precision, a temperature). Above 0.
+            None: the weight has no bound. Default: off; G-OPD's code has 5.
     """
     if not any(map(takes_layer, objective.terms)):
         if any(value is not None for value in settings.values()):
@@ -52,8 +47,7 @@ def apply_layer(objective: Objective, **settings: Any) -> Objective:
 
 def takes_layer(term: Term) -> bool:
     """Whether a term takes a ratio to what a sampler drew, in one of the forms known here."""
-    known = type(term.loss) is PolicyGradient or isinstance(term.loss, Bounds)
-    return known and Mark("guided") not in factors(term.weight)
+    return type(term.loss) is PolicyGradient or isinstance(term.loss, Bounds)
 
 
 def settings_of(objective: Objective) -> dict[str, Any]:
@@ -71,11 +65,11 @@ def settings_of(objective: Objective) -> dict[str, Any]:
 def _settings(term: Term) -> dict[str, Any]:
     """The layer's settings as they stand in one term."""
     loss, clip, dual = term.loss, None, None
+    assert isinstance(loss, (PolicyGradient, Bounds))
     if isinstance(loss, Bounds):
         free = type(loss) is not Clipped and math.isinf(loss.low) and math.isinf(loss.high)
         clip, dual = None if free else (loss.low, loss.high), loss.dual
-    caps = [f.at for f in factors(term.weight) if isinstance(f, Ceiling) and is_cap(f)]
-    return {"clip": clip, "dual_clip": dual, "rollout_cap": caps[0] if caps else None}
+    return {"clip": clip, "dual_clip": dual, "rollout_cap": loss.cap}
 
 
 def _apply(term: Term, settings: dict[str, Any]) -> Term:
@@ -84,11 +78,18 @@ def _apply(term: Term, settings: dict[str, Any]) -> Term:
     wanted = now | settings
     if "clip" in settings and settings["clip"] is None and "dual_clip" not in settings:
         wanted["dual_clip"] = None  # it bounds what is clipped no more
+    loss, cap = term.loss, wanted["rollout_cap"]
+    if cap is not None and not cap > 0:
+        raise ValueError(
+            f"rollout_cap={cap!r} must be positive: it is the largest weight of a token, and at 0 "
+            "nothing is learnt"
+        )
     if wanted["clip"] != now["clip"] or wanted["dual_clip"] != now["dual_clip"]:
-        term = replace(term, loss=_clipped(term.loss, _pair(wanted["clip"]), wanted["dual_clip"]))
-    if wanted["rollout_cap"] != now["rollout_cap"]:
-        term = _capped(term, wanted["rollout_cap"])
-    return term
+        loss = _clipped(loss, _pair(wanted["clip"]), wanted["dual_clip"])
+    assert isinstance(loss, (PolicyGradient, Bounds))
+    if cap != loss.cap:  # a cap is on what the sampler says, also where the ratio is not
+        loss = replace(loss, cap=cap, base="sampler" if loss.base == "student" else loss.base)
+    return replace(term, loss=loss)
 
 
 def _pair(clip: Any) -> tuple[float, float] | None:
@@ -115,67 +116,10 @@ def _clipped(loss: Loss, clip: tuple[float, float] | None, dual: float | None) -
         low, high = clip or (math.inf, math.inf)
         return replace(loss, low=low, high=high, dual=dual)
     if clip is not None:
-        return Clipped(loss.credit, *clip, dual, loss.base)
+        return Clipped(loss.credit, *clip, dual, loss.base, loss.cap)
     if dual is not None:
         raise ValueError("dual_clip bounds a clipped loss: give clip=(low, high) as well")
-    return PolicyGradient(loss.credit, loss.base)
-
-
-def _capped(term: Term, cap: float | None) -> Term:
-    """The term with this cap in the place of its own: as the first factor of its weight, and in
-    what its ratio is taken to.
-    """
-    assert isinstance(term.loss, (PolicyGradient, Bounds))
-    old, new = ("student", "sampler") if cap is None else ("sampler", "student")
-    weight = _without_cap(term.weight)
-    if cap is not None:
-        _, first = against(cap, isinstance(term.loss, RolloutLoss))
-        weight = _in_front(first, weight)
-    return replace(
-        term, loss=replace(term.loss, base=_renamed(term.loss.base, old, new)), weight=weight
-    )
-
-
-def against(rollout_cap: float | None, whole: bool = False) -> tuple[str, Signal]:
-    """What a ratio is to, and the weight of its loss: the sampler and 1.
-
-    With `rollout_cap` the ratio is to the student before this step, and what the trainer and the
-    sampler disagree about is a weight min(pi_student / pi_sampler, cap) without gradient, of each
-    token or, `whole`, of each rollout.
-    """
-    if rollout_cap is None:
-        return "sampler", Const(1)
-    return "student", Ceiling(TRAINER_OVER_SAMPLER[whole], rollout_cap)
-
-
-def _without_cap(weight: Signal) -> Signal:
-    """A product without the factor that caps it."""
-    if is_cap(weight):
-        return Const(1)
-    if not any(map(is_cap, factors(weight))):
-        return weight
-    assert isinstance(weight, Operation)
-    left, right = weight.of
-    if is_cap(left) or is_cap(right):
-        return _without_cap(right if is_cap(left) else left)
-    return _without_cap(left) * _without_cap(right)
-
-
-def _in_front(first: Signal, weight: Signal) -> Signal:
-    """first * weight, multiplied from left to right."""
-    if weight == Const(1):
-        return first
-    if isinstance(weight, Operation) and weight.name == "*":
-        return _in_front(first, weight.of[0]) * weight.of[1]
-    return first * weight
-
-
-def _renamed(base: str | Signal, old: str, new: str) -> str | Signal:
-    """What a ratio is taken to, with one model in the place of another."""
-    if isinstance(base, str):
-        return new if base == old else base
-    part: Any = base
-    return replace(part, **{f.name: new for f in fields(part) if getattr(part, f.name) == old})
+    return PolicyGradient(loss.credit, loss.base, loss.cap)
 
 
 def policy_gradient(
@@ -188,9 +132,6 @@ def policy_gradient(
     """The policy gradient of a credit with the ratio layer's settings (see `apply_layer`), its
     ratio to `base` where that is given.
     """
-    term = _apply(
-        Term(PolicyGradient(credit)),
-        {"clip": clip, "dual_clip": dual_clip, "rollout_cap": rollout_cap},
-    )
-    loss: Any = term.loss
-    return term if base is None else replace(term, loss=replace(loss, base=base))
+    loss = PolicyGradient(credit) if base is None else PolicyGradient(credit, base)
+    settings = {"clip": clip, "dual_clip": dual_clip, "rollout_cap": rollout_cap}
+    return _apply(Term(loss), settings)

@@ -19,7 +19,7 @@ from opdkit.objective.facts import (
     LogpFact,
     MissingFact,
 )
-from opdkit.objective.grammar import Signal
+from opdkit.objective.formula import Signal
 from opdkit.objective.kernels import divergence_on_support
 from opdkit.objective.maths import (
     Kind,
@@ -31,6 +31,7 @@ from opdkit.objective.maths import (
     masked_mean,
     masked_quantile,
     row_mean,
+    side_by_side,
     to_go,
 )
 from opdkit.objective.support import Support
@@ -154,6 +155,23 @@ class Mark(Signal):
     def value(self, batch: Batch) -> Tensor:  # [B, T] bool
         return batch.mark(self.name)
 
+    @property
+    def marks(self) -> frozenset[str]:
+        return frozenset({self.name})
+
+
+@dataclass(frozen=True)
+class Where(Signal):
+    """[B, T]: a signal at the tokens that `author` wrote, another at all others."""
+
+    author: str
+    of: Signal
+    otherwise: Signal
+
+    def value(self, batch: Batch) -> Tensor:  # [B, T]
+        of, otherwise = (s(batch).to(batch.dtype) for s in (self.of, self.otherwise))
+        return torch.where(batch.by((self.author,)), of, otherwise)
+
 
 @dataclass(frozen=True)
 class Row(Signal):
@@ -258,16 +276,16 @@ def uniform(batch: Batch, formula: str) -> Tensor:
 
 @dataclass(frozen=True)
 class ToGo(Signal):
-    """[B, T]: the discounted sum of a signal over the trained tokens from each position to the end
-    of its response.
+    """[B, T]: the discounted sum of a signal over the student's tokens from each of them to the end
+    of its response; a tool's take no time.
     """
 
     of: Signal
     discount: float = 1.0
 
     def value(self, batch: Batch) -> Tensor:  # [B, T]
-        values = torch.where(batch.mask, self.of(batch), 0.0)
-        return torch.where(batch.mask, to_go(values, self.discount), 0.0)
+        values = self.of(batch).expand(batch.shape)
+        return side_by_side(batch.mask, lambda v: to_go(v, self.discount), values)
 
 
 @dataclass(frozen=True)
@@ -373,7 +391,7 @@ def depends_on_sample(signal: Any) -> bool:
     parts = [x for x in inner if isinstance(x, (Signal, tuple))]
     own = isinstance(signal, Signal) and type(signal).__module__ not in (
         __name__,
-        "opdkit.objective.grammar",
+        "opdkit.objective.formula",
     )
     # a user's own signal without parts may read anything
     return any(map(depends_on_sample, parts)) or (own and not parts)

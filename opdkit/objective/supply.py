@@ -31,11 +31,11 @@ def supply(
     top-k, the sampler's log-probs) are left alone.
     """
     sources = batch.sources
+    where = torch.zeros_like(batch.trained).flatten().index_fill(0, positions, True)
+    where = where.view(batch.shape)
     todo = [f for f in with_ids(wanted) if f not in batch.facts]
     todo = [f for f in todo if still_asked(batch, f) <= set(sources)]
-    found: Tensors = {
-        f: sources[f.models[0]].read(f, batch.mask) for f in todo if f.read_from == "step"
-    }
+    found: Tensors = {f: sources[f.models[0]].read(f, where) for f in todo if f.read_from == "step"}
     # ids before log-probs there
     todo = sorted(
         (f for f in todo if f.read_from == "chunk"),

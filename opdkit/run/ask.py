@@ -9,8 +9,8 @@ from opdkit.data.cache import Cache
 from opdkit.methods.method import Method
 from opdkit.rewards import Reward, load_reward
 from opdkit.run.open import Given
-from opdkit.run.prompts import from_cache, read_rows, stored_rollouts
-from opdkit.run.refuse import refuse
+from opdkit.run.prompts import from_cache, read_rows, stored_rollouts, within
+from opdkit.run.refuse import refuse, refuse_no_response
 from opdkit.run.settings import Run
 from opdkit.teachers import route
 from opdkit.teachers.teacher import Teacher
@@ -31,7 +31,7 @@ class Asked:
 
 def ask(run: Run, given: Given) -> Asked:
     """Reads what the run names; refuses what can be refused without a model."""
-    method = from_cache(given.method or run.method_spec.load(), run)
+    method = within(run, from_cache(given.method or run.method_spec.load(), run))
     reward = given.reward or load_reward(run.reward)
     refuse(run, method, reward)
     # a judge that is not there, a machine that cannot confine programs
@@ -42,7 +42,9 @@ def ask(run: Run, given: Given) -> Asked:
     eval_rows = (
         None if run.evaluate is None else read_rows(run.evaluate.prompts, given.eval_rows, run.seed)
     )
-    routes = run.teachers.routes if "teacher" in method.needs.models else {}
+    if method.curriculum.validates:
+        refuse_no_response([row.get("response") for row in eval_rows or ()])
+    routes = run.teachers.routes if "teacher" in method.opened else {}
     for row in rows if routes else ():
         route(row["teacher"], routes, f"row {row['id']}")
     if stored is not None:

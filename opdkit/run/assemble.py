@@ -20,15 +20,16 @@ from opdkit.run.ask import Asked
 from opdkit.run.evaluation import Evaluator, Validator, score_teachers
 from opdkit.run.open import Given
 from opdkit.run.opened import Opened
-from opdkit.run.prompts import make_prompts
+from opdkit.run.prompts import make_prompts, sampled_as
 from opdkit.run.refuse import refuse_long
 from opdkit.run.screen import Screen
 from opdkit.run.settings import Run
 from opdkit.sampling import Guide
+from opdkit.sampling.kv_cache import odd_layers
 from opdkit.teachers import LocalModel, Remote, Scorer, route
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
-from opdkit.train.collect.collector import Collector, Questions
+from opdkit.train.collect.collector import Collector
 from opdkit.train.collect.filters import (
     DynamicSampling,
     Filter,
@@ -39,6 +40,7 @@ from opdkit.train.collect.filters import (
 from opdkit.train.job import HeldOut, Job, Length, Scoring
 from opdkit.train.record import Recorder
 from opdkit.train.track import open_trackers
+from opdkit.types import Sampler
 
 
 def assemble(
@@ -55,14 +57,18 @@ def assemble(
     if asked.stored is not None and given.student is None:
         for note in student_notes(asked.stored, identify(run.student)):
             print(f"opdkit: {note}", file=sys.stderr)
-    state = State() if checkpoint is None else checkpoints.restore(checkpoint, student)
+    state = (
+        State()
+        if checkpoint is None
+        else checkpoints.restore(checkpoint, student, opened.companions)
+    )
     if overwrite:  # now that everything is known to load
         checkpoints.clear(run.folder)
     truncate_metrics(run.folder / "metrics.jsonl", state.step)
     truncate_metrics(run.folder / "evals.jsonl", state.evaluated)
     recorder = make_recorder(run, given, asked, opened, state)
     write_run(run)
-    evaluator = make_evaluator(run, asked, opened)
+    evaluator = make_evaluator(run, asked, opened, collector.sampler)
     job = Job(
         objective=method.objective,
         curriculum=method.curriculum,
@@ -75,8 +81,9 @@ def assemble(
         length=Length(run.steps, run.max_tokens),
         checkpoint=run.checkpoint,
         micro_batch_tokens=run.micro_batch_tokens or batch_tokens(student.device),
+        companions=opened.companions,
         scoring=Scoring(run.recomputes_student, run.correct_sampling),
-        held_out=make_held_out(run, asked, opened, evaluator, collector.prompts),
+        held_out=make_held_out(run, asked, opened, evaluator),
         seed=run.seed,
     )
     if evaluator is not None and state.evaluated < 0:
@@ -89,8 +96,8 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
     method, stored, student = asked.method, asked.stored, opened.student
     mix = guide(opened.scorers, method.teacher_mix) if method.teacher_mix else None
     prompts = make_prompts(run.prompts, asked.rows, opened.tokenizer)
-    sampling = run.sampling if stored is None else stored.origin.sampling
-    longest = refuse_long(prompts, student.model, sampling)
+    prompts.refuse_unknown(opened.vocabulary)
+    longest = refuse_long(prompts, student.model, sampled_as(run, method), opened.scorers)
     return Collector(
         writer=writer_of(method.curriculum),
         sampler=opened.models.sampler(student, watched(method.needs), mix, longest)
@@ -134,29 +141,33 @@ def make_recorder(run: Run, given: Given, asked: Asked, opened: Opened, state: S
     )
 
 
-def make_evaluator(run: Run, asked: Asked, opened: Opened) -> Evaluator | None:
-    """Scores models on the run's held-out problems; None where it has none."""
+def make_evaluator(
+    run: Run, asked: Asked, opened: Opened, writer: Sampler | None = None
+) -> Evaluator | None:
+    """Scores models on the run's held-out problems, in this process, or with the sampler that
+    writes (`writer`) where this process cannot sample the student; None where there are none.
+    """
     if run.evaluate is None or asked.eval_rows is None:
         return None
     prompts = make_prompts(run.evaluate.prompts, asked.eval_rows, opened.tokenizer)
-    return Evaluator(run, opened.sampler, prompts, asked.reward)
+    sampler: Sampler = opened.sampler
+    if writer is not None and odd_layers(opened.student.model):
+        sampler = writer
+    return Evaluator(run, sampler, prompts, asked.reward, opened.tokenizer)
 
 
-def make_held_out(
-    run: Run, asked: Asked, opened: Opened, evaluator: Evaluator | None, trained: Questions
-) -> HeldOut:
+def make_held_out(run: Run, asked: Asked, opened: Opened, evaluator: Evaluator | None) -> HeldOut:
     """What is measured during training: the score on held-out problems, and for curricula that
-    adapt to it the loss on their reference responses, or on those `trained` on where there are no
-    such problems.
+    adapt to it the loss on their reference responses.
     """
-    validate = None
-    if asked.method.curriculum.validates:
-        questions = evaluator.prompts if evaluator is not None and asked.eval_rows else trained
-        longest = run.sampling.max_completion_length
-        validate = Validator(opened.student, opened.scorers["student"], questions, longest)
     if run.evaluate is None or evaluator is None:
-        return HeldOut(validate=validate)
-    return HeldOut(run.evaluate.every, evaluator.student_score, validate)
+        return HeldOut()
+    validate, scorer = None, opened.scorers["student"]
+    if asked.method.curriculum.validates:
+        longest = run.sampling.max_completion_length
+        validate = Validator(opened.student, scorer, evaluator.prompts, longest)
+    score = None if asked.reward is None else evaluator.student_score
+    return HeldOut(run.evaluate.every, score, validate)
 
 
 def guide(scorers: Mapping[str, Scorer | Remote], share: float) -> Guide:

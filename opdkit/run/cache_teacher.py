@@ -19,11 +19,10 @@ from opdkit.data import Prompts
 from opdkit.data.cache import Entry, Manifest, Origin, damages, is_cache, read_manifest, shard_name
 from opdkit.data.shards import Scored, write_shard
 from opdkit.methods.method import Method
-from opdkit.models.body import shared_vocabulary
+from opdkit.models.body import kept_rows, shared_vocabulary
 from opdkit.models.device import device_of
 from opdkit.models.identity import identify, tokenizer_digest
 from opdkit.models.load import load_tokenizer
-from opdkit.models.tokenizers import real_vocabulary
 from opdkit.objective.facts import LogpAtFact, LogpFact, TopFact
 from opdkit.objective.grammar import Objective
 from opdkit.objective.losses import Divergence, PolicyGradient
@@ -146,9 +145,12 @@ def _opened(run: Run, method: Method, prompts: Prompts, tokenizer: Any) -> tuple
     models = Models(run, method, device, Given(), tokenizer)
     models.check_teacher()
     student: Any = models.frozen(run.student, run.dtype)
-    longest = refuse_long(prompts, student.model, run.sampling)
+    models.end_as_teacher(student.model)
     teacher = models.teacher(student.model)
-    vocab = shared_vocabulary([student.head, *heads_of(teacher)], real_vocabulary(tokenizer))
+    longest = refuse_long(prompts, student.model, run.sampling, {"teacher": teacher})
+    heads = [student.head, *heads_of(teacher)]
+    prompts.refuse_unknown(shared_vocabulary(heads, tokenizer))
+    vocab = kept_rows(heads, shared_vocabulary(heads, tokenizer))
     sampler = models.sampler(student.cut(vocab), Watch(), None, longest)
     sampler.sync(student.model, 0)
     return sampler, cut(teacher, vocab), device

@@ -5,12 +5,12 @@ machine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from opdkit.base.errors import UserError
 from opdkit.eval import EvalResult, evaluate_model
+from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.models.device import device_of
 from opdkit.models.load import load_model, load_tokenizer
 from opdkit.models.precision import widen
@@ -18,6 +18,7 @@ from opdkit.rewards import load_reward
 from opdkit.run.prompts import as_rows, make_prompts, read_rows
 from opdkit.run.settings import Data
 from opdkit.sampling import HFSampler
+from opdkit.sampling.draws import check_sampling
 from opdkit.types import Rollout, Sampling
 
 
@@ -53,9 +54,13 @@ def eval_model(
     seed: int = 0,
     keep: str | Path | None = None,
     name: str = "eval",
+    trust_remote_code: bool = False,
 ) -> EvalResult:
     """Avg@k and Pass@k of a model on a data set, with 95 % confidence intervals over problems."""
-    sampler = open_sampler(model, tokenizer, dtype)
+    chosen = drawn(sampling or Sampling(), num_generations)
+    check_ks(num_generations, ks)
+    check_sampling(chosen)
+    sampler = open_sampler(model, tokenizer, dtype, trust_remote_code=trust_remote_code)
     settings = (
         data if isinstance(data, Data) else Data(data if isinstance(data, str) else "in memory")
     )
@@ -66,7 +71,6 @@ def eval_model(
             "an evaluation needs a reward: math, code, exact, reasoning_gym, regex:PATTERN, "
             "judge:URL or file.py:function"
         )
-    chosen = replace(sampling or Sampling(), num_generations=num_generations)
     prompts = list(make_prompts(settings, rows, sampler.tokenizer))
     return evaluate_model(
         sampler,
@@ -88,9 +92,10 @@ def sample_model(
     tokenizer: Any = None,
     dtype: str = "float32",
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> list[Rollout]:
     """Responses of a model to texts, rows or a data set."""
-    sampler = open_sampler(model, tokenizer, dtype)
+    sampler = open_sampler(model, tokenizer, dtype, trust_remote_code=trust_remote_code)
     settings = (
         prompts
         if isinstance(prompts, Data)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from opdkit.base.errors import UserError
 from opdkit.curricula.data import given
 from opdkit.data import Prompts
 from opdkit.eval import EvalResult, evaluate_model
@@ -19,6 +18,7 @@ from opdkit.objective.facts import LogpFact
 from opdkit.objective.needs import Needs
 from opdkit.rewards import Reward
 from opdkit.run.prompts import make_prompts
+from opdkit.run.refuse import refuse_no_response
 from opdkit.run.settings import Run
 from opdkit.sampling import HFSampler
 from opdkit.teachers import Remote, Routed, Scorer
@@ -26,7 +26,7 @@ from opdkit.teachers.views.translated import model_and_tokenizer
 from opdkit.train.collect.collector import Questions
 from opdkit.train.gather import gather
 from opdkit.train.student import Student
-from opdkit.types import DataRow
+from opdkit.types import AUTHORS, DataRow, Sampler
 
 
 @dataclass
@@ -34,14 +34,15 @@ class Evaluator:
     """Scores models on held-out problems and keeps what they wrote."""
 
     run: Run
-    sampler: HFSampler
+    sampler: Sampler
     prompts: Prompts
     reward: Reward | None
+    tokenizer: Any  # the student's
 
     def student_score(self, step: int) -> float:
         return self.score(self.sampler, "student", step).avg_at_k.value
 
-    def score(self, sampler: HFSampler, name: str, step: int) -> EvalResult:
+    def score(self, sampler: Sampler, name: str, step: int) -> EvalResult:
         """One evaluation, appended to evals.jsonl; its samples are kept."""
         settings = self.run.evaluate
         if settings is None or self.reward is None:
@@ -85,23 +86,18 @@ class Validator:
     def __call__(self) -> float:
         responses = ((i, self.prompts.response_tokens(i)) for i in range(len(self.prompts)))
         asked = list(islice(((i, response) for i, response in responses if response), self.count))
-        if not asked:
-            raise UserError(
-                "this method adapts to the loss on held-out reference responses, and the data has "
-                "none: add a column `response` to the evaluation set, or to the training set where "
-                "there is no evaluation"
-            )
+        refuse_no_response(asked)
         rollouts = [
             given(self.prompts[i], response, self.max_completion_length, f"validation/{i}")
             for i, response in asked
         ]
         batch = gather(
             rollouts,
-            Needs(frozenset({LogpFact("student")})),
+            Needs(frozenset({LogpFact("student")}), AUTHORS),
             {"student": self.scorer},
             device=self.student.device,
         )
-        return -batch["student"].logp[batch.mask].mean().item()
+        return -batch["student"].logp[batch.trained].mean().item()
 
 
 def score_teachers(
@@ -115,7 +111,7 @@ def score_teachers(
         return
     for name, teacher in _by_name(scorers["teacher"]).items():
         local, theirs = model_and_tokenizer(teacher)
-        asked, tokenizer = evaluator.prompts, evaluator.sampler.tokenizer
+        asked, tokenizer = evaluator.prompts, evaluator.tokenizer
         if theirs is not None:
             asked, tokenizer = make_prompts(settings.prompts, rows, theirs), theirs
         with local.around():

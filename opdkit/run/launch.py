@@ -12,6 +12,7 @@ from opdkit.base.files import read_lines, write_json
 from opdkit.base.interrupt import stoppable
 from opdkit.eval import EvalResult
 from opdkit.methods.method import as_method
+from opdkit.models.adapters import has_adapters
 from opdkit.models.quantize import merged
 from opdkit.report import write_report
 from opdkit.run.build import prepare
@@ -50,7 +51,8 @@ def distill(
 ) -> Result:
     """Distil a teacher into a student; returns the new model's path and the metrics.
 
-    student, teacher: names, paths or loaded models (teacher also {route: model}). tokenizer,
+    student, teacher: names, paths or loaded models (teacher also {route: model}), with adapters or
+    without; of a student with adapters these are trained, and merged in the end. tokenizer,
     teacher_tokenizer: of loaded models; a loaded teacher has the student's unless its own is given.
     prompts: a path, a hub name, a list of texts or of rows. method: a name, `file.py:function`, a
     `Method` or an objective. settings: any of `Run`'s, dotted with `__` or by their last name where
@@ -114,10 +116,12 @@ def _execute(run: Run, given: Given, resume: bool, overwrite: bool) -> Result:
     with job.recorder.trackers:
         state = train(job, state)
     final = run.folder / "model"
-    model = merged(job.student.model) if run.lora else job.student.model
+    trained = job.student.model
+    model = merged(trained) if has_adapters(trained) else trained
     checkpoints.put(final, lambda partial: checkpoints.write_model(partial, model, job.tokenizer))
     done = {
         "method": str(run.method_spec),
+        "objective": str(job.objective),
         "steps": state.step,
         "tokens": state.tokens,
         "best": state.best,

@@ -5,18 +5,27 @@ whatever kind, and who samples.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
+from opdkit.models.adapters import has_adapters, own_adapters
 from opdkit.models.body import check_head, head_of
-from opdkit.models.load import DTYPES, dtype_of, load_advised, load_tokenizer, take_loaded
+from opdkit.models.load import (
+    DTYPES,
+    dtype_of,
+    load_advised,
+    load_config,
+    load_tokenizer,
+    take_loaded,
+)
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE
 from opdkit.models.precision import compute_in
 from opdkit.models.quantize import quantized
-from opdkit.models.tokenizers import refuse_other_tokenizer, stop_ids
+from opdkit.models.tokenizers import end_with, refuse_other_tokenizer, shared_ids, stop_ids, usable
 from opdkit.rewards import Reward
 from opdkit.run.settings import Run
 from opdkit.sampling import Guide
@@ -26,8 +35,6 @@ from opdkit.teachers.context import TeacherContext
 from opdkit.teachers.local import LocalTeacher
 from opdkit.train.student import Student, with_adapters
 from opdkit.types import DataRow, Sampler, Watch
-
-INTERNAL = frozenset({"student", "sampler", "live"})  # models that are the run itself
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,23 @@ class Models:
             run.trust_remote_code,
             run.micro_batch_tokens,
             self.questions,
+            attn_implementation=run.attn_implementation,
+            vocabulary=self._written(),
             given=given.teacher,
             given_tokenizer=given.teacher_tokenizer,
             given_student=given.student,
         )
+
+    def _written(self) -> int | None:
+        """Ids that the student can write, by its configuration alone."""
+        given = self.given.student
+        config = (
+            load_config(self.run.student, self.run.trust_remote_code)
+            if given is None
+            else given.config
+        )
+        rows = getattr(config.get_text_config(), "vocab_size", None)
+        return usable(self.tokenizer, rows) if isinstance(rows, int) else None
 
     @property
     def questions(self) -> dict[str, Any]:
@@ -92,6 +112,7 @@ class Models:
             self.device,
             advice,
             trust_remote_code=self.run.trust_remote_code,
+            attn_implementation=self.run.attn_implementation,
             quantize=quantize,
             head=self.run.head_dtype is not None,
         )
@@ -116,15 +137,34 @@ class Models:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-            if run.lora is not None:
+            if has_adapters(model):
                 model.enable_input_require_grads()
         check_head(model)
+        self.end_as_teacher(model)
         return model
 
+    def end_as_teacher(self, student: Any) -> None:
+        """The student's answers end with whatever the teacher ends its own with, too."""
+        if "teacher" not in self.method.needs.models:
+            return
+        ends = self.run.teachers.ends(self._of_teacher(self.context))
+        if new := end_with(student, self.tokenizer, ends):
+            names = ", ".join(map(str, self.tokenizer.convert_ids_to_tokens(new)))
+            print(
+                f"opdkit: an answer of the student also ends with {names}, with which the teacher "
+                "ends its own",
+                file=sys.stderr,
+            )
+
     def _whole(self, start: str, resumed: bool) -> Any:
-        """A student all of whose weights learn: float32 ones, whatever its products are in."""
-        if self.given.student is not None and not resumed:
-            return take_loaded(self.given.student, self.device)
+        """A student all of whose weights learn: float32 ones, whatever its products are in; or one
+        that is handed over with adapters, which learn.
+        """
+        given = self.given.student
+        if given is not None and has_adapters(given):
+            return take_loaded(own_adapters(given, start if resumed else None), self.device)
+        if given is not None and not resumed:
+            return take_loaded(given, self.device)
         return self.load(start, "float32" if self.run.dtype == "bfloat16" else self.run.dtype)
 
     def _adapted(self, start: str, resumed: bool) -> Any:
@@ -135,6 +175,12 @@ class Models:
             model = take_loaded(self.given.student, self.device, lora.quantize)
         else:
             model = self.load(run.student, run.dtype, lora.quantize)
+        if has_adapters(model):
+            raise UserError(
+                f"the student {run.student} has adapters already, and `lora` would put others on "
+                "top: leave lora out to train those it has (a loaded model), name the adapters "
+                "without quantize (they are added to the weights below first), or merge them"
+            )
         if not resumed:
             return with_adapters(model, lora)
         from peft import PeftModel
@@ -160,7 +206,7 @@ class Models:
         """Asks servers and opens caches, before any weights are loaded: what they cannot say is
         refused here.
         """
-        if "teacher" in self.method.needs.models:
+        if "teacher" in self.method.opened:
             self.run.teachers.check(self._of_teacher(self.context))
 
     def teacher(self, student: Any) -> Scorer | Remote:
@@ -173,8 +219,7 @@ class Models:
 
     def others(self, student: Any) -> dict[str, Scorer | Remote]:
         """Every other model the objective reads."""
-        run, out = self.run, {}
-        wanted = self.method.needs.models - INTERNAL
+        run, out, wanted = self.run, {}, self.method.opened
         if run.evaluate is not None and run.evaluate.teacher:
             wanted |= {"teacher"}
         for name in sorted(wanted):
@@ -186,7 +231,7 @@ class Models:
                 model = str(run.reference if name == "reference" else run.models[name])
                 theirs = load_tokenizer(model, run.trust_remote_code)
                 refuse_other_tokenizer(model, self.tokenizer, theirs)
-                out[name] = self.frozen(model)
+                out[name] = self.frozen(model).cut(shared_ids(self.tokenizer, theirs))
         return out
 
     def frozen(self, model: str, dtype: str | None = None) -> LocalModel:

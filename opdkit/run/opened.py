@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
-from opdkit.models.body import shared_vocabulary
+from opdkit.models.body import head_of, kept_rows, shared_vocabulary
 from opdkit.models.device import device_of
 from opdkit.models.load import dtype_of, load_tokenizer
-from opdkit.models.tokenizers import real_vocabulary
+from opdkit.objective.companion import Around, Companions
 from opdkit.run.open import Given, Models
 from opdkit.run.settings import Run
 from opdkit.sampling import HFSampler
@@ -28,6 +32,8 @@ class Opened:
     student: Student
     # "student" and "live" (the student as it is now), and every model the objective reads
     scorers: dict[str, Scorer | Remote]
+    vocabulary: int  # ids of the tokenizer that all of them have
+    companions: Companions  # what stands beside the student
 
     @property
     def sampler(self) -> HFSampler:
@@ -53,13 +59,42 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
         run.steps * run.optim.passes * run.optim.minibatches,
         run.dtype == "bfloat16",
         head_dtype=dtype_of(run.head_dtype),
+        disable_dropout=run.disable_dropout,
     )
     others = models.others(base)
     heads = [student.head, *(head for scorer in others.values() for head in heads_of(scorer))]
-    student.vocab = vocab = shared_vocabulary(heads, real_vocabulary(tokenizer))
+    vocabulary = shared_vocabulary(heads, tokenizer)
+    student.vocab = vocab = kept_rows(heads, vocabulary)
     scorers: dict[str, Scorer | Remote] = {
         "student": LocalModel(base, student.head, run.micro_batch_tokens),
         "live": LocalModel(base, student.head, run.micro_batch_tokens),
     }
     scorers |= {name: cut(scorer, vocab) for name, scorer in others.items()}
-    return Opened(models, tokenizer, student, scorers)
+    companions = beside(method, student, scorers, run)
+    everyone = scorers | companions.scorers
+    return Opened(models, tokenizer, student, everyone, vocabulary, companions)
+
+
+def beside(
+    method: Method, student: Student, scorers: Mapping[str, Scorer | Remote], run: Run
+) -> Companions:
+    """What a method has beside the student, at the start of a run."""
+
+    def width(model: str) -> int:
+        found = {h.weight.shape[1] for h in heads_of(scorers.get(model)) if h.weight is not None}
+        if len(found) != 1:
+            raise UserError(
+                f"a companion asks how wide the hidden states of {model!r} are, and that is no "
+                f"one model in this process. There are {', '.join(sorted(scorers))}"
+            )
+        return found.pop()
+
+    around = Around(
+        width,
+        student.device,
+        torch.promote_types(torch.float32, student.parameters[0].dtype),
+        run.seed,
+        student.model,
+        lambda model: LocalModel(model, head_of(model, student.vocab), run.micro_batch_tokens),
+    )
+    return Companions.build({*method.needs.companions, *method.companions}, around)

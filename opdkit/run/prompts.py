@@ -14,8 +14,9 @@ from opdkit.curricula import Cached, reads_cache, together
 from opdkit.data import Prompts, load_rows
 from opdkit.data.cache import Cache, CachedPrompts, is_cache, open_cache
 from opdkit.methods.method import Method
+from opdkit.objective import algebra
 from opdkit.run.settings import Data, Run
-from opdkit.types import DataRow
+from opdkit.types import DataRow, Sampling
 
 
 def from_cache(method: Method, run: Run) -> Method:
@@ -43,6 +44,21 @@ def stored_rollouts(run: Run, method: Method) -> Cache | None:
     return open_cache(source)
 
 
+def sampled_as(run: Run, method: Method) -> Sampling:
+    """How the rollouts that are learnt from are drawn, or were when they were stored."""
+    stored = stored_rollouts(run, method)
+    return run.sampling if stored is None else stored.origin.sampling
+
+
+def within(run: Run, method: Method) -> Method:
+    """The method with the run's own limit where it divides by one, which is told."""
+    limit = sampled_as(run, method).max_completion_length
+    objective = algebra.within(method.objective, limit)
+    if objective != method.objective:
+        print(f"opdkit: what is minimised, with the run's limit: {objective}", file=sys.stderr)
+    return replace(method, objective=objective)
+
+
 def read_rows(data: Data, rows: Sequence[DataRow] | None, seed: int) -> list[DataRow]:
     if rows is None and is_cache(data.source):
         return open_cache(data.source).rows[: data.limit]
@@ -65,8 +81,8 @@ def make_prompts(data: Data, rows: list[DataRow], tokenizer: Any) -> Prompts:
         )
     else:
         prompts = Prompts(rows, tokenizer, max_prompt_length=data.max_prompt_length, **written)
-    if prompts.dropped:
-        print(f"opdkit: {prompts.report()}", file=sys.stderr)
+    for note in prompts.notes:
+        print(f"opdkit: {note}", file=sys.stderr)
     return prompts
 
 

@@ -4,19 +4,21 @@ context does not hold.
 
 from __future__ import annotations
 
-import math
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdkit.base.errors import UserError, nearest
+from opdkit.curricula import reads_cache, writer_of
 from opdkit.data import Prompts
 from opdkit.methods.method import Method
+from opdkit.models.limits import context_limit
 from opdkit.objective.facts import LogpFact
+from opdkit.objective.grammar import credit_of
 from opdkit.rewards import Reward
-from opdkit.run.open import INTERNAL
-from opdkit.run.prompts import stored_rollouts
+from opdkit.run.prompts import sampled_as
 from opdkit.run.settings import Run
-from opdkit.sampling.draws import check_sampling
+from opdkit.teachers.base import reads_of
 from opdkit.train.track import BACKENDS
 from opdkit.types import Sampling
 
@@ -27,24 +29,10 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
     for tracker in run.trackers:
         if tracker not in BACKENDS:
             raise UserError(f"there is no tracker {tracker!r}{nearest(tracker, list(BACKENDS))}")
-    if reward is None and needs.columns & {"reward", "correct"}:
-        raise UserError(
-            f"method {method.name or 'own'!r} reads whether a response is right, and the run has "
-            "no reward: set reward to math, code, exact, reasoning_gym, regex:PATTERN, judge:URL "
-            "or file.py:function"
-        )
-    if reward is None and run.evaluate is not None:
-        raise UserError(
-            "the run evaluates on held-out problems and has no reward to score them with: set "
-            "reward"
-        )
-    missing = needs.models - INTERNAL - {"teacher", "reference"} - set(run.models)
-    if missing:
-        name = sorted(missing)[0]
-        raise UserError(
-            f"method {method.name or 'own'!r} reads a model called {name!r}: say which with "
-            f"models.{name}=MODEL"
-        )
+    if reward is None:
+        _refuse_without_reward(run, method)
+    _note_long_warm_up(run)
+    refuse_models(run, method)
     unknown = needs.of("sampler") - {LogpFact("sampler")}
     if unknown:
         words = ", ".join(sorted(fact.words() for fact in unknown))
@@ -52,7 +40,8 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} reads {words}: of the sampler only the log-probs of "
             "its own tokens are recorded. Read the student instead"
         )
-    run.teachers.refuse(method.name or "own", needs)
+    if "teacher" not in method.brought:
+        run.teachers.refuse(method.name or "own", needs)
     local = run.teachers.opens_local_model
     if run.evaluate is not None and run.evaluate.teacher and not local:
         raise UserError(
@@ -69,9 +58,11 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
             "token by token: set sampler=hf"
         )
-    check_sampling(run.sampling)
-    stored = stored_rollouts(run, method)
-    sampling = run.sampling if stored is None else stored.origin.sampling
+    _refuse_undrawn(method)
+    _refuse_never_validated(run, method)
+    sampling = sampled_as(run, method)
+    _refuse_alone(run, method, sampling)
+    _refuse_idle_filters(run, sampling)
     if not sampling.plain and not run.correct_sampling and "sampler" in needs.models:
         print(
             "opdkit: tokens are not drawn from the plain softmax (temperature, top_p, top_k or "
@@ -81,18 +72,152 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
         )
 
 
-def refuse_long(prompts: Prompts, model: Any, sampling: Sampling) -> int:
+def _refuse_without_reward(run: Run, method: Method) -> None:
+    """What a run that scores nothing cannot do."""
+    if method.needs.columns & {"reward", "correct"}:
+        raise UserError(
+            f"method {method.name or 'own'!r} reads whether a response is right, and the run has "
+            "no reward: set reward to math, code, exact, reasoning_gym, regex:PATTERN, judge:URL "
+            "or file.py:function"
+        )
+    # those of a curriculum that validates are there for the loss on their responses
+    if run.evaluate is not None and (run.evaluate.teacher or not method.curriculum.validates):
+        raise UserError(
+            "the run evaluates on held-out problems and has no reward to score them with: set "
+            "reward"
+        )
+    for name, on in (
+        ("dynamic_sampling", run.dynamic_sampling),
+        ("overlong_margin", run.overlong_margin is not None),
+    ):
+        if on:
+            raise UserError(
+                f"{name} goes by the rewards of rollouts, and the run has none: set reward, or "
+                f"leave {name} out"
+            )
+
+
+def _refuse_undrawn(method: Method) -> None:
+    """Policy gradients where the student never writes."""
+    credited = [term for term in method.objective.terms if credit_of(term.loss) is not None]
+    if credited and not writer_of(method.curriculum).draws:
+        raise UserError(
+            f"method {method.name or 'own'!r} reads every response from the data, and its term "
+            f"{credited[0]} is a policy gradient: of tokens that the student did not draw there is "
+            "none, so that the term would teach nothing. Let the student write some of the batches "
+            "(lmbda above 0), or leave the term out"
+        )
+
+
+def _refuse_alone(run: Run, method: Method, sampling: Sampling) -> None:
+    """Rollouts that have none beside them, where the objective compares those of a prompt."""
+    beside = writer_of(method.curriculum).per_prompt(sampling)
+    if "group" not in method.needs.columns or (beside > 1 and sampling.temperature > 0):
+        return
+    cached = reads_cache(method.curriculum)
+    raise UserError(
+        f"method {method.name or 'own'!r} compares the responses to a prompt with each other, and "
+        + (
+            f"with num_generations={sampling.num_generations} each is alone: there is no baseline, "
+            "share or pass rate but its own"
+            if beside <= 1
+            else "with temperature=0 all of them are the same, so that nothing tells them apart"
+        )
+        + ". Set "
+        + ("num_generations to 2 or more (4 to 16 are usual)" if beside <= 1 else "temperature=1")
+        + (" and write the cache again with `opdkit cache-teacher`" if cached else "")
+    )
+
+
+def _refuse_idle_filters(run: Run, sampling: Sampling) -> None:
+    """Rules about rewards and lengths that could not do what they are there for."""
+    if run.dynamic_sampling and (sampling.num_generations == 1 or sampling.temperature == 0):
+        raise UserError(
+            "dynamic_sampling keeps prompts that some responses solve and others do not, which one "
+            "response, or several of temperature=0, never are: set num_generations to 2 or more "
+            "and temperature above 0, or leave dynamic_sampling out"
+        )
+    margin, limit = run.overlong_margin, sampling.max_completion_length
+    if margin is not None and margin > limit:
+        raise UserError(
+            f"overlong_margin={margin} is more than max_completion_length={limit}: every response "
+            f"would be charged, the empty one too. Set overlong_margin to {limit} or less (DAPO: a "
+            "fifth of the limit)"
+        )
+
+
+def _refuse_never_validated(run: Run, method: Method) -> None:
+    """A schedule that adapts to a loss which the run never measures in between."""
+    every = 0 if run.evaluate is None else run.evaluate.every
+    if method.curriculum.validates and not 0 < every < run.steps:
+        raise UserError(
+            f"method {method.name or 'own'!r} adapts to the loss on held-out reference responses, "
+            f"and the run evaluates "
+            + ("nothing" if run.evaluate is None else "only before its first step and at its end")
+            + ": it would never adapt. Set evaluate.data=FILE (with a column `response`) and "
+            f"evaluate.every=N, below steps={run.steps}; or use a schedule that does not adapt "
+            "(distillm: schedule=null, where the student writes every batch, or threshold=1)"
+        )
+
+
+def refuse_no_response(rows: Sequence[Any]) -> None:
+    """Held-out rows or responses among which there is none to validate on."""
+    if not any(rows):
+        raise UserError(
+            "this method adapts to the loss on held-out reference responses, and the evaluation "
+            "set has none: add a column `response` to it"
+        )
+
+
+def _note_long_warm_up(run: Run) -> None:
+    """Says so where the run ends before its learning rate is what was asked for."""
+    warm, most = run.optim.warmup_steps, run.steps * run.optim.passes * run.optim.minibatches
+    if warm > most:
+        print(
+            f"opdkit: warmup_steps={warm} is more than the {most} optimiser steps that the run "
+            f"takes at most: the learning rate ends at {most}/{warm} of what was asked for.",
+            file=sys.stderr,
+        )
+
+
+def refuse_models(run: Run, method: Method) -> None:
+    """Models that a method reads and nobody names, or that it brings and the run names too."""
+    named = {
+        **{name: f"models.{name}" for name in run.models},
+        **({"reference": "reference"} if run.reference else {}),
+        **({"teacher": "evaluate.teacher"} if run.evaluate and run.evaluate.teacher else {}),
+    }
+    for name in sorted(method.brought & set(named)):
+        raise UserError(
+            f"method {method.name or 'own'!r} brings its own model {name!r}, and the run names "
+            f"another: leave {named[name]} out"
+        )
+    missing = method.opened - {"teacher", "reference"} - set(run.models)
+    if missing:
+        name = sorted(missing)[0]
+        raise UserError(
+            f"method {method.name or 'own'!r} reads a model called {name!r}: say which with "
+            f"models.{name}=MODEL"
+        )
+
+
+def refuse_long(
+    prompts: Prompts, model: Any, sampling: Sampling, others: Mapping[str, Any] | None = None
+) -> int:
     """Tokens of the longest rollout there can be.
 
-    It must fit the model's context: a longer prompt would be cut or answered blindly.
+    It must fit the context of the model, and of every other that is to read it (`others`, scorers
+    by name): a longer prompt would be cut or answered blindly.
     """
-    limit = getattr(model.config, "max_position_embeddings", math.inf)
-    room = limit - sampling.max_completion_length
     longest = max(prompts, key=lambda p: len(p.tokens))
-    if len(longest.tokens) > room:
+    limits = {"model": context_limit(model.config)}
+    limits |= {name: reads_of(scorer) for name, scorer in (others or {}).items()}
+    for name, limit in limits.items():
+        if limit is None or len(longest.tokens) <= (room := limit - sampling.max_completion_length):
+            continue
         raise UserError(
             f"prompt {longest.id} has {len(longest.tokens)} tokens; with "
-            f"max_completion_length={sampling.max_completion_length} only {room} fit the model's "
+            f"max_completion_length={sampling.max_completion_length} only {room} fit the {name}'s "
             f"context of {limit}. Set data.max_prompt_length={max(room, 0)} to drop longer "
             "prompts, or lower max_completion_length"
         )

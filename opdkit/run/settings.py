@@ -12,13 +12,68 @@ from typing import Any, ClassVar
 
 from opdkit.base.config import build, override, parse_overrides, plain, read_yaml, to_yaml
 from opdkit.base.errors import UserError
+from opdkit.base.rules import Rules, at_least, follow
+from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.methods.method import Method, load
+from opdkit.models.load import ATTENTION
+from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.kinds import sampler_of
 from opdkit.sampling.settings import SamplerSettings
 from opdkit.teachers.kinds import one_teacher_of, teacher_of
 from opdkit.teachers.teacher import Teacher
 from opdkit.train.settings import Checkpoint, Lora, Optim
 from opdkit.types import Sampling
+
+DATA: Rules = {
+    "limit": at_least(1, "it is how many of the first rows are read", null="all"),
+    "max_prompt_length": at_least(
+        1, "prompts of more tokens are dropped, and a shorter one there is none", null="no limit"
+    ),
+}
+EVALUATE: Rules = {
+    "every": at_least(
+        0, "it is the number of steps between two evaluations; 0 has them before and after the run"
+    ),
+    "num_generations": at_least(1, "it is the number of answers to each problem"),
+}
+DTYPES = ("float32", "bfloat16", "float64")
+WRITERS = ("student", "cache")
+RUN: Rules = {
+    "steps": at_least(1, "without a step nothing is learnt"),
+    "max_tokens": at_least(1, "the run ends once the student has written so many", null="no limit"),
+    "prompts_per_step": at_least(1, "without a prompt nothing is learnt"),
+    "micro_batch_tokens": at_least(
+        1, "it is the tokens of one forward pass", null="what the device has room for"
+    ),
+    "overlong_margin": at_least(
+        1, "it is the tokens over which the reward falls by 1", null="no penalty"
+    ),
+    "keep_samples": at_least(0, "it is how many rollouts are kept of a recorded step; 0 for none"),
+    "sample_every": at_least(0, "it is the number of steps between recorded rollouts; 0 for none"),
+    "term_gradients_every": at_least(
+        0, "it is the number of steps between two measurements; 0 for none"
+    ),
+    "dtype": (
+        lambda dtype: dtype in DTYPES,
+        f"one of {', '.join(DTYPES)}",
+        "it is that of the student's matrix products",
+    ),
+    "head_dtype": (
+        lambda dtype: dtype in (None, "float32"),
+        "float32, or null for that of the other products",
+        "it is that of the heads' products",
+    ),
+    "attn_implementation": (
+        lambda attention: attention in (None, *ATTENTION),
+        f"one of {', '.join(ATTENTION)}, or null for the usual one",
+        "it is how models in this process compute attention",
+    ),
+    "rollouts": (
+        lambda writer: writer in WRITERS,
+        f"one of {', '.join(WRITERS)}",
+        "it says who writes the rollouts",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +94,9 @@ class Data:
     enable_thinking: bool | None = None
     max_prompt_length: int | None = None  # longer prompts are reported and dropped, never cut
 
+    def __post_init__(self) -> None:
+        follow(DATA, self)
+
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -50,6 +108,13 @@ class Evaluate:
     num_generations: int = 1
     ks: tuple[int, ...] = (1,)  # Pass@k
     teacher: bool = False  # evaluate the teacher too, once
+
+    def __post_init__(self) -> None:
+        follow(EVALUATE, self)
+        check_ks(self.num_generations, self.ks)
+        if self.sampling is not None:
+            check_sampling(self.sampling, "evaluate.sampling")
+            drawn(self.sampling, self.num_generations)
 
     @property
     def prompts(self) -> Data:
@@ -122,7 +187,13 @@ class Run:
     # in (null: as these)
     head_dtype: str | None = None
     device: str = "auto"
+    # of models in this process: eager, sdpa, flash_attention_2, flash_attention_3 or flex_attention
+    # (null: transformers' choice, and eager where a model caps its attention scores)
+    attn_implementation: str | None = None
     gradient_checkpointing: bool = False
+    # the dropout of the student's configuration (LoRA's is lora.dropout); false: it learns with it,
+    # other than it samples and is scored
+    disable_dropout: bool = True
     # padded tokens of one forward pass; changes memory and speed, never the gradient (null: by
     # device)
     micro_batch_tokens: int | None = None
@@ -140,21 +211,13 @@ class Run:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
+        follow(RUN, self)
+        if self.head_dtype is not None and self.dtype == "float64":
             raise ValueError(
-                f"max_tokens={self.max_tokens} must be at least 1, or null for no limit"
+                f"head_dtype={self.head_dtype} goes with dtype float32 or bfloat16: it is for a "
+                "head that is more exact than the other products"
             )
-        if self.dtype not in ("float32", "bfloat16", "float64"):
-            raise ValueError(f"dtype={self.dtype!r} must be float32, bfloat16 or float64")
-        if self.head_dtype not in ((None,) if self.dtype == "float64" else (None, "float32")):
-            raise ValueError(
-                f"head_dtype={self.head_dtype!r} must be null or float32, and goes with dtype "
-                "float32 or bfloat16: it is for a head more exact than the other products"
-            )
-        if self.steps < 1 or self.prompts_per_step < 1 or (self.micro_batch_tokens or 1) < 1:
-            raise ValueError("steps, prompts_per_step and micro_batch_tokens must be at least 1")
-        if self.rollouts not in ("student", "cache"):
-            raise ValueError(f"rollouts={self.rollouts!r} must be student or cache")
+        check_sampling(self.sampling)
         teacher_of(self.teacher)  # a wrong setting is an error here, before anything else is done
         sampler_of(self.sampler)
 

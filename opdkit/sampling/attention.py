@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opdkit.sampling.kv_cache import keeps_columns
+
 NAME = "opdkit_decode"
 
 
@@ -60,7 +62,8 @@ def spread(model: Any, mask: Tensor | None, cache: Any) -> Tensor | None:
     see all columns: the model makes none.
     """
     own = model.config.get_text_config()._attn_implementation == NAME
-    return mask[:, None, None] if own and mask is not None and not any(cache.is_sliding) else mask
+    plain = all(keeps_columns(layer) and not layer.is_sliding for layer in cache.layers)
+    return mask[:, None, None] if own and mask is not None and plain else mask
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opdkit.base.errors import UserError
+from opdkit.models.limits import context_limit
 from opdkit.models.load import CausalLM
 from opdkit.objective.head import Head
 from opdkit.types import Prompt, Sampling
@@ -17,18 +18,18 @@ def check_prompts(
     """Refuses prompts that cannot be sampled from; returns the tokens that the longest rollout may
     have.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_limit(model.config)
     embedding: Any = model.get_input_embeddings()
     known, rows = len(embedding.weight), head.size(embedding.weight)
-    seen: set[str] = set()
+    seen: set[tuple[str, int]] = set()
     for prompt in prompts:
         length = len(prompt.tokens) + sampling.max_completion_length
-        if prompt.id in seen:
+        if (prompt.id, prompt.number) in seen:
             raise UserError(
                 f"two prompts have the id {prompt.id!r}, which keys the random draws: for more "
-                "responses raise num_generations"
+                "responses raise num_generations, or give the second another `number`"
             )
-        seen.add(prompt.id)
+        seen.add((prompt.id, prompt.number))
         if not prompt.tokens:
             raise UserError(
                 f"prompt {prompt.id!r} has no tokens: the model needs at least one to continue"

@@ -19,7 +19,7 @@ from opdkit.objective.kernels import Vocabulary
 from opdkit.objective.maths import mixture
 from opdkit.sampling.attention import spread
 from opdkit.sampling.draws import choose, row_uniform
-from opdkit.sampling.finish import DECODE, Response, Tick, refuse_broken
+from opdkit.sampling.finish import Response, Tick, refuse_broken, with_stops
 from opdkit.sampling.kv_cache import new_cache, select
 from opdkit.sampling.rows import Record, Rows, Unit
 from opdkit.types import Prompt, Sampling, Watch, row_keys
@@ -70,6 +70,7 @@ class Decoding:
         self.stops = torch.tensor(sorted(self.stop_ids), dtype=torch.int64, device=self.device)
         stop = self.sampling.stop  # the strings
         self.tail = max(len(s.encode()) for s in stop) + STOP_MARGIN if stop else 0  # tokens
+        self.decode = with_stops(stop, self.tokenizer)
         # [rollouts] whether it ended itself
         self.stopped = torch.zeros(len(self.ids), dtype=torch.bool, device=self.device)
 
@@ -278,7 +279,7 @@ class Decoding:
     def _wrote_stop(self, tail: Tensor) -> Tensor:
         """[B] bool: whether the last tokens drawn [B, K] hold a stop string."""
         texts = self.tokenizer.batch_decode(
-            [[t for t in tokens if t >= 0] for tokens in tail.tolist()], **DECODE
+            [[t for t in tokens if t >= 0] for tokens in tail.tolist()], **self.decode
         )
         return torch.tensor(
             [any(s in text for s in self.sampling.stop) for text in texts], device=self.device

@@ -11,31 +11,46 @@ from torch import Tensor
 
 from opdkit.base import splitmix
 from opdkit.base.errors import UserError
+from opdkit.base.rules import Rules, at_least, follow
 from opdkit.types import Sampling
 
 BLOCK = 512  # ids summed in float32 before the first float64
 NUCLEUS = 1024  # tokens among which the edge of top_p is first looked for
 
 
-def check_sampling(sampling: Sampling) -> None:
+SAMPLING: Rules = {
+    "temperature": (
+        lambda t: 0 <= t < math.inf,
+        "0 (greedy) or more, and finite",
+        "logits are divided by it",
+    ),
+    "top_p": (
+        lambda p: 0 < p <= 1,
+        "above 0 and at most 1",
+        "it is the mass of the tokens that are kept; 1 keeps all",
+    ),
+    "top_k": at_least(0, "it is the number of tokens that are kept; 0 keeps all"),
+    "min_p": (
+        lambda p: 0 <= p <= 1,
+        "between 0 and 1",
+        "tokens below this share of the most probable one are dropped; 0 keeps all",
+    ),
+    "max_completion_length": at_least(1, "it is the tokens after which a response is cut"),
+    "num_generations": at_least(1, "it is the number of responses to each prompt"),
+    "stop": (
+        all,
+        "texts that are not empty",
+        "a response ends where one of them is written, and the empty one always is",
+    ),
+}
+
+
+def check_sampling(sampling: Sampling, where: str = "sampling") -> None:
     """Refuses settings that describe no distribution."""
-    rules = {
-        "temperature": (sampling.temperature >= 0, "0 (greedy) or more"),
-        "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1 (1 keeps every token)"),
-        "top_k": (sampling.top_k >= 0, "0 (keeps every token) or more"),
-        "min_p": (0 <= sampling.min_p <= 1, "between 0 (keeps every token) and 1"),
-        "max_completion_length": (sampling.max_completion_length >= 1, "at least 1"),
-        "num_generations": (sampling.num_generations >= 1, "at least 1"),
-        "stop": (
-            all(sampling.stop),
-            "strings that are not empty: the empty one would end every response",
-        ),
-    }
-    for name, (good, rule) in rules.items():
-        if not good:
-            raise UserError(
-                f"sampling: {name}={getattr(sampling, name)!r} is not possible; it must be {rule}"
-            )
+    try:
+        follow(SAMPLING, sampling)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:

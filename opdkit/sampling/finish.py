@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opdkit.base.errors import UserError
+from opdkit.models.tokenizers import special_texts
 from opdkit.types import Notes, Prompt, Rollout, Sampling
 
 Tick = Callable[[int], object]  # is told how many rollouts are finished so far
@@ -29,8 +30,10 @@ class Response:
 
 def rollout_ids(prompts: Sequence[Prompt], sampling: Sampling, step: int | None) -> list[str]:
     """step/prompt/number, without the step where it is None."""
-    names = [p.id if step is None else f"{step}/{p.id}" for p in prompts]
-    return [f"{name}/{c}" for name in names for c in range(sampling.num_generations)]
+    start = "" if step is None else f"{step}/"
+    return [
+        f"{start}{p.id}/{p.number + c}" for p in prompts for c in range(sampling.num_generations)
+    ]
 
 
 def finish(
@@ -57,10 +60,13 @@ def finish(
                 trained=[True] * length,
                 logp=response.logp,
                 drawn_logp=response.drawn_logp,
-                group=prompt.id,
+                group=prompt.group,
+                question=prompt.question,
                 policy_version=policy_version,
                 finish="stop" if response.stopped else "length",
-                text=_cut(text, prompt, sampling.stop, tokenizer) if response.stopped else text,
+                text=_cut(text, response.tokens, prompt, sampling.stop, tokenizer)
+                if response.stopped
+                else text,
                 marks={"guided": [t < guided for t in range(length)]} if guided else {},
                 row=prompt.row,
                 notes=response.notes,
@@ -69,10 +75,34 @@ def finish(
     return rollouts
 
 
-def _cut(text: str, prompt: Prompt, stop: tuple[str, ...], tokenizer: Any) -> str:
-    """The text before the first stop string that the student wrote."""
-    start = len(tokenizer.decode(prompt.prefix, **DECODE)) if stop and prompt.prefix else 0
-    return text[: min((at for s in stop if (at := text.find(s, start)) >= 0), default=len(text))]
+def names_special(stop: Sequence[str], tokenizer: Any) -> bool:
+    """Whether a stop string holds the name of a special token: then texts are looked for stop
+    strings with special tokens in them, else without.
+    """
+    return bool(stop) and any(name in s for name in special_texts(tokenizer) for s in stop)
+
+
+def with_stops(stop: Sequence[str], tokenizer: Any) -> dict[str, Any]:
+    """How tokens are decoded to be looked for stop strings."""
+    return DECODE | {"skip_special_tokens": not names_special(stop, tokenizer)}
+
+
+def _cut(text: str, tokens: list[int], prompt: Prompt, stop: Sequence[str], tokenizer: Any) -> str:
+    """The text before the first stop string that the student wrote; all of it where it wrote none
+    and ended by a token.
+    """
+    if not stop:
+        return text
+    settings = with_stops(stop, tokenizer)
+    whole = tokenizer.decode(tokens, **settings)
+    start = len(tokenizer.decode(prompt.prefix, **settings)) if prompt.prefix else 0
+    at = min((found for s in stop if (found := whole.find(s, start)) >= 0), default=None)
+    if at is None:
+        return text
+    kept = whole[:at]
+    for name in () if settings["skip_special_tokens"] else special_texts(tokenizer):
+        kept = kept.replace(name, "")
+    return str(kept)
 
 
 def refuse_broken(id: str) -> None:

@@ -22,7 +22,7 @@ from opdkit.sampling.check import check_model, check_prompts
 from opdkit.sampling.decode import Decoding, Guide
 from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.finish import Tick, finish, rollout_ids
-from opdkit.sampling.kv_cache import tokens_that_fit
+from opdkit.sampling.kv_cache import check_states, tokens_that_fit
 from opdkit.types import Prompt, Rollout, Sampling, Watch
 
 if TYPE_CHECKING:
@@ -59,12 +59,29 @@ class HFSampler:
             max_batch_tokens,
         )
         self.guide, self.watch = guide, watch
+        self._checked = False
 
     def sync(self, model: CausalLM, version: int) -> None:
         """After an optimiser step: the model in this process is the student itself, so there is
         nothing to copy.
         """
         check_model(self.model, model)
+
+    def _budget(self, longest: int, sampling: Sampling) -> int:
+        """Tokens of the cache; refused where one rollout, or this model, does not fit it."""
+        if not self._checked:
+            check_states(self.model)
+            self._checked = True
+        budget = (
+            tokens_that_fit(self.model) if self.max_batch_tokens is None else self.max_batch_tokens
+        )
+        if budget < longest:
+            raise UserError(
+                f"max_batch_tokens={budget} is less than one rollout may need ({longest} tokens: "
+                f"the longest prompt and max_completion_length={sampling.max_completion_length}); "
+                "raise it or shorten the rollouts"
+            )
+        return budget
 
     def sample(
         self,
@@ -88,15 +105,7 @@ class HFSampler:
             return []
         head = self.head or head_of(self.model, real_vocabulary(self.tokenizer))
         longest = check_prompts(prompts, sampling, self.model, head)
-        budget = (
-            tokens_that_fit(self.model) if self.max_batch_tokens is None else self.max_batch_tokens
-        )
-        if budget < longest:
-            raise UserError(
-                f"max_batch_tokens={budget} is less than one rollout may need ({longest} tokens: "
-                f"the longest prompt and max_completion_length={sampling.max_completion_length}); "
-                "raise it or shorten the rollouts"
-            )
+        budget = self._budget(longest, sampling)
         ids = rollout_ids(prompts, sampling, step)
         models = [self.model] if self.guide is None else [self.model, self.guide.model]
         with ExitStack() as stack:

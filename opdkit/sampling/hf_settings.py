@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdkit.base.rules import Rules, at_least, follow
 from opdkit.models.held import Held
-from opdkit.sampling.kv_cache import CPU_BYTES, FREE_SHARE
+from opdkit.sampling.kv_cache import CPU_BYTES, FREE_SHARE, check_states
 from opdkit.sampling.settings import Pace, Room, SamplerContext, SamplerSettings, Sizes
 from opdkit.types import Sampler
+
+HF: Rules = {
+    "max_batch_tokens": at_least(
+        1,
+        "it is the tokens of all rollouts that are sampled at once",
+        null="what the device has room for",
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -19,9 +28,13 @@ class HfSettings(SamplerSettings):
     # rows x longest possible row; null: half of a GPU's free memory, 2 GiB of a CPU's
     max_batch_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        follow(HF, self)
+
     def open(self, context: SamplerContext) -> Sampler:
         from opdkit.sampling.hf import HFSampler
 
+        check_states(context.model)
         return HFSampler(
             context.model,
             context.tokenizer,

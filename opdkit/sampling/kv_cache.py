@@ -1,16 +1,18 @@
-"""The key-value cache of a batch whose rows come and go: rows are aligned on the right, so padding
-is always on the left.
+"""The cache of a batch whose rows come and go: keys and values of columns that are aligned on the
+right, so that padding is always on the left, and for layers of linear attention a state per row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError
-from opdkit.models.load import CausalLM
+from opdkit.models.body import AGREE, AGREE_HALF, hidden_states
+from opdkit.models.load import CausalLM, evaluating
 from opdkit.models.precision import products_of
 from opdkit.objective.products import narrow
 
@@ -21,29 +23,70 @@ FREE_SHARE = 0.5  # of the accelerator's free memory goes to the cache
 CPU_BYTES = 2 << 30
 
 
-def new_cache(model: CausalLM) -> DynamicCache:
-    """An empty cache; refused where a layer keeps something else than keys and values."""
+def odd_layers(model: CausalLM) -> list[str]:
+    """Kinds of layers of a model's cache that hold something else than keys and values, or a state
+    per row: rows cannot join and leave a batch of such a model.
+    """
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.cache_utils import (
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        LinearAttentionLayer,
+    )
+
+    known = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
+    layers = DynamicCache(config=model.config).layers
+    return sorted({type(layer).__name__ for layer in layers if type(layer) not in known})
+
+
+def refuse_odd(model: CausalLM) -> None:
+    """Refuses a model that cannot be sampled from in this process."""
+    if odd := odd_layers(model):
+        raise UserError(
+            f"{type(model).__name__} keeps {', '.join(odd)} between tokens, not only attention "
+            "keys and values or a state of each row, so rows cannot join and leave its batch. "
+            "Sample with vLLM (sampler=vllm), with which the run then evaluates too"
+        )
+
+
+@torch.no_grad()
+def check_states(model: CausalLM) -> None:
+    """Refuses a model that cannot be sampled from in this process: where layers keep states, two
+    rows are read with padding, then a token from the cache, as they should be without either.
+    """
+    refuse_odd(model)
+    cache = new_cache(model)
+    if all(keeps_columns(layer) for layer in _layers(cache)):
+        return
+    ids = torch.arange(1, 9, device=model.device).expand(2, -1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, :3] = False
+    with evaluating(model):
+        hidden_states(model, ids[:, :-1], mask[:, :-1], past_key_values=cache)
+        places = (mask.sum(1) - 1)[:, None]
+        got = hidden_states(model, ids[:, -1:], mask, places, cache)[:, -1]
+        want = torch.cat([hidden_states(model, ids[:1, n:], None)[:, -1] for n in (3, 0)])
+    allowed = AGREE.get(products_of(model), AGREE_HALF) * max(1.0, float(want.abs().max()))
+    if not float((got - want).abs().max()) <= allowed:
+        raise UserError(
+            f"{type(model).__name__} reads a row otherwise when it is padded, or from its cache: "
+            "answers would not be drawn from what is trained. Sample with vLLM (sampler=vllm)"
+        )
+
+
+def new_cache(model: CausalLM) -> DynamicCache:
+    """An empty cache for a batch."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
     from opdkit.sampling.kv_layer import GrowingLayer
 
+    refuse_odd(model)
     cache = DynamicCache(config=model.config)
-    if odd := {
-        type(layer).__name__
-        for layer in cache.layers
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
-    }:
-        raise UserError(
-            f"{type(model).__name__} keeps {', '.join(sorted(odd))} between tokens, not only "
-            "attention keys and values, so rows cannot join and leave its batch. Use a transformer "
-            "with full or sliding-window attention, or sample with vLLM"
-        )
     products = products_of(model)
     kept = products if narrow(products) else None
     cache.layers = [
-        layer if isinstance(layer, DynamicSlidingWindowLayer) else GrowingLayer(kept)
-        for layer in cache.layers
+        GrowingLayer(kept) if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
     return cache
 
@@ -51,6 +94,9 @@ def new_cache(model: CausalLM) -> DynamicCache:
 def select(cache: DynamicCache, index: Tensor, trim: int = 0) -> None:
     """Keeps (or repeats) rows `index` [b], without the first `trim` columns, in place."""
     for layer in _layers(cache):
+        if not keeps_columns(layer):
+            _each_state(layer, lambda state, _: state.index_select(0, index))
+            continue
         columns = layer.get_seq_length() - trim
         if layer.is_sliding:
             held = min(columns, layer.keys.shape[2])
@@ -68,6 +114,9 @@ def shrink(cache: DynamicCache, holes: Tensor, moved: Tensor, rows: int) -> None
     `holes` [m] among them; in place.
     """
     for layer in _layers(cache):
+        if not keeps_columns(layer):
+            _each_state(layer, lambda state, _: _moved(state, holes, moved, rows))
+            continue
         if len(holes):
             layer.keys[holes], layer.values[holes] = layer.keys[moved], layer.values[moved]
         if layer.is_sliding:
@@ -79,12 +128,38 @@ def shrink(cache: DynamicCache, holes: Tensor, moved: Tensor, rows: int) -> None
 def join(first: DynamicCache, second: DynamicCache) -> None:
     """Appends the rows of `second` to `first`, in place; the shorter one is padded on the left."""
     for a, b in zip(_layers(first), _layers(second), strict=True):
+        if not keeps_columns(a):
+            _each_state(a, lambda state, more: torch.cat([state, more]), b)
+            continue
         keys, values = _stack(a.keys, b.keys), _stack(a.values, b.values)
         if a.is_sliding:
             a.keys, a.values = keys, values
             a.cumulative_length = max(a.cumulative_length, b.cumulative_length)
         else:
             a.hold(keys, values)
+
+
+def keeps_columns(layer: Any) -> bool:
+    """Whether a layer keeps something of every token; one of linear attention keeps a state."""
+    return hasattr(layer, "keys")
+
+
+def _each_state(layer: Any, change: Callable[[Tensor, Any], Tensor], other: Any = None) -> None:
+    """Changes each state [B, ...] of a layer of linear attention, given the same one of another."""
+    for name in ("conv_states", "recurrent_states"):
+        states, others = getattr(layer, name), getattr(other, name, None)
+        for i in range(len(states)):
+            if states[i] is not None:
+                states[i] = change(states[i], None if others is None else others[i])
+
+
+def _moved(state: Tensor, holes: Tensor, moved: Tensor, rows: int) -> Tensor:
+    """[rows, ...]: the first rows of a state [B, ...], after rows `moved` [m] were written into
+    `holes` [m].
+    """
+    if len(holes):
+        state[holes] = state[moved]
+    return state[:rows]
 
 
 def pad_left(states: Tensor, columns: int, dim: int) -> Tensor:

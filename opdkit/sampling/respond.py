@@ -16,7 +16,7 @@ from opdkit.models.tokenizers import stop_ids
 from opdkit.objective.head import Head
 from opdkit.sampling.check import check_prompts
 from opdkit.sampling.draws import check_sampling
-from opdkit.sampling.finish import Response, Tick, finish, rollout_ids
+from opdkit.sampling.finish import Response, Tick, finish, names_special, rollout_ids
 from opdkit.types import Prompt, Rollout, Sampling
 
 if TYPE_CHECKING:
@@ -84,9 +84,11 @@ class EngineSampler(Engine):
         check_engine(sampling, check_prompts(prompts, sampling, self.model, self.head), self.limit)
         self.ready(sampling, policy_version)
         ids = rollout_ids(prompts, sampling, step)
-        responses = respond(
-            self, prompts, sampling, ids, stop_ids(self.model, self.tokenizer), seed, progress
+        stops, special = (
+            stop_ids(self.model, self.tokenizer),
+            names_special(sampling.stop, self.tokenizer),
         )
+        responses = respond(self, prompts, sampling, ids, stops, seed, progress, special)
         self.rest()
         return finish(prompts, sampling, ids, responses, self.tokenizer, policy_version)
 
@@ -106,8 +108,12 @@ def respond(
     stops: Collection[int],
     seed: int,
     progress: Tick | None = None,
+    special: bool = False,
 ) -> list[Response]:
-    """The responses of rollouts `ids`, `num_generations` per prompt, prefixes included."""
+    """The responses of rollouts `ids`, `num_generations` per prompt, prefixes included.
+
+    `stops` are the tokens that end one; `special`: stop strings hold names of special tokens.
+    """
     n = sampling.num_generations
     unfinished = [i for i in range(len(ids)) if not _complete(prompts[i // n], sampling, stops)]
     given = len(ids) - len(unfinished)  # prefixes that are whole responses
@@ -119,7 +125,8 @@ def respond(
     if given:
         tick(0)
     requests = [
-        _request(prompts[i // n], sampling, stops, seed_of(seed, ids[i])) for i in unfinished
+        _request(prompts[i // n], sampling, stops, seed_of(seed, ids[i]), special)
+        for i in unfinished
     ]
     drawn = dict(zip(unfinished, engine.draw(requests, tick) if requests else []))
     parts = [
@@ -184,7 +191,9 @@ def _prefixes(engine: Engine, prompts: Sequence[Prompt]) -> dict[str, list[float
     return dict(zip([p.id for p in guided], scored))
 
 
-def _request(prompt: Prompt, sampling: Sampling, stops: Collection[int], seed: int) -> Request:
+def _request(
+    prompt: Prompt, sampling: Sampling, stops: Collection[int], seed: int, special: bool
+) -> Request:
     settings = {
         "temperature": float(sampling.temperature),
         "top_p": float(sampling.top_p),
@@ -193,6 +202,7 @@ def _request(prompt: Prompt, sampling: Sampling, stops: Collection[int], seed: i
         "seed": seed,
         "max_tokens": sampling.max_completion_length - len(prompt.prefix),
         "stop": list(sampling.stop),
+        "skip_special_tokens": not special,  # of the text that is looked for stop strings
         "stop_token_ids": sorted(stops),
         "ignore_eos": True,  # the end-of-sequence tokens are among the stop tokens
         "logprobs": 0,  # of the drawn token alone

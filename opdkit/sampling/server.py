@@ -19,6 +19,7 @@ import torch
 from opdkit.base.errors import UserError
 from opdkit.models.body import head_of
 from opdkit.models.engines.endpoint import Endpoint
+from opdkit.models.engines.names import card_of
 from opdkit.models.engines.probe import Probe
 from opdkit.models.engines.prompt_logprobs import parse_prompt_logprobs
 from opdkit.models.engines.weights import (
@@ -314,19 +315,19 @@ def _served(endpoint: Endpoint, wanted: str | None) -> tuple[str, int]:
             card for card in one.get("/v1/models").get("data") or [] if card.get("parent") is None
         ]
         known = {card["id"]: card for card in cards}
-        if wanted is None and len(known) != 1:
+        card = card_of(cards, wanted)
+        if wanted is None and card is None:
             raise UserError(
                 f"{one.urls[0]} serves {', '.join(known) or 'no model'}: say which samples with "
                 "sampler.model=NAME"
             )
-        if wanted is not None and wanted not in known:
+        if card is None:
             raise UserError(
                 f"{one.urls[0]} does not serve {wanted!r} but {', '.join(known) or 'nothing'}: "
                 "start it with the student, or set sampler.model"
             )
-        name = wanted or next(iter(known))
-        names.add(name)
-        limits.append(known[name].get("max_model_len") or 0)
+        names.add(card["id"])
+        limits.append(card.get("max_model_len") or 0)
     if len(names) > 1:
         raise UserError(
             f"the sampling servers serve different models ({', '.join(sorted(names))}): say which "

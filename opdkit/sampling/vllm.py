@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opdkit.models.adapters import has_adapters
 from opdkit.models.body import head_of
 from opdkit.models.engines.probe import Probe
 from opdkit.models.engines.vllm_engine import Engine, EngineSettings
@@ -18,7 +19,6 @@ from opdkit.models.engines.weights import (
     adapter_rank,
     checkpoint_weights,
     engine_dtype,
-    has_adapters,
     save_adapters,
 )
 from opdkit.models.held import Held

@@ -4,7 +4,7 @@ it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -78,6 +78,19 @@ def heads_of(scorer: Any) -> Sequence[Head]:
     elsewhere.
     """
     return getattr(scorer, "heads", ())
+
+
+def reads_of(scorer: Any) -> int | None:
+    """Tokens, in the student's own ids, that a scorer reads at most; None where it has no limit, or
+    says so itself when it is asked.
+    """
+    limit: int | None = getattr(scorer, "reads", None)
+    return limit
+
+
+def least_reads(scorers: Iterable[Any]) -> int | None:
+    """The shortest of several."""
+    return min((n for n in map(reads_of, scorers) if n is not None), default=None)
 
 
 def cut(scorer: Any, vocab: int | None) -> Any:

@@ -15,7 +15,7 @@ from opdkit.base.errors import UserError
 from opdkit.models.engines.endpoint import Endpoint, Refused
 from opdkit.models.identity import has_digest
 from opdkit.models.layout import Layout
-from opdkit.models.tokenizers import real_vocabulary, same_tokenizer
+from opdkit.models.tokenizers import same_tokenizer, usable
 from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.head import Head, Source
 from opdkit.objective.supply import Tensors
@@ -45,18 +45,13 @@ def connect(
             "the tokenizer of the teacher's server is not the student's: "
             f"{same_tokenizer(tokenizer, there)}. {FAMILY}"
         )
-    known = real_vocabulary(tokenizer)
     common = (endpoint, name, first["fingerprint"], first["micro_batch_tokens"])
     if needs.whole(model):
         body = endpoint.request(
             "GET", "/head", None, lambda response: protocol.unpack_head(response.content)
         )
         return HiddenStates(*common, body)
-    if first["rows"] < known:
-        raise UserError(
-            f"the head of the teacher's server has {first['rows']} rows, fewer than the "
-            f"tokenizer's {known} tokens"
-        )
+    known = usable(tokenizer, first["rows"])
     return Numbers(*common, known if first["rows"] > known else None)
 
 

@@ -37,6 +37,10 @@ class TeacherContext:
     micro_batch_tokens: int | None = None
     # how the student is asked: `data.Prompts`' template, system, chat and enable_thinking
     questions: Mapping[str, Any] = field(default_factory=lambda: {"chat": False})
+    # of models in this process; null: as `models.load.attention_for` says
+    attn_implementation: str | None = None
+    # ids that the student's head can write; null: all of its tokenizer's
+    vocabulary: int | None = None
     # ids that end the student's responses; empty until the student is loaded
     stops: frozenset[int] = frozenset()
     # a loaded model in place of the one that the settings name, or such models by route; None: load

@@ -17,16 +17,18 @@ from opdkit.models.body import check_head, head_of
 from opdkit.models.held import HERE, Held
 from opdkit.models.identity import Identity, identify
 from opdkit.models.layout import Layout, batch_tokens
+from opdkit.models.limits import context_limit
 from opdkit.models.load import dtype_of, evaluating, load_advised, load_tokenizer, take_loaded
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE, Offloaded, enough_memory
 from opdkit.models.precision import compute_in
 from opdkit.models.quantize import check_quantize, require
 from opdkit.models.shapes import Shape
-from opdkit.models.tokenizers import refuse_other_tokenizer, same_tokenizer
+from opdkit.models.tokenizers import refuse_other_tokenizer, same_tokenizer, shared_ids
 from opdkit.objective.facts import Fact
 from opdkit.objective.head import Head, Source
 from opdkit.teachers.base import Scorer, source_of
 from opdkit.teachers.context import TeacherContext
+from opdkit.teachers.speech import ends_of, note_questions
 from opdkit.teachers.teacher import Teacher
 from opdkit.teachers.views.translated import as_span_teacher, refuse_chat
 
@@ -48,6 +50,10 @@ class LocalModel:
     @property
     def heads(self) -> list[Head]:
         return [self.head]
+
+    @property
+    def reads(self) -> int | None:
+        return context_limit(self.model.config)
 
     def cut(self, vocab: int | None) -> LocalModel:
         """The same model, its head kept to the first rows."""
@@ -128,6 +134,8 @@ class LocalTeacher(Teacher):
     def open(self, context: TeacherContext) -> Scorer:
         theirs = self._other_tokenizer(context)
         local = self.load(context)
+        if theirs is None and (own := self._tokenizer(context)) is not None:
+            local = local.cut(shared_ids(context.tokenizer, own))
         if context.by_ids or not context.method.needs.spans("teacher"):
             return local
         return as_span_teacher(local, theirs, context.tokenizer, context.stops, context.questions)
@@ -150,6 +158,7 @@ class LocalTeacher(Teacher):
                 context.device,
                 TEACHER_ADVICE,
                 trust_remote_code=context.trust_remote_code,
+                attn_implementation=context.attn_implementation,
                 quantize=self.quantize,
                 head=context.head_dtype is not None,
             )
@@ -168,24 +177,40 @@ class LocalTeacher(Teacher):
             )
         return replace(local, around=Offloaded(model, local.head, context.device))
 
+    def ends(self, context: TeacherContext) -> frozenset[int]:
+        model = self.model if context.given is None else context.given
+        return ends_of(model, self._tokenizer(context), context)
+
+    def _tokenizer(self, context: TeacherContext) -> Any:
+        """Its own tokenizer; None: the student's."""
+        if context.given is not None:
+            return context.given_tokenizer
+        return context.once(
+            f"tokenizer of {self.model}",
+            lambda: load_tokenizer(self.model, context.trust_remote_code),
+        )
+
     def _other_tokenizer(self, context: TeacherContext) -> Any:
         """Its tokenizer where that is not the student's, else None; refused where token ids are
         compared.
         """
-        if context.given is not None:
-            theirs = context.given_tokenizer
-        else:
-            theirs = context.once(
-                f"tokenizer of {self.model}",
-                lambda: load_tokenizer(self.model, context.trust_remote_code),
-            )
-        if theirs is None or same_tokenizer(context.tokenizer, theirs) is None:
+        theirs = self._tokenizer(context)
+        if theirs is None:
             return None
         needs = context.method.needs
-        if context.by_ids or needs.ids("teacher") or not needs.spans("teacher"):
-            refuse_other_tokenizer(self.model, context.tokenizer, theirs)
+        by_ids = context.by_ids or needs.ids("teacher") or not needs.spans("teacher")
+        if by_ids:
+            context.once(f"notes on {self.model}", lambda: self._compare(theirs, context))
+            return None
+        if same_tokenizer(context.tokenizer, theirs) is None:
+            return None
         refuse_chat(context.questions["chat"], theirs)
         return theirs
+
+    def _compare(self, theirs: Any, context: TeacherContext) -> None:
+        """Refuses a tokenizer with other ids, and says where questions are written otherwise."""
+        refuse_other_tokenizer(self.model, context.tokenizer, theirs)
+        note_questions(self.model, theirs, context)
 
     def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:
         return [

@@ -17,7 +17,7 @@ from opdkit.models.layout import Layout
 from opdkit.models.shapes import Shape
 from opdkit.objective.facts import Fact
 from opdkit.objective.head import Head
-from opdkit.teachers.base import Scorer, cut, heads_of
+from opdkit.teachers.base import Scorer, cut, heads_of, least_reads
 from opdkit.teachers.context import TeacherContext
 from opdkit.teachers.teacher import Teacher, precisions
 from opdkit.teachers.views.translated import as_span_teacher
@@ -59,6 +59,10 @@ class MixtureScorer:
     @property
     def heads(self) -> list[Head]:
         return [head for teacher in self.teachers.values() for head in heads_of(teacher)]
+
+    @property
+    def reads(self) -> int | None:
+        return least_reads(self.teachers.values())
 
     def cut(self, vocab: int | None) -> MixtureScorer:
         """The same teachers, their heads kept to the first rows."""
@@ -142,6 +146,10 @@ class MixtureTeacher(Teacher):
     def check(self, context: TeacherContext) -> None:
         for member in self.of.values():
             member.check(replace(context, given=None, by_ids=True))
+
+    def ends(self, context: TeacherContext) -> frozenset[int]:
+        members = (member.ends(replace(context, given=None)) for member in self.of.values())
+        return frozenset().union(*members)
 
     def open(self, context: TeacherContext) -> Scorer:
         inside = replace(context, given=None, by_ids=True)

@@ -19,7 +19,7 @@ from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.head import Head
 from opdkit.objective.needs import Needs
 from opdkit.objective.supply import Tensors
-from opdkit.teachers.base import Remote, answers, cut, heads_of
+from opdkit.teachers.base import Remote, answers, cut, heads_of, least_reads
 from opdkit.teachers.context import TeacherContext
 from opdkit.teachers.teacher import Teacher, precisions
 
@@ -85,6 +85,10 @@ class _Several:
     @property
     def heads(self) -> list[Head]:
         return [head for teacher in self.teachers.values() for head in heads_of(teacher)]
+
+    @property
+    def reads(self) -> int | None:
+        return least_reads(self.teachers.values())
 
     def cut(self, vocab: int | None) -> Self:
         """The same teachers, their heads kept to the first rows."""
@@ -168,6 +172,10 @@ class RoutedTeacher(Teacher):
     def check(self, context: TeacherContext) -> None:
         for name, teacher in self.teachers.items():
             teacher.check(context.on_route(name))
+
+    def ends(self, context: TeacherContext) -> frozenset[int]:
+        members = (t.ends(context.on_route(name)) for name, t in self.teachers.items())
+        return frozenset().union(*members)
 
     def open(self, context: TeacherContext) -> Routed | RoutedRemote:
         members = {name: t.open(context.on_route(name)) for name, t in self.teachers.items()}

@@ -18,7 +18,7 @@ from opdkit.models.body import check_head, head_of
 from opdkit.models.device import device_of
 from opdkit.models.load import load_model, load_tokenizer
 from opdkit.models.precision import widen
-from opdkit.models.tokenizers import real_vocabulary
+from opdkit.models.tokenizers import usable
 from opdkit.teachers import protocol
 from opdkit.teachers.local import LocalModel
 from opdkit.teachers.service import BadRequest, Service
@@ -176,11 +176,7 @@ def make_server(
     model = model.eval().requires_grad_(False)
     check_head(model)
     local = LocalModel(model, head_of(model), max_batch_tokens)
-    if len(model.get_output_embeddings().weight) < real_vocabulary(tokenizer):
-        raise UserError(
-            f"the head of {name} has fewer rows than its tokenizer has tokens: the checkpoint's "
-            "parts do not belong together"
-        )
+    usable(tokenizer, len(model.get_output_embeddings().weight))
     try:
         return TeacherServer((host, port), Service(local, tokenizer, name))
     except OSError as error:

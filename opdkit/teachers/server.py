@@ -12,6 +12,7 @@ from typing import Any
 
 from opdkit.base.errors import UserError
 from opdkit.models.engines.endpoint import Endpoint, Refused
+from opdkit.models.engines.names import card_of
 from opdkit.models.held import ELSEWHERE, Held
 from opdkit.models.identity import Identity
 from opdkit.models.shapes import Shape
@@ -132,7 +133,8 @@ def _ask_others(
         default=None,
     )
     method, tokenizer = context.method, context.tokenizer
-    served = Served(endpoint, wires[0], name, real_vocabulary(tokenizer), limit)
+    known = context.vocabulary or real_vocabulary(tokenizer)
+    served = Served(endpoint, wires[0], name, known, limit)
     ones = [replace(endpoint, urls=[url]) for url in cards]
     probe(served, ones, method.name, method.needs, tokenizer, "teacher")
     return served
@@ -159,17 +161,18 @@ def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, dict[str, Any]]:
         known = {
             card["id"]: card for card in listed or [] if isinstance(card, dict) and "id" in card
         }
-        if wanted is None and len(known) != 1:
+        card = card_of(list(known.values()), wanted)
+        if wanted is None and card is None:
             raise UserError(
                 f"{url} serves {', '.join(known) or 'no model'}: say which is the teacher with "
                 "teacher.model=NAME"
             )
-        if wanted is not None and wanted not in known:
+        if card is None:
             raise UserError(
                 f"{url} does not serve {wanted!r} but {', '.join(known) or 'nothing'}: start it "
                 "with that model, or set teacher.model"
             )
-        cards[url] = known[wanted or next(iter(known))]
+        cards[url] = card
     if not cards:
         assert failed is not None
         raise failed

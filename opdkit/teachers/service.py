@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opdkit.models.identity import SHORT, tokenizer_digest
 from opdkit.models.layout import Layout, batch_tokens
+from opdkit.models.limits import context_limit
 from opdkit.models.tokenizers import real_vocabulary
 from opdkit.objective.facts import LogpAtFact, LogpFact, TopFact
 from opdkit.teachers import protocol
@@ -53,9 +54,7 @@ class Service:
     def __post_init__(self) -> None:
         model = self.local.model
         self.fingerprint = protocol.model_digest(model)
-        self.limit: int | None = getattr(
-            model.config.get_text_config(), "max_position_embeddings", None
-        )
+        self.limit = context_limit(model.config)
         self.device = next(model.parameters()).device
         self.budget = self.local.micro_batch_tokens or batch_tokens(self.device)
         self.rows = self.local.head.size(torch.zeros(0))

@@ -119,6 +119,12 @@ class Teacher(ABC):
         """
         return
 
+    def ends(self, context: TeacherContext) -> frozenset[int]:
+        """The student's ids with which it ends an answer, as far as it can say before it is opened:
+        the student is to stop there too, as what follows is not what the teacher can judge.
+        """
+        return frozenset()
+
     # ----------------------------------------------------------------------------------- as a model
 
     @abstractmethod

@@ -17,7 +17,13 @@ from opdkit.models.identity import Identity, identify
 from opdkit.models.layout import Layout
 from opdkit.models.load import load_tokenizer
 from opdkit.models.shapes import Shape
-from opdkit.models.tokenizers import real_vocabulary, same_tokenizer
+from opdkit.models.tokenizers import (
+    real_vocabulary,
+    refuse_other_tokenizer,
+    same_tokenizer,
+    shared_ids,
+    usable,
+)
 from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.needs import Needs
 from opdkit.objective.supply import Tensors
@@ -25,6 +31,7 @@ from opdkit.teachers.base import in_order
 from opdkit.teachers.context import TeacherContext
 from opdkit.teachers.refuse import refuse_facts
 from opdkit.teachers.scored_facts import without_positions
+from opdkit.teachers.speech import ends_of, note_questions
 from opdkit.teachers.teacher import Teacher
 
 
@@ -47,21 +54,14 @@ class VllmScorer:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        self.tokens = real_vocabulary(self.tokenizer)
         self.engine = Engine(
             self.model,
             self.settings,
-            max_logprobs=max(1, min(self.k, self.tokens)),
+            max_logprobs=max(1, min(self.k, real_vocabulary(self.tokenizer))),
             trust_remote_code=self.trust_remote_code,
         )
-        rows = self.engine.rows
-        if rows < self.tokens:
-            raise UserError(
-                f"the head of {self.model} has {rows} rows, fewer than the tokenizer's "
-                f"{self.tokens} tokens: it cannot score every token the student may write. Use "
-                "models of one family"
-            )
-        if rows > self.tokens:
+        self.tokens = usable(self.tokenizer, self.engine.rows)
+        if self.engine.rows > self.tokens:
             self.engine.head(self.tokens)
 
     def facts(
@@ -138,18 +138,37 @@ class VllmTeacher(EngineSettings, Teacher):
         method, tokenizer = context.method, context.tokenizer
         unsaid = [fact for fact in method.needs.of("teacher") if not self.says(fact, "teacher")]
         refuse_facts(method.name or "own", "a vllm teacher", unsaid)
-        if difference := same_tokenizer(tokenizer, load_tokenizer(self.model)):
+        theirs = self._tokenizer(context)
+        refuse_other_tokenizer(self.model, tokenizer, theirs)
+        if (shared_ids(tokenizer, theirs) or 0) < real_vocabulary(tokenizer):
             raise UserError(
-                f"the tokenizer of {self.model} is not the student's: {difference}. Token-level "
-                "distillation compares distributions over the same ids; use a teacher of the "
-                "student's family"
+                f"the student has tokens that {self.model} has not "
+                f"({same_tokenizer(tokenizer, theirs)}), and an engine cannot score an answer that "
+                "holds them: use the teacher in this process (teacher=MODEL), which lets the "
+                "student write common tokens only"
             )
+        note_questions(self.model, theirs, context)
         if self.enable_sleep_mode and self.sleep_level == 2:
             raise UserError(
                 "teacher.sleep_level=2 drops weights that nobody sends again: use 1, which keeps "
                 "them in the machine's memory meanwhile"
             )
-        return VllmScorer(self.model, tokenizer, self, k=deepest(method.needs, "teacher"))
+        return VllmScorer(
+            self.model,
+            tokenizer,
+            self,
+            k=deepest(method.needs, "teacher"),
+            trust_remote_code=context.trust_remote_code,
+        )
+
+    def _tokenizer(self, context: TeacherContext) -> Any:
+        return context.once(
+            f"tokenizer of {self.model}",
+            lambda: load_tokenizer(self.model, context.trust_remote_code),
+        )
+
+    def ends(self, context: TeacherContext) -> frozenset[int]:
+        return ends_of(self.model, self._tokenizer(context), context)
 
     def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:
         return [

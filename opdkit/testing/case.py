@@ -13,6 +13,7 @@ from opdkit.base.errors import UserError
 from opdkit.methods.method import Method, as_method
 from opdkit.objective.alignment import AlignedSource, Alignment
 from opdkit.objective.batch import Batch
+from opdkit.objective.companion import Around, Companions
 from opdkit.objective.facts import ColumnFact, Fact
 from opdkit.objective.grammar import Loss, Objective, Term, credit_of
 from opdkit.objective.head import Head, Source, flat_positions, learn
@@ -40,6 +41,8 @@ class Evaluation:
     loss: Tensor  # []
     grad: Tensor  # [B, T, V]: d loss / d student_logits
     terms: tuple[TermOut, ...]
+    # what the objective has beside the student; its parameters' gradients are in their `grad`
+    companions: Companions = field(default_factory=Companions)
 
 
 def evaluate(
@@ -59,14 +62,18 @@ def evaluate(
     uniform: Tensor | None = None,
     seed: int = 0,
     alignments: Mapping[str, Alignment] | None = None,
+    turn: Tensor | None = None,
 ) -> Evaluation:
     """Loss, gradient and terms of an objective, from logits [B, T, V] and sampled tokens [B, T].
 
     mask [B, T] bool, the trained tokens (default all). models: logits [B, T, V] by name, "teacher",
     "reference" or any other. before_logits: the student before this step (default: student_logits);
     sampler_logits: the policy that sampled (default: before_logits). group, reward, correct [B];
-    correct defaults to reward > 0. marks: {"guided": [B, T]}. uniform [B, T] replaces the keyed
-    draws. Vocabularies of different size are cut to the smallest: what is beyond only pads. Float64
+    correct defaults to reward > 0. marks: {"guided": [B, T]}; "guided" (a teacher), "given" (the
+    data) and "tool" (the environment) say who wrote a token that the student did not draw: only
+    terms that ask for such tokens look at them. turn [B, T]: of each token, from 0. uniform [B, T]
+    replaces the keyed draws. Vocabularies of different size are cut to the smallest: what is beyond
+    only pads. Float64
     in, float64 through.
 
     A model with a tokenizer of its own has logits [B, U, V_t] at its own U tokens of the same text,
@@ -82,7 +89,7 @@ def evaluate(
         sampler=sampler_logits,
         columns={
             k: v
-            for k, v in (("group", group), ("reward", reward), ("correct", correct))
+            for k, v in (("group", group), ("reward", reward), ("correct", correct), ("turn", turn))
             if v is not None
         },
         marks=marks or {},
@@ -109,8 +116,13 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     alignments: Mapping[str, Alignment] = field(default_factory=dict)
 
-    def batch(self, objective: Objective, chunk: int | None = None) -> Batch:
-        """The facts of the objective's needs."""
+    def batch(
+        self,
+        objective: Objective,
+        chunk: int | None = None,
+        companions: Companions | None = None,
+    ) -> Batch:
+        """The facts of the objective's needs; `companions` as they are, not at their start."""
         before = self.student if self.before is None else self.before.detach()
         sampler = before if self.sampler is None else self.sampler.detach()
         logits = {"live": self.student, "student": before, "sampler": sampler, **self.models}
@@ -142,7 +154,15 @@ class Case:
                 else replace(own, head=Head(vocab=len(alignment.same)))
             )
             batch.sources[name] = AlignedSource(own, alignment)
-        batch.facts.update(supply(batch, wanted.facts, flat_positions(mask), chunk))
+        around = Around(
+            lambda model: batch.sources[model].vocabulary,  # hidden states are the logits
+            batch.device,
+            wide,
+            self.settings.get("seed", 0),
+        )
+        batch.companions = companions or Companions.build(wanted.companions, around)
+        positions = flat_positions(batch.by(wanted.authors))
+        batch.facts.update(supply(batch, wanted.facts, positions, chunk))
         return batch
 
     def _alignment(self, name: str, wanted: Needs) -> Alignment:
@@ -172,12 +192,15 @@ class Case:
         objective: Objective,
         parts: Sequence[Sequence[int]] | None = None,
         chunk: int | None = None,
+        rows: Sequence[int] | None = None,
+        companions: Companions | None = None,
     ) -> Evaluation:
-        """One optimiser step's loss and gradient, in micro-batches of rows `parts` (default one),
-        `chunk` positions at a time.
+        """One optimiser step's loss and gradient, on `rows` of the step (default all), in
+        micro-batches of rows `parts` (default one), `chunk` positions at a time; with `companions`
+        as they are, not at their start.
         """
-        batch = self.batch(objective, chunk)
-        plan = objective.plan(batch)
+        batch = self.batch(objective, chunk, companions)
+        plan = objective.plan(batch, None if rows is None else torch.tensor(rows))
         leaf = self.student.to(batch.dtype).clone().requires_grad_()
         head = batch.sources["student"].head
         loss = torch.zeros((), dtype=batch.dtype)
@@ -188,13 +211,17 @@ class Case:
             positions = flat_positions(plan.selected & inside)
             learned = learn(plan, positions, leaf.flatten(0, 1)[positions], head, chunk)
             loss, sums = loss + learned.loss, sums + learned.parts
-        (grad,) = torch.autograd.grad(loss, leaf)
+        owned = batch.companions.parameters
+        grad, *slopes = torch.autograd.grad(loss, [leaf, *owned])
+        for parameter, slope in zip(owned, slopes):
+            parameter.grad = slope
         terms = []
         for part, value in zip(plan.parts, sums):
             credit = credit_of(part.term.loss)
             shown = None if credit is None else credit(batch).expand(batch.shape).to(batch.dtype)
             terms.append(TermOut(part.name, part.weight, shown, part.denominator, value))
-        return Evaluation(loss.detach(), grad.to(self.student.dtype), tuple(terms))
+        grad = grad.to(self.student.dtype)
+        return Evaluation(loss.detach(), grad, tuple(terms), batch.companions)
 
 
 def _source(logits: Tensor, vocabulary: int | None) -> Source:
@@ -218,7 +245,7 @@ def _columns(
     facts: dict[Fact, Tensor] = {}
     for name, values in columns.items():
         facts[ColumnFact(name)] = torch.as_tensor(values).to(
-            {"group": torch.int64, "correct": torch.bool}.get(name, dtype)
+            {"group": torch.int64, "turn": torch.int64, "correct": torch.bool}.get(name, dtype)
         )
     if "reward" in columns and "correct" not in columns:
         facts[ColumnFact("correct")] = facts[ColumnFact("reward")] > 0

@@ -17,9 +17,11 @@ import torch
 
 from opdkit.base.errors import UserError
 from opdkit.base.files import tidy, write_folder, write_json
+from opdkit.objective.companion import Companions
 from opdkit.train.student import Student
 
 MANIFEST, STATE, OPTIMISER = "manifest.json", "trainer_state.json", "optimizer.pt"
+COMPANIONS = "companions.pt"
 
 
 @dataclass
@@ -36,7 +38,13 @@ class State:
     tokens: int = 0  # that the student has written so far
 
 
-def save(folder: Path, state: State, student: Student, tokenizer: Any) -> Path:
+def save(
+    folder: Path,
+    state: State,
+    student: Student,
+    tokenizer: Any,
+    companions: Companions | None = None,
+) -> Path:
     """Write `checkpoint-N`."""
 
     def write(partial: Path) -> None:
@@ -44,6 +52,8 @@ def save(folder: Path, state: State, student: Student, tokenizer: Any) -> Path:
         state.updates = student.updates
         write_json(partial / STATE, asdict(state))
         torch.save(student.optimiser.state_dict(), partial / OPTIMISER)
+        if companions:
+            torch.save(companions.state_dict(), partial / COMPANIONS)
         _finish(partial)
 
     final = folder / f"checkpoint-{state.step}"
@@ -136,19 +146,31 @@ def newest(folder: Path) -> Path | None:
     return found[-1]
 
 
-def restore(checkpoint: Path, student: Student) -> State:
-    """Optimiser and counters; the weights were loaded with the model."""
+def restore(checkpoint: Path, student: Student, companions: Companions | None = None) -> State:
+    """Optimiser, counters and what stands beside the student; the weights were loaded with the
+    model.
+    """
     student.optimiser.load_state_dict(
         torch.load(checkpoint / OPTIMISER, map_location="cpu", weights_only=True)
     )
     state = State(**json.loads((checkpoint / STATE).read_text()))
     student.updates = state.updates
+    path = checkpoint / COMPANIONS
+    try:
+        (companions or Companions()).load_state_dict(
+            torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        )
+    except UserError as error:
+        raise UserError(
+            f"{checkpoint} cannot be continued: {error}. It is of a run with another method, or "
+            "with other arguments: resume with those, or start again with --overwrite"
+        ) from error
     return state
 
 
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and the best."""
     found = checkpoints(folder)
-    for path in found[: max(len(found) - max(keep, 1), 0)]:
+    for path in found[: max(len(found) - keep, 0)]:
         if path.name != f"checkpoint-{best_step}":
             shutil.rmtree(path)

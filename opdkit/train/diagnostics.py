@@ -10,8 +10,9 @@ from torch import Tensor
 
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import EntropyFact, Fact, GapFact, LogpFact
-from opdkit.objective.grammar import Const, StepPlan
+from opdkit.objective.formula import Const
 from opdkit.objective.maths import ReverseKL
+from opdkit.objective.plan import StepPlan
 
 QUANTILES = {"p01": 0.01, "p05": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99}
 TENTHS = 10  # parts of a response
@@ -106,7 +107,7 @@ def of_tokens(batch: Batch, entropy: Tensor, gap: Tensor) -> dict[str, Tensor]:
         ratio = facts[LogpFact("teacher")] - facts[LogpFact("student")]
     else:
         ratio = -gap
-    own = batch.mask & ~batch.mark("guided")  # tokens that the student drew
+    own = batch.mask
     known = own & ~ratio.isnan()
     if bool(known.any()):
         out |= {f"log_ratio/{name}": value for name, value in quantiles(ratio[known]).items()}

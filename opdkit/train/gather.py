@@ -12,6 +12,7 @@ from torch import Tensor
 from opdkit.base.errors import UserError
 from opdkit.models.layout import HELD, Layout
 from opdkit.objective.batch import Batch
+from opdkit.objective.companion import Companions
 from opdkit.objective.facts import (
     ColumnFact,
     EntropyFact,
@@ -20,13 +21,13 @@ from opdkit.objective.facts import (
     LogpFact,
     Noted,
     TopFact,
-    VocabularyFact,
 )
 from opdkit.objective.head import flat_positions
 from opdkit.objective.needs import Needs
 from opdkit.objective.supply import Tensors, still_asked, supply, with_ids
 from opdkit.teachers import Remote, Scorer
 from opdkit.teachers.base import scattered
+from opdkit.train.mesh import ALONE, Mesh
 from opdkit.types import Rollout, row_keys
 
 
@@ -39,51 +40,105 @@ def gather(
     total_steps: int = 1,
     seed: int = 0,
     memory: Mapping[str, Any] | None = None,
+    companions: Companions | None = None,
     policy_version: int = 0,
     recompute_student: bool = False,
     correct_sampling: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    mesh: Mesh = ALONE,
 ) -> Batch:
-    """The facts that `needs` names.
+    """The facts that `needs` names, at the tokens that its authors wrote.
 
     `scorers` hold "student" (as it is now) and every other model in this process.
 
-    The student's log-probs before the step are the sampler's where those are the plain softmax of
-    the same weights (`policy_version` is the number of optimiser steps these have taken); no other
-    forward pass of the student is made unless something else of it is read.
+    A rollout's student log-probs before the step are its sampler's where those are the plain
+    softmax of the same weights (`policy_version` is the number of optimiser steps these have
+    taken); no other forward pass of the student is made on it unless something else is read.
     """
     batch = collate(rollouts, device, dtype, correct_sampling)
     batch.step, batch.total_steps, batch.seed = step, total_steps, seed
     batch.memory = dict(memory or {})
+    batch.companions = companions or Companions()
     _columns(batch, rollouts, needs)
-    layout, positions = Layout(rollouts, batch.shape[1]), flat_positions(batch.mask)
-    # false for responses read from data
-    written = all(len(r.logp) == len(r.tokens) for r in rollouts)
-    fresh = all(r.policy_version == policy_version for r in rollouts)  # false for replayed ones
-    if written and fresh and not recompute_student and not correct_sampling:
-        batch.facts[LogpFact("student")] = batch.facts[LogpFact("sampler")]
-        _noted(batch, rollouts, needs)
-    read = needs.facts - needs.of("live") | {as_student(fact) for fact in needs.of("live")}
-    wanted: set[Fact] = {f for f in read if f not in batch.facts and f.read_from != "rollouts"}
-    if not written:
-        wanted = {f for f in wanted if f != LogpFact("sampler")} | (
-            {LogpFact("student")} if LogpFact("sampler") in wanted else set()
-        )
-    made = _ask(batch, wanted, scorers, layout, positions)
-    if not written and LogpFact("sampler") in needs.facts:
-        # the student might as well have written it: ratio 1
-        made[LogpFact("sampler")] = made[LogpFact("student")]
-    for fact, values in made.items():
-        _refuse_nan(fact, values, batch, rollouts)
-    batch.facts |= made
+    layout, everywhere = Layout(rollouts, batch.shape[1]), batch.by(needs.authors)
+    if mesh.size > 1:
+        mine = mesh.mine(rollouts, batch.shape[1]).to(batch.device)
+        batch.mine, batch.whole = mine, mesh.total
+    where = everywhere if batch.mine is None else everywhere & batch.mine
+    again = recompute_student or correct_sampling
+    fresh = [written(r) and r.policy_version == policy_version and not again for r in rollouts]
+    wanted = _wanted(batch, rollouts, needs, where)
+    told = _told(batch, rollouts, fresh, needs)
+    if not all(fresh):
+        told = _completed(batch, told, fresh, wanted, scorers, layout, where)
+    batch.facts |= told
+    made = _ask(batch, wanted, scorers, layout, flat_positions(where))
+    for fact, values in (told | made).items():
+        _refuse_nan(fact, values, where, rollouts)
+    batch.facts |= {fact: _whole(batch, fact, values) for fact, values in made.items()}
+    if LogpFact("sampler") in needs.facts and LogpFact("student") in batch.facts:
+        # what nobody drew, the student might as well have: ratio 1
+        drawn = torch.tensor([written(r) for r in rollouts], device=batch.device)[:, None]
+        sampler, student = (batch.facts[LogpFact(m)] for m in ("sampler", "student"))
+        batch.facts[LogpFact("sampler")] = torch.where(drawn, sampler, student)
     # until the first optimiser step the live student is the student before it
     for fact in needs.of("live"):
         batch.facts[fact] = batch.facts[as_student(fact)]
-    batch.sources = {
-        m: s for m, s in batch.sources.items() if VocabularyFact(m) in needs.facts or needs.spans(m)
-    }
+    batch.sources = {m: s for m, s in batch.sources.items() if needs.kept(m) or needs.spans(m)}
     return batch
+
+
+def written(rollout: Rollout) -> bool:
+    """Whether a sampler wrote a rollout, and said how probable its tokens were."""
+    return len(rollout.logp) == len(rollout.tokens)
+
+
+def _wanted(batch: Batch, rollouts: Sequence[Rollout], needs: Needs, where: Tensor) -> set[Fact]:
+    """The facts that models are to be asked for at the positions `where` [B, T]."""
+    read = needs.facts - needs.of("live") | {as_student(fact) for fact in needs.of("live")}
+    wanted: set[Fact] = {f for f in read if f not in batch.facts and f.read_from != "rollouts"}
+    unwritten = torch.tensor([not written(r) for r in rollouts], device=batch.device)[:, None]
+    if LogpFact("sampler") in needs.facts and bool((where & unwritten).any()):
+        wanted.add(LogpFact("student"))
+    return wanted
+
+
+def _completed(
+    batch: Batch,
+    told: Tensors,
+    fresh: Sequence[bool],
+    wanted: set[Fact],
+    scorers: Mapping[str, Scorer | Remote],
+    layout: Layout,
+    where: Tensor,
+) -> Tensors:
+    """What was told of `fresh` rollouts, with what the student says of the others at positions
+    `where` [B, T]; nothing where a pass of the student over all of them is made anyway.
+    """
+    rest = with_ids(wanted) - set(told)
+    if any("student" in still_asked(batch, fact) for fact in rest):
+        return {}
+    told = {fact: values for fact, values in told.items() if fact in with_ids(wanted)}
+    stale = torch.tensor([not x for x in fresh], device=batch.device)[:, None]
+    made = _ask(batch, set(told), scorers, layout, flat_positions(where & stale))
+    batch.sources.clear()
+    whole = {fact: _whole(batch, fact, made[fact]) for fact in told}
+    return {f: torch.where(_like(stale, v), whole[f], v) for f, v in told.items()}
+
+
+def _whole(batch: Batch, fact: Fact, values: Tensor) -> Tensor:
+    """A fact [B, T] that this process has found of its own tokens, as all together have it; one
+    [B, T, k], which would be much to send, as it is.
+    """
+    if batch.whole is None or fact.shape:
+        return values
+    return batch.whole(values).to(values.dtype)
+
+
+def _like(rows: Tensor, values: Tensor) -> Tensor:
+    """Rows [B, 1] with as many dimensions as values [B, T] or [B, T, k]."""
+    return rows.view(len(rows), *[1] * (values.dim() - 1))
 
 
 def _ask(
@@ -132,55 +187,59 @@ def _ask(
     return made
 
 
-def _noted(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
-    """What the sampler noted of its distribution is what the student thinks, while it has the same
-    weights.
+def _told(
+    batch: Batch, rollouts: Sequence[Rollout], fresh: Sequence[bool], needs: Needs
+) -> Tensors:
+    """What the samplers of `fresh` rollouts say of the student, which has the same weights still;
+    [B, T] or [B, T, k], elsewhere of no meaning.
     """
-    noted = _notes(batch, rollouts)
+    if not any(fresh):
+        return {}
+    told: Tensors = {LogpFact("student"): batch.facts[LogpFact("sampler")]}
+    noted = _notes(batch, rollouts, fresh)
     if noted is None:
-        return
+        return told
     deepest = 0 if noted.top_ids is None else noted.top_ids.shape[-1]
     depths = {fact.depth("student") for fact in needs.of("student")} - {0}
-    told: list[Fact] = [EntropyFact("student")]
+    every: list[Fact] = [EntropyFact("student")]
     for k in sorted(depths):
-        told += [TopFact("student", k), LogpAtFact("student", "student", k)]
-    for fact in (*told, *sorted(needs.of("student"), key=repr)):
+        every += [TopFact("student", k), LogpAtFact("student", "student", k)]
+    for fact in (*every, *sorted(needs.of("student"), key=repr)):
         watch = fact.watch("student")
         if watch is None or set(fact.models) != {"student"}:
             continue
         if watch.top <= deepest and (noted.entropy is not None or not watch.entropy):
-            batch.facts[fact] = fact.of_notes(noted)
+            told[fact] = fact.of_notes(noted)
+    return told
 
 
-def _notes(batch: Batch, rollouts: Sequence[Rollout]) -> Noted | None:
-    """The sampler's notes [B, T] and [B, T, k], zero where a row has ended; None where a rollout
-    has none.
+def _notes(batch: Batch, rollouts: Sequence[Rollout], fresh: Sequence[bool]) -> Noted | None:
+    """The notes [B, T] and [B, T, k] of fresh rollouts' samplers, zero elsewhere; None where one
+    of these rollouts has none.
     """
-    notes = [r.notes for r in rollouts if r.notes is not None]
-    if not notes or len(notes) < len(rollouts):
+    notes = [r.notes for r, now in zip(rollouts, fresh) if now]
+    held = [n for n in notes if n is not None]
+    if len(held) < len(notes):
         return None
+    lengths = [len(r.tokens) if now else 0 for r, now in zip(rollouts, fresh)]
+    places = torch.arange(batch.shape[1], device=batch.device)
+    where = flat_positions(places < torch.tensor(lengths, device=batch.device)[:, None])
 
     def table(parts: list[Tensor | None]) -> Tensor | None:
         """[B, T] or [B, T, k] from [t] or [t, k] of each rollout, if it has been noted in all."""
-        held = [part for part in parts if part is not None]
-        if len(held) < len(parts):
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
             return None
-        values = torch.cat(held).to(batch.device)
-        where = torch.tensor(
-            [[t < len(r.tokens) for t in range(batch.shape[1])] for r in rollouts],
-            device=batch.device,
-        )
+        values = torch.cat(known).to(batch.device)
         return scattered(
-            values.to(batch.dtype) if values.is_floating_point() else values,
-            flat_positions(where),
-            batch,
+            values.to(batch.dtype) if values.is_floating_point() else values, where, batch
         )
 
     return Noted(
         batch.facts[LogpFact("sampler")],
-        table([n.top for n in notes]),
-        table([n.top_logp for n in notes]),
-        table([n.entropy for n in notes]),
+        table([n.top for n in held]),
+        table([n.top_logp for n in held]),
+        table([n.entropy for n in held]),
     )
 
 
@@ -199,12 +258,15 @@ def refresh(
     batch: Batch, needs: Needs, scorers: Mapping[str, Any], rollouts: Sequence[Rollout]
 ) -> None:
     """Facts of the live student anew, after it has moved; the signals are computed again."""
-    layout, positions = Layout(rollouts, batch.shape[1]), flat_positions(batch.mask)
+    where = batch.by(needs.authors)
+    positions = flat_positions(where if batch.mine is None else where & batch.mine)
+    layout = Layout(rollouts, batch.shape[1])
     facts = needs.of("live")
     for fact in facts:
         del batch.facts[fact]
     batch.sources["live"] = scorers["live"].source(layout, positions)
-    batch.facts.update(supply(batch, facts, positions))
+    made = supply(batch, facts, positions)
+    batch.facts |= {fact: _whole(batch, fact, values) for fact, values in made.items()}
     del batch.sources["live"]
     batch.signals.clear()
 
@@ -230,12 +292,14 @@ def collate(
         table([r.tokens for r in rollouts], torch.int64),
         table([r.trained for r in rollouts], torch.bool),
         keys=row_keys([r.id for r in rollouts], device),
-        rows=[r.row for r in rollouts],
+        drawn=correct_sampling,
         dtype=dtype,
     )
-    if all(len(r.logp) == len(r.tokens) for r in rollouts):
-        drawn = [r.drawn_logp if correct_sampling else r.logp for r in rollouts]
-        batch.facts[LogpFact("sampler")] = table(drawn, dtype)
+    logps = [r.drawn_logp if correct_sampling else r.logp for r in rollouts]
+    batch.facts[LogpFact("sampler")] = table(logps, dtype)
+    if any(r.turns for r in rollouts):
+        turns = [r.turns or [0] * len(r.tokens) for r in rollouts]
+        batch.facts[ColumnFact("turn")] = table(turns, torch.int64)
     for name in sorted({m for r in rollouts for m in r.marks}):
         batch.facts[ColumnFact(f"mark:{name}")] = table(
             [r.marks.get(name, [False] * len(r.tokens)) for r in rollouts], torch.bool
@@ -262,7 +326,9 @@ def _columns(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
         if kind == "memory":
             known = batch.memory.get(name, {})
             facts[ColumnFact(column)] = torch.tensor(
-                [known.get(r.group, math.nan) for r in rollouts], dtype=batch.dtype, device=device
+                [known.get(r.question, math.nan) for r in rollouts],
+                dtype=batch.dtype,
+                device=device,
             )
         if kind == "row":
             facts[ColumnFact(column)] = torch.tensor(
@@ -280,12 +346,12 @@ def _number(rollout: Rollout, name: str) -> float:
     return float(value)
 
 
-def _refuse_nan(fact: Fact, values: Tensor, batch: Batch, rollouts: Sequence[Rollout]) -> None:
-    """NaN in a fact [B, T] or [B, T, k] means that its model is broken; training on it would
-    spread it into every weight.
+def _refuse_nan(fact: Fact, values: Tensor, where: Tensor, rollouts: Sequence[Rollout]) -> None:
+    """NaN in a fact [B, T] or [B, T, k] at positions `where` [B, T] means that its model is broken;
+    training on it would spread it into every weight.
     """
     bad = values.isnan().flatten(2).any(-1) if values.dim() > 2 else values.isnan()
-    bad = bad & batch.mask
+    bad = bad & where
     if bool(bad.any()):
         row, position = bad.nonzero()[0].tolist()
         raise UserError(
@@ -296,7 +362,7 @@ def _refuse_nan(fact: Fact, values: Tensor, batch: Batch, rollouts: Sequence[Rol
 
 
 def mean_gap(batch: Batch, a: str, b: str, where: Tensor | None = None) -> float:
-    """Mean of log pi_a - log pi_b over the trained tokens, or those of a mask [B, T], nats; NaN
+    """Mean of log pi_a - log pi_b over the student's tokens, or those of a mask [B, T], nats; NaN
     where one was not read.
     """
     facts, mask = batch.facts, batch.mask if where is None else where

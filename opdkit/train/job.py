@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from opdkit.curricula import Curriculum
+from opdkit.objective.companion import Companions
 from opdkit.objective.grammar import Objective
 from opdkit.objective.needs import Needs, needs
 from opdkit.teachers import Remote, Scorer
 from opdkit.train.checkpoint import State
 from opdkit.train.collect.collector import Collector
+from opdkit.train.mesh import ALONE, Mesh
 from opdkit.train.record import Recorder
 from opdkit.train.settings import Checkpoint
 from opdkit.train.student import Student
@@ -39,6 +41,8 @@ class Length:
 
         With `max_tokens`, by the tokens a step took so far.
         """
+        if self.ended(state):
+            return state.step
         if self.max_tokens is None or not state.step or not state.tokens:
             return self.steps
         return min(
@@ -80,8 +84,10 @@ class Job:
     length: Length
     checkpoint: Checkpoint
     micro_batch_tokens: int
+    companions: Companions = field(default_factory=Companions)  # what stands beside the student
     scoring: Scoring = Scoring()
     held_out: HeldOut = HeldOut()
+    mesh: Mesh = ALONE  # the processes that share the run
     seed: int = 0
 
     @cached_property

@@ -16,9 +16,10 @@ from opdkit.base.errors import UserError
 from opdkit.base.interrupt import held
 from opdkit.models.layout import Layout
 from opdkit.objective.batch import Batch
-from opdkit.objective.grammar import StepPlan
+from opdkit.objective.companion import Stepped
 from opdkit.objective.head import flat_positions, learn
 from opdkit.objective.maths import keyed_uniform
+from opdkit.objective.plan import StepPlan
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
 from opdkit.train.collect.collect import collect
@@ -48,7 +49,7 @@ def train(job: Job, state: State) -> State:
         )
         if due and state.step and state != saved:
             with held():
-                checkpoints.save(job.folder, state, job.student, job.tokenizer)
+                checkpoints.save(job.folder, state, job.student, job.tokenizer, job.companions)
                 checkpoints.prune(job.folder, job.checkpoint.keep, state.best_step)
         if last:
             return state
@@ -68,7 +69,7 @@ def _kept(job: Job, state: State) -> Iterator[None]:
         if job.student.updates == updates and before.step > 0:
             job.student.optimiser.zero_grad(set_to_none=True)
             with held():
-                checkpoints.save(job.folder, before, job.student, job.tokenizer)
+                checkpoints.save(job.folder, before, job.student, job.tokenizer, job.companions)
         raise
 
 
@@ -78,7 +79,6 @@ def train_step(job: Job, state: State) -> None:
     student, step = job.student, state.step
 
     total = job.length.expected_steps(state)
-    student.total_updates = total * student.optim.passes * student.optim.minibatches
     collected = collect(  # sample, reward
         job.collector, student, clock, step=step, total_steps=total, memory=state.memory
     )
@@ -92,17 +92,22 @@ def train_step(job: Job, state: State) -> None:
             total_steps=total,
             seed=job.seed,
             memory=state.memory,
+            companions=job.companions,
             policy_version=student.updates,
             recompute_student=job.scoring.recompute_student,
             correct_sampling=job.scoring.correct_sampling,
             device=student.device,
+            mesh=job.mesh,
             dtype=torch.promote_types(torch.float32, student.parameters[0].dtype),
         )
+    parts = _optimiser_steps(job, rollouts, step)
+    student.expect(len(parts), step, job.length.expected_steps(replace(state, step=step + 1)))
     record = job.recorder.start(step, job.objective.names)
     with clock("learn"):
-        for number, rows in enumerate(_optimiser_steps(job, rollouts, step)):
+        for number, rows in enumerate(parts):
             if number and job.needs.of("live"):
                 refresh(batch, job.needs, job.scorers, rollouts)
+            batch.moved = number > 0
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record)  # learn per micro-batch, step
     job.collector.sampler.sync(student.model, student.updates)  # sync
@@ -110,19 +115,20 @@ def train_step(job: Job, state: State) -> None:
     state.memory = job.curriculum.observe(rollouts, state.memory)  # observe
     state.step += 1
     state.stream = job.collector.stream.state()
+    record.join(job.mesh)
     # record
     job.recorder.step(state.step, state.tokens, rollouts, batch, record, clock.seconds, student)
 
 
-def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> Iterator[Tensor | None]:
-    """Rows of each optimiser step: `passes` times through the rollouts in `minibatches` parts; a
-    prompt's rollouts stay together.
+def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> list[Tensor | None]:
+    """Rows [R] of each optimiser step, None for all: `passes` times through the rollouts in
+    `minibatches` parts, or as many as there are groups; a prompt's rollouts stay together.
     """
-    optim = job.student.optim
-    if optim.minibatches == 1:
-        yield from [None] * optim.passes
-        return
+    optim, device = job.student.optim, job.student.device
     groups = list(dict.fromkeys(r.group for r in rollouts))
+    if min(optim.minibatches, len(groups)) <= 1:
+        return [None] * optim.passes
+    steps: list[Tensor | None] = []
     for number in range(optim.passes):
         keys = torch.arange(len(groups))
         order = keyed_uniform(job.seed, step, f"pass {number}", keys, 1, torch.float64)[
@@ -130,19 +136,20 @@ def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> Iterat
         ].argsort()
         for part in order.tensor_split(min(optim.minibatches, len(groups))):
             mine = {groups[i] for i in part.tolist()}
-            yield torch.tensor(
-                [b for b, r in enumerate(rollouts) if r.group in mine], device=job.student.device
-            )
+            rows = [b for b, r in enumerate(rollouts) if r.group in mine]
+            steps.append(torch.tensor(rows, device=device))
+    return steps
 
 
 def _learn(job: Job, plan: StepPlan, rollouts: Sequence[Rollout], record: StepRecord) -> None:
     """One optimiser step: gradients of every micro-batch, then AdamW, if they are finite."""
     student = job.student
-    layout = Layout(rollouts, plan.batch.shape[1])
+    layout, mine = Layout(rollouts, plan.batch.shape[1]), plan.batch.mine
+    selected, scored = (
+        flat_positions(x if mine is None else x & mine) for x in (plan.selected, plan.mask)
+    )
     with student.learning(job.seed):
-        for positions, padded in layout.passes(
-            flat_positions(plan.selected), job.micro_batch_tokens, flat_positions(plan.mask)
-        ):
+        for positions, padded in layout.passes(selected, job.micro_batch_tokens, scored):
             states = layout.states(student.model, positions, padded)
             learned = learn(
                 plan, positions, states, student.head, term_gradients=record.term_gradients
@@ -157,8 +164,12 @@ def _learn(job: Job, plan: StepPlan, rollouts: Sequence[Rollout], record: StepRe
             f"the gradient is not finite (norm {norm.item()}) though the loss is: the optimiser "
             "was not moved. Lower the learning rate, or train in float32"
         )
+    job.companions.refuse_broken()
     record.close(plan, norm, student.rate(student.updates))
     student.step()
+    job.companions.after_step(
+        Stepped(plan.batch, plan.mask, rollouts, student.updates, student.model)
+    )
 
 
 def _not_finite(
@@ -179,7 +190,7 @@ def _not_finite(
 
 
 def _inputs_finite(batch: Batch, row: int) -> Tensor:
-    mask = batch.mask[row]
+    mask = batch.trained[row]
     numbers = [
         v[row][mask]
         for v in batch.facts.values()

@@ -18,10 +18,12 @@ from torch import Tensor
 from opdkit.base.files import write_whole
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import LogpFact
-from opdkit.objective.grammar import StepPlan, credit_of
+from opdkit.objective.grammar import credit_of
 from opdkit.objective.head import Learned
+from opdkit.objective.plan import StepPlan
 from opdkit.train import diagnostics
 from opdkit.train.gather import mean_gap
+from opdkit.train.mesh import Mesh
 from opdkit.train.student import Student
 from opdkit.train.track import Trackers
 from opdkit.types import Rollout
@@ -55,6 +57,16 @@ class StepRecord:
         self.gap.append(learned.gap)
         self.positions += learned.positions
 
+    def join(self, mesh: Mesh) -> None:
+        """What the other processes have learnt of their tokens, beside what this one has."""
+        if mesh.size == 1:
+            return
+        held = [self.seen, self.parts, self.entropy, self.logp, self.gap]
+        for mine, all_ in zip(held, zip(*mesh.every(held))):
+            mine[:] = [tensor for part in all_ for tensor in part]
+        self.positions = sum(len(positions) for positions in self.seen)
+        self.slope_norms = [mesh.total(norm.square()).sqrt() for norm in self.slope_norms]
+
     def close(self, plan: StepPlan, norm: Tensor, rate: float) -> None:
         """An optimiser step, with the norm [] of its gradient."""
         if self.slopes:
@@ -79,9 +91,9 @@ class StepRecord:
             on = part.weight[part.weight != 0]
             out[f"share/{part.name}"] = len(on) / trained
             out[f"weight/{part.name}"] = on.mean().item() if len(on) else 0.0
-        gap = mean_gap(batch, "student", "teacher", batch.mask & ~batch.mark("guided"))
+        gap = mean_gap(batch, "student", "teacher")
         if math.isnan(gap) and self.gap:
-            gap = torch.cat(self.gap).nanmean().item()
+            gap = self.spread(batch, self.gap)[batch.mask].nanmean().item()
         if not math.isnan(gap):
             # one-sample estimate of KL(student || teacher), mean over tokens
             out["teacher_kl/sampled"] = gap
@@ -97,7 +109,7 @@ class StepRecord:
         """
         if LogpFact("sampler") not in batch.facts or not self.logp:
             return {}
-        apart = (self.spread(batch, self.logp) - batch["sampler"].logp).abs()
+        apart = (self.spread(batch, self.logp) - batch["sampler"].logp)[batch.mask].abs()
         apart = apart[apart.isfinite()]
         return (
             {"sampling/mismatch": apart.mean().item(), "sampling/mismatch_max": apart.max().item()}

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from opdkit.base.rules import Rules, at_least, follow
 from opdkit.models.quantize import check_quantize
 
 SCHEDULES = ("constant", "linear", "cosine")
 
-# With other numbers a run goes on, step by step, and learns nothing, or goes uphill: what will do,
-# what it must be, what else happens.
-Rules = Mapping[str, tuple[Callable[[Any], bool], str, str]]
+# With other numbers a run goes on, step by step, and learns nothing, or goes uphill.
 LORA: Rules = {
-    "r": (
-        lambda r: r >= 1,
-        "at least 1",
-        "it is the rank of the adapters, and without one nothing is learnt",
-    ),
-    "alpha": (
-        lambda a: a >= 1,
-        "at least 1",
-        "adapters are scaled by alpha / r; at 0 they get no gradient, and nothing is learnt",
+    "r": at_least(1, "it is the rank of the adapters, and without one nothing is learnt"),
+    "alpha": at_least(
+        1, "adapters are scaled by alpha / r; at 0 they get no gradient, and nothing is learnt"
     ),
     "dropout": (
         lambda d: 0 <= d < 1,
@@ -32,16 +23,25 @@ LORA: Rules = {
     ),
 }
 OPTIM: Rules = {
+    "schedule": (
+        lambda schedule: schedule in SCHEDULES,
+        f"one of {', '.join(SCHEDULES)}",
+        "it is the shape of the learning rate after warm-up",
+    ),
     "learning_rate": (
         lambda rate: rate is None or 0 < rate < math.inf,
         "positive and finite, or null for the usual one",
         "at 0 nothing is learnt, and below it every step goes uphill, away from what the method "
         "teaches",
     ),
-    "warmup_steps": (
-        lambda n: n >= 0,
-        "at least 0",
-        "it is the number of optimiser steps over which the learning rate rises",
+    "warmup_steps": at_least(
+        0, "it is the number of optimiser steps over which the learning rate rises"
+    ),
+    "passes": at_least(
+        1, "it is how often a step's rollouts are gone through, and without one nothing is learnt"
+    ),
+    "minibatches": at_least(
+        1, "it is the number of optimiser steps of a pass, and without one nothing is learnt"
     ),
     "weight_decay": (
         lambda decay: 0 <= decay < math.inf,
@@ -68,13 +68,15 @@ OPTIM: Rules = {
         "such step uphill",
     ),
 }
-
-
-def follow(rules: Rules, settings: object) -> None:
-    """A ValueError for the first setting that breaks its rule."""
-    for name, (good, must, otherwise) in rules.items():
-        if not good(value := getattr(settings, name)):
-            raise ValueError(f"{name}={value!r} must be {must}: {otherwise}")
+CHECKPOINT: Rules = {
+    "every": at_least(
+        0, "it is the number of steps between two checkpoints; 0 saves only at the end"
+    ),
+    "keep": at_least(
+        1,
+        "it is how many of the newest checkpoints stay, and a run is resumed from the newest one",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,10 @@ class Optim:
     eps: float = 1e-8
     max_grad_norm: float | None = 1.0  # longer gradients are shortened to it; null or 0: none is
     passes: int = 1  # times a rollout batch is gone through
-    minibatches: int = 1  # optimiser steps per pass
+    # optimiser steps per pass; fewer where a step has fewer groups, which are not divided
+    minibatches: int = 1
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r} must be one of {', '.join(SCHEDULES)}")
-        if self.passes < 1 or self.minibatches < 1:
-            raise ValueError("passes and minibatches must be at least 1")
         follow(OPTIM, self)
 
 
@@ -120,3 +119,6 @@ class Checkpoint:
 
     every: int = 50  # steps; 0: only at the end
     keep: int = 1  # newest ones kept besides the best
+
+    def __post_init__(self) -> None:
+        follow(CHECKPOINT, self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from opdkit.objective.head import Head
 from opdkit.train.settings import Lora, Optim
 from opdkit.types import row_keys
 
+NOISE = ("drop", "jitter")  # in names: attention_dropout, resid_pdrop, router_jitter_noise
+ADAPTER_DROPOUT = "lora_dropout"  # modules of peft
 ADAPTER_SEED = 0x10A  # adapters start the same whatever was drawn before
 
 
@@ -32,11 +34,14 @@ class Student:
     model: Any
     optim: Optim
     learning_rate: float  # after warm-up
-    total_updates: int
+    # optimiser steps that the run will have taken at its end, as far as is known: see `expect`
+    total_updates: float
     bfloat16: bool = False
     vocab: int | None = None  # rows of the head that teacher and student share
     updates: int = 0  # optimiser steps taken
     head_dtype: torch.dtype | None = None
+    # its configuration's dropout; that of adapters is `Lora.dropout`
+    disable_dropout: bool = True
 
     def __post_init__(self) -> None:
         compute_in(self.model, torch.bfloat16 if self.bfloat16 else None, self.head_dtype)
@@ -62,13 +67,24 @@ class Student:
 
     @contextmanager
     def learning(self, seed: int) -> Iterator[None]:
-        """Train mode, with dropout keyed by the seed and the optimiser step: a resumed run drops
-        the same units.
+        """Train mode, with dropout, where there is any, keyed by the seed and the optimiser step: a
+        resumed run drops the same units.
         """
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        still = without_noise(self.model) if self.disable_dropout else nullcontext()
+        with (
+            still,
+            torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+        ):
             torch.manual_seed(int(row_keys([f"dropout {seed} {self.updates}"])))
             self.model.train()
             yield
+
+    def expect(self, now: int, step: int, total_steps: int) -> None:
+        """Lays the schedule out anew: step number `step` (from 0) of `total_steps` takes `now`
+        optimiser steps, and those after it as many as a step took so far.
+        """
+        taken = self.updates + now
+        self.total_updates = taken + (total_steps - step - 1) * taken / (step + 1)
 
     def rate(self, update: int) -> float:
         """Learning rate of the optimiser step number `update`, from 0: linear warm-up, then the
@@ -102,6 +118,37 @@ class Student:
         self.updates += 1
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def without_noise(model: Any) -> Iterator[None]:
+    """A model whose train mode draws nothing but the dropout of its adapters: each share or width
+    of noise, of a module or in a configuration that modules read, is 0 meanwhile.
+
+    Train mode itself stays, as recomputing layers in backward depends on it.
+    """
+    modules = [m for path, m in model.named_modules() if ADAPTER_DROPOUT not in path]
+    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}
+    before = [(h, name, value) for h in (*modules, *configs.values()) for name, value in _noise(h)]
+    try:
+        for holder, name, _ in before:
+            setattr(holder, name, 0.0)
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
+
+
+def _noise(holder: Any) -> list[tuple[str, float]]:
+    """The names and values of what draws noise in train mode, such as attention_dropout; `p` of
+    dropout itself.
+    """
+    words = (*NOISE, "p") if isinstance(holder, torch.nn.modules.dropout._DropoutNd) else NOISE
+    return [
+        (name, value)
+        for name, value in vars(holder).items()
+        if isinstance(value, float) and value > 0 and any(word in name for word in words)
+    ]
 
 
 def with_adapters(model: Any, lora: Lora) -> Any:

@@ -4,6 +4,7 @@ is written can be run again.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,11 @@ def test_what_does_not_fit_is_named_with_its_path(values: dict[str, Any], said: 
 
 def test_a_groups_own_rules_are_told_with_its_name() -> None:
     with pytest.raises(
-        UserError, match=r"^optim: schedule='step' must be one of constant, linear, cosine$"
+        UserError, match=r"^optim: schedule='step' must be one of constant, linear, cosine: "
     ):
         make_run({**LEAST, "optim": {"schedule": "step"}})
     with pytest.raises(
-        UserError, match=r"^Run: steps, prompts_per_step and micro_batch_tokens must be at least 1$"
+        UserError, match=r"^Run: steps=0 must be at least 1: without a step nothing is learnt$"
     ):
         make_run({**LEAST, "steps": 0})
 
@@ -110,13 +111,41 @@ NOT_TO_BE = {  # values with which a run would go on and learn nothing, or the r
     "optim": {
         "learning_rate": (-1e-5, 0, INF, NAN),
         "warmup_steps": (-1,),
+        "passes": (0, -1),
+        "minibatches": (0, -2),
         "weight_decay": (-0.1, INF, NAN),
         "betas": ([-0.1, 0.9], [0.9, 1.0], [1.5, 0.9], [NAN, 0.9]),
         "eps": (0, -1e-8, INF, NAN),
         "max_grad_norm": (-1, -INF, INF, NAN),
     },
     "lora": {"r": (0, -4), "alpha": (0, -8), "dropout": (1, -0.1, NAN)},
+    "checkpoint": {"every": (-1,), "keep": (0, -1)},
+    "sampling": {
+        "temperature": (-0.5, INF, NAN),
+        "top_p": (0, -0.1, 1.1, NAN),
+        "top_k": (-1,),
+        "min_p": (-0.1, 1.5, NAN),
+        "max_completion_length": (0, -8),
+        "num_generations": (0, -2),
+        "stop": ([""],),
+    },
+    "data": {"limit": (0, -3), "max_prompt_length": (0, -1)},
+    "evaluate": {"every": (-1,), "num_generations": (0, -1)},
+    "sampler": {"max_batch_tokens": (0, -1)},
+    "": {  # of the run itself
+        "steps": (0, -1),
+        "max_tokens": (0, -1),
+        "prompts_per_step": (0, -4),
+        "micro_batch_tokens": (0, -1),
+        "overlong_margin": (0, -1),
+        "keep_samples": (-1,),
+        "sample_every": (-1,),
+        "term_gradients_every": (-1,),
+    },
 }
+
+# what a group cannot do without
+BESIDE = {"data": {"source": "x"}, "evaluate": {"data": "x"}, "sampler": {"kind": "hf"}}
 
 
 @pytest.mark.parametrize(
@@ -126,8 +155,23 @@ NOT_TO_BE = {  # values with which a run would go on and learn nothing, or the r
 def test_numbers_that_learn_nothing_or_the_reverse_are_refused(
     group: str, name: str, value: Any
 ) -> None:
-    with pytest.raises(UserError, match=rf"^{group}: {name}=.* must be .*: .{{20}}"):
-        make_run({**LEAST, group: {name: value}})
+    given = {group: {**BESIDE.get(group, {}), name: value}} if group else {name: value}
+    with pytest.raises(UserError, match=rf"^{group or 'Run'}: {name}=.* must be .*: .{{20}}"):
+        make_run({**LEAST, **given})
+
+
+def test_an_evaluation_whose_numbers_contradict_each_other_is_refused() -> None:
+    """Pass@4 of two samples, samples that greedy decoding makes equal, and two numbers of them."""
+    for evaluate, said in (
+        ({"ks": [4], "num_generations": 2}, "Pass@4 cannot be estimated from 2"),
+        ({"ks": [0]}, "Pass@0 cannot be estimated from 1"),
+        ({"num_generations": 2, "sampling": {"temperature": 0}}, "the same answer 2 times"),
+        ({"num_generations": 2, "sampling": {"num_generations": 8}}, "num_generations=8, and"),
+        ({"sampling": {"top_p": 0}}, "evaluate.sampling: top_p=0.0 must be above 0"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            make_run({**LEAST, "evaluate": {"data": "x.jsonl", **evaluate}})
+    make_run({**LEAST, "evaluate": {"data": "x.jsonl", "sampling": {"num_generations": 1}}})
 
 
 def test_bounds_that_are_values() -> None:
@@ -249,10 +293,10 @@ def test_an_unknown_override_names_the_nearest() -> None:
             MethodSpec("opd", {"beta": 1}),
         ),
         (
-            {"evaluate": {"data": "e"}},
+            {"evaluate": {"data": "e", "num_generations": 4}},
             "evaluate.ks=[1, 4]",
             lambda run: run.evaluate,
-            Evaluate("e", ks=(1, 4)),
+            Evaluate("e", num_generations=4, ks=(1, 4)),
         ),
         (
             {"evaluate": {"data": "e"}},
@@ -337,7 +381,7 @@ RUNS = [
         evaluate=Evaluate(
             Data("e.jsonl", limit=4),
             every=5,
-            sampling=Sampling(temperature=0.0),
+            sampling=Sampling(temperature=0.5),
             ks=(1, 8),
             num_generations=8,
         ),

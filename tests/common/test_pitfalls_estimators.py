@@ -12,7 +12,8 @@ import torch
 from opdkit.methods.grpo import grpo
 from opdkit.methods.method import load, methods
 from opdkit.objective.facts import LogpFact
-from opdkit.objective.grammar import Objective, Signal, Term, TokenLoss
+from opdkit.objective.formula import Signal
+from opdkit.objective.grammar import Objective, Term, TokenLoss
 from opdkit.objective.losses import Divergence, Estimator, PolicyGradient
 from opdkit.objective.signals import Advantage, Entropy, Exp, Gap, LogRatio, MeanOne
 from opdkit.testing import evaluate, fabricate

@@ -302,7 +302,7 @@ def test_other_models_than_those_of_the_folder_are_refused(
     ("arguments", "words"),
     [
         (["--top-k=-1"], ["top_k=-1 must not be negative"]),
-        (["temperature=-1"], ["temperature=-1.0 is not possible"]),
+        (["temperature=-1"], ["temperature=-1.0 must be 0 (greedy) or more"]),
         (["--teacher=cached:{cache}"], ["is a cache itself", "--teacher MODEL"]),
         (["--data={cache}"], ["is a cache: name the data set"]),
         (["max_completion_length=5000"], ["fit the model's context"]),

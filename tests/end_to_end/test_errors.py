@@ -55,7 +55,7 @@ def files(folder: Path) -> list[str]:
             ["optim.schedule=step"],
             ["optim: schedule='step' must be one of constant, linear, cosine"],
         ),
-        (["temperature=-1"], ["temperature=-1.0 is not possible", "0 (greedy) or more"]),
+        (["temperature=-1"], ["temperature=-1.0 must be 0 (greedy) or more"]),
         (["data.template={prompt}: think"], ["not valid YAML", "double quotes"]),
         (["--method=tropdd"], ["unknown method 'tropdd'", "did you mean 'tropd'"]),
         (

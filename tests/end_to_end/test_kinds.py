@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from opdkit import UserError, methods
+from opdkit.methods.method import load
 from opdkit.models import load as loading
 from opdkit.models.load import load_model, load_tokenizer
 from opdkit.run.build import prepare
@@ -139,6 +140,12 @@ def outcome(
             "reward": shop.reward,
             "output": str(folder),
             **SMALL,
+            # a schedule that adapts to it needs an evaluation between the ends
+            **(
+                {"steps": 2, "evaluate": {"data": data, "every": 1}}
+                if load(method).curriculum.validates
+                else {}
+            ),
             **(
                 {"rollouts": "cache", "data": teacher.removeprefix("cached:")}
                 if kind == "cached"

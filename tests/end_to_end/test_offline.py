@@ -249,7 +249,7 @@ def test_a_reward_and_an_evaluation_work_beside_it(shop: Shop, cache: Path, tmp_
         (["--method=gkd", "rollouts=cache"], ["whole vocabulary", "cannot say"]),
         (["--method=gkd", "rollouts=cache", "method.lmbda=0.5"], ["cannot"]),
         (["--method=tropd", "rollouts=cache"], ["tropd and rollouts=cache cannot be combined"]),
-        (["rollouts=stored"], ["rollouts='stored' must be student or cache"]),
+        (["rollouts=stored"], ["rollouts='stored' must be one of student, cache"]),
         (
             ["--teacher={teacher}", "--data={data}"],
             ["takes its rollouts from a folder that `opdkit cache-teacher` wrote"],

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+import opdkit
 from opdkit import UserError, distill
 from opdkit.base.files import read_lines
 from opdkit.train import checkpoint as checkpoints
 from tests.end_to_end.conftest import Shop
 from tests.end_to_end.crash import MOMENTS, assert_same, in_child
 
+EXAMPLES = Path(opdkit.__file__).parent.parent / "examples"
 KILLED = -9
 STEPS = 6
 RUNS: dict[str, dict[str, Any]] = {
@@ -26,6 +28,20 @@ RUNS: dict[str, dict[str, Any]] = {
     "curriculum with memory": {"method": "paced", "sampling": {"num_generations": 4}},
     "replay": {"method": {"name": "distillm", "threshold": 0.7}},
     "guided rollouts": {"method": "tropd"},
+    "pairs of one's own": {
+        "method": {"name": f"{EXAMPLES / 'own_pair_loss.py'}:pairs"},
+        "sampling": {"num_generations": 4},
+        "optim": {"passes": 2, "minibatches": 2},
+    },
+    "groups of one's own": {
+        "method": {"name": f"{EXAMPLES / 'own_group_loss.py'}:listwise"},
+        "sampling": {"num_generations": 4},
+    },
+    "a value head of one's own": {
+        "method": f"{EXAMPLES / 'own_value_head.py'}:valued",
+        "optim": {"passes": 2, "minibatches": 2},
+    },
+    "a moving average of one's own": {"method": f"{EXAMPLES / 'own_ema.py'}:steady"},
     "adapters with dropout": {"method": "opd", "lora": {"r": 4, "dropout": 0.3}},
 }
 

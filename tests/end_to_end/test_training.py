@@ -354,7 +354,7 @@ def test_tropds_guided_rollouts_begin_with_the_reference_and_carry_its_mark(
 
 
 @pytest.mark.parametrize(
-    "ends", [2, [2, *range(40, 120)], None], ids=["one end", "a list of ends", "no end"]
+    "ends", [2, [2, *range(40, 120)], None], ids=["one end", "a list of ends", "of the template"]
 )
 def test_m1_padding_that_is_the_end_of_sequence(shop: Shop, tmp_path: Path, ends: Any) -> None:
     """The prompts hold the end of sequence; a response stops with the first end that it writes,
@@ -378,7 +378,8 @@ def test_m1_padding_that_is_the_end_of_sequence(shop: Shop, tmp_path: Path, ends
         sampling={"num_generations": 4},
     )
     job, state = prepare(run)
-    known = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    # where nothing of the student's declares an end, its chat template and its teacher still do
+    known = set(ends) if isinstance(ends, list) else {2}
     finished = 0
     for r in first_rollouts(job, state):
         assert 2 in r.prompt and all(r.trained) and len(r.trained) == len(r.tokens)
@@ -387,7 +388,7 @@ def test_m1_padding_that_is_the_end_of_sequence(shop: Shop, tmp_path: Path, ends
             r.finish == "stop" or len(r.tokens) == 8
         )
         finished += r.finish == "stop"
-    assert finished > 12 if isinstance(ends, list) else finished == 0 if ends is None else True
+    assert finished > 12 if isinstance(ends, list) else True
     with job.recorder.trackers:
         assert loop.train(job, state).step == 2
 

@@ -129,9 +129,9 @@ def test_lost_and_foreign_samples_stop_the_evaluation():
 
     class Foreign(Scripted):
         def sample(self, *args, **settings):
-            return [replace(r, group="elsewhere") for r in super().sample(*args, **settings)]
+            return [replace(r, question="elsewhere") for r in super().sample(*args, **settings)]
 
     with pytest.raises(RuntimeError, match="3 instead of 4 samples of problem 'b'"):
         run(Losing())
-    with pytest.raises(RuntimeError, match="no prompt that was asked"):
+    with pytest.raises(RuntimeError, match="which was not asked"):
         run(Foreign())

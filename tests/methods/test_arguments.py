@@ -20,10 +20,19 @@ from opdkit.methods.arguments import Argument, described, one_of
 from opdkit.methods.explain import explain
 from opdkit.methods.method import function_of, load, spelled
 from opdkit.methods.pages import render
-from opdkit.objective import Clipped, LogRatio, Objective, PolicyGradient
+from opdkit.objective import (
+    Clipped,
+    Likelihood,
+    LogRatio,
+    Mark,
+    Objective,
+    PolicyGradient,
+    credit_of,
+)
 from opdkit.objective.ratio_layer import SETTINGS, apply_layer
 from opdkit.run.settings import MethodSpec, make_run
-from opdkit.testing import check
+from opdkit.testing import check, fabricate
+from opdkit.testing.check import RULES
 
 FOLDER = Path(opdkit.__file__).parent / "methods"
 FILES = sorted(
@@ -166,9 +175,18 @@ def test_spellings():
     assert load(both.name) == both and "clip=(0.2, 0.2)" in both.name
 
 
-def test_guided_tokens_of_a_teachers_prefix_have_no_ratio_to_bound():
+def test_tokens_of_a_teachers_prefix_are_no_policy_gradient():
+    """No sampler drew them, so there is no ratio to bound; what a mark selects is for the formula
+    to say.
+    """
     losses = [term.loss for term in load("tropd", prefix="credit", clip=(0.1, 0.2)).objective.terms]
-    assert isinstance(losses[0], Clipped) and isinstance(losses[-1], PolicyGradient)
+    assert isinstance(losses[0], Clipped) and credit_of(losses[-1]) is None
+    batch = fabricate(Objective(Likelihood() * Mark("guided"))).batch(Objective(Likelihood()))
+    asked = Objective(PolicyGradient(LogRatio("teacher", "student")) * Mark("guided"))
+    assert (
+        batch.mark("guided").any()
+        and not asked.terms[0].loss.defined(batch)[batch.mark("guided")].any()
+    )
 
 
 OWN = """
@@ -202,7 +220,7 @@ def test_a_method_of_ones_own_gets_them_for_nothing(own):
         ("rollout_cap", None),
     )
     assert load(f"{own}:plain(clip=(0.1, 0.2), dual_clip=3, size=2)").objective == made.objective
-    assert len(check(made).passed) == 14
+    assert len(check(made).passed) == len(RULES)
 
 
 def test_an_argument_of_the_functions_own_stays_its_own(own):
@@ -214,7 +232,7 @@ def test_an_argument_of_the_functions_own_stays_its_own(own):
         ("rollout_cap", None),
     )
     assert str(made) == "PolicyGradient(log(teacher/student)) * 5 * 2"
-    assert "Ceiling" in str(load(f"{own}:mine", clip=5.0, rollout_cap=2.0))
+    assert "cap=2" in str(load(f"{own}:mine", clip=5.0, rollout_cap=2.0))
     with pytest.raises(UserError, match="give clip="):
         load(f"{own}:mine", dual_clip=3.0)
     assert load(f"{own}:needs", size=2, rollout_cap=2.0).arguments[0] == ("size", 2)

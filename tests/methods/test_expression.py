@@ -17,10 +17,12 @@ from opdkit.methods import expression
 from opdkit.methods.explain import explain
 from opdkit.methods.method import load, weight_of
 from opdkit.objective import algebra, credits
-from opdkit.objective.grammar import Const
-from opdkit.objective.signals import Draw, Entropy, Exp, LogRatio
+from opdkit.objective.formula import Const
+from opdkit.objective.needs import per_rollout
+from opdkit.objective.signals import Draw, Entropy, Exp, LogRatio, Where
 from opdkit.run.settings import MethodSpec, load_run, make_run
 from opdkit.testing import check, evaluate, fabricate
+from opdkit.testing.check import RULES
 from opdkit.types import Prompt, Rollout, Sampling
 from tests.curricula.context import context
 from tests.methods.toy import close, logits, tokens
@@ -36,11 +38,11 @@ WEIGHTS = ("iw_opd", "tip", "paced", "drift_gating", "position_opd", "scope")
 @pytest.mark.parametrize("base", BASES)
 def test_every_pair_passes_check_and_is_the_base_times_the_weight(base, weight):
     made, alone = load(f"{base} * {weight}"), load(base)
-    assert len(check(made).passed) == 14
+    assert len(check(made).passed) == len(RULES)
     batch = fabricate(made.objective).batch(made.objective)
-    factor = torch.where(
-        batch.mask, weight_of(weight)(batch).expand(batch.shape).to(batch.dtype), 0.0
-    )
+    factor = weight_of(weight)(batch).to(batch.dtype)
+    if not per_rollout(weight_of(weight)):  # it says nothing of the tokens of a teacher's prefix
+        factor = torch.where(batch.mask, factor, 1.0)
     for mine, was in zip(made.objective.plan(batch).parts, alone.objective.plan(batch).parts):
         assert (
             torch.allclose(mine.weight, was.weight * factor, rtol=1e-12)
@@ -169,7 +171,8 @@ def test_spellings_that_mean_the_same():
     made = load("tropd(k=32)*iw_opd( gamma = 1 )")
     assert made.name == "tropd(k=32) * iw_opd(gamma=1)"
     assert load("tropd", k=32) * load("iw_opd", gamma=1) == made
-    assert load("tropd", k=32).objective * weight_of("iw_opd", gamma=1) == made.objective
+    drawn = Where("student", weight_of("iw_opd", gamma=1), Const(1))
+    assert load("tropd", k=32).objective * drawn == made.objective
     assert MethodSpec("tropd", {"k": 32}, (MethodSpec("iw_opd", {"gamma": 1}),)).load() == made
     assert load("opd(support=student, k=4) * tip(least=1)") == load(
         "opd(support='student', k=4) * tip(least=1)"
@@ -181,10 +184,10 @@ def test_a_signal_of_ones_own_multiplies_a_method():
     made = load("tropd") * sure
     assert (
         made.name == "own"
-        and made.objective == load("tropd").objective * sure
+        and made.objective == load("tropd").objective * Where("student", sure, Const(1))
         and made.curriculum == TeacherPrefix()
     )
-    assert "4 times" not in made.doc and len(check(made).passed) == 14
+    assert "4 times" not in made.doc and len(check(made).passed) == len(RULES)
 
 
 def test_files_of_ones_own_in_an_expression(tmp_path, monkeypatch):
@@ -199,7 +202,7 @@ def test_files_of_ones_own_in_an_expression(tmp_path, monkeypatch):
         "gkd * mine.py:sure"
     ).curriculum == Mixed(1.0)
     assert expression.base_of(made.name) == "./mine.py:sure(t=2.0)"
-    assert len(check(made).passed) == 14
+    assert len(check(made).passed) == len(RULES)
 
 
 def test_in_a_run(tmp_path):
@@ -310,7 +313,7 @@ def test_arguments_belong_inside_an_expression():
 
 def test_a_weight_per_rollout_may_weigh_a_loss_over_rollouts():
     for weight in ("paced", "scope"):
-        assert len(check(f"grpo(loss=gspo) * {weight}").passed) == 14
+        assert len(check(f"grpo(loss=gspo) * {weight}").passed) == len(RULES)
 
 
 IMPORTS = (
@@ -349,7 +352,7 @@ def test_credits_that_are_wrong_are_refused_in_ones_own_method(tmp_path, credit,
                 use(address)
         assert main(["check", address]) == 2
     else:
-        assert len(check(load(address)).passed) == 14
+        assert len(check(load(address)).passed) == len(RULES)
 
 
 def test_minillm_whitens_by_its_own_definition(tmp_path):
@@ -358,7 +361,7 @@ def test_minillm_whitens_by_its_own_definition(tmp_path):
     )
     assert load(f"{tmp_path}/mine.py:method").objective == load("0.123456789 * minillm").objective
     credit = load("minillm").objective.terms[0].loss.credit
-    assert credits.standardised(credit) and len(check("minillm * paced").passed) == 14
+    assert credits.standardised(credit) and len(check("minillm * paced").passed) == len(RULES)
 
 
 # ---------------------------------------------------------------------------------------- curricula
@@ -401,7 +404,7 @@ def test_together_one_writes_and_the_other_remembers():
 
 def test_together_is_a_whole_curriculum():
     asked = {name for name in (*vars(Curriculum), *Curriculum.__annotations__) if name[0] != "_"}
-    assert asked == {"writer", "observe", "validated", "validates", "needs_own"}
+    assert asked == {"writer", "observe", "validated", "validates", "needs_own", "authors"}
     assert asked <= set(vars(together.Together))
 
 

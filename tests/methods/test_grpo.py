@@ -10,6 +10,7 @@ import torch
 from opdkit.base.errors import UserError
 from opdkit.methods.method import load
 from opdkit.objective import LogRatio, Objective, policy_gradient
+from opdkit.objective.algebra import within
 from opdkit.testing import check, evaluate
 from tests.methods.ragged import LEVEL, on, ragged, shifted, slopes
 from tests.methods.toy import (
@@ -256,6 +257,23 @@ def test_reads_a_reference_only_for_its_penalty():
 )
 def test_check(loss, arguments):
     check(load("grpo", loss=loss, **arguments))
+
+
+def test_the_length_of_dr_grpo_is_the_runs_where_it_is_not_given():
+    """Within a run of 8 tokens it is `max_completion_length=8`, and without a run 512; one that is
+    given stays, and no other denominator changes.
+    """
+    bare, given = load("grpo", loss="dr_grpo", **PAIR), {"max_completion_length": 8}
+    eight = load("grpo", loss="dr_grpo", **given, **PAIR).objective
+    assert within(bare.objective, 8) == eight == within(eight, 1024)
+    long = load("grpo", loss="dr_grpo", max_completion_length=512, **PAIR)
+    assert moved(bare).loss == moved(long).loss != moved(eight).loss
+    for loss in LOSSES:
+        if loss != "dr_grpo":
+            other = load("grpo", loss=loss).objective
+            assert within(other, 8) == other
+    both = load("grpo(loss='dr_grpo', reference_kl=0.1) + opd").objective
+    assert [t.denominator for t in within(both, 8).terms] == [8, 8, "tokens"]
 
 
 def test_bad_arguments_are_explained():

@@ -14,6 +14,7 @@ import opdkit
 from opdkit.base.errors import UserError
 from opdkit.curricula import TeacherPrefix
 from opdkit.methods.method import Method, as_method, load, methods
+from opdkit.objective.copies import Ema
 from opdkit.objective.grammar import Objective
 from opdkit.objective.losses import Likelihood, PolicyGradient
 from opdkit.objective.signals import LogRatio
@@ -178,3 +179,33 @@ def test_a_method_carries_what_lies_outside_its_objective():
     assert Method(Objective(Likelihood())) != Method(
         Objective(Likelihood()), curriculum=TeacherPrefix()
     )
+
+
+def close_to(ema: Ema) -> Method:
+    """What keeps the student close to a copy of itself."""
+    return Method(Objective(PolicyGradient(LogRatio(ema.model, "student"))), companions=(ema,))
+
+
+def test_what_stands_beside_the_student_is_joined() -> None:
+    """Under + and *, once where both bring the same; its models are not the run's to open."""
+    slow, fast = Ema(0.01), Ema(0.5, model="fast")
+    assert close_to(slow).brought == {"ema"} and close_to(slow).opened == set()
+    both = load("opd") + close_to(slow) + close_to(fast) + close_to(slow)
+    assert both.companions == (slow, fast) and both.opened == {"teacher"}
+    assert (load("opd") * weighted(slow)).companions == (slow,)
+    assert (0.5 * close_to(slow)).companions == (slow,)
+
+
+def weighted(ema: Ema) -> Method:
+    """A weight that reads a copy of the student."""
+    weight = LogRatio(ema.model, "student") > 0
+    return Method(Objective(Likelihood() * weight), companions=(ema,))
+
+
+def test_one_name_for_two_companions_is_refused() -> None:
+    said = r"Ema\(rate=0.01.*Ema\(rate=0.5.*both to be read as the model 'ema'"
+    for join in (lambda a, b: a + b, lambda a, b: a * weighted(b.companions[0])):
+        with pytest.raises(UserError, match=said):
+            join(close_to(Ema(0.01)), close_to(Ema(0.5)))
+    with pytest.raises(UserError, match="'student', which is the run's own"):
+        close_to(Ema(model="student"))

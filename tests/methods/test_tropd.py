@@ -172,7 +172,6 @@ def test_guided_tokens(prefix, sign):
     else:
         # the code's sign: away from it, as pi_t > pi_s
         assert close(out.grad[0, 0], 0.1 * 0.510826 / 2 * push)
-        assert out.terms[-1].credit[0, 0].item() == pytest.approx(-0.510826, abs=5e-7)
 
 
 @pytest.mark.parametrize("outliers", ["forward_kl", "mask", "clip"])

@@ -322,7 +322,7 @@ def test_an_added_token_makes_a_difference() -> None:
 def test_stop_ids_are_one_several_or_none(
     declared: Any, eos: str | None, expected: set[int]
 ) -> None:
-    model, tokenizer = tiny_model(layers=1), tiny_tokenizer()
+    model, tokenizer = tiny_model(layers=1), tiny_tokenizer(chat_template=False)
     model.generation_config.eos_token_id = declared
     tokenizer.eos_token = eos
     assert stop_ids(model, tokenizer) == expected

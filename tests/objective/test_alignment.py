@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdkit.objective.alignment import Alignment, align
-from opdkit.objective.grammar import Objective, Signal
+from opdkit.objective.formula import Signal
+from opdkit.objective.grammar import Objective
 from opdkit.objective.head import cuts, flat_positions
 from opdkit.objective.kernels.paired import Match, by_rank, descending, descending_values
 from opdkit.objective.spans import SpanLoss

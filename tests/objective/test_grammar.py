@@ -14,7 +14,8 @@ import torch
 
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import ColumnFact, LogpFact
-from opdkit.objective.grammar import Const, Objective, Signal, Term, lift
+from opdkit.objective.formula import Const, Signal, lift
+from opdkit.objective.grammar import Objective, Term
 from opdkit.objective.losses import Divergence, Likelihood, PolicyGradient
 from opdkit.objective.signals import Correct, Exp, LogRatio, Mark, Reward
 from opdkit.testing import evaluate
@@ -160,14 +161,14 @@ def test_a_plan_is_for_the_rows_of_one_optimiser_step():
 def test_nothing_selected_is_one_not_zero_in_the_denominator():
     for over in ("tokens", "own", "rows", "row_sums", 7):
         here = batch()
-        here.mask = torch.zeros_like(here.mask)
+        here.trained = torch.zeros_like(here.trained)
         part = Objective(Likelihood().per(over)).plan(here).parts[0]
         assert (part.denominator >= 1).all() and (part.scale == 0).all()
 
 
 @pytest.mark.parametrize("bad", ["token", "sequence", 0, -3, 1.5])
 def test_an_unknown_denominator_is_refused(bad):
-    with pytest.raises(ValueError, match="row_sums or a positive length"):
+    with pytest.raises(ValueError, match="limit or a positive length"):
         Likelihood().per(bad)
 
 

@@ -36,8 +36,8 @@ from tests.methods.toy import close, logits, tokens
 B, T, H, V, ROWS = 3, 5, 8, 11, 13  # 13 rows in the matrix, 11 tokens: two pad it
 
 OBJECTIVE = (
-    Divergence("reverse_kl")
-    + Divergence("jsd") * Entropy("teacher")
+    Divergence("reverse_kl").of("student", "guide")
+    + (Divergence("jsd") * Entropy("teacher")).of("student", "guide")
     + (Likelihood() * Mark("guided")).per("own") * 0.3
 )
 
@@ -111,7 +111,7 @@ def test_equal_to_a_dense_graph(head, dtype):
         assert abs(out.loss - loss) <= tolerance * abs(loss) and out.positions == 11
         for a, b in zip(ours, gradients, strict=True):
             assert (a - b).norm() <= tolerance * b.norm() and b.norm() > 0
-        assert (ours[0][~batch.mask.flatten()] == 0).all() and (
+        assert (ours[0][~batch.trained.flatten()] == 0).all() and (
             ours[1][head.vocab or ROWS :] == 0
         ).all()
 
@@ -399,7 +399,7 @@ def test_positions_without_weight_are_never_projected():
     at = flat_positions(plan.selected)
     learn(plan, at, hidden[at].requires_grad_(), Spy(head.weight), chunk=2)
     # and each of them once
-    assert sum(seen) == int((batch.mask & batch.mark("guided")).sum()) < int(batch.mask.sum())
+    assert sum(seen) == int((batch.trained & batch.mark("guided")).sum()) < int(batch.trained.sum())
 
 
 def test_another_models_vocabulary_is_made_only_where_a_term_reads_it():
@@ -412,7 +412,7 @@ def test_another_models_vocabulary_is_made_only_where_a_term_reads_it():
     seen.clear()
     at = flat_positions(plan.selected)
     learn(plan, at, hidden[at], head)
-    assert seen == [int((batch.mask & batch.mark("guided")).sum())]  # both terms share it
+    assert seen == [int((batch.trained & batch.mark("guided")).sum())]  # both terms share it
 
 
 def test_an_infinite_score_at_a_token_left_out_never_reaches_a_gradient():
@@ -452,7 +452,7 @@ def test_an_infinite_score_at_a_token_left_out_never_reaches_a_gradient():
 def test_what_the_log_shows():
     hidden, head, batch = setting()
     out, _ = chunked(hidden, head, batch, 3)
-    at = flat_positions(batch.mask)
+    at = flat_positions(batch.trained)
     s, t = (
         head.logits(hidden[at]).log_softmax(-1),
         batch.sources["teacher"].logits(at).log_softmax(-1),

@@ -13,7 +13,6 @@ from opdkit.objective import maths
 from opdkit.objective.kernels import divergence_on_support
 from opdkit.objective.kernels.formula import formula
 from opdkit.objective.losses import (
-    Candidates,
     Clipped,
     Divergence,
     Estimator,
@@ -29,10 +28,8 @@ from tests.methods.toy import (
     P_S,
     P_T,
     close,
-    expected,
     logits,
     numbers,
-    reverse_kl_gradient,
     tokens,
 )
 
@@ -113,26 +110,6 @@ def test_estimator_against_another_model():
     assert close(on(Estimator("k2", "reference"), [[-1.0]], **by).loss, 0.5, 12)
     with pytest.raises(ValueError, match="k2, k3, k1"):
         Estimator("k4")
-
-
-def test_candidates_are_a_policy_gradient_on_the_whole_top():
-    every = evaluate(Candidates(k=3), S, tokens(0), models=T)
-    assert close(every.grad[0, 0], reverse_kl_gradient(P_S, P_T), 12) and close(
-        every.loss, 0.223805
-    )
-    mean = expected(PolicyGradient(CREDIT), P_S, P_T)
-    assert close(every.grad[0, 0], mean, 12)  # no sampling is left
-
-
-def test_candidates_with_a_stale_student():
-    now = logits((0.4, 0.4, 0.2))
-    out = evaluate(Candidates(k=2), now, tokens(2), models=T, before_logits=S)
-    w, a, rho = (
-        numbers(0.625, 0.375),
-        (numbers(0.2, 0.5) / numbers(0.5, 0.3)).log(),
-        numbers(0.8, 4 / 3),
-    )
-    assert close(out.loss, -(w * a * rho).sum().item(), 12)
 
 
 # -------------------------------------------------------------------------------------- divergences

@@ -11,23 +11,20 @@ from opdkit.methods.grpo import SequenceClipped
 from opdkit.methods.minillm import LogMixture
 from opdkit.objective import (
     Advantage,
-    Ceiling,
     Clipped,
     Divergence,
     Entropy,
-    Exp,
     Likelihood,
     LogRatio,
     Mark,
     Objective,
     PolicyGradient,
-    RowMean,
     policy_gradient,
 )
+from opdkit.objective.losses import Outer
 from opdkit.objective.ratio_layer import NO_RATIO, apply_layer, settings_of
 
 CREDIT = LogRatio("teacher", "student")
-MOVED = LogRatio("student", "sampler")
 PLAIN = Objective(PolicyGradient(CREDIT))
 OFF = {"clip": None, "dual_clip": None, "rollout_cap": None}
 
@@ -41,42 +38,38 @@ def test_a_policy_gradient_gets_bounds_and_gives_them_back():
     assert apply_layer(PLAIN, clip=0.2) == apply_layer(PLAIN, clip=(0.2, 0.2))
 
 
-def test_a_cap_is_the_first_factor_and_its_ratio_is_to_the_student_before_the_step():
-    """From left to right, as floating-point products are: ((cap * a) * b) * 2."""
-    a, b, cap = Entropy("teacher"), Entropy("student"), Ceiling(Exp(MOVED), 5)
-    made = apply_layer(Objective(PolicyGradient(CREDIT) * a * b * 2), rollout_cap=5)
-    assert made == Objective(PolicyGradient(CREDIT, "student") * cap * a * b * 2)
-    assert apply_layer(made, rollout_cap=2) == Objective(
-        PolicyGradient(CREDIT, "student") * Ceiling(Exp(MOVED), 2) * a * b * 2
-    )
-    assert apply_layer(made, rollout_cap=None) == Objective(PolicyGradient(CREDIT) * a * b * 2)
-    only = apply_layer(PLAIN, rollout_cap=5)
-    assert only == Objective(PolicyGradient(CREDIT, "student") * cap)
-    assert apply_layer(only, rollout_cap=None) == PLAIN
+def test_a_cap_is_the_losss_own_and_its_weight_the_trainer_over_the_sampler():
+    a = Entropy("teacher")
+    made = apply_layer(Objective(PolicyGradient(CREDIT) * a * 2), rollout_cap=5)
+    assert made == Objective(PolicyGradient(CREDIT, cap=5) * a * 2)
+    assert made.terms[0].loss.outer == Outer("sampler", 5)
+    assert apply_layer(made, rollout_cap=2) == Objective(PolicyGradient(CREDIT, cap=2) * a * 2)
+    assert apply_layer(made, rollout_cap=None) == Objective(PolicyGradient(CREDIT) * a * 2)
+    assert apply_layer(PLAIN, rollout_cap=5, clip=0.2) == Objective(Clipped(CREDIT, cap=5))
+    for bad in (0, -1.0):
+        with pytest.raises(ValueError, match="must be positive"):
+            apply_layer(PLAIN, rollout_cap=bad)
 
 
-def test_one_ratio_per_rollout_has_a_cap_per_rollout():
+def test_one_ratio_per_rollout_has_a_weight_per_rollout():
     made = apply_layer(Objective(SequenceClipped(Advantage()).per("rows")), rollout_cap=1.2)
-    whole = Ceiling(Exp(RowMean(MOVED)), 1.2)
-    assert made == Objective((SequenceClipped(Advantage(), base="student") * whole).per("rows"))
+    assert made == Objective(SequenceClipped(Advantage(), cap=1.2).per("rows"))
+    assert made.terms[0].loss.outer == Outer("sampler", 1.2, whole=True)
     assert settings_of(made)["rollout_cap"] == 1.2
     loose = apply_layer(made, clip=None).terms[0].loss
     assert (loose.low, loose.high) == (math.inf, math.inf)
 
 
-def test_what_a_ratio_is_to_changes_only_where_it_is_the_sampler():
-    mixed = Objective(PolicyGradient(CREDIT, LogMixture("teacher", "sampler", 0.2)))
-    assert apply_layer(mixed, rollout_cap=5).terms[0].loss.base == LogMixture(
-        "teacher", "student", 0.2
-    )
-    for base in ("student", "reference"):
+def test_a_cap_is_on_what_the_tokens_were_drawn_from():
+    """With a ratio to the student before the step, that is still the sampler."""
+    mixed = LogMixture("teacher", "sampler", 0.2)
+    for base, drawn_from in ((mixed, mixed), ("reference", "reference"), ("student", "sampler")):
         loss = apply_layer(Objective(PolicyGradient(CREDIT, base)), rollout_cap=5).terms[0].loss
-        assert loss.base == base
+        assert loss.base == drawn_from
 
 
-def test_other_terms_and_guided_tokens_stay():
-    guided = PolicyGradient(-CREDIT) * Mark("guided") * 0.1
-    others = Objective(Divergence() * 0.5, Likelihood() * Mark("guided"), guided)
+def test_other_terms_stay():
+    others = Objective(Divergence() * 0.5, Likelihood() * Mark("guided"))
     made = apply_layer(PLAIN + others, clip=(0.2, 0.2), rollout_cap=5)
     assert made.terms[1:] == others.terms and isinstance(made.terms[0].loss, Clipped)
     assert settings_of(others) == {}
@@ -135,7 +128,7 @@ def test_policy_gradient_of_a_credit():
     plain, clip = policy_gradient(CREDIT), policy_gradient(CREDIT, (0.1, 0.2), 3.0)
     assert plain.loss == PolicyGradient(CREDIT) and clip.loss == Clipped(CREDIT, 0.1, 0.2, 3.0)
     capped = policy_gradient(CREDIT, rollout_cap=5)
-    assert capped == PolicyGradient(CREDIT, "student") * Ceiling(Exp(MOVED), 5)
+    assert capped == PolicyGradient(CREDIT, cap=5).per("tokens")
     assert policy_gradient(CREDIT, base="reference").loss == PolicyGradient(CREDIT, "reference")
     with pytest.raises(ValueError, match="give clip="):
         policy_gradient(CREDIT, dual_clip=3.0)

@@ -22,7 +22,8 @@ from opdkit.objective.facts import (
     TopFact,
     VocabularyFact,
 )
-from opdkit.objective.grammar import Objective, Signal
+from opdkit.objective.formula import Signal
+from opdkit.objective.grammar import Objective
 from opdkit.objective.head import Head, Source, flat_positions
 from opdkit.objective.losses import Divergence, Likelihood, PolicyGradient
 from opdkit.objective.maths import ReverseKL

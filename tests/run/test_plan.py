@@ -391,6 +391,30 @@ def test_what_the_loss_reads_whole_is_held_while_learning() -> None:
     assert whole.total("learn") > sampled.total("learn")
 
 
+EMA = """
+from opdkit import Method
+from opdkit.objective import Ema, LogRatio, Objective, PolicyGradient
+
+def close():
+    return Method(Objective(PolicyGradient(LogRatio("ema", "student"))), companions=(Ema(),))
+"""
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 8}], ids=["all weights", "LoRA"])
+def test_a_copy_of_the_student_takes_what_learns_once_more_and_a_pass(
+    lora: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "ema.py").write_text(EMA)
+    made = plan(qwen_run(method=f"{tmp_path / 'ema.py'}:close", lora=lora), H100)
+    parts = {p.name: p.bytes for p in made.memory.parts}
+    size = trained(made.models[0].shaped, made.run.lora) * 4
+    assert parts["copies of the student beside it"] == dict.fromkeys(PHASES, size)
+    assert parts["two moments of AdamW"]["learn"] == 2 * size
+    assert [(m.role, m.own) for m in made.models] == [("student", True), ("ema", False)]
+    assert not any("ema weights" in name for name in parts)
+    assert "one pass of ema" in {phase.says for phase in made.phases}
+
+
 def test_a_shared_checkpoint_is_loaded_once() -> None:
     routes = {"math": "Qwen/Qwen3-8B", "code": "Qwen/Qwen3-8B", "default": "Qwen/Qwen3-4B"}
     made = plan(qwen_run(teacher=routes), H100)
@@ -442,7 +466,7 @@ def test_operations_of_the_head_are_those_counted(method: Any, also: int) -> Non
     states = Layout(rows, 8).states(model, positions)
     with FlopCounterMode(display=False) as counter:
         learn(ready, positions, states, head_of(model))
-    counted, in_place = head(run, made, read_shape(model.config, "here"), len(positions))
+    counted, in_place = head(run, read_shape(model.config, "here"), len(positions))
     assert counter.get_total_flops() == counted + also * 2 * 320 * 32 * 32
     assert in_place == 2 * 320 * 32 * 32
 

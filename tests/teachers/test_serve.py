@@ -139,7 +139,7 @@ def test_rows_that_only_pad_the_teachers_head_are_cut() -> None:
     )
     local = LocalModel(teacher, head_of(teacher))
     known = real_vocabulary(tokenizer)
-    vocab = shared_vocabulary([head_of(student), head_of(teacher)], known)
+    vocab = shared_vocabulary([head_of(student), head_of(teacher)], tokenizer)
     assert vocab == known < 384
     expected = gathered(WHOLE, local, student, vocab)
     with serving(teacher) as (one,):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from opdkit.objective.facts import ColumnFact, LogpFact
-from opdkit.objective.grammar import Objective, RolloutLoss, Signal, TokenLoss
+from opdkit.objective.formula import Signal
+from opdkit.objective.grammar import Objective, RolloutLoss, TokenLoss
 from opdkit.objective.losses import Divergence, Likelihood, PolicyGradient
 from opdkit.objective.signals import Correct, Draw, Entropy, Exp, LogRatio, Mark, Progress, Reward
 from opdkit.testing import CheckFailed, check, evaluate, fabricate

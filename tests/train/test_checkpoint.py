@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from opdkit import UserError
+from opdkit.objective import Around, Companions, ValueHead
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State, newest, prune, put, restore, save, verify
 from opdkit.train.settings import Optim
@@ -59,6 +60,39 @@ def test_what_was_saved_is_restored(tmp_path: Path, student: Student, tokenizer:
         for i in expected
         for k in ("exp_avg", "exp_avg_sq", "step")
     )
+
+
+def critic(rate: float = 0.1) -> Companions:
+    around = Around(lambda model: 4, torch.device("cpu"), torch.float32)
+    return Companions.build([ValueHead(rate)], around)
+
+
+def test_what_stands_beside_the_student_has_its_own_file(
+    tmp_path: Path, student: Student, tokenizer: Any
+) -> None:
+    mine = critic()
+    with torch.no_grad():
+        mine.parameters[0].fill_(0.25)
+    path = save(tmp_path, STATE, student, tokenizer, mine)
+    assert "companions.pt" in json.loads((path / "manifest.json").read_text())
+    again = critic()
+    restore(path, student, again)
+    assert again.parameters[0].tolist() == [[0.25] * 4]
+    (path / "companions.pt").unlink()
+    with pytest.raises(UserError, match=r"checkpoint-3 is damaged: companions.pt is missing"):
+        newest(tmp_path)
+
+
+def test_the_state_of_another_method_is_refused(
+    tmp_path: Path, student: Student, tokenizer: Any
+) -> None:
+    """Of other arguments, where there was none, and where there is none now."""
+    plain = save(tmp_path / "plain", STATE, student, tokenizer)
+    assert not (plain / "companions.pt").exists()
+    own = save(tmp_path / "own", STATE, student, tokenizer, critic())
+    for path, mine in ((plain, critic()), (own, critic(0.2)), (own, None)):
+        with pytest.raises(UserError, match=r"checkpoint-3 cannot be continued: it holds .*method"):
+            restore(path, student, mine)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing", "no manifest"])

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from opdkit.train.loop import _optimiser_steps
 from opdkit.train.settings import Optim
@@ -52,7 +51,7 @@ def test_the_order_is_the_same_in_a_resumed_run_and_another_at_another_step() ->
 
 
 def test_one_minibatch_is_the_whole_batch() -> None:
-    assert list(_optimiser_steps(job(3, 1), rollouts(2, 2), step=0)) == [None, None, None]
-    assert torch.equal(
-        next(_optimiser_steps(job(1, 2), rollouts(1, 2), step=0)), torch.tensor([0, 1])
-    )  # type: ignore[arg-type]
+    """Also where there is one group only, which is not divided, or none."""
+    assert _optimiser_steps(job(3, 1), rollouts(2, 2), step=0) == [None, None, None]
+    assert _optimiser_steps(job(1, 2), rollouts(1, 2), step=0) == [None]
+    assert _optimiser_steps(job(2, 4), [], step=0) == [None, None]

@@ -56,6 +56,21 @@ def test_a_schedule_stays_at_its_end(model: Any) -> None:
     )
 
 
+def test_the_length_of_the_schedule_is_what_steps_have_taken_so_far(model: Any) -> None:
+    """Ten steps; two updates in the first: 20 in all. After 3, 3, 3 more and now 1: 12 in 5 steps,
+    24 in all. The last step knows.
+    """
+    student = Student(model, Optim(schedule="linear"), 1.0, total_updates=99)
+    student.expect(2, 0, 10)
+    assert student.total_updates == 20
+    student.updates = 11
+    student.expect(1, 4, 10)
+    assert student.total_updates == 24
+    student.updates = 23
+    student.expect(2, 9, 10)
+    assert student.total_updates == 25 and student.rate(24) == pytest.approx(1 / 25)
+
+
 def test_only_matrices_are_decayed() -> None:
     """With zero gradients the decayed weights shrink by rate * decay, and norms stay."""
     student = Student(tiny_model(), Optim(weight_decay=0.1), learning_rate=0.5, total_updates=1)
@@ -107,6 +122,68 @@ def test_dropout_is_keyed_by_seed_and_step_and_leaves_the_random_state_alone() -
     assert torch.equal(first, forward(0, 1))
     assert not torch.equal(first, forward(0, 2))
     assert not torch.equal(first, forward(1, 1))
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
+NOISY: dict[str, dict[str, Any]] = {  # each with dropout in another place, by its configuration
+    "GPT2Config": {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32},
+    "OPTConfig": {
+        **SMALL,
+        "ffn_dim": 32,
+        "word_embed_proj_dim": 16,
+        "layerdrop": 0.5,
+        "attention_dropout": 0.3,
+    },
+    "GPTNeoConfig": {
+        **SMALL,
+        "num_layers": 2,
+        "num_heads": 2,
+        "attention_types": [[["global"], 2]],
+        "attention_dropout": 0.3,
+        "resid_dropout": 0.3,
+    },
+    "SeedOssConfig": {**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8},
+    "MixtralConfig": {
+        **SMALL,
+        "intermediate_size": 32,
+        "num_key_value_heads": 1,
+        "num_local_experts": 2,
+        "router_jitter_noise": 0.3,
+    },
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", NOISY)
+def test_learning_draws_no_noise_unless_it_is_asked_for(name: str, checkpointed: bool) -> None:
+    """The logits are those of evaluation, to the bit; afterwards the configuration is as it was.
+
+    Asked for, the noise is there.
+    """
+    import transformers
+
+    config = getattr(transformers, name)(**NOISY[name])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    before = config.to_dict()
+    ids = torch.arange(12)[None]
+    model.eval()
+    with torch.no_grad():
+        still = model(ids, use_cache=False).logits
+    for disable, same in ((True, True), (False, False)):
+        student = Student(model, Optim(), 1.0, 4, disable_dropout=disable)
+        with student.learning(0):
+            assert torch.equal(model(ids, use_cache=False).logits, still) == same
+    assert config.to_dict() == before
+
+
+def test_dropout_of_adapters_is_their_own_setting() -> None:
+    """It stays where the configuration's is off."""
+    student = Student(with_adapters(tiny_model(), Lora(r=4, dropout=0.5)), Optim(), 1.0, 4)
+    modules = [m for m in student.model.modules() if isinstance(m, torch.nn.Dropout)]
+    with student.learning(0):
+        assert modules and {m.p for m in modules} == {0.5}
 
 
 def test_adapters_start_equal_whatever_was_drawn_before() -> None:

@@ -12,16 +12,12 @@ import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError
+from opdkit.models.adapters import has_adapters
 from opdkit.models.load import CausalLM
 
 # that vLLM computes in
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD = 4 << 30  # bytes of weights in one file
-
-
-def has_adapters(model: CausalLM) -> bool:
-    """Whether the model is wrapped by peft."""
-    return hasattr(model, "get_base_model")
 
 
 def engine_dtype(model: CausalLM, given: str | None) -> str:

@@ -12,14 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from opdkit.curricula import reads_cache
-from opdkit.methods.explain import reads_student
 from opdkit.methods.method import Method
 from opdkit.models.held import HERE, WIDTH, Held
 from opdkit.models.layout import HELD
 from opdkit.models.shapes import Shape
-from opdkit.objective.facts import VocabularyFact
 from opdkit.objective.head import CHUNK_BYTES, CHUNK_ENTRIES, CHUNK_MOST, CHUNK_PART
-from opdkit.objective.needs import Needs
+from opdkit.objective.needs import Needs, reads_student
 from opdkit.run.plan.devices import GIB, Device
 from opdkit.run.plan.models import products_of
 from opdkit.run.settings import Run
@@ -120,6 +118,9 @@ def memory_of(
         out.add(f"{held.role}'s vLLM engine", held.engine * device.memory)
     read = scored(run, method, models)
     _student(out, run, shape, models[0] in read)
+    held_beside = sum(companion.copies for companion in method.companions)
+    learns = trained(shape, run.lora) * trained_width(run)
+    out.add("copies of the student beside it", held_beside * learns)
     out.add(
         "facts of the tokens",
         sum(fact.bytes_per_token for fact in needs.facts) * step.positions,
@@ -265,7 +266,7 @@ def _scoring(out: Memory, needs: Needs, read: Sequence[Held], run: Run, step: St
         (held.kind, held.share * at_once * held.shaped.hidden * kept_width(run, held))
         for held in read
     ]
-    kept = sum(size for kind, size in states if VocabularyFact(kind) in needs.facts)
+    kept = sum(size for kind, size in states if needs.kept(kind))
     out.add("hidden states that the loss reads", kept, ("score", "learn"))
     out.add("hidden states of scored tokens", sum(size for _, size in states) - kept, ("score",))
     out.add(

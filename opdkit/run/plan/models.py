@@ -9,7 +9,6 @@ from dataclasses import replace
 from opdkit.methods.method import Method
 from opdkit.models.held import HERE, Held
 from opdkit.models.shapes import Shape, shape_of
-from opdkit.run.open import INTERNAL
 from opdkit.run.settings import Run
 from opdkit.teachers.local import LocalTeacher
 
@@ -42,7 +41,7 @@ def models_of(run: Run, method: Method) -> list[Held]:
         student_dtype(run),
         quantize=run.lora.quantize if run.lora else None,
     )
-    wanted = method.needs.models - INTERNAL
+    wanted = method.opened
     if run.evaluate is not None and run.evaluate.teacher:
         wanted |= {"teacher"}
     others: list[Held] = []
@@ -57,6 +56,9 @@ def models_of(run: Run, method: Method) -> list[Held]:
         else:
             model = str(run.reference if name == "reference" else run.models[name])
             others += LocalTeacher(model).held(name, usual, shaped)
+    # copies of the student, whose weights are counted by what they hold of their own
+    read = sorted(method.brought & method.needs.models)
+    others += [replace(student, role=name, own=False) for name in read]
     seen = [(held.where, held.name, held.numbers, held.offload) for held in others]
     return [
         student,

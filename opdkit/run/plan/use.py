@@ -40,7 +40,7 @@ class Use:
             sum(map(len, texts)) / n
             for texts in ([r.prompt for r in rollouts], [r.tokens for r in rollouts])
         )
-        load = Load(len({r.group for r in rollouts}), len(rollouts), prompt, response)
+        load = Load(len({r.question for r in rollouts}), len(rollouts), prompt, response)
         longest = max((len(r.tokens) for r in rollouts), default=1)
         per_second = peak(self.device, self.models[0].product_width(self.run.dtype))
         found = phases(self.run, self.method, self.models, load, longest, n, self.device, USUAL)

@@ -17,7 +17,6 @@ from opdkit.methods.method import Method
 from opdkit.models.held import ENGINE, Held
 from opdkit.models.shapes import Shape
 from opdkit.objective.facts import VocabularyFact
-from opdkit.objective.grammar import RolloutLoss
 from opdkit.objective.needs import Needs
 from opdkit.run.plan.devices import Device
 from opdkit.run.plan.memory import Step, scored, trained, trained_width
@@ -118,18 +117,16 @@ def body(run: Run, shape: Shape, tokens: float, pairs: float) -> float:
     )
 
 
-def head(run: Run, method: Method, shape: Shape, positions: float) -> tuple[float, float]:
+def head(run: Run, shape: Shape, positions: float) -> tuple[float, float]:
     """Of the student's head at so many positions: in the type of the other products, and in float32
     (all of them with `head_dtype`; else in float32 runs the head's own gradient).
     """
-    once = 2 * shape.head * positions
-    forwards = 1 + any(isinstance(term.loss, RolloutLoss) for term in method.objective.terms)
-    own = 0 if run.lora else 1
+    once, own = 2 * shape.head * positions, 0 if run.lora else 1
     if run.dtype != "bfloat16":
-        return once * (forwards + 1), once * own
+        return 2 * once, once * own
     if run.head_dtype == "float32":
-        return 0, once * (forwards + 1 + own)
-    return once * (forwards + 2 * (1 + own)), 0  # a slope is multiplied as two 16-bit numbers
+        return 0, once * (2 + own)
+    return once * (1 + 2 * (1 + own)), 0  # a slope is multiplied as two 16-bit numbers
 
 
 # ------------------------------------------------------------------------------------------- phases
@@ -206,7 +203,7 @@ def scoring(
     needs, seconds, operations = method.needs, 0.0, 0.0
     here = [*scored(run, method, models), *(held for held in models if held.where == ENGINE)]
     for held in here:
-        reads_numbers = bool(needs.of(held.kind) - {VocabularyFact(held.kind)})
+        reads_numbers = any(fact.read_from != "loss" for fact in needs.of(held.kind))
         work = (
             forward(held.shaped, load.tokens, load.pairs)
             + 2 * held.shaped.head * load.written * reads_numbers
@@ -228,7 +225,7 @@ def learning(
     """The student's passes with gradient, and the optimiser."""
     student = models[0]
     shape = student.shaped
-    products, own = head(run, method, shape, load.written)
+    products, own = head(run, shape, load.written)
     whole = sum(
         held.share * 2 * held.shaped.head * load.written
         for held in models[1:]

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError
 from opdkit.data import Prompts
-from opdkit.models.body import shared_vocabulary
+from opdkit.models.body import kept_rows, shared_vocabulary
 from opdkit.models.layout import Layout
+from opdkit.models.limits import context_limit
 from opdkit.models.token_bytes import TokenBytes, same_tokens, token_bytes
-from opdkit.models.tokenizers import real_vocabulary
+from opdkit.models.tokenizers import answer_end
 from opdkit.objective.alignment import EOS, OUT, AlignedSource, Alignment
 from opdkit.objective.head import Head, flat_positions
-from opdkit.teachers.base import Scorer, cut, heads_of
+from opdkit.teachers.base import Scorer, cut, heads_of, reads_of
 from opdkit.types import Rollout
 
 
@@ -37,6 +38,10 @@ class SameTokenizer:
     @property
     def heads(self) -> Sequence[Head]:
         return heads_of(self.scorer)
+
+    @property
+    def reads(self) -> int | None:
+        return reads_of(self.scorer)
 
     def cut(self, vocab: int | None) -> SameTokenizer:
         return SameTokenizer(cut(self.scorer, vocab), self.stops)
@@ -70,7 +75,7 @@ class Translated:
     student: TokenBytes
     teacher: TokenBytes
     stops: frozenset[int]  # the student's ends of sequence
-    eos: tuple[int | None, int | None]  # the usual one of student and teacher
+    eos: tuple[int | None, int | None]  # with which student and teacher close an answer
     prompt: Callable[[Rollout], list[int]]
     limit: int | None = None  # tokens that the teacher can read
 
@@ -161,7 +166,8 @@ def as_span_teacher(
     """
     if theirs is None:
         return SameTokenizer(local, frozenset(stops))
-    own = cut(local, shared_vocabulary([local.head], real_vocabulary(theirs)))
+    heads = [local.head]
+    own = cut(local, kept_rows(heads, shared_vocabulary(heads, theirs)))
     return translated(own, student, theirs, stops, questions)
 
 
@@ -179,8 +185,8 @@ def translated(
     def prompt(rollout: Rollout) -> list[int]:
         return Prompts([rollout.row], tokenizer, **asked)[0].tokens
 
-    limit = getattr(scorer.model.config.get_text_config(), "max_position_embeddings", None)
-    eos = student.eos_token_id, tokenizer.eos_token_id
+    limit = context_limit(scorer.model.config)
+    eos = answer_end(student, bool(asked["chat"])), answer_end(tokenizer, bool(asked["chat"]))
     return Translated(
         scorer,
         tokenizer,

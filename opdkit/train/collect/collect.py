@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opdkit.base.clock import Clock
 from opdkit.curricula import Memory, StepContext
@@ -34,21 +35,30 @@ def collect(
 ) -> Collected:
     """The rollouts of step number `step` (from 0) of `total_steps`."""
     written: list[Rollout] = []
+    asked: Counter[str] = Counter()  # responses to each prompt so far
+
+    def numbered(prompt: Prompt, count: int) -> Prompt:
+        asked[prompt.id] += count
+        return replace(prompt, number=asked[prompt.id] - count)
 
     def sample(prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         made = collector.sampler.sample(
-            prompts, sampling, seed=collector.seed, step=step, policy_version=student.updates
+            [numbered(prompt, sampling.num_generations) for prompt in prompts],
+            sampling,
+            seed=collector.seed,
+            step=step,
+            policy_version=student.updates,
         )
         written.extend(made)
         return made
 
     def scored() -> list[Rollout]:
         """Rollouts of the next prompts, with rewards."""
-        taken = collector.stream.take(min(collector.prompts_per_step, len(collector.prompts)))
+        taken = collector.stream.take(collector.prompts_per_step)
         at = {collector.prompts[i].id: i for i in taken}
         with clock("sample"):
             context = StepContext(
-                prompts=tuple(collector.prompts[i] for i in at.values()),
+                prompts=tuple(collector.prompts[i] for i in taken),
                 sampling=collector.sampling,
                 step=step,
                 total_steps=total_steps,
@@ -73,4 +83,4 @@ def collect(
         return last(filtered(before), lambda: filtered(before))
 
     rollouts = filtered(collector.filters)
-    return Collected(rollouts, sum(len(r.tokens) - sum(r.marks.get("guided", ())) for r in written))
+    return Collected(rollouts, sum(sum(r.drawn) for r in written))

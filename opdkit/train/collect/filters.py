@@ -31,7 +31,7 @@ class DynamicSampling:
 
     def __call__(self, rollouts: list[Rollout], more: Draw) -> list[Rollout]:
         rollouts, rounds = informative(rollouts), 1
-        while (found := len({r.group for r in rollouts})) < self.wanted:
+        while (found := len({r.question for r in rollouts})) < self.wanted:
             if rounds == ROUNDS:
                 raise UserError(
                     f"dynamic sampling found {found} prompts of {self.wanted} with both right and "
@@ -39,15 +39,15 @@ class DynamicSampling:
                     "for this student, or num_generations too small. Change one of them, or "
                     "dynamic_sampling=false"
                 )
-            known = {r.group for r in rollouts}
-            rollouts += [r for r in informative(more()) if r.group not in known]
+            known = {r.question for r in rollouts}
+            rollouts += [r for r in informative(more()) if r.question not in known]
             rounds += 1
-        keep = list(dict.fromkeys(r.group for r in rollouts))[: self.wanted]
-        return [r for r in rollouts if r.group in keep]
+        keep = list(dict.fromkeys(r.question for r in rollouts))[: self.wanted]
+        return [r for r in rollouts if r.question in keep]
 
 
 def informative(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Dynamic sampling's rule: the rollouts of prompts that some of them solved and some did not.
+    """Dynamic sampling's rule: the groups of which some rollouts are right and some are not.
 
     All right or all wrong, a group's advantages are zero. Accuracy decides, not reward, which
     shaping may have moved.

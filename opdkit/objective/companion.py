@@ -1,0 +1,238 @@
+"""State beside the student: critics, copies of the student, controllers, running statistics.
+
+A `Companion` is a frozen dataclass that says what there is, and its own key: what reads it asks for
+it by that value. Its state is built once, changes after each optimiser step, and is saved with the
+student. No other file asks which companions there are.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opdkit.base.errors import UserError
+from opdkit.types import Rollout, row_keys
+
+
+@dataclass(frozen=True)
+class Around:
+    """What there is when a companion is built."""
+
+    # width H of a model's hidden states by name, "student" or another in this process
+    width: Callable[[str], int]
+    device: torch.device
+    dtype: torch.dtype  # of the numbers that losses and signals compute in
+    seed: int = 0
+    model: Any = None  # the student; None where a formula runs on plain logits
+    # a model of the student's kind as one that scores rollouts, as the run would score with it
+    scorer: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """An optimiser step that was taken."""
+
+    batch: Any  # objective.batch.Batch: the facts of the step's rollouts
+    mask: Tensor  # [B, T] bool: the tokens that this optimiser step trained
+    rollouts: Sequence[Rollout] = ()  # B
+    updates: int = 1  # optimiser steps of the run, this one included
+    model: Any = None  # the student after it; None where a formula runs on plain logits
+
+
+class CompanionState(ABC):
+    """What a companion is in a run. An `nn.Module` may be one: `class Mine(nn.Module,
+    CompanionState)`.
+
+    With a method `source(layout, positions)` it is a model that scores rollouts (see
+    `teachers.base`), under its companion's name.
+    """
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Those that a loss computes with and that learn, of any shape [...].
+
+        Their gradients are added up over the micro-batches of an optimiser step, as the student's
+        are, and cleared behind it.
+        """
+        return ()
+
+    def after_step(self, stepped: Stepped) -> None:
+        """Called once after each optimiser step of the student."""
+        return
+
+    @abstractmethod
+    def state_dict(self) -> Mapping[str, Any]:
+        """All that changes in a run: tensors, numbers, texts, and lists and dicts of these."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Any) -> Any:
+        """Continue from what `state_dict` returned."""
+
+
+class Companion(ABC):
+    """Says what stands beside the student. Subclasses are frozen dataclasses; a loss may be one for
+    itself.
+    """
+
+    # The name under which a formula reads it, where it is a model: LogRatio("ema", "student").
+    model = ""
+
+    @property
+    def copies(self) -> int:
+        """How many copies of the weights that learn it holds, for estimates of memory; a model is
+        taken to hold one.
+        """
+        return int(bool(self.model))
+
+    @abstractmethod
+    def build(self, around: Around) -> CompanionState:
+        """Its state at the start of a run. Random numbers are keyed: it starts the same always."""
+
+
+class Trained(CompanionState):
+    """A module with an AdamW of its own, which steps when the student's has; call it as the module.
+
+    It computes in its own dtype, whatever the student's products are in.
+    """
+
+    def __init__(self, module: nn.Module, learning_rate: float, **optim: Any):
+        self.module = module
+        self.optimiser = torch.optim.AdamW(
+            module.parameters(), lr=learning_rate, **{"weight_decay": 0.0, **optim}
+        )
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """[...]: what the module makes of inputs [...]."""
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return self.module(*inputs)
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Of the module, of any shape [...]."""
+        return self.module.parameters()
+
+    def after_step(self, stepped: Stepped) -> None:
+        self.optimiser.step()
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.module.load_state_dict(state["module"])
+        self.optimiser.load_state_dict(state["optimiser"])
+
+
+class Companions(Mapping[Companion, CompanionState]):
+    """The companions of a run, each with its state."""
+
+    def __init__(self, built: Mapping[Companion, CompanionState] | None = None):
+        self.built = dict(built or {})
+
+    @staticmethod
+    def build(companions: Iterable[Companion], around: Around) -> Companions:
+        """Builds each once; the random state is left as it was."""
+        asked = sorted(set(companions), key=repr)
+        if twice := {a for a, b in pairwise(asked) if repr(a) == repr(b)}:
+            raise UserError(
+                f"two companions are both written {twice.pop()!r}, so their saved states could not "
+                "be told apart: give one of the classes another name"
+            )
+        made: dict[Companion, CompanionState] = {}
+        devices = [around.device] if around.device.type == "cuda" else []
+        for companion in asked:
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(int(row_keys([f"companion {around.seed} {companion!r}"])))
+                made[companion] = companion.build(around)
+        built = Companions(made)
+        built.state_dict()  # what could not be saved is an error now
+        return built
+
+    def __getitem__(self, companion: Companion) -> CompanionState:
+        return self.built[companion]
+
+    def __iter__(self) -> Iterator[Companion]:
+        return iter(self.built)
+
+    def __len__(self) -> int:
+        return len(self.built)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All that learn with the losses, of any shape [...]."""
+        return [p for state in self.values() for p in state.parameters() if p.requires_grad]
+
+    @property
+    def scorers(self) -> dict[str, Any]:
+        """Those that are models, by name."""
+        found = {spec.model: (spec, state) for spec, state in self.items() if spec.model}
+        for name, (spec, state) in found.items():
+            if not hasattr(state, "source"):
+                raise UserError(
+                    f"{spec} calls itself the model {name!r}, but what it builds "
+                    f"({type(state).__name__}) has no `source(layout, positions)` to be read "
+                    "through: around.scorer(model).source is one"
+                )
+        return {name: state for name, (_, state) in found.items()}
+
+    def refuse_broken(self) -> None:
+        """The error where a gradient is not finite, before anything is moved."""
+        for companion, state in self.items():
+            slopes = [p.grad for p in state.parameters() if p.grad is not None]
+            if slopes and not bool(torch.stack([g.isfinite().all() for g in slopes]).all()):
+                raise UserError(
+                    f"the gradient of {companion} is not finite though the loss is: nothing was "
+                    "moved. Lower its learning rate, or bound what its loss aims at"
+                )
+
+    def after_step(self, stepped: Stepped) -> None:
+        """Tells all of an optimiser step, and clears their gradients."""
+        for state in self.values():
+            state.after_step(stepped)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of each, by how it is written."""
+        states = {repr(companion): state.state_dict() for companion, state in self.items()}
+        for name, state in states.items():
+            _refuse_strange(name, state)
+        return states
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; refused where those are others."""
+        mine = {repr(companion): state for companion, state in self.items()}
+        if set(mine) != set(saved):
+            raise UserError(
+                f"it holds the state of {_listed(saved)}, and this run has {_listed(mine)} beside "
+                "its student"
+            )
+        for name, state in mine.items():
+            try:
+                state.load_state_dict(saved[name])
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                raise UserError(
+                    f"its state of {name} is not one that it can continue from ({error})"
+                ) from error
+
+
+def _refuse_strange(companion: str, value: Any) -> None:
+    """What a checkpoint does not hold: it is read again without running any code."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            _refuse_strange(companion, part)
+    elif not isinstance(value, (Tensor, bool, int, float, str, NoneType)):
+        raise UserError(
+            f"the state of {companion} holds a {type(value).__name__}, which checkpoints do not: "
+            "state_dict() is made of tensors, numbers, texts, and lists and dicts of these"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"

@@ -1,0 +1,123 @@
+"""A prompt that a step takes more than once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from opdkit.base.clock import Clock
+from opdkit.curricula import Writer
+from opdkit.curricula.cached import CacheWriter
+from opdkit.curricula.data import DataWriter
+from opdkit.curricula.prefix import GuidedWriter
+from opdkit.curricula.student import StudentWriter
+from opdkit.data import PromptStream
+from opdkit.sampling import HFSampler
+from opdkit.train.collect.collect import collect
+from opdkit.train.collect.collector import Collector
+from opdkit.train.collect.filters import DynamicSampling, Filter
+from opdkit.train.settings import Optim
+from opdkit.train.student import Student
+from opdkit.types import Prompt, Rollout, Sampling
+from tests.common.tiny import tiny_model, tiny_tokenizer
+
+GENERATIONS = 2
+STUDENT = StudentWriter()
+
+
+class Asked(list[Prompt]):
+    """Prompts with the same reference response to each."""
+
+    def response_tokens(self, index: int) -> list[int]:
+        return [5, 6, 7, 8]
+
+
+class Stored:
+    def rollouts(self, prompt: Prompt) -> list[Rollout]:
+        return [Rollout(f"{prompt.id}/0", prompt.tokens, [5], [True], [-1.0], [-1.0], prompt.id)]
+
+
+@pytest.fixture(scope="module")
+def student() -> Student:
+    return Student(tiny_model(), Optim(), 1e-3, 1)
+
+
+def step_of(
+    student: Student,
+    size: int,
+    per_step: int,
+    writer: Writer = STUDENT,
+    skipped: int = 0,
+    filters: Sequence[Filter] = (),
+    reward: Any = None,
+) -> list[Rollout]:
+    """The rollouts of a step that takes `per_step` prompts of `size`, `skipped` into an epoch."""
+    stream = PromptStream(size)
+    stream.take(skipped)
+    collector = Collector(
+        writer=writer,
+        sampler=HFSampler(student.model, tiny_tokenizer()),
+        prompts=Asked(Prompt(f"p{i}", [5 + i, 6]) for i in range(size)),
+        stream=stream,
+        sampling=Sampling(max_completion_length=6, num_generations=GENERATIONS),
+        prompts_per_step=per_step,
+        reward=reward,
+        filters=tuple(filters),
+        stored=Stored(),
+    )
+    clock = Clock(torch.device("cpu"))
+    return collect(collector, student, clock, step=3, total_steps=9, memory={}).rollouts
+
+
+def test_every_drawing_has_responses_of_its_own(student: Student) -> None:
+    """Five prompts of two: each twice, one a third time; ids go on counting, and the group stays.
+
+    The first responses are those of a step that takes each once.
+    """
+    rollouts = step_of(student, 2, 5)
+    by_prompt = {g: [r for r in rollouts if r.group == g] for g in ("p0", "p1")}
+    assert sorted(map(len, by_prompt.values())) == [2 * GENERATIONS, 3 * GENERATIONS]
+    for group, mine in by_prompt.items():
+        assert [r.id for r in mine] == [f"3/{group}/{n}" for n in range(len(mine))]
+        assert len({tuple(r.tokens) for r in mine}) == len(mine)
+    once = {r.id: r.tokens for r in step_of(student, 2, 2)}
+    assert once.items() <= {r.id: r.tokens for r in rollouts}.items()
+    assert step_of(student, 2, 5) == rollouts  # as in a resumed run
+
+
+def test_a_prompt_on_both_sides_of_an_epochs_end_is_asked_twice(student: Student) -> None:
+    """Somewhere a step of two prompts takes the last of an epoch of three and the same as the first
+    of the next.
+    """
+    twice = []
+    for epoch in range(20):
+        rollouts = step_of(student, 3, 2, skipped=3 * epoch + 2)
+        assert len({r.id for r in rollouts}) == len(rollouts) == 2 * GENERATIONS
+        twice += [rollouts] if len({r.group for r in rollouts}) == 1 else []
+    assert twice and all(len({tuple(r.tokens) for r in mine}) == 4 for mine in twice)
+
+
+def test_guided_rollouts_of_a_prompt_that_comes_twice(student: Student) -> None:
+    rollouts = step_of(student, 1, 2, GuidedWriter(3))
+    plain = [f"3/p0/{n}" for n in range(2 * GENERATIONS)]
+    assert [r.id for r in rollouts] == plain + [f"3/p0:guided/{n}" for n in range(6)]
+
+
+@pytest.mark.parametrize("writer", [DataWriter(), CacheWriter()])
+def test_responses_that_are_there_already_come_once(student: Student, writer: Writer) -> None:
+    assert len(step_of(student, 2, 5, writer)) == 2
+
+
+def test_dynamic_sampling_that_draws_a_prompt_again_gets_other_responses(student: Student) -> None:
+    """One prompt, whose first two responses are wrong and whose third is right: the next drawing
+    makes it informative, which the same responses again never would.
+    """
+
+    def third(rollout: Rollout) -> float:
+        return float(rollout.id == "3/p0/2")
+
+    rollouts = step_of(student, 1, 1, filters=[DynamicSampling(1)], reward=third)
+    assert [(r.id, r.correct) for r in rollouts] == [("3/p0/2", True), ("3/p0/3", False)]

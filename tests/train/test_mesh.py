@@ -1,0 +1,178 @@
+"""Several processes, here as threads: each scores and learns its own tokens, and together they find
+the gradient and the numbers of one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opdkit.methods.method import load, methods
+from opdkit.objective import Batch, LogpAtFact, Objective, PolicyGradient, Signal, TopFact
+from opdkit.objective.alignment import AlignedSource, Alignment
+from opdkit.objective.head import Head, Source, flat_positions, learn
+from opdkit.objective.needs import needs
+from opdkit.testing import fabricate
+from opdkit.train.gather import gather
+from opdkit.train.mesh import ALONE, by_length
+from opdkit.types import Rollout
+
+B, T, V = 6, 7, 131
+LENGTHS = (7, 4, 1, 6, 7, 3)
+
+
+class Together:
+    """The threads' common ground: what each has put there, once all have."""
+
+    def __init__(self, size: int):
+        self.size, self.barrier, self.held = size, threading.Barrier(size), [None] * size
+
+    def every(self, rank: int, thing: Any) -> list[Any]:
+        self.barrier.wait(20)
+        self.held[rank] = thing
+        self.barrier.wait(20)
+        return list(self.held)
+
+
+class Thread:
+    """A mesh whose processes are threads."""
+
+    def __init__(self, rank: int, common: Together):
+        self.rank, self.size, self.common = rank, common.size, common
+
+    def mine(self, rollouts: list[Rollout], width: int) -> Tensor:
+        owner = torch.tensor(by_length(rollouts, self.size))
+        return (owner == self.rank)[:, None].expand(-1, width)
+
+    def total(self, values: Tensor) -> Tensor:
+        return sum(self.common.every(self.rank, values))  # type: ignore[return-value]
+
+    def every(self, thing: Any) -> list[Any]:
+        return self.common.every(self.rank, thing)
+
+
+def on_each(size: int, work: Callable[[Any], Any]) -> list[Any]:
+    common = Together(size)
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(work, [Thread(rank, common) for rank in range(size)]))
+
+
+class Known:
+    """A model by its logits [B, T, V]; `asked` are the positions it was run at."""
+
+    def __init__(self, logits: Tensor, shared: bool):
+        self.logits, self.shared, self.asked = logits.flatten(0, 1), shared, []
+
+    def source(self, layout: Any, positions: Tensor) -> Any:
+        self.asked += positions.tolist()
+        index = torch.full((B * T,), -1)
+        index[positions] = torch.arange(len(positions))
+        own = Source(self.logits[positions], index, Head())
+        ends = torch.arange(T).expand(B, -1)
+        tokens = torch.zeros(B, T, dtype=torch.int64)
+        return (
+            AlignedSource(own, Alignment(tokens, ends, ends, shared=True)) if self.shared else own
+        )
+
+
+def step(objective: Objective, fresh: bool = True) -> tuple[list[Rollout], dict[str, Tensor]]:
+    """Rollouts and the logits of every model that the objective reads."""
+    case = fabricate(objective)
+    others = {k: v if v.shape[-1] == V else case.student.flip(0) for k, v in case.models.items()}
+    logits = {"student": case.student, "live": case.student, **others}
+    logps = case.student.log_softmax(-1).gather(-1, case.tokens[..., None])[..., 0]
+    rollouts = []
+    for b, n in enumerate(LENGTHS):
+        logp = logps[b, :n].tolist()
+        marks = {k: torch.as_tensor(v)[b, :n].tolist() for k, v in case.marks.items()}
+        rollouts.append(
+            Rollout(
+                id=f"0/{b // 3}/{b % 3}", prompt=[1] * (b + 1), tokens=case.tokens[b, :n].tolist(),
+                trained=[True] * n, logp=logp, drawn_logp=logp, group=str(b // 3),
+                reward=float(b in (0, 2, 5)), correct=b in (0, 2, 5), marks=marks,
+                policy_version=0 if fresh else -1,
+            )
+        )  # fmt: skip
+    return rollouts, logits
+
+
+def learned(objective: Objective, mesh: Any, rollouts: list[Rollout], logits: Any) -> Any:
+    """What one process finds: the gradient [B * T, V] of its tokens, the facts, whom it asked."""
+    wanted = needs(objective)
+    scorers = {m: Known(x, m == "teacher" and wanted.spans(m)) for m, x in logits.items()}
+    batch = gather(
+        rollouts, wanted, scorers, step=3, total_steps=10, dtype=torch.float64, mesh=mesh
+    )
+    plan = objective.plan(batch)
+    leaf = logits["student"].flatten(0, 1).clone().requires_grad_()
+    at = flat_positions(plan.selected if batch.mine is None else plan.selected & batch.mine)
+    out = learn(plan, at, leaf[at], Head())
+    (grad,) = torch.autograd.grad(out.loss, leaf) if len(at) else (torch.zeros_like(leaf),)
+    return grad, out.loss.detach(), batch, scorers
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("name", [*methods(), "grpo(loss=gspo)", "tip(selection=sample)"])
+def test_the_gradient_of_several_is_that_of_one(name: str, fresh: bool) -> None:
+    objective = load(name).objective
+    rollouts, logits = step(objective, fresh)
+    whole, loss, batch, alone = learned(objective, ALONE, rollouts, logits)
+    for size in (2, 3):
+        parts = on_each(size, lambda mesh: learned(objective, mesh, rollouts, logits))
+        grad = sum(part[0] for part in parts)
+        assert (grad - whole).norm() <= 1e-12 * whole.norm() and whole.norm() > 0
+        assert abs(sum(part[1] for part in parts) - loss) <= 1e-12 * max(1, abs(loss))
+        for _, _, theirs, _ in parts:  # what is one number per token is known to all
+            for fact, values in batch.facts.items():
+                if not fact.shape:
+                    assert torch.allclose(theirs.facts[fact], values, 0, 1e-12, True), fact
+        for model, scorer in alone.items():  # each token is scored by one of them
+            asked = sorted(at for part in parts for at in part[3][model].asked)
+            assert asked == sorted(scorer.asked), model
+
+
+class Mass(Signal):
+    """[B, T]: the teacher's mass on its top 2; with `whole`, wrongly, its mean over the step."""
+
+    def __init__(self, whole: bool):
+        self.of = whole
+
+    def value(self, batch: Batch) -> Tensor:
+        batch.read(TopFact("teacher", 2))
+        mass = batch.read(LogpAtFact("teacher", "teacher", 2)).exp().sum(-1)
+        return mass.mean().view(1, 1) if self.of else mass
+
+
+def test_a_number_of_the_step_is_not_made_from_facts_that_are_not_shared() -> None:
+    for whole in (False, True):
+        signal = Mass(whole)
+        objective = Objective(PolicyGradient(load("opd").objective.terms[0].loss.credit) * signal)
+        rollouts, logits = step(objective)
+        one = learned(objective, ALONE, rollouts, logits)[0]
+
+        def together(mesh: Any, objective: Any = objective, at: Any = (rollouts, logits)) -> Any:
+            return learned(objective, mesh, *at)[0]
+
+        if whole:
+            with pytest.raises(ValueError, match=r"first make a signal \[B, T\] of it"):
+                on_each(2, together)
+        else:
+            assert (sum(on_each(2, together)) - one).norm() <= 1e-12 * one.norm()
+
+
+def test_the_longest_are_shared_out_first() -> None:
+    rollouts, _ = step(load("opd").objective)
+    owner = by_length(rollouts, 2)
+    loads = [
+        sum(len(r.prompt) + len(r.tokens) for r, o in zip(rollouts, owner) if o == rank)
+        for rank in (0, 1)
+    ]
+    assert sum(loads) == sum(LENGTHS) + 21 and abs(loads[0] - loads[1]) <= 3
+    assert by_length(rollouts, 1) == [0] * B == by_length(rollouts[::-1], 1)
+    assert ALONE.every(3) == [3] and bool(ALONE.mine(rollouts, T).all())
