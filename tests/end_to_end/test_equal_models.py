@@ -27,7 +27,7 @@ DIVERGENCES = (  # each built-in kind; one micro-batch and several
     "opd(kind='reverse_kl', support='student', k=8, rest='tail')",
     "opd(kind='jsd', support='union', k=8)",
     *("gkd(lmbda=1, beta=0.1)", "gkd(lmbda=1, beta=1)", "gkd(lmbda=1, beta=0)"),
-    "distillm",
+    "distillm(threshold=1)",
     "kl_mixing",
     "topk_opd",
     "uld",

@@ -412,7 +412,7 @@ def test_a_copy_of_the_student_takes_what_learns_once_more_and_a_pass(
     assert parts["two moments of AdamW"]["learn"] == 2 * size
     assert [(m.role, m.own) for m in made.models] == [("student", True), ("ema", False)]
     assert not any("ema weights" in name for name in parts)
-    assert "one pass of ema" in {phase.says for phase in made.phases}
+    assert "one pass of student, ema" in {phase.says for phase in made.phases}
 
 
 def test_a_shared_checkpoint_is_loaded_once() -> None:
