@@ -40,7 +40,7 @@ class Identity:
 
 def identify(model: str) -> Identity:
     """The identity of a checkpoint: a folder, or a hub name whose files have been downloaded."""
-    folder = _folder(model)
+    folder = folder_of(model)
     return Identity(model, None if folder is None else checkpoint_digest(folder))
 
 
@@ -140,7 +140,7 @@ def _tensors(path: Path) -> list[tuple[str, bytes]]:
     return out
 
 
-def _folder(model: str) -> Path | None:
+def folder_of(model: str) -> Path | None:
     """Where the files of a model are on this machine."""
     path = Path(model).expanduser()
     if path.is_dir():

@@ -15,6 +15,7 @@ from opdkit.base.errors import UserError, nearest
 from opdkit.models.adapters import base_of, with_adapters_of
 from opdkit.models.files import damages
 from opdkit.models.offload import enough_memory
+from opdkit.models.precision import widen
 from opdkit.models.quantize import config_for, left_whole, quantized, same_when_training
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_at
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """A number type by its name in settings; None stays."""
+    return None if name is None else DTYPES[name]
+
 
 # ------------------------------------------------------------------------------------------ loading
 
@@ -129,12 +136,13 @@ def load_advised(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     quantize: str | None = None,
+    head: bool = False,
 ) -> CausalLM:
-    """A model of a run by name; where the device's memory does not suffice, `advice` says what
-    would take less.
+    """A model of a run by name, its vectors and, where asked for, its head widened (`precision`);
+    where the device's memory does not suffice, `advice` says what would take less.
     """
     with enough_memory(f"{name} was loaded", advice):
-        return load_model(
+        model = load_model(
             name,
             dtype=dtype,
             device=device,
@@ -142,6 +150,8 @@ def load_advised(
             attn_implementation=attn_implementation,
             quantize=quantize,
         )
+    widen(model, name, head)
+    return model
 
 
 def take_loaded(

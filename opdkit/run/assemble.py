@@ -174,7 +174,7 @@ def make_evaluator(
     sampler: Sampler = opened.sampler
     if writer is not None and odd_layers(opened.student.model):
         sampler = writer
-    return Evaluator(run, sampler, prompts, asked.reward, opened.student, opened.tokenizer)
+    return Evaluator(run, sampler, prompts, asked.reward, opened.tokenizer)
 
 
 def make_held_out(run: Run, asked: Asked, opened: Opened, evaluator: Evaluator | None) -> HeldOut:

@@ -15,6 +15,7 @@ from opdkit.eval import EvalResult, evaluate_model
 from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.models.device import device_of
 from opdkit.models.load import load_model, load_tokenizer
+from opdkit.models.precision import widen
 from opdkit.rewards import load_reward
 from opdkit.run.prompts import make_prompts, read_rows
 from opdkit.run.settings import Data
@@ -35,6 +36,8 @@ def open_sampler(
     loaded = load_model(
         model, dtype=dtype, device=device_of(device), trust_remote_code=trust_remote_code
     )
+    if isinstance(model, str):
+        widen(loaded, model)
     named = tokenizer if tokenizer is not None else model
     if not isinstance(named, str) and not hasattr(named, "decode"):
         raise UserError("a loaded model comes without its tokenizer: pass tokenizer=")

@@ -57,6 +57,11 @@ RUN: Rules = {
         f"one of {', '.join(DTYPES)}",
         "it is that of the student's matrix products",
     ),
+    "head_dtype": (
+        lambda dtype: dtype in (None, "float32"),
+        "float32, or null for that of the other products",
+        "it is that of the heads' products",
+    ),
     "attn_implementation": (
         lambda attention: attention in (None, *ATTENTION),
         f"one of {', '.join(ATTENTION)}, or null for the usual one",
@@ -177,6 +182,9 @@ class Run:
     # of the student's matrix products: float32, or bfloat16 with float32 weights
     dtype: str = "float32"
     teacher_dtype: str | None = None  # null: as the student
+    # float32: hidden states and head are multiplied as they are, whatever the other products are
+    # in (null: as these)
+    head_dtype: str | None = None
     device: str = "auto"
     # of models in this process: eager, sdpa, flash_attention_2, flash_attention_3 or flex_attention
     # (null: transformers' choice, and eager where a model caps its attention scores)
@@ -189,7 +197,7 @@ class Run:
     # device)
     micro_batch_tokens: int | None = None
     # score rollouts with the trainer, whatever the sampler said (null: where another engine
-    # sampled)
+    # sampled, and in bfloat16)
     recompute_student: bool | None = None
     # take ratios to the distribution tokens were drawn from (temperature, top_p ...)
     correct_sampling: bool = False
@@ -203,6 +211,11 @@ class Run:
 
     def __post_init__(self) -> None:
         follow(RUN, self)
+        if self.head_dtype is not None and self.dtype == "float64":
+            raise ValueError(
+                f"head_dtype={self.head_dtype} goes with dtype float32 or bfloat16: it is for a "
+                "head that is more exact than the other products"
+            )
         check_sampling(self.sampling)
         teacher_of(self.teacher)  # a wrong setting is an error here, before anything else is done
         sampler_of(self.sampler)
@@ -222,13 +235,11 @@ class Run:
     @property
     def recomputes_student(self) -> bool:
         """Whether the trainer scores the rollouts: another engine's log-probs are those of other
-        arithmetic.
+        arithmetic, and in bfloat16 so are those of a token at a time.
         """
-        return (
-            not self.sampler_settings.on_student
-            if self.recompute_student is None
-            else self.recompute_student
-        )
+        if self.recompute_student is not None:
+            return self.recompute_student
+        return self.dtype == "bfloat16" or not self.sampler_settings.on_student
 
     @property
     def method_spec(self) -> MethodSpec:

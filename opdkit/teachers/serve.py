@@ -18,6 +18,7 @@ from opdkit.base.interrupt import SIGNALS
 from opdkit.models.body import check_head, head_of
 from opdkit.models.device import device_of
 from opdkit.models.load import load_model, load_tokenizer
+from opdkit.models.precision import widen
 from opdkit.models.tokenizers import usable
 from opdkit.teachers import protocol
 from opdkit.teachers.gate import BadRequest, Deadlines, Room, is_own, own_names
@@ -322,6 +323,7 @@ def serve(
         )
     device = device_of(device)
     loaded = load_model(model, dtype, device, trust_remote_code)
+    widen(loaded, model)
     tokenizer = load_tokenizer(model, trust_remote_code)
     server = make_server(loaded, tokenizer, name or model, host, port, max_batch_tokens, host_names)
     where = f"http://{host if ':' not in host else f'[{host}]'}:{server.server_address[1]}"

@@ -61,12 +61,8 @@ class Probe:
     def expected(self) -> Tensor:
         """[N]: the trainer's log-probs of all tokens but the first of each sequence."""
         device = next(self.model.parameters()).device
-        half = self.dtype != torch.float32
         ids = pad_sequence([torch.tensor(s) for s in self.sequences], batch_first=True).to(device)
-        with (
-            evaluating(self.model),
-            torch.autocast(device.type, self.dtype if half else None, enabled=half),
-        ):
+        with evaluating(self.model):
             hidden = hidden_states(self.model, ids, None)
             logps = [
                 self.head.logits(hidden[i, : len(s) - 1])
