@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-vllm quickstart test test-kernels test-slow test-peer test-vllm test-hostile bench lint clean
+.PHONY: install install-vllm quickstart test test-kernels test-slow test-hostile test-peer test-vllm bench lint clean
 
 install: .venv/installed
 
@@ -36,9 +36,9 @@ test-vllm: install-vllm
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
 
-# Malformed input, changed resumes, kills, two processes on one folder; prints how many were right.
+# Malformed inputs, resumes, pairs of processes, kills, faults, sandbox attempts; prints its figures.
 test-hostile: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m hostile tests/hostile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m hostile tests/hostile $(ARGS)
 
 test-peer: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0

@@ -77,6 +77,20 @@ class Probe:
             ]
         return torch.cat(logps).cpu()
 
+    def repeat(self, engine: Sequence[Tensor], who: str) -> None:
+        """An error where an engine's log-probs, [T - 1] of each sequence of T tokens, are not those
+        of the last check: it holds other weights than it was sent.
+        """
+        assert self._engine is not None
+        gap = float((torch.cat(list(engine)).float().cpu() - self._engine).abs().mean())
+        if not gap <= self.tolerance:
+            raise UserError(
+                f"{who} gives other log-probs of the probe than after the last step's weights were "
+                f"sent, by {gap:.3g} nats in the mean: it was started again, and lost them. "
+                "Nothing was learnt from this step; see to it that it stays up, and continue with "
+                "--resume"
+            )
+
     def check(self, engine: Sequence[Tensor], version: int, how: str) -> float:
         """Mean absolute difference of log-probs; an error where the engine does not follow the
         trainer.
