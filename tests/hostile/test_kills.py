@@ -24,7 +24,7 @@ KINDS: dict[str, tuple[str, ...]] = {  # of runs, with what they add to a plain 
     "replay": ("--method=distillm(threshold=0.7)",),
     "several updates": ("passes=2", "minibatches=2", "schedule=cosine"),
 }
-KILLS = {"train": 72, "overwrite": 12, "cache-teacher": 10, "compare": 10}
+KILLS = {"train": 96, "overwrite": 12, "cache-teacher": 10, "compare": 10}
 IN_A_ROW = 6  # kills of one run of a kind
 
 
@@ -57,7 +57,7 @@ class Kills:
         self.trials += 1
         command = first
         for _ in range(kills):
-            self.hit += Child(command, self.log()).kill(self.rng.uniform(0.02, seconds))
+            self.hit += Child(command, self.log()).kill(self.rng.uniform(0.02, 0.9 * seconds))
             command = again
         said = Child(command, self.log()).wait()
         if said.code or said.crashed:
@@ -89,7 +89,7 @@ def test_kills(shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     with capsys.disabled():
         print(f"\n{kills.hit} kills of {sum(KILLS.values())} hit a process at work; seed {seed}")
         report("killed and continued", kills.faults, kills.trials)
-    assert kills.hit >= 0.6 * sum(KILLS.values())
+    assert kills.hit >= 100
 
 
 def killed_training(kills: Kills, shop: Shop) -> None:
