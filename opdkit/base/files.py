@@ -78,6 +78,16 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """A folder, gone in one move: what an interruption leaves of it is no longer called so, and
+    `tidy` removes it.
+    """
+    going = path.with_name(PARTIAL + path.name)
+    shutil.rmtree(going, ignore_errors=True)
+    os.replace(path, going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
 def tidy(folder: Path) -> None:
     """Remove what an interruption left half written; what it was about to replace returns to its
     place.
@@ -102,6 +112,15 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def path_text(value: Any) -> Any:
+    """A path as text, alone or in a dictionary; anything else as it is."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value) is dict:
+        return {name: path_text(inner) for name, inner in value.items()}
+    return value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -144,10 +144,14 @@ def load_advised(
         )
 
 
-def take_loaded(model: CausalLM, device: str, quantize: str | None = None) -> CausalLM:
+def take_loaded(
+    model: CausalLM, device: str, quantize: str | None = None, dtype: str | None = None
+) -> CausalLM:
     """A model of a run that a caller hands over as an object, on the run's device.
 
-    Where its attention leaves out what its configuration says, it gets one that does not.
+    With `dtype` its weights are of that, as if it had been loaded by name: steps of a small
+    learning rate vanish in bfloat16. Where its attention leaves out what its configuration says, it
+    gets one that does not.
     """
     if quantize not in (None, quantized(model)):
         raise UserError(
@@ -155,6 +159,10 @@ def take_loaded(model: CausalLM, device: str, quantize: str | None = None) -> Ca
             "already: give its name instead of the object, or load it quantised"
         )
     same_when_training(model)
+    if dtype is not None and quantized(model) is None and model.dtype != DTYPES[dtype]:
+        before = str(model.dtype).removeprefix("torch.")
+        print(f"opdkit: the loaded student is {before}; it trains in {dtype}", file=sys.stderr)
+        model = model.to(DTYPES[dtype])
     used = model.config.get_text_config()._attn_implementation
     if used == "sdpa" and (needed := attention_for(model.config)) is not None:
         model.set_attn_implementation(needed)

@@ -15,6 +15,7 @@ from typing import Any
 
 from opdkit.base.errors import UserError
 from opdkit.base.progress import progress
+from opdkit.rewards.program import answer, continued, defines, programs
 from opdkit.rewards.sandbox import Calls, Limits, Prints, Sandbox, Verdict
 from opdkit.types import DataRow, Rollout
 
@@ -43,6 +44,8 @@ class Code:
     docs/rewards.md, also for what the sandbox holds against. limits: of each program. workers:
     programs at once; 0: one per core. challenge: MBPP's challenge_test_list too.
     """
+
+    confined = False  # only the programs are
 
     limits: Limits = field(default_factory=Limits)
     workers: int = 0
@@ -91,15 +94,9 @@ def _quiet(done: int) -> None:
 def case(rollout: Rollout, *, challenge: bool = False) -> Calls | Prints:
     """The response's program, and the row's tests of it."""
     try:
-        return _case(rollout.row, _answer(rollout.text), challenge)
+        return _case(rollout.row, answer(rollout.text), challenge)
     except UserError as error:
         raise UserError(f"rollout {rollout.id!r}: {error}") from error
-
-
-def _answer(text: str) -> str:
-    """What follows a model's thinking, its indentation kept."""
-    said = text.rpartition("</think>")[2]
-    return said if said.strip() else text
 
 
 def _case(row: DataRow, text: str, challenge: bool) -> Calls | Prints:
@@ -137,21 +134,25 @@ def _human_eval(row: DataRow, text: str) -> Calls:
     """
     entry, prompt = str(row["entry_point"]), row["prompt"] if _is_code(row.get("prompt")) else ""
     wanted = _loads(_parsed(entry))  # of Solution().solve, Solution
-    code = _program(text, wanted)
-    if _defines(code, wanted):
-        sources = [f"{_before(prompt, wanted)}\n{code}", code]
+    codes = programs(text, wanted)
+    if any(defines(code, wanted) for code in codes):
+        sources = [source for c in codes for source in (f"{_before(prompt, wanted)}\n{c}", c)]
     else:
         # it goes on in the function's body
-        code = text if re.match(r"\s*^[ \t]", text, flags=re.MULTILINE) else code
-        sources = [prompt + code, prompt + _indented(code)]
+        code = text if re.match(r"\s*^[ \t]", text, flags=re.MULTILINE) else codes[0]
+        sources = [prompt + way for way in continued(code)]
     return Calls(
-        tuple(sources), (f"check({entry})",), wanted, before=(prompt,), setup=(str(row["test"]),)
+        tuple(dict.fromkeys(sources)),
+        (f"check({entry})",),
+        wanted,
+        before=(prompt,),
+        setup=(str(row["test"]),),
     )
 
 
 def _asserts(row: DataRow, text: str, tests: tuple[str, ...], setup: tuple[str, ...]) -> Calls:
     plan = _plan(tests, setup, str(row.get("code") or ""))
-    return Calls((_program(text, plan.wanted),), plan.tests, plan.wanted, setup=plan.setup)
+    return Calls((*programs(text, plan.wanted),), plan.tests, plan.wanted, setup=plan.setup)
 
 
 def _input_output(row: DataRow, text: str) -> Calls | Prints:
@@ -170,7 +171,7 @@ def _input_output(row: DataRow, text: str) -> Calls | Prints:
             f"{str(given)[:100]!r}"
         )
     if name is None:
-        return Prints((_program(text, ()),), tuple(map(_text, inputs)), tuple(map(_text, outputs)))
+        return Prints((*programs(text, ()),), tuple(map(_text, inputs)), tuple(map(_text, outputs)))
     find = (
         f"try:\n    _function = Solution().{name}\nexcept (NameError, AttributeError):\n"
         f"    _function = {name}\n"
@@ -183,7 +184,7 @@ def _input_output(row: DataRow, text: str) -> Calls | Prints:
         f"assert _equal(_function(*{list(arguments)!r}), {result!r})" for arguments, result in pairs
     )
     wanted = (name, "Solution")
-    return Calls((_program(text, wanted),), tests, wanted, setup=(EQUAL, find))
+    return Calls((*programs(text, wanted),), tests, wanted, setup=(EQUAL, find))
 
 
 def _text(value: Any) -> str:
@@ -201,40 +202,6 @@ def _from_json(given: str, wanted: Any) -> tuple[list[Any], Any]:
         ) from error
 
 
-# -------------------------------------------------------------------------------------- the program
-
-
-def _program(text: str, wanted: tuple[str, ...]) -> str:
-    """The last fenced block that defines a wanted name, else the last block of Python, else the
-    text as it stands.
-    """
-    blocks = re.findall(
-        r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", text, flags=re.DOTALL | re.MULTILINE
-    )
-    python = [
-        code
-        for language, code in blocks
-        if code.strip() and language.lower() in ("", "python", "py", "python3")
-    ]
-    return next(
-        (code for code in reversed(python) if _defines(code, wanted)),
-        python[-1] if python else text,
-    )
-
-
-def _defines(code: str, names: Sequence[str]) -> bool:
-    """Whether one of the names is defined at the start of a line.
-
-    By its look: a model's text is not parsed in this process.
-    """
-    found = re.findall(
-        r"^(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|^(\w+)[ \t]*(?::[^=\n]*)?=(?!=)",
-        code,
-        flags=re.MULTILINE,
-    )
-    return any(a in names or b in names for a, b in found)
-
-
 def _before(prompt: str, names: Sequence[str]) -> str:
     """What stands in a prompt before the function to be written: imports, and functions to use."""
     found = [
@@ -244,12 +211,6 @@ def _before(prompt: str, names: Sequence[str]) -> str:
         for name in names
     ]
     return prompt[: min((match.start() for match in found if match), default=len(prompt))]
-
-
-def _indented(code: str) -> str:
-    """The body that a completion begins with, without what a model went on to write after it."""
-    after = re.search(r"^\S", code[1:], flags=re.MULTILINE)
-    return code[: after.start() + 1] if after else code
 
 
 # ---------------------------------------------------------------------------------------- the tests
@@ -349,7 +310,7 @@ def _names(body: list[ast.stmt], reference: str) -> tuple[tuple[str, ...], list[
     wanted = [
         n
         for n in free
-        if n not in modules and (not hasattr(builtins, n) or _defines(reference, [n]))
+        if n not in modules and (not hasattr(builtins, n) or defines(reference, [n]))
     ]
     # MBPP has functions to write that are named `sum` and `round`, and tests that call nothing
     # else.

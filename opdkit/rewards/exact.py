@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opdkit.rewards.extract import truth
+from opdkit.rewards.extract import after_thinking, truth
 from opdkit.types import Rollout
 
 
 @dataclass(frozen=True)
 class Exact:
-    """1.0 where the response equals row["answer"], white space around both aside."""
+    """1.0 where the response equals row["answer"], white space and thoughts aside."""
+
+    confined = False
 
     def __call__(self, rollout: Rollout) -> float:
-        return float(rollout.text.strip() == truth(rollout, "exact").strip())
+        return float(after_thinking(rollout.text) == truth(rollout, "exact").strip())

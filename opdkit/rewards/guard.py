@@ -8,13 +8,19 @@ inside one long multiplication.
 from __future__ import annotations
 
 import pickle
+import threading
+import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from opdkit.rewards.workers import ConfinedWork, cores
+from opdkit.rewards.workers import ConfinedWork, cores, unprotected
 
-SECONDS = 5.0  # for one call
+SECONDS = 2.0  # of a processor for one call, where calls do not hang; most take 0.1
+LEAST = 0.2  # where they do
+CALM = 60.0  # seconds after which half of the calls that hung are forgotten
+FALL = 0.25  # of that time, for each that hung
+MANY = 2.0  # calls that hung; no more are counted
 MOST = 8  # calls at once: each has a process of some 120 MiB
 
 
@@ -23,6 +29,31 @@ class Failed:
     """A call that raised, ran too long or took its process down."""
 
     why: str
+
+
+@dataclass
+class Patience:
+    """How long a call may take: less with each that hung, so that a batch of nothing but answers
+    that hang is through in a time that one can wait for.
+    """
+
+    hung: float = 0.0
+    since: float = field(default_factory=time.monotonic)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def seconds(self) -> float:
+        with self.lock:
+            now = time.monotonic()
+            self.hung *= 0.5 ** ((now - self.since) / CALM)
+            self.since = now
+            return max(LEAST, SECONDS * FALL**self.hung)
+
+    def one_hung(self) -> None:
+        with self.lock:
+            self.hung = min(self.hung + 1, MANY)
+
+
+_patience = Patience()
 
 
 @dataclass(frozen=True)
@@ -47,20 +78,29 @@ class Guard:
     @property
     def jail(self) -> ConfinedWork:
         return ConfinedWork(
-            "scores", self.reward, self.own, (self.library,), unprotected=self.unprotected
+            "scores",
+            self.reward,
+            unprotected(self.own),
+            (self.library,),
+            unprotected=self.unprotected,
         )
 
-    def __call__(self, *arguments: Any, seconds: float = SECONDS) -> Any:
+    def __call__(self, *arguments: Any, seconds: float | None = None) -> Any:
         """What the library's function in `jail/scores.py` returns, or `Failed`.
 
-        Threads may call at once.
+        Threads may call at once. seconds: of a processor; None: as `Patience` says.
         """
-        good, value = self.jail.ask(pickle.dumps((arguments, seconds)).hex())
+        allowed = _patience.seconds() if seconds is None else seconds
+        good, value = self.jail.ask(pickle.dumps((arguments, allowed)).hex())
+        if good is None and seconds is None:
+            _patience.one_hung()
         return value if good else Failed(value)
 
 
 class Guarded(ABC):
     """A reward that asks a library's scorer about responses."""
+
+    confined = False  # only the scorer is
 
     @property
     @abstractmethod

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from opdkit.base.errors import UserError
-from opdkit.rewards.extract import after_thinking, boxed, stated
+from opdkit.rewards.extract import after_thinking, boxed, stated, tagged
 from opdkit.rewards.guard import Failed, Guard, Guarded
 from opdkit.types import Rollout
 
@@ -21,10 +21,11 @@ class ReasoningGym(Guarded):
     whole response.
 
     Scorers run in a confined process, and may evaluate arithmetic only: see docs/rewards.md. Many
-    scorers pay a little for an answer of the right form, so a rollout is correct from
-    `correct_from` on, not above 0.
+    pay for an answer of the right form, or for being near: up to 0.95 for one that is the same for
+    every question. So what is below `correct_from` gets 0.0; partial: what the scorer gives.
     """
 
+    partial: bool = False
     correct_from: float = 0.99  # scorers give 1.0 for a right answer, some up to rounding
     unprotected: bool = False  # score also on a machine that cannot confine the scorers
 
@@ -35,11 +36,13 @@ class ReasoningGym(Guarded):
     def __call__(self, rollout: Rollout) -> float:
         task, config, entry = _entry(rollout)
         said = answer_in(rollout.text)
-        if not said or len(said) > LONGEST:
+        if said is None or len(said) > LONGEST:
             return 0.0
         value = self.guard(task, config, entry, said)
         if not isinstance(value, Failed):
-            return float(value)
+            # a scorer that calculates with what a model wrote may come to NaN
+            good = math.isfinite(value) and (self.partial or value >= self.correct_from)
+            return float(value) if good else 0.0
         # A scorer that fails on what a model wrote says that it is wrong; one that fails on its own
         # answer has a broken row.
         own = (
@@ -73,10 +76,13 @@ def _entry(rollout: Rollout) -> tuple[str, dict[str, Any], dict[str, Any]]:
     )
 
 
-def answer_in(text: str) -> str:
-    """What a response says its answer is."""
+def answer_in(text: str) -> str | None:
+    """What a response says its answer is; None where it says nothing.
+
+    Only <answer></answer> says that the answer is empty.
+    """
     text = after_thinking(text)
-    tagged = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
-    if tagged:
-        return tagged[-1].strip()
-    return (boxed(text) or stated(text) or text).strip()
+    said = tagged(text)
+    if said is not None:
+        return said
+    return (boxed(text) or stated(text) or text).strip() or None

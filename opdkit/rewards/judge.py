@@ -23,6 +23,7 @@ from opdkit.base.errors import UserError
 from opdkit.base.progress import progress
 from opdkit.models.engines.endpoint import Endpoint, Refused
 from opdkit.models.engines.exchange import addresses
+from opdkit.rewards.extract import outside_thoughts
 from opdkit.types import Rollout
 
 RUBRICS = {
@@ -67,7 +68,6 @@ LINES = {
     ),
     "verdict": re.compile(r"^\W*(?:final\s+)?verdict[\s:=*_]*(yes|no)\W*$", re.IGNORECASE),
 }
-THOUGHT = re.compile(r"^.*</think>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Judge:
     """Grades from 0 to 10 scaled to [0, 1] (scale: grade), or 1 for yes and 0 for no (scale:
     verdict).
     """
+
+    confined = False  # it asks a server
 
     urls: tuple[str, ...]
     model: str | None = None  # the name it is served under; null: the only one there
@@ -299,7 +301,7 @@ def read_verdict(said: str, scale: str) -> float | None:
     """The grade in [0, 1] of the last line that names one and nothing else; None where there is
     none. Thoughts do not count.
     """
-    for line in reversed(THOUGHT.sub("", said).splitlines()):
+    for line in reversed(outside_thoughts(said).splitlines()):
         if found := LINES[scale].match(line.strip()):
             if scale == "verdict":
                 return float(found[1].lower() == "yes")

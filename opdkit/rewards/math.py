@@ -7,34 +7,49 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from opdkit.rewards.extract import (
-    NUMBER,
     after_thinking,
+    before_next,
     boxed,
+    boxes,
     formula,
     hashed,
-    last_number,
+    listed,
     stated,
+    tagged,
     truth,
 )
+from opdkit.rewards.forms import copied, finished, stands_in
 from opdkit.rewards.guard import Guard, Guarded
+from opdkit.rewards.interval import interval, is_interval
+from opdkit.rewards.latex import spelt
 from opdkit.rewards.quantity import clean, quantity
+from opdkit.rewards.spoken import claimed, letter
 from opdkit.types import Rollout
 
 # characters of an expression that is handed to math-verify; a longer one counts as wrong
 LONGEST = 400
+LONG = 10_000  # of any answer
+# an answer in a base: 101_2
+_BASED = re.compile(r"([-+]?[0-9][0-9A-Fa-f]*)_\{?(\d+)\}?")
+# on the left of an answer's last "=": a name, a function's value, or a calculation; not an equation
+_NAMED = re.compile(r"(?!.*\d\s*[A-Za-z(])[^+*/^<>-]*|[^A-Za-z]*")
+_APPROX = re.compile(r"\\approx(?![a-z])")
 
 
 @dataclass(frozen=True)
 class Math(Guarded):
     r"""1.0 where the final answer equals row["answer"], else 0.0; cut responses are judged by what
-    they contain.
+    they contain, and what stands in a thought is no answer.
 
     The final answer is the first of these that a response has, the last one of its kind:
-    \boxed{...}; a line `#### ...`; "the answer is ..."; and then the last number (the last formula
-    or line, where the truth is not a number). Expressions are compared by math-verify in a confined
-    process: see docs/rewards.md. unprotected: also where none can be had.
+    \boxed{...}; a line `#### ...`; <answer>...</answer>; "the answer is ..."; and then the last
+    number (the last formula or line, where the truth is not a number). Where the truth is a number,
+    so must be the answer: 123*456, \gcd(12, 18) and \sqrt{144} leave the work to be done, and a
+    power or fraction that the question asks about does too. Other expressions are compared by
+    math-verify in a confined process: see docs/rewards.md. unprotected: also where none can be had.
     """
 
     unprotected: bool = False
@@ -44,45 +59,45 @@ class Math(Guarded):
         return Guard("math", "math", "Math", self.unprotected)
 
     def __call__(self, rollout: Rollout) -> float:
-        return float(right(rollout.text, truth(rollout, "math"), self.guard))
+        asked = question(rollout.row.get("prompt"))
+        return float(right(rollout.text, truth(rollout, "math"), self.guard, asked))
 
 
 GUARD = Math().guard
 
 
-def right(text: str, answer: str, guard: Guard = GUARD) -> bool:
-    """Whether a response's final answer is the given one. guard: who compares expressions."""
-    text, answer = after_thinking(text), boxed(answer) or answer
-    marked = boxed(text) or hashed(text)
-    if marked is not None:
-        return same(marked, answer, guard)
-    numeric = quantity(answer) is not None
-    said = stated(text)
-    if said is None:
-        return same(number_in(text) if numeric else formula_in(text), answer, guard)
-    return same(said, answer, guard) or same(
-        (leading(said) or number_in(said)) if numeric else formula_in(said), answer, guard
-    )
+def question(prompt: Any) -> str:
+    """A prompt as text: a string, or what the last message says."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
+        prompt = prompt[-1].get("content")
+    return prompt if isinstance(prompt, str) else ""
 
 
-def number_in(text: str) -> str:
-    """The last number, or the whole last formula where no number follows it."""
-    found = formula(text)
-    if found and re.search(r"\d", found[0]) and not NUMBER.search(text, found[1]):
-        return found[0].rpartition("=")[2]
-    return last_number(text) or ""
+def right(text: str, answer: str, guard: Guard = GUARD, question: str = "") -> bool:
+    """Whether a response's final answer is the given one.
 
-
-def leading(said: str) -> str | None:
-    """The number that a sentence begins with, as in "72 dollars for 3 friends"; None where it
-    begins a formula.
+    guard: who compares expressions. question: an expression that is copied from it is no answer.
     """
-    found = NUMBER.match(said)
-    return (
-        found[0]
-        if found and re.match(r"\s+[A-Za-z]{2,}|\s*[,;(]", said[found.end() :]) and "=" not in said
-        else None
-    )
+    text, answer = before_next(after_thinking(text)), listed(boxed(answer) or answer)
+    tag = tagged(text)
+    text = text if tag is None else tag
+    marked = _boxed(text, answer) or hashed(text) or tag
+    if marked is not None and same(marked, answer, guard, question):
+        return True
+    said = stated(text if marked is None else marked)
+    if said is None and marked is not None:
+        return False
+    if said is not None and same(said, answer, guard, question):
+        return True
+    numeric, within = quantity(answer) is not None, text if said is None else said
+    found = claimed(within, leads=said is not None) if numeric else formula_in(within)
+    return found is not None and same(found, answer, guard, question)
+
+
+def _boxed(text: str, answer: str) -> str | None:
+    """The last box; all boxes of its line where the answer is a list of as many."""
+    found = boxes(text.rstrip().rpartition("\n")[2]) if "," in answer else []
+    return ", ".join(found) if len(found) == answer.count(",") + 1 > 1 else boxed(text)
 
 
 def formula_in(text: str) -> str:
@@ -91,31 +106,74 @@ def formula_in(text: str) -> str:
     return found[0] if found else text.strip().rpartition("\n")[2]
 
 
-def same(said: str, answer: str, guard: Guard = GUARD) -> bool:
+def same(said: str, answer: str, guard: Guard = GUARD, question: str = "") -> bool:
     """Whether two answers mean the same: as text, as numbers, as a choice's letter, or as
     mathematics.
     """
+    if len(said) > LONG:
+        return False
     plain, wanted = _plain(said), _plain(answer)
     if not plain or plain == wanted:
         return bool(plain)
-    a, b = quantity(said), quantity(answer)
-    if a is not None and b is not None:
-        return a.equals(b)
+    bases = [_BASED.fullmatch(clean(text).replace(" ", "")) for text in (said, answer)]
+    if any(bases):
+        return _same_digits(bases, plain, wanted)
+    number = quantity(answer)
+    if number is not None:
+        for side in sides(said):
+            value = quantity(side)
+            if value is None or not value.equals(number):
+                continue
+            # 84/7 is no answer where 12 is, nor 3/8 to "Write 3/8 as a decimal"
+            asked = (value.work or value.form != number.form) and stands_in(side, question)
+            if not asked and (value.reduced or number.work):
+                return True
+        return False
     if re.fullmatch(r"[a-j]", wanted):
-        return _letter(said) == wanted
-    said, answer = said.strip(" $*_`"), answer.strip(" $*_`")
-    return max(len(said), len(answer)) <= LONGEST and _verified(guard, said, answer)
+        return letter(said) == wanted
+    return _same_expression(said.strip(" $*_`"), answer.strip(" $*_`"), guard, question)
+
+
+def sides(said: str) -> list[str]:
+    r"""What a text says the value is: what follows its last "=", before and after \approx."""
+    said = spelt(said)
+    parts = [part for part in _APPROX.split(said) if part.strip(" $")]
+    out = []
+    for part in parts:
+        left, equals, value = part.rpartition("=")
+        if not equals or _NAMED.fullmatch(re.sub(r"\\[a-z]+|[{}\\$]", " ", left)):
+            out.append(value)
+    return out
+
+
+def _same_digits(bases: list[re.Match[str] | None], plain: str, wanted: str) -> bool:
+    r"""101_2 is 101 where the question names the base, not 101_3, nor 5."""
+    digits = [b[1] if b else text for b, text in zip(bases, (plain, wanted), strict=True)]
+    known = {b[2] for b in bases if b}
+    return digits[0].casefold() == digits[1].casefold() and len(known) == 1
+
+
+def _same_expression(said: str, answer: str, guard: Guard, question: str) -> bool:
+    if max(len(said), len(answer)) > LONGEST or not finished(said, answer):
+        return False
+    said, answer = (re.sub(r"\\(?:left|right)(?![a-z])", "", spelt(x)) for x in (said, answer))
+    if copied(said, question):
+        return False
+    if is_interval(answer) and (one := interval(_bare(said))) is not None:
+        said = one
+    elif is_interval(said) and (one := interval(_bare(answer))) is not None:
+        answer = one
+    return _verified(guard, said, answer)
+
+
+def _bare(text: str) -> str:
+    """An inequality without LaTeX's spaces."""
+    return re.sub(r"\\[,;:! ]|[$]", " ", text)
 
 
 def _plain(text: str) -> str:
     """(B), \\text{B} and b are one."""
     return clean(text).replace(" ", "").casefold()
-
-
-def _letter(said: str) -> str | None:
-    """The letter of a choice: (B) 12, B. 12, B: 12."""
-    found = re.match(r"\(([A-Ja-j])\)|([A-J])(?=[).:]|$)", clean(said))
-    return (found[1] or found[2]).casefold() if found else None
 
 
 @lru_cache(maxsize=4096)

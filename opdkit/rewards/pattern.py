@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from opdkit.base.errors import UserError
-from opdkit.rewards.extract import truth
+from opdkit.rewards.extract import after_thinking, truth
 from opdkit.rewards.quantity import quantity
 from opdkit.types import Rollout
 
@@ -16,8 +16,11 @@ class Pattern:
     """1.0 where group 1 of the last match (the whole match where the pattern has no group) equals
     row["answer"].
 
-    Equal as text, white space around both aside, or as a number: 1,000 is 1000.0.
+    What stands in a thought does not count, unless the pattern names it. Equal as text, white space
+    around both aside, or as a number: 1,000 is 1000.0.
     """
+
+    confined = False
 
     pattern: str
     compiled: re.Pattern[str] = field(init=False, repr=False, compare=False)
@@ -34,7 +37,9 @@ class Pattern:
 
     def __call__(self, rollout: Rollout) -> float:
         answer = truth(rollout, "regex").strip()
-        found = list(self.compiled.finditer(rollout.text))
+        # a pattern may ask for a thought itself
+        text = rollout.text if "think" in self.pattern else after_thinking(rollout.text)
+        found = list(self.compiled.finditer(text))
         if not found:
             return 0.0
         said = (found[-1][min(self.compiled.groups, 1)] or "").strip()

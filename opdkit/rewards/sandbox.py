@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 
 from opdkit.base.errors import UserError
-from opdkit.rewards.workers import ConfinedWork, cores
+from opdkit.rewards.workers import ConfinedWork, cores, unprotected
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,11 @@ class Sandbox:
     @property
     def programs(self) -> ConfinedWork:
         return ConfinedWork(
-            "programs", "code", "Code", without=self.without, unprotected=self.unprotected
+            "programs",
+            "code",
+            unprotected("Code"),
+            without=self.without,
+            unprotected=self.unprotected,
         )
 
     def check(self) -> None:

@@ -10,16 +10,17 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any, TypeVar
 
-from opdkit.base.address import is_address, load_address
+from opdkit.base.address import is_address
 from opdkit.base.errors import UserError, nearest
 from opdkit.rewards.code import Code
 from opdkit.rewards.exact import Exact
 from opdkit.rewards.gym import ReasoningGym
 from opdkit.rewards.math import Math
+from opdkit.rewards.own import load_own
 from opdkit.rewards.pattern import Pattern
 from opdkit.types import Rollout
 
-Reward = Callable[[Rollout], float]
+Reward = Callable[[Rollout], float]  # or an object with score_many(rollouts) -> list[float]
 
 FORMS = ["math", "exact", "regex:PATTERN", "reasoning_gym", "code", "judge:URL", "file.py:function"]
 
@@ -30,6 +31,13 @@ def load_reward(spec: str | Reward | None) -> Reward | None:
     """
     if spec is None or callable(spec):
         return spec
+    if not isinstance(spec, str):
+        if hasattr(spec, "score_many"):
+            return spec
+        raise UserError(
+            f"a reward is a name, a function of a Rollout, or an object with score_many(rollouts), "
+            f"not {spec!r}"
+        )
     if spec == "math":
         return _confined(_with_package("math", "math_verify", Math()))
     if spec == "reasoning_gym":
@@ -45,13 +53,7 @@ def load_reward(spec: str | Reward | None) -> Reward | None:
     if spec.startswith("regex:"):
         return Pattern(spec.removeprefix("regex:"))
     if is_address(spec):
-        reward = load_address(spec)
-        if not callable(reward):
-            raise UserError(
-                f"reward {spec!r} is {reward!r}, not a function: a reward takes a Rollout and "
-                "returns a number"
-            )
-        return reward
+        return load_own(spec)
     raise UserError(
         f"there is no reward {spec!r}{nearest(spec, FORMS)}. A reward is one of {', '.join(FORMS)}"
     )
@@ -86,7 +88,7 @@ def score(rollouts: Sequence[Rollout], reward: Reward, *, workers: int = 0) -> l
     """
     many = getattr(reward, "score_many", None)
     if many is not None:
-        values = many(rollouts)
+        values = _many(many, rollouts, reward)
         if len(values) != len(rollouts):
             raise UserError(
                 f"the reward {_name(reward)} gave {len(values)} values for {len(rollouts)} "
@@ -104,12 +106,35 @@ def _name(reward: Reward) -> str:
     return getattr(reward, "__name__", type(reward).__name__)
 
 
+def _many(
+    many: Callable[[Sequence[Rollout]], Any], rollouts: Sequence[Rollout], reward: Reward
+) -> list[Any]:
+    try:
+        return list(many(rollouts))
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        _through(error)
+        raise UserError(
+            f"the reward {_name(reward)} failed on a batch of {len(rollouts)} rollouts, the first "
+            f"{rollouts[0].id!r}, with {type(error).__name__}: {error}. score_many must give a "
+            "list with a number for each response, also for empty and cut ones"
+        ) from error
+
+
+def _through(error: BaseException) -> None:
+    """A signal that ends the run is an exit of a class of its own, and no failure of a reward."""
+    if isinstance(error, SystemExit) and type(error) is not SystemExit:
+        raise error
+
+
 def _scored(rollout: Rollout, reward: Reward) -> Rollout:
     try:
         value = reward(rollout)
     except UserError as error:
         raise UserError(f"rollout {rollout.id!r}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        _through(error)
         raise UserError(
             f"the reward {_name(reward)} failed on rollout {rollout.id!r} with "
             f"{type(error).__name__}: {error}. A reward must give every response a number, also "
@@ -119,7 +144,7 @@ def _scored(rollout: Rollout, reward: Reward) -> Rollout:
 
 
 def _filled(rollout: Rollout, reward: Reward, value: Any) -> Rollout:
-    if not isinstance(value, Real) or not math.isfinite(value):
+    if not isinstance(value, Real) or not _finite(value):
         raise UserError(
             f"the reward {_name(reward)} returned {value!r} ({type(value).__name__}) for rollout "
             f"{rollout.id!r}, which cannot be averaged or compared: return a finite float, 1.0 for "
@@ -129,3 +154,10 @@ def _filled(rollout: Rollout, reward: Reward, value: Any) -> Rollout:
     return replace(
         rollout, reward=number, correct=bool(number > 0 if least is None else number >= least)
     )
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # 10**400
+        return False

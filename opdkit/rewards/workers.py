@@ -26,6 +26,7 @@ _JAIL = Path(__file__).with_name("jail")
 NEEDED = ("network", "processes", "writing")
 DOES = {
     "programs": "runs programs that a model wrote",
+    "functions": "reads what a model wrote with code of your own",
     "scores": "has libraries read what a model wrote, some of which evaluate it as Python",
 }
 HELD = {
@@ -46,14 +47,14 @@ class ConfinedWork:
     """What to do with what a model wrote: `work` is a file of `jail/`, `given` what it is told at
     its start.
 
-    reward: whose name errors say; own: its class. unprotected: go on where it cannot be kept from
-    writing files, the network and other processes. without: layers to leave out, for tests of the
-    others. Threads may ask at once; each then has a process of its own.
+    reward: whose name errors say; otherwise: what one does to go without. unprotected: go on where
+    it cannot be kept from writing files, the network and other processes. without: layers to leave
+    out, for tests of the others. Threads may ask at once; each then has a process of its own.
     """
 
     work: str
     reward: str
-    own: str
+    otherwise: str
     given: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     unprotected: bool = False
@@ -102,10 +103,14 @@ class ConfinedWork:
             raise UserError(
                 f"{what}, and on this machine that cannot be confined. Not enforced: "
                 f"{'; '.join(missing)}. Use Linux on x86_64 or aarch64, in a container that allows "
-                "seccomp filters; or, where nothing here is worth protecting, use a reward of your "
-                f"own file that is {self.own}(unprotected=True)"
+                f"seccomp filters; or, where nothing here is worth protecting, {self.otherwise}"
             )
         return worker
+
+
+def unprotected(own: str) -> str:
+    """What one does to go without confinement. own: the reward's class."""
+    return f"use a reward of your own file that is {own}(unprotected=True)"
 
 
 def cores() -> int:
@@ -117,7 +122,7 @@ def protection() -> list[str]:
     """What keeps a program from doing harm on this machine, and what does not, a sentence each."""
     if sys.platform != "linux":
         return ["nothing: programs are confined by Linux, and this is another system"]
-    jail = ConfinedWork("programs", "code", "Code", unprotected=True)
+    jail = ConfinedWork("programs", "code", unprotected("Code"), unprotected=True)
     worker = jail._take()
     jail._release(worker)
     held, layers = worker.held, worker.layers

@@ -149,19 +149,21 @@ class Models:
         """A student all of whose weights learn: float32 ones, whatever its products are in; or one
         that is handed over with adapters, which learn.
         """
-        given = self.given.student
+        given, dtype = self.given.student, self.run.dtype
+        dtype = "float32" if dtype == "bfloat16" else dtype
         if given is not None and has_adapters(given):
-            return take_loaded(own_adapters(given, start if resumed else None), self.device)
+            mine = own_adapters(given, start if resumed else None)
+            return take_loaded(mine, self.device, dtype=dtype)
         if given is not None and not resumed:
-            return take_loaded(given, self.device)
-        return self.load(start, "float32" if self.run.dtype == "bfloat16" else self.run.dtype)
+            return take_loaded(given, self.device, dtype=dtype)
+        return self.load(start, dtype)
 
     def _adapted(self, start: str, resumed: bool) -> Any:
         """A student with adapters: new ones, or those of a checkpoint."""
         run, lora = self.run, self.run.lora
         assert lora is not None
         if self.given.student is not None:
-            model = take_loaded(self.given.student, self.device, lora.quantize)
+            model = take_loaded(self.given.student, self.device, lora.quantize, run.dtype)
         else:
             model = self.load(run.student, run.dtype, lora.quantize)
         if has_adapters(model):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from opdkit.base.config import build, override, parse_overrides, plain, read_yaml, to_yaml
-from opdkit.base.errors import UserError
 from opdkit.base.rules import Rules, at_least, follow
 from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.methods.method import Method, load
@@ -318,22 +317,3 @@ def set_value(nested: dict[str, Any], key: str, value: Any) -> None:
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """A run from its YAML file."""
     return make_run(read_yaml(path), overrides)
-
-
-def claim_folder(folder: Path, resume: bool) -> None:
-    """The run folder, made and checked for writing before any model is loaded."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"the output folder {folder} cannot be written ({error.strerror}): choose another with "
-            "output=DIR"
-        ) from None
-    if not resume and (folder / "run.yaml").exists():
-        raise UserError(
-            f"{folder} already holds a run: continue it with --resume, replace it with "
-            "--overwrite, or choose another output=DIR"
-        )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opdkit.base.errors import UserError
+from opdkit.models.thoughts import decode, opened, special_marks
 from opdkit.models.tokenizers import special_texts
 from opdkit.types import Notes, Prompt, Rollout, Sampling
 
@@ -45,13 +46,16 @@ def finish(
     policy_version: int,
 ) -> list[Rollout]:
     """The rollouts."""
-    texts = tokenizer.batch_decode([response.tokens for response in responses], **DECODE)
+    texts = decode(tokenizer, [response.tokens for response in responses])
     rollouts = []
     for i, (response, text) in enumerate(zip(responses, texts, strict=True)):
         if not all(map(math.isfinite, response.logp)):
             refuse_broken(ids[i])
         prompt = prompts[i // sampling.num_generations]
         guided, length = len(prompt.prefix), len(response.tokens)
+        said = text
+        if response.stopped:
+            said = _cut(text, response.tokens, prompt, sampling.stop, tokenizer)
         rollouts.append(
             Rollout(
                 id=ids[i],
@@ -64,9 +68,7 @@ def finish(
                 question=prompt.question,
                 policy_version=policy_version,
                 finish="stop" if response.stopped else "length",
-                text=_cut(text, response.tokens, prompt, sampling.stop, tokenizer)
-                if response.stopped
-                else text,
+                text=opened(tokenizer, prompt.tokens, said) + said,
                 marks={"guided": [t < guided for t in range(length)]} if guided else {},
                 row=prompt.row,
                 notes=response.notes,
@@ -93,16 +95,23 @@ def _cut(text: str, tokens: list[int], prompt: Prompt, stop: Sequence[str], toke
     """
     if not stop:
         return text
-    settings = with_stops(stop, tokenizer)
-    whole = tokenizer.decode(tokens, **settings)
-    start = len(tokenizer.decode(prompt.prefix, **settings)) if prompt.prefix else 0
+    named = names_special(stop, tokenizer)
+
+    def read(ids: list[int]) -> str:
+        if named:
+            return str(tokenizer.decode(ids, **with_stops(stop, tokenizer)))
+        return decode(tokenizer, [ids])[0]
+
+    whole = read(tokens)
+    start = len(read(prompt.prefix)) if prompt.prefix else 0
     at = min((found for s in stop if (found := whole.find(s, start)) >= 0), default=None)
     if at is None:
         return text
     kept = whole[:at]
-    for name in () if settings["skip_special_tokens"] else special_texts(tokenizer):
-        kept = kept.replace(name, "")
-    return str(kept)
+    left = set(special_marks(tokenizer).values())  # of thoughts
+    for name in special_texts(tokenizer) if named else ():
+        kept = kept if name in left else kept.replace(name, "")
+    return kept
 
 
 def refuse_broken(id: str) -> None:

@@ -101,6 +101,9 @@ class ServerTeacher(Teacher):
     def identity(self) -> Identity:
         return Identity(self.model or ",".join(self.urls))
 
+    def recorded(self) -> Identity:
+        return Identity(self.model or "the only model of a server")
+
 
 def _ask_own(
     endpoint: Endpoint, name: str, about: list[Any], context: TeacherContext

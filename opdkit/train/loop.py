@@ -66,7 +66,8 @@ def _kept(job: Job, state: State) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt):
-        if job.student.updates == updates and before.step > 0:
+        there = (job.folder / f"checkpoint-{before.step}").exists()
+        if job.student.updates == updates and before.step > 0 and not there:
             job.student.optimiser.zero_grad(set_to_none=True)
             with held():
                 checkpoints.save(job.folder, before, job.student, job.tokenizer, job.companions)

@@ -14,7 +14,7 @@ import pytest
 
 from opdkit.base.errors import UserError
 from opdkit.data import load_rows
-from opdkit.rewards import load_reward, score, workers
+from opdkit.rewards import guard, load_reward, score, workers
 from opdkit.rewards.gym import ReasoningGym
 from opdkit.rewards.math import Math, right
 from opdkit.types import Rollout
@@ -70,7 +70,6 @@ def tasks() -> list[str]:
     return sorted(factory.DATASETS)
 
 
-FREE = {"game_of_life_halting"}  # its scorer pays any text
 MOST = 7  # payloads for a task that evaluates nothing
 EVALUATE = (
     "binary_matrix",
@@ -97,7 +96,7 @@ def test_no_answer_is_run_by_any_task(tmp_path: Path) -> None:
             hostile = score(
                 [rollout(f"<answer>{text}</answer>", row) for text in tried], ReasoningGym()
             )
-            assert task in FREE or max(r.reward for r in hostile) < 0.5, task
+            assert max(r.reward for r in hostile) == 0, task
             assert score(plain, ReasoningGym()) == before, task
 
 
@@ -112,7 +111,7 @@ def test_no_answer_is_run_by_math(tmp_path: Path) -> None:
                 f"#### {text}",
             ):
                 assert not right(form, "72") and not right(form, r"\frac{\sqrt{3}}{2}")
-        assert right(r"\boxed{70+2}", "72") and not right(r"\boxed{banana}", "72")
+        assert right(r"\boxed{1+x}", "x+1") and not right(r"\boxed{banana}", "x+1")
 
 
 ARITHMETIC = [
@@ -263,3 +262,36 @@ def test_a_machine_that_cannot_confine_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UserError, match=r"reward 'reasoning_gym'.*only Linux can confine that"):
         ReasoningGym().check()
+
+
+def test_patience_falls_with_answers_that_hang_and_comes_back() -> None:
+    """64 of them on two cores: two at 2 s of a processor each, the others at 0.2 s, in all 8 s for
+    each core.
+    """
+    patience = guard.Patience()
+    taken = []
+    for _ in range(32):  # two at once
+        taken += [patience.seconds()] * 2
+        patience.one_hung()
+        patience.one_hung()
+    assert taken[:2] == [guard.SECONDS] * 2 and max(taken[2:]) < 0.25 and min(taken) == guard.LEAST
+    assert sum(taken) / 2 < 10
+    patience.since -= 60 * guard.CALM
+    assert patience.seconds() == pytest.approx(guard.SECONDS)
+
+
+def test_an_answer_that_hangs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(guard, "SECONDS", 0.3)
+    patience = guard.Patience()
+    monkeypatch.setattr(guard, "_patience", patience)
+    assert not right(r"\boxed{x + 999999999!}", "x+1") and patience.hung == 1
+    assert right(r"\boxed{1 + x}", "x+1") and patience.hung <= 1
+
+
+def test_nan_from_a_scorer_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    [row] = load_rows("reasoning_gym:chain_sum?size=1&seed=1")
+    monkeypatch.setattr(guard.Guard, "__call__", lambda *a, **k: float("nan"))
+    for partial in (False, True):
+        [scored] = score([rollout("4", row)], ReasoningGym(partial=partial))
+        assert (scored.reward, scored.correct) == (0.0, False)

@@ -34,7 +34,10 @@ def test_another_solution_than_the_stored_one_is_right():
 
 def test_credit_for_form_alone_is_not_correct():
     [row] = load_rows("reasoning_gym:countdown?size=1&seed=1")
-    [r] = score([rollout("<answer>94 + 4</answer>", row)], ReasoningGym())
+    near = [rollout("<answer>94 + 4</answer>", row)]
+    [r] = score(near, ReasoningGym())
+    assert r.reward == 0 and r.correct is False
+    [r] = score(near, ReasoningGym(partial=True))
     assert r.reward == 0.05 and r.correct is False
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from opdkit.base.errors import UserError
-from opdkit.rewards.extract import after_thinking, boxed, hashed, last_number, stated
+from opdkit.rewards.extract import after_thinking, boxed, hashed, stated
 from opdkit.rewards.guard import Failed
 from opdkit.rewards.math import GUARD, Math, right
 from opdkit.rewards.quantity import quantity
+from opdkit.rewards.spoken import claimed
 from opdkit.types import Rollout
 
 DATA = Path(__file__).parents[2] / "../shared/data"
@@ -35,7 +36,6 @@ RIGHT = [
     (r"First \boxed{5}, no: \boxed{7}", "7"),
     (r"\boxed{7} and then \boxed{5", "7"),
     (r"<think>\boxed{3}, or 4?</think>It is \boxed{5}", "5"),
-    ("<think>It must be 6", "6"),
     # numbers
     (r"\boxed{72.0}", "72"),
     (r"\boxed{72}", "72.0"),
@@ -161,9 +161,7 @@ def test_a_long_expression_is_wrong_without_being_read():
 
 def test_threads_agree_with_the_main_thread():
     """math-verify's own limits are signals, which raise outside the main thread."""
-    cases = [
-        (rf"\boxed{{\sqrt{{{n * n}}} + \sqrt{{2}} - \sqrt{{2}}}}", str(n + n % 2)) for n in (1, 2)
-    ]
+    cases = [(rf"\boxed{{\sqrt{{{n}}} + x + 1 - \sqrt{{2}}}}", "x+1") for n in (3, 2)]
     out: dict[int, bool] = {}
     threads = [
         threading.Thread(target=lambda i=i, c=c: out.update({i: right(*c)}))
@@ -185,8 +183,8 @@ def test_extraction():
     assert hashed("#### Plan\nThen 7") is None
     assert stated("The answer is 5. No, the answer is 6.") == "6"
     assert stated("An answer was given") is None
-    assert last_number("from $1,250.50, not 3rd") == "$1,250.50"
-    assert last_number("x2 and 5y") is None
+    assert claimed("from $1,250.50, not 3rd", leads=False) == "$1,250.50"
+    assert claimed("x2 and 5y", leads=False) is None
     assert after_thinking("<think>a</think> b") == "b"
 
 
@@ -208,7 +206,7 @@ def test_quantities(text, amount, scale, unit):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", "5x", "2 pi", "1, 2", "1.5 1/2", "1/0", "2^3", "5 or 6", ".", "12am", "1" * 200],
+    ["", "x", "5x", "2 pi", "1, 2", "1.5 1/2", "1/0", "2*3", "5 or 6", ".", "12am", "1" * 3000],
 )
 def test_what_is_no_quantity(text):
     assert quantity(text) is None

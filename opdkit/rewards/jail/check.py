@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import random
 import sys
@@ -83,9 +84,19 @@ def _names(case: dict[str, Any], channel: Channel) -> dict[str, Any]:
             names[name] = value = peer.unpack(packed)
             if isinstance(value, RemoteValue) and name[0].isupper():
                 name_class(value)
+    for name in case["wanted"]:
+        if name not in names and hasattr(builtins, name):
+            names[name] = _missing(name)  # Python's own must not stand in for it either
     for source in case["setup"]:
         exec(compile(source, "setup.py", "exec", dont_inherit=True), names)
     return names
+
+
+def _missing(name: str) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
+        raise NameError(f"the program defines no {name!r}")
+
+    return call
 
 
 class ProgramError(Exception):

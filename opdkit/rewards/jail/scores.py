@@ -13,18 +13,24 @@ import json
 import logging
 import os
 import pickle
+import signal
 import time
+import types
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
+import checks
 from arithmetic import only_arithmetic
 from cell import Jail, begun, child, kill, read
 from lock import CONFINED
 
-LONGEST = 1 << 16  # bytes of a scorer's result
+LONGEST = 1 << 20  # bytes of a scorer's result
 MEMORY = 4096  # MiB of address space: 9^9^9^9 must fail, not fill the machine
+# A call may use `seconds` of a processor. On a busy machine more pass: it is killed after WALL
+# seconds and SLOWER times as long.
+WALL, SLOWER = 2.0, 10
 # Read and compared once at the start: libraries then have ready what they build at their first use,
 # such as a parser's tables.
 SAMPLES = (
@@ -72,7 +78,8 @@ def math(answer: str, said: str) -> Callable[[], bool]:
 
 def gym(task: str, config: dict[str, Any], entry: dict[str, Any], said: str) -> Callable[[], float]:
     scorer = dataset(task, json.dumps(config))
-    return lambda: float(scorer.score_answer(said, entry))
+    source = str((entry["metadata"] or {}).get("source_dataset", task))  # composite has several
+    return lambda: checks.scored(source, said, entry, scorer)
 
 
 def warm(library: str) -> None:
@@ -85,53 +92,79 @@ def warm(library: str) -> None:
         equal(answer, said)
 
 
-class Work:
-    """What `__main__.py` is asked to do here. library: math (math-verify) or gym
-    (reasoning-gym).
-    """
+def _size() -> int:
+    """The address space of this process, MiB: a library may have taken much of it."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE") >> 20
 
-    def __init__(self, jail: Jail, library: str) -> None:
-        prepare: dict[str, Callable[..., Callable[[], Any]]] = {"math": math, "gym": gym}
-        self.jail, self.prepare = jail, prepare[library]
-        warm(library)
-        gc.freeze()
 
-    def __call__(self, line: str) -> list[Any]:
-        """[True, the value], or [False, why there is none]."""
-        # of our own making: opdkit sends a row's data and a text
-        arguments, seconds = pickle.loads(bytes.fromhex(line))
-        try:
-            work = self.prepare(*arguments)
-        except Exception as error:
-            return [False, f"{type(error).__name__}: {error}"]
-        return self._score(work, seconds)
+class Split:
+    """Work that is done in a confined process of its own, for each call."""
 
-    def _score(self, work: Callable[[], Any], seconds: float) -> list[Any]:
+    accepts: type | types.UnionType = list  # what it comes to
+
+    def __init__(self, jail: Jail) -> None:
+        self.jail = jail
+
+    def score(self, work: Callable[[], Any], seconds: float) -> list[Any]:
+        """[True, the value], [False, why there is none], or [None, why] where it ran too long."""
         output, write = os.pipe()
         with self.jail:
             pid = child(lambda: self._confined(work, seconds), [write])
             os.close(write)
             try:
                 begun(output)
-                said, stopped = read(output, LONGEST, time.monotonic() + seconds)
+                end = time.monotonic() + WALL + SLOWER * seconds
+                said, stopped = read(output, LONGEST, end)
             finally:
                 kill(pid)
                 os.waitpid(pid, 0)
                 os.close(output)
         with suppress(ValueError):
             good, value = json.loads(said)
-            if not stopped and (
-                isinstance(value, bool | float) if good is True else isinstance(value, str)
-            ):
+            if not stopped and isinstance(value, self.accepts if good is True else str):
                 return [good is True, value]
-        return [False, f"no result within {seconds:g} s or in the memory allowed"]
+        return [None, f"no result within {seconds:g} s or in the memory allowed"]
 
     def _confined(self, work: Callable[[], Any], seconds: float) -> None:
-        self.jail.lock({"seconds": int(seconds) + 1, "memory": MEMORY})
+        self.jail.lock({"seconds": int(seconds) + 1, "memory": MEMORY + _size()})
         os.write(3, CONFINED)
-        only_arithmetic()
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # it ends there: also in one multiplication
+        self.prepared()
         try:
             result = [True, work()]
+        except BaseException as error:  # also sys.exit
+            result = [False, f"{type(error).__name__}: {error}"[:8000]]
+        told = json.dumps(result).encode()
+        while told:
+            told = told[os.write(3, told) :]
+
+    def prepared(self) -> None:
+        """What else is given up before the work begins."""
+
+
+class Work(Split):
+    """What `__main__.py` is asked to do here. library: math (math-verify) or gym
+    (reasoning-gym).
+    """
+
+    accepts = bool | float
+
+    def __init__(self, jail: Jail, library: str) -> None:
+        super().__init__(jail)
+        prepare: dict[str, Callable[..., Callable[[], Any]]] = {"math": math, "gym": gym}
+        self.prepare = prepare[library]
+        warm(library)
+        gc.freeze()
+
+    def __call__(self, line: str) -> list[Any]:
+        # of our own making: opdkit sends a row's data and a text
+        arguments, seconds = pickle.loads(bytes.fromhex(line))
+        try:
+            work = self.prepare(*arguments)
         except Exception as error:
-            result = [False, f"{type(error).__name__}: {error}"[: LONGEST // 8]]
-        os.write(3, json.dumps(result).encode())
+            return [False, f"{type(error).__name__}: {error}"]
+        return self.score(work, seconds)
+
+    def prepared(self) -> None:
+        only_arithmetic()
