@@ -82,7 +82,7 @@ def tokenizer_files_digest(model: str) -> str | None:
     """sha256 over the files of a checkpoint's tokenizer, its chat template among them; None where
     its files are not here.
     """
-    folder = _folder(model)
+    folder = folder_of(model)
     if folder is None:
         return None
     files = sorted({p for pattern in TOKENIZER_FILES for p in folder.glob(pattern) if p.is_file()})

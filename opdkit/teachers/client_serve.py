@@ -18,7 +18,7 @@ from opdkit.models.engines.exchange import Reply, object_of
 from opdkit.models.identity import has_digest
 from opdkit.models.layout import Layout
 from opdkit.models.tokenizers import same_tokenizer, usable
-from opdkit.objective.facts import EntropyFact, Fact, LogpAtFact, LogpFact, TopFact
+from opdkit.objective.facts import Fact, LogpFact, TopFact
 from opdkit.objective.head import Head, Source
 from opdkit.objective.supply import Tensors
 from opdkit.teachers import protocol
@@ -279,17 +279,16 @@ class HiddenStates(_Own):
 
 def possible(fact: Fact, values: Tensor, tokens: int) -> Tensor:
     """[N]: whether values [N] or [N, k] can be a fact of a model of so many tokens."""
-    if isinstance(fact, TopFact):
+    if fact.number == "ids":
         ranked = values.sort(-1).values
         apart = (ranked.diff(dim=-1) != 0).all(-1)
         return ((values >= 0) & (values < tokens)).all(-1) & apart
     rows = values.flatten(1) if values.dim() > 1 else values[:, None]
     good = rows.isfinite().all(-1)
-    if isinstance(fact, EntropyFact):
+    if fact.number == "entropy":
         return good & (rows >= -FEW).all(-1) & (rows <= math.log(tokens) + FEW).all(-1)
-    good &= (rows <= FEW).all(-1)
-    if isinstance(fact, LogpAtFact):
-        good &= rows.exp().sum(-1) <= WHOLE
-        if fact.models[0] == fact.models[-1]:  # its own most probable ids, the first the most
+    if fact.number == "logp":
+        good &= (rows <= FEW).all(-1) & (rows.exp().sum(-1) <= WHOLE)
+        if not fact.others_first:  # at its own most probable ids, the first the most
             good &= (rows.diff(dim=-1) <= FEW).all(-1)
     return good
