@@ -37,7 +37,7 @@ REFUSED = (
     *("max_completion_length=6", "prompts_per_step=3", "method=gkd", "method.scale=1.5"),
     *("dtype=bfloat16", "teacher_dtype=bfloat16", "reward=exact", "dynamic_sampling=true"),
     *("overlong_margin=2", "correct_sampling=true", "recompute_student=true"),
-    *("evaluate.num_generations=2", "evaluate.ks=[1,2]", "evaluate=null"),
+    *("evaluate.num_generations=3", "evaluate.ks=[1,2]", "evaluate=null"),
     *("data.template='{prompt} Think.'", "data.system=Be kind.", "data.chat=false"),
     *("data.max_prompt_length=400", "reference=llama", "student=llama", "teacher=llama"),
     *(
@@ -120,7 +120,13 @@ def begin(world: Path, method: str) -> Path:
         world,
         "train",
         *("--student=student", "--teacher=teacher", "--data=data.jsonl", f"--method={method}"),
-        *("--reward=own.py:even", "evaluate.data=test.jsonl", "--output=run", "steps=2"),
+        *(
+            "--reward=own.py:even",
+            "evaluate.data=test.jsonl",
+            "evaluate.num_generations=2",
+            "--output=run",
+            "steps=2",
+        ),
         *("prompts_per_step=2", "num_generations=2", "max_completion_length=8", "device=cpu"),
         "learning_rate=1e-3",
     )
@@ -164,9 +170,12 @@ class Trials:
 
 
 def named(change: str) -> str:
-    """The last name of the setting that a change is named by: rows are compared, not where from."""
+    """The last name of the setting that a change is named by: rows are compared, not where they are
+    from, and a method as a whole.
+    """
     setting = change.partition("=")[0]
-    return "rows" if setting == "data.limit" else setting.rpartition(".")[2]
+    known = {"data.limit": "rows", "method.scale": "method"}
+    return known.get(setting, setting.rpartition(".")[2])
 
 
 def told(run: Path) -> str:
