@@ -89,6 +89,16 @@ def test_head_agrees_with_a_peer(benchmark, monkeypatch, tmp_path, peer, package
     head_pass(benchmark, monkeypatch, tmp_path, peer)
 
 
+def test_number_types_of_a_head(benchmark, tmp_path):
+    """A head's products in bfloat16 are as exact as in float32; their results in it are not."""
+    point = run(benchmark("head_types"), "--shape 500 20 48 --pairs 1", tmp_path)["point"]
+    rounded, ours, head, whole = (point[s] for s in ("rounded", "bfloat16", "head", "float32"))
+    for side in (ours, head, whole):
+        assert side["logp"] < 1e-5 < 1e-3 < rounded["logp"] and side["ties"] == 0 < rounded["ties"]
+        assert max(side["hidden_gradient"], side["head_gradient"]) < 5e-3
+    assert rounded["hidden_gradient"] > 0.1 and ours["of_rounded"]["n"] == 1
+
+
 def test_head_says_what_it_leaves_out(benchmark, monkeypatch, tmp_path):
     head = benchmark("head")
     monkeypatch.setattr(head, "apart", lambda *of: 0)

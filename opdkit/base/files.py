@@ -78,6 +78,16 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """A folder, gone in one move: what an interruption leaves of it is no longer called so, and
+    `tidy` removes it.
+    """
+    going = path.with_name(PARTIAL + path.name)
+    shutil.rmtree(going, ignore_errors=True)
+    os.replace(path, going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
 def tidy(folder: Path) -> None:
     """Remove what an interruption left half written; what it was about to replace returns to its
     place.
@@ -130,6 +140,15 @@ def read_text(path: Path, what: str) -> str:
     except (OSError, ValueError) as error:  # no permission, a name too long or with a NUL
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{name} cannot be read ({why}): give the path of {what}") from None
+
+
+def path_text(value: Any) -> Any:
+    """A path as text, alone or in a dictionary; anything else as it is."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value) is dict:
+        return {name: path_text(inner) for name, inner in value.items()}
+    return value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

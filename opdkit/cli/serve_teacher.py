@@ -22,6 +22,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let --host be an address that other machines reach",
     )
+    parser.add_argument(
+        "--host-names",
+        default="",
+        metavar="NAME,...",
+        help="names of this machine that clients' URLs have, beside its own, addresses and "
+        "localhost",
+    )
     parser.add_argument("--name", help="what the model is called in answers (default: MODEL)")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
@@ -48,6 +55,7 @@ def serve_teacher(options: Any) -> None:
         name=options.name,
         max_batch_tokens=options.max_batch_tokens,
         allow_remote=options.allow_remote,
+        host_names=[name for name in options.host_names.split(",") if name],
         trust_remote_code=options.trust_remote_code,
     )
 

@@ -42,6 +42,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="with --resume: go on with other settings or data than the checkpoint's",
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier run in the output folder"
     )
     parser.add_argument(
@@ -94,7 +99,12 @@ def train(options: Any) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} is about an estimate: add --dry-run, or leave it out"
             )
-    result = execute(run, resume=options.resume, overwrite=options.overwrite)
+    result = execute(
+        run,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        allow_changes=options.allow_changes,
+    )
     print(f"model   {result.model}\nreport  {result.report}")
 
 

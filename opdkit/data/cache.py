@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from opdkit.base import exact
 from opdkit.base.errors import UserError
 from opdkit.base.files import write_json
 from opdkit.base.progress import progress
@@ -217,7 +218,7 @@ class Cache:
     def _note(self, stored: dict[str, Any], place: Place) -> None:
         prompt = stored["prompt_id"]
         if prompt not in self.groups:
-            self.rows.append(json.loads(stored["row"]))
+            self.rows.append(exact.loads(stored["row"]))
             self.prompts[prompt], self.groups[prompt] = stored["prompt"], []
         self.groups[prompt].append(stored["id"])
         self.places[stored["id"]] = place

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from opdkit.base.errors import UserError, nearest, shown
 from opdkit.data.columns import normalise
 from opdkit.data.gym import PREFIX, gym_rows
+from opdkit.data.memory import as_rows
 from opdkit.types import DataRow
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def load_rows(
             raise UserError(
                 f"split={split!r} was asked of rows in memory, which have no splits: leave it out"
             )
-        name, raw = "the data in memory", _memory(source)
+        name, raw = "the data in memory", as_rows(source)
     rows = normalise(islice(raw, limit), columns)
     if not rows:
         raise UserError(
@@ -267,17 +268,3 @@ def _dataset(data: Dataset | DatasetDict, name: str, split: str | None) -> Itera
             f"split={split!r} was asked of {name}, which was saved without splits: leave it out"
         )
     return cast("Iterable[DataRow]", data)
-
-
-def _memory(source: Any) -> Iterable[DataRow]:
-    if isinstance(source, Mapping):
-        raise UserError(
-            f"the data holds splits ({', '.join(map(str, source))}), not rows: pass one, for "
-            "example data['train']"
-        )
-    for index, row in enumerate(source):
-        if not isinstance(row, Mapping):
-            raise UserError(
-                f"row {index} must be a dictionary of columns, not {type(row).__name__}"
-            )
-        yield dict(row)

@@ -5,7 +5,6 @@ without the rest.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from opdkit.base import exact
 from opdkit.base.errors import UserError
 from opdkit.base.files import whole
 from opdkit.types import Rollout
@@ -81,7 +81,7 @@ def _table(rollouts: Sequence[Rollout], scores: Sequence[Scored], drawn: bool) -
     columns = {
         "id": pa.array([r.id for r in rollouts]),
         "prompt_id": pa.array([r.question for r in rollouts]),
-        "row": pa.array([json.dumps(r.row, ensure_ascii=False, default=str) for r in rollouts]),
+        "row": pa.array([exact.dumps(r.row) for r in rollouts]),
         "prompt": lists([r.prompt for r in rollouts], *ids),
         "tokens": lists([r.tokens for r in rollouts], *ids),
         "finish": pa.array([r.finish for r in rollouts]),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from opdkit.base.errors import UserError
 from opdkit.models.adapters import has_adapters
 from opdkit.models.load import CausalLM, evaluating
+from opdkit.models.precision import computing, head_products_of, products_of
 from opdkit.models.tokenizers import usable
 from opdkit.objective.head import Head
 
@@ -40,17 +41,19 @@ def hidden_states(
 ) -> Tensor:
     """[B, T, H]: what the head receives (the last hidden states after the final norm).
 
-    No logits are computed.
+    No logits are computed. The model computes in its own numbers (`precision`), whatever surrounds
+    the call.
     """
     if position_ids is None and attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
-    output = decoder_of(model)(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        use_cache=past_key_values is not None,
-    )
+    with computing(model):
+        output = decoder_of(model)(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        )
     return output.last_hidden_state
 
 
@@ -81,7 +84,12 @@ def head_of(model: CausalLM, vocab: int | None = None) -> Head:
     if divisor := getattr(config, "logits_scaling", None):  # Granite
         scale /= divisor
     return Head(
-        linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None), vocab
+        linear.weight,
+        linear.bias,
+        scale,
+        getattr(config, "final_logit_softcapping", None),
+        vocab,
+        head_products_of(model),
     )
 
 
@@ -112,7 +120,7 @@ def check_head(model: CausalLM) -> None:
     weight = model.get_output_embeddings().weight
     ids = torch.arange(PROBE, device=weight.device)[None] % len(weight)
     mask = torch.ones_like(ids)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), computing(model), torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         logits = head.logits(hidden_states(model, ids, mask))
     if not bool(expected.isfinite().all()):
@@ -122,7 +130,7 @@ def check_head(model: CausalLM) -> None:
             f"{weight.dtype} is too narrow for it. Nothing can be learnt with it: use other files, "
             "or float32"
         )
-    allowed = AGREE.get(weight.dtype, AGREE_HALF) * max(1.0, float(expected.abs().max()))
+    allowed = AGREE.get(products_of(model), AGREE_HALF) * max(1.0, float(expected.abs().max()))
     difference = (
         float((logits - expected).abs().max()) if logits.shape == expected.shape else float("inf")
     )

@@ -53,11 +53,9 @@ class Held:
         return min(WIDTH[self.dtype], WIDTH[products])
 
     def cached_token(self, products: str) -> int:
-        """Bytes of one token in its key-value cache in this process: float32 weights keep float32
-        keys (after their norm and rotation), values in the products' type.
-        """
+        """Bytes of one token in its key-value cache in this process, in the products' type."""
         shape = self.shaped
-        return shape.layers * shape.keys * (WIDTH[self.dtype] + self.product_width(products))
+        return 2 * shape.layers * shape.keys * self.product_width(products)
 
 
 def stored(shape: Shape, dtype: str, quantize: str | None) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 # bytes read of each tensor: training moves every entry of the tensors it moves, so the first ones
 # tell
 SAMPLED = 4096
+# of a tokenizer: its tokens, and how it writes chats
+TOKENIZER_FILES = ("tokenizer*", "chat_template*", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 # of config.json: they change when the same weights are saved again
 VOLATILE = ("_name_or_path", "transformers_version")
 SHORT = 16  # digits of a tokenizer's digest that tell it from others
@@ -38,7 +40,7 @@ class Identity:
 
 def identify(model: str) -> Identity:
     """The identity of a checkpoint: a folder, or a hub name whose files have been downloaded."""
-    folder = _folder(model)
+    folder = folder_of(model)
     return Identity(model, None if folder is None else checkpoint_digest(folder))
 
 
@@ -76,6 +78,35 @@ def checkpoint_digest(folder: Path) -> str | None:
     return digest.hexdigest()
 
 
+def tokenizer_files_digest(model: str) -> str | None:
+    """sha256 over the files of a checkpoint's tokenizer, its chat template among them; None where
+    its files are not here.
+    """
+    folder = folder_of(model)
+    if folder is None:
+        return None
+    files = sorted({p for pattern in TOKENIZER_FILES for p in folder.glob(pattern) if p.is_file()})
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def object_digest(model: Any) -> str:
+    """sha256 over a loaded model: of each parameter its name, shape and first numbers.
+
+    It tells two loaded models apart, and says nothing of a checkpoint's digest.
+    """
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in model.named_parameters():
+        # on a disk; an adapter, of which a checkpoint has its own
+        if tensor.is_meta or ".lora_" in name:
+            continue
+        first = tensor.detach().flatten()[: SAMPLED // 8].cpu().double()
+        digest.update(f"{name} {tuple(tensor.shape)} {first.tolist()}".encode())
+    return f"object {digest.hexdigest()}"
+
+
 def tokenizer_digest(tokenizer: Any) -> str:
     """sha256 over every token with its id, 64 digits: the same for tokenizers that give every token
     the same id. See `has_digest` for what is stored of it.
@@ -109,7 +140,7 @@ def _tensors(path: Path) -> list[tuple[str, bytes]]:
     return out
 
 
-def _folder(model: str) -> Path | None:
+def folder_of(model: str) -> Path | None:
     """Where the files of a model are on this machine."""
     path = Path(model).expanduser()
     if path.is_dir():

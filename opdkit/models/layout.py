@@ -11,10 +11,14 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from opdkit.models.body import hidden_states
 from opdkit.types import Rollout
+
+# input tokens whose hidden states are held at once where only numbers are read off them
+HELD = 1 << 17
 
 
 def batch_tokens(device: torch.device) -> int:
@@ -49,6 +53,19 @@ def grouped(lengths: Sequence[int], budget: int, each: int) -> list[slice]:
     return groups
 
 
+def held_at_once(lengths: Sequence[int], tokens: int) -> list[slice]:
+    """Rows in their order, in groups of at most `tokens` tokens, or of one row; groups of a group
+    are itself.
+    """
+    cuts, total = [0], 0
+    for row, length in enumerate(lengths):
+        if total + length > tokens and row > cuts[-1]:
+            cuts.append(row)
+            total = 0
+        total += length
+    return [slice(a, b) for a, b in pairwise([*cuts, len(lengths)]) if b > a]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the positions of a step lie: flat index b * width + t for response token t of rollout
@@ -72,19 +89,31 @@ class Layout:
         """Flat positions [N], split so that each part's rollouts fill at most `budget` padded
         tokens; rollouts of like length together.
         """
-        order, lengths = self._longest_first(positions)
-        return self._split(
-            positions, order, grouped(lengths, budget, pass_tokens(positions.device))
-        )
+        return [part for part, _ in self.passes(positions, budget, positions)]
+
+    def passes(self, positions: Tensor, budget: int, among: Tensor) -> list[tuple[Tensor, int]]:
+        """Flat positions [N] by forward pass, with the tokens that each row is padded to there.
+
+        Which rows go together, and how wide they are, follows from the flat positions `among` [M],
+        of which [N] are some: what is read of a row later is computed as what was read before, to
+        the bit where a product's rows do not depend on their number.
+        """
+        order, lengths = self._longest_first(among)
+        each = pass_tokens(positions.device)
+        groups = [
+            slice(some.start + group.start, some.start + group.stop)
+            for some in held_at_once(lengths, HELD)
+            for group in grouped(lengths[some], budget, each)
+        ]
+        parts = self._split(positions, order, groups)
+        return [(part, lengths[group.start]) for part, group in zip(parts, groups) if len(part)]
 
     def portions(self, positions: Tensor, tokens: int) -> list[Tensor]:
-        """Flat positions [N], split so that each part's rollouts have about `tokens` tokens,
-        padding not counted.
+        """Flat positions [N], split so that each part's rollouts have at most `tokens` tokens,
+        padding not counted, or are one.
         """
         order, lengths = self._longest_first(positions)
-        number = np.cumsum(lengths, dtype=np.int64) // tokens
-        cuts = [0, *((np.diff(number) != 0).nonzero()[0] + 1).tolist(), len(order)]
-        return self._split(positions, order, [slice(a, b) for a, b in pairwise(cuts) if b > a])
+        return self._split(positions, order, held_at_once(lengths, tokens))
 
     def _longest_first(self, positions: Tensor) -> tuple[list[int], list[int]]:
         """Rollouts that have positions, and their lengths."""
@@ -100,9 +129,11 @@ class Layout:
         mine = part[positions // self.width]
         return [positions[mine == i] for i in range(len(groups))]
 
-    def states(self, model: torch.nn.Module, positions: Tensor) -> Tensor:
+    def states(
+        self, model: torch.nn.Module, positions: Tensor, padded: int | None = None
+    ) -> Tensor:
         """[N, H]: the model's last hidden states that predict the tokens at flat positions [N], in
-        one forward pass.
+        one forward pass of rows of `padded` tokens; None: of as many as the longest needs.
 
         Rows are padded on the right and attention is causal, so padding cannot reach a real token
         and needs no mask.
@@ -114,7 +145,9 @@ class Layout:
         for b in rows.tolist():
             rollout = self.rollouts[b]
             inputs.append(torch.tensor((rollout.prompt + rollout.tokens)[: int(lengths[b])]))
-        hidden = hidden_states(model, pad_sequence(inputs, batch_first=True).to(device), None)
+        ids = pad_sequence(inputs, batch_first=True)
+        spare = 0 if padded is None else padded - ids.shape[1]
+        hidden = hidden_states(model, pad(ids, (0, spare)).to(device), None)
         place = torch.zeros(len(self.rollouts), dtype=torch.int64, device=positions.device)
         place[rows] = torch.arange(len(rows), device=positions.device)
         prompts = torch.tensor([len(r.prompt) for r in self.rollouts], device=positions.device)

@@ -17,6 +17,7 @@ from opdkit.models.adapters import base_of, with_adapters_of
 from opdkit.models.complete import check_complete
 from opdkit.models.files import damages
 from opdkit.models.offload import enough_memory
+from opdkit.models.precision import widen
 from opdkit.models.quantize import config_for, left_whole, quantized, same_when_training
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_at
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """A number type by its name in settings; None stays."""
+    return None if name is None else DTYPES[name]
+
 
 # ------------------------------------------------------------------------------------------ loading
 
@@ -115,12 +122,13 @@ def load_advised(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     quantize: str | None = None,
+    head: bool = False,
 ) -> CausalLM:
-    """A model of a run by name; where the device's memory does not suffice, `advice` says what
-    would take less.
+    """A model of a run by name, its vectors and, where asked for, its head widened (`precision`);
+    where the device's memory does not suffice, `advice` says what would take less.
     """
     with enough_memory(f"{name} was loaded", advice):
-        return load_model(
+        model = load_model(
             name,
             dtype=dtype,
             device=device,
@@ -128,12 +136,18 @@ def load_advised(
             attn_implementation=attn_implementation,
             quantize=quantize,
         )
+    widen(model, name, head)
+    return model
 
 
-def take_loaded(model: CausalLM, device: str, quantize: str | None = None) -> CausalLM:
+def take_loaded(
+    model: CausalLM, device: str, quantize: str | None = None, dtype: str | None = None
+) -> CausalLM:
     """A model of a run that a caller hands over as an object, on the run's device.
 
-    Where its attention leaves out what its configuration says, it gets one that does not.
+    With `dtype` its weights are of that, as if it had been loaded by name: steps of a small
+    learning rate vanish in bfloat16. Where its attention leaves out what its configuration says, it
+    gets one that does not.
     """
     if quantize not in (None, quantized(model)):
         raise UserError(
@@ -141,6 +155,10 @@ def take_loaded(model: CausalLM, device: str, quantize: str | None = None) -> Ca
             "already: give its name instead of the object, or load it quantised"
         )
     same_when_training(model)
+    if dtype is not None and quantized(model) is None and model.dtype != DTYPES[dtype]:
+        before = str(model.dtype).removeprefix("torch.")
+        print(f"opdkit: the loaded student is {before}; it trains in {dtype}", file=sys.stderr)
+        model = model.to(DTYPES[dtype])
     used = model.config.get_text_config()._attn_implementation
     if used == "sdpa" and (needed := attention_for(model.config)) is not None:
         model.set_attn_implementation(needed)

@@ -84,6 +84,8 @@ class Fact:
     # Whether its model may have a tokenizer of its own; else it is about the student's token ids.
     own_tokenizer: ClassVar[bool] = False
     dtype: ClassVar[torch.dtype] = torch.float32  # int64: token ids
+    # what its numbers are, by which one from elsewhere is checked: "logp", "entropy", "ids", ""
+    number: ClassVar[str] = ""
 
     # ---------------------------------------------------------------------------------- what it is
 
@@ -217,6 +219,7 @@ class LogpFact(Fact):
 
     model: str
     whole_vocabulary: ClassVar[bool] = False
+    number: ClassVar[str] = "logp"
 
     def words(self) -> str:
         return f"{self.model} log-prob of the sampled token"
@@ -241,6 +244,7 @@ class EntropyFact(Fact):
     model: str
     # a number that a server can compute
     whole_vocabulary: ClassVar[bool] = False
+    number: ClassVar[str] = "entropy"
 
     def words(self) -> str:
         return f"{self.model} entropy"
@@ -299,6 +303,7 @@ class TopFact(Fact):
     k: int
     whole_vocabulary: ClassVar[bool] = False
     dtype: ClassVar[torch.dtype] = torch.int64
+    number: ClassVar[str] = "ids"
 
     def words(self) -> str:
         return f"{self.model} top-{self.k} ids"
@@ -341,6 +346,7 @@ class LogpAtFact(Fact):
     owner: str
     k: int
     whole_vocabulary: ClassVar[bool] = False
+    number: ClassVar[str] = "logp"
 
     @property
     def models(self) -> tuple[str, ...]:

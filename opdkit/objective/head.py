@@ -18,61 +18,12 @@ from torch import Tensor
 from opdkit.objective.batch import Live
 from opdkit.objective.grammar import TokenLoss
 from opdkit.objective.plan import PlannedRollouts, PlannedTerm, StepPlan, planned_rollouts
+from opdkit.objective.products import Head as Head
 
 CHUNK_ENTRIES = 1 << 24  # logits in one chunk, at least: 64 MiB in float32
 CHUNK_MOST = 1 << 28  # on a GPU
 CHUNK_BYTES = 24  # per entry: six float32 tensors of a chunk are alive at once
 CHUNK_PART = 8  # of a GPU's free memory that a chunk may take
-
-
-@dataclass(frozen=True)
-class Head:
-    """A language-model head: hidden states [n, H] to logits [n, V], float32 (float64 if the hidden
-    states are).
-
-    logits = cap(scale * (hidden @ weight.T + bias)), cut to the first `vocab` rows: rows that only
-    pad the matrix to a round size are removed, never filled. Without a weight the hidden states are
-    the logits (used by `evaluate`).
-    """
-
-    weight: Tensor | None = None  # [V', H]
-    bias: Tensor | None = None  # [V']
-    scale: float = 1.0
-    softcap: float | None = None  # c * tanh(x / c), as in Gemma 2
-    vocab: int | None = None  # rows kept
-
-    def finish(self, logits: Tensor) -> Tensor:
-        """[n, V]: what follows the matrix product [n, V]."""
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
-
-    def product(self, hidden: Tensor) -> Tensor:
-        """[n, V]: the matrix product, with bias, of the rows that are kept."""
-        if self.weight is None:
-            return self.states(hidden)
-        bias = None if self.bias is None else self.bias[: self.vocab]
-        return torch.nn.functional.linear(
-            hidden.to(self.weight.dtype), self.weight[: self.vocab], bias
-        )
-
-    def states(self, hidden: Tensor) -> Tensor:
-        """[n, H]: hidden states [n, H] as others may read them; where they are the logits, cut
-        like these.
-        """
-        return hidden[..., : self.vocab] if self.weight is None else hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, V] of hidden states [n, H]."""
-        return self.finish(self.product(hidden))
-
-    def size(self, hidden: Tensor) -> int:
-        """Number of vocabulary entries, of hidden states [..., H]."""
-        rows = hidden.shape[-1] if self.weight is None else len(self.weight)
-        return rows if self.vocab is None else min(rows, self.vocab)
 
 
 @dataclass(frozen=True)
@@ -164,6 +115,7 @@ def learn(
     in float32. `term_gradients` measures each term's gradient with respect to the logits, which
     takes a further backward pass per term down to these, and no further.
     """
+    ready = head.ready()
     running = LearningPass.begin(plan, positions, hidden, term_gradients)
     size = chunk or chunk_rows(head.size(hidden), hidden.device)
     chunks = (
@@ -172,7 +124,7 @@ def learn(
         else cuts(plan.joined.flatten()[positions], size)
     )
     owned = plan.batch.companions.parameters
-    loss = _ChunkedSum.apply(hidden, head.weight, head.bias, head, chunks, running.loss, *owned)
+    loss = _ChunkedSum.apply(hidden, head.weight, head.bias, ready, chunks, running.loss, *owned)
     sums = running.sums
     if running.rollout_terms:  # what is learnt is their slope; the value is what they said
         loss = loss + (sums.sum() - loss.detach())
@@ -302,7 +254,6 @@ class _ChunkedSum(torch.autograd.Function):
         d_weight = _sum_for(weight, wide) if to_weight else None
         d_bias = _sum_for(bias, wide) if to_bias else None
         d_owned = [torch.zeros_like(p, dtype=wide) for p in owned]
-        rows = head.size(hidden)
         for at in chunks:
             states = hidden[at].detach()
             product = head.product(states).detach().requires_grad_()
@@ -323,16 +274,12 @@ class _ChunkedSum(torch.autograd.Function):
             if slope is None:  # nothing was read off the logits
                 continue
             if d_hidden is not None:
-                reached = (
-                    slope @ weight[:rows]
-                    if weight is not None
-                    else _padded(slope, hidden.shape[-1])
-                )
+                reached = head.slope_to_hidden(slope, hidden.shape[-1])
                 d_hidden[at] = reached if direct is None else direct + reached
             if d_weight is not None:
-                d_weight[:rows].addmm_(slope.T.to(wide), states.to(wide))
+                head.add_slope_to_weight(d_weight, slope, states)
             if d_bias is not None:
-                d_bias[:rows] += slope.sum(0, dtype=wide)
+                d_bias[: slope.shape[1]] += slope.sum(0, dtype=wide)
         ctx.gradients = (
             d_hidden,
             d_weight if d_weight is None else d_weight.to(weight.dtype),  # type: ignore[union-attr]
@@ -351,11 +298,6 @@ class _ChunkedSum(torch.autograd.Function):
 def _sum_for(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """[...]: zeros to add up the gradient of a parameter [...] in, where there is one."""
     return None if parameter is None else torch.zeros_like(parameter, dtype=dtype)
-
-
-def _padded(slope: Tensor, width: int) -> Tensor:
-    """[n, width]: a slope [n, V], zero in columns that were cut."""
-    return torch.nn.functional.pad(slope, (0, width - slope.shape[-1]))
 
 
 # --------------------------------------------------------------------------------- no-gradient pass

@@ -264,7 +264,8 @@ class Divergence(TokenLoss):
         if where.support == "full":
             return kernels.divergence(kind, live.own, live.vocabulary(self.teacher), t, self.cap)
         ids, lt = where.entries(live.read)
-        return maths.divergence(kind, *where.pair(live.at(ids) / t, lt / t), self.cap)
+        ls, lt = where.pair(live.at(ids) / t, lt / t)
+        return kernels.divergence_on_support(kind, ls, lt, self.cap, where.whole)
 
 
 def natural_support(kind: Kind) -> str:

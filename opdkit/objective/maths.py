@@ -128,9 +128,14 @@ class Alpha(Kind):
             )
 
     def entries(self, ls: Tensor, lt: Tensor) -> Tensor:  # [..., K]
-        a = self.a
-        power = (a * lt + (1 - a) * ls).exp()
-        return (power - a * lt.exp() - (1 - a) * ls.exp()) / (a * (a - 1))
+        # p_t^a p_s^(1-a) - a p_t - (1 - a) p_s, measured from the larger of the two: 0 to the bit
+        # where they are equal
+        gap = lt - ls
+        above = gap > 0
+        share = self.a + (1 - 2 * self.a) * above.to(gap.dtype)
+        below = torch.where(above, -gap, gap)
+        power = torch.expm1(share * below) - share * torch.expm1(below)
+        return torch.where(above, lt, ls).exp() * power / (self.a * (self.a - 1))
 
 
 @dataclass(frozen=True)

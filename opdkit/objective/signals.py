@@ -20,9 +20,9 @@ from opdkit.objective.facts import (
     MissingFact,
 )
 from opdkit.objective.formula import Signal
+from opdkit.objective.kernels import divergence_on_support
 from opdkit.objective.maths import (
     Kind,
-    divergence,
     group_index,
     group_means,
     group_softmax,
@@ -106,7 +106,7 @@ class Gap(Signal):
             [batch.read(LogpAtFact(self.student, owner, self.k or 0)) for owner in where.owners()],
             -1,
         )
-        return divergence(kind, *where.pair(ls, lt))
+        return divergence_on_support(kind, *where.pair(ls, lt))
 
 
 # ------------------------------------------------------------------------ what is known of rollouts

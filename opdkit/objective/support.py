@@ -47,6 +47,11 @@ class Support:
         if self.rest not in ("raw", "renormalise", "target", "tail"):
             raise ValueError(f"rest={self.rest!r} must be one of raw, renormalise, target, tail")
 
+    @property
+    def whole(self) -> bool:
+        """Whether what is compared sums to one on both sides."""
+        return self.support == "full" or self.rest in ("renormalise", "tail")
+
     def owners(self) -> tuple[str, ...]:
         """The models whose top-k make the support."""
         both = (self.student, self.teacher)

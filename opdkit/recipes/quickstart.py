@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from opdkit.base.files import write_json, write_whole
+from opdkit.base.lock import locked
 from opdkit.base.progress import progress
 from opdkit.methods.method import as_method
 from opdkit.recipes import arithmetic
 from opdkit.report import write_report
 from opdkit.run.launch import execute
-from opdkit.run.settings import claim_folder, make_run
+from opdkit.run.settings import make_run
 from opdkit.train import checkpoint as checkpoints
 from opdkit.types import DataRow
 
@@ -42,7 +43,8 @@ def quickstart(out: Path, *, seed: int = 0, method: str = "opd") -> dict[str, An
     """
     began = time.perf_counter()
     as_method(method)  # a wrong name is an error now, not after the teacher has been trained
-    claim_folder(out, resume=True)
+    with locked(out):
+        pass  # a folder that cannot be written, or is another's, is an error now too
     tokenizer = arithmetic.tokenizer()
     for size in ("teacher", "student"):
         folder = out / "models" / size

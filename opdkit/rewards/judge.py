@@ -22,6 +22,7 @@ from opdkit.base.config import build, read_yaml
 from opdkit.base.errors import UserError
 from opdkit.base.progress import progress
 from opdkit.models.engines.endpoint import Endpoint, Refused
+from opdkit.models.engines.exchange import addresses
 from opdkit.rewards.extract import outside_thoughts
 from opdkit.types import Rollout
 
@@ -94,6 +95,7 @@ class Judge:
     folder: str = field(default=".", repr=False)  # that a relative rubric is in
 
     def __post_init__(self) -> None:
+        addresses(self.urls, "the judge's server")
         if self.scale not in RUBRICS:
             raise ValueError(f"scale={self.scale!r} must be grade or verdict")
         if not self.urls or self.max_tokens < 1 or self.concurrency < 1:

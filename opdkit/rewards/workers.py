@@ -36,6 +36,8 @@ HELD = {
     "writing": "no file is written, changed or removed outside the program's own folder",
     "reading": "no file is read but Python's own: its library, installed packages, shared "
     "libraries",
+    "seeing": "no other file is seen: neither that it is there, nor its size or times",
+    "disk": "no more than 64 MiB and 1000 files are written, or none at all",
     "neighbours": "no other process is signalled, nor its environment or memory read",
 }
 
@@ -130,6 +132,7 @@ def protection() -> list[str]:
         else "no Landlock, so programs write no file at all",
         "seccomp" if layers["seccomp"] else "no seccomp",
         f"user {layers['user']}" if layers["user"] else "the same user",
+        "mounts of its own" if layers["mounts"] else "no mounts of its own",
     ]
     enforced = [text for name, text in HELD.items() if held.get(name)]
     missing = [f"NOT enforced: {text}" for name, text in HELD.items() if not held.get(name)]

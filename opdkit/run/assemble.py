@@ -22,6 +22,7 @@ from opdkit.run.open import Given
 from opdkit.run.opened import Opened
 from opdkit.run.prompts import make_prompts, sampled_as
 from opdkit.run.refuse import refuse_long
+from opdkit.run.resume import run_yaml
 from opdkit.run.screen import Screen
 from opdkit.run.settings import Run
 from opdkit.sampling import Guide
@@ -50,25 +51,24 @@ def assemble(
     asked: Asked,
     opened: Opened,
     checkpoint: Path | None,
-    overwrite: bool,
+    record: dict[str, Any],
 ) -> tuple[Job, State]:
-    """The job, and the state in which it starts: that of the checkpoint, where there is one."""
+    """The job, and the state in which it starts: that of the checkpoint, where there is one.
+
+    `record`: what run it is, for its own checkpoints (see `run.resume`).
+    """
     method, student = asked.method, opened.student
     collector = make_collector(run, asked, opened)
     if asked.stored is not None and given.student is None:
         for note in student_notes(asked.stored, identify(run.student)):
             print(f"opdkit: {note}", file=sys.stderr)
-    state = (
-        State()
-        if checkpoint is None
-        else checkpoints.restore(checkpoint, student, opened.companions)
-    )
-    if overwrite:  # now that everything is known to load
-        checkpoints.clear(run.folder)
+    state = State() if checkpoint is None else continued(run, checkpoint, opened, record)
+    state.record = record
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(run.folder / "run.yaml", run_yaml(run, record["changes"]))  # first of its files
     truncate_metrics(run.folder / "metrics.jsonl", state.step)
     truncate_metrics(run.folder / "evals.jsonl", state.evaluated)
     recorder = make_recorder(run, given, asked, opened, state)
-    write_run(run)
     evaluator = make_evaluator(run, asked, opened, collector.sampler)
     job = Job(
         objective=method.objective,
@@ -90,6 +90,27 @@ def assemble(
     if evaluator is not None and state.evaluated < 0:
         score_teachers(evaluator, opened.scorers, asked.eval_rows or [])
     return job, state
+
+
+def continued(run: Run, checkpoint: Path, opened: Opened, record: dict[str, Any]) -> State:
+    """The state of a checkpoint, for a run that `record` may have changed since."""
+    state = checkpoints.restore(checkpoint, opened.student, opened.companions)
+    checkpoints.prune(run.folder, run.checkpoint.keep, state.best_step)
+    if state.step > run.steps:
+        raise UserError(
+            f"{checkpoint} has done {state.step} steps, and steps={run.steps} asks for fewer: a "
+            f"run does not go back. Set steps to {state.step} or more, or start a new run with "
+            "output=DIR"
+        )
+    new = record["changes"][len(state.record.get("changes", ())) :]
+    if new and Length(run.steps, run.max_tokens).ended(state):
+        raise UserError(
+            f"{checkpoint} is the end of its run, so that no step would be done with the changed "
+            f"{new[0]['setting']}: set steps to more than {state.step} too"
+        )
+    if any(change["setting"].partition(".")[0] in ("data", "seed") for change in new):
+        state.stream = {}  # of other questions, or in another order: from the first one on
+    return state
 
 
 def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
@@ -155,7 +176,7 @@ def make_evaluator(
     sampler: Sampler = opened.sampler
     if writer is not None and odd_layers(opened.student.model):
         sampler = writer
-    return Evaluator(run, sampler, prompts, asked.reward, opened.student, opened.tokenizer)
+    return Evaluator(run, sampler, prompts, asked.reward, opened.tokenizer)
 
 
 def make_held_out(run: Run, asked: Asked, opened: Opened, evaluator: Evaluator | None) -> HeldOut:
@@ -181,8 +202,3 @@ def guide(scorers: Mapping[str, Scorer | Remote], share: float) -> Guide:
             "process, not several by route"
         )
     return Guide(teacher.model, teacher.head, share)
-
-
-def write_run(run: Run) -> None:
-    """The resolved run: `opdkit train run.yaml` does the same again."""
-    write_whole(run.folder / "run.yaml", run.yaml())

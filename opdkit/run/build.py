@@ -10,21 +10,24 @@ from opdkit.run.assemble import assemble
 from opdkit.run.open import Given
 from opdkit.run.opened import open_models
 from opdkit.run.resolve import on_device
+from opdkit.run.resume import agreed, record_of
 from opdkit.run.settings import Run
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
 from opdkit.train.job import Job
+from opdkit.train.rehearse import rehearse
 
 
 def prepare(
-    run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False
+    run: Run, given: Given = Given(), *, resume: bool = False, allow_changes: bool = False
 ) -> tuple[Job, State]:
-    """A run checked and built, and where it starts: at its newest checkpoint with `resume`.
-
-    `overwrite` removes what an earlier run left in the folder, once everything is known to load.
+    """A run checked and built, and where it starts: at its newest checkpoint with `resume`, which
+    must be of the same settings and data unless `allow_changes`.
     """
     run = on_device(run, device_of(run.device).startswith("cuda"))
     asked = ask(run, given)
     checkpoint = checkpoints.newest(run.folder) if resume else None
+    record = agreed(run, record_of(run, given, asked), checkpoint, allow_changes)
     opened = open_models(run, given, asked.method, checkpoint)
-    return assemble(run, given, asked, opened, checkpoint, overwrite)
+    rehearse(opened.student.model, opened.tokenizer)
+    return assemble(run, given, asked, opened, checkpoint, record)

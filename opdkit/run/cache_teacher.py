@@ -14,9 +14,19 @@ from typing import Any
 
 from opdkit.base.errors import UserError
 from opdkit.base.files import PARTIAL
+from opdkit.base.lock import LOCK, locked
 from opdkit.base.progress import progress
 from opdkit.data import Prompts
-from opdkit.data.cache import Entry, Manifest, Origin, damages, is_cache, read_manifest, shard_name
+from opdkit.data.cache import (
+    MANIFEST,
+    Entry,
+    Manifest,
+    Origin,
+    damages,
+    is_cache,
+    read_manifest,
+    shard_name,
+)
 from opdkit.data.shards import Scored, write_shard
 from opdkit.methods.method import Method
 from opdkit.models.body import kept_rows, shared_vocabulary
@@ -28,6 +38,7 @@ from opdkit.objective.grammar import Objective
 from opdkit.objective.losses import Divergence, PolicyGradient
 from opdkit.objective.needs import Needs
 from opdkit.objective.signals import LogRatio
+from opdkit.run.folder import refuse_several
 from opdkit.run.open import Given, Models
 from opdkit.run.prompts import make_prompts, read_rows
 from opdkit.run.refuse import refuse_long
@@ -61,10 +72,29 @@ def cache_teacher(
     and called again it continues with the first shard that is not there, and rewrites those that
     are damaged; the same settings make the same bytes (on a CPU, whatever was interrupted).
     """
+    refuse_several()
     _refuse_sizes(run, top_k, prompts_per_shard)
-    folder, method = Path(folder), reading(top_k)
     run = on_device(run, device_of(run.device).startswith("cuda"))
+    method = reading(top_k)
     _refuse(run, method)
+    with locked(folder := Path(folder)):
+        try:
+            return _cached(run, folder, method, top_k, sft_teacher, prompts_per_shard)
+        finally:
+            # a start that failed: its settings are no reason to refuse others
+            if is_cache(folder) and not read_manifest(folder).entries:
+                (folder / MANIFEST).unlink()
+
+
+def _cached(
+    run: Run,
+    folder: Path,
+    method: Method,
+    top_k: int,
+    sft_teacher: str | None,
+    prompts_per_shard: int,
+) -> Manifest:
+    """The cache in a folder that is this process's alone."""
     rows = read_rows(run.prompts, None, run.seed)
     routes = run.teachers.routes
     for row in rows if routes else ():
@@ -230,8 +260,7 @@ def _claim(folder: Path, origin: Origin) -> Manifest | None:
     A cache of something else, or other files, are left alone.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [p for p in folder.iterdir() if not p.name.startswith(PARTIAL)]
+        files = [p for p in folder.iterdir() if not p.name.startswith((PARTIAL, LOCK))]
     except OSError as error:
         raise UserError(
             f"the folder {folder} cannot be written ({error.strerror}): choose another with --out"
@@ -246,6 +275,8 @@ def _claim(folder: Path, origin: Origin) -> Manifest | None:
             "with --out"
         )
     known = read_manifest(folder)
+    if not known.entries:  # a start that was killed
+        return None
     if differences := known.origin.differences(origin):
         raise UserError(
             f"{folder} holds a cache made with other settings: {'; '.join(differences)}. Rows of "

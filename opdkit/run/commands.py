@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from opdkit.base.errors import UserError
+from opdkit.base.files import path_text
+from opdkit.data.memory import as_rows
 from opdkit.eval import EvalResult, evaluate_model
 from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.models.device import device_of
 from opdkit.models.load import load_model, load_tokenizer
+from opdkit.models.precision import widen
 from opdkit.rewards import load_reward
-from opdkit.run.prompts import as_rows, make_prompts, read_rows
+from opdkit.run.prompts import make_prompts, read_rows
 from opdkit.run.settings import Data
 from opdkit.sampling import HFSampler
 from opdkit.sampling.draws import check_sampling
@@ -29,9 +32,12 @@ def open_sampler(
     trust_remote_code: bool = False,
 ) -> HFSampler:
     """A sampler for a model by name, path, or as an object."""
+    model, tokenizer = path_text(model), path_text(tokenizer)
     loaded = load_model(
         model, dtype=dtype, device=device_of(device), trust_remote_code=trust_remote_code
     )
+    if isinstance(model, str):
+        widen(loaded, model)
     named = tokenizer if tokenizer is not None else model
     if not isinstance(named, str) and not hasattr(named, "decode"):
         raise UserError("a loaded model comes without its tokenizer: pass tokenizer=")
@@ -58,6 +64,7 @@ def eval_model(
     check_ks(num_generations, ks)
     check_sampling(chosen)
     sampler = open_sampler(model, tokenizer, dtype, trust_remote_code=trust_remote_code)
+    data = path_text(data)
     settings = (
         data if isinstance(data, Data) else Data(data if isinstance(data, str) else "in memory")
     )
@@ -93,6 +100,7 @@ def sample_model(
 ) -> list[Rollout]:
     """Responses of a model to texts, rows or a data set."""
     sampler = open_sampler(model, tokenizer, dtype, trust_remote_code=trust_remote_code)
+    prompts = path_text(prompts)
     settings = (
         prompts
         if isinstance(prompts, Data)

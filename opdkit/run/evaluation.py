@@ -37,12 +37,10 @@ class Evaluator:
     sampler: Sampler
     prompts: Prompts
     reward: Reward | None
-    trained: Student
     tokenizer: Any  # the student's
 
     def student_score(self, step: int) -> float:
-        with self.trained.autocast():
-            return self.score(self.sampler, "student", step).avg_at_k.value
+        return self.score(self.sampler, "student", step).avg_at_k.value
 
     def score(self, sampler: Sampler, name: str, step: int) -> EvalResult:
         """One evaluation, appended to evals.jsonl; its samples are kept."""
@@ -93,13 +91,12 @@ class Validator:
             given(self.prompts[i], response, self.max_completion_length, f"validation/{i}")
             for i, response in asked
         ]
-        with self.student.autocast():
-            batch = gather(
-                rollouts,
-                Needs(frozenset({LogpFact("student")}), AUTHORS),
-                {"student": self.scorer},
-                device=self.student.device,
-            )
+        batch = gather(
+            rollouts,
+            Needs(frozenset({LogpFact("student")}), AUTHORS),
+            {"student": self.scorer},
+            device=self.student.device,
+        )
         return -batch["student"].logp[batch.trained].mean().item()
 
 

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opdkit.base.errors import UserError
-from opdkit.base.files import read_lines, write_json
+from opdkit.base.files import path_text, read_lines, write_json
 from opdkit.base.interrupt import stoppable
+from opdkit.data.memory import as_rows
 from opdkit.eval import EvalResult
 from opdkit.methods.method import as_method
 from opdkit.models.adapters import has_adapters
 from opdkit.models.quantize import merged
 from opdkit.report import write_report
 from opdkit.run.build import prepare
+from opdkit.run.folder import Claim, claimed
 from opdkit.run.open import Given
 from opdkit.run.origin import write_origin
 from opdkit.run.plan import fitting, use_of
-from opdkit.run.prompts import as_rows
 from opdkit.run.resolve import resolve
-from opdkit.run.settings import Run, claim_folder, make_run, set_value
+from opdkit.run.settings import Run, make_run, set_value
 from opdkit.train import checkpoint as checkpoints
+from opdkit.train.checkpoint import State
+from opdkit.train.job import Job
 from opdkit.train.loop import train
+from opdkit.types import Rollout
+
+Show = Callable[[int, Mapping[str, float]], None]
+Use = Callable[[Sequence[Rollout], Mapping[str, float]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ def distill(
     eval_prompts: Any = None,
     overwrite: bool = False,
     resume: bool = False,
+    allow_changes: bool = False,
     **settings: Any,
 ) -> Result:
     """Distil a teacher into a student; returns the new model's path and the metrics.
@@ -56,31 +65,33 @@ def distill(
     student, teacher: names, paths or loaded models (teacher also {route: model}), with adapters or
     without; of a student with adapters these are trained, and merged in the end. tokenizer,
     teacher_tokenizer: of loaded models; a loaded teacher has the student's unless its own is given.
-    prompts: a path, a hub name, a list of texts or of rows. method: a name, `file.py:function`, a
-    `Method` or an objective. settings: any of `Run`'s, dotted with `__` or by their last name where
-    it is unique: steps=50, learning_rate=1e-5, num_generations=4, sampling__temperature=0.8.
+    prompts: a path, a hub name, a list of texts or of rows, a table (pandas, polars, pyarrow), a
+    dictionary of columns. resume: continue from the newest checkpoint, as it records settings and
+    data; allow_changes: with others, which run.yaml then tells. method: a name,
+    `file.py:function`, a `Method` or an objective. settings: any of `Run`'s, dotted with `__` or by
+    their last name where it is unique: steps=50, num_generations=4, sampling__temperature=0.8.
 
     Called in the main thread, it turns SIGTERM and SIGHUP into an exception that is both
     KeyboardInterrupt and SystemExit, as long as it runs and where the program has not decided on
     that signal: as with Ctrl-C the run is saved, and `resume=True` continues it. A handler of one's
     own, or SIG_IGN, stays: to save the run, let the handler raise KeyboardInterrupt.
     """
+    student, teacher = map(path_text, (student, teacher))
+    prompts, eval_prompts = map(path_text, (prompts, eval_prompts))
     values: dict[str, Any] = {
         "student": _label(student),
-        "teacher": {k: _label(v) for k, v in teacher.items()}
+        "teacher": {str(k): _label(v) for k, v in teacher.items()}
         if isinstance(teacher, Mapping)
         else _label(teacher),
-        "data": prompts if isinstance(prompts, str) else "in memory",
+        "data": _source(prompts),
         "method": method if isinstance(method, str) else "own",
     }
     if eval_prompts is not None:
-        values["evaluate"] = {
-            "data": {"source": eval_prompts if isinstance(eval_prompts, str) else "in memory"}
-        }
+        values["evaluate"] = {"data": {"source": _source(eval_prompts)}}
     if isinstance(reward, str):
         values["reward"] = reward
     for key, value in settings.items():
-        set_value(values, key.replace("__", "."), value)
+        set_value(values, key.replace("__", "."), path_text(value))
     given = Given(
         None if isinstance(student, str) else student,
         None if isinstance(teacher, str) else teacher,
@@ -91,35 +102,48 @@ def distill(
         reward if callable(reward) else None,
         teacher_tokenizer=teacher_tokenizer,
     )
-    return execute(make_run(values), given, resume=resume, overwrite=overwrite)
+    return execute(
+        make_run(values), given, resume=resume, overwrite=overwrite, allow_changes=allow_changes
+    )
 
 
 def execute(
-    run: Run, given: Given = Given(), *, resume: bool = False, overwrite: bool = False
+    run: Run,
+    given: Given = Given(),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_changes: bool = False,
 ) -> Result:
     """Train a run from its first step, or from its newest checkpoint with `resume`.
 
     SIGTERM and SIGHUP end it as Ctrl-C does.
     """
-    with stoppable():
-        return _execute(run, given, resume, overwrite)
-
-
-def _execute(run: Run, given: Given, resume: bool, overwrite: bool) -> Result:
     if resume and overwrite:
         raise UserError(
             "resume continues the run in the output folder, overwrite replaces it: choose one of "
             "them"
         )
+    if allow_changes and not resume:
+        raise UserError(
+            "allow_changes is about settings that a resumed run changes: add resume, or leave it "
+            "out"
+        )
     run = resolve(run, resume)
-    claim_folder(run.folder, resume or overwrite)
-    job, state = prepare(run, given, resume=resume, overwrite=overwrite)
+    with stoppable(), claimed(run, resume=resume, overwrite=overwrite) as claim:
+        job, state = prepare(run, given, resume=resume, allow_changes=allow_changes)
+        return _execute(run, given, job, state, claim)
+
+
+def _execute(run: Run, given: Given, job: Job, state: State, claim: Claim) -> Result:
+    job.recorder.show = _after(claim.begin, job.recorder.show)
     if given.student is None and given.teacher is None and given.method is None:
-        job.recorder.use = use_of(run)
+        job.recorder.use = _estimated(run)
         job.micro_batch_tokens = fitting(run) or job.micro_batch_tokens
     write_origin(run.folder, state.step, str(job.student.device))
     with job.recorder.trackers:
         state = train(job, state)
+    claim.begin()
     final = run.folder / "model"
     trained = job.student.model
     model = merged(trained) if has_adapters(trained) else trained
@@ -136,6 +160,47 @@ def _execute(run: Run, given: Given, resume: bool, overwrite: bool) -> Result:
     report = write_report(run.folder)
     evaluations = [EvalResult.from_dict(line) for line in read_lines(run.folder / "evals.jsonl")]
     return Result(final, run.folder, read_lines(run.folder / "metrics.jsonl"), evaluations, report)
+
+
+def _after(first: Callable[[], None], show: Show | None) -> Show:
+    """What is told of each step, once something else is done."""
+
+    def shown(step: int, metrics: Mapping[str, float]) -> None:
+        first()
+        if show is not None:
+            show(step, metrics)
+
+    return shown
+
+
+def _estimated(run: Run) -> Use | None:
+    """The share of the device's arithmetic that steps use; nothing where it cannot be reckoned: an
+    estimate ends no run.
+    """
+
+    def unknown(error: Exception) -> dict[str, float]:
+        print(f"opdkit: the use of the device is not logged ({error})", file=sys.stderr)
+        return {}
+
+    try:
+        use = use_of(run)
+    except Exception as error:
+        unknown(error)
+        return None
+    if use is None:
+        return None
+
+    def used(rollouts: Sequence[Rollout], seconds: Mapping[str, float]) -> dict[str, float]:
+        try:
+            return use(rollouts, seconds)
+        except Exception as error:
+            return unknown(error)
+
+    return used
+
+
+def _source(prompts: Any) -> str:
+    return prompts if isinstance(prompts, str) else "in memory"
 
 
 def _label(model: Any) -> str:

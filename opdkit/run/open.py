@@ -14,8 +14,16 @@ from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
 from opdkit.models.adapters import has_adapters, own_adapters
 from opdkit.models.body import check_head, head_of
-from opdkit.models.load import load_advised, load_config, load_tokenizer, take_loaded
+from opdkit.models.load import (
+    DTYPES,
+    dtype_of,
+    load_advised,
+    load_config,
+    load_tokenizer,
+    take_loaded,
+)
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE
+from opdkit.models.precision import compute_in
 from opdkit.models.quantize import quantized
 from opdkit.models.tokenizers import end_with, refuse_other_tokenizer, shared_ids, stop_ids, usable
 from opdkit.rewards import Reward
@@ -58,7 +66,9 @@ class Models:
             tokenizer,
             device,
             run.teacher_dtype or run.dtype,
+            run.head_dtype,
             run.trust_remote_code,
+            run.micro_batch_tokens,
             self.questions,
             attn_implementation=run.attn_implementation,
             vocabulary=self._written(),
@@ -104,6 +114,7 @@ class Models:
             trust_remote_code=self.run.trust_remote_code,
             attn_implementation=self.run.attn_implementation,
             quantize=quantize,
+            head=self.run.head_dtype is not None,
         )
 
     def student(self, start: str, resumed: bool) -> Any:
@@ -134,7 +145,7 @@ class Models:
 
     def end_as_teacher(self, student: Any) -> None:
         """The student's answers end with whatever the teacher ends its own with, too."""
-        if "teacher" not in self.method.needs.models:
+        if "teacher" not in self.method.needs.models - set(self.method.brought):
             return
         ends = self.run.teachers.ends(self._of_teacher(self.context))
         if new := end_with(student, self.tokenizer, ends):
@@ -149,19 +160,21 @@ class Models:
         """A student all of whose weights learn: float32 ones, whatever its products are in; or one
         that is handed over with adapters, which learn.
         """
-        given = self.given.student
+        given, dtype = self.given.student, self.run.dtype
+        dtype = "float32" if dtype == "bfloat16" else dtype
         if given is not None and has_adapters(given):
-            return take_loaded(own_adapters(given, start if resumed else None), self.device)
+            mine = own_adapters(given, start if resumed else None)
+            return take_loaded(mine, self.device, dtype=dtype)
         if given is not None and not resumed:
-            return take_loaded(given, self.device)
-        return self.load(start, "float32" if self.run.dtype == "bfloat16" else self.run.dtype)
+            return take_loaded(given, self.device, dtype=dtype)
+        return self.load(start, dtype)
 
     def _adapted(self, start: str, resumed: bool) -> Any:
         """A student with adapters: new ones, or those of a checkpoint."""
         run, lora = self.run, self.run.lora
         assert lora is not None
         if self.given.student is not None:
-            model = take_loaded(self.given.student, self.device, lora.quantize)
+            model = take_loaded(self.given.student, self.device, lora.quantize, run.dtype)
         else:
             model = self.load(run.student, run.dtype, lora.quantize)
         if has_adapters(model):
@@ -231,9 +244,14 @@ class Models:
         """The student's initial weights: adapters switched off, or a frozen copy."""
         run = self.run
         if run.lora is not None:
-            return LocalModel(student, head_of(student), around=student.disable_adapter)
+            return LocalModel(
+                student, head_of(student), run.micro_batch_tokens, student.disable_adapter
+            )
         if self.given.student is not None:
-            model = copy.deepcopy(self.given.student)
+            model, products = copy.deepcopy(self.given.student), None
         else:
-            model = self.load(run.student, run.teacher_dtype or run.dtype, advice=TEACHER_ADVICE)
-        return LocalModel(model.eval().requires_grad_(False), head_of(model))
+            dtype = run.teacher_dtype or run.dtype
+            model, products = self.load(run.student, dtype, advice=TEACHER_ADVICE), DTYPES[dtype]
+        compute_in(model, products, dtype_of(run.head_dtype))
+        model = model.eval().requires_grad_(False)
+        return LocalModel(model, head_of(model), run.micro_batch_tokens)

@@ -13,7 +13,7 @@ from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
 from opdkit.models.body import head_of, kept_rows, shared_vocabulary
 from opdkit.models.device import device_of
-from opdkit.models.load import load_tokenizer
+from opdkit.models.load import dtype_of, load_tokenizer
 from opdkit.objective.companion import Around, Companions
 from opdkit.run.open import Given, Models
 from opdkit.run.settings import Run
@@ -52,32 +52,31 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
     models.check_teacher()
     start = run.student if checkpoint is None else str(checkpoint)
     base = models.student(start, checkpoint is not None)
-    others = models.others(base)
-    heads = [head_of(base), *(head for scorer in others.values() for head in heads_of(scorer))]
-    vocabulary = shared_vocabulary(heads, tokenizer)
-    vocab = kept_rows(heads, vocabulary)
-    updates = run.steps * run.optim.passes * run.optim.minibatches
     student = Student(
         base,
         run.optim,
         run.learning_rate,
-        updates,
+        run.steps * run.optim.passes * run.optim.minibatches,
         run.dtype == "bfloat16",
-        vocab,
+        head_dtype=dtype_of(run.head_dtype),
         disable_dropout=run.disable_dropout,
     )
+    others = models.others(base)
+    heads = [student.head, *(head for scorer in others.values() for head in heads_of(scorer))]
+    vocabulary = shared_vocabulary(heads, tokenizer)
+    student.vocab = vocab = kept_rows(heads, vocabulary)
     scorers: dict[str, Scorer | Remote] = {
-        "student": LocalModel(base, student.head),
-        "live": LocalModel(base, student.head),
+        "student": LocalModel(base, student.head, run.micro_batch_tokens),
+        "live": LocalModel(base, student.head, run.micro_batch_tokens),
     }
     scorers |= {name: cut(scorer, vocab) for name, scorer in others.items()}
-    companions = beside(method, student, scorers, run.seed)
+    companions = beside(method, student, scorers, run)
     everyone = scorers | companions.scorers
     return Opened(models, tokenizer, student, everyone, vocabulary, companions)
 
 
 def beside(
-    method: Method, student: Student, scorers: Mapping[str, Scorer | Remote], seed: int
+    method: Method, student: Student, scorers: Mapping[str, Scorer | Remote], run: Run
 ) -> Companions:
     """What a method has beside the student, at the start of a run."""
 
@@ -94,8 +93,8 @@ def beside(
         width,
         student.device,
         torch.promote_types(torch.float32, student.parameters[0].dtype),
-        seed,
+        run.seed,
         student.model,
-        lambda model: LocalModel(model, head_of(model, student.vocab)),
+        lambda model: LocalModel(model, head_of(model, student.vocab), run.micro_batch_tokens),
     )
     return Companions.build({*method.needs.companions, *method.companions}, around)

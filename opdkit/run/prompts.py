@@ -84,8 +84,3 @@ def make_prompts(data: Data, rows: list[DataRow], tokenizer: Any) -> Prompts:
     for note in prompts.notes:
         print(f"opdkit: {note}", file=sys.stderr)
     return prompts
-
-
-def as_rows(prompts: Sequence[Any]) -> list[DataRow]:
-    """Texts or rows as rows."""
-    return [{"prompt": p} if isinstance(p, str) else dict(p) for p in prompts]

@@ -83,6 +83,11 @@ RUN: Rules = {
         f"one of {AUTO}, {', '.join(DTYPES)}",
         "it is that of the student's matrix products",
     ),
+    "head_dtype": (
+        lambda dtype: dtype in (None, "float32"),
+        "float32, or null for that of the other products",
+        "it is that of the heads' products",
+    ),
     "attn_implementation": (
         lambda attention: attention in (None, *ATTENTION),
         f"one of {', '.join(ATTENTION)}, or null for the usual one",
@@ -204,6 +209,9 @@ class Run:
     # a GPU
     dtype: str = AUTO
     teacher_dtype: str | None = None  # null: as the student
+    # float32: hidden states and head are multiplied as they are, whatever the other products are
+    # in (null: as these)
+    head_dtype: str | None = None
     device: str = "auto"
     # of models in this process: eager, sdpa, flash_attention_2, flash_attention_3 or flex_attention
     # (null: transformers' choice, and eager where a model caps its attention scores)
@@ -216,7 +224,7 @@ class Run:
     # device)
     micro_batch_tokens: int | None = None
     # score rollouts with the trainer, whatever the sampler said (null: where another engine
-    # sampled)
+    # sampled, and in bfloat16)
     recompute_student: bool | None = None
     # take ratios to the distribution tokens were drawn from (temperature, top_p ...)
     correct_sampling: bool = False
@@ -230,6 +238,11 @@ class Run:
 
     def __post_init__(self) -> None:
         follow(RUN, self)
+        if self.head_dtype is not None and self.dtype == "float64":
+            raise ValueError(
+                f"head_dtype={self.head_dtype} goes with dtype float32 or bfloat16: it is for a "
+                "head that is more exact than the other products"
+            )
         check_sampling(self.sampling)
         teacher_of(self.teacher)  # a wrong setting is an error here, before anything else is done
         sampler_of(self.sampler)
@@ -249,13 +262,11 @@ class Run:
     @property
     def recomputes_student(self) -> bool:
         """Whether the trainer scores the rollouts: another engine's log-probs are those of other
-        arithmetic.
+        arithmetic, and in bfloat16 so are those of a token at a time.
         """
-        return (
-            not self.sampler_settings.on_student
-            if self.recompute_student is None
-            else self.recompute_student
-        )
+        if self.recompute_student is not None:
+            return self.recompute_student
+        return self.dtype == "bfloat16" or not self.sampler_settings.on_student
 
     @property
     def method_spec(self) -> MethodSpec:
@@ -347,22 +358,3 @@ def set_value(nested: dict[str, Any], key: str, value: Any) -> None:
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """A run from its YAML file."""
     return make_run(read_yaml(path), overrides)
-
-
-def claim_folder(folder: Path, resume: bool) -> None:
-    """The run folder, made and checked for writing before any model is loaded."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the output folder {folder} cannot be written ({error}): choose another with "
-            "output=DIR"
-        ) from None
-    if not resume and (folder / "run.yaml").exists():
-        raise UserError(
-            f"{folder} already holds a run: continue it with --resume, replace it with "
-            "--overwrite, or choose another output=DIR"
-        )

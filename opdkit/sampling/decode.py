@@ -5,7 +5,7 @@ step draws a token for every row, records it and releases the rows that it finis
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,6 +61,8 @@ class Decoding:
     finished: int = 0  # rollouts
 
     def __post_init__(self) -> None:
+        if self.guide is not None:
+            self.guide = replace(self.guide, head=self.guide.head.ready())
         self.models = [self.model] if self.guide is None else [self.model, self.guide.model]
         self.device = self.model.device
         self.keys = row_keys(self.ids, self.device)

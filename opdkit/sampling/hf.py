@@ -13,8 +13,10 @@ import torch
 from opdkit.base.errors import UserError
 from opdkit.models.body import head_of
 from opdkit.models.load import CausalLM, evaluating
+from opdkit.models.precision import computing, products_of
 from opdkit.models.tokenizers import real_vocabulary
 from opdkit.objective.head import Head
+from opdkit.objective.products import narrow
 from opdkit.sampling.attention import decoding
 from opdkit.sampling.check import check_model, check_prompts
 from opdkit.sampling.decode import Decoding, Guide
@@ -109,18 +111,19 @@ class HFSampler:
         with ExitStack() as stack:
             for model in models:
                 stack.enter_context(evaluating(model))
+                stack.enter_context(computing(model))
                 stack.enter_context(decoding(model))
-            # inference_mode is a little faster, but under it autocast casts every weight anew for
-            # each token
+            # inference_mode is a little faster, but under it a weight that learns is rounded anew
+            # for each token
             stack.enter_context(
                 torch.no_grad()
-                if torch.is_autocast_enabled(self.model.device.type)
+                if any(narrow(products_of(model)) for model in models)
                 else torch.inference_mode()
             )
             task = Decoding(
                 self.model,
                 self.tokenizer,
-                head,
+                head.ready(),
                 prompts,
                 sampling,
                 ids,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdkit.base.rules import Rules, at_least, follow
-from opdkit.models.held import WIDTH, Held
+from opdkit.models.held import Held
 from opdkit.sampling.kv_cache import CPU_BYTES, FREE_SHARE, check_states
 from opdkit.sampling.settings import Pace, Room, SamplerContext, SamplerSettings, Sizes
 from opdkit.types import Sampler
@@ -46,14 +46,12 @@ class HfSettings(SamplerSettings):
 
     def room(self, sizes: Sizes) -> Room:
         """The key-value cache, with as many rollouts at once as half of the free memory holds."""
-        shape = sizes.student.shaped
         # as the sampler counts
-        planned = 2 * shape.layers * shape.keys * WIDTH[sizes.student.dtype]
+        planned = sizes.student.cached_token(sizes.products)
         memory = FREE_SHARE * sizes.free if sizes.gpu else CPU_BYTES
         fitting = (self.max_batch_tokens or int(memory / planned)) // sizes.longest
         rows = max(1, min(sizes.rollouts, fitting))
-        models = [held for held in (sizes.student, sizes.guide) if held is not None]
-        token = sum(held.cached_token(sizes.products) for held in models)
+        token = planned + (sizes.guide.cached_token(sizes.guide.dtype) if sizes.guide else 0)
         name = f"key-value cache of {rows} rollouts at once"
         return Room(name, rows * sizes.longest * token, rows)
 

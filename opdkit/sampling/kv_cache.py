@@ -13,6 +13,8 @@ from torch import Tensor
 from opdkit.base.errors import UserError
 from opdkit.models.body import AGREE, AGREE_HALF, hidden_states
 from opdkit.models.load import CausalLM, evaluating
+from opdkit.models.precision import products_of
+from opdkit.objective.products import narrow
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -64,7 +66,7 @@ def check_states(model: CausalLM) -> None:
         places = (mask.sum(1) - 1)[:, None]
         got = hidden_states(model, ids[:, -1:], mask, places, cache)[:, -1]
         want = torch.cat([hidden_states(model, ids[:1, n:], None)[:, -1] for n in (3, 0)])
-    allowed = AGREE.get(want.dtype, AGREE_HALF) * max(1.0, float(want.abs().max()))
+    allowed = AGREE.get(products_of(model), AGREE_HALF) * max(1.0, float(want.abs().max()))
     if not float((got - want).abs().max()) <= allowed:
         raise UserError(
             f"{type(model).__name__} reads a row otherwise when it is padded, or from its cache: "
@@ -81,8 +83,10 @@ def new_cache(model: CausalLM) -> DynamicCache:
 
     refuse_odd(model)
     cache = DynamicCache(config=model.config)
+    products = products_of(model)
+    kept = products if narrow(products) else None
     cache.layers = [
-        GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+        GrowingLayer(kept) if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
     return cache
 
@@ -175,7 +179,7 @@ def tokens_that_fit(model: CausalLM) -> int:
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    per_token = 2 * config.num_hidden_layers * heads * width * products_of(model).itemsize
     memory = (
         FREE_SHARE * torch.cuda.mem_get_info(model.device)[0]
         if model.device.type == "cuda"

@@ -23,10 +23,17 @@ class GrowingLayer(DynamicLayer):
     values: Tensor
     buffers: tuple[Tensor, Tensor]
 
+    def __init__(self, kept: torch.dtype | None = None):
+        super().__init__()
+        # a type of 16 bits, to which attention rounds keys and values anyway; None: as they come
+        self.kept = kept
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Appends columns [B, heads, c, width]; returns all of them."""
+        if self.kept is not None:
+            key_states, value_states = key_states.to(self.kept), value_states.to(self.kept)
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.hold(key_states, value_states)

@@ -31,6 +31,7 @@ class Request:
 
     tokens: list[int]
     settings: dict[str, Any]
+    who: str  # in errors
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,7 @@ def respond(
     if given:
         tick(0)
     requests = [
-        _request(prompts[i // n], sampling, stops, seed_of(seed, ids[i]), special)
-        for i in unfinished
+        _request(prompts[i // n], sampling, stops, seed, ids[i], special) for i in unfinished
     ]
     drawn = dict(zip(unfinished, engine.draw(requests, tick) if requests else []))
     parts = [
@@ -192,14 +192,14 @@ def _prefixes(engine: Engine, prompts: Sequence[Prompt]) -> dict[str, list[float
 
 
 def _request(
-    prompt: Prompt, sampling: Sampling, stops: Collection[int], seed: int, special: bool
+    prompt: Prompt, sampling: Sampling, stops: Collection[int], seed: int, id: str, special: bool
 ) -> Request:
     settings = {
         "temperature": float(sampling.temperature),
         "top_p": float(sampling.top_p),
         "top_k": sampling.top_k,
         "min_p": float(sampling.min_p),
-        "seed": seed,
+        "seed": seed_of(seed, id),
         "max_tokens": sampling.max_completion_length - len(prompt.prefix),
         "stop": list(sampling.stop),
         "skip_special_tokens": not special,  # of the text that is looked for stop strings
@@ -207,7 +207,7 @@ def _request(
         "ignore_eos": True,  # the end-of-sequence tokens are among the stop tokens
         "logprobs": 0,  # of the drawn token alone
     }
-    return Request(prompt.tokens + prompt.prefix, settings)
+    return Request(prompt.tokens + prompt.prefix, settings, f"rollout {id}")
 
 
 def seed_of(seed: int, id: str) -> int:

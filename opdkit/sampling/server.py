@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -19,9 +19,10 @@ import torch
 from opdkit.base.errors import UserError
 from opdkit.models.body import head_of
 from opdkit.models.engines.endpoint import Endpoint
-from opdkit.models.engines.names import card_of
+from opdkit.models.engines.exchange import MOST, Broken, Reply, addresses, object_of, shown
+from opdkit.models.engines.names import card_of, cards_of
 from opdkit.models.engines.probe import Probe
-from opdkit.models.engines.prompt_logprobs import parse_prompt_logprobs
+from opdkit.models.engines.prompt_logprobs import number_of, parse_prompt_logprobs
 from opdkit.models.engines.weights import (
     DTYPES,
     adapter_rank,
@@ -50,11 +51,15 @@ from opdkit.types import Sampler, Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
+
 COMMAND = (
     "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls "
     "opdkit.models.engines.vllm_worker.Weights --logprobs-mode processed_logprobs --host 127.0.0.1"
 )
 ADAPTERS = f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 {COMMAND} --enable-lora --max-lora-rank RANK"
+ENTRY = 1024  # bytes of JSON, at most, about one token: its id, text and log-prob
+ROUNDING = 1e-3  # nats: by so much a log-prob may be above 0
 SAME = 0.1  # nats: two log-probs of one token, drawn at temperature 2, are of the same distribution
 
 
@@ -84,6 +89,7 @@ class ServerSettings(SamplerSettings):
     sync_tolerance: float | None = None
 
     def __post_init__(self) -> None:
+        addresses(self.urls, "the sampling server")
         if not self.urls:
             raise ValueError(
                 "a sampling server needs at least one url, such as http://127.0.0.1:8000"
@@ -173,17 +179,20 @@ class ServerSampler(EngineSampler):
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         for probe, one in zip(self.probe, self.endpoint.each()):
-            logps = [
-                torch.tensor(self._scores(one, s, 1, who))
-                for s, who in zip(probe.sequences, probe.names)
-            ]
             probe.check(
-                logps,
+                self._probed(one, probe),
                 version,
                 f"sending {'adapters' if self.settings.enable_lora else 'weights'} to "
                 f"{one.urls[0]}",
             )
         self.version = version
+
+    def _probed(self, one: Endpoint, probe: Probe) -> list[torch.Tensor]:
+        """Log-probs [T - 1] of each of the probe's sequences of T tokens, by one server."""
+        return [
+            torch.tensor(self._scores(one, s, 1, who))
+            for s, who in zip(probe.sequences, probe.names)
+        ]
 
     def _send_weights(self, folder: Path) -> None:
         self._call("opdkit_load_folder", str(folder))
@@ -223,9 +232,13 @@ class ServerSampler(EngineSampler):
 
     def draw(self, requests: Sequence[Request], tick: Callable[[int], None] | None) -> list[Drawn]:
         """A continuation of each."""
-        return self.endpoint.map(
-            [partial(self._drawn, self.endpoint, request) for request in requests], tick
-        )
+        faults = self.endpoint.faults
+        calls = [partial(self._drawn, self.endpoint, request) for request in requests]
+        drawn = self.endpoint.map(calls, tick)
+        if self.endpoint.faults > faults:  # a server may have been started again
+            for probe, one in zip(self.probe, self.endpoint.each()):
+                probe.repeat(self._probed(one, probe), one.urls[0])
+        return drawn
 
     def score(
         self, sequences: Sequence[list[int]], starts: Sequence[int], who: Sequence[str]
@@ -241,43 +254,63 @@ class ServerSampler(EngineSampler):
     def _drawn(self, endpoint: Endpoint, request: Request) -> Drawn:
         # whatever the checkpoint's own generation settings say
         neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-        choice = self._complete(
-            endpoint, request.tokens, request.settings | neutral | {"return_token_ids": True}
-        )
-        tokens, logps = (
-            choice.get("token_ids"),
-            (choice.get("logprobs") or {}).get("token_logprobs"),
-        )
-        if not isinstance(tokens, list) or not isinstance(logps, list) or len(tokens) != len(logps):
-            raise UserError(
-                "the sampling server does not return token ids with their log-probs: opdkit never "
-                "encodes a text again, as that changes tokens. Use vLLM 0.32 or newer"
+        settings = request.settings | neutral | {"return_token_ids": True}
+        longest, rows = request.settings["max_tokens"], real_rows(self.head)
+
+        def read(choice: dict[str, Any], who: str) -> Drawn:
+            tokens, logps = (
+                choice.get("token_ids"),
+                (choice.get("logprobs") or {}).get("token_logprobs"),
             )
-        return Drawn(
-            tokens,
-            [float("nan") if x is None else x for x in logps],
-            ended(choice.get("finish_reason")),
-        )
+            if not isinstance(tokens, list) or not isinstance(logps, list):
+                raise UserError(
+                    f"{who}: the sampling server does not return token ids with their log-probs: "
+                    "opdkit never encodes a text again, as that changes tokens. Use vLLM 0.32 or "
+                    "newer"
+                )
+            if choice.get("prompt_token_ids") not in (None, request.tokens):
+                raise Broken("it is an answer to another prompt")
+            if not len(tokens) == len(logps) <= longest:
+                raise Broken(
+                    f"{len(tokens)} tokens and {len(logps)} log-probs, of at most {longest}"
+                )
+            if wrong := [t for t in tokens if type(t) is not int or not 0 <= t < rows]:
+                raise Broken(f"token {shown(repr(wrong[0]))} is none of the student's {rows}")
+            numbers = [number_of(x) for x in logps]
+            if above := [x for x in numbers if x > ROUNDING]:
+                raise Broken(f"a log-prob of {above[0]:g}")
+            return Drawn(tokens, numbers, ended(choice.get("finish_reason")))
+
+        return self._complete(endpoint, request.who, request.tokens, settings, read, longest)
 
     def _scores(self, endpoint: Endpoint, tokens: list[int], start: int, who: str) -> list[float]:
-        choice = self._complete(
-            endpoint, tokens, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        )
-        return parse_prompt_logprobs(
-            choice.get("prompt_logprobs"), tokens, start, 0, f"{who} at {self.name}"
-        ).logp.tolist()
+        def read(choice: dict[str, Any], who: str) -> list[float]:
+            entries = choice.get("prompt_logprobs")
+            return parse_prompt_logprobs(entries, tokens, start, 0, who).logp.tolist()
+
+        settings = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        return self._complete(endpoint, who, tokens, settings, read, 1)
 
     def _complete(
-        self, endpoint: Endpoint, tokens: list[int], settings: dict[str, Any]
-    ) -> dict[str, Any]:
-        choices = endpoint.post(
-            "/v1/completions", {"model": self.name, "prompt": tokens, **settings}
-        ).get("choices")
-        if not isinstance(choices, list) or len(choices) != 1:
-            raise UserError(
-                f"the sampling server answered with no single completion, but {str(choices)[:200]}"
-            )
-        return choices[0]
+        self,
+        endpoint: Endpoint,
+        who: str,
+        tokens: list[int],
+        settings: dict[str, Any],
+        read: Callable[[dict[str, Any], str], T],
+        longest: int,
+    ) -> T:
+        """What `read` makes of the single completion that comes back."""
+
+        def single(reply: Reply, who: str) -> T:
+            choices = object_of(reply).get("choices")
+            if not isinstance(choices, list) or len(choices) != 1:
+                raise Broken(f"no single completion is in it, but {shown(repr(choices))}")
+            return read(choices[0], who)
+
+        body = {"model": self.name, "prompt": tokens, **settings}
+        most = MOST + ENTRY * (len(tokens) + longest)
+        return endpoint.about(f"{who} at {self.name}", "/v1/completions", body, single, most)
 
     def _check_mode(self) -> None:
         """Whether the servers give log-probs of the distribution that tokens are drawn from: seen
@@ -290,7 +323,9 @@ class ServerSampler(EngineSampler):
                 drawn = self._drawn(
                     one,
                     Request(
-                        prompt, {"temperature": HOTTEST, "max_tokens": 8, "seed": 0, "logprobs": 0}
+                        prompt,
+                        {"temperature": HOTTEST, "max_tokens": 8, "seed": 0, "logprobs": 0},
+                        probe.names[0],
                     ),
                 )
                 plain = self._scores(one, prompt + drawn.tokens, len(prompt), probe.names[0])
@@ -312,7 +347,9 @@ def _served(endpoint: Endpoint, wanted: str | None) -> tuple[str, int]:
     names, limits = set(), []
     for one in endpoint.each():
         cards = [
-            card for card in one.get("/v1/models").get("data") or [] if card.get("parent") is None
+            card
+            for card in one.request("GET", "/v1/models", None, cards_of)
+            if card.get("parent") is None
         ]
         known = {card["id"]: card for card in cards}
         card = card_of(cards, wanted)
@@ -344,7 +381,7 @@ def _served(endpoint: Endpoint, wanted: str | None) -> tuple[str, int]:
 def _ask(endpoint: Endpoint, path: str, body: dict[str, Any], command: str) -> None:
     """A call that changes the server: made once, and explained where it is not understood."""
     try:
-        replace(endpoint, retries=0).request("POST", path, body, lambda response: response.text)
+        replace(endpoint, retries=0).request("POST", path, body, lambda reply: reply.content)
     except UserError as error:
         raise UserError(
             f"{endpoint.urls[0]} did not take the student's weights over ({error}). It must be "

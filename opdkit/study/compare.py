@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +16,17 @@ from opdkit import recipes
 from opdkit.base.address import is_address
 from opdkit.base.config import plain, read_yaml, to_yaml
 from opdkit.base.errors import UserError
-from opdkit.base.files import read_lines, write_whole
+from opdkit.base.files import read_lines, remove_folder, tidy, write_whole
+from opdkit.base.lock import locked
 from opdkit.methods import expression
 from opdkit.methods.method import Method, as_method, spelled
+from opdkit.report import write_report
 from opdkit.rewards import load_reward
+from opdkit.run.folder import refuse_several
 from opdkit.run.launch import execute
 from opdkit.run.open import Given
 from opdkit.run.refuse import refuse
-from opdkit.run.settings import MethodSpec, Run, claim_folder, make_run, set_value
+from opdkit.run.settings import MethodSpec, Run, make_run, set_value
 from opdkit.study.page import write_page
 from opdkit.study.screen import ComparisonScreen, text_table
 from opdkit.study.standings import (
@@ -208,11 +210,24 @@ def compare(
     of `distill`, for all runs. A comparison in `out` is continued: runs that have ended are kept,
     the others resume from their checkpoints.
     """
-    plan = _plan(methods, recipe, seeds, Path(out), settings)
-    if isinstance(recipe, str):
-        recipes.make(recipe, plan.folder / "recipe")
+    refuse_several()
+    with locked(Path(out)):
+        plan = _plan(methods, recipe, seeds, Path(out), settings)
+        if isinstance(recipe, str):
+            recipes.make(recipe, plan.folder / "recipe")
+        try:
+            return _compared(plan)
+        finally:
+            if not _begun(plan.folder):  # nothing is there that settings could disagree with
+                (plan.folder / PLAN).unlink(missing_ok=True)
+
+
+def _compared(plan: ComparisonPlan) -> Comparison:
+    """Every run that is not there yet, and what they all say."""
     failed: dict[tuple[str, int], str] = {}
     plan.write(failed)
+    for done in filter(finished, [plan.place(c, seed) for c, seed in plan.order()]):
+        _settled(done)
     todo = [(c, seed) for c, seed in plan.order() if not finished(plan.place(c, seed))]
     screen = ComparisonScreen(len(plan.order()), len(plan.order()) - len(todo))
     for who, seed in todo:
@@ -231,8 +246,8 @@ def compare(
                 f"opdkit: {who.label} with seed {seed} failed, the others go on: {error}",
                 file=sys.stderr,
             )
-        for path in checkpoints(run.folder) if finished(run.folder) else ():
-            shutil.rmtree(path)  # the model stays; optimisers of many runs would fill a disk
+        if finished(run.folder):
+            _settled(run.folder)
         screen.end()
         plan.write(failed)
         write_page(read_comparison(plan.folder))
@@ -244,6 +259,23 @@ def compare(
         standings(entries.entrants),
         failed,
     )
+
+
+def _settled(run: Path) -> None:
+    """A finished run with its report, and without what a kill left of its end. Its model stays;
+    optimisers of many runs would fill a disk.
+    """
+    with locked(run):
+        tidy(run)
+        for path in checkpoints(run):
+            remove_folder(path)
+        if not (run / "report.html").exists():
+            write_report(run)
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run of the comparison has taken a step."""
+    return any(path.stat().st_size for path in folder.glob("runs/*/*/metrics.jsonl"))
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -285,7 +317,6 @@ def _plan(
             "a comparison is kept as Parquet, which needs pyarrow: pip install 'opdkit[data]'"
         ) from None
     leader = _continued(folder, base, contenders)
-    claim_folder(folder, resume=True)
     named = recipe if isinstance(recipe, str) else "given in Python"
     return ComparisonPlan(folder, named, base, contenders, chosen, leader)
 
@@ -322,7 +353,7 @@ def _continued(folder: Path, base: Run, contenders: Sequence[Contender]) -> Cont
 
     A comparison that is there already must be of the same settings.
     """
-    if not (folder / PLAN).exists():
+    if not (folder / PLAN).exists() or not _begun(folder):
         if (folder / "run.yaml").exists():
             raise UserError(
                 f"{folder} holds a run, not a comparison: choose another folder with --out"

@@ -47,8 +47,8 @@ class Entries:
 
 
 def finished(run: Path) -> bool:
-    """Whether a run has ended: its model appears last, and whole."""
-    return (run / "model").exists()
+    """Whether a run has ended: what it says of itself is written last, after its model."""
+    return (run / "model").exists() and (run / "summary.json").exists()
 
 
 def read_comparison(folder: Path) -> Entries:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError
-from opdkit.models.engines.endpoint import Endpoint
+from opdkit.models.engines.endpoint import REST, Endpoint
 from opdkit.models.layout import Layout
 from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.supply import Tensors
@@ -35,6 +35,33 @@ FAMILY = (
     "student's family"
 )
 SAME_NUMBER = 0.05  # nats, between two ways of asking one server for the same log-prob
+REPEATED = 0.05  # nats, mean difference of one server's log-probs of the probe, asked twice
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What one server said of the first request's text."""
+
+    server: Endpoint
+    ask: Ask
+    logp: Tensor  # [n] of its tokens
+
+    def again(self, wire: Wire, model: str, *, alone: bool) -> None:
+        """An error where it says something else now. alone: and where it says nothing."""
+        url = self.server.urls[0]
+        try:
+            logp = wire.scores(self.server, model, self.ask, 0).logp
+        except UserError as error:
+            if not alone:  # it is down; what it gave before came from what it was before
+                return
+            raise UserError(f"the first request to {url}, repeated: {error}") from error
+        if (gap := float((logp - self.logp).abs().mean())) > REPEATED:
+            raise UserError(
+                f"{url} gives other log-probs of the first request's text than at the start, by "
+                f"{gap:.2g} nats on average: it was started again with other weights under the "
+                "same name. Nothing was learnt from this step; start the right ones and continue "
+                "with --resume"
+            )
 
 
 @dataclass(frozen=True)
@@ -46,6 +73,7 @@ class Served:
     model: str  # the name it is served under
     tokens: int  # ids that the student's tokenizer has
     limit: int | None = None  # tokens that the server can read at once
+    probed: tuple[Probed, ...] = ()  # asked again after every step's answers
 
     def facts(
         self,
@@ -71,6 +99,8 @@ class Served:
             for b, i in zip(used, index)
         ]
         answers = self.endpoint.map(calls)
+        if answers:
+            self._same_weights()
         made: Tensors = {}
         for fact in wanted if answers else ():
             values = [answer[fact] for answer in answers]
@@ -111,6 +141,11 @@ class Served:
             made[fact] = self.wire.at(self.endpoint, self.model, ask, full)[t - first]
         return made
 
+    def _same_weights(self) -> None:
+        """Asked after the answers, so that none of them came from other weights unseen."""
+        for probed in self.probed:
+            probed.again(self.wire, self.model, alone=len(self.probed) == 1)
+
     def _known(self, scored: PromptScores, ask: Ask) -> None:
         """A row of the head that only pads it has no token."""
         if scored.top_ids.numel() and (largest := int(scored.top_ids.max())) >= self.tokens:
@@ -123,9 +158,9 @@ class Served:
 
 def probe(
     served: Served, ones: Sequence[Endpoint], name: str, needs: Any, tokenizer: Any, model: str
-) -> None:
+) -> Served:
     """One short text is scored by every server: the answers must be whole, aligned, of the
-    student's tokens, and alike.
+    student's tokens, and alike. It is asked about again later.
     """
     who = f"a {served.wire.kind} server"
     read = [f for f in needs.of(model) if f.models[0] == model]
@@ -142,30 +177,27 @@ def probe(
     tokens = tokenizer.encode(PROBE, add_special_tokens=False)[:PROBE_TOKENS]
     # the largest id: a smaller vocabulary refuses it
     tokens += [tokenizer.eos_token_id or 0, served.tokens - 1]
-    said: dict[str, Tensor] = {}
+    said: list[Probed] = []
     for one in ones:
         ask = Ask(f"the first request to {one.urls[0]}", tokens, 1)
         scored = served.wire.scores(one, served.model, ask, k)
-        if k and float(scored.top_logp.exp().sum(-1).max()) > 1.001:
-            raise UserError(
-                f"{one.urls[0]} returns numbers that are no log-probs of its whole vocabulary "
-                f"(their probabilities sum to {float(scored.top_logp.exp().sum(-1).max()):.3f}): "
-                "start it without a --logprobs-mode of its own"
-            )
         _same_texts(served.wire.texts(one, served.model, ask), tokenizer, one.urls[0])
         for fact in read:
             if fact.others_first:
                 _at_works(served, one, ask, scored, fact, name)
-        said[one.urls[0]] = scored.logp
-    (first, expected), *others = said.items()
-    for url, logp in others:
-        gap = float((logp - expected).abs().mean())
+        # one of several is not waited for long
+        later = one if len(ones) == 1 else replace(one, retries=0, timeout=min(one.timeout, REST))
+        said.append(Probed(later, ask, scored.logp))
+    first, *others = said
+    for other in others:
+        gap = float((other.logp - first.logp).abs().mean())
         if gap > SAME_MODEL:
             raise UserError(
-                f"{first} and {url} both serve {served.model!r} and do not agree: their log-probs "
-                f"of one text differ by {gap:.2f} nats on average, so their weights are different. "
-                "Start them from the same checkpoint"
+                f"{first.server.urls[0]} and {other.server.urls[0]} both serve {served.model!r} "
+                f"and do not agree: their log-probs of one text differ by {gap:.2f} nats on "
+                "average, so their weights are different. Start them from the same checkpoint"
             )
+    return replace(served, probed=tuple(said))
 
 
 def _at_works(

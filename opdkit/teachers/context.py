@@ -31,7 +31,10 @@ class TeacherContext:
     tokenizer: Any  # the student's
     device: str = "cpu"
     dtype: str = "float32"  # of a teacher that does not say its own
+    head_dtype: str | None = None  # of the product of its head; null: as its other products
     trust_remote_code: bool = False
+    # padded tokens of one forward pass of a model in this process; null: by device
+    micro_batch_tokens: int | None = None
     # how the student is asked: `data.Prompts`' template, system, chat and enable_thinking
     questions: Mapping[str, Any] = field(default_factory=lambda: {"chat": False})
     # of models in this process; null: as `models.load.attention_for` says

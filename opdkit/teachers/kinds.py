@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,7 +59,7 @@ def _made(value: Any, where: str) -> Teacher:
         raise UserError(
             f"{where} must be a model, kind:..., a URL or a group with `kind`, not {value!r}"
         )
-    if value.startswith(("http://", "https://")):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):  # of servers: others say what is wrong
         value = "server:" + value
     kind, _, rest = value.partition(":")
     if rest and kind in KINDS and (settings := KINDS[kind].from_text(rest)):

@@ -18,8 +18,9 @@ from opdkit.models.held import HERE, Held
 from opdkit.models.identity import Identity, identify
 from opdkit.models.layout import Layout, batch_tokens
 from opdkit.models.limits import context_limit
-from opdkit.models.load import evaluating, load_advised, load_tokenizer, take_loaded
+from opdkit.models.load import dtype_of, evaluating, load_advised, load_tokenizer, take_loaded
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE, Offloaded, enough_memory
+from opdkit.models.precision import compute_in
 from opdkit.models.quantize import check_quantize, require
 from opdkit.models.shapes import Shape
 from opdkit.models.tokenizers import refuse_other_tokenizer, same_tokenizer, shared_ids
@@ -75,10 +76,10 @@ class LocalModel:
             advice,
         )
         with memory, evaluating(self.model), torch.no_grad(), self.around():
-            hidden = [layout.states(self.model, part) for part in parts]
+            hidden = [self.head.kept(layout.states(self.model, part)) for part in parts]
         for part, states in zip(parts, hidden):
             self._refuse_broken(layout, part, states)
-        return source_of(self.head, layout, parts, hidden, positions.device)
+        return source_of(self.head.ready(), layout, parts, hidden, positions.device)
 
     def _refuse_broken(self, layout: Layout, positions: Tensor, states: Tensor) -> None:
         """Hidden states that are not numbers would spread into every weight of the student."""
@@ -146,23 +147,26 @@ class LocalTeacher(Teacher):
         return context.once(key, lambda: self._load(context))
 
     def _load(self, context: TeacherContext) -> LocalModel:
-        given = context.given
+        given, dtype = context.given, self.dtype or context.dtype
         if given is not None:
             own = copy.deepcopy(given) if given is context.given_student else given
             model = take_loaded(own, context.device, self.quantize)
         else:
             model = load_advised(
                 self.model,
-                self.dtype or context.dtype,
+                dtype,
                 context.device,
                 TEACHER_ADVICE,
                 trust_remote_code=context.trust_remote_code,
                 attn_implementation=context.attn_implementation,
                 quantize=self.quantize,
+                head=context.head_dtype is not None,
             )
         model = model.eval().requires_grad_(False)
+        products = dtype_of(dtype if given is None else None)
+        compute_in(model, products, dtype_of(context.head_dtype))
         check_head(model)
-        local = LocalModel(model, head_of(model))
+        local = LocalModel(model, head_of(model), context.micro_batch_tokens)
         if not self.offload:
             return local
         if context.device == "cpu":

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
@@ -19,6 +20,7 @@ from opdkit.objective.facts import EntropyFact, Fact, LogpAtFact, LogpFact, TopF
 from opdkit.objective.head import Head
 from opdkit.types import Rollout
 
+MOST_TOKENS = 1 << 22  # of one request
 FINGERPRINT = "X-Opdkit-Model"  # header of every answer: which weights gave it
 # by the names under which they are sent
 FACTS: dict[str, type[Fact]] = {
@@ -56,6 +58,55 @@ def unpack(body: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors 
     # KeyError: a number format that torch does not have
     except (SafetensorError, struct.error, KeyError) as error:
         raise ValueError(f"not a safetensors body of {len(body)} bytes: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------ answers
+
+Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensors by name
+AROUND = 1 << 16  # bytes of an answer that are no tensor's
+
+
+def seal(request: bytes, tensors: Mapping[str, Tensor]) -> str:
+    """What ties an answer's tensors [...] to the request: another request's, and one in which
+    anything was changed, have another.
+    """
+    digest = hashlib.sha256(hashlib.sha256(request).digest())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def pack_answer(tensors: Mapping[str, Tensor], request: bytes) -> bytes:
+    """Tensors of any shape [...] by name, for this request."""
+    return pack(tensors, {"answers": seal(request, tensors)})
+
+
+def size(expected: Expected) -> int:
+    """Bytes that an answer with these tensors has at most."""
+    return AROUND + sum(dtype.itemsize * math.prod(shape) for dtype, shape in expected.values())
+
+
+def unpack_answer(body: bytes, request: bytes, expected: Expected) -> dict[str, Tensor]:
+    """The tensors [...] that were asked for, of the shapes that were asked for.
+
+    A ValueError where the body is not the answer to this request.
+    """
+    tensors, settings = unpack(body)
+    found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    if found != dict(expected):
+        raise ValueError(f"{_words(expected)} were asked for, and {_words(found)} came back")
+    if not isinstance(settings, dict) or settings.get("answers") != seal(request, tensors):
+        raise ValueError(
+            "the answer is another request's, or was changed on its way: its digest is not that "
+            "of this request and these numbers"
+        )
+    return tensors
+
+
+def _words(expected: Expected) -> str:
+    return shown({name: (str(t), list(shape)) for name, (t, shape) in sorted(expected.items())})
 
 
 # ----------------------------------------------------------------------------------------- requests
@@ -148,6 +199,8 @@ def unpack_request(
 
 def _layout(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Layout:
     """The rollouts: [n] tokens, cut into prompts and responses by their lengths."""
+    if _integers(tensors, "tokens").numel() > MOST_TOKENS:
+        raise ValueError(f"it holds more than {MOST_TOKENS} tokens")
     tokens, prompts, responses = (
         _integers(tensors, name).tolist() for name in ("tokens", "prompts", "responses")
     )
@@ -176,7 +229,7 @@ def _layout(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Layou
 
 
 def shown(value: Any) -> str:
-    """A value of a request in a message, not all of a long one."""
+    """A value of the other side's in a message, not all of a long one."""
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + " ..."
 
@@ -265,11 +318,22 @@ def pack_head(head: Head) -> bytes:
     return pack(tensors, {"scale": head.scale, "softcap": head.softcap})
 
 
-def unpack_head(body: bytes) -> Head:
+def unpack_head(body: bytes, rows: int, columns: int) -> Head:
+    """A head with a weight [rows, columns] of finite numbers; else a ValueError."""
     tensors, settings = unpack(body)
-    if "weight" not in tensors:
-        raise ValueError("no weight in it")
-    return Head(tensors["weight"], tensors.get("bias"), settings["scale"], settings["softcap"])
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if weight is None or weight.shape != (rows, columns):
+        raise ValueError(f"no weight of {rows} rows and {columns} columns in it")
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"its bias is not of {rows} numbers")
+    for tensor in (weight, *([] if bias is None else [bias])):
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise ValueError("its numbers are not all finite")
+    scale, softcap = settings["scale"], settings["softcap"]
+    for number in (scale, *([] if softcap is None else [softcap])):
+        if not isinstance(number, int | float) or not 0 < abs(number) < math.inf:
+            raise ValueError(f"a scale or cap of {shown(number)} in it")
+    return Head(weight, bias, float(scale), softcap)
 
 
 def head_on(head: Head, device: torch.device) -> Head:

@@ -194,5 +194,8 @@ class RoutedTeacher(Teacher):
     def identity(self) -> Identity:
         return identify_together({name: t.identity() for name, t in self.teachers.items()})
 
+    def recorded(self) -> Identity:
+        return identify_together({name: t.recorded() for name, t in self.teachers.items()})
+
     def precision(self, usual: str) -> str:
         return precisions(self.teachers.values(), usual)

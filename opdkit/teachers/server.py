@@ -12,7 +12,8 @@ from typing import Any
 
 from opdkit.base.errors import UserError
 from opdkit.models.engines.endpoint import Endpoint, Refused
-from opdkit.models.engines.names import card_of
+from opdkit.models.engines.exchange import addresses
+from opdkit.models.engines.names import Card, card_of, cards_of
 from opdkit.models.held import ELSEWHERE, Held
 from opdkit.models.identity import Identity
 from opdkit.models.shapes import Shape
@@ -43,6 +44,7 @@ class ServerTeacher(Teacher):
     api_key_env: str | None = None
 
     def __post_init__(self) -> None:
+        addresses(self.urls, "the teacher's server")
         if not self.urls:
             raise ValueError(
                 "a server teacher needs at least one url, such as http://127.0.0.1:8000"
@@ -99,6 +101,9 @@ class ServerTeacher(Teacher):
     def identity(self) -> Identity:
         return Identity(self.model or ",".join(self.urls))
 
+    def recorded(self) -> Identity:
+        return Identity(self.model or "the only model of a server")
+
 
 def _ask_own(
     endpoint: Endpoint, name: str, about: list[Any], context: TeacherContext
@@ -136,18 +141,17 @@ def _ask_others(
     known = context.vocabulary or real_vocabulary(tokenizer)
     served = Served(endpoint, wires[0], name, known, limit)
     ones = [replace(endpoint, urls=[url]) for url in cards]
-    probe(served, ones, method.name, method.needs, tokenizer, "teacher")
-    return served
+    return probe(served, ones, method.name, method.needs, tokenizer, "teacher")
 
 
-def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, dict[str, Any]]:
+def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, Card]:
     """By URL: what each server says of the model it serves. One of several may be down for now."""
-    cards: dict[str, dict[str, Any]] = {}
+    cards: dict[str, Card] = {}
     failed: UserError | None = None
     for one in endpoint.each():
         (url,) = one.urls
         try:
-            listed = one.get("/v1/models").get("data")
+            known = one.request("GET", "/v1/models", None, cards_of)
         except Refused as refused:
             raise UserError(
                 f"{url} does not list its models at /v1/models ({refused.status}): it is not an "
@@ -158,19 +162,21 @@ def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, dict[str, Any]]:
                 print(f"opdkit: {error}. The others go on without it", file=sys.stderr)
             failed = error
             continue
-        known = {
-            card["id"]: card for card in listed or [] if isinstance(card, dict) and "id" in card
-        }
-        card = card_of(list(known.values()), wanted)
+        if not known:
+            raise UserError(
+                f"{url} serves no model, so there is no teacher: start it with one, or give "
+                "another server"
+            )
+        card = card_of(known, wanted)
+        names = ", ".join(card["id"] for card in known)
         if wanted is None and card is None:
             raise UserError(
-                f"{url} serves {', '.join(known) or 'no model'}: say which is the teacher with "
-                "teacher.model=NAME"
+                f"{url} serves {names}: say which is the teacher with teacher.model=NAME"
             )
         if card is None:
             raise UserError(
-                f"{url} does not serve {wanted!r} but {', '.join(known) or 'nothing'}: start it "
-                "with that model, or set teacher.model"
+                f"{url} does not serve {wanted!r} but {names}: start it with "
+                "that model, or set teacher.model"
             )
         cards[url] = card
     if not cards:

@@ -5,10 +5,11 @@ training process.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,21 +21,20 @@ from opdkit.models.tokenizers import real_vocabulary
 from opdkit.objective.facts import LogpAtFact, LogpFact, TopFact
 from opdkit.teachers import protocol
 from opdkit.teachers.base import answers
+from opdkit.teachers.gate import BadRequest, Room
 from opdkit.teachers.local import LocalModel
 from opdkit.teachers.scored_facts import JSON_FLOOR
 from opdkit.types import Rollout
 
+T = TypeVar("T")
+
 LARGEST_TABLE = 1 << 30  # bytes of all that one request asks for, before it is sent
 CELL = 16  # bytes of one number in it: itself, and as much on the way
-MOST_ENTRIES = 1 << 22  # log-probs of one /v1/completions answer: some 400 bytes each
-
-
-class BadRequest(Exception):
-    """A request that no repetition makes right."""
-
-    def __init__(self, message: str, status: int = 400):
-        super().__init__(message)
-        self.status = status
+MOST_ENTRIES = 1 << 21  # log-probs of one /v1/completions answer
+ENTRY = 1 << 10  # bytes of each, as Python holds it and as text
+VOCABULARY = 1 << 9  # bytes of each token of /tokenizer, as Python holds it and as text
+ANSWERS = 2 << 30  # bytes of all answers that are being made or sent
+LONGEST = 600.0  # seconds in which a request is scored, others before it included
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Service:
     # prompts for /v1/completions
     waiting: list[tuple[Rollout, int, Future[Any]]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    room: Room = field(default_factory=lambda: Room(ANSWERS))  # of who has called, until released
 
     def __post_init__(self) -> None:
         model = self.local.model
@@ -58,6 +59,8 @@ class Service:
         self.device = next(model.parameters()).device
         self.budget = self.local.micro_batch_tokens or batch_tokens(self.device)
         self.rows = self.local.head.size(torch.zeros(0))
+        assert self.local.head.weight is not None
+        self.columns = self.local.head.weight.shape[1]
         self.ids = min(self.rows, model.get_input_embeddings().weight.shape[0])
         known = real_vocabulary(self.tokenizer)
         # rows that only pad the head are no tokens
@@ -70,6 +73,7 @@ class Service:
             "fingerprint": self.fingerprint,
             "tokenizer": tokenizer_digest(self.tokenizer)[:SHORT],
             "rows": self.rows,
+            "columns": self.columns,
             "micro_batch_tokens": self.budget,
         }
         card = {
@@ -82,7 +86,13 @@ class Service:
         return {"object": "list", "data": [card]}
 
     def vocabulary(self) -> dict[str, Any]:
+        self.room.take(VOCABULARY * len(self.tokenizer))
         return {"name": self.name, "vocab": self.tokenizer.get_vocab()}
+
+    def head(self) -> bytes:
+        """Of the whole matrix, as the client multiplies with it."""
+        self.room.take(8 * self.rows * (self.columns + 1))
+        return protocol.pack_head(self.local.head)
 
     def score(self, body: bytes) -> bytes:
         """Facts of rollouts, or hidden states where none is asked for; see `scoring`."""
@@ -108,6 +118,7 @@ class Service:
                 0,
                 self.ids,
             )
+        self.room.take(cells * CELL)
         positions, local = positions.to(self.device), self.local.cut(vocab)
 
         def run() -> dict[str, Tensor]:
@@ -119,13 +130,14 @@ class Service:
             )
             return {str(i): made[fact] for i, fact in enumerate(wanted)}
 
-        return protocol.pack(self.worker.submit(run).result(), {})
+        return protocol.pack_answer(_in_time([self.worker.submit(run)])[0], body)
 
     def completions(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The OpenAI form with vLLM's prompt_logprobs: prompts of token ids are scored, nothing is
         written.
         """
         prompts, k = self._asked(given)
+        self.room.take(ENTRY * sum(map(len, prompts)) * max(k, 1))
         futures: list[Future[Any]] = [Future() for _ in prompts]
         with self.lock:
             for prompt, future in zip(prompts, futures):
@@ -145,9 +157,9 @@ class Service:
                 "text": "",
                 "logprobs": None,
                 "finish_reason": "length",
-                "prompt_logprobs": future.result(),
+                "prompt_logprobs": entries,
             }
-            for i, future in enumerate(futures)
+            for i, entries in enumerate(_in_time(futures))
         ]
         usage = {
             "prompt_tokens": sum(map(len, prompts)),
@@ -225,7 +237,8 @@ class Service:
     def _drain(self) -> None:
         """Scores every waiting prompt, as many in one pass as its tokens allow."""
         with self.lock:
-            jobs, self.waiting = self.waiting, []
+            waiting, self.waiting = self.waiting, []
+        jobs = [job for job in waiting if job[2].set_running_or_notify_cancel()]
         try:
             for part in _together([(len(r.tokens), k) for r, k, _ in jobs]):
                 for job, entries in zip(
@@ -275,6 +288,17 @@ class Service:
             "rank": rank,
             "decoded_token": self.tokenizer.decode([id]),
         }
+
+
+def _in_time(futures: Sequence[Future[T]]) -> list[T]:
+    """Their results; what has not begun by then is not begun."""
+    end = time.monotonic() + LONGEST
+    try:
+        return [future.result(max(0.0, end - time.monotonic())) for future in futures]
+    except TimeoutError:
+        for future in futures:
+            future.cancel()
+        raise BadRequest(f"it was not scored within {LONGEST:g} s: ask about less", 503) from None
 
 
 def _together(sizes: Sequence[tuple[int, int]]) -> Iterator[slice]:

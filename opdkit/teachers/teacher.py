@@ -145,6 +145,12 @@ class Teacher(ABC):
     def identity(self) -> Identity:
         """Which model it is: what a cache records of who scored its rollouts."""
 
+    def recorded(self) -> Identity:
+        """What a checkpoint records of it, so that a resumed run has the same teacher: not where it
+        is reached, which may be elsewhere by then.
+        """
+        return self.identity()
+
     def precision(self, usual: str) -> str:
         """In which dtype it computes, where `usual` is the run's for teachers."""
         return usual

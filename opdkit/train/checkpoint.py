@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,14 +14,16 @@ from typing import Any
 
 import torch
 
+from opdkit.base import exact
 from opdkit.base.errors import UserError
-from opdkit.base.files import tidy, write_folder, write_json
+from opdkit.base.files import remove_folder, tidy, write_folder, write_json, write_whole
 from opdkit.objective.companion import Companions
 from opdkit.train.restored import load_optimiser, read_state, read_tensors
 from opdkit.train.student import Student
 
 MANIFEST, STATE, OPTIMISER = "manifest.json", "trainer_state.json", "optimizer.pt"
 COMPANIONS = "companions.pt"
+RECORD = "run.json"  # what the run was that wrote it: see `run.resume`
 
 
 @dataclass
@@ -37,6 +38,7 @@ class State:
     best_step: int | None = None
     evaluated: int = -1  # step of the last evaluation, -1 before the first
     tokens: int = 0  # that the student has written so far
+    record: dict[str, Any] = field(default_factory=dict)  # what run this is, in a file of its own
 
 
 def save(
@@ -51,7 +53,9 @@ def save(
     def write(partial: Path) -> None:
         write_model(partial, student.model, tokenizer)
         state.updates = student.updates
-        write_json(partial / STATE, asdict(state))
+        values = asdict(state)
+        write_whole(partial / RECORD, exact.dumps(values.pop("record"), indent=1) + "\n")
+        write_whole(partial / STATE, exact.dumps(values, indent=1) + "\n")
         torch.save(student.optimiser.state_dict(), partial / OPTIMISER)
         if companions:
             torch.save(companions.state_dict(), partial / COMPANIONS)
@@ -73,24 +77,6 @@ def put(final: Path, write: Callable[[Path], None]) -> None:
             "are untouched; free some space or choose another output folder, then continue with "
             "--resume"
         ) from error
-
-
-def clear(folder: Path) -> None:
-    """Remove an earlier run's files, and only those."""
-    if not (folder / "run.yaml").exists():
-        return
-    tidy(folder)
-    for path in [*checkpoints(folder), folder / "samples", folder / "model"]:
-        shutil.rmtree(path, ignore_errors=True)
-    for name in (
-        "run.yaml",
-        "metrics.jsonl",
-        "evals.jsonl",
-        "report.html",
-        "summary.json",
-        "origin.jsonl",
-    ):
-        (folder / name).unlink(missing_ok=True)
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -134,9 +120,6 @@ def verify(checkpoint: Path) -> None:
         entries = {n: (int(e["bytes"]), str(e["sha256"])) for n, e in manifest.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise damaged(f"its manifest cannot be read ({type(error).__name__}: {error})") from error
-    for name in (STATE, OPTIMISER):
-        if name not in entries:
-            raise damaged(f"its manifest names no {name}")
     for name, (size, digest) in entries.items():
         path = checkpoint / name
         if not path.is_file():
@@ -158,12 +141,25 @@ def newest(folder: Path) -> Path | None:
     return found[-1]
 
 
+def recorded(checkpoint: Path) -> dict[str, Any]:
+    """What run wrote it; empty for one written before that was recorded."""
+    path = checkpoint / RECORD
+    return exact.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def restore(checkpoint: Path, student: Student, companions: Companions | None = None) -> State:
     """Optimiser, counters and what stands beside the student; the weights were loaded with the
     model.
+
+    The optimiser's settings stay the run's: they are the stored ones, unless a change was meant.
     """
+    groups = student.optimiser.param_groups
+    chosen = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in groups]
     load_optimiser(checkpoint / OPTIMISER, student.optimiser)
+    for group, settings in zip(student.optimiser.param_groups, chosen, strict=True):
+        group.update(settings)
     state: State = read_state(checkpoint / STATE, State)
+    state.record = recorded(checkpoint)
     student.updates = state.updates
     path = checkpoint / COMPANIONS
     try:
@@ -181,4 +177,4 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
     found = checkpoints(folder)
     for path in found[: max(len(found) - keep, 0)]:
         if path.name != f"checkpoint-{best_step}":
-            shutil.rmtree(path)
+            remove_folder(path)

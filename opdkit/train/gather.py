@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError
-from opdkit.models.layout import Layout
+from opdkit.models.layout import HELD, Layout
 from opdkit.objective.batch import Batch
 from opdkit.objective.companion import Companions
 from opdkit.objective.facts import (
@@ -29,9 +29,6 @@ from opdkit.teachers import Remote, Scorer
 from opdkit.teachers.base import scattered
 from opdkit.train.mesh import ALONE, Mesh
 from opdkit.types import Rollout, row_keys
-
-# input tokens whose hidden states are held at once where only numbers are read off them
-HELD = 1 << 17
 
 
 def gather(

@@ -66,7 +66,8 @@ def _kept(job: Job, state: State) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt):
-        if job.student.updates == updates and before.step > 0:
+        there = (job.folder / f"checkpoint-{before.step}").exists()
+        if job.student.updates == updates and before.step > 0 and not there:
             job.student.optimiser.zero_grad(set_to_none=True)
             with held():
                 checkpoints.save(job.folder, before, job.student, job.tokenizer, job.companions)
@@ -83,7 +84,7 @@ def train_step(job: Job, state: State) -> None:
         job.collector, student, clock, step=step, total_steps=total, memory=state.memory
     )
     rollouts, state.tokens = collected.rollouts, state.tokens + collected.tokens
-    with clock("score"), student.autocast():  # gather facts
+    with clock("score"):  # gather facts
         batch = gather(
             rollouts,
             job.needs,
@@ -106,8 +107,7 @@ def train_step(job: Job, state: State) -> None:
     with clock("learn"):
         for number, rows in enumerate(parts):
             if number and job.needs.of("live"):
-                with student.autocast():
-                    refresh(batch, job.needs, job.scorers, rollouts)
+                refresh(batch, job.needs, job.scorers, rollouts)
             batch.moved = number > 0
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record)  # learn per micro-batch, step
@@ -146,14 +146,15 @@ def _learn(job: Job, plan: StepPlan, rollouts: Sequence[Rollout], record: StepRe
     """One optimiser step: gradients of every micro-batch, then AdamW, if they are finite."""
     student = job.student
     layout, mine = Layout(rollouts, plan.batch.shape[1]), plan.batch.mine
-    selected = flat_positions(plan.selected if mine is None else plan.selected & mine)
+    selected, scored = (
+        flat_positions(x if mine is None else x & mine) for x in (plan.selected, plan.mask)
+    )
     with student.learning(job.seed):
-        for positions in layout.micro_batches(selected, job.micro_batch_tokens):
-            with student.autocast():
-                states = layout.states(student.model, positions)
-                learned = learn(
-                    plan, positions, states, student.head, term_gradients=record.term_gradients
-                )
+        for positions, padded in layout.passes(selected, job.micro_batch_tokens, scored):
+            states = layout.states(student.model, positions, padded)
+            learned = learn(
+                plan, positions, states, student.head, term_gradients=record.term_gradients
+            )
             if not bool(learned.loss.isfinite()):
                 raise UserError(_not_finite(plan, positions, rollouts, learned.parts))
             learned.loss.backward()

@@ -4,13 +4,13 @@ state whatever its shapes, and ends in a crash of the process.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opdkit.base import exact
 from opdkit.base.config import build
 from opdkit.base.errors import UserError, shown
 
@@ -29,7 +29,7 @@ def unusable(path: Path, why: str) -> UserError:
 def read_state(path: Path, kind: type) -> Any:
     """The counters of a checkpoint as a `kind`, a dataclass."""
     try:
-        made = build(kind, json.loads(path.read_text(encoding="utf-8")))
+        made = build(kind, exact.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, UserError) as error:
         raise unusable(path, shown(str(error))) from error
     if made.step < 0 or made.updates < 0 or made.tokens < 0:

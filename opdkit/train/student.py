@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError
 from opdkit.models.body import head_of
+from opdkit.models.precision import compute_in
 from opdkit.objective.head import Head
 from opdkit.train.settings import Lora, Optim
 from opdkit.types import row_keys
@@ -26,7 +27,8 @@ ADAPTER_SEED = 0x10A  # adapters start the same whatever was drawn before
 class Student:
     """A Hugging Face model with AdamW.
 
-    With `bfloat16` the matrix products are bfloat16 and the weights stay float32.
+    With `bfloat16` the matrix products are bfloat16 and the weights stay float32; `head_dtype`: of
+    the head's product, where it is another.
     """
 
     model: Any
@@ -37,10 +39,12 @@ class Student:
     bfloat16: bool = False
     vocab: int | None = None  # rows of the head that teacher and student share
     updates: int = 0  # optimiser steps taken
+    head_dtype: torch.dtype | None = None
     # its configuration's dropout; that of adapters is `Lora.dropout`
     disable_dropout: bool = True
 
     def __post_init__(self) -> None:
+        compute_in(self.model, torch.bfloat16 if self.bfloat16 else None, self.head_dtype)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         decayed = [p for p in parameters if p.dim() >= 2]
         plain = [p for p in parameters if p.dim() < 2]  # norms and biases are not decayed
@@ -60,10 +64,6 @@ class Student:
     @property
     def head(self) -> Head:
         return head_of(self.model, self.vocab)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context of every forward pass."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
 
     @contextmanager
     def learning(self, seed: int) -> Iterator[None]:

@@ -337,3 +337,30 @@ def test_notes_on_the_pair_of_models(tmp_path: Path) -> None:
         "fine-tuned on responses of other, and teacher (bbbbbbbbbbbb) scored" in note
         and "biased" in note
     )
+
+
+def test_rows_keep_what_json_has_no_form_for(tmp_path: Path) -> None:
+    """Tuples, numbers as keys, sets: what a reward reads is what it would have read without the
+    cache.
+    """
+    pairs = stored(0)
+    odd = {"config": {"shape": (2, 3), "names": {1: {"a"}}}, "options": [("a", 1)]}
+    odd_pairs = [(replace(r, row={**r.row, **odd}), s) for r, s in pairs]
+    cache = open_cache(write(tmp_path / "cache", odd_pairs))
+    assert cache.rows[0] == odd_pairs[0][0].row
+    assert type(cache.rows[0]["config"]["shape"]) is tuple
+    assert type(cache.rows[0]["options"][0]) is tuple
+
+
+def test_reasoning_gyms_scorer_pays_a_cached_row_as_the_row(tmp_path: Path) -> None:
+    """rearc compares tuples of tuples; as lists its own answer would be worth 0.05."""
+    pytest.importorskip("reasoning_gym")
+    from opdkit.data import load_rows
+    from opdkit.rewards.gym import ReasoningGym
+
+    [row] = load_rows("reasoning_gym:rearc?size=1&seed=1")
+    pairs = [(replace(r, row={**row, "id": r.row["id"]}), s) for r, s in stored(0)]
+    [cached, *_] = open_cache(write(tmp_path / "cache", pairs)).rows
+    answer = f"<answer>{row['answer']}</answer>"
+    rollout = Rollout("r", [1], [2], [True], [0.0], [0.0], "p", text=answer, row=cached)
+    assert ReasoningGym()(rollout) == 1.0

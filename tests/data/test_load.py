@@ -278,7 +278,7 @@ def test_sources_that_cannot_be_read(tmp_path):
         (tmp_path / "latin.jsonl", {}, "cannot be read .UnicodeDecodeError"),
         (tmp_path / "empty", {}, "holds no data"),
         ([], {}, "the data in memory holds no rows"),
-        (["a"], {}, "row 0 must be a dictionary of columns, not str"),
+        ([7], {}, "row 0 must be a text or a dictionary of columns, not of type int"),
         ([{"prompt": "a"}], {"limit": 0}, "limit=0 leaves no row"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -25,11 +25,16 @@ MOMENTS = (
     "after recording",
 )
 # hold timings, the folder's name, digests of a zip file
-NOT_COMPARED = ("report.html", "run.yaml", "manifest.json", "origin.jsonl")
+NOT_COMPARED = ("report.html", "run.yaml", "run.json", "manifest.json", "origin.jsonl")
 
 
 def in_child(
-    values: dict[str, Any], *, resume: bool = False, moment: str = "", step: int = 0
+    values: dict[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    moment: str = "",
+    step: int = 0,
 ) -> int:
     """Trains in a forked process; its exit code, -9 where it killed itself at the moment of the
     step (counted from 1).
@@ -38,14 +43,14 @@ def in_child(
     context.set_forkserver_preload(
         [__name__, "opdkit.run.launch", "transformers.models.qwen3.modeling_qwen3", "peft"]
     )
-    child = context.Process(target=_train, args=(values, resume, moment, step))
+    child = context.Process(target=_train, args=(values, resume, overwrite, moment, step))
     child.start()
     child.join()
     assert child.exitcode is not None
     return child.exitcode
 
 
-def _train(values: dict[str, Any], resume: bool, moment: str, step: int) -> None:
+def _train(values: dict[str, Any], resume: bool, overwrite: bool, moment: str, step: int) -> None:
     from opdkit.run.launch import execute
     from opdkit.run.settings import make_run
 
@@ -53,7 +58,7 @@ def _train(values: dict[str, Any], resume: bool, moment: str, step: int) -> None
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if moment:
         _arm(moment, step)
-    execute(make_run(values), resume=resume)
+    execute(make_run(values), resume=resume, overwrite=overwrite)
 
 
 def _arm(moment: str, step: int) -> None:

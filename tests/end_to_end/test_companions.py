@@ -153,6 +153,6 @@ def test_resumed_with_another_method_is_one_clear_error(
     assert shop.train(output, method) == 0
     refused(
         capsys,
-        shop.train(output, method, "method.rate=0.5", "steps=3", "--resume"),
+        shop.train(output, method, "method.rate=0.5", "steps=3", "--resume", "--allow-changes"),
         "holds the state of Average(rate=0.01), and this run has Average(rate=0.5)",
     )

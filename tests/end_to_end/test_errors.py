@@ -235,10 +235,7 @@ def test_r6_a_teacher_that_is_nan_at_one_token_names_the_rollout(
         output, f"--method={method}", f"data={data}", "prompts_per_step=6", teacher=teacher
     )
     refused(capsys, code, "not finite for rollout 0/4/0", "Nothing was learnt from this step")
-    assert (
-        files(output) == ["metrics.jsonl", "origin.jsonl", "run.yaml"]
-        and (output / "metrics.jsonl").read_text() == ""
-    )
+    assert not output.exists()
 
 
 def broken(folder: Path, damage: Any) -> str:

@@ -28,7 +28,8 @@ from tests.end_to_end.test_errors import refused
 
 STEPS, PER_STEP = 4, 4  # rollouts are scored one by one
 PROBES = 2  # requests at the start
-MIDDLE = PROBES + 2 * PER_STEP + 2  # the second of the third step
+SENT = PER_STEP + 1  # requests of a step: the first of all is made again at its end
+MIDDLE = PROBES + 2 * SENT + 2  # the second of the third step
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ def whole(shop: Shop, parts: tuple[Any, Any], tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("whole") / "run"
     with FakeServer(*parts) as fake:
         train(shop, folder, fake.url)
-        assert fake.scored == PROBES + STEPS * PER_STEP
+        assert fake.scored == PROBES + STEPS * SENT
     return folder
 
 
@@ -78,7 +79,7 @@ def test_what_passes_is_tried_again_and_leaves_no_trace(
 ) -> None:
     with FakeServer(*parts, faults=[Fault(kind, at=MIDDLE)]) as fake:
         train(shop, tmp_path / "run", fake.url, timeout=0.3 if kind == "hang" else 10.0)
-        assert fake.scored == PROBES + STEPS * PER_STEP + 1
+        assert fake.scored == PROBES + STEPS * SENT + 1
     assert_same(tmp_path / "run", whole)
 
 
@@ -101,7 +102,7 @@ def test_what_lasts_stops_the_run_with_the_rollout_and_resumed_nothing_is_lost(
     fast = 0.3 if kind == "hang" else 10.0
     with (
         FakeServer(*parts, faults=[Fault(kind, at=MIDDLE, times=0)]) as fake,
-        pytest.raises(UserError, match=r"^rollout 2/\S+ at teacher: ") as caught,
+        pytest.raises(UserError, match=r"^rollout 2/\S+ at teacher( \(http\S+\))?: ") as caught,
     ):
         train(shop, tmp_path / "run", fake.url, timeout=fast)
     assert LASTING[kind] in str(caught.value)
@@ -118,7 +119,8 @@ def test_another_server_takes_over(
 ) -> None:
     with FakeServer(*parts, faults=[Fault(kind, at=6, times=0)]) as ill, FakeServer(*parts) as well:
         train(shop, tmp_path / "run", ill.url, well.url, timeout=0.3 if kind == "hang" else 10.0)
-        assert ill.scored == 6 and well.scored > STEPS * PER_STEP // 2
+        # asked for scores it fails once; whether it is back is tried at the end of each step
+        assert 6 <= ill.scored <= 6 + STEPS and well.scored > STEPS * PER_STEP // 2
     assert_same(tmp_path / "run", whole)
 
 
@@ -176,7 +178,7 @@ def test_a_served_teacher_is_the_teacher_in_process_also_when_it_fails_on_the_wa
     The server fails once, then for good in the third step.
     """
     execute(shop.run(tmp_path / "local", method=method, steps=STEPS, checkpoint={"every": 10}))
-    asked, real, failing = 0, Service.score, {2, 4, 5}
+    asked, real, failing = 0, Service.score, {4, 6, 7}  # two are made at the start
 
     def score(service: Service, body: bytes) -> bytes:
         nonlocal asked

@@ -24,7 +24,6 @@ from opdkit.models import load as loading
 from opdkit.models.load import load_model, load_tokenizer
 from opdkit.run.build import prepare
 from opdkit.run.cache_teacher import cache_teacher
-from opdkit.run.launch import claim_folder
 from opdkit.run.settings import make_run
 from opdkit.teachers.serve import make_server
 from opdkit.train.loop import train_step
@@ -153,7 +152,6 @@ def outcome(
             ),
         }
     )
-    claim_folder(run.folder, resume=False)
     try:
         job, state = prepare(run)
     except UserError as error:

@@ -84,7 +84,6 @@ def test_the_first_update_is_that_of_online_opd_on_the_same_rollouts(
     monkeypatch.setattr(Student, "gradient_norm", keep)
 
     def first_update(method: dict[str, Any], teacher: str, **changes: Any) -> torch.Tensor:
-        (tmp_path / "run").mkdir(exist_ok=True)
         values = {
             "student": shop.student,
             "teacher": teacher,
@@ -97,7 +96,8 @@ def test_the_first_update_is_that_of_online_opd_on_the_same_rollouts(
             "device": "cpu",
             "sampling": {"num_generations": 2, "max_completion_length": 8},
         }
-        job, state = build.prepare(make_run({**values, **settings}), overwrite=True)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        job, state = build.prepare(make_run({**values, **settings}))
         for name, change in changes.items():
             owner = job.collector if name == "sampler" else job
             setattr(owner, name, change(getattr(owner, name)))

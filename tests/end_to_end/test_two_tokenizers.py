@@ -81,7 +81,9 @@ def test_with_the_students_tokenizer_gold_trains_as_gkd(
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a["grad_norm"] == pytest.approx(
             b["grad_norm"], rel=1e-5
         )
-        assert a["teacher_kl/sampled"] == pytest.approx(b["teacher_kl/sampled"], rel=1e-5)
+        # only where the student wrote
+        kl = "teacher_kl/sampled"
+        assert a.get(kl) == (b.get(kl) and pytest.approx(b[kl], rel=1e-5))
 
 
 def test_loaded_models_with_their_tokenizers(shop: Shop, far: str, tmp_path: Path) -> None:

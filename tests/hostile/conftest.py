@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from tests.common.tiny import save_tiny
+from tests.end_to_end.conftest import cache, shop
 from tests.hostile.judge import Attack, Figures
+
+__all__ = ["cache", "shop"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # names that no folder has are not asked for again and again
 COUNTED: list[tuple[str, int, int]] = []  # (door, inputs, wrong), also of other files of this group

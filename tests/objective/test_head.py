@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opdkit.objective import products
 from opdkit.objective.batch import Batch, Live
 from opdkit.objective.facts import ColumnFact, LogpFact
 from opdkit.objective.grammar import Objective, RolloutLoss
@@ -246,6 +247,94 @@ def test_narrow_hidden_states_are_scored_in_float32():
         and head.logits(hidden.double()).dtype == torch.float32
     )
     assert Head(head.weight.double()).logits(hidden.double()).dtype == torch.float64
+
+
+# ------------------------------------------------------------------------- operands of 16 bits
+
+
+def peaked(n=32, h=576, v=2000, peak=12.0):
+    """Hidden states [n, H] and weight [V, H] whose logits have one large value per row, beside
+    others of size 1.
+    """
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(n, h, generator=g), torch.randn(v, h, generator=g) / h**0.5
+    at = torch.arange(n) * (v // n)
+    weight[at] += peak * hidden / hidden.square().sum(-1, keepdim=True)
+    return hidden, weight, at
+
+
+def test_logits_of_16_bit_operands_are_not_rounded():
+    """Only the operands are: log-probs are off by 3e-3 nats in the mean, and no two of the largest
+    logits tie; PyTorch's own bfloat16 product, whose results are rounded too, ties many.
+    """
+    hidden, weight, _ = peaked()
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1)
+    ours = Head(weight, operands=torch.bfloat16).logits(hidden)
+    rounded = (hidden.bfloat16() @ weight.bfloat16().T).float()
+    same = hidden.bfloat16().double() @ weight.bfloat16().double().T
+    assert ours.dtype == torch.float32 and torch.allclose(ours.double(), same, atol=1e-4)
+    assert torch.equal(ours, Head(weight.bfloat16()).logits(hidden.bfloat16()))
+    off, plain = ((x.double().log_softmax(-1) - exact).abs().mean() for x in (ours, rounded))
+    assert off < 4e-3 < 2 * off < plain
+    ties = [64 - len(x[0].topk(64).values.unique()) for x in (ours, rounded)]
+    assert ties[0] == 0 < ties[1]
+
+
+@pytest.mark.parametrize("chip", [False, True], ids=["widened blocks", "as on a GPU"])
+def test_gradients_of_a_16_bit_head_near_convergence(chip, monkeypatch):
+    """Student and teacher differ by a little: the gradient is a difference of nearly equal
+    probabilities, of which rounded logits left noise. Against float64 with the same operands.
+    """
+    monkeypatch.setattr(products, "BLOCK", 300 * 576)  # the last block is not full
+    if chip:
+        mm = torch.mm
+
+        def into_float32(a, b, *, out_dtype):
+            assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
+            return mm(a.float(), b.float())
+
+        monkeypatch.setattr(products, "_on_chip", lambda x, operands: True)
+        monkeypatch.setattr(torch, "mm", into_float32)
+        monkeypatch.setattr(products, "GPU_BLOCK", 300 * 576)
+    hidden, weight, at = peaked()
+    near = hidden + 2e-2 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+
+    def gradients(head, hidden, near):
+        batch = Batch(at[None], torch.ones(1, len(at), dtype=torch.bool), dtype=hidden.dtype)
+        batch.sources["teacher"] = Source(near, torch.arange(len(at)), head)
+        plan = Objective(Divergence("reverse_kl")).plan(batch)
+        leaf = hidden.clone().requires_grad_()
+        live = replace(head, weight=head.weight.clone().requires_grad_())
+        loss = learn(plan, torch.arange(len(at)), leaf, live, 24).loss
+        return torch.autograd.grad(loss, [leaf, live.weight])
+
+    wide = [x.bfloat16().double() for x in (hidden, near)]
+    truth = gradients(Head(weight.bfloat16().double()), *wide)
+    ours = gradients(Head(weight, operands=torch.bfloat16), hidden, near)
+    for a, b in zip(ours, truth, strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() < 1e-3 * b.norm()
+
+
+def test_a_slope_in_two_parts_keeps_16_bits():
+    slope = torch.randn(50, 70, generator=torch.Generator().manual_seed(0))
+    slope = slope * torch.logspace(-20, 0, 70)
+    first, rest = products.in_two(slope, torch.bfloat16).float().chunk(2)
+    assert ((first + rest - slope).abs() <= 2**-16 * slope.abs()).all()
+    assert ((first - slope).abs() > 2**-10 * slope.abs()).any()
+
+
+def test_a_head_is_differentiable_and_alone_in_its_numbers():
+    """Under an autocast of somebody else too, for float32 and for 16-bit operands."""
+    hidden, weight, _ = peaked(8, 16, 40)
+    for operands in (None, torch.bfloat16):
+        head = Head(weight.requires_grad_(), operands=operands)
+        plain = head.logits(hidden)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = head.logits(hidden)
+        assert torch.equal(plain, inside)
+        states = hidden if operands is None else hidden.to(operands).float()
+        (slope,) = torch.autograd.grad(plain.square().sum(), weight)
+        assert torch.allclose(slope, 2 * plain.detach().T @ states, rtol=1e-4, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------- losses over a rollout

@@ -41,7 +41,7 @@ MIXTURES = (
     *(ReverseKL(), ForwardKL(), JSD(0.0), JSD(0.1), JSD(), JSD(1.0), JSD(0.9, normalised=True)),
     *(SkewForward(), SkewReverse(), SkewForward(0.0), SkewReverse(0.0)),
 )
-OTHERS = (SkewForward(1.0), SkewReverse(1.0), Alpha(), Hellinger2(), TotalVariation())
+OTHERS = (SkewForward(1.0), SkewReverse(1.0), Alpha(), Alpha(0.3), Hellinger2(), TotalVariation())
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 V = 37
 INF = math.inf
@@ -261,18 +261,21 @@ def test_log_probs_at_ids_and_of_all(device):
 
 
 def test_models_that_agree_do_so_to_the_last_bit(device):
-    """Also at some of the positions, which make other blocks: |p_s - p_t| has no gradient
-    of noise.
+    """Value and gradient are 0, not noise: sharp rows, entries that underflow and ones that are
+    ruled out too; also at some of the positions, which make other blocks.
     """
     z = torch.randn(7, V, generator=torch.Generator().manual_seed(2)).to(device)
+    z[1], z[2, 3], z[3, 4:20] = 60 * z[1], 30.0, -INF
     leaf = z.clone().requires_grad_()
     own, other = Vocabulary(leaf), Vocabulary(z)
     for index in (torch.arange(7), torch.tensor([6, 2, 3])):
         part, same = own.select(index.to(device)), other.select(index.to(device))
-        for kind in (TotalVariation(), ReverseKL()):
+        for kind in (*MIXTURES, *OTHERS):
             value = kernels.divergence(kind, part, same)
-            gradient = torch.autograd.grad(value.sum(), leaf, retain_graph=True)[0]
-            assert (value == 0).all() and (gradient == 0).all()
+            assert (value == 0).all()
+            if value.requires_grad:
+                gradient = torch.autograd.grad(value.sum(), leaf, retain_graph=True)[0]
+                assert (gradient == 0).all()
         assert (part.at(index[:, None].to(device)) == same.at(index[:, None].to(device))).all()
 
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from opdkit.objective import maths
+from opdkit.objective.kernels import divergence_on_support
+from opdkit.objective.kernels.formula import formula
 from opdkit.objective.losses import (
     Clipped,
     Divergence,
@@ -16,8 +19,9 @@ from opdkit.objective.losses import (
     Likelihood,
     PolicyGradient,
 )
-from opdkit.objective.maths import JSD, Alpha, Kind, SkewReverse
+from opdkit.objective.maths import JSD, Alpha, Kind, SkewForward, SkewReverse
 from opdkit.objective.signals import Gap, Logp, LogRatio
+from opdkit.objective.support import Support
 from opdkit.testing import evaluate
 from tests.methods.ragged import on
 from tests.methods.toy import (
@@ -205,3 +209,61 @@ def test_a_user_can_bring_a_divergence():
     assert close(out.loss, d.square().sum().item(), 12)
     p = numbers(*P_S)
     assert close(out.grad[0, 0], 2 * p * (d - (p * d).sum()), 12)
+
+
+# -------------------------------------------------------------------------------- models that agree
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cap", [None, 0.01])
+@pytest.mark.parametrize(
+    ("support", "rest"),
+    [("full", "raw")]
+    + [
+        (support, rest)
+        for support in ("teacher", "student", "union", "intersection")
+        for rest in ("raw", "renormalise", "tail")
+    ],
+)
+def test_models_that_agree_have_no_loss_and_no_gradient(support, rest, cap, dtype):
+    """To the bit, on sharp rows and with entries that are ruled out.
+
+    On a part of the vocabulary that is not made to sum to one, the KL divergences and their skewed
+    forms pull (see `topk_opd`) or push p_s(v), times their k, whatever the teacher says: there the
+    value alone is 0.
+    """
+    g = torch.Generator().manual_seed(0)
+    z = 3 * torch.randn(2, 5, 60, generator=g)
+    z[0, 0, 5], z[0, 1], z[1, 1, 7:40] = 30.0, 20 * z[0, 1], -torch.inf
+    z, at = z.to(dtype), torch.randint(5, (2, 5), generator=g)
+    for kind in (*maths.KINDS.values(), JSD(0.1), JSD(0.3, normalised=True), SkewForward(0.5)):
+        for temperature in (1.0, 2.0) if rest == "renormalise" or support == "full" else (1.0,):
+            k = None if support == "full" else 4
+            loss = Divergence(kind, k, support, rest, cap, temperature)
+            out = evaluate(loss, z, at, models={"teacher": z})
+            assert out.loss == 0, kind
+            lopsided = (form := formula(kind)) is not None and form.k != 0
+            if rest == "raw" and support != "full" and lopsided:
+                assert (out.grad != 0).any()
+            else:
+                assert (out.grad == 0).all(), kind
+
+
+@pytest.mark.parametrize("rest", ["raw", "renormalise", "target", "tail"])
+@pytest.mark.parametrize("cap", [None, 0.02])
+def test_a_divergence_on_a_support_is_its_definition(rest, cap):
+    """Value and gradient are those of autograd through `maths.divergence`, the plain definition."""
+    g = torch.Generator().manual_seed(1)
+    z, y = (2 * torch.randn(3, 9, generator=g, dtype=torch.float64) for _ in range(2))
+    z[1, 2], y[2, 4] = -torch.inf, -torch.inf
+    leaf, where = z.clone().requires_grad_(), Support("teacher", 9, rest)
+    ls, lt = maths.restrict(leaf.log_softmax(-1)[:, :6], y.log_softmax(-1)[:, :6], rest)
+    for kind in (*maths.KINDS.values(), JSD(0.1), JSD(0.3, normalised=True), SkewForward(0.5)):
+        ours = divergence_on_support(kind, ls, lt, cap, where.whole)
+        plain = maths.divergence(kind, ls, lt, cap)
+        slopes = [
+            torch.autograd.grad(x.sum(), leaf, retain_graph=True)[0].nan_to_num()
+            for x in (ours, plain)
+        ]
+        assert torch.allclose(ours, plain, atol=1e-12), kind
+        assert torch.allclose(*slopes, atol=1e-12), kind

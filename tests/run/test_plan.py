@@ -19,6 +19,7 @@ from opdkit.cli import main
 from opdkit.models.body import head_of, hidden_states
 from opdkit.models.held import HERE, Held, stored
 from opdkit.models.layout import Layout
+from opdkit.models.precision import compute_in, computing, widen
 from opdkit.models.shapes import read_shape, shape_of
 from opdkit.objective.head import flat_positions, learn
 from opdkit.run.plan import Rates, RunPlan, find_device, plan
@@ -80,6 +81,7 @@ def qwen_run(**settings: Any) -> Run:
 def tiny_student(run: Run, **config: Any) -> Any:
     """A model as `engines` would have it."""
     model = tiny_model(**config).to(getattr(torch, student_dtype(run)))
+    widen(model)
     if run.lora is not None:
         model = with_adapters(model, run.lora)
     if run.gradient_checkpointing:
@@ -170,7 +172,7 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(settings: dict[st
     model = tiny_student(run)
     shape = read_shape(tiny_model().config, "here")
     student = Student(model, run.optim, 1e-3, 10, run.dtype == "bfloat16")
-    with student.autocast():
+    with computing(model):
         model(input_ids=torch.arange(8)[None]).logits.sum().backward()
     learning = sum(p.numel() * p.element_size() for p in student.parameters)
     gradients = sum(p.grad.nbytes for p in student.parameters if p.grad is not None)
@@ -183,7 +185,10 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(settings: dict[st
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     size = trained(shape, run.lora) * trained_width(run)
     assert learning == gradients == size and moments == 2 * size
-    assert stored(shape, student_dtype(run), None) == (learning if run.lora is None else frozen)
+    # the few vectors (norms) of a frozen model in 16 bits are kept in 32
+    assert stored(shape, student_dtype(run), None) == (
+        learning if run.lora is None else pytest.approx(frozen, rel=0.01)
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,8 +240,8 @@ def test_activations_are_what_autograd_keeps(
         return tensor
 
     rows, width = 2, 64
-    products = torch.autocast("cpu", torch.bfloat16, enabled=run.dtype == "bfloat16")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), products:
+    compute_in(model, getattr(torch, run.dtype))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         hidden_states(model, torch.randint(3, 300, (rows, width)), None)
     measured = sum(storage.nbytes() for storage in kept.values())
     reckoned = activations(run, shape, rows * width)
@@ -252,8 +257,10 @@ def test_activations_are_what_autograd_keeps(
 def test_a_cached_token_takes_what_is_said(dtype: str, lora: Any) -> None:
     run = tiny_run(dtype=dtype, lora=lora)
     model = tiny_model().to(getattr(torch, student_dtype(run)))
+    widen(model)
+    compute_in(model, getattr(torch, dtype))
     cache = new_cache(model)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+    with torch.no_grad():
         hidden_states(model, torch.randint(3, 300, (2, 8)), None, past_key_values=cache)
     measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # type: ignore[attr-defined]
     held = Held("student", "s", HERE, read_shape(model.config, "here"), student_dtype(run))
@@ -312,8 +319,7 @@ def test_the_peak_of_a_learning_pass_is_below_the_estimate_and_near_it(
 
     def work() -> None:
         for positions in layout.micro_batches(flat_positions(made.selected), budget):
-            with student.autocast():
-                learned = learn(made, positions, layout.states(model, positions), student.head)
+            learned = learn(made, positions, layout.states(model, positions), student.head)
             learned.loss.backward()
 
     held = ("weights,", "moments", "adapters", "facts")  # before the pass begins
@@ -335,7 +341,9 @@ def test_a_large_run_by_hand() -> None:
     assert parts["teacher weights, bfloat16"] == dict.fromkeys(PHASES, 2 * large)
     assert parts["two moments of AdamW"] == dict.fromkeys(PHASES, 8 * small)
     assert parts["gradients"] == {"learn": 4 * small}
-    assert parts["hidden states of scored tokens"] == {"score": (1 << 17) * 4096 * 2}
+    # teacher's and student's, whose log-probs in bfloat16 are the trainer's own
+    assert parts["hidden states of scored tokens"] == {"score": (1 << 17) * (4096 + 2048) * 2}
+    assert parts["bfloat16 copy of the student's head"] == dict.fromkeys(PHASES, 2 * 151936 * 2048)
     between, layer = (
         16384 * 2048 * 4,
         16384 * (26 * 2048 + 10 * 2048 + 10 * 1024 + 8 * 6144 + 4 * (2 + 16 + 16 + 8)),
@@ -406,7 +414,7 @@ def test_a_copy_of_the_student_takes_what_learns_once_more_and_a_pass(
     assert parts["two moments of AdamW"]["learn"] == 2 * size
     assert [(m.role, m.own) for m in made.models] == [("student", True), ("ema", False)]
     assert not any("ema weights" in name for name in parts)
-    assert "one pass of ema" in {phase.says for phase in made.phases}
+    assert "one pass of student, ema" in {phase.says for phase in made.phases}
 
 
 def test_a_shared_checkpoint_is_loaded_once() -> None:
@@ -489,7 +497,7 @@ def test_longer_and_more_rollouts_take_more_memory_and_time() -> None:
 
 def test_seconds_by_hand() -> None:
     """The teacher's pass: 32 rows of 200 + 2048 tokens."""
-    made = plan(qwen_run(), H100, rates=Rates(score=0.5))
+    made = plan(qwen_run(recompute_student=False), H100, rates=Rates(score=0.5))
     score = next(phase for phase in made.phases if phase.name == "score")
     matrices = 2 * 6_945_767_424 * 32 * 2248
     attention = 4 * 36 * 4096 * 32 * 2248**2 / 2

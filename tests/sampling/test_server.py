@@ -19,7 +19,7 @@ from opdkit.models.engines.vllm_worker import _read
 from opdkit.sampling import HFSampler
 from opdkit.sampling.server import ServerSampler, ServerSettings
 from opdkit.types import Prompt, Sampling
-from tests.common.fake_server import Answer, FakeServer
+from tests.common.fake_server import Answer, FakeServer, Fault
 from tests.common.rounding import FORWARD
 from tests.common.tiny import tiny_model, tiny_tokenizer
 
@@ -40,6 +40,7 @@ class Vllm(FakeServer):
     busy: bool = False  # its prefix cache cannot be reset
     deaf: bool = False  # weights are acknowledged and not taken
     ids: bool = True  # token ids are returned
+    spoilt: dict[str, Any] = field(default_factory=dict)  # of a completion, in place of its own
 
     def answer(self, path: str, body: dict[str, Any]) -> Any:
         if path == "/v1/completions" and "prompt_logprobs" not in body:
@@ -71,7 +72,9 @@ class Vllm(FakeServer):
         choice = {"index": 0, "finish_reason": ended, "logprobs": {"token_logprobs": logps}}
         return {
             "model": self.name,
-            "choices": [choice | ({"token_ids": tokens} if self.ids else {"text": "x"})],
+            "choices": [
+                choice | ({"token_ids": tokens} if self.ids else {"text": "x"}) | self.spoilt
+            ],
         }
 
 
@@ -158,6 +161,51 @@ def test_one_that_returns_texts_is_refused(student: Any, servers: list[Vllm]) ->
     servers[0].ids = False
     with pytest.raises(UserError, match="never encodes a text again"):
         connect(student, servers[:1]).sample(PROMPTS, GREEDY)
+
+
+NUMBERS = {"token_ids": [5, 6], "logprobs": {"token_logprobs": [-1.0, -2.5]}}
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "words"),
+    [
+        ({"token_ids": [5, 320]}, "token 320 is none of the student's 320"),
+        ({"token_ids": [5, -1]}, "token -1 is none"),
+        ({"token_ids": [5, 6.0]}, "token 6.0 is none"),
+        ({"token_ids": [5, True]}, "token True is none"),
+        ({"token_ids": [5]}, "1 tokens and 2 log-probs"),
+        ({"token_ids": [5] * 9, "logprobs": {"token_logprobs": [-1.5] * 9}}, "of at most 8"),
+        ({"logprobs": {"token_logprobs": [-1.5, 2.5]}}, "a log-prob of 2.5"),
+        ({"logprobs": {"token_logprobs": [-1, -2]}}, "-1 stands for a log-prob"),
+        ({"logprobs": {"token_logprobs": ["-1.5", "-2.5"]}}, "-1.5 stands for a log-prob"),
+        ({"logprobs": [1]}, "AttributeError"),
+        ({"prompt_token_ids": [1, 2, 3]}, "an answer to another prompt"),
+    ],
+)
+def test_a_completion_that_is_none_names_its_rollout(
+    student: Any, servers: list[Vllm], spoilt: dict[str, Any], words: str
+) -> None:
+    sampler = connect(student, servers[:1])
+    sampler.sample(PROMPTS[:1], GREEDY, policy_version=0, seed=0)
+    servers[0].spoilt = NUMBERS | spoilt
+    with pytest.raises(UserError, match=r"^rollout .* at student: .*127\.0\.0\.1") as caught:
+        sampler.sample(PROMPTS[:1], GREEDY, policy_version=0, seed=1)
+    assert words in str(caught.value)
+
+
+def test_a_server_that_lost_the_weights_between_two_answers(
+    student: Any, servers: list[Vllm]
+) -> None:
+    """It closes a connection, and is back with the weights that it was started with."""
+    sampler = ServerSampler(student, TOKENIZER, ServerSettings((servers[0].url,), retries=2))
+    sampler.endpoint.sleep = lambda seconds: None
+    sampler.sample(PROMPTS[:1], GREEDY, policy_version=0, seed=0)
+    servers[0].faults = [Fault("close", at=servers[0].scored + 1)]
+    sampler.sample(PROMPTS[:1], GREEDY, policy_version=0, seed=1)  # back with the same
+    servers[0].faults = [Fault("close", at=servers[0].scored + 1)]
+    servers[0].model = tiny_model(seed=9)
+    with pytest.raises(UserError, match="it was started again, and lost them"):
+        sampler.sample(PROMPTS[:1], GREEDY, policy_version=0, seed=2)
 
 
 def test_log_probs_of_the_plain_softmax_do_not_do_where_the_draw_is_cut(

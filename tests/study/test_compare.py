@@ -85,6 +85,7 @@ def fabricate(folder: Path, labels: dict[str, str] | None = None) -> Path:
             run = folder / "runs" / method / f"seed-{seed}"
             (run / "model").mkdir(parents=True)
             (run / "run.yaml").write_text("steps: 20\n")
+            (run / "summary.json").write_text("{}")
             tokens = 30 if (method, seed) == ("other", 1) else 10
             lines = [
                 {
@@ -555,3 +556,28 @@ def test_time_left_is_told_from_the_runs_of_this_session(
     now = 40.0
     screen.step(5, {"tokens/sampled_so_far": 50})  # half of its tokens
     assert capsys.readouterr().err.endswith("tropd, seed 0, step 5, 50%  about 1:00 left\n")
+
+
+def test_a_comparison_that_never_began_binds_nobody_and_what_a_kill_left_goes(
+    base: Run, made: Comparison, tmp_path: Path
+) -> None:
+    """Its first run fails, and the corrected one has other settings. Of finished runs only models
+    stay, also where the removal of their checkpoints was cut short.
+    """
+    quick = replace(base, steps=1)
+    with pytest.raises(UserError, match="from which the others take their budget"):
+        compare(
+            ("opd", "iw_opd"), replace(quick, data="/nowhere.jsonl"), seeds=1, out=tmp_path / "a"
+        )
+    assert not (tmp_path / "a").exists()
+    compare(("opd", "iw_opd"), quick, seeds=1, out=tmp_path / "a")
+    left = tmp_path / "a" / "runs" / "opd" / "seed-0"
+    (left / ".lock").write_text("process 1 on a machine that is gone")
+    (left / "report.html").unlink()
+    for name in ("checkpoint-4", ".partial-checkpoint-1"):
+        (left / name).mkdir()
+        (left / name / "optimizer.pt").write_bytes(b"half")
+    compare(("opd", "iw_opd"), quick, seeds=1, out=tmp_path / "a")
+    names = {path.name for path in (tmp_path / "a").rglob("*")}
+    assert (left / "report.html").exists() and ".lock" not in names
+    assert not any("checkpoint" in name for name in names)

@@ -126,9 +126,9 @@ def test_the_tokens_sent_are_the_rollouts_own_up_to_the_last_one_asked_about(
         fake.requests.clear()
         (rollout,) = rollouts(lengths=((3, 5),))
         served.facts([LogpFact("teacher")], Layout([rollout], 5), torch.tensor([1, 3]), {})
-    assert [(r["prompt"], r["prompt_logprobs"]) for r in fake.requests] == [
-        (rollout.prompt + rollout.tokens[:4], 0)
-    ]
+    sent, probe = [(r["prompt"], r["prompt_logprobs"]) for r in fake.requests]
+    assert sent == (rollout.prompt + rollout.tokens[:4], 0)
+    assert probe == (served.probed[0].ask.tokens, 0)  # it is the server that it was at the start
 
 
 def test_routed_with_a_teacher_in_this_process(models: dict[str, Any], tokenizer: Any) -> None:
@@ -319,7 +319,7 @@ def test_a_broken_answer_names_its_rollout(
     with FakeServer(models["teacher"], tokenizer) as fake:
         served = opened(tokenizer, fake.url, concurrency=1)
         fake.faults = [Fault(fault, at=fake.scored + 1)]
-        with pytest.raises(UserError, match=r"^rollout 0/0/0 at teacher: ") as caught:
+        with pytest.raises(UserError, match=r"^rollout 0/0/0 at teacher \(http://127") as caught:
             facts_of(models, served, OWN)
     assert words in str(caught.value), str(caught.value)
 

@@ -193,29 +193,3 @@ def test_killed_between_the_two_moves_of_a_replacement_the_former_returns(
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"] and (
         final / "file"
     ).read_text() == "first"
-
-
-def test_overwriting_removes_a_run_and_only_that(tmp_path: Path) -> None:
-    def fill(*names: str) -> None:
-        for name in names:
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({}))
-
-    own = (
-        "metrics.jsonl",
-        "evals.jsonl",
-        "report.html",
-        "checkpoint-2/model.safetensors",
-        "model/config.json",
-        "samples/step_000001.jsonl",
-    )
-    fill("notes.txt", "data/train.jsonl", *own)
-    checkpoints.clear(tmp_path)  # without run.yaml it is nobody's run
-    assert all((tmp_path / name).exists() for name in own)
-    fill("run.yaml")
-    checkpoints.clear(tmp_path)
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
-        "data/train.jsonl",
-        "notes.txt",
-    ]

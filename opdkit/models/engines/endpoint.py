@@ -20,6 +20,18 @@ from urllib.parse import urlsplit
 import httpx2
 
 from opdkit.base.errors import UserError
+from opdkit.models.engines.exchange import (
+    MOST,
+    SAID,
+    Reply,
+    address,
+    check_key,
+    client,
+    exchange,
+    message,
+    object_of,
+    shown,
+)
 
 T = TypeVar("T")
 
@@ -28,8 +40,16 @@ AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 BACKOFF, LONGEST_BACKOFF = 0.5, 30.0  # seconds: the first pause, and the longest
 LONGEST_ASKED = 300.0  # seconds: of a pause that a server asks for
 REST = 30.0  # seconds for which a server that failed is left alone while others answer
-CONNECT = 10.0  # seconds to open a connection, at most
-SAID = 500  # characters of a server's message that are shown
+# what reading an answer of another form than was asked for ends in
+MALFORMED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+)
 
 
 class Refused(UserError):
@@ -95,8 +115,12 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not self.urls:
             raise UserError(f"{self.what} has no URL: give one, such as http://127.0.0.1:8000")
-        headers = {"Authorization": f"Bearer {key}"} if (key := self._key()) else {}
-        self._servers = [_Server(url, self._client(url, headers)) for url in map(_base, self.urls)]
+        self.key = self._key()
+        self._servers = [
+            _Server(url, client(url, self.key, self.timeout, self.concurrency))
+            for url in (address(url, self.what) for url in self.urls)
+        ]
+        self.faults = 0  # so far: after one, a server may be another than before
         self._places = threading.BoundedSemaphore(self.concurrency)
         self._lock = threading.Lock()
         self._stop = threading.local()  # .event: of the `map` that a thread works for
@@ -109,19 +133,7 @@ class Endpoint:
                 f"{self.what} needs a key from the environment variable {self.key_variable}, which "
                 "is not set: export it"
             )
-        return key
-
-    def _client(self, url: str, headers: dict[str, str]) -> httpx2.Client:
-        host = urlsplit(url).hostname or ""
-        return httpx2.Client(
-            headers=headers,
-            timeout=httpx2.Timeout(self.timeout, connect=min(self.timeout, CONNECT)),
-            limits=httpx2.Limits(
-                max_connections=self.concurrency, max_keepalive_connections=self.concurrency
-            ),
-            # no proxy to this machine
-            trust_env=host not in ("localhost", "::1") and not host.startswith("127."),
-        )
+        return check_key(key, self.key_variable, self.what)
 
     def each(self) -> list[Endpoint]:
         """One endpoint per server, to learn what each of them says."""
@@ -131,21 +143,24 @@ class Endpoint:
 
     def post(self, path: str, body: Any) -> dict[str, Any]:
         """What a server answers to a JSON body, which must be a JSON object too."""
-        return self.request("POST", path, body, _object)
+        return self.request("POST", path, body, object_of)
 
     def get(self, path: str) -> dict[str, Any]:
-        return self.request("GET", path, None, _object)
+        return self.request("GET", path, None, object_of)
 
-    def request(self, method: str, path: str, body: Any, read: Callable[[httpx2.Response], T]) -> T:
-        """What `read` makes of a server's answer to JSON or bytes; a ValueError from it means a
-        broken answer, which is tried again.
+    def request(
+        self, method: str, path: str, body: Any, read: Callable[[Reply], T], most: int = MOST
+    ) -> T:
+        """What `read` makes of a server's answer to JSON or bytes, which has at most `most` bytes.
+
+        One of `MALFORMED` from it means a broken answer, which is tried again.
         """
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         for attempt in range(self.retries + 1):
             asked, servers = 0.0, self._round()
             while servers:
                 try:
-                    return self._once(servers, method, path, content, read)
+                    return self._once(servers, method, path, content, read, most)
                 except _Fault as fault:
                     asked = max(asked, fault.pause)
             if attempt < self.retries:
@@ -158,6 +173,41 @@ class Endpoint:
             f"{'; '.join(f'{s.url}: {s.said}' for s in self._servers)}. Start it again, or look at "
             "its log"
         )
+
+    def about(
+        self,
+        who: str,
+        path: str,
+        body: Any,
+        read: Callable[[Reply, str], T],
+        most: int = MOST,
+        advise: Callable[[Refused], str] = str,
+    ) -> T:
+        """What `read` makes of a server's answer; whatever goes wrong is told with `who` the
+        request is about and the server.
+
+        read: gets the two in words, for errors that another try would not change. advise: what to
+        say of a refusal.
+        """
+
+        def made(reply: Reply) -> T | UserError:
+            try:
+                return read(reply, f"{who} ({reply.url})")
+            except UserError as error:
+                return error
+
+        try:
+            told = self.request("POST", path, body, made, most)
+        except Refused as refused:
+            raise UserError(
+                f"{who} ({refused.url}): {advise(refused)}. Nothing was learnt from this step; "
+                "look at the server's log"
+            ) from refused
+        except UserError as error:
+            raise UserError(f"{who}: {error}. Nothing was learnt from this step") from error
+        if isinstance(told, UserError):
+            raise told
+        return told
 
     def _round(self) -> list[_Server]:
         """The servers to try: those that do well, or all where none does.
@@ -178,7 +228,8 @@ class Endpoint:
         method: str,
         path: str,
         content: bytes | None,
-        read: Callable[[httpx2.Response], T],
+        read: Callable[[Reply], T],
+        most: int,
     ) -> T:
         """One request to the idlest of `servers`, which is taken off the list."""
         with self._places:
@@ -188,11 +239,12 @@ class Endpoint:
                 servers.remove(server)
                 server.busy, server.returning = server.busy + 1, False
             try:
-                result = self._send(server, method, path, content, read)
+                result = self._send(server, method, path, content, read, most)
                 server.said, server.rests_until = "", 0.0
                 return result
             except _Fault as fault:
                 server.said, server.rests_until = str(fault), self.clock() + max(REST, fault.pause)
+                self.faults += 1
                 raise
             finally:
                 with self._lock:
@@ -204,25 +256,21 @@ class Endpoint:
         method: str,
         path: str,
         content: bytes | None,
-        read: Callable[[httpx2.Response], T],
+        read: Callable[[Reply], T],
+        most: int,
     ) -> T:
         url = server.path(path)
-        headers = (
-            {"Content-Type": "application/json"}
-            if content is not None and content[:1] == b"{"
-            else {}
-        )
         try:
-            response = server.client.request(method, url, content=content, headers=headers)
+            reply = exchange(server.client, method, url, content, self.key, most)
         except httpx2.TimeoutException as error:
             raise _Fault(f"no answer within {self.timeout:g} s ({type(error).__name__})") from error
-        except (httpx2.TransportError, httpx2.DecodingError) as error:
-            raise _Fault(f"{type(error).__name__}: {error}") from error
         except httpx2.InvalidURL as error:
             raise UserError(f"{self.what}: {server.url!r} is not a URL ({error})") from error
-        status = response.status_code
+        except (httpx2.HTTPError, OSError, ValueError) as error:
+            raise _Fault(f"{type(error).__name__}: {shown(str(error), SAID)}") from error
+        status = reply.status
         if status in AGAIN:
-            raise _Fault(f"{status} {_message(response)}", _asked_pause(response))
+            raise _Fault(f"{status} {message(reply)}", _asked_pause(reply))
         if status != 200:
             advice = (
                 ""
@@ -230,15 +278,16 @@ class Endpoint:
                 else f"; its key is read from {self.key_variable}"
             )
             raise Refused(
-                f"{self.what} refuses {method} {url} with {status}: {_message(response)}{advice}",
+                f"{self.what} refuses {method} {url} with {status}: {message(reply)}{advice}",
                 status,
-                _message(response),
+                message(reply),
                 server.url,
             )
         try:
-            return read(response)
-        except ValueError as error:
-            raise _Fault(f"a broken answer ({error})") from error
+            return read(reply)
+        except MALFORMED as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise _Fault(f"a broken answer ({kind}{shown(str(error), SAID)})") from error
 
     def _check(self) -> None:
         event = getattr(self._stop, "event", None)
@@ -292,44 +341,9 @@ class Endpoint:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-# ------------------------------------------------------------------------------------------ answers
-
-
-def _base(url: str) -> str:
-    """http://host:8000/v1/ is http://host:8000."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(
-            f"{url!r} is not the address of a server: it must start with http:// or https://, such "
-            "as http://127.0.0.1:8000"
-        )
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
-
-
-def _object(response: httpx2.Response) -> dict[str, Any]:
-    value = json.loads(response.content)  # a UnicodeDecodeError is a ValueError too
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON object was expected, not {type(value).__name__}")
-    return value
-
-
-def _message(response: httpx2.Response) -> str:
-    """The server's own words: OpenAI's, FastAPI's or plain."""
-    try:
-        value = json.loads(response.content)
-    except ValueError:
-        value = response.text
-    while isinstance(value, dict):
-        value = next(
-            (value[key] for key in ("error", "message", "detail", "errors") if value.get(key)),
-            json.dumps(value, default=str),
-        )
-    return " ".join(str(value).split())[:SAID].rstrip(".") or "(no message)"
-
-
-def _asked_pause(response: httpx2.Response) -> float:
+def _asked_pause(reply: Reply) -> float:
     """Seconds of Retry-After, which is a number or a date; 0 without one."""
-    text = response.headers.get("retry-after", "")
+    text = reply.headers.get("retry-after", "")
     try:
         seconds = float(text)
     except ValueError:

@@ -5,7 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from opdkit.models.engines.exchange import Broken, Reply, object_of, shown
+
 Card = dict[str, Any]  # what /v1/models says of a model
+
+
+def cards_of(reply: Reply) -> list[Card]:
+    """The models that an answer of /v1/models lists: each with a name, and, if it says how many
+    tokens it reads, a number.
+    """
+    cards = object_of(reply).get("data") or []
+    for card in cards:
+        limit = card.get("max_model_len")
+        if not isinstance(card["id"], str) or not (
+            limit is None or (type(limit) is int and limit > 0)
+        ):
+            raise Broken(f"{shown(repr(card))} is no model's card")
+    return list(cards)
 
 
 def card_of(cards: Sequence[Card], wanted: str | None) -> Card | None:

@@ -61,12 +61,8 @@ class Probe:
     def expected(self) -> Tensor:
         """[N]: the trainer's log-probs of all tokens but the first of each sequence."""
         device = next(self.model.parameters()).device
-        half = self.dtype != torch.float32
         ids = pad_sequence([torch.tensor(s) for s in self.sequences], batch_first=True).to(device)
-        with (
-            evaluating(self.model),
-            torch.autocast(device.type, self.dtype if half else None, enabled=half),
-        ):
+        with evaluating(self.model):
             hidden = hidden_states(self.model, ids, None)
             logps = [
                 self.head.logits(hidden[i, : len(s) - 1])
@@ -76,6 +72,20 @@ class Probe:
                 for i, s in enumerate(self.sequences)
             ]
         return torch.cat(logps).cpu()
+
+    def repeat(self, engine: Sequence[Tensor], who: str) -> None:
+        """An error where an engine's log-probs, [T - 1] of each sequence of T tokens, are not those
+        of the last check: it holds other weights than it was sent.
+        """
+        assert self._engine is not None
+        gap = float((torch.cat(list(engine)).float().cpu() - self._engine).abs().mean())
+        if not gap <= self.tolerance:
+            raise UserError(
+                f"{who} gives other log-probs of the probe than after the last step's weights were "
+                f"sent, by {gap:.3g} nats in the mean: it was started again, and lost them. "
+                "Nothing was learnt from this step; see to it that it stays up, and continue with "
+                "--resume"
+            )
 
     def check(self, engine: Sequence[Tensor], version: int, how: str) -> float:
         """Mean absolute difference of log-probs; an error where the engine does not follow the

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError
 
+OTHERS = (
+    "the server scored other tokens than it was sent. Nothing was learnt from this step; use "
+    "another version of the server"
+)
 JSON_FLOOR = -9999.0  # what the server writes for minus infinity, which JSON does not have
 
 
@@ -51,14 +55,15 @@ def parse_prompt_logprobs(
             f"{who}: nothing precedes the first token, so no model can score it: give the prompt "
             "at least one token"
         )
+    _refuse_others(prompt_logprobs, tokens[:start], who)
     ids, logps = _table(prompt_logprobs, start)
     _refuse_broken(ids, logps, start, who)
     own = ids == torch.tensor(tokens[start:], dtype=torch.int64).view(-1, 1)
     if not bool(own.any(1).all()):
         position = start + int((~own.any(1)).nonzero()[0, 0])
         raise UserError(
-            f"{who}: the scores of token {position} do not hold its own id {tokens[position]}: the "
-            "server scored other tokens than it was sent"
+            f"{who}: the scores of token {position} do not hold its own id {tokens[position]}: "
+            f"{OTHERS}"
         )
     logp = logps.masked_fill(~own, -math.inf).amax(1) if len(ids) else logps.new_zeros(0)
     counts = (ids >= 0).sum(1)
@@ -106,7 +111,25 @@ def _numbers(values: Iterable[Any]) -> Iterable[float]:
         number = (
             value.get("logprob") if isinstance(value, dict) else getattr(value, "logprob", value)
         )
-        yield math.nan if number is None else float(number)
+        yield number_of(number)
+
+
+def number_of(value: Any) -> float:
+    """A log-prob as JSON has it; null is NaN. A ValueError for text, true, and whole numbers."""
+    if isinstance(value, str | bool) or (isinstance(value, int) and value != 0):
+        raise ValueError(f"{str(value)[:60]} stands for a log-prob, which is a fraction")
+    return math.nan if value is None else float(value)
+
+
+def _refuse_others(prompt_logprobs: Any, tokens: Sequence[int], who: str) -> None:
+    """An answer about other tokens before those that are read: another request's."""
+    if hasattr(prompt_logprobs, "start_indices"):
+        return
+    for position, (entry, token) in enumerate(zip(prompt_logprobs[1:], tokens[1:]), 1):
+        if entry and token not in entry and str(token) not in entry:
+            raise UserError(
+                f"{who}: the scores of token {position} do not hold its own id {token}: {OTHERS}"
+            )
 
 
 def _refuse_broken(ids: Tensor, logps: Tensor, start: int, who: str) -> None:

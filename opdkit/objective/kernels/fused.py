@@ -41,24 +41,28 @@ def _entries(
     T: tl.constexpr, A: tl.constexpr, TW: tl.constexpr, SW: tl.constexpr, K: tl.constexpr,
     FLOOR: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
-    """Student probability, value and slope of each entry of a tile: see `formula`."""
+    """Student probability, value and slope less k p of each entry of a tile: see `formula`."""
     x = tl.load(z + row * z_row + at, mask=at < V, other=float("-inf"))
     w = tl.load(y + row * y_row + at, mask=at < V, other=float("-inf"))
     ls = tl.where(x == float("-inf"), FLOOR, x / T - tl.load(lz + row))
     lt = tl.where(w == float("-inf"), FLOOR, w / T - tl.load(ly + row))
-    p, q = tl.where(x == float("-inf"), 0.0, tl.exp(ls)), tl.exp(lt)
+    p = tl.where(x == float("-inf"), 0.0, tl.exp(ls))
+    q = tl.where(w == float("-inf"), 0.0, tl.exp(lt))
     if A == 0:
-        value, slope = q * (lt - ls), -q
+        value, slope = q * (lt - ls), p - q
     elif A == 1:
         value = p * (ls - lt)
         slope = value
     else:
-        mix = tl.maximum((1 - A) * p + A * q, TINY)
-        m = tl.log(mix)
-        slope = SW * p * (ls - m)
-        value = slope + TW * q * (lt - m)
+        gap = lt - ls
+        larger = tl.maximum(p, q)
+        apart = (tl.minimum(p, q) - larger) / tl.maximum(larger, TINY)
+        log_share = tl.log(1 + tl.where(gap > 0, (1 - A) * apart, A * apart))
+        slope = -SW * p * (log_share + tl.maximum(gap, 0.0))
+        value = slope - TW * q * (log_share + tl.maximum(-gap, 0.0))
         if K != 0:
-            slope += K * (p * q / mix)
+            mix = tl.maximum(p + A * (q - p), TINY)
+            slope += K * (1 - A) * (p * (q - p) / mix)
     # beyond the vocabulary value is 0: both rule the entry out
     return p, value, tl.where(x == float("-inf"), 0.0, slope)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from opdkit.objective import maths
-from opdkit.objective.kernels.formula import Formula, formula
+from opdkit.objective.kernels.formula import Formula, derived, formula
 from opdkit.objective.maths import Kind
 
 BLOCK_ENTRIES = 1 << 17  # of one block on one CPU core: 512 KiB in float32
@@ -185,11 +185,13 @@ class Rule:
 
     @property
     def formula(self) -> Formula | None:
-        return formula(self.kind) if self.cap is None else None
+        return formula(self.kind)
 
     def kernels(self, logits: Tensor) -> ModuleType | None:
         """The kernels for logits [n, V], where there are some for this divergence."""
-        return None if self.formula is None else fused(logits.device.type)
+        if self.formula is None or self.cap is not None:
+            return None
+        return fused(logits.device.type)
 
 
 def _values(
@@ -202,33 +204,19 @@ def _values(
     values, form = z.new_empty(len(z)), rule.formula
     for at in blocks(z):
         ls, lt = scaled(z[at], rule.temperature) - lz[at], scaled(y[at], rule.temperature) - ly[at]
-        values[at], slope, p = _taken(rule, ls, lt) if form is None else _derived(form, ls, lt)
+        values[at], slope, p = _taken(rule, ls, lt) if form is None else _derived(rule, ls, lt)
         if gradient is not None:
             torch.addcmul(slope, p, slope.sum(-1, keepdim=True), value=-1, out=gradient[at])
     return values
 
 
-def _derived(form: Formula, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _derived(rule: Rule, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Value [r], slope and student probabilities [r, V] of log-probs [r, V], which are overwritten:
     see `formula`.
     """
-    p = ls.exp()  # exactly 0 where the student rules an entry out
-    gone = ls == -torch.inf if form.a == 0 else None
-    for x in (ls, lt):
-        x.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=maths.LOGP_FLOOR)  # `maths.finite`
-    if form.a == 1:
-        slope = ls.sub_(lt).mul_(p)
-        return slope.sum(-1), slope, p
-    q = lt.exp()
-    if gone is not None:
-        value = lt.sub_(ls).mul_(q).sum(-1)
-        return value, q.neg_().masked_fill_(gone, 0.0), p
-    # both may have underflowed
-    mix = (p * (1 - form.a)).add_(q, alpha=form.a).clamp_min_(torch.finfo(p.dtype).tiny)
-    m = mix.log()
-    slope = ls.sub_(m).mul_(p).mul_(form.s)
-    value = slope.sum(-1) + lt.sub_(m).mul_(q).sum(-1) * form.t
-    return value, slope.addcdiv_(q.mul_(p), mix, value=form.k) if form.k else slope, p
+    assert rule.formula is not None
+    entries, slope, p = derived(rule.formula, ls, lt, rule.cap)
+    return entries.sum(-1), slope, p
 
 
 def _taken(rule: Rule, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
 import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict
 
 from cell import COMMANDS, confined
+from mounts import remove
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
             for line in commands:
                 print(json.dumps(work(line)), file=results, flush=True)
     finally:
-        shutil.rmtree(base, ignore_errors=True)
+        remove(base)
 
 
 main()

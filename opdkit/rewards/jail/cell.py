@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import shutil
 import signal
 import sys
 import time
@@ -17,11 +16,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from lock import CONFINED, FILES, FOLDER, THREADS, Layers, lock, offered
+from lock import CONFINED, THREADS, Layers, lock, offered
+from mounts import FOLDER, PROGRAM, build, remove, split_off
 from probe import probe
 
 WALL = 3  # times the CPU seconds that may pass: the machine may be busy, the program may sleep
-WATCH = 0.2  # seconds between looks at the folder of a process that takes its time
 START = 60  # seconds for processes to begin, on a machine that is very busy
 USERS = 61184, 4000  # systemd's range for users made up as needed
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
@@ -47,13 +46,14 @@ class Jail:
 
     @property
     def folder(self) -> str:
-        """The program's: made for each case, and removed after it."""
-        return f"{self.base}/program"
+        """The program's: empty for each case. Without mounts it writes nothing there."""
+        return f"{self.base}/{PROGRAM}"
 
     def lock(self, limits: dict[str, Any]) -> None:
         lock(
             self.layers,
-            self.folder,
+            self.base,
+            PROGRAM,
             self.readable,
             limits["seconds"],
             limits["memory"] << 20,
@@ -61,20 +61,21 @@ class Jail:
         )
 
     def __enter__(self) -> None:
-        os.mkdir(self.folder, 0o700)
+        if not self.layers.mounts:
+            os.makedirs(self.folder, 0o700, exist_ok=True)
         if self.layers.user:
             os.chown(self.folder, self.layers.user, self.layers.user)
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.folder)
+        for name in os.listdir(self.folder):
+            os.unlink(f"{self.folder}/{name}")
+        if not self.layers.mounts:
+            os.rmdir(self.folder)
 
-    def full(self) -> bool:
-        """Whether the program has written more than it may."""
-        names, size = os.listdir(self.folder), 0
-        for name in names:
-            with suppress(FileNotFoundError):  # it is being removed
-                size += os.lstat(f"{self.folder}/{name}").st_blocks * 512
-        return len(names) > FILES or size > FOLDER
+    def bounded(self) -> bool:
+        """Whether a program's files cannot fill the disk."""
+        size = os.statvfs(self.folder)
+        return not self.layers.writes or size.f_blocks * size.f_frsize <= FOLDER
 
 
 def child(work: Callable[[], object], fds: list[int]) -> int:
@@ -111,23 +112,18 @@ def begun(fd: int) -> None:
         raise RuntimeError(f"a process could not be confined, or did not start within {START} s")
 
 
-def read(fd: int, most: int, end: float, jail: Jail) -> tuple[bytes, str]:
+def read(fd: int, most: int, end: float) -> tuple[bytes, str]:
     """What comes on `fd` until it closes, and why it was not read to its end."""
     parts: list[bytes] = []
     size = 0
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     poll.register(COMMANDS, 0)  # only whether it hangs up
-    look = time.monotonic() + WATCH
     while True:
         now = time.monotonic()
         if now >= end:
             return b"".join(parts), "it took too long"
-        if now >= look:
-            if jail.full():
-                return b"".join(parts), f"it wrote more than {FOLDER >> 20} MiB or {FILES} files"
-            look = now + WATCH
-        ready = dict(poll.poll(max(0.0, min(end, look) - now) * 1000))
+        ready = dict(poll.poll((end - now) * 1000))
         if ready.get(COMMANDS, 0) & select.POLLHUP:
             sys.exit()
         if fd in ready:
@@ -155,16 +151,42 @@ def confined(base: str, without: list[str]) -> tuple[Jail, dict[str, bool]]:
         *LIBRARIES,
         *FILES_READ,
     ]
-    for seccomp, landlock, user in product(
-        {best.seccomp: 0, False: 0}, {best.landlock: 0, 0: 0}, {best.user: 0, 0: 0}
+    tasks = _tasks()
+    # tried by another first: a process that is half way into a user namespace is of no use
+    mounted = best.mounts and _tried(base, readable) and split_off() and build(base, readable)
+    # without our mounts only where nothing works with them: they cover the folder
+    for mounts, seccomp, landlock, user in product(
+        {mounted: 0, False: 0},
+        {best.seccomp: 0, False: 0},
+        {best.landlock: 0, 0: 0},
+        {best.user: 0, 0: 0},
     ):
+        if mounted and not mounts:
+            remove(base, keep=True)
+            mounted = False
         jail = Jail(
-            base, Layers(landlock, seccomp, user), readable, THREADS if user else THREADS + _tasks()
+            base,
+            Layers(landlock, seccomp, user, mounts),
+            readable,
+            THREADS if user else THREADS + tasks,
         )
-        held = _held(jail)
+        held = {}
+        with suppress(OSError):  # such as where root may not change files' owners
+            held = _held(jail)
         if held.get("library"):  # it works, and Python can still read its own files
             break
     return jail, held
+
+
+def _tried(base: str, readable: list[str]) -> bool:
+    """Whether mounts of our own can be had."""
+    if not (pid := os.fork()):
+        good = False
+        try:
+            good = split_off() and build(base, readable)
+        finally:
+            os._exit(0 if good else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def _held(jail: Jail) -> dict[str, bool]:
@@ -179,7 +201,7 @@ def _held(jail: Jail) -> dict[str, bool]:
         os.close(write)
         text = said.read()
         os.waitpid(pid, 0)
-    return dict(json.loads(text)) if text else {}
+        return {**json.loads(text), "disk": jail.bounded()} if text else {}
 
 
 def _tasks() -> int:

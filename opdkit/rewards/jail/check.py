@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lock import CONFINED
-from remote import Channel, Gone, Peer, why
+from remote import MESSAGE, Channel, Gone, Peer, RemoteValue, name_class, why
 
+ROOM, PACE = 256, 1 << 20  # bytes of memory, a byte of the tests each; bytes of them a second
 MODULE = "tests"  # the module of the classes that tests define
 PASSED, FAILED = b".", b"!"
 
@@ -22,8 +23,14 @@ def run_tests(case: dict[str, Any], confine: Callable[[dict[str, Any]], None]) -
 
     To file 4 goes a dot per test that passed, and what was wrong with the first that did not.
     """
-    channel = Channel(3)
-    confine(case)
+    size = _size(case)
+    channel = Channel(3, receives=MESSAGE + 2 * size)
+    confine(
+        {
+            "seconds": case["seconds"] + more_seconds(case),
+            "memory": case["memory"] + (ROOM * size >> 20),
+        }
+    )
     if channel.receive() != "confined":
         return
     os.write(4, CONFINED)
@@ -45,12 +52,26 @@ def run_tests(case: dict[str, Any], confine: Callable[[dict[str, Any]], None]) -
         os.write(4, FAILED + wrong.encode("ascii", "backslashreplace"))
 
 
+def _texts(case: dict[str, Any]) -> list[str]:
+    return [*case["before"], *case["setup"], *case["tests"]]
+
+
+def _size(case: dict[str, Any]) -> int:
+    return sum(map(len, _texts(case)))
+
+
+def more_seconds(case: dict[str, Any]) -> int:
+    """Of CPU, for tests that are large: Python has to read them."""
+    return _size(case) // PACE
+
+
 def _names(case: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """What tests see: what is given before the program, then the program's names, then their own
     preparations.
     """
     module = sys.modules[MODULE] = types.ModuleType(MODULE)
-    names, peer = vars(module), Peer(channel, classes=MODULE)
+    nan = any("nan" in text.lower() for text in _texts(case))
+    names, peer = vars(module), Peer(channel, classes=MODULE, nan=nan)
     for source in case["before"]:
         exec(compile(source, "before.py", "exec", dont_inherit=True), names)
     for name in case["wanted"]:
@@ -58,9 +79,11 @@ def _names(case: dict[str, Any], channel: Channel) -> dict[str, Any]:
     state, given = channel.receive()
     if state != "ready":
         raise ProgramError(given)
-    names.update(
-        {name: peer.unpack(packed) for name, packed in given.items() if name in case["wanted"]}
-    )
+    for name, packed in given.items():
+        if name in case["wanted"]:
+            names[name] = value = peer.unpack(packed)
+            if isinstance(value, RemoteValue) and name[0].isupper():
+                name_class(value)
     for name in case["wanted"]:
         if name not in names and hasattr(builtins, name):
             names[name] = _missing(name)  # Python's own must not stand in for it either

@@ -19,8 +19,6 @@ from functools import cache
 from typing import Any
 
 FILE = 16 << 20  # bytes of one file
-FOLDER = 64 << 20  # bytes of all files in the folder
-FILES = 1000  # files in the folder
 OPEN = 64  # files open at once
 THREADS = 1000
 CONFINED = b"#"  # what a process says once it is confined
@@ -79,21 +77,38 @@ class Layers:
     landlock: int  # version of the interface; 0: none
     seccomp: bool
     user: int  # the unprivileged user; 0: stay who we are
+    mounts: bool  # a root and a file system of our own
+
+    @property
+    def writes(self) -> bool:
+        """Whether files can be written: only where Landlock says which, and a file system of its
+        own how much.
+        """
+        return bool(self.landlock) and self.mounts
 
 
 def lock(
-    layers: Layers, folder: str, readable: Iterable[str], seconds: int, memory: int, threads: int
+    layers: Layers,
+    base: str,
+    folder: str,
+    readable: Iterable[str],
+    seconds: int,
+    memory: int,
+    threads: int,
 ) -> None:
-    """Confine this process: `folder` is all it may write (nothing at all without Landlock),
-    `readable` all that it may read.
+    """Confine this process: `folder` of `base` is all it may write, if anything, `readable` all
+    that it may read, and where we have mounts of our own all that it sees.
     """
     parent = os.getppid()
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, these processes go first
-    os.chdir(folder)
+    if layers.mounts:
+        os.chroot(base)
+    place = f"/{folder}" if layers.mounts else f"{base}/{folder}"
+    os.chdir(place)
     _prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
     if layers.landlock:
-        _landlock(layers.landlock, folder, readable)
+        _landlock(layers.landlock, place, readable, writes=layers.writes)
     _privileges(layers.user, search=bool(layers.landlock))
     _prctl(4, 0)  # PR_SET_DUMPABLE: processes of the same user do not read this one's memory
     _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; a change of user resets it
@@ -129,7 +144,9 @@ def offered(user: int) -> Layers:
     seccomp = platform.machine() in MACHINES and libc.prctl(21, 0, 0, 0, 0) >= 0  # PR_GET_SECCOMP
     if seccomp:
         _program(True), _program(False)  # made once, here: forks find them in the cache
-    return Layers(max(0, libc.syscall(444, None, 0, 1)), seccomp, user if os.geteuid() == 0 else 0)
+    return Layers(
+        max(0, libc.syscall(444, None, 0, 1)), seccomp, user if os.geteuid() == 0 else 0, True
+    )
 
 
 def _prctl(option: int, value: Any, more: Any = 0) -> None:
@@ -141,8 +158,6 @@ def _privileges(user: int, *, search: bool) -> None:
     """Another user, without root's powers. search: but for reading files of any user, where
     Landlock says which.
     """
-    if os.geteuid() != 0:
-        return
     if user:
         _prctl(8, 1)  # PR_SET_KEEPCAPS
         os.setgroups([])
@@ -158,9 +173,9 @@ def _privileges(user: int, *, search: bool) -> None:
 # ----------------------------------------------------------------------------------------- Landlock
 
 
-def _landlock(version: int, folder: str, readable: Iterable[str]) -> None:
-    """Files below `folder` may be made, written and removed, not folders or links; those below
-    `readable` be read.
+def _landlock(version: int, folder: str, readable: Iterable[str], *, writes: bool) -> None:
+    """Files below `folder` may be made, written and removed if it `writes`, not folders or links;
+    those below `readable` be read.
     """
     handled = (1 << 13) - 1
     for since, bit in ((2, 13), (3, 14), (5, 15)):
@@ -172,7 +187,9 @@ def _landlock(version: int, folder: str, readable: Iterable[str]) -> None:
     ruleset = libc.syscall(444, attributes, len(attributes), 0)
     if ruleset < 0:
         raise OSError(ctypes.get_errno(), "landlock_create_ruleset")
-    own = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE
+    own = READ_FILE | READ_DIR
+    if writes:
+        own |= WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE
     rules = [
         (folder, own),
         ("/dev/null", READ_FILE | WRITE_FILE),

@@ -21,6 +21,7 @@ def probe(outside: str) -> dict[str, bool]:
         "writing": _fails(lambda: _write(f"{outside}/written"))
         and _fails(lambda: os.chmod(f"{outside}/readable", 0o666)),
         "reading": _fails(lambda: _read(f"{outside}/readable")),
+        "seeing": _fails(lambda: os.stat(f"{outside}/readable")),
         "neighbours": _fails(lambda: os.kill(parent, 0))
         and _fails(lambda: _read(f"/proc/{parent}/environ")),
         "library": not _fails(lambda: importlib.import_module("colorsys")),

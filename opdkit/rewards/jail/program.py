@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lock import CONFINED
-from remote import Channel, Peer, why
+from remote import MESSAGE, ORDER, Channel, Peer, why
 
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -24,10 +24,10 @@ def run_program(confine: Callable[[dict[str, Any]], None], *, prints: bool) -> N
     """Run the program that is sent on file 3. prints: it is given its input, and what it prints
     goes to file 4.
     """
-    channel = Channel(3)
+    channel = Channel(3, MESSAGE, ORDER)
     order = channel.receive()
     if prints:
-        _input(order["stdin"].encode(errors="replace"))
+        _input(order.pop("stdin").encode(errors="replace"))
         os.dup2(4, 1)
         os.close(4)
     os.environ.clear()

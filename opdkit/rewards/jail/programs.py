@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import shutil
 import signal
 import socket
 import time
@@ -18,10 +17,12 @@ from contextlib import suppress
 from typing import Any
 
 from cell import WALL, Jail, begun, child, kill, read
-from check import run_tests
+from check import more_seconds, run_tests
+from mounts import remove
 from program import run_program
 from remote import Channel, Gone
 
+LARGEST = 64 << 20  # characters of a program, and of one input to it
 OUTPUT = 1 << 20  # bytes that a program may print beside twice what is wanted
 WARM = """
 abc array ast bisect calendar cmath collections contextlib copy dataclasses datetime decimal enum
@@ -87,7 +88,7 @@ def _serve(orders: socket.socket, jail: Jail) -> None:
             if pid:
                 kill(pid)
                 os.waitpid(pid, 0)
-            shutil.rmtree(jail.base, ignore_errors=True)
+            remove(jail.base)
             return
 
 
@@ -96,6 +97,8 @@ def _serve(orders: socket.socket, jail: Jail) -> None:
 
 def judge(case: dict[str, Any], jail: Jail, parent: ProgramParent) -> dict[str, Any]:
     """How many tests pass, and what was wrong with the first that does not."""
+    if max(map(len, case["sources"])) > LARGEST:
+        return {"passed": 0, "why": f"the program has more than {LARGEST} characters"}
     with jail:
         passed, why = (_printed if "inputs" in case else _called)(case, jail, parent)
     return {"passed": passed, "why": why}
@@ -115,7 +118,8 @@ def _called(case: dict[str, Any], jail: Jail, parent: ProgramParent) -> tuple[in
         _send(channel, case, ("wanted",))
         os.close(channel.fd)
         begun(marks_read)
-        said, stopped = read(marks_read, OUTPUT, time.monotonic() + WALL * case["seconds"], jail)
+        end = time.monotonic() + WALL * (case["seconds"] + more_seconds(case))
+        said, stopped = read(marks_read, OUTPUT, end)
     finally:
         kill(pid)
         os.waitpid(pid, 0)
@@ -140,14 +144,16 @@ def _printed(case: dict[str, Any], jail: Jail, parent: ProgramParent) -> tuple[i
     """What the program prints, once for each input."""
     passed, first = 0, ""
     for given, wanted in zip(case["inputs"], case["outputs"], strict=True):
+        if len(given) > LARGEST:
+            return passed, f"an input of the test has more than {LARGEST} characters"
         channel, output = parent.start(prints=True)
         try:
             _send(channel, case, (), stdin=given)
             begun(channel.fd)
             end = time.monotonic() + WALL * case["seconds"]
-            said, why = read(output, OUTPUT + 2 * len(wanted.encode(errors="replace")), end, jail)
+            said, why = read(output, OUTPUT + 2 * len(wanted.encode(errors="replace")), end)
             if not why:
-                _, why = read(channel.fd, OUTPUT, end, jail)  # it closes where the program ends
+                _, why = read(channel.fd, OUTPUT, end)  # it closes where the program ends
         finally:
             status = parent.end()
             os.close(output)

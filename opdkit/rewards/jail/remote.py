@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import builtins
 import collections
-import datetime
-import decimal
-import fractions
 import json
 import operator
 import os
@@ -23,7 +20,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-MESSAGE = 16 << 20  # bytes
+from plain import BASES, MUTABLE, builtin_class, pack, plain, unpack
+
+MESSAGE = 64 << 20  # bytes of one from a program
+ORDER = 512 << 20  # bytes of one of ours
+
+
+class NotData(BaseException):
+    """A program's value that tests could not judge for themselves.
+
+    Not an Exception: a test that expects one must not take it for that.
+    """
 
 
 class Gone(BaseException):
@@ -34,14 +41,14 @@ class Gone(BaseException):
 
 
 class Channel:
-    """JSON messages over a connected socket."""
+    """JSON messages over a connected socket, of so many bytes at most each way."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, fd: int, sends: int = ORDER, receives: int = MESSAGE) -> None:
+        self.fd, self.sends, self.receives = fd, sends, receives
 
     def send(self, message: Any) -> None:
         data = json.dumps(message).encode()
-        if len(data) > MESSAGE:
+        if len(data) > self.sends:
             raise ValueError(f"a value of {len(data)} bytes is too large to be handed over")
         data = len(data).to_bytes(4, "little") + data
         try:
@@ -52,7 +59,7 @@ class Channel:
 
     def receive(self) -> Any:
         size = int.from_bytes(self._read(4), "little")
-        if size > MESSAGE:
+        if size > self.receives:
             raise Gone
         return json.loads(self._read(size))
 
@@ -68,111 +75,6 @@ class Channel:
             parts.append(part)
             size -= len(part)
         return b"".join(parts)
-
-
-# -------------------------------------------------------------------------------------------- plain
-
-Keep = Callable[[Any], Any]  # of a value that stays at home: what stands for it
-Find = Callable[[str, int], Any]  # the value that something stands for
-
-# Exact types that are rebuilt from a list: how they are taken apart, and made.
-PARTS: dict[type, tuple[Callable[[Any], list[Any]], Callable[..., Any]]] = {
-    list: (list, lambda *v: list(v)),
-    tuple: (list, lambda *v: v),
-    set: (list, lambda *v: set(v)),
-    frozenset: (list, lambda *v: frozenset(v)),
-    dict: (lambda d: [list(d), list(d.values())], lambda k, v: dict(zip(k, v))),
-    collections.OrderedDict: (
-        lambda d: [list(d), list(d.values())],
-        lambda k, v: collections.OrderedDict(zip(k, v)),
-    ),
-    collections.Counter: (lambda d: [dict(d)], collections.Counter),
-    collections.deque: (lambda d: [list(d), d.maxlen], collections.deque),
-    range: (lambda r: [r.start, r.stop, r.step], range),
-    complex: (lambda c: [c.real, c.imag], complex),
-    bytes: (lambda b: [b.decode("latin-1")], lambda s: s.encode("latin-1")),
-    bytearray: (lambda b: [b.decode("latin-1")], lambda s: bytearray(s.encode("latin-1"))),
-    fractions.Fraction: (lambda f: [f.numerator, f.denominator], fractions.Fraction),
-    decimal.Decimal: (lambda d: [str(d)], decimal.Decimal),
-    datetime.date: (lambda d: [d.year, d.month, d.day], datetime.date),
-    datetime.time: (lambda t: [t.isoformat()], datetime.time.fromisoformat),
-    datetime.datetime: (lambda d: [d.isoformat()], datetime.datetime.fromisoformat),
-    datetime.timedelta: (lambda d: [d.days, d.seconds, d.microseconds], datetime.timedelta),
-}
-# What a class derived from one of these has of it.
-BASES: list[tuple[type, Callable[[Any], Any]]] = [
-    (int, int.__int__),
-    (float, float.__float__),
-    (str, str.__str__),
-    (tuple, tuple),
-    (dict, dict),
-    (list, list),
-    (set, set),
-]
-NAMED = {kind.__name__: make for kind, (_, make) in PARTS.items()}
-CLASSES = {value for value in vars(builtins).values() if type(value) is type}
-MUTABLE = (
-    list,
-    dict,
-    set,
-    bytearray,
-    collections.OrderedDict,
-    collections.Counter,
-    collections.deque,
-)
-
-
-def pack(value: Any, keep: Keep) -> Any:
-    """As JSON: what JSON has is itself, all else is a list that begins with its type's name."""
-    kind = type(value)
-    if kind in (type(None), bool, float, str):
-        return value
-    if kind is int:
-        return value if -(1 << 63) <= value < 1 << 63 else ["int", hex(value)]
-    if kind is type and value in CLASSES:
-        return ["type", value.__name__]
-    if kind in PARTS:
-        return [kind.__name__, *(pack(part, keep) for part in PARTS[kind][0](value))]
-    if kind.__module__ == "numpy" and hasattr(value, "dtype") and value.dtype.kind in "biufcUS":
-        return (
-            pack(value.item(), keep)
-            if value.ndim == 0
-            else ["ndarray", value.dtype.str, pack(value.tolist(), keep)]
-        )
-    if isinstance(value, int | float | str | tuple) or kind.__module__ == "collections":
-        return pack(plain(value), keep)  # an IntEnum, a named tuple, a defaultdict
-    return keep(value)
-
-
-def plain(value: Any) -> Any:
-    """The built-in part of an instance of a derived class; the value itself where it has none."""
-    return next((take(value) for base, take in BASES if isinstance(value, base)), value)
-
-
-def unpack(packed: Any, find: Find) -> Any:
-    """The value that `pack` took apart; anything odd raises."""
-    if type(packed) is not list:
-        return packed
-    name: str = packed[0]
-    parts = packed[1:]
-    if name == "int":
-        return int(parts[0], 16)
-    if name == "type":
-        return _builtin(parts[0])
-    if name == "ndarray":
-        import numpy
-
-        return numpy.array(unpack(parts[1], find), dtype=numpy.dtype(parts[0]))
-    if name in NAMED:
-        return NAMED[name](*(unpack(part, find) for part in parts))
-    return find(name, int(parts[0]))
-
-
-def _builtin(name: str) -> type:
-    found = vars(builtins).get(name)
-    if not isinstance(found, type):
-        raise ValueError(f"there is no built-in class {name!r}")
-    return found
 
 
 # ------------------------------------------------------------------------------------------- remote
@@ -215,22 +117,49 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-class RemoteValue:
-    """Something that lives in the other process."""
+# Methods of data that change it; all its others tell something of it, and are asked of data made
+# here.
+CHANGED_BY = """
+append extend insert remove pop clear sort reverse add discard update setdefault popitem
+difference_update intersection_update symmetric_difference_update
+"""
+TELLS = {name for kind, _ in BASES for name in dir(kind) if name[0] != "_"} - {*CHANGED_BY.split()}
 
-    __slots__ = ("_remote_id", "_remote_peer")
+
+class RemoteValue:
+    """Something that lives in the other process.
+
+    kind: what the test knows it to be: a class of the program that the test names, made so by the
+    test, or else a result, which the test is to judge.
+    """
+
+    __slots__ = ("_remote_id", "_remote_kind", "_remote_method", "_remote_peer")
 
     def __init__(self, peer: Peer, id: int) -> None:
         object.__setattr__(self, "_remote_peer", peer)
         object.__setattr__(self, "_remote_id", id)
+        object.__setattr__(self, "_remote_kind", "result")
+        object.__setattr__(self, "_remote_method", None)  # of what, and its name
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._remote_peer.ask("call", self, arguments, named)
+        if self._remote_method is not None:
+            owner, name = self._remote_method
+            if name in TELLS:
+                return getattr(_data(owner, name), name)(*arguments, **named)
+        result = self._remote_peer.ask("call", self, arguments, named)
+        if self._remote_kind == "class" and isinstance(result, RemoteValue):
+            object.__setattr__(result, "_remote_kind", "made")
+        if self._remote_method is not None and type(result) is bool and arguments:
+            raise NotData(f"an object of the program's own judges by {name!r} what a test gives it")
+        return result
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name not in ("__name__", "__doc__"):
             raise AttributeError(name)  # copy, numpy and others probe for these
-        return _ask(self, "__getattr__", name)
+        value = _ask(self, "__getattr__", name)
+        if self._remote_kind == "result" and isinstance(value, RemoteValue):
+            object.__setattr__(value, "_remote_method", (self, name))
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         _ask(self, "__setattr__", name, value)
@@ -243,6 +172,19 @@ def _ask(remote: RemoteValue, operation: str, *arguments: Any) -> Any:
     return remote._remote_peer.ask("do", remote, [operation, *arguments], {})
 
 
+def name_class(remote: RemoteValue) -> None:
+    """A test names it as a class: to ask what it makes of it is what the test is there for."""
+    object.__setattr__(remote, "_remote_kind", "class")
+
+
+def _data(remote: RemoteValue, asked: str) -> Any:
+    """The data that an instance of a class derived from list and the like holds, made here."""
+    held = _ask(remote, "__plain__")
+    if isinstance(held, RemoteValue):
+        raise NotData(f"an object of the program's own is asked for {asked!r}, as if it were data")
+    return held
+
+
 def _operation(name: str) -> Any:
     if name in BINARY:
 
@@ -252,12 +194,8 @@ def _operation(name: str) -> Any:
             if isinstance(other, RemoteValue):
                 return _ask(self, name, other)
             # an instance of a class derived from list equals the list that it holds
-            if name in ("__eq__", "__ne__"):
-                held = _ask(self, "__plain__")
-                return (
-                    NotImplemented if isinstance(held, RemoteValue) else BINARY[name](held, other)
-                )
-            return NotImplemented
+            held = _ask(self, "__plain__")
+            return NotImplemented if isinstance(held, RemoteValue) else BINARY[name](held, other)
 
         return binary
     if name in (
@@ -288,11 +226,12 @@ class Peer:
 
     classes: the module whose classes the other side may look into; None: it may look into
     everything, as tests may into a program. A program that could look into what a test hands it,
-    such as a generator's frame, would find what the test expects.
+    such as a generator's frame, would find what the test expects. nan: whether the other side may
+    hand it over: `not abs(f(3) - 2.5) > 0.1` holds of it.
     """
 
-    def __init__(self, channel: Channel, classes: str | None = None) -> None:
-        self.channel, self.classes = channel, classes
+    def __init__(self, channel: Channel, classes: str | None = None, *, nan: bool = True) -> None:
+        self.channel, self.classes, self.nan = channel, classes, nan
         self.kept: list[Any] = []
         self.numbers: dict[int, int] = {}  # id() of what is kept: its place
         self.remotes: dict[int, RemoteValue] = {}
@@ -373,6 +312,10 @@ class Peer:
         return ["mine", self.numbers[id(value)]]
 
     def _find(self, owner: str, number: int) -> Any:
+        if owner == "nan":
+            if not self.nan:
+                raise NotData("the program gives nan, which no test here speaks of")
+            return float("nan")
         if owner == "yours":
             return self.kept[number]
         if owner != "mine":
@@ -398,7 +341,7 @@ def _refill(value: Any, new: Any) -> None:
 def _error(kind: str, arguments: list[Any]) -> Exception:
     """The program's exception: of the nearest built-in class."""
     try:
-        error = _builtin(kind)(*arguments)
+        error = builtin_class(kind)(*arguments)
     # such as UnicodeDecodeError, whose arguments must be of certain types
     except (TypeError, ValueError):
         error = None

@@ -115,7 +115,7 @@ class Split:
             try:
                 begun(output)
                 end = time.monotonic() + WALL + SLOWER * seconds
-                said, stopped = read(output, LONGEST, end, self.jail)
+                said, stopped = read(output, LONGEST, end)
             finally:
                 kill(pid)
                 os.waitpid(pid, 0)

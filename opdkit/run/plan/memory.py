@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from opdkit.curricula import reads_cache
 from opdkit.methods.method import Method
 from opdkit.models.held import HERE, WIDTH, Held
+from opdkit.models.layout import HELD
 from opdkit.models.shapes import Shape
 from opdkit.objective.head import CHUNK_BYTES, CHUNK_ENTRIES, CHUNK_MOST, CHUNK_PART
 from opdkit.objective.needs import Needs, reads_student
 from opdkit.run.plan.devices import GIB, Device
-from opdkit.run.plan.models import student_dtype
+from opdkit.run.plan.models import products_of
 from opdkit.run.settings import Run
 from opdkit.sampling.settings import Sizes
-from opdkit.train.gather import HELD
 from opdkit.train.settings import Lora
 
 PHASES = ("sample", "score", "learn")
@@ -166,6 +166,8 @@ def _student(out: Memory, run: Run, shape: Shape, scores: bool) -> None:
         copies(run, shape),
         phases if run.sampler_settings.on_student else phases[1:],
     )
+    if out.device.gpu and run.lora is None and run.dtype == "bfloat16" and run.head_dtype is None:
+        out.add("bfloat16 copy of the student's head", 2 * shape.head, phases)
 
 
 def copies(run: Run, shape: Shape) -> int:
@@ -184,12 +186,13 @@ def activations(run: Run, shape: Shape, tokens: int) -> int:
     # the inputs of all layers, and one layer at a time computed again
     if run.gradient_checkpointing:
         layers = between * shape.layers + layer
-    return layers + 3 * between  # the last norm, and its result
+    # the last norm, and its result; frozen layers keep less of it
+    return layers + (3 if run.lora is None else 2) * between
 
 
 def hidden_width(run: Run) -> int:
-    """Bytes of a number between the student's layers."""
-    return WIDTH[student_dtype(run)]
+    """Bytes of a number between the student's layers: those are added up in float32 at least."""
+    return max(WIDTH["float32"], WIDTH[run.dtype])
 
 
 def layer_bytes(run: Run, shape: Shape) -> int:
@@ -235,8 +238,7 @@ def _learning(out: Memory, run: Run, shape: Shape, step: Step) -> None:
     states = 3 * step.micro * shape.hidden * hidden_width(run)
     # its gradient, and the embedding's, before they are added up
     head = 0 if run.lora else 2 * shape.head * trained_width(run)
-    cast = 2 * shape.head if run.dtype == "bfloat16" and run.lora is None else 0
-    out.add("hidden states and head of a micro-batch", states + head + cast, ("learn",))
+    out.add("hidden states and head of a micro-batch", states + head, ("learn",))
 
 
 # ------------------------------------------------------------------------------------------ scoring
@@ -261,7 +263,8 @@ def _scoring(out: Memory, needs: Needs, read: Sequence[Held], run: Run, step: St
     whole = any(fact.whole_step for fact in needs.facts)
     at_once = step.positions if whole else min(step.positions, HELD)
     states = [
-        (held.kind, held.share * at_once * held.shaped.hidden * WIDTH[held.dtype]) for held in read
+        (held.kind, held.share * at_once * held.shaped.hidden * kept_width(run, held))
+        for held in read
     ]
     kept = sum(size for kind, size in states if needs.kept(kind))
     out.add("hidden states that the loss reads", kept, ("score", "learn"))
@@ -276,9 +279,16 @@ def _scoring(out: Memory, needs: Needs, read: Sequence[Held], run: Run, step: St
     )
 
 
+def kept_width(run: Run, held: Held) -> int:
+    """Bytes of a number of the hidden states that are kept for a model's head: as it takes them."""
+    products = held.product_width(products_of(run, held))
+    return products if run.head_dtype is None else max(WIDTH["float32"], products)
+
+
 def _pass_bytes(held: Held, run: Run) -> int:
     """Bytes per token of the tensors of one layer that are alive at once, no gradient."""
-    outer, inner = WIDTH[held.dtype], held.product_width(run.dtype)
+    inner = held.product_width(products_of(run, held))
+    outer = max(WIDTH["float32"], inner)
     return (
         2 * held.shaped.hidden * outer + (held.shaped.hidden + 3 * held.shaped.intermediate) * inner
     )

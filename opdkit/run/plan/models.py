@@ -20,6 +20,13 @@ def student_dtype(run: Run) -> str:
     return "float32" if run.dtype == "bfloat16" and run.lora is None else run.dtype
 
 
+def products_of(run: Run, held: Held) -> str:
+    """The type of a model's matrix products: the student's are of the run's, whatever its weights
+    are stored in; those of frozen models of their weights'.
+    """
+    return run.dtype if held.role == "student" else held.dtype
+
+
 def models_of(run: Run, method: Method) -> list[Held]:
     """The student first, then every model that the objective, or the evaluation, reads."""
 

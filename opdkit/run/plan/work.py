@@ -20,6 +20,7 @@ from opdkit.objective.facts import VocabularyFact
 from opdkit.objective.needs import Needs
 from opdkit.run.plan.devices import Device
 from opdkit.run.plan.memory import Step, scored, trained, trained_width
+from opdkit.run.plan.models import products_of
 from opdkit.run.settings import Run
 
 OPTIMISER = 10  # numbers read and written per parameter: gradient norm and clipping 3, AdamW 7
@@ -117,10 +118,15 @@ def body(run: Run, shape: Shape, tokens: float, pairs: float) -> float:
 
 
 def head(run: Run, shape: Shape, positions: float) -> tuple[float, float]:
-    """Of the student's head at so many positions: in the products' type, and in float32 (the head's
-    own gradient).
+    """Of the student's head at so many positions: in the type of the other products, and in float32
+    (all of them with `head_dtype`; else in float32 runs the head's own gradient).
     """
-    return 4 * shape.head * positions, 0 if run.lora else 2 * shape.head * positions
+    once, own = 2 * shape.head * positions, 0 if run.lora else 1
+    if run.dtype != "bfloat16":
+        return 2 * once, once * own
+    if run.head_dtype == "float32":
+        return 0, once * (2 + own)
+    return once * (1 + 2 * (1 + own)), 0  # a slope is multiplied as two 16-bit numbers
 
 
 # ------------------------------------------------------------------------------------------- phases
@@ -204,7 +210,8 @@ def scoring(
         )
         operations += held.share * work
         seconds += over(
-            held.share * work, peak(device, held.product_width(run.dtype)) * rates.score
+            held.share * work,
+            peak(device, held.product_width(products_of(run, held))) * rates.score,
         )
     names = ", ".join(held.role for held in here)
     return Phase(

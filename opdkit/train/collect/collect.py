@@ -56,7 +56,7 @@ def collect(
         """Rollouts of the next prompts, with rewards."""
         taken = collector.stream.take(collector.prompts_per_step)
         at = {collector.prompts[i].id: i for i in taken}
-        with clock("sample"), student.autocast():
+        with clock("sample"):
             context = StepContext(
                 prompts=tuple(collector.prompts[i] for i in taken),
                 sampling=collector.sampling,

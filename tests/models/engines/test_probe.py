@@ -92,6 +92,5 @@ def test_sequences_fit_the_engine_and_tolerances_its_dtype() -> None:
     assert max(map(len, probe(tiny_model(), limit=9).sequences)) == 8
     half = Probe(tiny_model(), TOKENIZER, head_of(tiny_model()), torch.bfloat16)
     assert half.tolerance == TOLERANCE[torch.bfloat16] > TOLERANCE[torch.float32]
-    assert (
-        float((half.expected() - probe(tiny_model()).expected()).abs().max()) > 1e-3
-    )  # in bfloat16, as the trainer computes then
+    # the trainer's own numbers, whatever the engine's are
+    assert torch.equal(half.expected(), probe(tiny_model()).expected())
