@@ -16,7 +16,7 @@ def check_rows(reward: Any, rows: Sequence[DataRow]) -> None:
     A reward says so by a method `check_row(row)`, which raises for such a row; one without it takes
     every row.
     """
-    check = getattr(reward, "check_row", None)
+    check: Any = getattr(reward, "check_row", None)
     for row in rows if check is not None else ():
         with own_code(f"row {row['id']!r} cannot be scored"):
             try:
