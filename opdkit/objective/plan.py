@@ -110,7 +110,7 @@ def _with_slope(planned: PlannedTerm, batch: Batch) -> PlannedRollouts:
     loss: Any = planned.term.loss
     mask = planned.mask
     rows = mask.any(1).nonzero()[:, 0]
-    logp = batch.read(LogpFact("live")).detach().clone().requires_grad_()
+    logp = torch.where(mask, batch.read(LogpFact("live")), 0.0).detach().requires_grad_()
     slope, values = torch.zeros_like(logp), torch.zeros_like(logp)
     owned: list[tuple[Tensor, Tensor]] = []
     scale = _one_scale(planned, mask[rows], planned.scale[rows])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from opdkit.methods.method import load
 from opdkit.objective import (
     Batch,
+    Likelihood,
     Live,
     LogpFact,
     Objective,
@@ -117,6 +118,27 @@ def test_a_loss_that_is_cut_wrongly_fails_check() -> None:
 
     with pytest.raises(CheckFailed, match="FAIL  micro-batches do not change it"):
         check(Objective(Neighbours()))
+
+
+@dataclass(frozen=True)
+class _Sum(RolloutLoss):
+    """[R]: minus the log-prob of a rollout, whatever `mask` says."""
+
+    def value(self, logp, mask, rows, batch):  # type: ignore[no-untyped-def]
+        return -logp.sum(1)
+
+
+def test_the_log_probs_of_what_it_is_not_about_are_zero() -> None:
+    """Here those of data text, which another term asks for."""
+    objective = Objective(_Sum(), Likelihood().of("data"))
+    case = fabricate(objective)
+    given = torch.zeros_like(case.tokens, dtype=torch.bool)
+    given[:, 1::2] = True
+    out = replace(case, marks={"given": given}).run(objective)
+    assert case.mask is not None
+    own = case.student.log_softmax(-1).gather(-1, case.tokens[..., None])[..., 0]
+    expected = -torch.where(case.mask & ~given, own, 0.0).sum() / 6
+    assert abs(out.terms[0].value - expected) < 1e-12
 
 
 def test_it_reads_the_live_student_which_costs_nothing_before_the_first_update() -> None:

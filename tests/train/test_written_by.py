@@ -80,6 +80,21 @@ def test_a_stale_rollout_costs_a_pass_of_itself_alone(student: Counting) -> None
     assert not batch.mask[2].any() and (logp[2] == 0).all()
 
 
+def test_a_fact_of_what_others_wrote_is_zero_whoever_says_it() -> None:
+    """The sampler's numbers as those of a model that is asked: a sum that forgets its mask counts
+    nothing of a tool's tokens.
+    """
+    rows = []
+    for r in rollouts(policy_version=NOW):
+        tool = [t % 2 == 1 for t in range(len(r.tokens))]
+        noted = Notes(torch.full((len(tool),), 0.5), None, None)
+        rows.append(replace(r, marks={"tool": tool}, notes=noted))
+    batch = gather(rows, Needs(frozenset(READ)), {}, policy_version=NOW, dtype=torch.float64)
+    for fact in READ:
+        values = batch.read(fact)
+        assert (values[~batch.mask] == 0).all() and (values[batch.mask] != 0).all()
+
+
 def test_data_text_that_is_asked_for_is_as_if_drawn_and_leaves_others_as_they_are(
     student: Counting,
 ) -> None:
