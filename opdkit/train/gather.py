@@ -321,10 +321,11 @@ def collate(
 def _columns(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
     """What is known of the rollouts besides tokens."""
     device, facts = batch.device, batch.facts
-    groups: dict[str, int] = {}
-    facts[ColumnFact("group")] = torch.tensor(
-        [groups.setdefault(r.group, len(groups)) for r in rollouts], device=device
-    )
+    for name in ("group", "question"):
+        numbers: dict[str, int] = {}
+        facts[ColumnFact(name)] = torch.tensor(
+            [numbers.setdefault(getattr(r, name), len(numbers)) for r in rollouts], device=device
+        )
     rewards = [r.reward for r in rollouts]
     if rewards and all(r is not None for r in rewards):
         facts[ColumnFact("reward")] = torch.tensor(rewards, dtype=batch.dtype, device=device)

@@ -20,6 +20,7 @@ from opdkit.models.body import head_of
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import ColumnFact, EntropyFact, Fact, LogpFact
 from opdkit.objective.needs import Needs
+from opdkit.objective.signals import PassRate
 from opdkit.run.refuse import refuse
 from opdkit.run.settings import make_run
 from opdkit.sampling.finish import Response, finish, rollout_ids
@@ -179,6 +180,20 @@ def test_what_is_remembered_of_a_question_is_the_students_own_doing() -> None:
     batch = gather(scored, needs, {}, memory={"pass_rate": {"q0": 0.25}})
     rates = batch.read(ColumnFact("memory:pass_rate"))
     assert rates[[0, 1, 4]].tolist() == [0.25] * 3 and rates[[2, 3, 5]].isnan().all()
+
+
+def test_a_pass_rate_is_of_a_question_whatever_its_answers_are_compared_with() -> None:
+    """Four answers to each of two questions; right are one of four and three of four."""
+    right = [True, False, False, False, True, True, True, False]
+    for groups in (("a", "b") * 4, ("a",) * 8, ("a",) * 4 + ("b",) * 4):
+        made = [
+            replace(r, group=group, question=f"q{i // 4}", reward=float(correct), correct=correct)
+            for i, (r, group, correct) in enumerate(
+                zip(rollouts(lengths=((2, 3),) * 8), groups, right)
+            )
+        ]
+        batch = gather(made, Needs(frozenset({ColumnFact("memory:pass_rate")})), {})
+        assert PassRate()(batch)[:, 0].tolist() == [0.25] * 4 + [0.75] * 4
 
 
 def test_another_prompt_of_a_question_keeps_it() -> None:
