@@ -29,7 +29,7 @@ def unusable(path: Path, why: str) -> UserError:
 def read_state(path: Path, kind: type) -> Any:
     """The counters of a checkpoint as a `kind`, a dataclass."""
     try:
-        made = build(kind, exact.loads(path.read_text(encoding="utf-8")))
+        made: Any = build(kind, exact.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, UserError) as error:
         raise unusable(path, shown(str(error))) from error
     if made.step < 0 or made.updates < 0 or made.tokens < 0:
