@@ -96,7 +96,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         and isinstance(value, hint)
         and not (hint is int and isinstance(value, bool))
     ):
-        if isinstance(value, int) and hint is int and abs(value) >= INTEGERS:
+        if isinstance(value, int) and abs(value) >= INTEGERS:
             raise UserError(
                 f"{where} must be an integer below 2^63, not {shown(value)}: larger ones have no "
                 "place in a tensor"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opdkit.base.files import exists
+
 # bytes read of each tensor: training moves every entry of the tensors it moves, so the first ones
 # tell
 SAMPLED = 4096
@@ -39,9 +41,15 @@ class Identity:
 
 
 def identify(model: str) -> Identity:
-    """The identity of a checkpoint: a folder, or a hub name whose files have been downloaded."""
+    """The identity of a checkpoint: a folder, or a hub name whose files have been downloaded.
+
+    Files that cannot be read give none: loading them says what is wrong with them.
+    """
     folder = folder_of(model)
-    return Identity(model, None if folder is None else checkpoint_digest(folder))
+    try:
+        return Identity(model, None if folder is None else checkpoint_digest(folder))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return Identity(model)
 
 
 def identify_together(members: Mapping[str, Identity], weights: Any = None) -> Identity:
@@ -129,6 +137,8 @@ def _tensors(path: Path) -> list[tuple[str, bytes]]:
     out = []
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
+        if size > path.stat().st_size:
+            raise ValueError(f"{path} is no whole safetensors file")
         header = json.loads(file.read(size))
         for name, entry in header.items():
             if name == "__metadata__":
@@ -143,7 +153,7 @@ def _tensors(path: Path) -> list[tuple[str, bytes]]:
 def folder_of(model: str) -> Path | None:
     """Where the files of a model are on this machine."""
     path = Path(model).expanduser()
-    if path.is_dir():
+    if exists(path) and path.is_dir():
         return path
     from transformers.utils import cached_file
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from opdkit.base.errors import UserError
@@ -16,8 +16,10 @@ def check_rows(reward: Any, rows: Sequence[DataRow]) -> None:
     A reward says so by a method `check_row(row)`, which raises for such a row; one without it takes
     every row.
     """
-    check: Any = getattr(reward, "check_row", None)
-    for row in rows if check is not None else ():
+    check: Callable[[DataRow], object] | None = getattr(reward, "check_row", None)
+    if check is None:
+        return
+    for row in rows:
         with own_code(f"row {row['id']!r} cannot be scored"):
             try:
                 check(row)

@@ -37,7 +37,7 @@ EVALUATE: Rules = {
         0, "it is the number of steps between two evaluations; 0 has them before and after the run"
     ),
     "num_generations": at_least(1, "it is the number of answers to each problem"),
-    "ks": (bool, "at least one number", "each is the k of a Pass@k"),
+    "ks": (lambda ks: len(ks) > 0, "at least one number", "each is the k of a Pass@k"),
 }
 AUTO = "auto"  # decided as the run begins
 DTYPES = ("float32", "bfloat16", "float64")

@@ -13,7 +13,7 @@ import pytest
 
 from tests.common.tiny import save_tiny
 from tests.end_to_end.conftest import cache, shop
-from tests.hostile.judge import Attack, Figures
+from tests.hostile.judge import Attack, Figures, run
 
 __all__ = ["cache", "shop"]
 
@@ -64,8 +64,8 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
 def judged(tmp_path: Path) -> Any:
     """Tries the inputs of a door, counts them, and fails where one ends wrong."""
 
-    def judge(door: str, attacks: Iterable[Attack]) -> None:
-        figures = Figures(door).judge(attacks, tmp_path)
+    def judge(door: str, attacks: Iterable[Attack], tried: Any = run) -> None:
+        figures = Figures(door).judge(attacks, tmp_path, tried)
         COUNTED.append((door, sum(figures.ends.values()), len(figures.wrong)))
         assert not figures.wrong, f"{len(figures.wrong)} of {door} ended wrong: see the figures"
 

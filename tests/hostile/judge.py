@@ -8,12 +8,14 @@ import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from _thread import interrupt_main
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +33,15 @@ TO_DO = re.compile(
 )
 # of the system's temporary files: traces, and the folders of workers that live as long as a process
 KEPT = ("opdkit-error-", "opdkit-jail-")
+ROOT = Path(__file__).parents[2]
+PROCESS_MEMORY = 12  # GiB of addresses, of which the libraries take some
+LIMITED = """
+import resource, sys
+limit = int(sys.argv.pop(1)) * 2**30
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+from opdkit.cli import main
+sys.exit(main())
+"""
 WORKS, REFUSED, EITHER = "works", "is refused", "works or is refused"
 
 
@@ -92,6 +103,29 @@ def run(arguments: Iterable[str], folder: Path) -> Seen:
     return Seen(status, out.getvalue(), err.getvalue(), left, time.monotonic() - start)
 
 
+def run_process(arguments: Iterable[str], folder: Path) -> Seen:
+    """The same as a process of its own: what its end and the memory it takes are is seen from
+    outside.
+    """
+    folder.mkdir()
+    (traces := folder.with_name(folder.name + ".tmp")).mkdir()
+    filled = [a.replace("{out}", str(folder / "out")) for a in arguments]
+    start = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(PROCESS_MEMORY), *filled],
+        capture_output=True,
+        cwd=folder,
+        env={**os.environ, "TMPDIR": str(traces), "PYTHONPATH": str(ROOT)},
+        timeout=2 * SECONDS,
+    )
+    left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    left += [f"tmp/{p.name}" for p in traces.iterdir() if not p.name.startswith("opdkit-error-")]
+    shutil.rmtree(folder)
+    shutil.rmtree(traces)
+    out, err = (stream.decode("utf-8", "replace") for stream in (ended.stdout, ended.stderr))
+    return Seen(ended.returncode, out, err, left, time.monotonic() - start)
+
+
 def faults(attack: Attack, seen: Seen) -> list[str]:
     """What is wrong with how a command ended; empty where all rules hold."""
     found = []
@@ -136,11 +170,16 @@ class Figures:
     ends: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
-    def judge(self, attacks: Iterable[Attack], folder: Path) -> Figures:
+    def judge(
+        self,
+        attacks: Iterable[Attack],
+        folder: Path,
+        tried: Callable[[Iterable[str], Path], Seen] = run,
+    ) -> Figures:
         """Try every input; say each that ended wrong, and the figures."""
         before = _peak()
         for number, attack in enumerate(attacks):
-            seen = run(attack.arguments, folder / f"case{number}")
+            seen = tried(attack.arguments, folder / f"case{number}")
             self.ends["worked" if seen.status == 0 else "refused"] += 1
             if bad := faults(attack, seen):
                 said = seen.err[max(seen.err.find("error: "), 0) :].strip()[:500]
