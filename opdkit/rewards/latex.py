@@ -31,7 +31,7 @@ _COMMANDS = [
     (r"(?<=\d)\s*\\ldots|(?<=\d)\.\.\.+", r"\\ldots"),
     (r"\\(?:text)?color\s*\{[^{}]*\}", " "),
     (r"\{([^{}\\]+)\\over(?![a-z])([^{}\\]+)\}", r"\\frac{\1}{\2}"),
-    (r"(\d+)\s*\\over(?![a-z])\s*(\d+)", r"\\frac{\1}{\2}"),
+    (r"(?<!\d)(\d{1,40})\s*\\over(?![a-z])\s*(\d+)", r"\\frac{\1}{\2}"),
     (r"\\(?:tiny|small|large|Large|LARGE|huge|Huge)(?![a-z])", " "),
     (r"\\(?:displaystyle|textstyle|limits|quad|qquad|hfill|bigl?|bigr?)(?![a-z])", " "),
 ]

@@ -39,9 +39,8 @@ _BASED = re.compile(r"([-+]?[0-9][0-9A-Fa-f]*)_\{?(\d+)\}?")
 # on the left of an answer's last "=": a name, a function's value, a calculation, or a sum, product
 # or power of names (m+n = 204); not an equation
 _NAMED = re.compile(
-    r"(?!.*\d\s*[A-Za-z(])[^+*/^<>-]*|[^A-Za-z]*"
-    r"|\s*[A-Za-z](?:_?\d+)?(?:\s*\^\s*\d+)?"
-    r"(?:\s*[-+*]?\s*[A-Za-z](?:_?\d+)?(?:\s*\^\s*\d+)?)*\s*"
+    r"(?!.*\d[A-Za-z(])[^+*/^<>-]*|[^A-Za-z]*"
+    r"|[A-Za-z](?:_?\d+)?(?:\^\d+)?(?:[-+*]?[A-Za-z](?:_?\d+)?(?:\^\d+)?)*"
 )
 _CHOICE = re.compile(r"\s*(?:\([A-J]\)|[A-J][).:])[\s~]*(?=\S)")  # before its value: (B) 12
 _APPROX = re.compile(r"\\approx(?![a-z])")
@@ -159,7 +158,7 @@ def sides(said: str) -> list[str]:
     out = []
     for part in parts:
         left, equals, value = part.rpartition("=")
-        if not equals or _NAMED.fullmatch(re.sub(r"\\[a-z]+|[{}\\$]", " ", left)):
+        if not equals or _NAMED.fullmatch(re.sub(r"\\[a-z]+|[{}\\$\s]", "", left)):
             out.append(value)
     return out
 
