@@ -104,7 +104,7 @@ def right(text: str, answer: str, guard: Guard = GUARD, question: str = "") -> b
     if whole is not None and same(whole, answer, guard, question):
         return True
     if numeric and said is not None and not re.search(r"\d", said):
-        said, text = None, text.rpartition(said)[2]  # "The answer is as follows:"
+        text, said = text.rpartition(said)[2], None  # "The answer is as follows:"
     within = text if said is None else said
     found = claimed(within, leads=said is not None) if numeric else formula_in(within)
     return found is not None and same(found, answer, guard, question)

@@ -63,11 +63,11 @@ def letter(said: str) -> str | None:
     found = re.match(r"\(([A-Ja-j])\)|([A-J])(?=[).:]|$)", plain)
     if found:
         return None if _DOUBTED.match(plain, found.end()) else (found[1] or found[2]).casefold()
-    named = [match for match in _CHOSEN.finditer(plain) if match[1] or match[2]]
+    named = list(_CHOSEN.finditer(plain))
     last = re.search(r"(?:^|[\s(*:])\(?([A-J])\)?$", plain) or (named[-1] if named else None)
-    if last is None or len({match[1] or match[2] for match in named} | {last[last.lastindex]}) > 1:
+    if last is None or len({m[m.lastindex or 0] for m in (*named, last)}) > 1:
         return None
-    at = last.lastindex
+    at = last.lastindex or 0
     meant = _meant(plain, last.start(at), last.end(at))
     return meant and meant.casefold()
 
