@@ -78,7 +78,5 @@ def test_weights_of_another_architecture(folder: Path) -> None:
 def test_weights_of_another_size(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    with pytest.raises(
-        UserError, match="21 tensors of other shapes than its config"
-    ):
+    with pytest.raises(UserError, match="21 tensors of other shapes than its config"):
         load_model(str(folder))
