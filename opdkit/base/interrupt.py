@@ -48,10 +48,14 @@ class _Guard:
         if os.getpid() != self.owner:  # a forked child, which has nothing to keep
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif self.holding:
+        elif self.holding and not (number == self.late == signal.SIGINT):
             self.late = number
         else:
-            raise Stopped(number)
+            raise _stop(number)
+
+
+def _stop(number: int) -> KeyboardInterrupt:
+    return KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
 
 
 _guard: _Guard | None = None
@@ -86,17 +90,22 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """What has to be written whole: a SIGTERM or SIGHUP that comes meanwhile, such as a scheduler's
-    second one, waits for its end.
+    """What has to be done whole: a SIGTERM or SIGHUP that comes meanwhile, such as a scheduler's
+    second one, waits for its end. So does a Ctrl-C, but not the second.
     """
     if (guard := _guard) is None or threading.current_thread() is not threading.main_thread():
         yield
         return
     guard.holding += 1
+    ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ctrl_c:
+        signal.signal(signal.SIGINT, guard)
     try:
         yield
     finally:
         guard.holding -= 1
+        if ctrl_c:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if not guard.holding and guard.late is not None:
             number, guard.late = guard.late, None
-            raise Stopped(number)
+            raise _stop(number)

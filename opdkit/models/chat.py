@@ -59,11 +59,16 @@ def turn_end(tokenizer: Any) -> int | None:
     """
     known = getattr(tokenizer, "added_tokens_decoder", {})
     for content in (str, parts):
-        turns = [
+        system, *turns = [
             {"role": role, "content": content(text)}
-            for role, text in (("user", OTHER), ("assistant", MARK), ("user", OTHER))
+            for role, text in (
+                ("system", OTHER),
+                ("user", OTHER),
+                ("assistant", MARK),
+                ("user", OTHER),
+            )
         ]
-        for conversation in (turns[:2], turns):
+        for conversation in (turns[:2], turns, [system, *turns[:2]], [system, *turns]):
             _, found, rest = (rendered(tokenizer, conversation) or "").rpartition(MARK)
             if found and rest.strip():
                 ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"]

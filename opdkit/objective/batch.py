@@ -163,6 +163,14 @@ class Batch:
         return self.read(ColumnFact("group"))
 
     @property
+    def question(self) -> Tensor:
+        """[B] int64: equal for rollouts that answer the same question; where it is not said, the
+        group's.
+        """
+        known = self.facts.get(ColumnFact("question"))
+        return self.group if known is None else known
+
+    @property
     def turn(self) -> Tensor:
         """[B, T] int64: the turn of each token, from 0."""
         return self.facts.get(ColumnFact("turn"), torch.zeros_like(self.tokens))

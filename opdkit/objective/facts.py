@@ -415,7 +415,7 @@ HOW_TO_SUPPLY = {
 @dataclass(frozen=True)
 class ColumnFact(Fact):
     """[B] (a mark: [B, T]): something of the rollouts themselves: "reward", "correct", "group",
-    "mark:NAME", "row:NAME", "memory:NAME".
+    "question", "mark:NAME", "row:NAME", "memory:NAME".
     """
 
     name: str

@@ -96,9 +96,10 @@ class RolloutLoss(Loss):
 
     @abstractmethod
     def value(self, logp: Tensor, mask: Tensor, rows: Tensor, batch: Batch) -> Tensor:
-        """[R] from the live log-probs [R, T] of the R rollouts of the step that have tokens; `mask`
-        [R, T] says where, `rows` [R] which they are in the batch (`batch.group[rows]`, a signal
-        of [B, 1] as `signal(batch)[rows]`). A rollout whose weight is 0 is there as well.
+        """[R] from the live log-probs [R, T] of the R rollouts of the step that have tokens, 0
+        elsewhere; `mask` [R, T] says where, `rows` [R] which they are in the batch
+        (`batch.group[rows]`, a signal of [B, 1] as `signal(batch)[rows]`). A rollout whose weight
+        is 0 is there as well.
         """
 
 

@@ -172,7 +172,8 @@ def needs(objective: Objective) -> Needs:
             credit = credit_of(loss)
             if credit is not None:
                 credit(probe)
-    wrote = {author for term in objective.terms for author in term.whose}
+    # signals look at the student's tokens, whoever wrote those that a loss is about
+    wrote = {"student", *(author for term in objective.terms for author in term.whose)}
     return Needs(
         frozenset(fact for probe in probes for fact in probe.asked),
         tuple(a for a in AUTHORS if a in wrote),

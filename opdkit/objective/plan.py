@@ -108,9 +108,10 @@ def _planned(name: str, term: Term, batch: Batch, inside: Tensor) -> PlannedTerm
 def _with_slope(planned: PlannedTerm, batch: Batch) -> PlannedRollouts:
     """The term with its slope at the student as it is now."""
     loss: Any = planned.term.loss
-    mask = planned.mask
+    defined = loss.defined(batch)
+    mask = planned.mask if defined is None else planned.mask & defined
     rows = mask.any(1).nonzero()[:, 0]
-    logp = batch.read(LogpFact("live")).detach().clone().requires_grad_()
+    logp = torch.where(mask, batch.read(LogpFact("live")), 0.0).detach().requires_grad_()
     slope, values = torch.zeros_like(logp), torch.zeros_like(logp)
     owned: list[tuple[Tensor, Tensor]] = []
     scale = _one_scale(planned, mask[rows], planned.scale[rows])
@@ -127,7 +128,7 @@ def _with_slope(planned: PlannedTerm, batch: Batch) -> PlannedRollouts:
     return PlannedRollouts(
         planned.name,
         planned.term,
-        mask,
+        planned.mask,
         planned.weight,
         planned.denominator,
         torch.where(mask, slope, 0.0).detach(),

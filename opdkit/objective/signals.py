@@ -130,14 +130,15 @@ class Correct(Signal):
 
 @dataclass(frozen=True)
 class PassRate(Signal):
-    """[B, 1] in [0, 1]: how often the student solves a rollout's prompt.
+    """[B, 1] in [0, 1]: how often the student solves a rollout's question.
 
-    What memory holds of the prompt (kept by `curricula.PassRates`), else the share of correct ones
-    among its rollouts of this step.
+    What memory holds of the question (kept by `curricula.PassRates`), else the share of correct
+    ones among its rollouts of this step, of whatever groups these are.
     """
 
     def value(self, batch: Batch) -> Tensor:  # [B, 1]
-        now = GroupMean(Correct())(batch)
+        least, mean, _ = group_means(batch.correct.to(batch.dtype), batch.question)
+        now = (least + mean)[:, None]
         try:
             # [B, 1], NaN where the prompt is new
             known = batch.read(ColumnFact("memory:pass_rate"))[:, None]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 _OR = re.compile(r"\\text\s*\{\s*or\s*\}|\bor\b|\\lor(?![a-z])|\\cup(?![a-z])")
+_AND = re.compile(r"\\text\s*\{\s*and\s*\}|\band\b|\\land(?![a-z])")
+_SUCH = re.compile(r"\s*\\\{\s*[A-Za-z](?:\s*\\in[^|:]*)?\s*(?:\||:|\\mid|\\colon)\s*(.*)\\\}\s*")
 _SIGN = re.compile(r"(\\le(?![a-z])|\\ge(?![a-z])|<|>)")
 _INTERVAL = re.compile(
     r"\s*[\[(][^\[\]()]*,[^\[\]()]*[\])]\s*(?:\\cup\s*[\[(][^\[\]]*,[^\[\]]*[\])]\s*)*"
@@ -20,11 +22,14 @@ def interval(text: str) -> str | None:
     r"""1 < x \\le 3 as (1,3], x \\ge 2 as [2,\\infty), a union for "or"; None where a text is
     anything else.
     """
+    text = _SUCH.sub(r"\1", text)
     found = [_one(part) for part in _OR.split(text)]
     return None if None in found else r"\cup ".join(part for part in found if part)
 
 
 def _one(text: str) -> str | None:
+    if len(both := _AND.split(text)) == 2:
+        return _both(*both)
     parts = [part.strip() for part in _SIGN.split(text)]
     if len(parts) == 3:
         left, sign, right = parts
@@ -43,6 +48,20 @@ def _one(text: str) -> str | None:
     if {first, second} - {"<", r"\le"}:
         return None
     return f"{'(' if first == '<' else '['}{low},{high}{')' if second == '<' else ']'}"
+
+
+def _both(one: str, other: str) -> str | None:
+    """x > 1 and x < 3: what bounds one variable from below and from above."""
+    first, second = _one(one), _one(other)
+    if first and second and second.endswith(r",\infty)"):
+        first, second = second, first
+    names = {re.sub(r"[^A-Za-z]", "", _SIGN.sub("", part)) for part in (one, other)}
+    below, above = r",\infty)", r"(-\infty,"
+    if not (first and second and len(names) == 1):
+        return None
+    if not (first.endswith(below) and second.startswith(above)):
+        return None
+    return f"{first.removesuffix(below)},{second.removeprefix(above)}"
 
 
 def _turned(sign: str) -> str:

@@ -13,7 +13,7 @@ _SIGNS = {
     "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ",
     "∈": r"\in ", "∅": r"\emptyset ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
     "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "…": r"\ldots ", "°": r"^\circ ", "，": ",",
-    "\u00a0": " ", "\u2009": " ", "\u202f": " ",
+    "¢": " cents ", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
 }  # fmt: skip
 _COMMANDS = [
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),
@@ -29,6 +29,10 @@ _COMMANDS = [
     (r"\\(?:approxeq|simeq|doteq|thickapprox)(?![a-z])", r"\\approx"),
     (r"\\(?:dots|cdots|dotsc)(?![a-z])", r"\\ldots"),
     (r"(?<=\d)\s*\\ldots|(?<=\d)\.\.\.+", r"\\ldots"),
+    (r"\\(?:text)?color\s*\{[^{}]*\}", " "),
+    (r"\{([^{}\\]+)\\over(?![a-z])([^{}\\]+)\}", r"\\frac{\1}{\2}"),
+    (r"(?<!\d)(\d{1,40})\s*\\over(?![a-z])\s*(\d+)", r"\\frac{\1}{\2}"),
+    (r"\\(?:tiny|small|large|Large|LARGE|huge|Huge)(?![a-z])", " "),
     (r"\\(?:displaystyle|textstyle|limits|quad|qquad|hfill|bigl?|bigr?)(?![a-z])", " "),
 ]
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from opdkit.rewards.extract import (
+    NUMBER,
     after_thinking,
     before_next,
     boxed,
@@ -35,8 +36,13 @@ LONGEST = 400
 LONG = 10_000  # of any answer
 # an answer in a base: 101_2
 _BASED = re.compile(r"([-+]?[0-9][0-9A-Fa-f]*)_\{?(\d+)\}?")
-# on the left of an answer's last "=": a name, a function's value, or a calculation; not an equation
-_NAMED = re.compile(r"(?!.*\d\s*[A-Za-z(])[^+*/^<>-]*|[^A-Za-z]*")
+# on the left of an answer's last "=": a name, a function's value, a calculation, or a sum, product
+# or power of names (m+n = 204); not an equation
+_NAMED = re.compile(
+    r"(?!.*\d[A-Za-z(])[^+*/^<>-]*|[^A-Za-z]*"
+    r"|[A-Za-z](?:_?\d+)?(?:\^\d+)?(?:[-+*]?[A-Za-z](?:_?\d+)?(?:\^\d+)?)*"
+)
+_CHOICE = re.compile(r"\s*(?:\([A-J]\)|[A-J][).:])[\s~]*(?=\S)")  # before its value: (B) 12
 _APPROX = re.compile(r"\\approx(?![a-z])")
 
 
@@ -88,19 +94,26 @@ def right(text: str, answer: str, guard: Guard = GUARD, question: str = "") -> b
     marked = _boxed(text, answer) or hashed(text) or tag
     if marked is not None and same(marked, answer, guard, question):
         return True
+    numeric = quantity(answer) is not None
     said = stated(text if marked is None else marked)
-    if said is None and marked is not None:
+    # a sentence in <answer> claims a number if it names no other
+    sentence = numeric and marked is tag is not None and len(set(NUMBER.findall(tag))) == 1
+    if said is None and marked is not None and not sentence:
         return False
-    if said is not None and same(said, answer, guard, question):
+    whole = text if said is None and numeric and not NUMBER.search(text) else said  # a mere ½
+    if whole is not None and same(whole, answer, guard, question):
         return True
-    numeric, within = quantity(answer) is not None, text if said is None else said
+    if numeric and said is not None and not re.search(r"\d", said):
+        said, text = None, text.rpartition(said)[2]  # "The answer is as follows:"
+    within = text if said is None else said
     found = claimed(within, leads=said is not None) if numeric else formula_in(within)
     return found is not None and same(found, answer, guard, question)
 
 
 def _boxed(text: str, answer: str) -> str | None:
     """The last box; all boxes of its line where the answer is a list of as many."""
-    found = boxes(text.rstrip().rpartition("\n")[2]) if "," in answer else []
+    several = "," in answer and quantity(answer) is None
+    found = boxes(text.rstrip().rpartition("\n")[2]) if several else []
     return ", ".join(found) if len(found) == answer.count(",") + 1 > 1 else boxed(text)
 
 
@@ -125,7 +138,7 @@ def same(said: str, answer: str, guard: Guard = GUARD, question: str = "") -> bo
     number = quantity(answer)
     if number is not None:
         for side in sides(said):
-            value = quantity(side)
+            value = quantity(_CHOICE.sub("", clean(side)))
             if value is None or not value.equals(number):
                 continue
             # 84/7 is no answer where 12 is, nor 3/8 to "Write 3/8 as a decimal"
@@ -145,7 +158,7 @@ def sides(said: str) -> list[str]:
     out = []
     for part in parts:
         left, equals, value = part.rpartition("=")
-        if not equals or _NAMED.fullmatch(re.sub(r"\\[a-z]+|[{}\\$]", " ", left)):
+        if not equals or _NAMED.fullmatch(re.sub(r"\\[a-z]+|[{}\\$\s]", "", left)):
             out.append(value)
     return out
 

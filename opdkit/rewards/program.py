@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from opdkit.rewards.extract import outside_thoughts
 
 PYTHON = ("", "python", "py", "python3", "python2", "ipython", "pycon")
-# ``` or ~~~, also in a list or a quotation
+# ``` or ~~~, also in a list or a quotation, and after "<answer>" or "Answer:"
 _FENCE = re.compile(
-    r"^(?P<lead>[ \t>]*(?:[-*+]|\d+[.)])?[ \t]*)(?P<mark>`{3,}|~{3,})[ "
-    r"\t]*\{?\.?(?P<name>\w*)[^\n`]*$",
+    r"^(?:(?P<lead>[ \t>]*(?:[-*+]|\d+[.)])?[ \t]*)|[ \t]*(?:<\w+>|[\w*' ]+:\**)[ \t]*)"
+    r"(?P<mark>`{3,}|~{3,})[ \t]*\{?\.?(?P<name>\w*)[^\n`]*$",
     flags=re.MULTILINE,
 )
 _MARKS = (
@@ -99,7 +99,7 @@ def _fenced(text: str, wanted: Sequence[str]) -> list[str]:
 def _python(fence: re.Match[str], code: str) -> list[str]:
     if fence["name"].lower() not in PYTHON or not code.strip():
         return []
-    if ">" in fence["lead"]:
+    if ">" in (fence["lead"] or ""):
         code = re.sub(r"^[ \t]*> ?", "", code, flags=re.MULTILINE)
     return [textwrap.dedent(code).lstrip("\n")]
 

@@ -34,7 +34,7 @@ _NOT_UNITS = """
 pi e i sqrt sin cos tan cot sec csc log ln exp mod modulo and or infinity plus minus divided
 factorial choose half halves third thirds fourths fifths sixths sevenths eighths ninths tenth
 tenths hundredth hundredths thousandth thousandths than not no nor never isn wrong incorrect
-false untrue maybe perhaps possibly but most least if unless rather instead except
+false untrue maybe perhaps possibly but most least if unless rather instead except too
 """
 NOT_UNITS = frozenset(_NOT_UNITS.split())
 CURRENCIES = {"$": "dollar", "€": "euro", "£": "gbp", "₹": "rupee", "¥": "yen"}
@@ -68,8 +68,8 @@ _SCALE = r"(?P<scale>\s*%|(?:\s+|-)(?:dozen|hundred|thousand|million|billion|tri
 _UNIT = rf"(?P<unit>\s*{_WORD}(?:[ /-]+{_WORD})*)"
 _SIGN = r"(?P<sign>[-+]?)\s*"
 _CURRENCY = re.compile(
-    r"(?P<minus>[-+]?)\s*(?:(?P<sign>(?:US|us)?\\?\$|[€£₹¥])"
-    r"|(?P<code>(?:USD|EUR|GBP|CHF|INR|JPY|CAD|AUD|RMB|CNY|Rs\.?)\b\.?)|\\(?P<name>pounds|euro))"
+    r"(?P<minus>[-+]?)\s*(?:(?P<sign>[A-Za-z]{0,2}\\?\$|[€£₹¥₩₽₺₱₫฿₪₦₴])"
+    r"|(?P<code>(?:USD|EUR|GBP|CHF|INR|JPY|CAD|AUD|RMB|CNY|NZD|HKD|SGD|MXN|BRL|KRW|SEK|NOK|DKK|PLN|ZAR|Rs\.?)\b\.?)|\\(?P<name>pounds|euro))"
     r"\s*(?=[-+]?[\d.])"
 )
 _FORMS = [re.compile(rf"{_SIGN}{head}{_SCALE}?{_UNIT}?") for head in _HEADS]
@@ -79,7 +79,8 @@ _DROP = re.compile(
     r"|\^\s*\{\s*\\circ\s*\}|\{(?=,\})|(?<=,)\}"
 )
 _TEXT = re.compile(
-    r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mathsf|mbox|operatorname\*?|rm|bf)"
+    r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mathsf|mbox|operatorname\*?|rm|bf"
+    r"|underline|boldsymbol|bm|emph)"
     r"\s*\{([^{}]*)\}"
 )
 _DEGREES = re.compile(
@@ -161,7 +162,8 @@ def quantity(text: str) -> Quantity | None:
     """
     if len(text) > LONGEST and not re.fullmatch(rf"\s*[-\d,.]{{1,{DIGITS}}}\s*", text):
         return None
-    text, money = _money(_ABOUT.sub("", clean(text)))
+    text = re.sub(r"(?<=\s)\(([A-Za-z ]+)\)$", r"\1", clean(text))  # 72 (in total)
+    text, money = _money(_ABOUT.sub("", text))
     for form in _FORMS:
         found = form.fullmatch(text)
         if found is not None:
@@ -200,14 +202,14 @@ def _form(amount: Fraction, scale: Fraction, fraction: bool) -> str:
 
 def _money(text: str) -> tuple[str, str]:
     """The text without a currency in front or behind, and the currency."""
-    after = re.fullmatch(r"(.*\d)\s*\\?([$€£₹¥])", text)
+    after = re.fullmatch(r"(.*\d)\s*\\?([$€£₹¥₩₽₺₱₫฿₪₦₴])", text)
     found = _CURRENCY.match(f"{after[2]}{after[1]}" if after else text)
     if found is None:
         return text.replace("$", ""), ""
     text = found.string
     sign = (found["sign"] or found["code"] or found["name"]).replace("\\", "").lower()
     names = {"pounds": "gbp", "euro": "euro"}
-    return found["minus"] + text[found.end() :], names.get(sign) or CURRENCIES[sign]
+    return found["minus"] + text[found.end() :], names.get(sign) or CURRENCIES.get(sign, sign)
 
 
 def _unit_of(found: re.Match[str], money: str) -> str | None:
@@ -221,7 +223,7 @@ def _unit_of(found: re.Match[str], money: str) -> str | None:
     if (
         attached
         and not found["scale"]
-        and named(small[0]) is None
+        and (named(small[0]) is None or small[0] in ("am", "pm"))
         and small[0] not in ("mph", "kmh")
     ):
         return None  # 5x, 2sin

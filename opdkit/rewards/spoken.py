@@ -9,11 +9,11 @@ from opdkit.rewards.quantity import clean
 
 # Just before a number or letter: "not 72", "less than 72", "5 or 6" name no value.
 _DENIED = re.compile(
-    r"(?:\b(?:not|never|neither|nor|cannot|without|except)\b|n['’]t\b)(?:\s+[^\W\d]+){0,3}\s*$"
+    r"(?:\b(?:not|never|neither|nor|cannot|without|except|doubt|unlikely)\b|n['’]t\b)(?:\s+[^\W\d]+){0,3}\s*$"
     r"|\b(?:less|more|greater|fewer|larger|smaller|higher|lower|bigger|other|rather|older|younger)"
     r"\s+than(?:\s+[^\W\d]+){0,2}\s*$"
     r"|\b(?:at\s+(?:least|most)|up\s+to|over|under|above|below|beyond|exceeds?|between)"
-    r"(?:\s+(?:about|a|an))?\s*$|(?:[<>≤≥≠]|\\(?:le|ge|leq|geq|ne|neq|lt|gt))\s*$",
+    r"(?:\s+(?:about|a|an))?\s*$|\bbetween\b[^.;]*\d[^.;]{0,20}\band\s*$|\d\s?[–—]\s?$|\d-$|(?:[<>≤≥≠]|\\(?:le|ge|leq|geq|ne|neq|lt|gt))\s*$",
     flags=re.IGNORECASE,
 )
 _ANOTHER = re.compile(r"(?:\d|\b[A-J]\b)[^.;]{0,15}\bor\s+(?:[^\W\d]+\s+){0,2}[$*_(\\]*$")
@@ -24,6 +24,13 @@ _DOUBTED = re.compile(
     r"be|seems)\s+(?:\w+\s+)?(?:wrong|incorrect|not|too)\b"
     r"|\s*[(,]?\s*(?:wrong|incorrect|false|maybe|perhaps|possibly)\b|\s*\?",
     flags=re.IGNORECASE,
+)
+
+
+# "Option B is correct.", "B is the answer."
+_CHOSEN = re.compile(
+    r"\b(?:[Oo]ption|[Cc]hoice)\s+[*_(]*([A-J])\b"
+    r"|(?<![\w'])([A-J])\)?[*_]*\s+is\s+(?:the\s+)?(?:correct|right|best|answer|true)\b"
 )
 
 
@@ -56,10 +63,13 @@ def letter(said: str) -> str | None:
     found = re.match(r"\(([A-Ja-j])\)|([A-J])(?=[).:]|$)", plain)
     if found:
         return None if _DOUBTED.match(plain, found.end()) else (found[1] or found[2]).casefold()
-    last = re.search(r"(?:^|[\s(*:])\(?([A-J])\)?$", plain)
-    if last is None or _meant(plain, last.start(1), last.end(1)) is None:
+    named = [match for match in _CHOSEN.finditer(plain) if match[1] or match[2]]
+    last = re.search(r"(?:^|[\s(*:])\(?([A-J])\)?$", plain) or (named[-1] if named else None)
+    if last is None or len({match[1] or match[2] for match in named} | {last[last.lastindex]}) > 1:
         return None
-    return last[1].casefold()
+    at = last.lastindex
+    meant = _meant(plain, last.start(at), last.end(at))
+    return meant and meant.casefold()
 
 
 def _meant(text: str, start: int, end: int) -> str | None:

@@ -30,6 +30,8 @@ _TABLE = {
     "sterling": {"gbp": "1"},
     "rupee": {"rupee|inr": "1"},
     "yen": {"yen|jpy": "1"},
+    "morning": {"am": "1"},
+    "afternoon": {"pm": "1"},
     "celsius": {"celsius": "1"},
     "fahrenheit": {"fahrenheit": "1"},
     "angle": {"degree": "1"},

@@ -73,8 +73,7 @@ def evaluate(
     data) and "tool" (the environment) say who wrote a token that the student did not draw: only
     terms that ask for such tokens look at them. turn [B, T]: of each token, from 0. uniform [B, T]
     replaces the keyed draws. Vocabularies of different size are cut to the smallest: what is beyond
-    only pads. Float64
-    in, float64 through.
+    only pads. Float64 in, float64 through.
 
     A model with a tokenizer of its own has logits [B, U, V_t] at its own U tokens of the same text,
     and an `Alignment` under its name in `alignments`. Without one its tokens are the student's;

@@ -62,6 +62,7 @@ def gather(
     batch.companions = companions or Companions()
     _columns(batch, rollouts, needs)
     layout, everywhere = Layout(rollouts, batch.shape[1]), batch.by(needs.authors)
+    batch.facts[LogpFact("sampler")] = _zero_outside(everywhere, batch.facts[LogpFact("sampler")])
     if mesh.size > 1:
         mine = mesh.mine(rollouts, batch.shape[1]).to(batch.device)
         batch.mine, batch.whole = mine, mesh.total
@@ -69,7 +70,10 @@ def gather(
     again = recompute_student or correct_sampling
     fresh = [written(r) and r.policy_version == policy_version and not again for r in rollouts]
     wanted = _wanted(batch, rollouts, needs, where)
-    told = _told(batch, rollouts, fresh, needs)
+    told = {
+        fact: _zero_outside(everywhere, values)
+        for fact, values in _told(batch, rollouts, fresh, needs).items()
+    }
     if not all(fresh):
         told = _completed(batch, told, fresh, wanted, scorers, layout, where)
     batch.facts |= told
@@ -134,6 +138,13 @@ def _whole(batch: Batch, fact: Fact, values: Tensor) -> Tensor:
     if batch.whole is None or fact.shape:
         return values
     return batch.whole(values).to(values.dtype)
+
+
+def _zero_outside(where: Tensor, values: Tensor) -> Tensor:
+    """Values [B, T] or [B, T, k] at positions `where` [B, T]; zero elsewhere, as what models are
+    asked for is, so that a formula that forgets its mask counts nothing of what others wrote.
+    """
+    return torch.where(where if values.dim() == 2 else where[..., None], values, 0)
 
 
 def _like(rows: Tensor, values: Tensor) -> Tensor:
@@ -310,10 +321,11 @@ def collate(
 def _columns(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
     """What is known of the rollouts besides tokens."""
     device, facts = batch.device, batch.facts
-    groups: dict[str, int] = {}
-    facts[ColumnFact("group")] = torch.tensor(
-        [groups.setdefault(r.group, len(groups)) for r in rollouts], device=device
-    )
+    for name in ("group", "question"):
+        numbers: dict[str, int] = {}
+        facts[ColumnFact(name)] = torch.tensor(
+            [numbers.setdefault(getattr(r, name), len(numbers)) for r in rollouts], device=device
+        )
     rewards = [r.reward for r in rollouts]
     if rewards and all(r is not None for r in rewards):
         facts[ColumnFact("reward")] = torch.tensor(rewards, dtype=batch.dtype, device=device)

@@ -5,7 +5,7 @@ record. It knows no method.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -60,22 +60,33 @@ def train(job: Job, state: State) -> State:
 @contextmanager
 def _kept(job: Job, state: State) -> Iterator[None]:
     """Work that may fail: if the weights have not moved by then, they are saved with the state from
-    before.
+    before; if the step was done when a signal that waited for it came through, with the state now.
     """
     before, updates = replace(state), job.student.updates
     try:
         yield
     except (Exception, KeyboardInterrupt):
-        there = (job.folder / f"checkpoint-{before.step}").exists()
-        if job.student.updates == updates and before.step > 0 and not there:
+        good = state if state.step > before.step else before
+        there = (job.folder / f"checkpoint-{good.step}").exists()
+        unmoved = job.student.updates == updates
+        if (unmoved or good is state) and good.step > 0 and not there:
             job.student.optimiser.zero_grad(set_to_none=True)
             with held():
-                checkpoints.save(job.folder, before, job.student, job.tokenizer, job.companions)
+                checkpoints.save(job.folder, good, job.student, job.tokenizer, job.companions)
         raise
 
 
 def train_step(job: Job, state: State) -> None:
-    """One step: a batch of rollouts, and every optimiser step on it."""
+    """One step: a batch of rollouts, and every optimiser step on it.
+
+    A signal that comes once the weights move waits for its end: half a step cannot be saved.
+    """
+    with ExitStack() as moving:
+        _step(job, state, moving)
+
+
+def _step(job: Job, state: State, moving: ExitStack) -> None:
+    """moving: is entered before the weights move."""
     clock = Clock(job.student.device)
     student, step = job.student, state.step
 
@@ -110,15 +121,15 @@ def train_step(job: Job, state: State) -> None:
                 refresh(batch, job.needs, job.scorers, rollouts)
             batch.moved = number > 0
             plan = job.objective.plan(batch, rows)  # weigh
-            _learn(job, plan, rollouts, record)  # learn per micro-batch, step
+            _learn(job, plan, rollouts, record, moving)  # learn per micro-batch, step
     job.collector.sampler.sync(student.model, student.updates)  # sync
 
     state.memory = job.curriculum.observe(rollouts, state.memory)  # observe
-    state.step += 1
     state.stream = job.collector.stream.state()
     record.join(job.mesh)
     # record
-    job.recorder.step(state.step, state.tokens, rollouts, batch, record, clock.seconds, student)
+    job.recorder.step(step + 1, state.tokens, rollouts, batch, record, clock.seconds, student)
+    state.step += 1
 
 
 def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> list[Tensor | None]:
@@ -142,7 +153,9 @@ def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> list[T
     return steps
 
 
-def _learn(job: Job, plan: StepPlan, rollouts: Sequence[Rollout], record: StepRecord) -> None:
+def _learn(
+    job: Job, plan: StepPlan, rollouts: Sequence[Rollout], record: StepRecord, moving: ExitStack
+) -> None:
     """One optimiser step: gradients of every micro-batch, then AdamW, if they are finite."""
     student = job.student
     layout, mine = Layout(rollouts, plan.batch.shape[1]), plan.batch.mine
@@ -167,6 +180,7 @@ def _learn(job: Job, plan: StepPlan, rollouts: Sequence[Rollout], record: StepRe
         )
     job.companions.refuse_broken()
     record.close(plan, norm, student.rate(student.updates))
+    moving.enter_context(held())
     student.step()
     job.companions.after_step(
         Stepped(plan.batch, plan.mask, rollouts, student.updates, student.model)

@@ -257,7 +257,12 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         out["reward/mean"] = mean
         out["reward/std"] = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
         out["correct/mean"] = sum(bool(r.correct) for r in rollouts) / len(rollouts)
-    moved = [d - p for r in rollouts for d, p in zip(r.drawn_logp, r.logp)]
+    moved = [
+        d - p
+        for r in rollouts
+        for d, p, own in zip(r.drawn_logp, r.logp, r.drawn)
+        if own  # the prefix that it goes on from was not drawn
+    ]
     if any(moved):
         out["sampling/log_ratio"] = sum(moved) / len(
             moved

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opdkit.base.errors import UserError
+from opdkit.models.precision import computing
 from opdkit.models.quantize import quantized
 
 # of a generation_config: they say how to draw, which nobody does with do_sample=false
@@ -165,4 +166,6 @@ def _log_probs(model: Any) -> Tensor:
     """[PROBED, V] log-probs of the student on its first few token ids."""
     device = next(model.parameters()).device
     ids = torch.arange(PROBED, device=device)[None] % model.get_base_model().config.vocab_size
-    return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    with computing(model):
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+    return logits.float().log_softmax(-1)

@@ -20,6 +20,7 @@ from opdkit import distill
 from opdkit.base.interrupt import SIGNALS, Stopped, held, status, stoppable
 from opdkit.run.settings import make_run
 from opdkit.train import checkpoint as checkpoints
+from opdkit.train.student import Student
 from tests.end_to_end.conftest import Shop
 from tests.end_to_end.crash import assert_same, in_child
 
@@ -207,6 +208,28 @@ def test_a_signal_while_a_checkpoint_that_is_due_is_written_waits_too(
     assert newest(tmp_path) == "checkpoint-3"
 
 
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_a_signal_while_the_weights_move_waits_for_the_step(
+    shop: Shop, tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Before the fifth step is sampled the fourth is saved, once it has moved weights the fifth."""
+    step, came = Student.step, []
+
+    def interrupted(student: Student) -> None:
+        step(student)
+        if student.updates == 5 and not came:
+            came.append(5)
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Student, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(shop, tmp_path, values(shop, tmp_path)["reward"])
+    assert status(caught.value) == 128 + number and newest(tmp_path) == "checkpoint-5"
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
+    assert in_child(values(shop, tmp_path), resume=True) == 0
+    assert_same(tmp_path / "run", unbroken)
+
+
 def test_a_handler_of_the_program_stays_in_charge(shop: Shop, tmp_path: Path) -> None:
     """One that only notes the signal lets the run go on; one that raises KeyboardInterrupt saves
     it.
@@ -276,6 +299,18 @@ def test_within_another_and_after_another_handler_was_set() -> None:
         assert seen and signal.getsignal(TERM) is outer
         signal.signal(HUP, signal.SIG_IGN)
     assert signal.getsignal(TERM) is signal.SIG_DFL and signal.getsignal(HUP) is signal.SIG_IGN
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    ends: list[str] = []
+    with stoppable():
+        with pytest.raises(KeyboardInterrupt), held():
+            signal.raise_signal(INT)
+            ends.append("the first waited")
+            signal.raise_signal(INT)
+            ends.append("and the second")
+        assert ends == ["the first waited"]
+        assert signal.getsignal(INT) is signal.default_int_handler
 
 
 def test_a_forked_child_ends_at_once() -> None:

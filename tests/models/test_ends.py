@@ -64,6 +64,14 @@ def each(turn: str, last: str = "") -> str:
         (each("{{ m['role'] }}: {{ m['content'] }}\n\n"), None),
         # content as a list of parts only
         (each("{% for p in m.content %}{{ p.text }}{% endfor %}<end>"), END),
+        # one that wants a system message
+        (
+            each(
+                HEADER + "<end>",
+                "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}",
+            ),
+            END,
+        ),
         # one that has no place for an answer
         (each("{% if m.role != 'user' %}{{ raise_exception('only users') }}{% endif %}"), None),
     ],

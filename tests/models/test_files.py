@@ -71,12 +71,14 @@ def test_weights_of_another_architecture(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"4 tensors that LlamaForCausalLM does not.*k_norm"):
+    with pytest.raises(UserError, match=r"4 tensors that LlamaForCausalLM would drop.*k_norm"):
         load_model(str(folder))
 
 
 def test_weights_of_another_size(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    with pytest.raises(UserError, match="cannot load the model"):
+    with pytest.raises(
+        UserError, match="21 tensors of other shapes than its config"
+    ):
         load_model(str(folder))

@@ -18,11 +18,14 @@ from opdkit.objective import (
     Batch,
     ColumnFact,
     Divergence,
+    Entropy,
+    EntropyFact,
     Likelihood,
     LogRatio,
     Mark,
     Objective,
     PolicyGradient,
+    Quantile,
     credit_of,
 )
 from opdkit.testing import Case, evaluate, fabricate
@@ -252,6 +255,23 @@ def test_a_term_says_whose_tokens_it_is_about() -> None:
     assert "of student and data" in str(mixed) and "of data" in str(mixed)
     with pytest.raises(ValueError, match="written by student, guide, data, environment"):
         Likelihood().of("nobody")
+
+
+def test_what_a_loss_of_data_text_is_weighed_by_is_known_of_the_students_tokens() -> None:
+    """No term is about these, but the median that the weight compares with is theirs."""
+    h = Entropy("student")
+    objective = Objective(Likelihood().of("data") * (h >= Quantile(h, 0.5)))
+    case = fabricate(objective)
+    given = (torch.arange(6) > 3)[:, None].expand(6, 7)
+    case = replace(case, mask=torch.ones_like(case.mask), marks={"given": given})
+    assert case.before is not None
+    entropy = torch.distributions.Categorical(logits=case.before).entropy()
+    median = entropy[:4].quantile(0.5)
+    read = case.batch(objective).read(EntropyFact("student"))
+    assert torch.allclose(read, entropy, rtol=1e-12)
+    expected = torch.where(given, entropy >= median, False)
+    assert torch.equal(case.run(objective).terms[0].weight != 0, expected)
+    assert 0 < expected.sum() < given.sum()
 
 
 def test_of_a_batch() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from opdkit.methods.method import load
+from opdkit.curricula import Plain
+from opdkit.methods.method import Method, load
 from opdkit.objective import (
     Batch,
+    Likelihood,
     Live,
     LogpFact,
     Objective,
@@ -117,6 +119,53 @@ def test_a_loss_that_is_cut_wrongly_fails_check() -> None:
 
     with pytest.raises(CheckFailed, match="FAIL  micro-batches do not change it"):
         check(Objective(Neighbours()))
+
+
+@dataclass(frozen=True)
+class _Sum(RolloutLoss):
+    """[R]: minus the log-prob of a rollout, whatever `mask` says."""
+
+    def value(self, logp, mask, rows, batch):  # type: ignore[no-untyped-def]
+        return -logp.sum(1)
+
+
+def test_the_log_probs_of_what_it_is_not_about_are_zero() -> None:
+    """Here those of data text, which another term asks for."""
+    objective = Objective(_Sum(), Likelihood().of("data"))
+    case = fabricate(objective)
+    given = torch.zeros_like(case.tokens, dtype=torch.bool)
+    given[:, 1::2] = True
+    out = replace(case, marks={"given": given}).run(objective)
+    assert case.mask is not None
+    own = case.student.log_softmax(-1).gather(-1, case.tokens[..., None])[..., 0]
+    expected = -torch.where(case.mask & ~given, own, 0.0).sum() / 6
+    assert abs(out.terms[0].value - expected) < 1e-12
+
+
+def test_a_policy_gradient_of_whole_rollouts_begins_where_the_student_does() -> None:
+    """In a curriculum that brings text, as in one that brings none: a guided rollout is credited
+    from its own first token on, a given one has nothing to credit.
+    """
+
+    @dataclass(frozen=True)
+    class Guiding(Plain):
+        authors = ("student", "guide", "data")
+
+    gspo = load("grpo(loss=gspo)").objective
+    case = fabricate(gspo)
+    guided, given = (torch.zeros_like(case.tokens, dtype=torch.bool) for _ in range(2))
+    guided[0, :2] = guided[3, :1] = given[4] = True
+    case = replace(case, marks={"guided": guided, "given": given})
+    alone = case.run(gspo)
+    assert alone.terms[0].denominator == 5  # rollouts that have a token of the student's
+    for objective in (
+        Method(gspo, curriculum=Guiding()).objective,
+        Objective(gspo.terms[0].of("student", "guide")),
+    ):
+        out = case.run(objective, parts=[[0, 3], [1, 4], [2, 5]])
+        share = out.terms[0].denominator / 5
+        assert (share * out.grad - alone.grad).norm() < 1e-12 * alone.grad.norm()
+        assert (out.grad[guided | given] == 0).all() and out.grad[0].norm() > 0
 
 
 def test_it_reads_the_live_student_which_costs_nothing_before_the_first_update() -> None:

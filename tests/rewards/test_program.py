@@ -35,6 +35,8 @@ def right(text: str, row: dict) -> bool:
     "text",
     [
         f"~~~python\n{SQUARES}~~~",
+        f"<answer>```python\n{SQUARES}```</answer>",
+        f"**Answer:** ```python\n{SQUARES}```",
         f"~~~\n{SQUARES}~~~\nand so on",
         f"````python\n{SQUARES}````",
         f"``` {{.python}}\n{SQUARES}```",

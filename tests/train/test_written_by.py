@@ -20,6 +20,7 @@ from opdkit.models.body import head_of
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import ColumnFact, EntropyFact, Fact, LogpFact
 from opdkit.objective.needs import Needs
+from opdkit.objective.signals import PassRate
 from opdkit.run.refuse import refuse
 from opdkit.run.settings import make_run
 from opdkit.sampling.finish import Response, finish, rollout_ids
@@ -78,6 +79,21 @@ def test_a_stale_rollout_costs_a_pass_of_itself_alone(student: Counting) -> None
     assert batch["sampler"].logp[1, :2].tolist() == rows[1].logp
     # of the data's response nothing is read, as no term asks for it
     assert not batch.mask[2].any() and (logp[2] == 0).all()
+
+
+def test_a_fact_of_what_others_wrote_is_zero_whoever_says_it() -> None:
+    """The sampler's numbers as those of a model that is asked: a sum that forgets its mask counts
+    nothing of a tool's tokens.
+    """
+    rows = []
+    for r in rollouts(policy_version=NOW):
+        tool = [t % 2 == 1 for t in range(len(r.tokens))]
+        noted = Notes(torch.full((len(tool),), 0.5), None, None)
+        rows.append(replace(r, marks={"tool": tool}, notes=noted))
+    batch = gather(rows, Needs(frozenset(READ)), {}, policy_version=NOW, dtype=torch.float64)
+    for fact in READ:
+        values = batch.read(fact)
+        assert (values[~batch.mask] == 0).all() and (values[batch.mask] != 0).all()
 
 
 def test_data_text_that_is_asked_for_is_as_if_drawn_and_leaves_others_as_they_are(
@@ -164,6 +180,20 @@ def test_what_is_remembered_of_a_question_is_the_students_own_doing() -> None:
     batch = gather(scored, needs, {}, memory={"pass_rate": {"q0": 0.25}})
     rates = batch.read(ColumnFact("memory:pass_rate"))
     assert rates[[0, 1, 4]].tolist() == [0.25] * 3 and rates[[2, 3, 5]].isnan().all()
+
+
+def test_a_pass_rate_is_of_a_question_whatever_its_answers_are_compared_with() -> None:
+    """Four answers to each of two questions; right are one of four and three of four."""
+    right = [True, False, False, False, True, True, True, False]
+    for groups in (("a", "b") * 4, ("a",) * 8, ("a",) * 4 + ("b",) * 4):
+        made = [
+            replace(r, group=group, question=f"q{i // 4}", reward=float(correct), correct=correct)
+            for i, (r, group, correct) in enumerate(
+                zip(rollouts(lengths=((2, 3),) * 8), groups, right)
+            )
+        ]
+        batch = gather(made, Needs(frozenset({ColumnFact("memory:pass_rate")})), {})
+        assert PassRate()(batch)[:, 0].tolist() == [0.25] * 4 + [0.75] * 4
 
 
 def test_another_prompt_of_a_question_keeps_it() -> None:

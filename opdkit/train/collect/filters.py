@@ -43,7 +43,9 @@ class DynamicSampling:
             rollouts += [r for r in informative(more()) if r.question not in known]
             rounds += 1
         keep = list(dict.fromkeys(r.question for r in rollouts))[: self.wanted]
-        return [r for r in rollouts if r.question in keep]
+        # what is compared with these stays beside them, whatever it answers
+        groups = {r.group for r in rollouts if r.question in keep}
+        return [r for r in rollouts if r.group in groups]
 
 
 def informative(rollouts: Sequence[Rollout]) -> list[Rollout]:

@@ -87,6 +87,20 @@ def test_dynamic_sampling_draws_until_enough_prompts_are_informative():
     assert DynamicSampling(1)(first, nothing) == first[2:]
 
 
+def test_dynamic_sampling_keeps_a_group_whole_whatever_questions_it_answers():
+    """One group of two questions, of which one is wanted: alone it would be all right."""
+    both = [
+        replace(rollout("both", right), question=question)
+        for question, right in (("a", True), ("a", True), ("b", False), ("b", True))
+    ]
+    assert DynamicSampling(1)([*both, rollout("c", True), rollout("c", False)], nothing) == both
+    apart = [
+        replace(rollout(group, right), question="a")
+        for group, right in (("a0", True), ("a0", False), ("a1", True), ("a1", True))
+    ]
+    assert DynamicSampling(1)(apart, nothing) == apart[:2]
+
+
 def test_dynamic_sampling_gives_up_and_says_why():
     draws = []
 
