@@ -58,8 +58,10 @@ class Use:
 
 def use_of(run: Run) -> Use | None:
     """For a run whose models are given by name, on a device whose peak is known."""
-    method, device = from_cache(run.method_spec.load(), run), find_device(setting=run.device)
+    device = find_device(setting=run.device)
+    run = on_device(run, device.gpu)
+    method = from_cache(run.method_spec.load(), run)
     if not device.tflops:
         return None
-    once = replace(on_device(run, device.gpu), gradient_checkpointing=False)
+    once = replace(run, gradient_checkpointing=False)
     return Use(once, method, models_of(run, method), device)
