@@ -29,16 +29,16 @@ def main() -> None:
     try:
         jail, held = confined(base, options["without"])
         work = module.Work(jail, *options["for"])
-        print(
-            json.dumps({"held": held, "layers": asdict(jail.layers), "base": base}),
-            file=results,
-            flush=True,
-        )
+        about = {"held": held, "layers": asdict(jail.layers), "base": base}
+        # who asked may have been killed, before the first word too: then there is nobody to tell
         with suppress(BrokenPipeError), os.fdopen(COMMANDS, closefd=False) as commands:
+            print(json.dumps(about), file=results, flush=True)
             for line in commands:
                 print(json.dumps(work(line)), file=results, flush=True)
     finally:
         remove(base)
+        with suppress(BrokenPipeError):
+            results.close()
 
 
 main()
