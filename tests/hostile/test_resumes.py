@@ -144,10 +144,10 @@ def command(folder: Path, *arguments: str) -> int:
 
 
 class Trials:
-    """Resumes in copies of a world, judged."""
+    """Resumes in a world that is put back before each, as a run names its files in full; judged."""
 
     def __init__(self, world: Path, work: Path, capsys: pytest.CaptureFixture[str]):
-        self.world, self.work, self.capsys = world, work, capsys
+        self.world, self.kept, self.capsys = world, copied(world, work / "kept"), capsys
         self.faults: dict[str, list[str]] = {}
         self.count = 0
 
@@ -156,7 +156,7 @@ class Trials:
     ) -> tuple[Said, Path, dict[str, bytes]]:
         """A resume with arguments, or behind an edit of the world; steps=3 unless it says more."""
         self.count += 1
-        folder = copied(self.world, self.work / "world")
+        folder = copied(self.kept, self.world)
         if edit is not None:
             edit(folder)
         before = contents(folder / "run")
