@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -116,7 +117,7 @@ def _keeps_order(server: Numbers | HiddenStates, tokenizer: Any) -> None:
 
 
 @dataclass
-class _Own:
+class _Own(ABC):
     """`opdkit serve-teacher`: a request per micro-batch, composed as in this process, so that the
     numbers are the same.
     """
@@ -146,13 +147,13 @@ class _Own:
         ]
         return self.endpoint.map(calls)
 
+    @abstractmethod
     def _expected(self, n: int, wanted: Collection[Fact]) -> protocol.Expected:
         """The tensors of an answer about n positions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _refuse(self, wanted: Collection[Fact], tensors: Mapping[str, Tensor]) -> None:
         """A ValueError where numbers [n] or [n, k] cannot be what they stand for."""
-        raise NotImplementedError
 
     def _post(
         self,
