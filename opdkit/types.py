@@ -36,6 +36,9 @@ class Prompt:
         group: the responses that a baseline or a pair is taken over. Default: `question`.
         number: of its first response; a prompt that is asked again in a step goes on counting, so
             that its responses have ids, and thus draws, of their own.
+        most_turns: turns after which an episode is stopped; 0: as many as its environment has.
+        replay: actions of another that open the episode, before the student acts; it does not
+            learn them.
     """
 
     id: str
@@ -45,6 +48,8 @@ class Prompt:
     question: str = ""
     group: str = ""
     number: int = 0
+    most_turns: int = 0
+    replay: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # as they are now: `replace(prompt, id=...)` is another prompt of the same question
@@ -114,6 +119,8 @@ class Rollout:
         question: what it answers: of one question is remembered how often it is solved. Default:
             `group`.
         turns: the turn of each token, from 0; empty: all are of one.
+        feedback: what was said of the response besides its reward, such as the message of a test
+            that it fails.
 
     >>> r = Rollout(
     ...     id="0/row7/0", prompt=[5, 6], tokens=[8, 9, 2], trained=[True] * 3,
@@ -143,6 +150,7 @@ class Rollout:
     notes: Notes | None = field(default=None, compare=False, repr=False)
     question: str = ""
     turns: list[int] = field(default_factory=list)
+    feedback: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "question", self.question or self.group)

@@ -34,9 +34,11 @@ LAYERS = {  # each room and the rooms that it may import, all of them above it h
     "teachers": "base types objective curricula models data",
     "eval": "base types rewards",
     "report": "base eval",
-    "train": "base types objective curricula models rewards teachers",
+    "environments": "base types models rewards data sampling",
+    "annotators": "base types models data sampling teachers",
+    "train": "base types objective curricula models rewards teachers environments annotators",
     "run": "base types objective curricula methods models rewards data sampling teachers eval "
-    "report train",
+    "report train environments annotators",
     "recipes": "base types methods report train run",
     "study": "base methods rewards eval report train run recipes",
     "testing": "base types objective methods",

@@ -34,4 +34,8 @@ METHODS: dict[str, str] = {
     "lightning_opd": "opdkit.methods.lightning_opd:lightning_opd",
     "uld": "opdkit.methods.uld:uld",
     "gold": "opdkit.methods.gold:gold",
+    # the student with another context as its teacher
+    # methods that train both contexts, or weigh spans
+    # agents, several teachers
+    # depth of turns
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -38,6 +38,11 @@ class Method:
     teacher_mix: float = 0.0
     # what stands beside the student and its formula does not ask for itself: copies of the student
     companions: tuple[Companion, ...] = ()
+    # who its models are unless a run says otherwise, in the words of a run's `teacher`: {"teacher":
+    # {"kind": "self", "weights": "ema", "rate": 0.05, "view": "peer"}}
+    models: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    # what is to be noted on its rollouts before they are scored, in the words of a run's `annotate`
+    annotate: Mapping[str, Any] = field(default_factory=dict, hash=False)
     name: str = ""  # filled by `load`, as are the next three
     arguments: tuple[tuple[str, Any], ...] = ()
     summary: str = ""
@@ -138,6 +143,8 @@ COMPOSED = (
     "objective",
     "curriculum",
     "companions",
+    "models",
+    "annotate",
     "name",
     "arguments",
     "summary",
@@ -167,8 +174,25 @@ def _composed(
         objective=objective,
         curriculum=together.join(base.curriculum, brought, names),
         companions=tuple(dict.fromkeys(base.companions + other.companions)),
+        models=_both(base.models, other.models, names, "model"),
+        annotate=_both(base.annotate, other.annotate, names, "annotation"),
     )
     return _called(made, "own" if "own" in names else name, doc)
+
+
+def _both(
+    mine: Mapping[str, Any], theirs: Mapping[str, Any], names: tuple[str, str], what: str
+) -> dict[str, Any]:
+    """What two methods say by name of their models or annotations; refused where they say
+    different things of one.
+    """
+    for name in sorted(set(mine) & set(theirs)):
+        if mine[name] != theirs[name]:
+            raise UserError(
+                f"{names[0]} and {names[1]} cannot be combined: the {what} {name!r} of the first "
+                f"is {mine[name]}, that of the second {theirs[name]}, and only one can hold"
+            )
+    return {**mine, **theirs}
 
 
 def _called(method: Method, name: str, doc: str) -> Method:
