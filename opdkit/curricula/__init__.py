@@ -8,6 +8,7 @@ from opdkit.curricula.mixed import Mixed
 from opdkit.curricula.pass_rate import PassRates
 from opdkit.curricula.prefix import TeacherPrefix
 from opdkit.curricula.replay import Replay
+from opdkit.curricula.several import Several
 from opdkit.curricula.writer import Memory, StepContext, Writer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PassRates",
     "Plain",
     "Replay",
+    "Several",
     "StepContext",
     "TeacherPrefix",
     "Writer",

@@ -37,5 +37,6 @@ METHODS: dict[str, str] = {
     # the student with another context as its teacher
     # methods that train both contexts, or weigh spans
     # agents, several teachers
+    "vla_opd": "opdkit.methods.vla_opd:vla_opd",
     # depth of turns
 }

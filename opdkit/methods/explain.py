@@ -120,6 +120,8 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
     )
     beside = sorted({*needs.companions, *made.companions}, key=repr)
     lines += [f"state beside the student, saved with it: {c}" for c in beside]
+    if made.actions is not None:
+        lines.append(f"models write bins of an action, not text: {made.actions}")
     if made.curriculum != Plain():
         lines.append(f"curriculum: {made.curriculum}")
     return "\n".join(lines)

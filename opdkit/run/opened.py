@@ -70,9 +70,23 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
         "live": LocalModel(base, student.head, run.micro_batch_tokens),
     }
     scorers |= {name: cut(scorer, vocab) for name, scorer in others.items()}
+    refuse_other_actions(method, scorers)
     companions = beside(method, student, scorers, run)
     everyone = scorers | companions.scorers
     return Opened(models, tokenizer, student, everyone, vocabulary, companions)
+
+
+def refuse_other_actions(method: Method, scorers: Mapping[str, Scorer | Remote]) -> None:
+    """Models that are not restricted to the bins that a method acts in."""
+    for name, scorer in scorers.items() if method.actions is not None else ():
+        heads = heads_of(scorer)
+        if not heads or any(head.actions != method.actions for head in heads):
+            raise UserError(
+                f"method {method.name or 'own'!r} compares models over the last "
+                f"{method.actions.bins} ids alone, and {name} answers over its whole vocabulary: "
+                f"have it in this process ({name}=MODEL), not in a server, another engine or a "
+                "cache"
+            )
 
 
 def beside(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from opdkit.curricula import Curriculum
+from opdkit.objective.actions import Actions
 from opdkit.objective.needs import Needs
 
 
@@ -21,6 +22,8 @@ class Reader(Protocol):
     def curriculum(self) -> Curriculum: ...
     @property
     def teacher_mix(self) -> float: ...
+    @property
+    def actions(self) -> Actions | None: ...
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method, as_method
+from opdkit.objective.actions import Actions
 from opdkit.objective.alignment import AlignedSource, Alignment
 from opdkit.objective.batch import Batch
 from opdkit.objective.companion import Around, Companions
@@ -95,7 +96,8 @@ def evaluate(
         settings={"step": step, "total_steps": total_steps, "uniform": uniform, "seed": seed},
         alignments=alignments or {},
     )
-    return case.run(as_method(method_or_objective).objective)
+    method = as_method(method_or_objective)
+    return replace(case, actions=method.actions).run(method.objective)
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Case:
     # of the batch: step, total_steps, seed, uniform, keys
     settings: Mapping[str, Any] = field(default_factory=dict)
     alignments: Mapping[str, Alignment] = field(default_factory=dict)
+    actions: Actions | None = None  # what all models write, where that is no text
 
     def batch(
         self,
@@ -139,7 +142,7 @@ class Case:
             mask,
             _columns(self.columns, self.marks, wide),
             {
-                name: _source(x.to(wide), None if name in apart else vocabulary)
+                name: self._source(x.to(wide), None if name in apart else vocabulary)
                 for name, x in logits.items()
             },
             dtype=wide,
@@ -163,6 +166,14 @@ class Case:
         positions = flat_positions(batch.by(wanted.authors))
         batch.facts.update(supply(batch, wanted.facts, positions, chunk))
         return batch
+
+    def _source(self, logits: Tensor, vocabulary: int | None) -> Source:
+        """Logits [B, T, V] as a model; entries beyond the vocabulary are cut."""
+        return Source(
+            logits.flatten(0, 1),
+            torch.arange(logits.shape[0] * logits.shape[1]),
+            Head(vocab=vocabulary, actions=self.actions),
+        )
 
     def _alignment(self, name: str, wanted: Needs) -> Alignment:
         """The alignment of a model as given; else token by token."""
@@ -221,15 +232,6 @@ class Case:
             terms.append(TermOut(part.name, part.weight, shown, part.denominator, value))
         grad = grad.to(self.student.dtype)
         return Evaluation(loss.detach(), grad, tuple(terms), batch.companions)
-
-
-def _source(logits: Tensor, vocabulary: int | None) -> Source:
-    """Logits [B, T, V] as a model; entries beyond the vocabulary are cut."""
-    return Source(
-        logits.flatten(0, 1),
-        torch.arange(logits.shape[0] * logits.shape[1]),
-        Head(vocab=vocabulary),
-    )
 
 
 def _by_number(wanted: Needs, model: str) -> bool:
