@@ -37,6 +37,11 @@ METHODS: dict[str, str] = {
     # the student with another context as its teacher
     # methods that train both contexts, or weigh spans
     # agents, several teachers
+    "skill_sd": "opdkit.methods.skill_sd:skill_sd",
+    "cord": "opdkit.methods.cord:cord",
+    "mad_opd": "opdkit.methods.mad_opd:mad_opd",
+    "opad": "opdkit.methods.mad_opd:opad",
+    "erpd": "opdkit.methods.erpd:erpd",
     "vla_opd": "opdkit.methods.vla_opd:vla_opd",
     # depth of turns
 }

@@ -78,7 +78,9 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
 
 def refuse_other_actions(method: Method, scorers: Mapping[str, Scorer | Remote]) -> None:
     """Models that are not restricted to the bins that a method acts in."""
-    for name, scorer in scorers.items() if method.actions is not None else ():
+    if method.actions is None:
+        return
+    for name, scorer in scorers.items():
         heads = heads_of(scorer)
         if not heads or any(head.actions != method.actions for head in heads):
             raise UserError(

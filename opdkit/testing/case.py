@@ -64,6 +64,7 @@ def evaluate(
     seed: int = 0,
     alignments: Mapping[str, Alignment] | None = None,
     turn: Tensor | None = None,
+    rows: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Loss, gradient and terms of an objective, from logits [B, T, V] and sampled tokens [B, T].
 
@@ -72,9 +73,10 @@ def evaluate(
     sampler_logits: the policy that sampled (default: before_logits). group, reward, correct [B];
     correct defaults to reward > 0. marks: {"guided": [B, T]}; "guided" (a teacher), "given" (the
     data) and "tool" (the environment) say who wrote a token that the student did not draw: only
-    terms that ask for such tokens look at them. turn [B, T]: of each token, from 0. uniform [B, T]
-    replaces the keyed draws. Vocabularies of different size are cut to the smallest: what is beyond
-    only pads. Float64 in, float64 through.
+    terms that ask for such tokens look at them. turn [B, T]: of each token, from 0. rows: numbers
+    of the data [B] by column, {"utility": [B]}, or of lists in it, {"confidence[0]": [B]}. uniform
+    [B, T] replaces the keyed draws. Vocabularies of different size are cut to the smallest: what is
+    beyond only pads. Float64 in, float64 through.
 
     A model with a tokenizer of its own has logits [B, U, V_t] at its own U tokens of the same text,
     and an `Alignment` under its name in `alignments`. Without one its tokens are the student's;
@@ -91,7 +93,8 @@ def evaluate(
             k: v
             for k, v in (("group", group), ("reward", reward), ("correct", correct), ("turn", turn))
             if v is not None
-        },
+        }
+        | {f"row:{name}": values for name, values in (rows or {}).items()},
         marks=marks or {},
         settings={"step": step, "total_steps": total_steps, "uniform": uniform, "seed": seed},
         alignments=alignments or {},

@@ -65,6 +65,7 @@ def collect(
                 seed=collector.seed,
                 sample=sample,
                 reference=lambda prompt: collector.prompts.response_tokens(at[prompt.id]),
+                turns=lambda prompt: collector.prompts.turns(at[prompt.id]),
                 stored=nothing_stored if collector.stored is None else collector.stored.rollouts,
                 memory=memory,
                 policy_version=student.updates,
@@ -82,5 +83,4 @@ def collect(
         *before, last = filters
         return last(filtered(before), lambda: filtered(before))
 
-    rollouts = filtered(collector.filters)
-    return Collected(rollouts, sum(sum(r.drawn) for r in written))
+    return Collected(filtered(collector.filters), sum(sum(r.drawn) for r in written))
