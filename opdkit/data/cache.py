@@ -376,7 +376,7 @@ class CachedPrompts(Prompts):
             "made: name the data itself"
         )
 
-    def _tokens(self, row: DataRow) -> list[int]:
+    def tokens(self, row: DataRow) -> list[int]:
         return self.cache.prompts[row["id"]].tolist()
 
     @cached_property
