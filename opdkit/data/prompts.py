@@ -187,7 +187,7 @@ class Prompts(Sequence[Prompt]):
             id = whole.id if len(rows) == 1 else f"{whole.id}:turn{number}"
             what = f"turn {number} of row {whole.id!r}"
             same = row["prompt"] == whole.row["prompt"]
-            tokens = whole.tokens if same else self._known(self._tokens(row), what)
+            tokens = whole.tokens if same else self._known(self.tokens(row), what)
             row = whole.row if same and len(rows) == 1 else {**row, "id": id}
             made.append(Prompt(id, tokens, row, question=whole.question, group=id))
         return made
