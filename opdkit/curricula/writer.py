@@ -24,6 +24,14 @@ def nothing_stored(prompt: Prompt) -> list[Rollout]:
     )
 
 
+def nothing_viewed(prompt: Prompt, view: str) -> Prompt:
+    """What a step that knows no views has."""
+    raise UserError(
+        f"prompt {prompt.id} is to be written as the view {view!r} has it, and this step has no "
+        "questions to write: views are known where a run trains"
+    )
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What a writer is told of a step, and whom it can ask for responses."""
@@ -40,6 +48,9 @@ class StepContext:
     # token ids of the reference response to a prompt of the step, None where the data has none
     reference: Callable[[Prompt], list[int] | None]
     stored: Callable[[Prompt], list[Rollout]] = nothing_stored  # its rollouts in the run's cache
+    # a prompt of the step as a view of its row writes it (see `data.views`): another prompt of the
+    # same question and group
+    viewed: Callable[[Prompt, str], Prompt] = nothing_viewed
     memory: Memory = field(default_factory=dict)  # the curriculum's, to be read only
     policy_version: int = 0  # optimiser steps that the student has taken
 

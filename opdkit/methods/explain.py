@@ -120,6 +120,8 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
     )
     beside = sorted({*needs.companions, *made.companions}, key=repr)
     lines += [f"state beside the student, saved with it: {c}" for c in beside]
+    lines += [f"{name}, unless a run says otherwise: {spec}" for name, spec in made.models.items()]
+    lines += [f"noted on its rollouts, {name}: {spec}" for name, spec in made.annotate.items()]
     if made.curriculum != Plain():
         lines.append(f"curriculum: {made.curriculum}")
     return "\n".join(lines)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from opdkit.base.errors import UserError
 from opdkit.curricula import writer_of
 from opdkit.curricula.data import no_response
-from opdkit.data.cache import Cache
+from opdkit.data.cache import Cache, is_cache
 from opdkit.data.prompts import check_template
 from opdkit.methods.method import Method
 from opdkit.rewards import Reward, load_reward
@@ -52,11 +54,26 @@ def ask(run: Run, given: Given) -> Asked:
     if method.curriculum.validates:
         refuse_no_response([row.get("response") for row in eval_rows or ()])
     routes = run.teachers.routes if "teacher" in method.opened else {}
+    check_views(run, method, rows)
     for row in rows if routes else ():
         route(row["teacher"], routes, f"row {row['id']}")
     if stored is not None:
         stored.refuse_unknown([row["id"] for row in rows])
     return Asked(method, reward, rows, eval_rows, stored, routes)
+
+
+def check_views(run: Run, method: Method, rows: Sequence[DataRow]) -> None:
+    """Refuses views for which no row has anything to show, and tells of rows that have nothing."""
+    views = {view for name in method.opened for view in run.model_named(name).views}
+    if views and is_cache(run.prompts.source):
+        raise UserError(
+            f"the prompts in {run.prompts.source} are token ids, of which it is not known how they "
+            "were written, so that a teacher's view could not be written like them: name the data "
+            "set itself, or give the view to `opdkit cache-teacher`"
+        )
+    for view in sorted(views, key=str):
+        if note := view.check(rows):
+            print(f"opdkit: {note}", file=sys.stderr)
 
 
 def check_data(

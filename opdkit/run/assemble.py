@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from opdkit.base.files import truncate_metrics, write_whole
 from opdkit.curricula import writer_of
 from opdkit.data import PromptStream
 from opdkit.data.cache import student_notes
+from opdkit.data.views import seen
 from opdkit.models.identity import identify
 from opdkit.models.layout import batch_tokens
 from opdkit.objective.needs import Needs, watched
@@ -133,6 +135,7 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
         reward=asked.reward,
         filters=make_filters(run, method.needs, opened.tokenizer, len(prompts)),
         stored=stored,
+        viewed=partial(seen, prompts),
     )
 
 

@@ -134,11 +134,16 @@ class LocalTeacher(Teacher):
     def open(self, context: TeacherContext) -> Scorer:
         theirs = self._other_tokenizer(context)
         local = self.load(context)
-        if theirs is None and (own := self._tokenizer(context)) is not None:
-            local = local.cut(shared_ids(context.tokenizer, own))
+        if theirs is None:
+            local = self.cut_to_student(local, context)
         if context.by_ids or not context.method.needs.spans("teacher"):
             return local
         return as_span_teacher(local, theirs, context.tokenizer, context.stops, context.questions)
+
+    def cut_to_student(self, local: LocalModel, context: TeacherContext) -> LocalModel:
+        """The model, its head kept to the ids that the student's tokenizer has too."""
+        own = self._tokenizer(context)
+        return local if own is None else local.cut(shared_ids(context.tokenizer, own))
 
     def load(self, context: TeacherContext) -> LocalModel:
         """The frozen model, loaded once however many names it has."""

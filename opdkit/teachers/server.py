@@ -112,13 +112,15 @@ def _ask_own(
     method = context.method
     beyond = [
         f
-        for f in method.needs.of("teacher")
+        for f in method.needs.of(context.role)
         if f.own_tokenizer or not (f.whole_vocabulary or protocol.known(f))
     ]
     refuse_facts(
         method.name or "own", "a server", beyond, "use a teacher in this process (teacher=MODEL)"
     )
-    return client_serve.connect(endpoint, name, about, method.needs, context.tokenizer, "teacher")
+    return client_serve.connect(
+        endpoint, name, about, method.needs, context.tokenizer, context.role
+    )
 
 
 def _ask_others(
@@ -141,7 +143,7 @@ def _ask_others(
     known = context.vocabulary or real_vocabulary(tokenizer)
     served = Served(endpoint, wires[0], name, known, limit)
     ones = [replace(endpoint, urls=[url]) for url in cards]
-    return probe(served, ones, method.name, method.needs, tokenizer, "teacher")
+    return probe(served, ones, method.name, method.needs, tokenizer, context.role)
 
 
 def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, Card]:

@@ -65,6 +65,7 @@ def collect(
                 seed=collector.seed,
                 sample=sample,
                 reference=lambda prompt: collector.prompts.response_tokens(at[prompt.id]),
+                viewed=collector.viewed,
                 stored=nothing_stored if collector.stored is None else collector.stored.rollouts,
                 memory=memory,
                 policy_version=student.updates,
