@@ -93,6 +93,19 @@ def test_pages_and_explain_show_them():
     assert "every policy gradient" not in render(load("gkd"), "") + explain("gkd")
 
 
+def test_a_method_without_arguments():
+    assert "## Arguments\n\nNone.\n" in render(load("sft"), "") and "arguments\n" not in explain(
+        "sft"
+    )
+
+
+def test_pages_and_explain_show_the_models_that_a_method_brings():
+    said = "teacher: {kind: self, weights: ema, rate: 0.001, first_copy: true, view: solution}"
+    made = load("opsd", teacher="ema")
+    assert f"Unless the run says otherwise, `{said}`." in render(made, "")
+    assert f"unless the run says otherwise, {said}\n" in explain(made) + "\n"
+
+
 def test_one_of():
     one_of(mode=("mean", ("mean", "minmax")))
     with pytest.raises(ValueError, match="mode='median' must be one of mean, minmax"):
