@@ -21,7 +21,7 @@ class Ema(Companion):
 
     After every `every`-th optimiser step it moves by `rate` of the way to the student: copy +=
     rate (student - copy). With rate 1 it becomes the student (a synchronised, hard copy), with rate
-    0 it stays as it began. With `first_copy` its first move goes all the way, whatever the rate.
+    0 it stays as it began. With `first_copy` its first move is all of the way, whatever the rate.
     """
 
     rate: float = 0.01
@@ -66,8 +66,8 @@ class StudentCopy(CompanionState):
     def after_step(self, stepped: Stepped) -> None:
         if stepped.updates % self.ema.every:
             return
-        student = dict(stepped.model.named_parameters())
         first = self.ema.first_copy and stepped.updates == self.ema.every
+        student = dict(stepped.model.named_parameters())
         for name, weight in self.weights.items():
             weight.lerp_(student[name], 1.0 if first else self.ema.rate)
 
