@@ -24,6 +24,15 @@ def nothing_stored(prompt: Prompt) -> list[Rollout]:
     )
 
 
+def nothing_viewed(prompt: Prompt, view: str) -> Prompt:
+    """What a run without views makes of a prompt."""
+    raise UserError(
+        f"the view {view!r} of prompt {prompt.id} was asked for, but whoever asks the writer has "
+        "given it no views: pass viewed=..., from a prompt and the name of a view to the prompt "
+        "as that view writes it"
+    )
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What a writer is told of a step, and whom it can ask for responses."""
@@ -40,6 +49,8 @@ class StepContext:
     # token ids of the reference response to a prompt of the step, None where the data has none
     reference: Callable[[Prompt], list[int] | None]
     stored: Callable[[Prompt], list[Rollout]] = nothing_stored  # its rollouts in the run's cache
+    # a prompt of the step as a view writes it, of the same question and group
+    viewed: Callable[[Prompt, str], Prompt] = nothing_viewed
     memory: Memory = field(default_factory=dict)  # the curriculum's, to be read only
     policy_version: int = 0  # optimiser steps that the student has taken
 

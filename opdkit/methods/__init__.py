@@ -36,6 +36,11 @@ METHODS: dict[str, str] = {
     "gold": "opdkit.methods.gold:gold",
     # the student with another context as its teacher
     # methods that train both contexts, or weigh spans
+    "pi_distill": "opdkit.methods.pi_distill:pi_distill",
+    "opsd_rl": "opdkit.methods.pi_distill:opsd_rl",
+    "selfci": "opdkit.methods.selfci:selfci",
+    "trace": "opdkit.methods.trace:trace",
+    "distil": "opdkit.methods.distil:distil",
     # agents, several teachers
     # depth of turns
 }
