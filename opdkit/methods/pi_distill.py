@@ -83,13 +83,7 @@ class Tapered(FromAnother):
     1 - low .. 1 + high.
     """
 
-    def __post_init__(self) -> None:
-        if self.dual is not None:
-            raise ValueError(
-                'dual_clip bounds PPO\'s clipped loss; offpolicy="topr" bounds its weight itself: '
-                "use clip"
-            )
-        super().__post_init__()
+    takes_dual: ClassVar[bool] = False
 
     def value(self, live: Live) -> Tensor:  # [n]
         credit, r = live.pick(self.credit), self.moved(live).detach()

@@ -38,7 +38,7 @@ FOLDER = Path(opdkit.__file__).parent / "methods"
 FILES = sorted(
     {FOLDER / f"{home.partition(':')[0].split('.')[-1]}.py" for home in METHODS.values()}
 )
-WITHOUT = {"gkd", "topk_opd", "kl_mixing", "tip", "paced", "distillm", "uld", "gold"}
+WITHOUT = {"gkd", "topk_opd", "kl_mixing", "tip", "paced", "distillm", "uld", "gold", "selfci"}
 WITH = sorted(set(METHODS) - WITHOUT)
 
 # -------------------------------------------------------------------------------------- described
