@@ -8,6 +8,7 @@ from opdkit.curricula.mixed import Mixed
 from opdkit.curricula.pass_rate import PassRates
 from opdkit.curricula.prefix import TeacherPrefix
 from opdkit.curricula.replay import Replay
+from opdkit.curricula.two_contexts import TwoContexts
 from opdkit.curricula.writer import Memory, StepContext, Writer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Replay",
     "StepContext",
     "TeacherPrefix",
+    "TwoContexts",
     "Writer",
     "reads_cache",
     "writer_of",

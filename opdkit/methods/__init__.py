@@ -41,6 +41,11 @@ METHODS: dict[str, str] = {
     "sdft": "opdkit.methods.sdft:sdft",
     "sdpo": "opdkit.methods.sdpo:sdpo",
     # methods that train both contexts, or weigh spans
+    "pi_distill": "opdkit.methods.pi_distill:pi_distill",
+    "opsd_rl": "opdkit.methods.pi_distill:opsd_rl",
+    "selfci": "opdkit.methods.selfci:selfci",
+    "trace": "opdkit.methods.trace:trace",
+    "distil": "opdkit.methods.distil:distil",
     # agents, several teachers
     # depth of turns
 }

@@ -50,11 +50,11 @@ def described(doc: str) -> tuple[str, dict[str, Argument]]:
     return f"{before.rstrip()}\n\n{after}".rstrip(), found
 
 
-def one_of(**choices: tuple[object, Collection[str]]) -> None:
+def one_of(**choices: tuple[object, Collection[object]]) -> None:
     """Refuses an argument that is none of those known: one_of(mode=(mode, ("mean", "minmax")))."""
     for name, (value, known) in choices.items():
         if value not in known:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, known))}")
 
 
 def shares(**given: tuple[float, str]) -> None:

@@ -73,9 +73,14 @@ class Bounds(Loss):
     base: str | Signal = "sampler"
     cap: float | None = None
     name: ClassVar[str] = "policy_gradient"
+    takes_dual: ClassVar[bool] = True  # a loss that clips the ratio alone has no such bound
 
     def __post_init__(self) -> None:
         refuse_constant(self.credit)
+        if self.dual is not None and not self.takes_dual:
+            raise ValueError(
+                "dual_clip bounds PPO's clipped loss; this form bounds the ratio itself: use clip"
+            )
         if self.dual is not None and self.dual <= 1:
             raise ValueError(
                 f"dual_clip={self.dual} must be greater than 1: it bounds the loss of tokens with "

@@ -186,20 +186,21 @@ class Row(Signal):
 
 @dataclass(frozen=True)
 class Advantage(Signal):
-    """[B, 1]: reward against the other rollouts of its prompt.
+    """[B, 1]: reward, or another number [B, 1], against the other rollouts of its prompt.
 
     std: (R - mean) / (sample std + 1e-6); mean: R - mean; rloo: R - mean of the others. A group of
     one keeps (R - 0) / 1 under std. Equal rewards have exactly 0.
     """
 
     normalise: str = "std"
+    of: Signal = Reward()
 
     def __post_init__(self) -> None:
         if self.normalise not in ("std", "mean", "rloo"):
             raise ValueError(f"normalise={self.normalise!r} must be one of std, mean, rloo")
 
     def value(self, batch: Batch) -> Tensor:  # [B, 1]
-        reward = batch.reward.to(batch.dtype)
+        reward = self.of(batch).to(batch.dtype).expand(len(batch.tokens), 1)[:, 0]
         least, mean, count = group_means(reward, batch.group)
         centred = reward - least - mean
         if self.normalise == "mean":
@@ -390,6 +391,8 @@ def depends_on_sample(signal: Any) -> bool:
         return True
     if isinstance(signal, (Gap, Entropy, Progress)):
         return False
+    if isinstance(signal, ToGo) and signal.discount != 0:
+        return True  # what comes later follows from it
     if isinstance(signal, tuple):
         return any(map(depends_on_sample, signal))
     inner = list(vars(signal).values()) if isinstance(signal, Signal) else []

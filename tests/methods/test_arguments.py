@@ -39,7 +39,7 @@ FILES = sorted(
     {FOLDER / f"{home.partition(':')[0].split('.')[-1]}.py" for home in METHODS.values()}
 )
 WITHOUT = {"gkd", "topk_opd", "kl_mixing", "tip", "paced", "distillm", "uld", "gold"}
-WITHOUT |= {"sft", "dagger", "opsd", "sdft", "sdpo"}
+WITHOUT |= {"sft", "dagger", "opsd", "sdft", "sdpo", "selfci"}
 WITH = sorted(set(METHODS) - WITHOUT)
 
 # -------------------------------------------------------------------------------------- described
