@@ -35,7 +35,7 @@ LAYERS = {  # each room and the rooms that it may import, all of them above it h
     "eval": "base types rewards",
     "report": "base eval",
     "environments": "base types models rewards data sampling",
-    "annotators": "base types models data sampling teachers",
+    "annotators": "base types models rewards data sampling teachers",
     "train": "base types objective curricula models rewards teachers environments annotators",
     "run": "base types objective curricula methods models rewards data sampling teachers eval "
     "report train environments annotators",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from opdkit.annotators import AnnotatorSettings
 from opdkit.curricula import writer_of
 from opdkit.curricula.data import no_response
 from opdkit.data.cache import Cache
@@ -12,6 +13,7 @@ from opdkit.data.prompts import check_template
 from opdkit.methods.method import Method
 from opdkit.rewards import Reward, load_reward
 from opdkit.rewards.rows import check_rows
+from opdkit.run.annotate import annotations, refuse_annotations, refuse_rows
 from opdkit.run.open import Given
 from opdkit.run.prompts import from_cache, read_rows, stored_rollouts, within
 from opdkit.run.refuse import refuse, refuse_no_response
@@ -31,6 +33,8 @@ class Asked:
     eval_rows: list[DataRow] | None  # None: nothing is evaluated
     stored: Cache | None  # where rollouts are read from a cache
     routes: Mapping[str, Teacher]  # several teachers by what rows call them; empty: there is one
+    # what is noted on rollouts, by name
+    annotated: Mapping[str, AnnotatorSettings] = field(default_factory=dict)
 
 
 def ask(run: Run, given: Given) -> Asked:
@@ -38,6 +42,8 @@ def ask(run: Run, given: Given) -> Asked:
     method = within(run, from_cache(given.method or run.method_spec.load(), run))
     reward = given.reward or load_reward(run.reward)
     refuse(run, method, reward)
+    annotated = annotations(run, method)
+    refuse_annotations(run, method, annotated, reward is not None)
     # a judge that is not there, a machine that cannot confine programs
     if reward is not None and hasattr(reward, "check"):
         reward.check()
@@ -47,6 +53,7 @@ def ask(run: Run, given: Given) -> Asked:
         None if run.evaluate is None else read_rows(run.evaluate.prompts, given.eval_rows, run.seed)
     )
     check_data(run.prompts, rows, reward, method)
+    refuse_rows(annotated, rows)
     if run.evaluate is not None and eval_rows is not None:
         check_data(run.evaluate.prompts, eval_rows, reward)
     if method.curriculum.validates:
@@ -56,7 +63,7 @@ def ask(run: Run, given: Given) -> Asked:
         route(row["teacher"], routes, f"row {row['id']}")
     if stored is not None:
         stored.refuse_unknown([row["id"] for row in rows])
-    return Asked(method, reward, rows, eval_rows, stored, routes)
+    return Asked(method, reward, rows, eval_rows, stored, routes, annotated)
 
 
 def check_data(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from opdkit.annotators import annotators_of
 from opdkit.base.config import build, override, parse_overrides, plain, read_yaml, to_yaml
 from opdkit.base.errors import UserError, shown
 from opdkit.base.rules import Rules, at_least, follow
@@ -187,6 +188,9 @@ class Run:
     reward: str | None = None
     reference: str | None = None  # null: the student's initial weights
     models: dict[str, str] = field(default_factory=dict)  # further models that the method names
+    # what is noted on rollouts before they are scored, by name, besides what the method brings:
+    # {spans: {kind: spans, by: model}}; null switches one of the method's off (see `annotators`)
+    annotate: dict[str, Any] = field(default_factory=dict)
     steps: int = 100
     # end at the first step by which the student has written so many, if `steps` do not end it first
     max_tokens: int | None = None
@@ -246,6 +250,7 @@ class Run:
         check_sampling(self.sampling)
         teacher_of(self.teacher)  # a wrong setting is an error here, before anything else is done
         sampler_of(self.sampler)
+        annotators_of({name: v for name, v in self.annotate.items() if not _partial(v)})
 
     @property
     def prompts(self) -> Data:
@@ -283,6 +288,11 @@ class Run:
 
     def yaml(self) -> str:
         return to_yaml(self)
+
+
+def _partial(annotation: Any) -> bool:
+    """Whether it may be some settings of an annotator that the method brings."""
+    return isinstance(annotation, Mapping) and "kind" not in annotation
 
 
 # settings that are text or a group with `kind`

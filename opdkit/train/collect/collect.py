@@ -1,11 +1,15 @@
-"""A step's rollouts: written by the run's writer, scored, and passed through its filters."""
+"""A step's rollouts: written by the run's writer, scored, passed through its filters, and noted on
+by its annotators.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from opdkit.annotators import AnnotateContext, Annotator
 from opdkit.base.clock import Clock
 from opdkit.curricula import Memory, StepContext
 from opdkit.curricula.writer import nothing_stored
@@ -22,6 +26,7 @@ class Collected:
 
     rollouts: list[Rollout]  # with their rewards and marks
     tokens: int  # that the student wrote for them, and for rollouts that filters dropped
+    memory: dict[str, Any] = field(default_factory=dict)  # what annotators add to the run's
 
 
 def collect(
@@ -83,4 +88,19 @@ def collect(
         return last(filtered(before), lambda: filtered(before))
 
     rollouts = filtered(collector.filters)
-    return Collected(rollouts, sum(sum(r.drawn) for r in written))
+    told = AnnotateContext(step, collector.seed, student.updates, memory)
+    rollouts, added = _annotated(collector.annotators, rollouts, told, clock)
+    return Collected(rollouts, sum(sum(r.drawn) for r in written), added)
+
+
+def _annotated(
+    annotators: Sequence[Annotator], rollouts: list[Rollout], told: AnnotateContext, clock: Clock
+) -> tuple[list[Rollout], dict[str, Any]]:
+    """Rollouts that each annotator has noted on, and what they add to the memory that they read."""
+    added: dict[str, Any] = {}
+    for annotator in annotators:
+        with clock("annotate"):
+            now = replace(told, memory={**told.memory, **added})
+            rollouts, more = annotator.annotate(rollouts, now)
+            added |= more
+    return rollouts, added

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from opdkit.annotators import Annotator
 from opdkit.curricula import Writer
 from opdkit.rewards import Reward
 from opdkit.train.collect.filters import Filter
@@ -38,4 +39,5 @@ class Collector:
     seed: int = 0
     reward: Reward | None = None
     filters: tuple[Filter, ...] = ()  # one after the other, once rollouts have their rewards
+    annotators: tuple[Annotator, ...] = ()  # one after the other, on what the filters left
     stored: Stored | None = None  # where the writer reads its rollouts from a cache
