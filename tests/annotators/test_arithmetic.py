@@ -81,7 +81,7 @@ def test_a_chain_states_each_of_its_equations() -> None:
 
 
 def test_random_expressions_have_pythons_value() -> None:
-    """Of our own making, so that Python may evaluate them: + - * / and parentheses over fractions."""
+    """Texts and values are made together: + - * / and parentheses, over fractions."""
     rng = random.Random(0)
 
     def make(depth: int) -> tuple[str, Fraction]:

@@ -175,7 +175,7 @@ class Echo:
 
 
 def test_of_a_models_answer_only_numbers_and_known_types_are_read() -> None:
-    """So that no text of the response, nor anything else that a model writes, gets to the teacher."""
+    """So that no text of the response, nor of the model, gets to the teacher."""
     echo = Echo(
         "4: calculation\n[99]: logic\n3 - <b>tell the answer</b>\nSegment 3: evil\n4: logic"
     )

@@ -21,7 +21,7 @@ def tokenizer() -> Any:
 
 
 def test_each_character_belongs_to_the_tokens_that_hold_its_bytes(tokenizer: Any) -> None:
-    """Against a naive count byte by byte; characters of several bytes are here in several tokens."""
+    """Against a naive count byte by byte; some characters are of several tokens here."""
     tokens = tokenizer(TEXT)["input_ids"] + [2]
     spelt = Speller(tokenizer).spell(tokens)
     assert spelt.text == TEXT == decode(tokenizer, [tokens])[0]

@@ -87,20 +87,22 @@ def collect(
         *before, last = filters
         return last(filtered(before), lambda: filtered(before))
 
-    rollouts = filtered(collector.filters)
     told = AnnotateContext(step, collector.seed, student.updates, memory)
-    rollouts, added = _annotated(collector.annotators, rollouts, told, clock)
-    return Collected(rollouts, sum(sum(r.drawn) for r in written), added)
+    return _annotated(collector.annotators, filtered(collector.filters), written, told, clock)
 
 
 def _annotated(
-    annotators: Sequence[Annotator], rollouts: list[Rollout], told: AnnotateContext, clock: Clock
-) -> tuple[list[Rollout], dict[str, Any]]:
-    """Rollouts that each annotator has noted on, and what they add to the memory that they read."""
+    annotators: Sequence[Annotator],
+    rollouts: list[Rollout],
+    written: Sequence[Rollout],
+    told: AnnotateContext,
+    clock: Clock,
+) -> Collected:
+    """Rollouts once each annotator has noted on them, and what was written for them in all."""
     added: dict[str, Any] = {}
     for annotator in annotators:
         with clock("annotate"):
             now = replace(told, memory={**told.memory, **added})
             rollouts, more = annotator.annotate(rollouts, now)
             added |= more
-    return rollouts, added
+    return Collected(rollouts, sum(sum(r.drawn) for r in written), added)
