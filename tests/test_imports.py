@@ -33,7 +33,7 @@ LAYERS = {  # each room and the rooms that it may import, all of them above it h
     "sampling": "base types objective models",
     "teachers": "base types objective curricula models data",
     "environments": "base types models rewards data sampling",
-    "annotators": "base types models data sampling teachers",
+    "annotators": "base types models rewards data sampling teachers",
     "eval": "base types rewards",
     "report": "base eval",
     "train": "base types objective curricula models rewards teachers environments annotators",

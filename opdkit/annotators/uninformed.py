@@ -28,6 +28,4 @@ class Uninformed(Annotator):
         """The rollout with its mark, which another annotator may have set already."""
         blind = any(view.pieces(rollout, among) is None for view in self.views)
         before = rollout.marks.get("uninformed", [False] * len(rollout.tokens))
-        return replace(
-            rollout, marks={**rollout.marks, "uninformed": [blind or b for b in before]}
-        )
+        return replace(rollout, marks={**rollout.marks, "uninformed": [blind or b for b in before]})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from opdkit.annotators import AnnotatorSettings
 from opdkit.base.errors import UserError
 from opdkit.curricula import writer_of
 from opdkit.curricula.data import no_response
@@ -14,6 +15,7 @@ from opdkit.data.prompts import check_template
 from opdkit.methods.method import Method
 from opdkit.rewards import Reward, load_reward
 from opdkit.rewards.rows import check_rows
+from opdkit.run.annotate import annotations, refuse_annotations, refuse_rows
 from opdkit.run.open import Given
 from opdkit.run.prompts import from_cache, read_rows, stored_rollouts, within
 from opdkit.run.refuse import refuse, refuse_no_response
@@ -33,6 +35,8 @@ class Asked:
     eval_rows: list[DataRow] | None  # None: nothing is evaluated
     stored: Cache | None  # where rollouts are read from a cache
     routes: Mapping[str, Teacher]  # several teachers by what rows call them; empty: there is one
+    # what is noted on rollouts, by name
+    annotated: Mapping[str, AnnotatorSettings] = field(default_factory=dict)
 
 
 def ask(run: Run, given: Given) -> Asked:
@@ -40,6 +44,8 @@ def ask(run: Run, given: Given) -> Asked:
     method = within(run, from_cache(given.method or run.method_spec.load(), run))
     reward = given.reward or load_reward(run.reward)
     refuse(run, method, reward)
+    annotated = annotations(run, method)
+    refuse_annotations(run, method, annotated, reward is not None)
     # a judge that is not there, a machine that cannot confine programs
     if reward is not None and hasattr(reward, "check"):
         reward.check()
@@ -49,6 +55,7 @@ def ask(run: Run, given: Given) -> Asked:
         None if run.evaluate is None else read_rows(run.evaluate.prompts, given.eval_rows, run.seed)
     )
     check_data(run.prompts, rows, reward, method)
+    refuse_rows(annotated, rows)
     if run.evaluate is not None and eval_rows is not None:
         check_data(run.evaluate.prompts, eval_rows, reward)
     if method.curriculum.validates:
@@ -59,7 +66,7 @@ def ask(run: Run, given: Given) -> Asked:
         route(row["teacher"], routes, f"row {row['id']}")
     if stored is not None:
         stored.refuse_unknown([row["id"] for row in rows])
-    return Asked(method, reward, rows, eval_rows, stored, routes)
+    return Asked(method, reward, rows, eval_rows, stored, routes, annotated)
 
 
 def check_views(run: Run, method: Method, rows: Sequence[DataRow]) -> None:

@@ -11,6 +11,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from opdkit.annotators import AnnotatorSettings
 from opdkit.base import exact
 from opdkit.base.address import is_address
 from opdkit.base.config import plain, to_yaml
@@ -78,6 +79,7 @@ def record_of(run: Run, given: Given, asked: Asked) -> dict[str, Any]:
         "method": _method(run, given, asked),
         "reward": "own" if given.reward is not None else _code(run.reward, [run.reward]),
         "sampler": _sampler(run),
+        "annotate": {name: _annotator(one) for name, one in asked.annotated.items()},
         "data": _data(run.prompts, asked.rows),
         "evaluate": None,
     }
@@ -147,6 +149,12 @@ def _sampler(run: Run) -> dict[str, Any]:
     """Its kind, and the numbers that it computes in; where it is and what it takes may change."""
     settings = run.sampler_settings
     return {"kind": settings.kind, "dtype": getattr(settings, "dtype", None)}
+
+
+def _annotator(settings: AnnotatorSettings) -> dict[str, Any]:
+    """Its kind and settings, with a digest of one's own code in them."""
+    code = {address: _code(address, [address]) for address in settings.code}
+    return {"kind": settings.kind, **plain(settings), **({"code": code} if code else {})}
 
 
 def _data(data: Data, rows: list[DataRow]) -> dict[str, Any]:

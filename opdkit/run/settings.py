@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from opdkit.annotators import annotators_of
 from opdkit.base.config import build, override, parse_overrides, plain, read_yaml, to_yaml
 from opdkit.base.errors import UserError, shown
 from opdkit.base.rules import Rules, at_least, follow
@@ -192,6 +193,9 @@ class Run:
     reference: str | dict[str, Any] | None = None
     # further models that the method names, each as `teacher`
     models: dict[str, Any] = field(default_factory=dict)
+    # what is noted on rollouts before they are scored, by name, besides what the method brings:
+    # {spans: {kind: spans, by: model}}; null switches one of the method's off (see `annotators`)
+    annotate: dict[str, Any] = field(default_factory=dict)
     steps: int = 100
     # end at the first step by which the student has written so many, if `steps` do not end it first
     max_tokens: int | None = None
@@ -256,6 +260,7 @@ class Run:
         if self.reference is not None:
             one_teacher_of(self.reference, "reference")
         sampler_of(self.sampler)
+        annotators_of({name: v for name, v in self.annotate.items() if not _partial(v)})
 
     @property
     def prompts(self) -> Data:
@@ -313,6 +318,11 @@ class Run:
 
     def yaml(self) -> str:
         return to_yaml(self)
+
+
+def _partial(annotation: Any) -> bool:
+    """Whether it may be some settings of an annotator that the method brings."""
+    return isinstance(annotation, Mapping) and "kind" not in annotation
 
 
 # settings that are text or a group with `kind`

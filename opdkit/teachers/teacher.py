@@ -20,6 +20,7 @@ from opdkit.objective.needs import Needs
 from opdkit.teachers.base import Remote, Scorer
 from opdkit.teachers.context import TeacherContext
 from opdkit.teachers.refuse import refuse_facts
+from opdkit.teachers.speech import VoiceElsewhere, VoiceHere
 
 
 class Teacher(ABC):
@@ -62,6 +63,8 @@ class Teacher(ABC):
     # whether spans of text can be read of it, in tokens of its own
     reads_spans: ClassVar[bool] = False
     alone: ClassVar[bool] = False  # whether its name alone, without a colon, says all of it
+    # whether it can be asked to write text (`voice`)
+    writes: ClassVar[bool] = False
 
     @classmethod
     def from_text(cls, text: str) -> dict[str, Any]:
@@ -159,6 +162,12 @@ class Teacher(ABC):
     @abstractmethod
     def open(self, context: TeacherContext) -> Scorer | Remote:
         """What scores rollouts; weights are loaded now."""
+
+    def voice(self, context: TeacherContext) -> VoiceHere | VoiceElsewhere:
+        """Where it writes text, for those that do (`writes`); a model in this process is the one
+        that scores.
+        """
+        raise UserError(f"a {self.kind} teacher cannot write text: name a model or a server")
 
     @abstractmethod
     def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:

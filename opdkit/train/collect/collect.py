@@ -1,11 +1,15 @@
-"""A step's rollouts: written by the run's writer, scored, and passed through its filters."""
+"""A step's rollouts: written by the run's writer, scored, passed through its filters, and noted on
+by its annotators.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from opdkit.annotators import AnnotateContext, Annotator
 from opdkit.base.clock import Clock
 from opdkit.curricula import Memory, StepContext
 from opdkit.curricula.writer import nothing_stored
@@ -22,6 +26,7 @@ class Collected:
 
     rollouts: list[Rollout]  # with their rewards and marks
     tokens: int  # that the student wrote for them, and for rollouts that filters dropped
+    memory: dict[str, Any] = field(default_factory=dict)  # what annotators add to the run's
 
 
 def collect(
@@ -83,5 +88,22 @@ def collect(
         *before, last = filters
         return last(filtered(before), lambda: filtered(before))
 
-    rollouts = filtered(collector.filters)
-    return Collected(rollouts, sum(sum(r.drawn) for r in written))
+    told = AnnotateContext(step, collector.seed, student.updates, memory)
+    return _annotated(collector.annotators, filtered(collector.filters), written, told, clock)
+
+
+def _annotated(
+    annotators: Sequence[Annotator],
+    rollouts: list[Rollout],
+    written: Sequence[Rollout],
+    told: AnnotateContext,
+    clock: Clock,
+) -> Collected:
+    """Rollouts once each annotator has noted on them, and what was written for them in all."""
+    added: dict[str, Any] = {}
+    for annotator in annotators:
+        with clock("annotate"):
+            now = replace(told, memory={**told.memory, **added})
+            rollouts, more = annotator.annotate(rollouts, now)
+            added |= more
+    return Collected(rollouts, sum(sum(r.drawn) for r in written), added)
