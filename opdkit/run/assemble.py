@@ -138,7 +138,7 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
         seed=run.seed,
         reward=asked.reward,
         filters=make_filters(run, method.needs, opened.tokenizer, len(prompts)),
-        annotators=open_annotators(run, asked.annotated, opened, sampler),
+        annotators=open_annotators(run, method, asked.annotated, opened, sampler),
         stored=stored,
         viewed=partial(seen, prompts),
     )

@@ -178,7 +178,7 @@ def _opened(run: Run, method: Method, prompts: Prompts, tokenizer: Any) -> tuple
     device = device_of(run.device)
     models = Models(run, method, device, Given(), tokenizer)
     models.check_models()
-    student = LocalTeacher(run.student, run.dtype).load(models.context)
+    student: Any = LocalTeacher(run.student, run.dtype).load(models.context)
     models.end_as_teacher(student.model)
     teacher = models.others(student.model, Companions())["teacher"]
     longest = refuse_long(prompts, student.model, run.sampling, {"teacher": teacher})

@@ -82,7 +82,7 @@ def completed(value: Any, usual: Any) -> Any:
     if value is None:
         return usual if "kind" in (usual or {}) else None
     if usual is None:
-        return value
+        return {"kind": SelfTeacher.kind, **value} if is_part(value) else value
     if is_part(value):
         kept = {"kind", "view"} if "weights" in value else set(usual)
         return {**{name: usual[name] for name in kept & set(usual)}, **value}

@@ -15,7 +15,7 @@ from opdkit.curricula import Memory, StepContext
 from opdkit.curricula.writer import nothing_stored
 from opdkit.rewards import score
 from opdkit.train.collect.collector import Collector
-from opdkit.train.collect.filters import Filter
+from opdkit.train.collect.filters import Draw, Filter
 from opdkit.train.student import Student
 from opdkit.types import Prompt, Rollout, Sampling
 
@@ -79,17 +79,20 @@ def collect(
         with clock("reward"):
             return rollouts if collector.reward is None else score(rollouts, collector.reward)
 
-    def filtered(filters: Sequence[Filter]) -> list[Rollout]:
-        """Rollouts of the next prompts that have passed these filters, each of which may ask the
-        ones before it for more.
-        """
-        if not filters:
-            return scored()
-        *before, last = filters
-        return last(filtered(before), lambda: filtered(before))
-
     told = AnnotateContext(step, collector.seed, student.updates, memory)
-    return _annotated(collector.annotators, filtered(collector.filters), written, told, clock)
+    return _annotated(
+        collector.annotators, _filtered(collector.filters, scored), written, told, clock
+    )
+
+
+def _filtered(filters: Sequence[Filter], draw: Draw) -> list[Rollout]:
+    """Rollouts of the next prompts that have passed these filters, each of which may ask the ones
+    before it for more.
+    """
+    if not filters:
+        return draw()
+    *before, last = filters
+    return last(_filtered(before, draw), lambda: _filtered(before, draw))
 
 
 def _annotated(
