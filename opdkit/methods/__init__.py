@@ -38,4 +38,5 @@ METHODS: dict[str, str] = {
     # methods that train both contexts, or weigh spans
     # agents, several teachers
     # depth of turns
+    "tcod": "opdkit.methods.tcod:tcod",
 }
