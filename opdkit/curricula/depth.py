@@ -31,7 +31,7 @@ def depth(step: int, start: int, eta: int) -> int:
     return start + step // eta
 
 
-def replayed(actions: int, turns: int) -> int:
+def replays(actions: int, turns: int) -> int:
     """max(0, L - k): how many of an expert's L actions are replayed, so that the last k turns are
     the student's.
     """
@@ -52,16 +52,19 @@ class DepthWriter(Writer):
 
     def write(self, context: StepContext) -> list[Rollout]:
         turns = depth(context.step, self.start, self.eta)
-        rollouts = context.sample([self.cut(p, turns) for p in context.prompts], context.sampling)
-        # an episode that the replay alone has ended has nothing of the student's
-        return [r for r in rollouts if any(r.drawn)] or rollouts
+        prompts = [self.cut(prompt, turns) for prompt in context.prompts]
+        rollouts = context.sample(prompts, context.sampling)
+        replayed = {prompt.question for prompt in prompts if prompt.replay}
+        # where the replay alone ends the episode, it is lived without: not at the step's depth
+        kept = [r for r in rollouts if r.question not in replayed or "given" in r.marks]
+        return kept or rollouts
 
     def cut(self, prompt: Prompt, turns: int) -> Prompt:
         """A prompt whose episode has `turns` turns of the student's."""
         if self.direction == "f2b":
             return replace(prompt, most_turns=turns)
         actions = expert(prompt)
-        return replace(prompt, replay=actions[: replayed(len(actions), turns)])
+        return replace(prompt, replay=actions[: replays(len(actions), turns)])
 
 
 def expert(prompt: Prompt) -> tuple[str, ...]:

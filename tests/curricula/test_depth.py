@@ -83,19 +83,21 @@ def test_a_list_that_cannot_be_replayed_is_explained(actions):
     asked(Depth("f2b"), 0, actions)  # which does not read it
 
 
-def test_an_episode_that_the_replay_ended_is_dropped():
-    """Card, definition: of it there is nothing to learn; where no other is left, it stays."""
+def test_an_episode_that_the_replay_would_end_is_dropped():
+    """Card, definition: such an episode is lived without the replay, so not at the step's depth."""
 
-    def over(prompts, sampling):
+    def sample(prompts, sampling):
         return [
-            replace(r, marks={"given": [True] * len(r.tokens)}) if "won" in p.row else r
+            replace(r, marks={"given": [True]}) if p.replay and p.id != "won" else r
             for p, r in zip(prompts, by_student(prompts, sampling), strict=True)
         ]
 
-    won, other = Prompt("won", [1], row={"won": True}), Prompt("other", [1])
-    writer = Depth("b2f").writer
-    assert [r.group for r in writer.write(context([won, other], sample=over))] == ["other"]
-    assert [r.group for r in writer.write(context([won], sample=over))] == ["won"]
+    def written(*names):
+        asked = [Prompt(n, [1], row={"actions": () if n == "free" else EIGHT}) for n in names]
+        return [r.group for r in Depth("b2f").writer.write(context(asked, sample=sample))]
+
+    assert written("won", "free", "other") == ["free", "other"]
+    assert written("won") == ["won"]  # rather than a step of nothing
 
 
 def test_the_step_alone_says_how_deep():
