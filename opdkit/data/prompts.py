@@ -153,7 +153,7 @@ class Prompts(Sequence[Prompt]):
         prompt = self._prompts[index]
         if prompt is None:
             row = self.rows[index]
-            prompt = self._prompts[index] = Prompt(id=row["id"], tokens=self._tokens(row), row=row)
+            prompt = self._prompts[index] = Prompt(id=row["id"], tokens=self.tokens(row), row=row)
         return prompt
 
     def response_tokens(self, index: int) -> list[int] | None:
@@ -174,7 +174,8 @@ class Prompts(Sequence[Prompt]):
 
     # ----------------------------------------------------------------------------------- one prompt
 
-    def _tokens(self, row: DataRow) -> list[int]:
+    def tokens(self, row: DataRow) -> list[int]:
+        """A row's question as the student reads it, up to where its answer begins."""
         prompt = row["prompt"]
         if self.chat:
             return self._one_start(self._chat_tokens(row))

@@ -48,4 +48,5 @@ METHODS: dict[str, str] = {
     "distil": "opdkit.methods.distil:distil",
     # agents, several teachers
     # depth of turns
+    "tcod": "opdkit.methods.tcod:tcod",
 }
