@@ -5,10 +5,12 @@ remembers what its rollouts showed.
 from opdkit.curricula.base import Curriculum, Plain, writer_of
 from opdkit.curricula.cached import Cached, reads_cache
 from opdkit.curricula.depth import Depth
+from opdkit.curricula.every_turn import EveryTurn
 from opdkit.curricula.mixed import Mixed
 from opdkit.curricula.pass_rate import PassRates
 from opdkit.curricula.prefix import TeacherPrefix
 from opdkit.curricula.replay import Replay
+from opdkit.curricula.several import Several
 from opdkit.curricula.two_contexts import TwoContexts
 from opdkit.curricula.writer import Memory, StepContext, Writer
 
@@ -16,11 +18,13 @@ __all__ = [
     "Cached",
     "Curriculum",
     "Depth",
+    "EveryTurn",
     "Memory",
     "Mixed",
     "PassRates",
     "Plain",
     "Replay",
+    "Several",
     "StepContext",
     "TeacherPrefix",
     "TwoContexts",

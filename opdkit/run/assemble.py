@@ -121,6 +121,8 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
     method, stored, student = asked.method, asked.stored, opened.student
     mix = guide(opened.scorers, method.teacher_mix) if method.teacher_mix else None
     prompts = make_prompts(run.prompts, asked.rows, opened.tokenizer)
+    if writer_of(method.curriculum).asks_turns and (note := prompts.drop_unanswered()):
+        print(f"opdkit: {note}", file=sys.stderr)
     prompts.refuse_unknown(opened.vocabulary)
     longest = refuse_long(prompts, student.model, sampled_as(run, method), opened.scorers)
     sampler: Sampler = (

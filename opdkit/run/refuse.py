@@ -64,6 +64,11 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
             "token by token: set sampler=hf"
         )
+    if method.actions is not None and not run.sampler_settings.on_student:
+        raise UserError(
+            f"method {method.name or 'own'!r} acts in the last {method.actions.bins} ids of the "
+            "vocabulary alone, and another engine draws from all of them: set sampler=hf"
+        )
     _refuse_undrawn(method)
     _refuse_never_validated(run, method)
     sampling = sampled_as(run, method)

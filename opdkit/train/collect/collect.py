@@ -60,20 +60,16 @@ def collect(
     def scored() -> list[Rollout]:
         """Rollouts of the next prompts, with rewards."""
         taken = collector.stream.take(collector.prompts_per_step)
-        at = {collector.prompts[i].id: i for i in taken}
         with clock("sample"):
             context = StepContext(
-                prompts=tuple(collector.prompts[i] for i in taken),
                 sampling=collector.sampling,
                 step=step,
                 total_steps=total_steps,
                 seed=collector.seed,
                 sample=sample,
-                reference=lambda prompt: collector.prompts.response_tokens(at[prompt.id]),
-                viewed=collector.viewed,
-                stored=nothing_stored if collector.stored is None else collector.stored.rollouts,
                 memory=memory,
                 policy_version=student.updates,
+                **_questions(collector, taken),
             )
             rollouts = collector.writer.write(context)
         with clock("reward"):
@@ -83,6 +79,19 @@ def collect(
     return _annotated(
         collector.annotators, _filtered(collector.filters, scored), written, told, clock
     )
+
+
+def _questions(collector: Collector, taken: Sequence[int]) -> dict[str, Any]:
+    """What a writer is told of the prompts that a step asks, by their numbers."""
+    prompts = collector.prompts
+    at = {prompts[i].id: i for i in taken}
+    return {
+        "prompts": tuple(prompts[i] for i in taken),
+        "reference": lambda prompt: prompts.response_tokens(at[prompt.id]),
+        "viewed": collector.viewed,
+        "turns": lambda prompt: prompts.turns(at[prompt.id]),
+        "stored": nothing_stored if collector.stored is None else collector.stored.rollouts,
+    }
 
 
 def _filtered(filters: Sequence[Filter], draw: Draw) -> list[Rollout]:
@@ -110,3 +119,4 @@ def _annotated(
             rollouts, more = annotator.annotate(rollouts, now)
             added |= more
     return Collected(rollouts, sum(sum(r.drawn) for r in written), added)
+    return Collected(filtered(collector.filters), sum(sum(r.drawn) for r in written))

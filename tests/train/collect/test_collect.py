@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,6 +34,14 @@ class Asked(list[Prompt]):
 
     def response_tokens(self, index: int) -> list[int]:
         return [5, 6, 7, 8]
+
+    def turns(self, index: int) -> list[Prompt]:
+        """Two of each."""
+        whole = self[index]
+        return [
+            replace(whole, id=f"{whole.id}:turn{n}", tokens=whole.tokens[:n], group="")
+            for n in (1, 2)
+        ]
 
 
 class Stored:
