@@ -4,6 +4,9 @@ remembers what its rollouts showed.
 
 from opdkit.curricula.base import Curriculum, Plain, writer_of
 from opdkit.curricula.cached import Cached, reads_cache
+from opdkit.curricula.entropy_length import EntropyLength
+from opdkit.curricula.frontier import Frontier
+from opdkit.curricula.kinds import curriculum_of
 from opdkit.curricula.mixed import Mixed
 from opdkit.curricula.pass_rate import PassRates
 from opdkit.curricula.prefix import TeacherPrefix
@@ -13,6 +16,8 @@ from opdkit.curricula.writer import Memory, StepContext, Writer
 __all__ = [
     "Cached",
     "Curriculum",
+    "EntropyLength",
+    "Frontier",
     "Memory",
     "Mixed",
     "PassRates",
@@ -21,6 +26,7 @@ __all__ = [
     "StepContext",
     "TeacherPrefix",
     "Writer",
+    "curriculum_of",
     "reads_cache",
     "writer_of",
 ]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from opdkit.base.config import build, override, parse_overrides, plain, read_yaml, to_yaml
 from opdkit.base.errors import UserError, shown
 from opdkit.base.rules import Rules, at_least, follow
+from opdkit.curricula import curriculum_of
 from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.methods.method import Method, load
 from opdkit.models.load import ATTENTION
@@ -187,6 +188,9 @@ class Run:
     reward: str | None = None
     reference: str | None = None  # null: the student's initial weights
     models: dict[str, str] = field(default_factory=dict)  # further models that the method names
+    # which prompts a step asks, how long responses may be, who writes: a name, or a group with
+    # `kind` and settings, beside what the method brings (null: that alone)
+    curriculum: str | dict[str, Any] | None = None
     steps: int = 100
     # end at the first step by which the student has written so many, if `steps` do not end it first
     max_tokens: int | None = None
@@ -246,6 +250,8 @@ class Run:
         check_sampling(self.sampling)
         teacher_of(self.teacher)  # a wrong setting is an error here, before anything else is done
         sampler_of(self.sampler)
+        if self.curriculum is not None:
+            curriculum_of(self.curriculum)
 
     @property
     def prompts(self) -> Data:
@@ -286,7 +292,11 @@ class Run:
 
 
 # settings that are text or a group with `kind`
-ENGINES: dict[str, Callable[[Any], Any]] = {"teacher": one_teacher_of, "sampler": sampler_of}
+ENGINES: dict[str, Callable[[Any], Any]] = {
+    "teacher": one_teacher_of,
+    "sampler": sampler_of,
+    "curriculum": curriculum_of,
+}
 
 
 def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from opdkit.base.clock import Clock
-from opdkit.curricula import Memory, StepContext
+from opdkit.curricula import Memory, StepContext, writer_of
 from opdkit.curricula.writer import nothing_stored
 from opdkit.rewards import score
 from opdkit.train.collect.collector import Collector
@@ -21,6 +21,7 @@ class Collected:
     """What a step has to learn from."""
 
     rollouts: list[Rollout]  # with their rewards and marks
+    scored: list[Rollout]  # those that filters dropped too, as they were before any filter
     tokens: int  # that the student wrote for them, and for rollouts that filters dropped
 
 
@@ -34,44 +35,32 @@ def collect(
     memory: Memory,
 ) -> Collected:
     """The rollouts of step number `step` (from 0) of `total_steps`."""
-    written: list[Rollout] = []
-    asked: Counter[str] = Counter()  # responses to each prompt so far
-
-    def numbered(prompt: Prompt, count: int) -> Prompt:
-        asked[prompt.id] += count
-        return replace(prompt, number=asked[prompt.id] - count)
-
-    def sample(prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        made = collector.sampler.sample(
-            [numbered(prompt, sampling.num_generations) for prompt in prompts],
-            sampling,
-            seed=collector.seed,
-            step=step,
-            policy_version=student.updates,
-        )
-        written.extend(made)
-        return made
+    pen, every = _Pen(collector, step, student.updates), []
+    batches, sampling = collector.batches(step, memory), collector.cut(memory)
 
     def scored() -> list[Rollout]:
         """Rollouts of the next prompts, with rewards."""
-        taken = collector.stream.take(collector.prompts_per_step)
+        taken = next(batches)
         at = {collector.prompts[i].id: i for i in taken}
         with clock("sample"):
             context = StepContext(
                 prompts=tuple(collector.prompts[i] for i in taken),
-                sampling=collector.sampling,
+                sampling=sampling,
                 step=step,
                 total_steps=total_steps,
                 seed=collector.seed,
-                sample=sample,
+                sample=pen.sample,
                 reference=lambda prompt: collector.prompts.response_tokens(at[prompt.id]),
                 stored=nothing_stored if collector.stored is None else collector.stored.rollouts,
                 memory=memory,
                 policy_version=student.updates,
             )
-            rollouts = collector.writer.write(context)
+            rollouts = writer_of(collector.curriculum).write(context)
         with clock("reward"):
-            return rollouts if collector.reward is None else score(rollouts, collector.reward)
+            if collector.reward is not None:
+                rollouts = score(rollouts, collector.reward)
+        every.extend(rollouts)
+        return rollouts
 
     def filtered(filters: Sequence[Filter]) -> list[Rollout]:
         """Rollouts of the next prompts that have passed these filters, each of which may ask the
@@ -83,4 +72,32 @@ def collect(
         return last(filtered(before), lambda: filtered(before))
 
     rollouts = filtered(collector.filters)
-    return Collected(rollouts, sum(sum(r.drawn) for r in written))
+    return Collected(rollouts, every, sum(sum(r.drawn) for r in pen.written))
+
+
+@dataclass
+class _Pen:
+    """What lets the student write the responses of a step; one to a prompt that is asked again is
+    another response.
+    """
+
+    collector: Collector
+    step: int
+    version: int
+    written: list[Rollout] = field(default_factory=list)
+    asked: Counter[str] = field(default_factory=Counter)  # responses to each prompt so far
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        made = self.collector.sampler.sample(
+            [self._numbered(prompt, sampling.num_generations) for prompt in prompts],
+            sampling,
+            seed=self.collector.seed,
+            step=self.step,
+            policy_version=self.version,
+        )
+        self.written.extend(made)
+        return made
+
+    def _numbered(self, prompt: Prompt, count: int) -> Prompt:
+        self.asked[prompt.id] += count
+        return replace(prompt, number=self.asked[prompt.id] - count)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
 from opdkit.base.clock import Clock
-from opdkit.curricula import Writer
+from opdkit.curricula import Plain, Writer
 from opdkit.curricula.cached import CacheWriter
 from opdkit.curricula.data import DataWriter
 from opdkit.curricula.prefix import GuidedWriter
@@ -35,6 +36,17 @@ class Asked(list[Prompt]):
         return [5, 6, 7, 8]
 
 
+@dataclass(frozen=True)
+class Written(Plain):
+    """A curriculum that lets somebody write."""
+
+    by: Writer
+
+    @property
+    def writer(self) -> Writer:
+        return self.by
+
+
 class Stored:
     def rollouts(self, prompt: Prompt) -> list[Rollout]:
         return [Rollout(f"{prompt.id}/0", prompt.tokens, [5], [True], [-1.0], [-1.0], prompt.id)]
@@ -58,7 +70,7 @@ def step_of(
     stream = PromptStream(size)
     stream.take(skipped)
     collector = Collector(
-        writer=writer,
+        curriculum=Written(writer),
         sampler=HFSampler(student.model, tiny_tokenizer()),
         prompts=Asked(Prompt(f"p{i}", [5 + i, 6]) for i in range(size)),
         stream=stream,
