@@ -46,7 +46,7 @@ def curriculum_of(value: Any, where: str = "curriculum") -> Plain:
             f"{where} must be the name of a curriculum or a group with `kind`, not {shown(value)}: "
             f"{', '.join(KINDS)}"
         )
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(
             f"{where}: {shown(kind)} is no kind of curriculum{nearest(str(kind), list(KINDS))}: "
             f"{', '.join(KINDS)}"

@@ -35,7 +35,8 @@ def collect(
     memory: Memory,
 ) -> Collected:
     """The rollouts of step number `step` (from 0) of `total_steps`."""
-    pen, every = _Pen(collector, step, student.updates), []
+    pen = _Pen(collector, step, student.updates)
+    every: list[Rollout] = []
     batches, sampling = collector.batches(step, memory), collector.cut(memory)
 
     def scored() -> list[Rollout]:
