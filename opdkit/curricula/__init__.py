@@ -5,7 +5,10 @@ remembers what its rollouts showed.
 from opdkit.curricula.base import Curriculum, Plain, writer_of
 from opdkit.curricula.cached import Cached, reads_cache
 from opdkit.curricula.depth import Depth
+from opdkit.curricula.entropy_length import EntropyLength
 from opdkit.curricula.every_turn import EveryTurn
+from opdkit.curricula.frontier import Frontier
+from opdkit.curricula.kinds import curriculum_of
 from opdkit.curricula.mixed import Mixed
 from opdkit.curricula.pass_rate import PassRates
 from opdkit.curricula.prefix import TeacherPrefix
@@ -18,7 +21,9 @@ __all__ = [
     "Cached",
     "Curriculum",
     "Depth",
+    "EntropyLength",
     "EveryTurn",
+    "Frontier",
     "Memory",
     "Mixed",
     "PassRates",
@@ -29,6 +34,7 @@ __all__ = [
     "TeacherPrefix",
     "TwoContexts",
     "Writer",
+    "curriculum_of",
     "reads_cache",
     "writer_of",
 ]

@@ -43,7 +43,9 @@ class StepContext:
 
     # of the step; one may come twice, where an epoch ends or the data has fewer than a step takes
     prompts: tuple[Prompt, ...]
-    sampling: Sampling  # the run's settings; `num_generations` responses to each prompt
+    # the run's settings, or shorter responses, where the curriculum says so; `num_generations`
+    # responses to each prompt
+    sampling: Sampling
     step: int  # steps done
     total_steps: int  # that the run will have taken at its end
     seed: int
@@ -91,6 +93,9 @@ class Writer(ABC):
     stored: ClassVar[bool] = False
     # whether it asks for the turns of trajectories: then data without any is left out
     asks_turns: ClassVar[bool] = False
+    # whether every response ends at `sampling.max_completion_length`, which a curriculum may lower
+    # from step to step
+    cuts: ClassVar[bool] = True
 
     @property
     def reads_data(self) -> bool:

@@ -21,6 +21,7 @@ from opdkit.sampling import HFSampler
 from opdkit.teachers import LocalModel, Remote, Scorer
 from opdkit.teachers.base import cut, heads_of
 from opdkit.train.student import Student
+from opdkit.types import Watch
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,9 @@ class Opened:
     vocabulary: int  # ids of the tokenizer that all of them have
     companions: Companions  # what stands beside the student
 
-    @property
-    def sampler(self) -> HFSampler:
+    def sampler(self, watch: Watch = Watch()) -> HFSampler:
         """The student's sampler in this process, for evaluations."""
-        return HFSampler(self.student.model, self.tokenizer, head=self.student.head)
+        return HFSampler(self.student.model, self.tokenizer, head=self.student.head, watch=watch)
 
 
 def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None) -> Opened:
