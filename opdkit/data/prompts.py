@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from string import Formatter
@@ -176,6 +176,10 @@ class Prompts(Sequence[Prompt]):
             return None
         ids = self._known(self._encode(response, special=False), f"response of row {row['id']!r}")
         return ids if self.end is None or ids[-1:] == [self.end] else [*ids, self.end]
+
+    def tokens_of(self, row: DataRow) -> list[int]:
+        """The ids of a row that is asked as these are, be it one of them or not."""
+        return self._known(self.tokens(row), f"prompt of row {row['id']!r}")
 
     def turns(self, index: int) -> list[Prompt]:
         """A prompt for each turn that an assistant takes in the row's conversation, with all
@@ -355,15 +359,12 @@ class Prompts(Sequence[Prompt]):
         if self.template is None:
             return prompt
         filled = {**row, "prompt": prompt}
-        return "".join(
-            before + ("" if name is None else _value(filled, name))
-            for before, name in _parts(self.template)
-        )
+        return fill(self.template, lambda name: _value(filled, name))
 
 
 def check_template(template: str, rows: Sequence[DataRow]) -> None:
     """Refuses a template that cannot be filled from every row."""
-    names = {name for _, name in _parts(template) if name is not None}
+    names = names_in(template)
     if not names:
         raise UserError(
             f"template={shown(template)} names no column, so every prompt would be the same: put "
@@ -372,6 +373,18 @@ def check_template(template: str, rows: Sequence[DataRow]) -> None:
     for row in rows:
         for name in names:
             _value(row, name)
+
+
+def names_in(template: str) -> set[str]:
+    """What a template names in braces."""
+    return {name for _, name in _parts(template) if name is not None}
+
+
+def fill(template: str, read: Callable[[str], str]) -> str:
+    """A template with what `read` gives for each name in braces."""
+    return "".join(
+        before + ("" if name is None else read(name)) for before, name in _parts(template)
+    )
 
 
 def _value(row: DataRow, name: str) -> str:

@@ -11,9 +11,13 @@ from opdkit.base.address import is_address
 from opdkit.base.config import build
 from opdkit.base.errors import UserError, nearest, shown
 from opdkit.environments.own import OwnEnvironment
+from opdkit.environments.scienceworld import ScienceWorldSettings
 from opdkit.environments.settings import EnvironmentSettings
+from opdkit.environments.textworld import TextWorldSettings
 
-KINDS: dict[str, type[EnvironmentSettings]] = {kind.kind: kind for kind in (OwnEnvironment,)}
+KINDS: dict[str, type[EnvironmentSettings]] = {
+    kind.kind: kind for kind in (OwnEnvironment, TextWorldSettings, ScienceWorldSettings)
+}
 
 
 def environment_of(value: Any, where: str = "environment") -> EnvironmentSettings:
