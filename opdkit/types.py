@@ -196,6 +196,35 @@ class Watch:
     top: int = 0
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A turn that the student has ended, in a response that may go on.
+
+    Arguments:
+        rollout: the response's id.
+        tokens: of the turn, with what ends it if the student wrote that.
+        stopped: whether the student ended it, not a limit.
+        room: tokens that the response may have after it.
+    """
+
+    rollout: str
+    tokens: list[int]
+    stopped: bool
+    room: int
+
+
+class Replies(Protocol):
+    """What answers the student's turns, so that its responses go on."""
+
+    turn_tokens: int | None  # after which a turn is cut; None: what the response has room for
+
+    def answer(self, turns: Sequence[Turn]) -> list[list[int] | None]:
+        """What is written after each of these turns, of responses that are going on side by side:
+        fewer tokens than there is room for; None: the response has ended.
+        """
+        ...
+
+
 class Sampler(Protocol):
     """What lets the student write its responses."""
 

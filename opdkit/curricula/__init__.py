@@ -4,6 +4,7 @@ remembers what its rollouts showed.
 
 from opdkit.curricula.base import Curriculum, Plain, writer_of
 from opdkit.curricula.cached import Cached, reads_cache
+from opdkit.curricula.depth import Depth
 from opdkit.curricula.mixed import Mixed
 from opdkit.curricula.pass_rate import PassRates
 from opdkit.curricula.prefix import TeacherPrefix
@@ -14,6 +15,7 @@ from opdkit.curricula.writer import Memory, StepContext, Writer
 __all__ = [
     "Cached",
     "Curriculum",
+    "Depth",
     "Memory",
     "Mixed",
     "PassRates",

@@ -25,11 +25,10 @@ def nothing_stored(prompt: Prompt) -> list[Rollout]:
 
 
 def nothing_viewed(prompt: Prompt, view: str) -> Prompt:
-    """What a run without views makes of a prompt."""
+    """What a step that knows no views has."""
     raise UserError(
-        f"the view {view!r} of prompt {prompt.id} was asked for, but whoever asks the writer has "
-        "given it no views: pass viewed=..., from a prompt and the name of a view to the prompt "
-        "as that view writes it"
+        f"prompt {prompt.id} is to be written as the view {view!r} has it, and this step has no "
+        "questions to write: views are known where a run trains"
     )
 
 
@@ -49,7 +48,8 @@ class StepContext:
     # token ids of the reference response to a prompt of the step, None where the data has none
     reference: Callable[[Prompt], list[int] | None]
     stored: Callable[[Prompt], list[Rollout]] = nothing_stored  # its rollouts in the run's cache
-    # a prompt of the step as a view writes it, of the same question and group
+    # a prompt of the step as a view of its row writes it (see `data.views`): another prompt of the
+    # same question and group
     viewed: Callable[[Prompt, str], Prompt] = nothing_viewed
     memory: Memory = field(default_factory=dict)  # the curriculum's, to be read only
     policy_version: int = 0  # optimiser steps that the student has taken

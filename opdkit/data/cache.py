@@ -365,7 +365,7 @@ class CachedPrompts(Prompts):
         self.cache = cache
         super().__init__(rows, tokenizer, max_prompt_length=max_prompt_length, chat=False)
 
-    def _tokens(self, row: DataRow) -> list[int]:
+    def tokens(self, row: DataRow) -> list[int]:
         return self.cache.prompts[row["id"]].tolist()
 
     @cached_property

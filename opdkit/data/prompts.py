@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from string import Formatter
@@ -153,7 +153,7 @@ class Prompts(Sequence[Prompt]):
         prompt = self._prompts[index]
         if prompt is None:
             row = self.rows[index]
-            prompt = self._prompts[index] = Prompt(id=row["id"], tokens=self._tokens(row), row=row)
+            prompt = self._prompts[index] = Prompt(id=row["id"], tokens=self.tokens(row), row=row)
         return prompt
 
     def response_tokens(self, index: int) -> list[int] | None:
@@ -168,9 +168,14 @@ class Prompts(Sequence[Prompt]):
         ids = self._known(self._encode(response, special=False), f"response of row {row['id']!r}")
         return ids if self.end is None or ids[-1:] == [self.end] else [*ids, self.end]
 
+    def tokens_of(self, row: DataRow) -> list[int]:
+        """The ids of a row that is asked as these are, be it one of them or not."""
+        return self._known(self._tokens(row), f"prompt of row {row['id']!r}")
+
     # ----------------------------------------------------------------------------------- one prompt
 
-    def _tokens(self, row: DataRow) -> list[int]:
+    def tokens(self, row: DataRow) -> list[int]:
+        """A row's question as the student reads it, up to where its answer begins."""
         prompt = row["prompt"]
         if self.chat:
             return self._one_start(self._chat_tokens(row))
@@ -312,15 +317,12 @@ class Prompts(Sequence[Prompt]):
         if self.template is None:
             return prompt
         filled = {**row, "prompt": prompt}
-        return "".join(
-            before + ("" if name is None else _value(filled, name))
-            for before, name in _parts(self.template)
-        )
+        return fill(self.template, lambda name: _value(filled, name))
 
 
 def check_template(template: str, rows: Sequence[DataRow]) -> None:
     """Refuses a template that cannot be filled from every row."""
-    names = {name for _, name in _parts(template) if name is not None}
+    names = names_in(template)
     if not names:
         raise UserError(
             f"template={shown(template)} names no column, so every prompt would be the same: put "
@@ -329,6 +331,18 @@ def check_template(template: str, rows: Sequence[DataRow]) -> None:
     for row in rows:
         for name in names:
             _value(row, name)
+
+
+def names_in(template: str) -> set[str]:
+    """What a template names in braces."""
+    return {name for _, name in _parts(template) if name is not None}
+
+
+def fill(template: str, read: Callable[[str], str]) -> str:
+    """A template with what `read` gives for each name in braces."""
+    return "".join(
+        before + ("" if name is None else read(name)) for before, name in _parts(template)
+    )
 
 
 def _value(row: DataRow, name: str) -> str:

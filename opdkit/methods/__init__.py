@@ -35,6 +35,11 @@ METHODS: dict[str, str] = {
     "uld": "opdkit.methods.uld:uld",
     "gold": "opdkit.methods.gold:gold",
     # the student with another context as its teacher
+    "sft": "opdkit.methods.sft:sft",
+    "dagger": "opdkit.methods.dagger:dagger",
+    "opsd": "opdkit.methods.opsd:opsd",
+    "sdft": "opdkit.methods.sdft:sdft",
+    "sdpo": "opdkit.methods.sdpo:sdpo",
     # methods that train both contexts, or weigh spans
     "pi_distill": "opdkit.methods.pi_distill:pi_distill",
     "opsd_rl": "opdkit.methods.pi_distill:opsd_rl",
@@ -43,4 +48,5 @@ METHODS: dict[str, str] = {
     "distil": "opdkit.methods.distil:distil",
     # agents, several teachers
     # depth of turns
+    "tcod": "opdkit.methods.tcod:tcod",
 }

@@ -14,7 +14,7 @@ from opdkit.objective import kernels, maths
 from opdkit.objective.batch import Batch, Live
 from opdkit.objective.facts import LogpFact
 from opdkit.objective.formula import Const, Signal
-from opdkit.objective.grammar import Loss, TokenLoss
+from opdkit.objective.grammar import Loss, TokenLoss, credit_of
 from opdkit.objective.maths import ForwardKL, Kind, ReverseKL, SkewForward, SkewReverse, kind_of
 from opdkit.objective.signals import depends_on_sample
 from opdkit.objective.support import Support
@@ -33,7 +33,8 @@ class PolicyGradient(TokenLoss):
 
     With credit log(teacher/student) its expected gradient is that of KL(student || teacher) at each
     prefix. With `cap` the ratio is to the student before the step, and what it disagrees with the
-    base about is a weight: see `Outer`.
+    base about is a weight: see `Outer`. To the base "live", the student as it is now, the ratio is
+    always 1: REINFORCE.
     """
 
     credit: Signal
@@ -122,6 +123,38 @@ class Clipped(Bounds, TokenLoss):
 
 
 @dataclass(frozen=True)
+class RatioWeighted(TokenLoss):
+    """Another loss times min(pi_s / pi_base, most) of its token, pi_s the student as it is now: a
+    weight without gradient, which moves from one update on the same rollouts to the next.
+    """
+
+    loss: TokenLoss
+    base: str | Signal = "sampler"
+    most: float = math.inf
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.loss.name
+
+    @property
+    def credit(self) -> Signal | None:
+        return credit_of(self.loss)
+
+    @property
+    def outer(self) -> Signal:
+        return self.loss.outer
+
+    def defined(self, batch: Batch) -> Tensor | None:  # [B, T] or [B, 1] bool
+        return self.loss.defined(batch)
+
+    def joined(self, batch: Batch) -> Tensor | None:  # [B, T] bool
+        return self.loss.joined(batch)
+
+    def value(self, live: Live) -> Tensor:  # [n]
+        return ratio(live, self.base).detach().clamp_max(self.most) * self.loss.value(live)
+
+
+@dataclass(frozen=True)
 class Likelihood(TokenLoss):
     """-log pi_s of the token that stands there."""
 
@@ -170,7 +203,9 @@ def base_logp(facts: Batch | Live, base: str | Signal) -> Tensor:
     The student before the step is the live one until its first update: to the bit, whatever dtype
     and engine found the fact.
     """
-    if isinstance(facts, Live) and base == "student" and not facts.batch.moved:
+    if isinstance(facts, Live) and (
+        base == "live" or (base == "student" and not facts.batch.moved)
+    ):
         return facts.logp.detach()
     if not isinstance(base, Signal):
         return facts.read(LogpFact(base))

@@ -292,12 +292,16 @@ class ToGo(Signal):
 
 @dataclass(frozen=True)
 class RowMean(Signal):
-    """[B, 1]: mean of a signal over a rollout's trained tokens."""
+    """[B, 1]: mean of a signal over a rollout's trained tokens, those `among` them if that is
+    given.
+    """
 
     of: Signal
+    among: Signal | None = None
 
     def value(self, batch: Batch) -> Tensor:  # [B, 1]
-        return row_mean(self.of(batch).expand(batch.shape), batch.mask)
+        mask = batch.mask if self.among is None else batch.mask & self.among(batch).bool()
+        return row_mean(self.of(batch).expand(batch.shape), mask)
 
 
 @dataclass(frozen=True)

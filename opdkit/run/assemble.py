@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from opdkit.base.files import truncate_metrics, write_whole
 from opdkit.curricula import writer_of
 from opdkit.data import PromptStream
 from opdkit.data.cache import student_notes
+from opdkit.data.views import seen
 from opdkit.models.identity import identify
 from opdkit.models.layout import batch_tokens
 from opdkit.objective.needs import Needs, watched
+from opdkit.run.annotate import open_annotators
 from opdkit.run.ask import Asked
 from opdkit.run.evaluation import Evaluator, Validator, score_teachers
 from opdkit.run.open import Given
@@ -120,11 +123,14 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
     prompts = make_prompts(run.prompts, asked.rows, opened.tokenizer)
     prompts.refuse_unknown(opened.vocabulary)
     longest = refuse_long(prompts, student.model, sampled_as(run, method), opened.scorers)
+    sampler: Sampler = (
+        opened.models.sampler(student, watched(method.needs), mix, longest)
+        if stored is None
+        else opened.sampler  # of evaluations: nothing is written during training
+    )
     return Collector(
         writer=writer_of(method.curriculum),
-        sampler=opened.models.sampler(student, watched(method.needs), mix, longest)
-        if stored is None
-        else opened.sampler,  # of evaluations: nothing is written during training
+        sampler=sampler,
         prompts=prompts,
         stream=PromptStream(len(prompts), seed=run.seed),
         sampling=run.sampling,
@@ -132,7 +138,9 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
         seed=run.seed,
         reward=asked.reward,
         filters=make_filters(run, method.needs, opened.tokenizer, len(prompts)),
+        annotators=open_annotators(run, method, asked.annotated, opened, sampler),
         stored=stored,
+        viewed=partial(seen, prompts),
     )
 
 

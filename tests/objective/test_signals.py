@@ -194,6 +194,8 @@ def test_pass_rates():
         (ToGo(SIGNAL), [[5, 0, 4], [3.5, 0.5, 0]]),
         (ToGo(SIGNAL, 0.5), [[3, 0, 4], [3.25, 0.5, 0]]),  # 1 + 0.5 * 4: the hole takes no time
         (RowMean(SIGNAL), [[2.5], [1.75]]),
+        (RowMean(SIGNAL, among=SIGNAL > 2), [[4], [3]]),
+        (RowMean(SIGNAL, among=SIGNAL > 3), [[4], [0]]),  # of none: 0
         (MeanOne(SIGNAL), X / 2.125),
         (MeanOne(SIGNAL * 0), torch.zeros(2, 3)),
         (MeanOne(Const(7)), torch.ones(2, 3)),

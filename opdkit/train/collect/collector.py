@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from opdkit.annotators import Annotator
 from opdkit.curricula import Writer
+from opdkit.curricula.writer import nothing_viewed
 from opdkit.rewards import Reward
 from opdkit.train.collect.filters import Filter
 from opdkit.types import Prompt, Rollout, Sampler, Sampling
@@ -38,4 +41,7 @@ class Collector:
     seed: int = 0
     reward: Reward | None = None
     filters: tuple[Filter, ...] = ()  # one after the other, once rollouts have their rewards
+    annotators: tuple[Annotator, ...] = ()  # one after the other, on what the filters left
     stored: Stored | None = None  # where the writer reads its rollouts from a cache
+    # a prompt as a view of its row writes it
+    viewed: Callable[[Prompt, str], Prompt] = nothing_viewed
