@@ -54,9 +54,10 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def data(shop: Shop) -> str:
-    """Rows with everything a method may read: a route, a reference response."""
+    """Rows with everything a method may read: a route, a reference response, what views show."""
+    shown = {"hint": "add them", "allowed": ["numbers"], "disallowed": ["names"]}
     rows = [
-        {**row, "teacher": "ab"[i % 2], "response": f" {i + 1}"}
+        {**row, **shown, "teacher": "ab"[i % 2], "response": f" {i + 1}"}
         for i, row in enumerate(gsm8k_rows(2))
     ]
     return write_rows(shop.folder / "kinds.jsonl", rows)

@@ -108,7 +108,17 @@ def test_a_student_whose_configuration_has_dropout(
     assert (line["sampling/mismatch_max"] < 1e-5) == disable
 
 
-WITH_RESPONSES = [{"question": f"What is {i}?", "response": f" {i}"} for i in range(4)]
+# and with what the views of some methods show
+WITH_RESPONSES = [
+    {
+        "question": f"What is {i}?",
+        "response": f" {i}",
+        "hint": f"it is {i}",
+        "allowed": ["numbers"],
+        "disallowed": ["names"],
+    }
+    for i in range(4)
+]
 
 
 @pytest.mark.parametrize(
