@@ -365,6 +365,12 @@ class CachedPrompts(Prompts):
         self.cache = cache
         super().__init__(rows, tokenizer, max_prompt_length=max_prompt_length, chat=False)
 
+    def turns(self, index: int) -> list[Prompt]:
+        raise UserError(
+            "a cache holds whole questions as token ids, not the messages of which turns could be "
+            "made: name the data itself"
+        )
+
     def tokens(self, row: DataRow) -> list[int]:
         return self.cache.prompts[row["id"]].tolist()
 

@@ -11,8 +11,17 @@ from typing import Any, overload
 
 from opdkit.base.errors import UserError, nearest, shown
 from opdkit.base.progress import progress
-from opdkit.data.columns import look, text
-from opdkit.data.messages import Message, as_messages, called, is_messages, name_of, tools_of
+from opdkit.data.columns import look
+from opdkit.data.messages import (
+    Message,
+    as_messages,
+    called,
+    is_messages,
+    name_of,
+    text,
+    tools_of,
+    turns_of,
+)
 from opdkit.models.chat import (
     has_template,
     parts,
@@ -170,7 +179,40 @@ class Prompts(Sequence[Prompt]):
 
     def tokens_of(self, row: DataRow) -> list[int]:
         """The ids of a row that is asked as these are, be it one of them or not."""
-        return self._known(self._tokens(row), f"prompt of row {row['id']!r}")
+        return self._known(self.tokens(row), f"prompt of row {row['id']!r}")
+
+    def turns(self, index: int) -> list[Prompt]:
+        """A prompt for each turn that an assistant takes in the row's conversation, with all
+        messages before it; one that is asked as it is, where there is no other.
+        """
+        whole, rows = self[index], turns_of(self.rows[index])
+        made = []
+        for number, row in enumerate(rows, 1):
+            id = whole.id if len(rows) == 1 else f"{whole.id}:turn{number}"
+            what = f"turn {number} of row {whole.id!r}"
+            same = row["prompt"] == whole.row["prompt"]
+            tokens = whole.tokens if same else self._known(self.tokens(row), what)
+            row = whole.row if same and len(rows) == 1 else {**row, "id": id}
+            made.append(Prompt(id, tokens, row, question=whole.question, group=id))
+        return made
+
+    def drop_unanswered(self) -> str:
+        """Leaves out conversations in which no assistant takes a turn; says which, "" where there
+        are none.
+        """
+        kept = [i for i, row in enumerate(self.rows) if turns_of(row)]
+        gone = [row["id"] for row in self.rows if not turns_of(row)]
+        if not kept:
+            raise UserError(
+                f"none of the {len(gone)} conversations has an assistant's message, and the "
+                "student is to write those: the data needs whole trajectories in `messages`"
+            )
+        total = len(self.rows)
+        self.rows = [self.rows[i] for i in kept]
+        self._prompts = [self._prompts[i] for i in kept]
+        rest = f" and {len(gone) - NAMED} more" if len(gone) > NAMED else ""
+        said = f"have no assistant's message and are left out: {', '.join(gone[:NAMED])}{rest}"
+        return f"{len(gone)} of {total} conversations {said}" if gone else ""
 
     # ----------------------------------------------------------------------------------- one prompt
 

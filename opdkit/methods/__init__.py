@@ -47,6 +47,12 @@ METHODS: dict[str, str] = {
     "trace": "opdkit.methods.trace:trace",
     "distil": "opdkit.methods.distil:distil",
     # agents, several teachers
+    "skill_sd": "opdkit.methods.skill_sd:skill_sd",
+    "cord": "opdkit.methods.cord:cord",
+    "mad_opd": "opdkit.methods.mad_opd:mad_opd",
+    "opad": "opdkit.methods.mad_opd:opad",
+    "erpd": "opdkit.methods.erpd:erpd",
+    "vla_opd": "opdkit.methods.vla_opd:vla_opd",
     # depth of turns
     "tcod": "opdkit.methods.tcod:tcod",
 }

@@ -136,6 +136,8 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
     lines += [f"state beside the student, saved with it: {c}" for c in beside]
     lines += [f"{name}, unless a run says otherwise: {spec}" for name, spec in made.models.items()]
     lines += [f"noted on its rollouts, {name}: {spec}" for name, spec in made.annotate.items()]
+    if made.actions is not None:
+        lines.append(f"models write bins of an action, not text: {made.actions}")
     if made.curriculum != Plain():
         lines.append(f"curriculum: {made.curriculum}")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ A method needs one import line: the grammar, every signal, loss, fact and kind o
 handed on here.
 """
 
+from opdkit.objective.actions import Actions
 from opdkit.objective.alignment import SpanFact
 from opdkit.objective.batch import Batch, HiddenFact, Live
 from opdkit.objective.companion import (
@@ -92,6 +93,7 @@ from opdkit.objective.support import Support
 
 __all__ = [
     "JSD",
+    "Actions",
     "Advantage",
     "Alpha",
     "Around",

@@ -176,7 +176,9 @@ class Where(Signal):
 
 @dataclass(frozen=True)
 class Row(Signal):
-    """[B, 1]: a numeric column of the data."""
+    """[B, 1]: a numeric column of the data; `name[0]` is the first number of a column that holds
+    lists, NaN in rows that do not have it.
+    """
 
     name: str
 

@@ -114,7 +114,7 @@ def open_annotators(
     here = run.sampler_settings.on_student and not odd_layers(student)
     context = AnnotatorContext(
         opened.models.context,
-        opened.sampler if here else sampler,
+        opened.sampler() if here else sampler,
         context_limit(student.config),
         models_by_name(run),
     )

@@ -18,7 +18,7 @@ from opdkit.rewards import Reward, load_reward
 from opdkit.rewards.rows import check_rows
 from opdkit.run.annotate import annotations_of, refuse_annotations, refuse_rows
 from opdkit.run.open import Given
-from opdkit.run.prompts import from_cache, read_rows, stored_rollouts, within
+from opdkit.run.prompts import as_run, read_rows, stored_rollouts, within
 from opdkit.run.refuse import refuse, refuse_no_response
 from opdkit.run.settings import Data, Run
 from opdkit.teachers import route
@@ -42,7 +42,7 @@ class Asked:
 
 def ask(run: Run, given: Given) -> Asked:
     """Reads what the run names; refuses what can be refused without a model."""
-    method = within(run, from_cache(given.method or run.method_spec.load(), run))
+    method = within(run, as_run(given.method or run.method_spec.load(), run))
     reward = given.reward or load_reward(run.reward)
     refuse(run, method, reward)
     annotated = annotations_of(run, method)
@@ -59,7 +59,7 @@ def ask(run: Run, given: Given) -> Asked:
     refuse_rows(annotated, rows)
     if run.evaluate is not None and eval_rows is not None:
         check_data(run.evaluate.prompts, eval_rows, reward)
-    if method.curriculum.validates:
+    if "loss" in method.curriculum.measures:
         refuse_no_response([row.get("response") for row in eval_rows or ()])
     routes = run.teachers.routes if "teacher" in method.opened else {}
     check_views(run, method, rows)

@@ -13,7 +13,7 @@ from typing import Any
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
 from opdkit.models.adapters import has_adapters, own_adapters
-from opdkit.models.body import check_head, head_of
+from opdkit.models.body import act_in, check_head, head_of
 from opdkit.models.load import (
     DTYPES,
     dtype_of,
@@ -139,6 +139,7 @@ class Models:
             if has_adapters(model):
                 model.enable_input_require_grads()
         check_head(model)
+        act_in(model, self.method.actions)
         self.end_as_teacher(model)
         return model
 
@@ -244,4 +245,5 @@ class Models:
             model, products = self.load(run.student, dtype, advice=TEACHER_ADVICE), DTYPES[dtype]
         compute_in(model, products, dtype_of(run.head_dtype))
         model = model.eval().requires_grad_(False)
+        act_in(model, self.method.actions)
         return LocalModel(model, head_of(model), run.micro_batch_tokens)

@@ -21,6 +21,7 @@ from opdkit.sampling import HFSampler
 from opdkit.teachers import LocalModel, Remote, Scorer
 from opdkit.teachers.base import cut, heads_of
 from opdkit.train.student import Student
+from opdkit.types import Watch
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,9 @@ class Opened:
     vocabulary: int  # ids of the tokenizer that all of them have
     companions: Companions  # what stands beside the student
 
-    @property
-    def sampler(self) -> HFSampler:
+    def sampler(self, watch: Watch = Watch()) -> HFSampler:
         """The student's sampler in this process, for evaluations."""
-        return HFSampler(self.student.model, self.tokenizer, head=self.student.head)
+        return HFSampler(self.student.model, self.tokenizer, head=self.student.head, watch=watch)
 
 
 def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None) -> Opened:
@@ -75,7 +75,23 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
     companions = Companions(copies.built | beside(wanted, student, scorers, run).built)
     # a copy that a teacher reads through a view is behind it
     everyone = companions.scorers | scorers
+    refuse_other_actions(method, scorers)
     return Opened(models, tokenizer, student, everyone, vocabulary, companions)
+
+
+def refuse_other_actions(method: Method, scorers: Mapping[str, Scorer | Remote]) -> None:
+    """Models that are not restricted to the bins that a method acts in."""
+    if method.actions is None:
+        return
+    for name, scorer in scorers.items():
+        heads = heads_of(scorer)
+        if not heads or any(head.actions != method.actions for head in heads):
+            raise UserError(
+                f"method {method.name or 'own'!r} compares models over the last "
+                f"{method.actions.bins} ids alone, and {name} answers over its whole vocabulary: "
+                f"have it in this process ({name}=MODEL), not in a server, another engine or a "
+                "cache"
+            )
 
 
 def beside(

@@ -14,6 +14,7 @@ from opdkit.annotators import annotators_of
 from opdkit.base.config import build, override, parse_overrides, plain, read_yaml, to_yaml
 from opdkit.base.errors import UserError, shown
 from opdkit.base.rules import Rules, at_least, follow
+from opdkit.curricula import curriculum_of
 from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.methods.method import Method, load
 from opdkit.models.load import ATTENTION
@@ -196,6 +197,9 @@ class Run:
     # what is noted on rollouts before they are scored, by name, besides what the method brings:
     # {spans: {kind: spans, by: model}}; null switches one of the method's off (see `annotators`)
     annotate: dict[str, Any] = field(default_factory=dict)
+    # which prompts a step asks, how long responses may be, who writes: a name, or a group with
+    # `kind` and settings, beside what the method brings (null: that alone)
+    curriculum: str | dict[str, Any] | None = None
     steps: int = 100
     # end at the first step by which the student has written so many, if `steps` do not end it first
     max_tokens: int | None = None
@@ -261,6 +265,8 @@ class Run:
             one_teacher_of(self.reference, "reference")
         sampler_of(self.sampler)
         annotators_of({name: v for name, v in self.annotate.items() if not _partial(v)})
+        if self.curriculum is not None:
+            curriculum_of(self.curriculum)
 
     @property
     def prompts(self) -> Data:
@@ -326,7 +332,11 @@ def _partial(annotation: Any) -> bool:
 
 
 # settings that are text or a group with `kind`
-ENGINES: dict[str, Callable[[Any], Any]] = {"teacher": one_teacher_of, "sampler": sampler_of}
+ENGINES: dict[str, Callable[[Any], Any]] = {
+    "teacher": one_teacher_of,
+    "sampler": sampler_of,
+    "curriculum": curriculum_of,
+}
 
 
 def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:

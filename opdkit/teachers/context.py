@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from opdkit.base.errors import UserError
 from opdkit.curricula import Curriculum
+from opdkit.objective.actions import Actions
 from opdkit.objective.companion import Companion
 from opdkit.objective.needs import Needs
 
@@ -23,6 +24,8 @@ class Reader(Protocol):
     def curriculum(self) -> Curriculum: ...
     @property
     def teacher_mix(self) -> float: ...
+    @property
+    def actions(self) -> Actions | None: ...
 
 
 def no_student() -> Any:

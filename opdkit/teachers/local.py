@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError
-from opdkit.models.body import check_head, head_of
+from opdkit.models.body import act_in, check_head, head_of
 from opdkit.models.held import HERE, Held
 from opdkit.models.identity import Identity, identify
 from opdkit.models.layout import Layout, batch_tokens
@@ -172,6 +172,7 @@ class LocalTeacher(Teacher):
         products = dtype_of(dtype if given is None else None)
         compute_in(model, products, dtype_of(context.head_dtype))
         check_head(model)
+        act_in(model, context.method.actions)
         local = LocalModel(model, head_of(model), context.micro_batch_tokens)
         if not self.offload:
             return local
