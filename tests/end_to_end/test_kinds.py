@@ -82,8 +82,8 @@ def teachers(
     cache_teacher(make_run(run), folder / "cache", top_k=64)
     model, tokenizer = load_model(shop.teacher), load_tokenizer(shop.teacher)
     with (
-        FakeServer(model, tokenizer, max_logprobs=64) as vllm,
-        FakeServer(model, tokenizer, "sglang", max_logprobs=64) as sglang,
+        FakeServer(model, tokenizer, max_logprobs=100) as vllm,
+        FakeServer(model, tokenizer, "sglang", max_logprobs=100) as sglang,
         _own(load_model(shop.teacher), tokenizer) as url,
     ):
         yield {
