@@ -142,11 +142,12 @@ def opad(
     assistant's message through.
 
     Arguments:
-        beta: as in `mad_opd`. Default: the paper's.
-        tau: as in `mad_opd`. Default: the paper's.
-        rounds: as in `mad_opd`. Default: the paper's.
-        teachers: as in `mad_opd`. Default: the paper's.
-        k: as in `mad_opd`. Default: the paper's.
+        beta: as in `mad_opd`, in [0, 1]: 0 is forward, 1 reverse KL. Default: the paper's for
+            agents.
+        tau: as in `mad_opd`, above 0: temperature of the weights. Default: the paper's.
+        rounds: as in `mad_opd`, at least 0: rounds of the debate. Default: the paper's.
+        teachers: as in `mad_opd`, at least 1: how many there are. Default: the paper's.
+        k: as in `mad_opd`, in tokens: each teacher's top k, or None. Default: the paper's.
         per: what counts alike: each "turn", so that a long trajectory counts more, or each
             "trajectory". Default: the paper's.
     """

@@ -39,6 +39,7 @@ FILES = sorted(
     {FOLDER / f"{home.partition(':')[0].split('.')[-1]}.py" for home in METHODS.values()}
 )
 WITHOUT = {"gkd", "topk_opd", "kl_mixing", "tip", "paced", "distillm", "uld", "gold"}
+WITHOUT |= {"mad_opd", "opad", "vla_opd"}  # the last has a policy gradient without a ratio
 WITH = sorted(set(METHODS) - WITHOUT)
 
 # -------------------------------------------------------------------------------------- described
