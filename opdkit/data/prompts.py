@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from string import Formatter
@@ -162,7 +162,7 @@ class Prompts(Sequence[Prompt]):
         prompt = self._prompts[index]
         if prompt is None:
             row = self.rows[index]
-            prompt = self._prompts[index] = Prompt(id=row["id"], tokens=self._tokens(row), row=row)
+            prompt = self._prompts[index] = Prompt(id=row["id"], tokens=self.tokens(row), row=row)
         return prompt
 
     def response_tokens(self, index: int) -> list[int] | None:
@@ -177,6 +177,10 @@ class Prompts(Sequence[Prompt]):
         ids = self._known(self._encode(response, special=False), f"response of row {row['id']!r}")
         return ids if self.end is None or ids[-1:] == [self.end] else [*ids, self.end]
 
+    def tokens_of(self, row: DataRow) -> list[int]:
+        """The ids of a row that is asked as these are, be it one of them or not."""
+        return self._known(self.tokens(row), f"prompt of row {row['id']!r}")
+
     def turns(self, index: int) -> list[Prompt]:
         """A prompt for each turn that an assistant takes in the row's conversation, with all
         messages before it; one that is asked as it is, where there is no other.
@@ -187,7 +191,7 @@ class Prompts(Sequence[Prompt]):
             id = whole.id if len(rows) == 1 else f"{whole.id}:turn{number}"
             what = f"turn {number} of row {whole.id!r}"
             same = row["prompt"] == whole.row["prompt"]
-            tokens = whole.tokens if same else self._known(self._tokens(row), what)
+            tokens = whole.tokens if same else self._known(self.tokens(row), what)
             row = whole.row if same and len(rows) == 1 else {**row, "id": id}
             made.append(Prompt(id, tokens, row, question=whole.question, group=id))
         return made
@@ -212,7 +216,8 @@ class Prompts(Sequence[Prompt]):
 
     # ----------------------------------------------------------------------------------- one prompt
 
-    def _tokens(self, row: DataRow) -> list[int]:
+    def tokens(self, row: DataRow) -> list[int]:
+        """A row's question as the student reads it, up to where its answer begins."""
         prompt = row["prompt"]
         if self.chat:
             return self._one_start(self._chat_tokens(row))
@@ -354,15 +359,12 @@ class Prompts(Sequence[Prompt]):
         if self.template is None:
             return prompt
         filled = {**row, "prompt": prompt}
-        return "".join(
-            before + ("" if name is None else _value(filled, name))
-            for before, name in _parts(self.template)
-        )
+        return fill(self.template, lambda name: _value(filled, name))
 
 
 def check_template(template: str, rows: Sequence[DataRow]) -> None:
     """Refuses a template that cannot be filled from every row."""
-    names = {name for _, name in _parts(template) if name is not None}
+    names = names_in(template)
     if not names:
         raise UserError(
             f"template={shown(template)} names no column, so every prompt would be the same: put "
@@ -371,6 +373,18 @@ def check_template(template: str, rows: Sequence[DataRow]) -> None:
     for row in rows:
         for name in names:
             _value(row, name)
+
+
+def names_in(template: str) -> set[str]:
+    """What a template names in braces."""
+    return {name for _, name in _parts(template) if name is not None}
+
+
+def fill(template: str, read: Callable[[str], str]) -> str:
+    """A template with what `read` gives for each name in braces."""
+    return "".join(
+        before + ("" if name is None else read(name)) for before, name in _parts(template)
+    )
 
 
 def _value(row: DataRow, name: str) -> str:
