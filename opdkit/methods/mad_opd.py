@@ -136,7 +136,8 @@ def opad(
     asks with all messages before assistant turn j, and the student writes that turn alone; no
     environment is there, no reward, and the reference's own turn is not used. A step has
     prompts_per_step trajectories, each with all its turns; one without an assistant's message
-    teaches nothing and is left out. History, tools' results and templates are never trained.
+    teaches nothing and is left out. Any other loss is asked so with the run's
+    curriculum=every_turn. History, tools' results and templates are never trained.
 
     Source: arXiv 2605.01347 and its code. Departure: its splitter passes trajectories without an
     assistant's message through.

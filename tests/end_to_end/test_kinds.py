@@ -143,7 +143,7 @@ def outcome(
             "method": method,
             "reward": shop.reward,
             # there are no routes to a model that is not the teacher
-            "models": {n: teacher if kind != "routes" else shop.teacher for n in unnamed(method)},
+            "models": dict.fromkeys(unnamed(method), shop.teacher if kind == "routes" else teacher),
             # who scores is asked here, not who debates
             "annotate": {"debate": {"of": [shop.teacher, shop.llama], "max_tokens": 4}}
             if "debate" in load(method).annotate
