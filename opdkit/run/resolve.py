@@ -47,10 +47,7 @@ def with_models(run: Run, method: Method) -> Run:
     usual = {name: dict(spec) for name, spec in method.models.items()}
     found = {name: completed(said.get(name), usual.get(name)) for name in {*said, *usual}}
     models = {n: m for n, m in found.items() if m is not None and n not in ("teacher", "reference")}
-    try:
-        return replace(run, teacher=found["teacher"], reference=found["reference"], models=models)
-    except UserError as error:
-        raise UserError(f"method {method.name or 'own'!r}: {error}") from error
+    return replace(run, teacher=found["teacher"], reference=found["reference"], models=models)
 
 
 def _folder(run: Run, resume: bool) -> Path:
