@@ -50,7 +50,8 @@ def refuse_annotations(
                 f"has none: set reward, or switch it off with annotate.{name}=null"
             )
         for spec in settings.writers:
-            writer_of(spec, models_by_name(run), f"annotate.{name}")
+            where = f"method {method.name or 'own'!r}: annotate.{name}"
+            writer_of(spec, models_by_name(run), where)
     _refuse_unmarked(method, annotated)
 
 

@@ -25,6 +25,7 @@ from opdkit.objective.needs import Needs
 from opdkit.objective.supply import Tensors
 from opdkit.teachers.base import Remote, Scorer, cut, heads_of, reads_of
 from opdkit.teachers.context import TeacherContext
+from opdkit.teachers.speech import VoiceElsewhere, VoiceHere
 from opdkit.teachers.teacher import Teacher
 from opdkit.types import DataRow, Rollout
 
@@ -139,6 +140,14 @@ class ViewedTeacher(Teacher):
     @property
     def adds_up(self) -> bool:
         return self.of.adds_up
+
+    @property
+    def writes(self) -> bool:  # type: ignore[override]
+        """As the teacher itself does, under plain prompts."""
+        return self.of.writes
+
+    def voice(self, context: TeacherContext) -> VoiceHere | VoiceElsewhere:
+        return self.of.voice(context)
 
     @property
     def starts_student(self) -> bool:
