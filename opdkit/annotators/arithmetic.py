@@ -154,7 +154,8 @@ def _equal(a: Fraction, b: Fraction, left: Sequence[Sign], right: Sequence[Sign]
         return True
     places = [len(s.text.partition(".")[2]) for s in right if s.kind == "number"]
     near = abs(a - b)
-    if places and max(places) and near <= Fraction(1, 2 * 10 ** max(places)):
+    most = max(places, default=0)
+    if most and near <= Fraction(1, 2 * 10**most):
         return True
     rounded = any("." in s.text for s in left if s.kind == "number")
     return rounded and near <= ROUNDED * max(abs(a), abs(b))

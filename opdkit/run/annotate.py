@@ -28,7 +28,7 @@ from opdkit.types import MARK_OF, DataRow, Sampler
 OWN_MARKS = frozenset({*MARK_OF.values(), "newline", "uninformed"})
 
 
-def annotations(run: Run, method: Method) -> dict[str, AnnotatorSettings]:
+def annotators_for(run: Run, method: Method) -> dict[str, AnnotatorSettings]:
     """The run's annotators by name."""
     return annotators_of(run.annotate, method.annotate)
 
@@ -42,6 +42,7 @@ def refuse_annotations(
     run: Run, method: Method, annotated: Mapping[str, AnnotatorSettings], scored: bool
 ) -> None:
     """What cannot work, before any model is loaded. scored: whether the run has a reward."""
+    _refuse_twice(annotated)
     for name, settings in annotated.items():
         if settings.reads_reward and not scored:
             raise UserError(
@@ -51,6 +52,20 @@ def refuse_annotations(
         for spec in settings.writers:
             writer_of(spec, models_by_name(run), f"annotate.{name}")
     _refuse_unmarked(method, annotated)
+
+
+def _refuse_twice(annotated: Mapping[str, AnnotatorSettings]) -> None:
+    """Two annotators that write the same: the later one would undo the other's."""
+    by: dict[str, str] = {}
+    for name, settings in annotated.items():
+        for column in settings.columns:
+            if column in by:
+                raise UserError(
+                    f"annotate.{by[column]} and annotate.{name} both write the column {column!r}, "
+                    "and only one can hold: leave one out, or switch it off with "
+                    f"annotate.{name}=null"
+                )
+            by[column] = name
 
 
 def _refuse_unmarked(method: Method, annotated: Mapping[str, AnnotatorSettings]) -> None:

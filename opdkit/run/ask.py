@@ -13,7 +13,7 @@ from opdkit.data.prompts import check_template
 from opdkit.methods.method import Method
 from opdkit.rewards import Reward, load_reward
 from opdkit.rewards.rows import check_rows
-from opdkit.run.annotate import annotations, refuse_annotations, refuse_rows
+from opdkit.run.annotate import annotators_for, refuse_annotations, refuse_rows
 from opdkit.run.open import Given
 from opdkit.run.prompts import from_cache, read_rows, stored_rollouts, within
 from opdkit.run.refuse import refuse, refuse_no_response
@@ -42,7 +42,7 @@ def ask(run: Run, given: Given) -> Asked:
     method = within(run, from_cache(given.method or run.method_spec.load(), run))
     reward = given.reward or load_reward(run.reward)
     refuse(run, method, reward)
-    annotated = annotations(run, method)
+    annotated = annotators_for(run, method)
     refuse_annotations(run, method, annotated, reward is not None)
     # a judge that is not there, a machine that cannot confine programs
     if reward is not None and hasattr(reward, "check"):
