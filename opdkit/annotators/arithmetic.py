@@ -152,10 +152,9 @@ def _equal(a: Fraction, b: Fraction, left: Sequence[Sign], right: Sequence[Sign]
     """Equal; a result with decimals up to its rounding, and numbers with decimals up to theirs."""
     if a == b:
         return True
-    places = [len(s.text.partition(".")[2]) for s in right if s.kind == "number"]
+    places = max((len(s.text.partition(".")[2]) for s in right if s.kind == "number"), default=0)
     near = abs(a - b)
-    most = max(places, default=0)
-    if most and near <= Fraction(1, 2 * 10**most):
+    if places and near <= Fraction(1, 2 * 10**places):
         return True
     rounded = any("." in s.text for s in left if s.kind == "number")
     return rounded and near <= ROUNDED * max(abs(a), abs(b))

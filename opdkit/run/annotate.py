@@ -15,6 +15,7 @@ from opdkit.annotators import (
     annotators_of,
 )
 from opdkit.annotators.speaker import writer_of
+from opdkit.annotators.uninformed import Uninformed
 from opdkit.base.errors import UserError, nearest
 from opdkit.curricula import writer_of as curriculum_writer
 from opdkit.methods.method import Method
@@ -28,7 +29,7 @@ from opdkit.types import MARK_OF, DataRow, Sampler
 OWN_MARKS = frozenset({*MARK_OF.values(), "newline", "uninformed"})
 
 
-def annotators_for(run: Run, method: Method) -> dict[str, AnnotatorSettings]:
+def annotations_of(run: Run, method: Method) -> dict[str, AnnotatorSettings]:
     """The run's annotators by name."""
     return annotators_of(run.annotate, method.annotate)
 
@@ -107,20 +108,28 @@ def refuse_rows(annotated: Mapping[str, AnnotatorSettings], rows: Sequence[DataR
 
 
 def open_annotators(
-    run: Run, annotated: Mapping[str, AnnotatorSettings], opened: Opened, sampler: Sampler
+    run: Run,
+    method: Method,
+    annotated: Mapping[str, AnnotatorSettings],
+    opened: Opened,
+    sampler: Sampler,
 ) -> tuple[Annotator, ...]:
-    """The annotators, with the models they ask.
+    """The annotators, with the models they ask; last, as it looks at what the others noted, the one
+    that marks what the teacher's view has nothing to show for.
 
     sampler: the run's own; it also writes texts where the student is not sampled in this process.
     """
+    views = run.teachers.views
+    blind = views and "mark:uninformed" in method.needs.columns
+    last = (Uninformed(tuple(dict.fromkeys(views))),) if blind else ()
     if not annotated:
-        return ()
+        return last
     student = opened.student.model
     here = run.sampler_settings.on_student and not odd_layers(student)
     context = AnnotatorContext(
         opened.models.context,
-        opened.sampler if here else sampler,
+        opened.sampler() if here else sampler,
         context_limit(student.config),
         models_by_name(run),
     )
-    return tuple(settings.open(context) for settings in annotated.values())
+    return (*(settings.open(context) for settings in annotated.values()), *last)

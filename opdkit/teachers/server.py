@@ -37,7 +37,6 @@ class ServerTeacher(Teacher):
     """
 
     kind = "server"
-    writes = True
     urls: tuple[str, ...]
     model: str | None = None  # the name it is served under; null: the only one there
     concurrency: int = 16  # requests under way at once, over all urls
@@ -101,6 +100,10 @@ class ServerTeacher(Teacher):
             "the teacher's server",
         )
 
+    @property
+    def writes(self) -> bool:
+        return True
+
     def voice(self, context: TeacherContext) -> VoiceElsewhere:
         setting = "{kind: server, urls: [URL], model: NAME}"
         return VoiceElsewhere(ChatServer(self._endpoint(), self.model, "the teacher", setting))
@@ -122,13 +125,15 @@ def _ask_own(
     method = context.method
     beyond = [
         f
-        for f in method.needs.of("teacher")
+        for f in method.needs.of(context.role)
         if f.own_tokenizer or not (f.whole_vocabulary or protocol.known(f))
     ]
     refuse_facts(
         method.name or "own", "a server", beyond, "use a teacher in this process (teacher=MODEL)"
     )
-    return client_serve.connect(endpoint, name, about, method.needs, context.tokenizer, "teacher")
+    return client_serve.connect(
+        endpoint, name, about, method.needs, context.tokenizer, context.role
+    )
 
 
 def _ask_others(
@@ -151,7 +156,7 @@ def _ask_others(
     known = context.vocabulary or real_vocabulary(tokenizer)
     served = Served(endpoint, wires[0], name, known, limit)
     ones = [replace(endpoint, urls=[url]) for url in cards]
-    return probe(served, ones, method.name, method.needs, tokenizer, "teacher")
+    return probe(served, ones, method.name, method.needs, tokenizer, context.role)
 
 
 def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, Card]:

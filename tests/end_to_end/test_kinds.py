@@ -142,7 +142,7 @@ def outcome(
             # a schedule that adapts to it needs an evaluation between the ends
             **(
                 {"steps": 2, "evaluate": {"data": data, "every": 1}}
-                if load(method).curriculum.validates
+                if load(method).curriculum.measures
                 else {}
             ),
             **(

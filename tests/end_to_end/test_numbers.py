@@ -164,7 +164,7 @@ def test_a_schedule_that_does_not_adapt_needs_no_evaluation(
     shop: Shop, tmp_path: Path, arguments: dict[str, Any]
 ) -> None:
     run = shop.run(tmp_path, method={"name": "distillm", "arguments": arguments})
-    assert prepare(run)[0].held_out.validate is None
+    assert prepare(run)[0].held_out.measure is None
 
 
 # what they compare the responses to a prompt for: baselines, pass rates, shares, margins
