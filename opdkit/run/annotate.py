@@ -23,6 +23,7 @@ from opdkit.models.limits import context_limit
 from opdkit.run.opened import Opened
 from opdkit.run.settings import Run
 from opdkit.sampling.kv_cache import odd_layers
+from opdkit.teachers.teacher import Teacher
 from opdkit.types import MARK_OF, DataRow, Sampler
 
 # marks that a run writes itself: filters, and views of a teacher that lack their pieces
@@ -39,6 +40,15 @@ def models_by_name(run: Run) -> dict[str, Any]:
     return {**run.models, "teacher": run.teacher}
 
 
+def writers_for(run: Run, name: str, settings: AnnotatorSettings) -> dict[str, Teacher]:
+    """The models, the student apart, that write text for an annotator, by what it calls them."""
+    found = {
+        str(spec): writer_of(spec, models_by_name(run), f"annotate.{name}")
+        for spec in settings.writers
+    }
+    return {spec: writer for spec, writer in found.items() if writer is not None}
+
+
 def refuse_annotations(
     run: Run, method: Method, annotated: Mapping[str, AnnotatorSettings], scored: bool
 ) -> None:
@@ -50,8 +60,7 @@ def refuse_annotations(
                 f"annotate.{name} ({settings.kind}) goes by the rewards of responses, and the run "
                 f"has none: set reward, or switch it off with annotate.{name}=null"
             )
-        for spec in settings.writers:
-            writer_of(spec, models_by_name(run), f"annotate.{name}")
+        writers_for(run, name, settings)  # who cannot write is refused
     _refuse_unmarked(method, annotated)
 
 

@@ -13,7 +13,12 @@ import pytest
 import opdkit
 from opdkit import UserError
 from opdkit.base import exact
+from opdkit.models.held import ELSEWHERE
+from opdkit.run.ask import ask
 from opdkit.run.launch import execute
+from opdkit.run.open import Given
+from opdkit.run.plan.models import models_of
+from opdkit.run.resume import record_of
 from opdkit.run.settings import make_run
 from opdkit.train.checkpoint import STATE
 from tests.common.tiny import save_tiny
@@ -149,3 +154,31 @@ def test_other_annotators_are_another_run(shop: Shop, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"annotate.spans.coverage: 0.5 in the checkpoint, 0.3 now"):
         execute(make_run(changed), resume=True)
     assert json.dumps(opdkit.Run(**{k: given[k] for k in ("student", "teacher", "data")}).annotate)
+
+
+def test_a_plan_holds_the_models_that_write(shop: Shop, tmp_path: Path) -> None:
+    """One that also teaches counts once; a server is elsewhere; the student is there already."""
+    more = {
+        "debate": {"of": ["teacher", "student", shop.teacher, "server:http://127.0.0.1:1"]},
+        "skills": "student",
+    }
+    run = make_run(values(shop, tmp_path / "run", annotate=more))
+    plain = make_run(values(shop, tmp_path / "run"))
+    held, before = (models_of(r, r.method_spec.load()) for r in (run, plain))
+    assert held[: len(before)] == before
+    new = [(h.role, h.name, h.own) for h in held[len(before) :]]
+    assert new[:2] == [("annotate.debate", shop.teacher, False)] * 2
+    assert [h.where for h in held[-1:]] == [ELSEWHERE] and len(new) == 3
+
+
+def test_a_server_that_moved_is_the_same_writer(shop: Shop, tmp_path: Path) -> None:
+    """Recorded is which model it is; another model, or none, is another run."""
+
+    def recorded(by: Any) -> Any:
+        run = make_run(values(shop, tmp_path / "run", annotate={"skills": {"by": by}}))
+        return record_of(run, Given(), ask(run, Given()))["annotate"]["skills"]
+
+    urls = [{"kind": "server", "urls": [f"http://127.0.0.1:{n}"], "model": "m"} for n in (1, 2)]
+    one, two = map(recorded, urls)
+    assert one == two != recorded({**urls[0], "model": "n"})
+    assert one not in (recorded("student"), recorded("rules"), recorded(shop.teacher))
