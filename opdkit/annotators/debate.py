@@ -73,7 +73,7 @@ class DebateSettings(AnnotatorSettings):
     rounds: int = 2
     temperature: float = 0.7
     max_tokens: int = 1024  # of a message
-    keep: int = 4096  # questions
+    keep: int = 1024  # questions
 
     def __post_init__(self) -> None:
         follow(DEBATE, self)

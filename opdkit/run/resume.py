@@ -26,6 +26,7 @@ from opdkit.models.identity import (
     tokenizer_digest,
     tokenizer_files_digest,
 )
+from opdkit.run.annotate import models_by_name, writers_for
 from opdkit.run.ask import Asked
 from opdkit.run.open import Given
 from opdkit.run.settings import Data, Run
@@ -79,7 +80,7 @@ def record_of(run: Run, given: Given, asked: Asked) -> dict[str, Any]:
         "method": _method(run, given, asked),
         "reward": "own" if given.reward is not None else _code(run.reward, [run.reward]),
         "sampler": _sampler(run),
-        "annotate": {name: _annotator(one) for name, one in asked.annotated.items()},
+        "annotate": {name: _annotator(run, name, one) for name, one in asked.annotated.items()},
         "data": _data(run.prompts, asked.rows),
         "evaluate": None,
     }
@@ -151,10 +152,19 @@ def _sampler(run: Run) -> dict[str, Any]:
     return {"kind": settings.kind, "dtype": getattr(settings, "dtype", None)}
 
 
-def _annotator(settings: AnnotatorSettings) -> dict[str, Any]:
-    """Its kind and settings, with a digest of one's own code in them."""
+def _annotator(run: Run, name: str, settings: AnnotatorSettings) -> dict[str, Any]:
+    """Its kind and settings, with digests of one's own code and of the models in them; not where
+    these are reached, which may be elsewhere by then.
+    """
     code = {address: _code(address, [address]) for address in settings.code}
-    return {"kind": settings.kind, **plain(settings), **({"code": code} if code else {})}
+    models, known = writers_for(run, name, settings), models_by_name(run)  # recorded already
+    writers = [
+        plain(models[spec].recorded()) if spec in models and spec not in known else spec
+        for spec in map(str, settings.writers)
+    ]
+    where = [*settings.writers, list(settings.writers)]
+    kept = {k: v for k, v in plain(settings).items() if v not in where}
+    return {"kind": settings.kind, **kept, "code": code, "writers": writers}
 
 
 def _data(data: Data, rows: list[DataRow]) -> dict[str, Any]:

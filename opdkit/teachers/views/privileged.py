@@ -197,6 +197,14 @@ class ViewedTeacher(Teacher):
         made = ViewedRemote if isinstance(scorer, Remote) else Viewed
         return made(scorer, self.view, render)
 
+    @property
+    def writes(self) -> bool:
+        return self.of.writes
+
+    def voice(self, context: TeacherContext) -> VoiceHere | VoiceElsewhere:
+        """Of the teacher itself: what it is asked to write, the view is no part of."""
+        return self.of.voice(context)
+
     def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:
         return self.of.held(role, dtype, shape_of)
 
