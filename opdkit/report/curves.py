@@ -121,9 +121,9 @@ def _lines(found: dict[str, Values]) -> list[Line]:
         low, high = _plus(mean, std, -1), _plus(mean, std, 1)
         return [Line("mean", mean), Line("± std", low, high)]
     for name in ("completions/{}_length", "turns/{}"):
-        low, mean, high = (found.get(name.format(end)) for end in ("min", "mean", "max"))
-        if low and mean and high:
-            return [Line("mean", mean), Line("range", low, high)]
+        ends = [found[key] for end in ("mean", "min", "max") if (key := name.format(end)) in found]
+        if len(ends) == 3:
+            return [Line("mean", ends[0]), Line("range", ends[1], ends[2])]
     by_end = {name.rpartition("/")[2]: values for name, values in found.items()}
     if {end for _, *ends in BANDS for end in ends if end} <= set(by_end):
         return [Line(name, by_end[low], by_end.get(high, [])) for name, low, high in BANDS]
