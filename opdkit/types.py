@@ -20,6 +20,10 @@ DataRow = dict[str, Any]  # one row of a data set by column name, such as prompt
 MARK_OF = {"guide": "guided", "data": "given", "environment": "tool"}
 AUTHORS = ("student", *MARK_OF)  # whoever may have written a token of a response
 
+# policy version of a rollout whose recorded log-probs are not those of the student under its
+# prompt, whatever steps that has taken: the student's are computed anew
+NEVER_FRESH = -1
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -105,7 +109,8 @@ class Rollout:
             top_k, min_p).
         group: rollouts that are compared with each other (baselines, pairs) and learnt from in one
             optimiser step; in general those of one question.
-        policy_version: optimiser steps that the sampling policy had taken.
+        policy_version: optimiser steps that the sampling policy had taken; `NEVER_FRESH`: it is
+            another than the student under this prompt.
         finish: "stop": it ended itself; "length": cut at max_completion_length; "given": read from
             data.
         text: the response, decoded.
@@ -189,6 +194,35 @@ class Watch:
 
     entropy: bool = False
     top: int = 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn that the student has ended, in a response that may go on.
+
+    Arguments:
+        rollout: the response's id.
+        tokens: of the turn, with what ends it if the student wrote that.
+        stopped: whether the student ended it, not a limit.
+        room: tokens that the response may have after it.
+    """
+
+    rollout: str
+    tokens: list[int]
+    stopped: bool
+    room: int
+
+
+class Replies(Protocol):
+    """What answers the student's turns, so that its responses go on."""
+
+    turn_tokens: int | None  # after which a turn is cut; None: what the response has room for
+
+    def answer(self, turns: Sequence[Turn]) -> list[list[int] | None]:
+        """What is written after each of these turns, of responses that are going on side by side:
+        fewer tokens than there is room for; None: the response has ended.
+        """
+        ...
 
 
 class Sampler(Protocol):

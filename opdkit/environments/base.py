@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from opdkit.environments.calls import CallFormat
 from opdkit.types import DataRow
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
@@ -52,7 +53,11 @@ class Environment(ABC):
     """
 
     # functions that the student may call, as JSON schemas, written by its chat template
-    tools: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    tools: Sequence[Mapping[str, Any]] = ()
+    # how the student's template writes calls of them; said before `reset`
+    calls: CallFormat = CallFormat()
+    # whether `step` is told the student's thoughts too; else its action begins after them
+    thoughts: ClassVar[bool] = False
 
     @abstractmethod
     def reset(self, row: DataRow, seed: int) -> str | list[Message]:
@@ -69,7 +74,8 @@ class Environment(ABC):
         {"role": "tool", "content": ...}).
 
         Arguments:
-            action: the turn as the student wrote it, decoded, without what ends it.
+            action: the turn as the student wrote it, decoded, without its thoughts and what ends
+                it.
         """
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 from opdkit.curricula import Plain, reads_cache
@@ -63,6 +64,18 @@ def passes(method: Method) -> list[str]:
     return lines
 
 
+def brought(method: Method) -> list[str]:
+    """Who a method's models are unless a run says otherwise, as a run's file would say it."""
+    return [f"{name}: {_written(spec)}" for name, spec in method.models.items()]
+
+
+def _written(spec: Any) -> str:
+    """Nested values in one line of YAML."""
+    if isinstance(spec, Mapping):
+        return f"{{{', '.join(f'{k}: {_written(v)}' for k, v in spec.items())}}}"
+    return str(spec).lower() if isinstance(spec, bool) else str(spec)
+
+
 def arguments_of(method: Method) -> tuple[list[Shown], list[Shown]]:
     """The arguments of a method's function, and those of the ratio layer."""
     if not method.arguments:
@@ -105,6 +118,7 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
         "forward passes of a step, besides sampling",
         *(f"  {i}. {x}" for i, x in enumerate(passes(made), 1)),
     ]
+    lines += [f"unless the run says otherwise, {model}" for model in brought(made)]
     base = expression.base_of(made.name)
     if base is not None:
         added = [x for x in passes(made) if x not in passes(load(base))]
@@ -120,6 +134,10 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
     )
     beside = sorted({*needs.companions, *made.companions}, key=repr)
     lines += [f"state beside the student, saved with it: {c}" for c in beside]
+    lines += [f"{name}, unless a run says otherwise: {spec}" for name, spec in made.models.items()]
+    lines += [f"noted on its rollouts, {name}: {spec}" for name, spec in made.annotate.items()]
+    if made.actions is not None:
+        lines.append(f"models write bins of an action, not text: {made.actions}")
     if made.curriculum != Plain():
         lines.append(f"curriculum: {made.curriculum}")
     return "\n".join(lines)

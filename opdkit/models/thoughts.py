@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 THOUGHTS = (
@@ -19,12 +19,14 @@ THOUGHTS = (
 NEAR = 8  # tokens at a prompt's end in which a template opens a thought
 
 
-def decode(tokenizer: Any, responses: Sequence[Sequence[int]]) -> list[str]:
+def decode(
+    tokenizer: Any, responses: Sequence[Sequence[int]], kept: Mapping[int, str] | None = None
+) -> list[str]:
     """Texts without special tokens, but with the marks of thoughts where these are special: a
-    thought must not be taken for the answer.
+    thought must not be taken for the answer. `kept`: further special tokens that stay, by id.
     """
     settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    marks = special_marks(tokenizer)
+    marks = special_marks(tokenizer) | dict(kept or {})
     if not marks:
         return list(tokenizer.batch_decode([list(tokens) for tokens in responses], **settings))
     texts = []

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from opdkit.base.config import plain
 from opdkit.base.errors import UserError
 from opdkit.base.files import truncate_metrics, write_whole
+from opdkit.curricula import writer_of
 from opdkit.data import PromptStream
 from opdkit.data.cache import student_notes
+from opdkit.data.views import seen
 from opdkit.models.identity import identify
 from opdkit.models.layout import batch_tokens
 from opdkit.objective.needs import Needs, watched
+from opdkit.run.annotate import open_annotators
 from opdkit.run.ask import Asked
 from opdkit.run.evaluation import Evaluator, Heard, Measurer, Validator, score_teachers
 from opdkit.run.open import Given
@@ -116,13 +120,18 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
     method, stored, student = asked.method, asked.stored, opened.student
     mix = guide(opened.scorers, method.teacher_mix) if method.teacher_mix else None
     prompts = make_prompts(run.prompts, asked.rows, opened.tokenizer)
+    if writer_of(method.curriculum).asks_turns and (note := prompts.drop_unanswered()):
+        print(f"opdkit: {note}", file=sys.stderr)
     prompts.refuse_unknown(opened.vocabulary)
     longest = refuse_long(prompts, student.model, sampled_as(run, method), opened.scorers)
+    sampler: Sampler = (
+        opened.models.sampler(student, watched(method.needs), mix, longest)
+        if stored is None
+        else opened.sampler()  # of evaluations: nothing is written during training
+    )
     return Collector(
         curriculum=method.curriculum,
-        sampler=opened.models.sampler(student, watched(method.needs), mix, longest)
-        if stored is None
-        else opened.sampler(),  # of evaluations: nothing is written during training
+        sampler=sampler,
         prompts=prompts,
         stream=PromptStream(len(prompts), seed=run.seed),
         sampling=run.sampling,
@@ -130,7 +139,9 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
         seed=run.seed,
         reward=asked.reward,
         filters=make_filters(run, method.needs, opened.tokenizer, len(prompts)),
+        annotators=open_annotators(run, method, asked.annotated, opened, sampler),
         stored=stored,
+        viewed=partial(seen, prompts),
     )
 
 

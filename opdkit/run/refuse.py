@@ -46,8 +46,8 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} reads {words}: of the sampler only the log-probs of "
             "its own tokens are recorded. Read the student instead"
         )
-    if "teacher" not in method.brought:
-        run.teachers.refuse(method.name or "own", needs)
+    for name in sorted(method.opened):
+        run.model_named(name).refuse(method.name or "own", needs, name)
     local = run.teachers.opens_local_model
     if run.evaluate is not None and run.evaluate.teacher and not local:
         raise UserError(
@@ -63,6 +63,11 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
         raise UserError(
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
             "token by token: set sampler=hf"
+        )
+    if method.actions is not None and not run.sampler_settings.on_student:
+        raise UserError(
+            f"method {method.name or 'own'!r} acts in the last {method.actions.bins} ids of the "
+            "vocabulary alone, and another engine draws from all of them: set sampler=hf"
         )
     _refuse_undrawn(method)
     _refuse_never_measured(run, method)
@@ -262,4 +267,22 @@ def refuse_long(
             f"context of {limit}. Set data.max_prompt_length={max(room, 0)} to drop longer "
             "prompts, or lower max_completion_length"
         )
+    _refuse_long_views(prompts, sampling, others or {})
     return len(longest.tokens) + sampling.max_completion_length
+
+
+def _refuse_long_views(prompts: Prompts, sampling: Sampling, others: Mapping[str, Any]) -> None:
+    """Questions that a teacher reads with something beside them, and that are too long with it."""
+    for name, scorer in others.items():
+        limit = reads_of(scorer)
+        if limit is None or not hasattr(scorer, "longest"):
+            continue
+        row, length = scorer.longest(prompts.rows)
+        if length + sampling.max_completion_length > limit:
+            raise UserError(
+                f"with what its view shows, the prompt of row {row!r} has {length} tokens for the "
+                f"{name}; with max_completion_length={sampling.max_completion_length} only "
+                f"{limit - sampling.max_completion_length} fit its context of {limit}, and nothing "
+                "is cut. Take long rows out, show less (view.template=...), or lower "
+                "max_completion_length"
+            )

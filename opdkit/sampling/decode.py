@@ -20,9 +20,10 @@ from opdkit.objective.maths import mixture
 from opdkit.sampling.attention import spread
 from opdkit.sampling.draws import choose, row_uniform
 from opdkit.sampling.finish import Response, Tick, refuse_broken, with_stops
+from opdkit.sampling.going_on import fed
 from opdkit.sampling.kv_cache import new_cache, select
 from opdkit.sampling.rows import Record, Rows, Unit
-from opdkit.types import Prompt, Sampling, Watch, row_keys
+from opdkit.types import Prompt, Replies, Sampling, Turn, Watch, row_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 REFILL_SHARE = 0.25  # of the row budget has to be free before waiting prompts join a running batch
 # tokens decoded before those of a stop string: some decoders drop the space before the first token
 STOP_MARGIN = 4
+ANSWER_SHARE = 0.25  # of the rows have to have ended their turns before these are answered together
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ class Decoding:
     tick: Tick | None = None
     guide: Guide | None = None
     watch: Watch = Watch()
+    replies: Replies | None = None  # what answers a turn; None: a response is one turn
     records: list[Record] = field(default_factory=list)
     finished: int = 0  # rollouts
+    parked: list[Rows] = field(default_factory=list)  # whose turn has ended, unanswered
 
     def __post_init__(self) -> None:
         if self.guide is not None:
@@ -81,9 +85,16 @@ class Decoding:
         size = min(self.sampling.num_generations, rows)
         waiting = self._units(size)
         running: Rows | None = None
-        while waiting or running:
-            free = rows - (len(running.row) if running else 0)
-            if waiting and (not running or free >= max(size, REFILL_SHARE * rows)):
+        while waiting or running or self.parked:
+            live = len(running.row) if running else 0
+            unanswered = sum(len(part.row) for part in self.parked)
+            free = rows - live - unanswered
+            if unanswered and unanswered >= ANSWER_SHARE * (live + unanswered):
+                joining = self._go_on()
+                if running and joining:
+                    running.join(joining)
+                running = running or joining
+            elif waiting and (not running or free >= max(size, REFILL_SHARE * rows)):
                 number = min(prefill, max(1, free // size))
                 admitted = self._admit(waiting[:number])
                 del waiting[:number]
@@ -148,14 +159,22 @@ class Decoding:
         for cache in caches:
             select(cache, index)
         batch = Rows(
-            caches, mask[index], padded, rows, lengths[index], given, torch.empty_like(rows), tail
+            caches=caches,
+            mask=mask[index],
+            padded=padded,
+            row=rows,
+            length=lengths[index],
+            count=given,
+            begun=given,
+            token=torch.empty_like(rows),
+            tail=tail,
         )
         return batch, [hidden[index, -1] for hidden in states]
 
     def _complete(self, unit: Unit) -> bool:
         """Whether the prefix is the whole response; if so its rollouts are finished here."""
         prefix = unit.prompt.prefix
-        ended = bool(prefix) and prefix[-1] in self.stop_ids
+        ended = bool(prefix) and prefix[-1] in self.stop_ids and self.replies is None
         if not ended and len(prefix) < self.sampling.max_completion_length:
             return False
         self.stopped[unit.rows.start : unit.rows.stop] = ended
@@ -257,12 +276,16 @@ class Decoding:
     # ------------------------------------------------------------- release: rows that are finished
 
     def _release(self, batch: Rows, drawn: Record) -> Rows | None:
-        """Lets the rows leave that their last tokens finish; None where no row is left."""
+        """Lets the rows leave that their last tokens finish, or whose turn they end; None where no
+        row is left.
+        """
         stopped = (drawn.token[:, None] == self.stops).any(1)
         if self.tail:
             stopped |= self._wrote_stop(batch.tail)
         bad = ~drawn.logp.isfinite()
         done = stopped | (batch.count >= self.sampling.max_completion_length)
+        if self.replies is not None and self.replies.turn_tokens is not None:
+            done |= batch.count - batch.begun >= self.replies.turn_tokens
         # the one moment in a step when the host waits for the device
         if not bool((done | bad).any()):
             return batch
@@ -270,11 +293,71 @@ class Decoding:
             refuse_broken(self.ids[int(batch.row[bad][0])])
         self.stopped[batch.row[done]] = stopped[done]
         left = int((~done).sum())
-        self._tell(len(done) - left)
+        if self.replies is None:
+            self._tell(len(done) - left)
+        else:
+            self.parked.append(batch.copied(done.nonzero()[:, 0]))
         if not left:
             return None
         batch.keep(~done)
         return batch
+
+    # ------------------------------------------------------------------- go on: turns are answered
+
+    def _go_on(self) -> Rows | None:
+        """Has the parked rows answered, and draws the next token of those that go on."""
+        assert self.replies is not None
+        batch, *others = self.parked
+        for other in others:
+            batch.join(other)
+        self.parked = []
+        answers = self.replies.answer(self._turns(batch))
+        kept = torch.tensor([answer is not None for answer in answers], device=self.device)
+        self._tell(len(kept) - int(kept.sum()))
+        if not bool(kept.any()):
+            return None
+        by_row = dict(zip(batch.row.tolist(), answers))
+        batch.keep(kept)
+        texts = [by_row[row] or [] for row in batch.row.tolist()]
+        self._record_answers(batch, texts)
+        going: Rows | None = None
+        for part, states in fed(self.models, batch, texts):
+            joining = self._next(part, states)
+            if going and joining:
+                going.join(joining)
+            going = going or joining
+        return going
+
+    def _turns(self, batch: Rows) -> list[Turn]:
+        """The turns that the rows have ended."""
+        self.records = [Record.joined(self.records)]
+        [drawn] = self.records
+        mine = torch.isin(drawn.row, batch.row)
+        written: dict[int, list[int]] = {row: [] for row in batch.row.tolist()}
+        for row, token in zip(drawn.row[mine].tolist(), drawn.token[mine].tolist()):
+            written[row].append(token)
+        most, counts = self.sampling.max_completion_length, batch.count.tolist()
+        stopped, lengths = self.stopped[batch.row].tolist(), (batch.count - batch.begun).tolist()
+        return [
+            Turn(self.ids[row], tokens[-length:], ended, most - count)
+            for (row, tokens), length, ended, count in zip(
+                written.items(), lengths, stopped, counts, strict=True
+            )
+        ]
+
+    def _record_answers(self, batch: Rows, texts: Sequence[list[int]]) -> None:
+        """Notes what others wrote after the turns of the rows: nobody drew it."""
+        lengths = torch.tensor([len(text) for text in texts], device=self.device)
+        token = torch.tensor([t for text in texts for t in text], device=self.device)
+        silent = self.records[-1].logp.new_zeros(len(token))
+        [known] = self.records
+        entropy = None if known.entropy is None else silent
+        top = None if known.top is None else known.top.new_zeros(len(token), known.top.shape[1])
+        top_logp = None if known.top_logp is None else silent[:, None].expand(top.shape)
+        row = batch.row.repeat_interleave(lengths)
+        self.records.append(Record(row, token, silent, silent, entropy, top, top_logp))
+        batch.count = batch.begun = batch.count + lengths
+        batch.tail = torch.full_like(batch.tail, -1)
 
     def _wrote_stop(self, tail: Tensor) -> Tensor:
         """[B] bool: whether the last tokens drawn [B, K] hold a stop string."""

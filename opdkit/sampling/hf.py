@@ -23,7 +23,7 @@ from opdkit.sampling.decode import Decoding, Guide
 from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.finish import Tick, finish, rollout_ids
 from opdkit.sampling.kv_cache import check_states, tokens_that_fit
-from opdkit.types import Prompt, Rollout, Sampling, Watch
+from opdkit.types import Prompt, Replies, Rollout, Sampling, Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +41,8 @@ class HFSampler:
     `watch`. Draws are keyed by seed, rollout id and position: a rollout depends neither on the
     other prompts nor on the batch it was sampled in.
     """
+
+    continues = True  # it takes `replies`
 
     def __init__(
         self,
@@ -92,13 +94,16 @@ class HFSampler:
         step: int | None = 0,
         policy_version: int = 0,
         progress: Tick | None = None,
+        replies: Replies | None = None,
     ) -> list[Rollout]:
         """All responses to the first prompt, then to the second, ...; rollout ids are
         step/prompt/number, without the step where it is None.
 
         A response ends with a stop token (kept, trained), with the token that completes a stop
         string (tokens kept, text cut), or at `max_completion_length`. A prompt's prefix opens its
-        responses: marked "guided", with log-probs under the model's plain softmax.
+        responses: marked "guided", with log-probs under the model's plain softmax. With `replies` a
+        response goes on where its turn has ended, until nothing answers it; what others write in it
+        has log-prob 0.
         """
         check_sampling(sampling)
         if not prompts:
@@ -131,6 +136,7 @@ class HFSampler:
                 progress,
                 self.guide,
                 self.watch,
+                replies,
             )
             task.run(budget // longest, max(1, PREFILL_TOKENS // longest))
         return finish(prompts, sampling, ids, task.responses(), self.tokenizer, policy_version)

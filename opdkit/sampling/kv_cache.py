@@ -4,6 +4,7 @@ right, so that padding is always on the left, and for layers of linear attention
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,31 @@ def select(cache: DynamicCache, index: Tensor, trim: int = 0) -> None:
             layer.cumulative_length = columns  # all columns seen, of which the window's are held
         else:
             layer.take(index, columns)
+
+
+def taken(cache: DynamicCache, index: Tensor, trim: int = 0) -> DynamicCache:
+    """A cache of rows `index` [b] alone, without the first `trim` columns; the other stays."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in _layers(other):
+        if not keeps_columns(layer):
+            layer.conv_states, layer.recurrent_states = (
+                type(states)(states) for states in (layer.conv_states, layer.recurrent_states)
+            )
+    select(other, index, trim)
+    return other
+
+
+def shift(cache: DynamicCache, right: Tensor) -> None:
+    """Moves the columns of each row to the right, by `right` [B] of them, in place: what is behind
+    the end is dropped, and what comes first is of no meaning. For full attention.
+    """
+    for layer in _layers(cache):
+        columns = torch.arange(layer.keys.shape[2], device=right.device)
+        index = (columns - right[:, None]).clamp_min(0)[:, None, :, None]
+        layer.hold(
+            *(states.gather(2, index.expand_as(states)) for states in (layer.keys, layer.values))
+        )
 
 
 def shrink(cache: DynamicCache, holes: Tensor, moved: Tensor, rows: int) -> None:

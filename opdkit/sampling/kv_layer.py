@@ -41,7 +41,8 @@ class GrowingLayer(DynamicLayer):
         start = self.keys.shape[2]
         stop = start + key_states.shape[2]
         if stop > self.buffers[0].shape[2]:
-            self.take(torch.arange(len(self.keys), device=self.device), start)
+            rows = torch.arange(len(self.keys), device=self.device)
+            self.take(rows, start, stop - start + ROOM)
         for buffer, states in zip(self.buffers, (key_states, value_states)):
             buffer[:, :, start:stop] = states
         self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
@@ -58,14 +59,17 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = self.keys[:rows], self.values[:rows]
         self.buffers = (self.buffers[0][:rows], self.buffers[1][:rows])
 
-    def take(self, index: Tensor, columns: int) -> None:
+    def take(self, index: Tensor, columns: int, room: int = ROOM) -> None:
         """Keeps (or repeats) rows `index` [b] and the last `columns` columns, in fresh buffers."""
-        self.buffers = (_gather(self.keys, index, columns), _gather(self.values, index, columns))
+        self.buffers = (
+            _gather(self.keys, index, columns, room),
+            _gather(self.values, index, columns, room),
+        )
         self.keys, self.values = (buffer[:, :, :columns] for buffer in self.buffers)
 
 
-def _gather(states: Tensor, index: Tensor, columns: int) -> Tensor:
-    buffer = states.new_empty(len(index), states.shape[1], columns + ROOM, states.shape[3])
+def _gather(states: Tensor, index: Tensor, columns: int, room: int) -> Tensor:
+    buffer = states.new_empty(len(index), states.shape[1], columns + room, states.shape[3])
     torch.index_select(
         states[:, :, states.shape[2] - columns :], 0, index, out=buffer[:, :, :columns]
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opdkit.sampling.kv_cache import join, pad_left, select, shrink
+from opdkit.sampling.kv_cache import join, pad_left, select, shrink, taken
 from opdkit.types import Notes, Prompt
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # of the columns have to be padding for all rows before they are cut off, which copies the cache
 TRIM_SHARE = 0.125
+OF_ROWS = ("row", "count", "begun", "token", "tail")  # what a row has besides its columns
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Rows:
     row: Tensor  # [B]
     length: Tensor  # [B] tokens in the cache
     count: Tensor  # [B] response tokens drawn or given
+    begun: Tensor  # [B] of them those before the row's turn
     token: Tensor  # [B] the last one, not yet in the cache
     tail: Tensor  # [B, K] the last tokens drawn, -1 before the first; K = 0 without stop strings
 
@@ -62,12 +64,18 @@ class Rows:
                 shrink(cache, holes, moved, rows)
         self.mask = self.mask[index, trim:]
         self.padded = not bool(self.mask.all())
-        self.row, self.count, self.token, self.tail = (
-            self.row[index],
-            self.count[index],
-            self.token[index],
-            self.tail[index],
-        )
+        for name in OF_ROWS:
+            setattr(self, name, getattr(self, name)[index])
+
+    def copied(self, index: Tensor) -> Rows:
+        """Rows `index` [b] with caches of their own, without columns that are padding for all of
+        them.
+        """
+        trim = self.mask.shape[1] - int(self.length[index].max())
+        mask = self.mask[index, trim:]
+        own = {name: getattr(self, name)[index] for name in ("length", *OF_ROWS)}
+        caches = [taken(cache, index, trim) for cache in self.caches]
+        return Rows(caches=caches, mask=mask, padded=not bool(mask.all()), **own)
 
     def join(self, other: Rows) -> None:
         """Appends the rows of another batch; the narrower one is padded on the left."""
@@ -76,7 +84,7 @@ class Rows:
         for cache, more in zip(self.caches, other.caches):
             join(cache, more)
         self.mask = torch.cat([pad_left(self.mask, columns, 1), pad_left(other.mask, columns, 1)])
-        for name in ("row", "length", "count", "token", "tail"):
+        for name in ("length", *OF_ROWS):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
 

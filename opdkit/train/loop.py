@@ -95,6 +95,7 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
         job.collector, student, clock, step=step, total_steps=total, memory=state.memory
     )
     rollouts, state.tokens = collected.rollouts, state.tokens + collected.tokens
+    state.memory = {**state.memory, **collected.memory}
     with clock("score"):  # gather facts
         batch = gather(
             rollouts,

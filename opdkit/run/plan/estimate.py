@@ -21,7 +21,7 @@ from opdkit.run.plan.models import models_of
 from opdkit.run.plan.work import USUAL, Load, Phase, Rates, load_of, phases, sampling
 from opdkit.run.prompts import as_run
 from opdkit.run.refuse import refuse
-from opdkit.run.resolve import on_device
+from opdkit.run.resolve import on_device, with_models
 from opdkit.run.settings import Run
 
 WIDE = 58  # of the names in the table of memory
@@ -44,6 +44,7 @@ def plan(
             "for half of the limit"
         )
     run = on_device(run, device.gpu)
+    run = with_models(run, run.method_spec.load())
     method = as_run(run.method_spec.load(), run)
     reward, notes = _reward(run)
     refuse(run, method, reward)

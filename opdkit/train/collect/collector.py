@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
+from opdkit.annotators import Annotator
 from opdkit.base.errors import UserError
 from opdkit.curricula import Curriculum, Memory
+from opdkit.curricula.writer import nothing_viewed
 from opdkit.rewards import Reward
 from opdkit.train.collect.filters import Filter
 from opdkit.types import Prompt, Rollout, Sampler, Sampling
@@ -20,6 +22,7 @@ class Questions(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Prompt: ...
     def response_tokens(self, index: int) -> list[int] | None: ...
+    def turns(self, index: int) -> list[Prompt]: ...
 
 
 class Stored(Protocol):
@@ -41,7 +44,10 @@ class Collector:
     seed: int = 0
     reward: Reward | None = None
     filters: tuple[Filter, ...] = ()  # one after the other, once rollouts have their rewards
+    annotators: tuple[Annotator, ...] = ()  # one after the other, on what the filters left
     stored: Stored | None = None  # where the writer reads its rollouts from a cache
+    # a prompt as a view of its row writes it
+    viewed: Callable[[Prompt, str], Prompt] = nothing_viewed
 
     @cached_property
     def questions(self) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -36,6 +36,14 @@ class Asked(list[Prompt]):
 
     def response_tokens(self, index: int) -> list[int]:
         return [5, 6, 7, 8]
+
+    def turns(self, index: int) -> list[Prompt]:
+        """Two of each."""
+        whole = self[index]
+        return [
+            replace(whole, id=f"{whole.id}:turn{n}", tokens=whole.tokens[:n], group="")
+            for n in (1, 2)
+        ]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""The kinds of environments, and which one a run has: a kind with its settings, from text or
+YAML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from opdkit.base.address import is_address
+from opdkit.base.config import build
+from opdkit.base.errors import UserError, nearest, shown
+from opdkit.environments.own import OwnEnvironment
+from opdkit.environments.scienceworld import ScienceWorldSettings
+from opdkit.environments.settings import EnvironmentSettings
+from opdkit.environments.textworld import TextWorldSettings
+
+KINDS: dict[str, type[EnvironmentSettings]] = {
+    kind.kind: kind for kind in (OwnEnvironment, TextWorldSettings, ScienceWorldSettings)
+}
+
+
+def environment_of(value: Any, where: str = "environment") -> EnvironmentSettings:
+    """An environment from what a run says: a kind's name, kind:text, file.py:Class, or a group with
+    `kind`.
+    """
+    if isinstance(value, EnvironmentSettings):
+        return value
+    rest, settings = "", {}
+    if isinstance(value, Mapping):
+        settings = {k: v for k, v in value.items() if k != "kind"}
+        kind = value.get("kind", OwnEnvironment.kind)
+        if is_address(str(kind)):
+            settings, kind = {"name": kind, **settings}, OwnEnvironment.kind
+    elif isinstance(value, str):
+        kind, _, rest = value.partition(":")
+        if is_address(value):
+            kind, rest = OwnEnvironment.kind, value
+    else:
+        raise UserError(
+            f"{where} must be the name of a kind, file.py:Class or a group with `kind`, not "
+            f"{shown(value)}"
+        )
+    if kind not in KINDS:
+        raise UserError(
+            f"{where}: {kind!r} is no kind of environment{nearest(str(kind), list(KINDS))}: "
+            f"{', '.join(KINDS)}, or a class of your own by file.py:Class"
+        )
+    if rest:
+        settings = KINDS[kind].from_text(rest)
+        if not settings:
+            raise UserError(
+                f"{where}={value}: nothing may follow the name of this kind, as its settings have "
+                f"names of their own: {{kind: {kind}, NAME: VALUE}}"
+            )
+    return build(KINDS[kind], settings, where + ".")
