@@ -1,18 +1,21 @@
 """The student as its own teacher in whole runs: from the command line, whatever the weights and the
-view, and a copy that follows it goes on exactly after a SIGKILL.
+view; whose weights score; and a copy that follows it goes on exactly after a SIGKILL.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from opdkit.cli import main
-from opdkit.run.settings import load_run
-from tests.end_to_end.conftest import Shop
+from opdkit.run.build import prepare
+from opdkit.run.settings import load_run, make_run
+from opdkit.train.loop import train_step
+from tests.end_to_end.conftest import Shop, gsm8k_rows, write_rows
 from tests.end_to_end.crash import in_child
 from tests.end_to_end.test_companions import left, tensors
 
@@ -127,3 +130,68 @@ def test_what_cannot_work_is_refused_before_the_first_step(
     assert train(shop, tmp_path / "run", data, *words) != 0
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# --------------------------------------------------------------------- whose weights, step by step
+
+
+def stepped(shop: Shop, output: Path, method: str, **settings: Any) -> list[dict[str, float]]:
+    """The metrics of three steps, of which only the first student is known."""
+    values = shop.values(output, method=method, reward=shop.reward)
+    del values["teacher"]
+    run = make_run(values | {"steps": 3} | settings)
+    run.folder.mkdir(parents=True)
+    job, state = prepare(run)
+    for _ in range(3):
+        train_step(job, state)
+    return [json.loads(x) for x in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(shop: Shop, output: Path, method: str, **settings: Any) -> list[float]:
+    return [metrics["loss"] for metrics in stepped(shop, output, method, **settings)]
+
+
+def test_whose_weights_have_read_the_solution(shop: Shop, tmp_path: Path) -> None:
+    """All begin with the student's. The average's first move is a copy, so that at the second step
+    it is the live student to the bit; at the third it is one no more. The fixed one stays behind.
+    """
+    fixed, ema, live = (
+        losses(shop, tmp_path / w, f"opsd(teacher={w}, cap=None)") for w in ("fixed", "ema", "live")
+    )
+    assert fixed[0] == ema[0] == live[0] > 0
+    assert ema[1] == live[1] != fixed[1]
+    assert ema[2] != live[2]
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_an_average_at_its_ends(rate: float, shop: Shop, tmp_path: Path) -> None:
+    """Rate 0 is the fixed student, rate 1 the live one."""
+    other = "fixed" if rate == 0 else "live"
+    ours = losses(shop, tmp_path / "ema", f"sdft(rate={rate})")
+    assert ours == losses(shop, tmp_path / other, f"sdft(teacher={other})") and max(ours) > 0
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_trust_region_at_its_ends(rate: float, shop: Shop, tmp_path: Path) -> None:
+    """Rate 0 is the student as it began, rate 1 as it is: what an average of the same rate is."""
+    trust = losses(shop, tmp_path / "trust", f"sdpo(teacher=trust_region, rate={rate})")
+    average = losses(shop, tmp_path / "ema", f"sdpo(rate={rate})")
+    assert trust == pytest.approx(average, rel=1e-4) and max(trust) > 0
+
+
+def test_where_nobody_succeeds_and_nothing_is_said_nothing_is_learnt(
+    shop: Shop, tmp_path: Path
+) -> None:
+    never = tmp_path / "never.py"
+    never.write_text("def wrong(rollout):\n    return 0.0\n")
+    silent = stepped(shop, tmp_path / "silent", "sdpo", reward=f"{never}:wrong")
+    assert all(m["loss"] == 0 and m["grad_norm"] == 0 for m in silent)
+
+
+def test_the_data_alone(shop: Shop, tmp_path: Path) -> None:
+    """No teacher is named or loaded, and no answer sampled."""
+    rows = [{**row, "response": row["answer"]} for row in gsm8k_rows(4)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    found = stepped(shop, tmp_path / "run", "sft", data=data)
+    assert all(m["completions/student_written"] == 0 for m in found)
+    assert found[-1]["loss"] < found[0]["loss"]
