@@ -142,14 +142,6 @@ class ViewedTeacher(Teacher):
         return self.of.adds_up
 
     @property
-    def writes(self) -> bool:  # type: ignore[override]
-        """As the teacher itself does, under plain prompts."""
-        return self.of.writes
-
-    def voice(self, context: TeacherContext) -> VoiceHere | VoiceElsewhere:
-        return self.of.voice(context)
-
-    @property
     def starts_student(self) -> bool:
         return self.of.starts_student
 
