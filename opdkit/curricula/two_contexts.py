@@ -26,6 +26,14 @@ class BothContexts(Writer):
 
     view: str
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        return (self.view,)
+
+    @property
+    def marks(self) -> frozenset[str]:
+        return frozenset({PRIVILEGED})
+
     def write(self, context: StepContext) -> list[Rollout]:
         shown = [context.viewed(prompt, self.view) for prompt in context.prompts]
         plain = [p for p in context.prompts for _ in range(context.sampling.num_generations)]

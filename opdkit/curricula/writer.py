@@ -103,6 +103,16 @@ class Writer(ABC):
         return False
 
     @property
+    def views(self) -> tuple[str, ...]:
+        """The views under which it has responses written: each row needs what they show."""
+        return ()
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """The marks of its own that it sets, besides those that say who wrote a token."""
+        return frozenset()
+
+    @property
     def draws(self) -> bool:
         """Whether any response may be the student's, so that there is a choice of its to credit."""
         return True

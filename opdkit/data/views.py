@@ -168,11 +168,17 @@ def seen(prompts: Prompts, prompt: Prompt, view: str) -> Prompt:
     """
     row = view_of(view).row(of_row(prompt.row))
     if row is None:
-        raise UserError(
-            f"row {prompt.row['id']!r} has nothing for the view {view} to show, and its responses "
-            "are to be written under it: add the column to that row, or take the row out"
-        )
-    return replace(prompt, id=f"{prompt.id}:{view}", tokens=prompts.tokens_of(row))
+        raise nothing_to_show(prompt.row, view)
+    name = view_of(view).name or "view"
+    return replace(prompt, id=f"{prompt.id}:{name}", tokens=prompts.tokens_of(row))
+
+
+def nothing_to_show(row: DataRow, view: str) -> UserError:
+    """The error for a row whose responses cannot be written under a view."""
+    return UserError(
+        f"row {row['id']!r} has nothing for the view {view} to show, and its responses are to be "
+        "written under it: add the column to that row, or take the row out"
+    )
 
 
 def view_of(value: Any, where: str = "view") -> View:

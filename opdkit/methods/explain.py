@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from opdkit.curricula import Plain, reads_cache
+from opdkit.curricula import Plain, reads_cache, writer_of
 from opdkit.methods import expression
 from opdkit.methods.arguments import Argument, described
 from opdkit.methods.method import Method, as_method, function_of, load, methods
@@ -45,10 +45,10 @@ def passes(method: Method) -> list[str]:
         lines.append(
             "student, without gradient, before the step (it reads more than the sampler notes)"
         )
-    elif stored and needs.of("student"):
+    elif not writer_of(method.curriculum).own and needs.of("student"):
         lines.append(
-            "student, without gradient, before the step (it did not write these rollouts as it is "
-            "now)"
+            "student, without gradient, before the step (it did not write all of these rollouts as "
+            "it is now and behind these prompts)"
         )
     # its numbers are stored with the rollouts
     elsewhere = {"student", "sampler", "live"} | ({"teacher"} if stored else set())

@@ -74,16 +74,7 @@ def trace(
             Default: the paper's.
     """
     one_of(action=(action, ACTIONS))
-    if w0 < 0 or start < 0 or length < 0:
-        raise ValueError(
-            f"w0={w0}, start={start}, length={length} must be at least 0: a weight, and numbers of "
-            "steps"
-        )
-    if sync < 1 or (cap is not None and cap <= 0):
-        raise ValueError(
-            f"sync={sync} must be at least 1, a number of steps, and cap={cap} above 0: at 0 no "
-            "entry that the teacher wants would have a gradient"
-        )
+    _refuse(w0, start, length, cap, sync)
     if w0 == 0:  # no span is distilled, all are GRPO's
         return Method(Objective(Clipped(Advantage(), 0.2, 0.28).per("rows")))
     fading, spans = Fading(start, length), [Mark(mark) for mark, _ in ACTIONS[action]]
@@ -98,3 +89,17 @@ def trace(
         },
         annotate={"spans": {"kind": "spans", "by": "rules"}},
     )
+
+
+def _refuse(w0: float, start: int, length: int, cap: float | None, sync: int) -> None:
+    """Arguments that mean nothing."""
+    if w0 < 0 or start < 0 or length < 0:
+        raise ValueError(
+            f"w0={w0}, start={start}, length={length} must be at least 0: a weight, and numbers of "
+            "steps"
+        )
+    if sync < 1 or (cap is not None and cap <= 0):
+        raise ValueError(
+            f"sync={sync} must be at least 1, a number of steps, and cap={cap} above 0: at 0 no "
+            "entry that the teacher wants would have a gradient"
+        )

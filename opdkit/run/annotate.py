@@ -58,10 +58,11 @@ def _refuse_unmarked(method: Method, annotated: Mapping[str, AnnotatorSettings])
     """Marks that a method reads and nobody writes: no token would ever have them."""
     read = {c.removeprefix("mark:") for c in method.needs.columns if c.startswith("mark:")}
     written = {mark for settings in annotated.values() for mark in settings.marks}
+    writer = curriculum_writer(method.curriculum)
     # one's own writer may set any marks
-    if _is_own(curriculum_writer(method.curriculum)):
+    if _is_own(writer):
         return
-    for mark in sorted(read - written - OWN_MARKS):
+    for mark in sorted(read - written - writer.marks - OWN_MARKS):
         kinds = [kind for kind, settings in KINDS.items() if mark in settings.marks]
         known = sorted({m for settings in KINDS.values() for m in settings.marks} | OWN_MARKS)
         how = (

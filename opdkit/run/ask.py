@@ -12,6 +12,7 @@ from opdkit.curricula import writer_of
 from opdkit.curricula.data import no_response
 from opdkit.data.cache import Cache, is_cache
 from opdkit.data.prompts import check_template
+from opdkit.data.views import nothing_to_show, of_row, view_of
 from opdkit.methods.method import Method
 from opdkit.rewards import Reward, load_reward
 from opdkit.rewards.rows import check_rows
@@ -70,17 +71,25 @@ def ask(run: Run, given: Given) -> Asked:
 
 
 def check_views(run: Run, method: Method, rows: Sequence[DataRow]) -> None:
-    """Refuses views for which no row has anything to show, and tells of rows that have nothing."""
+    """Refuses views for which no row has anything to show, and tells of rows that have nothing;
+    where responses are written under a view, every row must have something.
+    """
     views = {view for name in method.opened for view in run.model_named(name).views}
-    if views and is_cache(run.prompts.source):
+    written = writer_of(method.curriculum).views
+    if (views or written) and is_cache(run.prompts.source):
         raise UserError(
-            f"the prompts in {run.prompts.source} are token ids, of which it is not known how they "
-            "were written, so that a teacher's view could not be written like them: name the data "
-            "set itself, or give the view to `opdkit cache-teacher`"
+            f"method {method.name or 'own'!r} reads questions under a view, and the prompts in "
+            f"{run.prompts.source} are token ids, of which it is not known how they were written, "
+            "so that a view could not be written like them: name the data set itself, or give the "
+            "view to `opdkit cache-teacher`"
         )
     for view in sorted(views, key=str):
         if note := view.check(rows):
             print(f"opdkit: {note}", file=sys.stderr)
+    for name in written:
+        for row in rows:
+            if view_of(name).row(of_row(row)) is None:
+                raise nothing_to_show(row, name)
 
 
 def check_data(

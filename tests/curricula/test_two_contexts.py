@@ -7,10 +7,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 
-from opdkit.base.errors import UserError
 from opdkit.curricula import TwoContexts
 from opdkit.methods.method import load
 from opdkit.models.body import head_of
@@ -100,8 +98,3 @@ def test_before_the_step_the_copy_is_the_student_under_the_plain_prompt() -> Non
         torch.testing.assert_close(before[row], said, rtol=0, atol=1e-12)
         assert (before[row] - recorded[row]).abs().min() > 0.01
     assert asked == [1, 3, 5, 7]  # and no pass over what is known
-
-
-def test_a_writer_without_views_says_so() -> None:
-    with pytest.raises(UserError, match=r"view 'hint' of prompt a .* pass viewed="):
-        TwoContexts().writer.write(context(PROMPTS, sample=by_student))
