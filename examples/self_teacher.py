@@ -1,6 +1,6 @@
-"""A model that teaches itself: it writes careless sums, but copies well when a worked solution stands
-before the question; what it can do with the solution it learns to do without, and no second model
-takes part.
+"""A model that teaches itself: it writes careless sums, but copies well when a worked solution
+stands before the question; what it can do with the solution it learns to do without, and no second
+model takes part.
 
     python examples/self_teacher.py --method opsd --seed 0 --out runs/self_teacher
 

@@ -116,11 +116,11 @@ class Debate(Annotator):
         self, rollouts: Sequence[Rollout], context: AnnotateContext
     ) -> tuple[list[Rollout], Mapping[str, Any]]:
         known: dict[str, Any] = dict(context.memory.get(MEMORY, {}))
-        asked = {r.question: question_of(r) for r in rollouts}
+        asked = {_row_of(r): question_of(r) for r in rollouts}
         new = {id: text for id, text in asked.items() if id not in known}
         known |= self._debates(new, context.seed)
         kept = dict(list(known.items())[max(len(known) - self.settings.keep, 0) :])
-        return [self._told(r, known[r.question]) for r in rollouts], {MEMORY: kept}
+        return [self._told(r, known[_row_of(r)]) for r in rollouts], {MEMORY: kept}
 
     def _told(self, rollout: Rollout, debate: Mapping[str, Any]) -> Rollout:
         confidence = [FAILED if c == "failed" else c for c in debate[CONFIDENCE]]
@@ -192,6 +192,11 @@ def check_form(setting: str, form: str, *names: str) -> None:
         )
     if names[0] not in named:
         raise ValueError(f"{setting} does not name {{{names[0]}}}: put it in")
+
+
+def _row_of(rollout: Rollout) -> str:
+    """The row that was asked: the turns of one trajectory are one question, and a row each."""
+    return str(rollout.row.get("id", rollout.question))
 
 
 def confidence(message: str) -> float | None:

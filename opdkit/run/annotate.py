@@ -40,10 +40,14 @@ def models_by_name(run: Run) -> dict[str, Any]:
     return {**run.models, "teacher": run.teacher}
 
 
-def writers_for(run: Run, name: str, settings: AnnotatorSettings) -> dict[str, Teacher]:
-    """The models, the student apart, that write text for an annotator, by what it calls them."""
+def writers_for(
+    run: Run, name: str, settings: AnnotatorSettings, who: str = ""
+) -> dict[str, Teacher]:
+    """The models, the student apart, that write text for an annotator, by what it calls them; `who`
+    begins an error.
+    """
     found = {
-        str(spec): writer_of(spec, models_by_name(run), f"annotate.{name}")
+        str(spec): writer_of(spec, models_by_name(run), f"{who}annotate.{name}")
         for spec in settings.writers
     }
     return {spec: writer for spec, writer in found.items() if writer is not None}
@@ -60,7 +64,8 @@ def refuse_annotations(
                 f"annotate.{name} ({settings.kind}) goes by the rewards of responses, and the run "
                 f"has none: set reward, or switch it off with annotate.{name}=null"
             )
-        writers_for(run, name, settings)  # who cannot write is refused
+        # who cannot write is refused
+        writers_for(run, name, settings, f"method {method.name or 'own'!r}: ")
     _refuse_unmarked(method, annotated)
 
 

@@ -78,9 +78,10 @@ def check_views(run: Run, method: Method, rows: Sequence[DataRow]) -> None:
     written = writer_of(method.curriculum).views
     if (views or written) and is_cache(run.prompts.source):
         raise UserError(
-            f"the prompts in {run.prompts.source} are token ids, of which it is not known how they "
-            "were written, so that a view of them could not be written like them: name the data "
-            "set itself, or give the view to `opdkit cache-teacher`"
+            f"method {method.name or 'own'!r} reads questions under a view, and the prompts in "
+            f"{run.prompts.source} are token ids, of which it is not known how they were written, "
+            "so that a view could not be written like them: name the data set itself, or give the "
+            "view to `opdkit cache-teacher`"
         )
     for view in sorted(views, key=str):
         if note := view.check(rows):

@@ -64,11 +64,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
             "token by token: set sampler=hf"
         )
-    if method.actions is not None and not run.sampler_settings.on_student:
-        raise UserError(
-            f"method {method.name or 'own'!r} acts in the last {method.actions.bins} ids of the "
-            "vocabulary alone, and another engine draws from all of them: set sampler=hf"
-        )
+    _refuse_all_ids(run, method)
     _refuse_undrawn(method)
     _refuse_never_measured(run, method)
     sampling = sampled_as(run, method)
@@ -110,6 +106,24 @@ def _refuse_without_reward(run: Run, method: Method) -> None:
             raise UserError(
                 f"{name} goes by the rewards of rollouts, and the run has none: set reward, or "
                 f"leave {name} out"
+            )
+
+
+def _refuse_all_ids(run: Run, method: Method) -> None:
+    """Samplers and models that speak all ids, where a method acts in some."""
+    if method.actions is None:
+        return
+    what = f"method {method.name or 'own'!r} acts in the last {method.actions.bins} ids alone"
+    if not run.sampler_settings.on_student:
+        raise UserError(
+            f"{what}, and another engine draws from the whole vocabulary: set sampler=hf"
+        )
+    for name in sorted(method.opened):
+        model = run.model_named(name)
+        if not model.adds_up:
+            raise UserError(
+                f"{what}, and a {model.kind} teacher answers over its whole vocabulary: use a "
+                f"model in this process ({name}=MODEL)"
             )
 
 

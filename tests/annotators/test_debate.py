@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -100,6 +100,16 @@ def test_round_one_is_alone_and_later_ones_hear_all_before() -> None:
     w = [math.exp(c / 100) for c in a.row["confidence"]]
     assert round(w[0] / sum(w), 6) == 0.574443
     assert list(memory["debates"]) == ["a", "b"]
+
+
+def test_turns_of_a_trajectory_are_debated_each() -> None:
+    """They answer one question, the trajectory, and each has a row of its own."""
+    one = Script(lambda q: f"{q.id} <<CONFIDENCE=50>>")
+    turns = [replace(rollout(f"t:turn{n}"), question="t") for n in (1, 2)]
+    noted, memory = debate(one, rounds=1).annotate(turns, context())
+    assert [q.id for q in one.asked] == ["debate/t:turn1/1/teacher_1", "debate/t:turn2/1/teacher_1"]
+    assert ["turn1" in r.row["debate"] for r in noted] == [True, False]
+    assert list(memory["debates"]) == ["t:turn1", "t:turn2"]
 
 
 def test_a_question_is_debated_once() -> None:

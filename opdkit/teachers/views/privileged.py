@@ -134,13 +134,6 @@ class ViewedTeacher(Teacher):
     of: Teacher
     view: View
 
-    def __post_init__(self) -> None:
-        if self.of.own_data is not None:
-            raise UserError(
-                f"a {self.of.kind} teacher has scored its rollouts already, under the prompts that "
-                "they had: leave view out, and give it to `opdkit cache-teacher`"
-            )
-
     def said(self) -> dict[str, Any]:
         return {**self.of.said(), "view": plain(self.view)}
 
@@ -151,6 +144,10 @@ class ViewedTeacher(Teacher):
     @property
     def starts_student(self) -> bool:
         return self.of.starts_student
+
+    @property
+    def own_data(self) -> str | None:
+        return self.of.own_data
 
     @property
     def routes(self) -> Mapping[str, Teacher]:
@@ -167,6 +164,13 @@ class ViewedTeacher(Teacher):
         return self.of.says(fact, model)
 
     def refuse(self, method: str, needs: Needs, model: str = "teacher") -> None:
+        if self.of.own_data is not None:
+            raise UserError(
+                f"method {method!r} has its {model} read the view {self.view}, and a "
+                f"{self.of.kind} teacher has scored its rollouts already, under the prompts that "
+                "they had: set view: plain, and give the view to `opdkit cache-teacher`; or use a "
+                "live teacher (teacher=MODEL)"
+            )
         self.of.refuse(method, needs, model)
 
     def check(self, context: TeacherContext) -> None:
