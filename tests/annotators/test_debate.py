@@ -142,3 +142,27 @@ def test_where_all_fail_the_response_is_uninformed() -> None:
     made, _ = debate(fails, fails).annotate([rollout("a")], context())
     assert made[0].row["debate"] == "" and made[0].row["confidence"] == [None, None]
     assert made[0].marks["uninformed"] == [True, True]
+
+
+def test_templates_of_ones_own() -> None:
+    """They are asked as they stand, also of a model without a chat template."""
+    one = Script(lambda q: f"said {q.id[-9:]}")
+    made = debate(
+        one, first="{prompt}!", later="{said}|{prompt}{{}}", message="{me}.{round}: {text}"
+    )
+    [noted], _ = made.annotate([rollout("a")], context())
+    first, second = one.asked
+    assert first.plain == first.messages[0]["content"] == "What is a?!"
+    assert second.plain == "1.1: said teacher_1|What is a?{}"
+    assert noted.row["debate"] == "1.1: said teacher_1\n\n1.2: said teacher_1"
+    usual = Script(lambda q: "x")
+    debate(usual).annotate([rollout("a")], context())
+    assert [q.plain for q in usual.asked] == [None, None]
+    for wrong in (
+        {"first": "{said}"},
+        {"first": "no"},
+        {"message": "{text"},
+        {"later": "{prompt.x}"},
+    ):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))} "):
+            DebateSettings(("a",), **wrong)
