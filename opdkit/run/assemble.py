@@ -13,10 +13,12 @@ from opdkit.base.files import truncate_metrics, write_whole
 from opdkit.curricula import writer_of
 from opdkit.data import PromptStream
 from opdkit.data.cache import student_notes
+from opdkit.environments import EpisodeSampler
 from opdkit.models.identity import identify
 from opdkit.models.layout import batch_tokens
 from opdkit.objective.needs import Needs, watched
 from opdkit.run.ask import Asked
+from opdkit.run.episodes import episodic, openings
 from opdkit.run.evaluation import Evaluator, Validator, score_teachers
 from opdkit.run.open import Given
 from opdkit.run.opened import Opened
@@ -119,12 +121,15 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
     mix = guide(opened.scorers, method.teacher_mix) if method.teacher_mix else None
     prompts = make_prompts(run.prompts, asked.rows, opened.tokenizer)
     prompts.refuse_unknown(opened.vocabulary)
-    longest = refuse_long(prompts, student.model, sampled_as(run, method), opened.scorers)
+    plain = episodic(run.world, opened.sampler, prompts, student.model)
+    first = openings(plain, prompts, run.seed)
+    longest = refuse_long(first, student.model, sampled_as(run, method), opened.scorers)
+    sampler: Sampler = opened.sampler  # of evaluations: for runs that write nothing
+    if stored is None:
+        sampler = opened.models.sampler(student, watched(method.needs), mix, longest)
     return Collector(
         writer=writer_of(method.curriculum),
-        sampler=opened.models.sampler(student, watched(method.needs), mix, longest)
-        if stored is None
-        else opened.sampler,  # of evaluations: nothing is written during training
+        sampler=episodic(run.world, sampler, prompts, student.model),
         prompts=prompts,
         stream=PromptStream(len(prompts), seed=run.seed),
         sampling=run.sampling,
@@ -176,6 +181,10 @@ def make_evaluator(
     sampler: Sampler = opened.sampler
     if writer is not None and odd_layers(opened.student.model):
         sampler = writer
+    world = run.held_out_world
+    if world is not None and isinstance(sampler, EpisodeSampler):
+        sampler = sampler.inner
+    sampler = episodic(world, sampler, prompts, opened.student.model)
     return Evaluator(run, sampler, prompts, asked.reward, opened.tokenizer)
 
 
@@ -189,7 +198,8 @@ def make_held_out(run: Run, asked: Asked, opened: Opened, evaluator: Evaluator |
     if asked.method.curriculum.validates:
         longest = run.sampling.max_completion_length
         validate = Validator(opened.student, scorer, evaluator.prompts, longest)
-    score = None if asked.reward is None else evaluator.student_score
+    scored = asked.reward is not None or run.held_out_world is not None
+    score = evaluator.student_score if scored else None
     return HeldOut(run.evaluate.every, score, validate)
 
 

@@ -17,6 +17,7 @@ from opdkit.eval import EvalResult, evaluate_model
 from opdkit.objective.facts import LogpFact
 from opdkit.objective.needs import Needs
 from opdkit.rewards import Reward
+from opdkit.run.episodes import episodic
 from opdkit.run.prompts import make_prompts
 from opdkit.run.refuse import refuse_no_response
 from opdkit.run.settings import Run
@@ -45,7 +46,7 @@ class Evaluator:
     def score(self, sampler: Sampler, name: str, step: int) -> EvalResult:
         """One evaluation, appended to evals.jsonl; its samples are kept."""
         settings = self.run.evaluate
-        if settings is None or self.reward is None:
+        if settings is None or (self.reward is None and self.run.held_out_world is None):
             raise ValueError("this run has no evaluation")
         sampling = replace(
             settings.sampling or self.run.sampling, num_generations=settings.num_generations
@@ -116,7 +117,8 @@ def score_teachers(
             asked, tokenizer = make_prompts(settings.prompts, rows, theirs), theirs
         with local.around():
             sampler = HFSampler(local.model, tokenizer, head=local.head)
-            replace(evaluator, prompts=asked).score(sampler, name, 0)
+            acting = episodic(evaluator.run.held_out_world, sampler, asked, local.model)
+            replace(evaluator, prompts=asked).score(acting, name, 0)
 
 
 def _by_name(scorer: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from opdkit.run.settings import AUTO, Run
 
 PREFIXED = re.compile(r"(cached|vllm|judge):(.+)", re.DOTALL)
 # settings that may name files, and what of the method does
-NAMES = ("student", "teacher", "data", "reward", "reference", "models", "sampler")
+NAMES = ("student", "teacher", "data", "reward", "reference", "models", "sampler", "environment")
 
 
 def resolve(run: Run, resume: bool = False) -> Run:
@@ -63,7 +63,8 @@ def in_full(run: Run) -> Run:
     for name in NAMES:
         values[name] = _full(values[name])
     if values["evaluate"] is not None:
-        values["evaluate"]["data"] = _full(values["evaluate"]["data"])
+        for name in ("data", "environment"):
+            values["evaluate"][name] = _full(values["evaluate"][name])
     values["method"] = _full_method(values["method"])
     values["output"] = str(run.folder.expanduser().absolute())
     return build(Run, values)

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 from opdkit.base.config import build, override, parse_overrides, plain, read_yaml, to_yaml
 from opdkit.base.errors import UserError, shown
 from opdkit.base.rules import Rules, at_least, follow
+from opdkit.environments.kinds import environment_of
+from opdkit.environments.settings import EnvironmentSettings
 from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.methods.method import Method, load
 from opdkit.models.load import ATTENTION
@@ -42,6 +44,7 @@ EVALUATE: Rules = {
 AUTO = "auto"  # decided as the run begins
 DTYPES = ("float32", "bfloat16", "float64")
 WRITERS = ("student", "cache")
+OWN_TASKS = "environment"  # the data of a run whose environment makes its own tasks
 RUN: Rules = {
     "student": NAMED,
     "output": (
@@ -133,9 +136,12 @@ class Evaluate:
     num_generations: int = 1
     ks: tuple[int, ...] = (1,)  # Pass@k
     teacher: bool = False  # evaluate the teacher too, once
+    environment: str | dict[str, Any] | None = None  # null: the run's
 
     def __post_init__(self) -> None:
         follow(EVALUATE, self)
+        if self.environment is not None:
+            environment_of(self.environment, "evaluate.environment")
         check_ks(self.num_generations, self.ks)
         if self.sampling is not None:
             check_sampling(self.sampling, "evaluate.sampling")
@@ -185,6 +191,9 @@ class Run:
     method: str | MethodSpec = "opd"
     output: str = AUTO  # auto: runs/METHOD-NNN, the first number that is free
     reward: str | None = None
+    # in which the student acts, turn by turn, and which scores it: a kind, file.py:Class, or a
+    # group with `kind` and settings (see `environments.kinds`); null: it answers once
+    environment: str | dict[str, Any] | None = None
     reference: str | None = None  # null: the student's initial weights
     models: dict[str, str] = field(default_factory=dict)  # further models that the method names
     steps: int = 100
@@ -246,6 +255,8 @@ class Run:
         check_sampling(self.sampling)
         teacher_of(self.teacher)  # a wrong setting is an error here, before anything else is done
         sampler_of(self.sampler)
+        if self.environment is not None:
+            environment_of(self.environment)
 
     @property
     def prompts(self) -> Data:
@@ -258,6 +269,17 @@ class Run:
     @property
     def sampler_settings(self) -> SamplerSettings:
         return sampler_of(self.sampler)
+
+    @property
+    def world(self) -> EnvironmentSettings | None:
+        """The environment that it trains in."""
+        return None if self.environment is None else environment_of(self.environment)
+
+    @property
+    def held_out_world(self) -> EnvironmentSettings | None:
+        """The environment that it is evaluated in."""
+        given = None if self.evaluate is None else self.evaluate.environment
+        return self.world if given is None else environment_of(given, "evaluate.environment")
 
     @property
     def recomputes_student(self) -> bool:
@@ -286,7 +308,11 @@ class Run:
 
 
 # settings that are text or a group with `kind`
-ENGINES: dict[str, Callable[[Any], Any]] = {"teacher": one_teacher_of, "sampler": sampler_of}
+ENGINES: dict[str, Callable[[Any], Any]] = {
+    "teacher": one_teacher_of,
+    "sampler": sampler_of,
+    "environment": environment_of,
+}
 
 
 def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
@@ -302,6 +328,11 @@ def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
         data = nested.setdefault("data", own)
         if isinstance(data, dict):
             data.setdefault("source", own)
+    world = nested.get("environment")
+    if world is not None and environment_of(world).makes_rows:  # its own tasks
+        data = nested.setdefault("data", OWN_TASKS)
+        if isinstance(data, dict):
+            data.setdefault("source", OWN_TASKS)
     return build(Run, nested)
 
 
