@@ -24,7 +24,7 @@ from opdkit.environments.calls import (
     marked_call,
 )
 from opdkit.models.chat import MARK, OTHER, has_template, parts, reads_text, rendered
-from opdkit.models.thoughts import decode, opened
+from opdkit.models.thoughts import NEAR, decode, opened, special_marks
 from opdkit.models.tokenizers import end_ids
 
 ENDS = ("\n", " ", "\t")
@@ -55,6 +55,7 @@ class Dialogue:
             blank, tokenizer, chat=self.chat, system=system, enable_thinking=enable_thinking
         )
         self.options = self.prompts.options
+        self._opens: dict[tuple[int, ...], str] = {}  # thoughts, by the tokens before a turn
         self._ways: dict[tuple[str, ...], int] = {}
 
     # ------------------------------------------------------------------------------ what is written
@@ -98,10 +99,14 @@ class Dialogue:
 
         before: the tokens that it follows.
         """
-        [text] = decode(self.tokenizer, [list(turn)], self._kept)
+        [text] = decode(self.tokenizer, [list(turn)], self._marks)
         cuts = [at for s in stop if (at := text.find(s)) >= 0]
         text = text[: min(cuts)] if cuts else text
-        return opened(self.tokenizer, before, text) + text
+        tail = tuple(before[-NEAR:])
+        if tail not in self._opens:
+            self._opens[tail] = opened(self.tokenizer, tail, "")
+        start = self._opens[tail]
+        return opened(self.tokenizer, tail, text) + text if start else text
 
     # ------------------------------------------------------------------------------- how, in detail
 
@@ -111,14 +116,15 @@ class Dialogue:
         return call_format(self.tokenizer, self.options) if self.chat else CallFormat()
 
     @cached_property
-    def _kept(self) -> dict[int, str]:
-        """Special tokens that are part of a call, which stay in what is said."""
+    def _marks(self) -> dict[int, str]:
+        """Special tokens that stay in what is said: marks of thoughts, and of calls."""
         known = getattr(self.tokenizer, "added_tokens_decoder", {})
-        return {
+        of_calls = {
             i: str(token)
             for i, token in known.items()
             if token.special and i not in self.ends and str(token) in self.calls.written
         }
+        return special_marks(self.tokenizer) | of_calls
 
     @cached_property
     def _texts(self) -> bool:

@@ -16,6 +16,7 @@ from opdkit.base import exact
 from opdkit.base.address import is_address
 from opdkit.base.config import plain, to_yaml
 from opdkit.base.errors import UserError
+from opdkit.environments.kinds import environment_of
 from opdkit.methods import expression
 from opdkit.methods.method import spelled
 from opdkit.models.adapters import has_adapters
@@ -79,6 +80,7 @@ def record_of(run: Run, given: Given, asked: Asked) -> dict[str, Any]:
         "models": {name: plain(run.model_named(name).recorded()) for name in run.models},
         "method": _method(run, given, asked),
         "reward": "own" if given.reward is not None else _code(run.reward, [run.reward]),
+        "environment": _world(run.environment),
         "sampler": _sampler(run),
         "annotate": {name: _annotator(run, name, one) for name, one in asked.annotated.items()},
         "data": _data(run.prompts, asked.rows),
@@ -86,7 +88,10 @@ def record_of(run: Run, given: Given, asked: Asked) -> dict[str, Any]:
     }
     if run.evaluate is not None:
         kept = {k: v for k, v in plain(run.evaluate).items() if k not in FREE_EVALUATE}
-        settings["evaluate"] = kept | {"data": _data(run.evaluate.prompts, asked.eval_rows or [])}
+        settings["evaluate"] = kept | {
+            "environment": _world(run.evaluate.environment),
+            "data": _data(run.evaluate.prompts, asked.eval_rows or []),
+        }
     if asked.stored is not None:
         shards = [entry.sha256 for entry in asked.stored.manifest.entries.values()]
         settings["cached_rollouts"] = _digested(str(asked.stored.folder), repr(shards))
@@ -144,6 +149,16 @@ def _code(name: str | None, addresses: list[str] | list[str | None]) -> Any:
     return _digested(
         str(name), repr([short, *(Path(file).expanduser().read_bytes() for file in files)])
     )
+
+
+def _world(given: Any) -> Any:
+    """An environment's settings, with a digest of its file where it is one's own."""
+    if given is None:
+        return None
+    world = environment_of(given)
+    name = getattr(world, "name", None)
+    more = {"name": _code(name, [name])} if isinstance(name, str) else {}
+    return {"kind": world.kind, **plain(world), **more}
 
 
 def _sampler(run: Run) -> dict[str, Any]:
