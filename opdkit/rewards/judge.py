@@ -21,7 +21,8 @@ from typing import Any
 from opdkit.base.config import build, read_yaml
 from opdkit.base.errors import UserError
 from opdkit.base.progress import progress
-from opdkit.models.engines.endpoint import Endpoint, Refused
+from opdkit.models.engines.chat import ChatServer
+from opdkit.models.engines.endpoint import Endpoint
 from opdkit.models.engines.exchange import addresses
 from opdkit.rewards.extract import outside_thoughts
 from opdkit.types import Rollout
@@ -153,22 +154,8 @@ class Judge:
 
     def _say(self, rollout: Rollout, messages: list[dict[str, str]]) -> tuple[str, str]:
         """The judge's words, and why it stopped."""
-        body = {
-            "model": self.served,
-            "messages": messages,
-            "temperature": 0,
-            "max_tokens": self.max_tokens,
-        }
-        try:
-            choice = self.endpoint.post("/v1/chat/completions", body)["choices"][0]
-            return str(choice["message"].get("content") or ""), str(choice.get("finish_reason"))
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"rollout {rollout.id}: the judge's server answers in a form that is not a chat "
-                "completion's"
-            ) from error
-        except UserError as error:
-            raise UserError(f"rollout {rollout.id}: {error}") from error
+        settings = {"temperature": 0, "max_tokens": self.max_tokens}
+        return self.server.say(messages, settings, f"rollout {rollout.id}")
 
     # ------------------------------------------------------------------------------------ questions
 
@@ -247,24 +234,13 @@ class Judge:
         )
 
     @cached_property
+    def server(self) -> ChatServer:
+        setting = "model: NAME in the judge's settings"
+        return ChatServer(self.endpoint, self.model, "the judge", setting)
+
+    @property
     def served(self) -> str:
-        try:
-            listed = self.endpoint.get("/v1/models").get("data")
-        except Refused as refused:
-            # it does not list its models
-            if self.model is not None and refused.status in (404, 405):
-                return self.model
-            raise
-        names = [str(card.get("id")) for card in listed or [] if isinstance(card, dict)]
-        if self.model in names:
-            return str(self.model)
-        if self.model is None and len(names) == 1:
-            return names[0]
-        wanted = "say which is the judge" if self.model is None else f"there is no {self.model!r}"
-        raise UserError(
-            f"the judge's server has {', '.join(names) or 'no model'}: {wanted} (model: NAME in "
-            "the judge's settings)"
-        )
+        return self.server.served
 
     @cached_property
     def grades(self) -> Grades:

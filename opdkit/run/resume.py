@@ -11,6 +11,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from opdkit.annotators import AnnotatorSettings
 from opdkit.base import exact
 from opdkit.base.address import is_address
 from opdkit.base.config import plain, to_yaml
@@ -71,11 +72,14 @@ def record_of(run: Run, given: Given, asked: Asked) -> dict[str, Any]:
         "student": _model(run.student, start),
         "teacher": _teacher(run, given),
         "teacher_dtype": run.teachers.precision(run.teacher_dtype or run.dtype),
-        "reference": None if run.reference is None else _model(run.reference),
-        "models": {name: _model(model) for name, model in run.models.items()},
+        "reference": None
+        if run.reference is None
+        else plain(run.model_named("reference").recorded()),
+        "models": {name: plain(run.model_named(name).recorded()) for name in run.models},
         "method": _method(run, given, asked),
         "reward": "own" if given.reward is not None else _code(run.reward, [run.reward]),
         "sampler": _sampler(run),
+        "annotate": {name: _annotator(one) for name, one in asked.annotated.items()},
         "data": _data(run.prompts, asked.rows),
         "evaluate": None,
     }
@@ -91,7 +95,7 @@ def record_of(run: Run, given: Given, asked: Asked) -> dict[str, Any]:
 
 def _starts_matter(run: Run, given: Given, asked: Asked) -> bool:
     """Whether the weights that a student had at first are read after a resume too."""
-    reads = "reference" in asked.method.needs.models and not run.reference
+    reads = any(run.model_named(name).starts_student for name in asked.method.opened)
     return reads or run.lora is not None or has_adapters(given.student)
 
 
@@ -145,6 +149,12 @@ def _sampler(run: Run) -> dict[str, Any]:
     """Its kind, and the numbers that it computes in; where it is and what it takes may change."""
     settings = run.sampler_settings
     return {"kind": settings.kind, "dtype": getattr(settings, "dtype", None)}
+
+
+def _annotator(settings: AnnotatorSettings) -> dict[str, Any]:
+    """Its kind and settings, with a digest of one's own code in them."""
+    code = {address: _code(address, [address]) for address in settings.code}
+    return {"kind": settings.kind, **plain(settings), **({"code": code} if code else {})}
 
 
 def _data(data: Data, rows: list[DataRow]) -> dict[str, Any]:
@@ -203,7 +213,7 @@ def agreed(run: Run, now: dict[str, Any], checkpoint: Path | None, allow: bool) 
 
 def _unset(run: Run) -> Run:
     """A run of nothing but defaults: what a setting was before there was such a setting."""
-    return Run(student=run.student, teacher=run.teacher, data=run.data)
+    return Run(student=run.student, data=run.data, teacher=run.teacher)
 
 
 def differences(

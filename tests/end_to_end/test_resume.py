@@ -27,6 +27,14 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "curriculum with memory": {"method": "paced", "sampling": {"num_generations": 4}},
     "replay": {"method": {"name": "distillm", "threshold": 0.7}},
+    "prompts of the frontier": {
+        "method": "opd",
+        "curriculum": {"kind": "frontier", "smoothing": 0.5, "sigma": 0.1},
+    },
+    "a ladder of lengths": {
+        "method": "gkd",
+        "curriculum": {"kind": "entropy_length", "ladder": [2, 4, 8], "min_entropy": 0.0},
+    },
     "guided rollouts": {"method": "tropd"},
     "pairs of one's own": {
         "method": {"name": f"{EXAMPLES / 'own_pair_loss.py'}:pairs"},
