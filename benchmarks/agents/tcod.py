@@ -34,8 +34,8 @@ from opdkit.run.settings import make_run
 from opdkit.train.checkpoint import checkpoints
 from opdkit.types import DataRow, Sampling
 
-TEACHER = Size(64, 2, steps=60, rate=6e-3)
-STUDENT = Size(64, 2, steps=18, rate=5e-3)
+TEACHER = Size(64, 2, steps=110, rate=6e-3)
+STUDENT = Size(64, 2, steps=50, rate=5e-3)
 ROOM = 480  # tokens of an episode after its opening
 ETA = 3  # steps of each depth
 
@@ -76,9 +76,9 @@ class Comparison:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--out", type=Path, default=Path("runs/tcod-textworld"))
-    args.add_argument("--games", type=int, default=10)
+    args.add_argument("--games", type=int, default=8)
     args.add_argument("--steps", type=int, default=24)
-    args.add_argument("--every", type=int, default=6, help="steps between measurements")
+    args.add_argument("--every", type=int, default=8, help="steps between measurements")
     args.add_argument("--rate", type=float, default=2e-3, help="learning rate")
     args.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args.add_argument("--samples", type=int, default=4, help="episodes of each game that measure")

@@ -10,6 +10,7 @@ from typing import Any
 from opdkit.base.config import build
 from opdkit.base.errors import UserError, nearest, shown
 from opdkit.curricula.base import Plain
+from opdkit.curricula.depth import Depth
 from opdkit.curricula.entropy_length import EntropyLength
 from opdkit.curricula.frontier import Frontier
 from opdkit.curricula.mixed import Mixed
@@ -23,6 +24,7 @@ KINDS: dict[str, type[Plain]] = {
         Plain,
         EntropyLength,
         Frontier,
+        Depth,
         TeacherPrefix,
         Replay,
         Mixed,

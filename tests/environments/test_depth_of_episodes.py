@@ -79,6 +79,14 @@ def test_rows_of_an_episode():
         assert own_turns(rollout) == 3 and max(rollout.turns) == 8
 
 
+def test_its_curves_say_whose_turns_there_were():
+    curriculum = Depth("b2f", eta=1)
+    rollouts = written(curriculum, step=1)
+    found = curriculum.metrics(rollouts, 1, 10, {})
+    assert found == {"depth": 2.0, "student_turns": 3.0, "expert_turns": 6.0}
+    assert curriculum.metrics([], 3, 10, {}) == {"depth": 4.0}
+
+
 def test_an_episode_is_never_deeper_than_its_environment():
     """Card, identity 1: k = 11 and more, of a world that is stopped after 5 turns."""
     for step in (20, 500):
