@@ -68,7 +68,7 @@ class Comparison:
             objects=4,
             quest_length=5,
             folder=str(self.out / "games"),
-            max_turns=10,
+            max_turns=8,
             turn_tokens=16,
         )
 
@@ -77,9 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--out", type=Path, default=Path("runs/tcod-textworld"))
     args.add_argument("--games", type=int, default=8)
-    args.add_argument("--steps", type=int, default=24)
-    args.add_argument("--every", type=int, default=8, help="steps between measurements")
-    args.add_argument("--rate", type=float, default=2e-3, help="learning rate")
+    args.add_argument("--steps", type=int, default=30)
+    args.add_argument("--every", type=int, default=10, help="steps between measurements")
+    args.add_argument("--rate", type=float, default=7e-4, help="learning rate")
     args.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args.add_argument("--samples", type=int, default=4, help="episodes of each game that measure")
     args.add_argument("--threads", type=int, default=1)
@@ -156,8 +156,8 @@ def trained(
             "output": str(folder),
             "steps": comparison.steps,
             "prompts_per_step": comparison.games,
-            "sampling": {"max_completion_length": ROOM},
-            "optim": {"learning_rate": comparison.rate, "warmup_steps": 2, "betas": [0.9, 0.95]},
+            "sampling": {"max_completion_length": ROOM, "num_generations": 2},
+            "optim": {"learning_rate": comparison.rate, "warmup_steps": 3, "betas": [0.9, 0.95]},
             "checkpoint": {"every": comparison.every, "keep": comparison.steps},
             "sample_every": comparison.every,
             "seed": seed,
