@@ -108,4 +108,12 @@ class Depth(Plain):
     def metrics(
         self, rollouts: Sequence[Rollout], step: int, total_steps: int, memory: Memory
     ) -> dict[str, float]:
-        return {"depth": float(depth(step, self.start, self.eta))}
+        """The depth, and how many turns of the student's and of the expert's an episode had."""
+        found = {"depth": float(depth(step, self.start, self.eta))}
+        for name, of in (
+            ("student_turns", [r.drawn for r in rollouts]),
+            ("expert_turns", [r.marks.get("given", []) for r in rollouts]),
+        ):
+            turns = [len({t for t, own in zip(r.turns, o) if own}) for r, o in zip(rollouts, of)]
+            found |= {name: sum(turns) / len(turns)} if turns else {}
+        return found
