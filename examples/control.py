@@ -49,16 +49,16 @@ def recorded(settings: ControlSettings, start: int, noise: float, words) -> tupl
     others are taken now and then; -100 at what is observed.
     """
     chance, world = random.Random(start), settings.make()
-    ids = words(world.reset({"start": start}, 0)).input_ids
-    labels = [-100] * len(ids)
+    taken = right = world.reset({"start": start}, 0)
     while not world.done:
-        right = bin_of(world)
-        act = chance.randrange(BINS) if chance.random() < noise else right
-        seen = words(world.step(f"<a{act}>")).input_ids
-        ids += [*words(f"<a{act}>").input_ids, *seen]
-        labels += [*words(f"<a{right}>").input_ids, *[-100] * len(seen)]
+        best = f"<a{bin_of(world)}>"
+        act = f"<a{chance.randrange(BINS)}>" if chance.random() < noise else best
+        seen = world.step(act)
+        taken, right = taken + act + seen, right + best + seen
     world.close()
-    return ids, labels
+    first = len(words) - BINS  # id of the first action
+    labels = [i if i >= first else -100 for i in words(right).input_ids]
+    return words(taken).input_ids, labels
 
 
 def bin_of(world: Control) -> int:
