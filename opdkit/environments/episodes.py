@@ -176,6 +176,7 @@ def finished(rollout: Rollout, episode: Episode, dialogue: Dialogue) -> Rollout:
     return replace(
         rollout,
         prompt=episode.opening,
+        row=episode.row,
         trained=own,
         logp=[p if mine else 0.0 for p, mine in zip(rollout.logp, own)],
         drawn_logp=[p if mine else 0.0 for p, mine in zip(rollout.drawn_logp, own)],
