@@ -32,7 +32,7 @@ def test_it_scores_the_same_turns_behind_the_other_opening(chat: bool) -> None:
     sampler = EpisodeSampler(
         HFSampler(model, tokenizer), Dialogue(tokenizer), Guess, "guess", max_turns=3, turn_tokens=4
     )
-    prompt = Prompt("a", [], {"id": "a", "prompt": "", "number": 5, "hint": "It is odd."})
+    prompt = Prompt("a", [], {"id": "a", "prompt": "", "letter": "q", "hint": "It is odd."})
     rollouts = sampler.sample([prompt], Sampling(1.0, max_completion_length=200), seed=0)
 
     def render(row: Any) -> list[int]:
