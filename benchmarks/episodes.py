@@ -2,9 +2,9 @@
 side: what the turns of others cost.
 
 Turns end by themselves (their lengths are geometric) or at a limit, and an environment answers each
-with some words. The other side samples as many responses, of one turn, each as long as the mean
-episode has tokens of the student, so that its batch is always full. Before anything is timed, the
-log-probs of the student's tokens must be those of a pass over the whole episodes to 1e-5.
+with some words. The other side samples responses of one turn to the same questions, each with
+exactly as many tokens as the student has in that episode. Before anything is timed, the log-probs
+of the student's tokens must be those of a pass over the whole episodes to 1e-5.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import copy
 import random
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from common import (
@@ -33,7 +34,9 @@ from common import (
 )
 
 from opdkit.environments import Dialogue, Environment, EpisodeSampler
-from opdkit.sampling import HFSampler
+from opdkit.sampling import HFSampler, hf
+from opdkit.sampling.decode import Decoding
+from opdkit.sampling.rows import Record, Rows
 from opdkit.types import DataRow, Prompt, Rollout, Sampling
 
 LOGP_TOLERANCE = 1e-5
@@ -63,6 +66,21 @@ class Talk(Environment):
 
     def score(self) -> float:
         return 1.0
+
+
+class Cut(Decoding):
+    """Decodes responses that are cut at lengths of their own."""
+
+    lengths: ClassVar[list[int]] = []
+
+    def _release(self, batch: Rows, drawn: Record) -> Rows | None:
+        limits = torch.tensor(self.lengths, device=self.device)[batch.row]
+        done = batch.count >= limits
+        if bool(done.all()):
+            return None
+        if bool(done.any()):
+            batch.keep(~done)
+        return batch
 
 
 @torch.no_grad()
@@ -140,23 +158,29 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
         return call
 
-    mean = round(sum(sum(r.trained) for r in lived) / len(lived))
-    single = HFSampler(endless, words)
-    sides = {
-        "episodes": timed(
-            lambda i: episodes.sample(prompts, Sampling(max_completion_length=room), seed=i)
-        ),
-        "single": timed(
-            lambda i: single.sample(prompts, Sampling(max_completion_length=mean), seed=i)
-        ),
-    }
+    single, drawn = HFSampler(endless, words), Sampling(max_completion_length=room)
+
+    def several(number: int) -> list[Rollout]:
+        rollouts = episodes.sample(prompts, drawn, seed=number)
+        Cut.lengths = [sum(r.trained) for r in rollouts]  # of the pair's other side
+        return rollouts
+
+    def one(number: int) -> list[Rollout]:
+        with patch.object(hf, "Decoding", Cut):
+            most = Sampling(max_completion_length=max(Cut.lengths))
+            return single.sample(prompts, most, seed=number)
+
+    sides = {"episodes": timed(several), "single": timed(one)}
     results = alternate(sides, args.pairs)
+    mean = sum(r["own"] for r in results["episodes"]) / args.pairs / args.episodes
+    if any(a["own"] != b["own"] for a, b in zip(*results.values(), strict=True)):
+        raise AssertionError("the sides wrote different numbers of tokens")
     per_token = {name: [1e6 * r["per_token"] for r in of] for name, of in results.items()}
     ratio = ratios(per_token["episodes"], per_token["single"])
     turns = sum(r["turns"] for r in results["episodes"]) / args.pairs / args.episodes
     others = sum(r["others"] for r in results["episodes"]) / args.pairs / args.episodes
     table(
-        ["side", "responses", "turns", "student's tokens", "others' tokens", "us per token", "ratio"],
+        ["side", "responses", "turns", "student's tokens", "others'", "us per token", "ratio"],
         [
             ["episodes", args.episodes, turns, mean, others, text(spread(per_token["episodes"]), 1),
              text(ratio)],

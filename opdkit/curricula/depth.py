@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from opdkit.base.errors import UserError, shown
 from opdkit.base.rules import Rules, at_least, follow
 from opdkit.curricula.base import Plain
-from opdkit.curricula.writer import StepContext, Writer
+from opdkit.curricula.writer import Memory, StepContext, Writer
 from opdkit.types import Prompt, Rollout
 
 DIRECTIONS = ("f2b", "b2f")
@@ -92,6 +93,7 @@ class Depth(Plain):
     deep.
     """
 
+    kind: ClassVar[str] = "depth"
     direction: str = "f2b"
     eta: int = 2
     start: int = 1
@@ -102,3 +104,16 @@ class Depth(Plain):
     @property
     def writer(self) -> Writer:
         return DepthWriter(self.direction, self.eta, self.start)
+
+    def metrics(
+        self, rollouts: Sequence[Rollout], step: int, total_steps: int, memory: Memory
+    ) -> dict[str, float]:
+        """The depth, and how many turns of the student's and of the expert's an episode had."""
+        found = {"depth": float(depth(step, self.start, self.eta))}
+        for name, of in (
+            ("student_turns", [r.drawn for r in rollouts]),
+            ("expert_turns", [r.marks.get("given", []) for r in rollouts]),
+        ):
+            turns = [len({t for t, own in zip(r.turns, o) if own}) for r, o in zip(rollouts, of)]
+            found |= {name: sum(turns) / len(turns)} if turns else {}
+        return found

@@ -10,7 +10,9 @@ from typing import Any
 from opdkit.base.config import build
 from opdkit.base.errors import UserError, nearest, shown
 from opdkit.curricula.base import Plain
+from opdkit.curricula.depth import Depth
 from opdkit.curricula.entropy_length import EntropyLength
+from opdkit.curricula.every_turn import EveryTurn
 from opdkit.curricula.frontier import Frontier
 from opdkit.curricula.mixed import Mixed
 from opdkit.curricula.pass_rate import PassRates
@@ -23,10 +25,12 @@ KINDS: dict[str, type[Plain]] = {
         Plain,
         EntropyLength,
         Frontier,
+        Depth,
         TeacherPrefix,
         Replay,
         Mixed,
         PassRates,
+        EveryTurn,
     )
 }
 

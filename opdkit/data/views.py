@@ -169,7 +169,8 @@ def seen(prompts: Prompts, prompt: Prompt, view: str) -> Prompt:
     row = view_of(view).row(of_row(prompt.row))
     if row is None:
         raise nothing_to_show(prompt.row, view)
-    return replace(prompt, id=f"{prompt.id}:{view}", tokens=prompts.tokens_of(row))
+    name = view_of(view).name or "view"
+    return replace(prompt, id=f"{prompt.id}:{name}", tokens=prompts.tokens_of(row))
 
 
 def nothing_to_show(row: DataRow, view: str) -> UserError:

@@ -115,7 +115,9 @@ class EntropyWeighed(Kind):
         return ls.exp() * (self.entropy * ls - lt)
 
 
-def pi_distill(alpha: float = 0.5, beta: float = 0.25, offpolicy: str = "clip") -> Method:
+def pi_distill(
+    alpha: float = 0.5, beta: float = 0.25, offpolicy: str = "clip", view: str = "hint"
+) -> Method:
     """pi-Distill: the student with privileged information writes, and learns together with the
     student without it, which may never have found a right answer.
 
@@ -133,7 +135,7 @@ def pi_distill(alpha: float = 0.5, beta: float = 0.25, offpolicy: str = "clip") 
     "topr" has -A log pi_S where A > 0, else -sg(clip(r)) A log pi_S.
 
     Each response is two rows of the step, one behind each prompt (`curricula.TwoContexts`); k is
-    read off them, so that no further model is asked. The view `hint` shows the column of that name.
+    read off them, so that no further model is asked.
 
     Source: arXiv 2602.04942, objectives as its authors' post has them. Departures: a public
     re-implementation has R - beta k in the student's part too, in the place of its KL; that drives
@@ -148,6 +150,9 @@ def pi_distill(alpha: float = 0.5, beta: float = 0.25, offpolicy: str = "clip") 
             per nat. Default: a public re-implementation's.
         offpolicy: the student's part on tokens that it did not draw: "clip" or "topr". Default: the
             first of the two in the paper's code.
+        view: how the privileged prompt is written: a view by name ("hint" shows the column of that
+            name, "solution" a worked solution) or a template with {prompt} and columns in braces.
+            Default: ours, for the paper's several forms of information.
     """
     one_of(offpolicy=(offpolicy, ("clip", "topr")))
     if not 0 <= alpha <= 1:
@@ -170,7 +175,7 @@ def pi_distill(alpha: float = 0.5, beta: float = 0.25, offpolicy: str = "clip") 
     if alpha < 1 and beta:
         terms += [Pull() * (~privileged * (student * beta))]
     objective = Objective(*(term.per("row_sums") for term in terms))
-    return Method(objective, curriculum=TwoContexts())
+    return Method(objective, curriculum=TwoContexts(view))
 
 
 def opsd_rl(beta: float = 0.25, entropy: float = 1.0) -> Method:

@@ -51,9 +51,14 @@ def ask(run: Run, given: Given) -> Asked:
     if reward is not None and hasattr(reward, "check"):
         reward.check()
     stored = stored_rollouts(run, method)
-    rows = read_rows(run.prompts, given.rows, run.seed)
+    for world in (run.world, run.held_out_world):
+        if world is not None:
+            world.check()
+    rows = read_rows(run.prompts, given.rows, run.seed, run.world)
     eval_rows = (
-        None if run.evaluate is None else read_rows(run.evaluate.prompts, given.eval_rows, run.seed)
+        None
+        if run.evaluate is None
+        else read_rows(run.evaluate.prompts, given.eval_rows, run.seed, run.held_out_world)
     )
     check_data(run.prompts, rows, reward, method)
     refuse_rows(annotated, rows)
@@ -78,9 +83,10 @@ def check_views(run: Run, method: Method, rows: Sequence[DataRow]) -> None:
     written = writer_of(method.curriculum).views
     if (views or written) and is_cache(run.prompts.source):
         raise UserError(
-            f"the prompts in {run.prompts.source} are token ids, of which it is not known how they "
-            "were written, so that a view of them could not be written like them: name the data "
-            "set itself, or give the view to `opdkit cache-teacher`"
+            f"method {method.name or 'own'!r} reads questions under a view, and the prompts in "
+            f"{run.prompts.source} are token ids, of which it is not known how they were written, "
+            "so that a view could not be written like them: name the data set itself, or give the "
+            "view to `opdkit cache-teacher`"
         )
     for view in sorted(views, key=str):
         if note := view.check(rows):

@@ -308,8 +308,8 @@ class Decoding:
         """Has the parked rows answered, and draws the next token of those that go on."""
         assert self.replies is not None
         batch, *others = self.parked
-        for other in others:
-            batch.join(other)
+        if others:
+            batch.join(*others)
         self.parked = []
         answers = self.replies.answer(self._turns(batch))
         kept = torch.tensor([answer is not None for answer in answers], device=self.device)

@@ -55,8 +55,8 @@ def _feed(models: Sequence[CausalLM], batch: Rows, new: Sequence[list[int]]) -> 
     columns = torch.arange(width, device=device)
     batch.mask = torch.cat([batch.mask, columns < lengths[:, None]], 1)
     places = batch.length[:, None] + columns.minimum(lengths[:, None] - 1)
-    padding = width - lengths
-    ragged = bool(padding.any())
+    padding = [width - len(text) for text in new]
+    ragged = any(padding)
     mask = batch.mask if batch.padded or ragged else None
     last = (torch.arange(len(new), device=device), lengths - 1)
     states = [

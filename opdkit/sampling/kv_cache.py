@@ -5,7 +5,7 @@ right, so that padding is always on the left, and for layers of linear attention
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,16 +123,12 @@ def taken(cache: DynamicCache, index: Tensor, trim: int = 0) -> DynamicCache:
     return other
 
 
-def shift(cache: DynamicCache, right: Tensor) -> None:
-    """Moves the columns of each row to the right, by `right` [B] of them, in place: what is behind
-    the end is dropped, and what comes first is of no meaning. For full attention.
+def shift(cache: DynamicCache, right: Sequence[int]) -> None:
+    """Moves the columns of each row to the right, by so many, in place; what is behind the end is
+    dropped. For full attention.
     """
     for layer in _layers(cache):
-        columns = torch.arange(layer.keys.shape[2], device=right.device)
-        index = (columns - right[:, None]).clamp_min(0)[:, None, :, None]
-        layer.hold(
-            *(states.gather(2, index.expand_as(states)) for states in (layer.keys, layer.values))
-        )
+        layer.shift(right)
 
 
 def shrink(cache: DynamicCache, holes: Tensor, moved: Tensor, rows: int) -> None:
@@ -151,18 +147,19 @@ def shrink(cache: DynamicCache, holes: Tensor, moved: Tensor, rows: int) -> None
             layer.narrow(rows)
 
 
-def join(first: DynamicCache, second: DynamicCache) -> None:
-    """Appends the rows of `second` to `first`, in place; the shorter one is padded on the left."""
-    for a, b in zip(_layers(first), _layers(second), strict=True):
-        if not keeps_columns(a):
-            _each_state(a, lambda state, more: torch.cat([state, more]), b)
-            continue
-        keys, values = _stack(a.keys, b.keys), _stack(a.values, b.values)
-        if a.is_sliding:
-            a.keys, a.values = keys, values
-            a.cumulative_length = max(a.cumulative_length, b.cumulative_length)
+def join(first: DynamicCache, *others: DynamicCache) -> None:
+    """Appends the rows of others to `first`, in place; the shorter ones are padded on the left."""
+    for layer, *more in zip(_layers(first), *map(_layers, others), strict=True):
+        if not keeps_columns(layer):
+            for other in more:
+                _each_state(layer, lambda state, new: torch.cat([state, new]), other)
+        elif layer.is_sliding:
+            every = [layer, *more]
+            layer.keys = _stack([one.keys for one in every])
+            layer.values = _stack([one.values for one in every])
+            layer.cumulative_length = max(one.cumulative_length for one in every)
         else:
-            a.hold(keys, values)
+            layer.join(more)
 
 
 def keeps_columns(layer: Any) -> bool:
@@ -218,6 +215,7 @@ def _layers(cache: DynamicCache) -> list[Any]:
     return cache.layers
 
 
-def _stack(a: Tensor, b: Tensor) -> Tensor:
-    columns = max(a.shape[2], b.shape[2])
-    return torch.cat([pad_left(a, columns, 2), pad_left(b, columns, 2)])
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """States [b, heads, c, width] one below another, padded on the left."""
+    columns = max(part.shape[2] for part in parts)
+    return torch.cat([pad_left(part, columns, 2) for part in parts])

@@ -4,6 +4,7 @@ where the stock layer copies all of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class GrowingLayer(DynamicLayer):
         stop = start + key_states.shape[2]
         if stop > self.buffers[0].shape[2]:
             rows = torch.arange(len(self.keys), device=self.device)
-            self.take(rows, start, stop - start + ROOM)
+            self.take(rows, start, max(stop - start, ROOM))
         for buffer, states in zip(self.buffers, (key_states, value_states)):
             buffer[:, :, start:stop] = states
         self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
@@ -53,6 +54,25 @@ class GrowingLayer(DynamicLayer):
         buffers with room.
         """
         self.keys, self.values = self.buffers = (keys, values)
+
+    def join(self, others: Sequence[GrowingLayer]) -> None:
+        """Appends the rows of others; the narrower ones are padded on the left."""
+        every = [self, *others]
+        columns = max(layer.keys.shape[2] for layer in every)
+        self.buffers = (
+            _stacked([layer.keys for layer in every], columns),
+            _stacked([layer.values for layer in every], columns),
+        )
+        self.keys, self.values = (buffer[:, :, :columns] for buffer in self.buffers)
+
+    def shift(self, right: Sequence[int]) -> None:
+        """Moves the columns of each row to the right by so many; what is behind the end is dropped,
+        and zeros come first.
+        """
+        columns = self.keys.shape[2]
+        moved = (_moved(self.keys, right), _moved(self.values, right))
+        self.buffers = moved
+        self.keys, self.values = (buffer[:, :, :columns] for buffer in moved)
 
     def narrow(self, rows: int) -> None:
         """Keeps the first rows; nothing is copied."""
@@ -73,4 +93,29 @@ def _gather(states: Tensor, index: Tensor, columns: int, room: int) -> Tensor:
     torch.index_select(
         states[:, :, states.shape[2] - columns :], 0, index, out=buffer[:, :, :columns]
     )
+    return buffer
+
+
+def _stacked(parts: Sequence[Tensor], columns: int) -> Tensor:
+    """[rows of all, heads, columns + ROOM, width]: states [b, heads, c, width] one below another,
+    aligned on the right of the columns.
+    """
+    rows, first = sum(len(part) for part in parts), parts[0]
+    buffer = first.new_empty(rows, first.shape[1], columns + ROOM, first.shape[3])
+    start = 0
+    for part in parts:
+        mine, padding = buffer[start : start + len(part)], columns - part.shape[2]
+        mine[:, :, :padding] = 0  # what is masked is read all the same, and must be numbers
+        mine[:, :, padding:columns] = part
+        start += len(part)
+    return buffer
+
+
+def _moved(states: Tensor, right: Sequence[int]) -> Tensor:
+    """[B, heads, C + ROOM, width]: states [B, heads, C, width], each row moved to the right."""
+    rows, heads, columns, width = states.shape
+    buffer = states.new_empty(rows, heads, columns + ROOM, width)
+    for row, by in enumerate(right):
+        buffer[row, :, :by] = 0
+        buffer[row, :, by:columns] = states[row, :, : columns - by]
     return buffer

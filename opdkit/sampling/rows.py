@@ -77,15 +77,16 @@ class Rows:
         caches = [taken(cache, index, trim) for cache in self.caches]
         return Rows(caches=caches, mask=mask, padded=not bool(mask.all()), **own)
 
-    def join(self, other: Rows) -> None:
-        """Appends the rows of another batch; the narrower one is padded on the left."""
-        columns = max(self.mask.shape[1], other.mask.shape[1])
-        self.padded = self.padded or other.padded or self.mask.shape != other.mask.shape
-        for cache, more in zip(self.caches, other.caches):
-            join(cache, more)
-        self.mask = torch.cat([pad_left(self.mask, columns, 1), pad_left(other.mask, columns, 1)])
+    def join(self, *others: Rows) -> None:
+        """Appends the rows of other batches; the narrower ones are padded on the left."""
+        every = [self, *others]
+        columns = max(rows.mask.shape[1] for rows in every)
+        self.padded = any(rows.padded or rows.mask.shape[1] < columns for rows in every)
+        for cache, *more in zip(*(rows.caches for rows in every)):
+            join(cache, *more)
+        self.mask = torch.cat([pad_left(rows.mask, columns, 1) for rows in every])
         for name in ("length", *OF_ROWS):
-            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+            setattr(self, name, torch.cat([getattr(rows, name) for rows in every]))
 
 
 class Record(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 
 from opdkit import UserError
 from opdkit.base.files import read_lines
+from opdkit.curricula import writer_of
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import LogpFact
 from opdkit.run import build
@@ -18,10 +19,10 @@ from opdkit.types import Rollout
 from tests.end_to_end.conftest import Shop, write_rows
 
 
-def pi_distill(shop: Shop, folder: Path, rows: list[dict[str, Any]]) -> Any:
+def pi_distill(shop: Shop, folder: Path, rows: list[dict[str, Any]], **arguments: Any) -> Any:
     return shop.run(
         folder / "run",
-        method={"name": "pi_distill", "arguments": {"beta": 0.01}},
+        method={"name": "pi_distill", "arguments": {"beta": 0.01, **arguments}},
         data=write_rows(folder / "rows.jsonl", rows),
         reward=shop.reward,
         sampling={"num_generations": 2, "max_completion_length": 6},
@@ -67,3 +68,17 @@ def test_a_row_without_a_hint_is_refused_before_anything_is_loaded(
     rows = [{"question": "What is 1?", "hint": "one"}, {"question": "What is 2?"}]
     with pytest.raises(UserError, match=r"nothing for the view hint to show.*take the row out"):
         prepare(pi_distill(shop, tmp_path, rows))
+
+
+def test_the_privileged_prompt_may_be_a_template(shop: Shop, tmp_path: Path) -> None:
+    rows = [{"question": f"What is {i}?", "steps": f"count to {i}"} for i in range(4)]
+    run = pi_distill(shop, tmp_path, rows, view="First {steps}.\n{prompt}")
+    job, _ = prepare(run)
+    prompt = job.collector.prompts[1]
+    writer = writer_of(job.curriculum)
+    assert writer.views == ("First {steps}.\n{prompt}",)
+    shown = job.collector.viewed(prompt, writer.views[0])
+    assert "First count to 1." in job.tokenizer.decode(shown.tokens)
+    assert shown.question == prompt.question and shown.id != prompt.id
+    with pytest.raises(UserError, match="there is no view 'hnt'; did you mean 'hint'"):
+        prepare(pi_distill(shop, tmp_path, rows, view="hnt"))

@@ -129,7 +129,7 @@ def test_text_and_ids_are_the_same() -> None:
     assert words.decode(ids) == "<o7><a4><a0>"
     dialogue = Dialogue(words)
     said = [{"role": "user", "content": "<o0><o7>"}]
-    assert dialogue.opening(said, (), "here") == words("<o0><o7>").input_ids
+    assert dialogue.opening(dialogue.asked(said, ()), "here") == words("<o0><o7>").input_ids
     assert dialogue.reply(said, (), ids[-2:], "here") == words("<o0><o7>").input_ids
     assert dialogue.said(ids[-2:], ids, ()) == "<a4><a0>"
 

@@ -308,6 +308,7 @@ def test_a_cap_bounds_the_ratio_of_the_students_part():
 def test_what_it_brings():
     made = load("pi_distill")
     assert made.curriculum == TwoContexts("hint") and not made.models
+    assert load("pi_distill", view="solution").curriculum == TwoContexts("solution")
     assert made.needs.models == {"student", "sampler"}
 
 

@@ -160,8 +160,9 @@ def _printed(case: dict[str, Any], jail: Jail, parent: ProgramParent) -> tuple[i
             os.close(channel.fd)
         if not why and status:
             why = f"the program failed{_reason(status)}"
-        if not why and not same(said.decode(errors="replace"), wanted):
-            why = f"it prints {said[:100]!r} and not {wanted[:100].encode(errors='replace')!r}"
+        printed = said.decode(errors="replace")
+        if not why and not same(printed, wanted):
+            why = f"it prints {printed[:100]!r} and not {wanted[:100]!r}"
         passed += not why
         if why:
             first = first or f"{why} for the input {given[:100]!r}"

@@ -25,6 +25,7 @@ from opdkit.objective.needs import Needs
 from opdkit.objective.supply import Tensors
 from opdkit.teachers.base import Remote, Scorer, cut, heads_of, reads_of
 from opdkit.teachers.context import TeacherContext
+from opdkit.teachers.speech import VoiceElsewhere, VoiceHere
 from opdkit.teachers.teacher import Teacher
 from opdkit.types import DataRow, Rollout
 
@@ -133,13 +134,6 @@ class ViewedTeacher(Teacher):
     of: Teacher
     view: View
 
-    def __post_init__(self) -> None:
-        if self.of.own_data is not None:
-            raise UserError(
-                f"a {self.of.kind} teacher has scored its rollouts already, under the prompts that "
-                "they had: leave view out, and give it to `opdkit cache-teacher`"
-            )
-
     def said(self) -> dict[str, Any]:
         return {**self.of.said(), "view": plain(self.view)}
 
@@ -150,6 +144,10 @@ class ViewedTeacher(Teacher):
     @property
     def starts_student(self) -> bool:
         return self.of.starts_student
+
+    @property
+    def own_data(self) -> str | None:
+        return self.of.own_data
 
     @property
     def routes(self) -> Mapping[str, Teacher]:
@@ -166,6 +164,13 @@ class ViewedTeacher(Teacher):
         return self.of.says(fact, model)
 
     def refuse(self, method: str, needs: Needs, model: str = "teacher") -> None:
+        if self.of.own_data is not None:
+            raise UserError(
+                f"method {method!r} has its {model} read the view {self.view}, and a "
+                f"{self.of.kind} teacher has scored its rollouts already, under the prompts that "
+                "they had: set view: plain, and give the view to `opdkit cache-teacher`; or use a "
+                "live teacher (teacher=MODEL)"
+            )
         self.of.refuse(method, needs, model)
 
     def check(self, context: TeacherContext) -> None:
@@ -183,6 +188,14 @@ class ViewedTeacher(Teacher):
         scorer = self.of.open(context)
         made = ViewedRemote if isinstance(scorer, Remote) else Viewed
         return made(scorer, self.view, render)
+
+    @property
+    def writes(self) -> bool:
+        return self.of.writes
+
+    def voice(self, context: TeacherContext) -> VoiceHere | VoiceElsewhere:
+        """Of the teacher itself: what it is asked to write, the view is no part of."""
+        return self.of.voice(context)
 
     def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:
         return self.of.held(role, dtype, shape_of)
