@@ -10,10 +10,19 @@ from typing import Any
 from opdkit.base.address import is_address
 from opdkit.base.config import build
 from opdkit.base.errors import UserError, nearest, shown
+from opdkit.environments.calculator import CalculatorSettings
 from opdkit.environments.own import OwnEnvironment
+from opdkit.environments.python import PythonSettings
 from opdkit.environments.settings import EnvironmentSettings
 
-KINDS: dict[str, type[EnvironmentSettings]] = {kind.kind: kind for kind in (OwnEnvironment,)}
+KINDS: dict[str, type[EnvironmentSettings]] = {
+    kind.kind: kind
+    for kind in (
+        CalculatorSettings,
+        PythonSettings,
+        OwnEnvironment,
+    )
+}
 
 
 def environment_of(value: Any, where: str = "environment") -> EnvironmentSettings:
