@@ -10,13 +10,13 @@ python examples/control.py runs/control
 opdkit train runs/control/run.yaml
 """
 
+import json
 import math
 import random
 import sys
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opdkit.environments.control import Control, ControlSettings, action_bins, tokenizer
@@ -110,22 +110,24 @@ def cloned(width: int, episodes: int, noise: float, steps: int, words) -> Qwen3F
 def make(folder: Path) -> None:
     """Teacher, student and the run of both, in `folder`."""
     words = tokenizer(BINS, SEEN)
-    for name, plan in {"teacher": (64, 400, 0.25, 500), "student": (48, 6, 0.0, 60)}.items():
+    for name, plan in {"teacher": (64, 400, 0.25, 700), "student": (48, 200, 0.25, 250)}.items():
         model = cloned(*plan, words)
         model.save_pretrained(folder / name)
         words.save_pretrained(folder / name)
+    held_out = {**TASK, "first": OTHERS - 64, "starts": 64}
     run = {
         "student": str(folder / "student"),
         "teacher": str(folder / "teacher"),
         "environment": TASK,
         "method": f"vla_opd(bins={BINS})",
         "output": str(folder / "run"),
-        "steps": 30,
+        "steps": 20,
         "prompts_per_step": 8,
         "sampling": {"max_completion_length": LENGTH},
-        "optim": {"learning_rate": 2e-3, "warmup_steps": 3},
+        "evaluate": {"data": "environment", "environment": held_out, "teacher": True},
+        "optim": {"learning_rate": 2e-3, "warmup_steps": 2},
     }
-    (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
+    (folder / "run.yaml").write_text(json.dumps(run, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +27,8 @@ from opdkit.environments.control import (
 )
 from opdkit.environments.dialogue import Dialogue
 from opdkit.environments.kinds import environment_of
+
+ROOT = Path(__file__).parents[2]
 
 
 def box(*bounds: tuple[float, float]) -> Any:
@@ -94,13 +101,13 @@ def test_an_episode_of_a_task() -> None:
     assert world.reset({"start": -2}, seed=3) == "<o2>"  # -2 of -4 .. 4 in eight bins
     assert world.step("<a4><a2><a0><a1>") == "<o3>"  # +1 +1, -1 +0.5: at -0.5
     assert line.pushed == [[1.0, 1.0], [-1.0, 0.5]] and line.at == -0.5
-    assert world.step("<a4>, then <a99> <o1>") == "<o7>"  # +1 +1, 0 +1: at 2.5
+    assert world.step("<a4>, then <a99> <o1>") == "<o6>"  # +1 +1, 0 +1: at 2.5
     assert line.pushed[2:] == [[1.0, 1.0], [0.0, 1.0]] and not world.done
     world.step("<a4><a4><a4><a4>")
     assert line.steps == 5 and world.done  # the fifth step ended it: the sixth was not taken
-    score = world.score()  # right of 0 after the first, third, fourth, fifth
-    assert score.reward == 4 / 4 and score.correct is False
-    assert score.feedback == "return 4 in 5 steps"
+    score = world.score()  # right of 0 after the third, fourth, fifth
+    assert score.reward == 3 / 4 and score.correct is False
+    assert score.feedback == "return 3 in 5 steps"
     world.close()
     assert line.closed
 
@@ -176,3 +183,21 @@ def test_tasks_that_gymnasium_does_not_have() -> None:
         ControlSettings("Pendulun-v1").check()
     with pytest.raises(UserError, match="set bins=2"):
         ControlSettings("CartPole-v1").check()
+
+
+@pytest.mark.agents
+def test_the_example_improves_on_its_start(tmp_path: Path) -> None:
+    """Teacher and student from the example, the run from the command line: on starts that neither
+    has seen, the student's mean reward goes at least half way to the teacher's.
+    """
+    env = {**os.environ, "TQDM_DISABLE": "1"}
+    for command in (
+        [str(ROOT / "examples" / "control.py"), str(tmp_path)],
+        ["-m", "opdkit", "train", str(tmp_path / "run.yaml")],
+    ):
+        done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    lines = (tmp_path / "run" / "evals.jsonl").read_text().splitlines()
+    found = {(e["name"], e["step"]): e["reward_mean"] for e in map(json.loads, lines)}
+    start, end, teacher = found["student", 0], found["student", 20], found["teacher", 0]
+    assert end - start > 0.5 * (teacher - start) > 0.05
