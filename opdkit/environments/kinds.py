@@ -14,12 +14,14 @@ from opdkit.environments.calculator import CalculatorSettings
 from opdkit.environments.own import OwnEnvironment
 from opdkit.environments.python import PythonSettings
 from opdkit.environments.settings import EnvironmentSettings
+from opdkit.environments.verifiers import VerifiersSettings
 
 KINDS: dict[str, type[EnvironmentSettings]] = {
     kind.kind: kind
     for kind in (
         CalculatorSettings,
         PythonSettings,
+        VerifiersSettings,
         OwnEnvironment,
     )
 }
@@ -39,7 +41,7 @@ def environment_of(value: Any, where: str = "environment") -> EnvironmentSetting
             settings, kind = {"name": kind, **settings}, OwnEnvironment.kind
     elif isinstance(value, str):
         kind, _, rest = value.partition(":")
-        if is_address(value):
+        if kind not in KINDS and is_address(value):
             kind, rest = OwnEnvironment.kind, value
     else:
         raise UserError(

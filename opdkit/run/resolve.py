@@ -15,7 +15,7 @@ from opdkit.methods.expression import ADDRESS
 from opdkit.models.device import device_of
 from opdkit.run.settings import AUTO, Run
 
-PREFIXED = re.compile(r"(cached|vllm|judge):(.+)", re.DOTALL)
+PREFIXED = re.compile(r"(cached|vllm|judge|verifiers):(.+)", re.DOTALL)
 # settings that may name files, and what of the method does
 NAMES = ("student", "teacher", "data", "reward", "reference", "models", "sampler", "environment")
 
