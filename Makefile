@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-vllm quickstart test test-kernels test-slow test-hostile test-peer test-vllm bench lint clean
+.PHONY: install install-vllm install-agents quickstart test test-kernels test-slow test-hostile test-peer test-vllm test-agents bench lint clean
 
 install: .venv/installed
 
@@ -33,6 +33,18 @@ install-vllm: .venv-vllm/installed
 test-vllm: install-vllm
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m vllm tests/vllm tests/end_to_end/test_kinds.py
 
+# TextWorld, ScienceWorld and gymnasium, in an environment of their own. ScienceWorld's simulator is a Java program: a Java runtime
+# comes from the system's packages, such as `apt-get install default-jre-headless`.
+install-agents: .venv-agents/installed
+
+.venv-agents/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-agents
+	.venv-agents/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,agents]'
+	touch $@
+
+test-agents: install-agents
+	OMP_NUM_THREADS=1 .venv-agents/bin/python -m pytest -q -m agents tests/environments
+
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
 
@@ -54,4 +66,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-vllm quickstart build dist *.egg-info
+	rm -rf .venv .venv-vllm .venv-agents quickstart build dist *.egg-info

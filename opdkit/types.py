@@ -20,6 +20,10 @@ DataRow = dict[str, Any]  # one row of a data set by column name, such as prompt
 MARK_OF = {"guide": "guided", "data": "given", "environment": "tool"}
 AUTHORS = ("student", *MARK_OF)  # whoever may have written a token of a response
 
+# policy version of a rollout whose recorded log-probs are not those of the student under its
+# prompt, whatever steps that has taken: the student's are computed anew
+NEVER_FRESH = -1
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -105,7 +109,8 @@ class Rollout:
             top_k, min_p).
         group: rollouts that are compared with each other (baselines, pairs) and learnt from in one
             optimiser step; in general those of one question.
-        policy_version: optimiser steps that the sampling policy had taken.
+        policy_version: optimiser steps that the sampling policy had taken; `NEVER_FRESH`: it is
+            another than the student under this prompt.
         finish: "stop": it ended itself; "length": cut at max_completion_length; "given": read from
             data.
         text: the response, decoded.

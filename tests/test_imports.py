@@ -32,10 +32,10 @@ LAYERS = {  # each room and the rooms that it may import, all of them above it h
     "data": "base types models rewards",
     "sampling": "base types objective models",
     "teachers": "base types objective curricula models data",
+    "environments": "base types models rewards data sampling",
+    "annotators": "base types models rewards data sampling teachers",
     "eval": "base types rewards",
     "report": "base eval",
-    "environments": "base types models rewards data sampling",
-    "annotators": "base types models data sampling teachers",
     "train": "base types objective curricula models rewards teachers environments annotators",
     "run": "base types objective curricula methods models rewards data sampling teachers eval "
     "report train environments annotators",

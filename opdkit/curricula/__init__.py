@@ -4,23 +4,37 @@ remembers what its rollouts showed.
 
 from opdkit.curricula.base import Curriculum, Plain, writer_of
 from opdkit.curricula.cached import Cached, reads_cache
+from opdkit.curricula.depth import Depth
+from opdkit.curricula.entropy_length import EntropyLength
+from opdkit.curricula.every_turn import EveryTurn
+from opdkit.curricula.frontier import Frontier
+from opdkit.curricula.kinds import curriculum_of
 from opdkit.curricula.mixed import Mixed
 from opdkit.curricula.pass_rate import PassRates
 from opdkit.curricula.prefix import TeacherPrefix
 from opdkit.curricula.replay import Replay
+from opdkit.curricula.several import Several
+from opdkit.curricula.two_contexts import TwoContexts
 from opdkit.curricula.writer import Memory, StepContext, Writer
 
 __all__ = [
     "Cached",
     "Curriculum",
+    "Depth",
+    "EntropyLength",
+    "EveryTurn",
+    "Frontier",
     "Memory",
     "Mixed",
     "PassRates",
     "Plain",
     "Replay",
+    "Several",
     "StepContext",
     "TeacherPrefix",
+    "TwoContexts",
     "Writer",
+    "curriculum_of",
     "reads_cache",
     "writer_of",
 ]

@@ -4,9 +4,9 @@ by the student, nothing remembered.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
 
 from opdkit.curricula.student import StudentWriter
 from opdkit.curricula.writer import Memory, Writer
@@ -14,11 +14,12 @@ from opdkit.types import Rollout
 
 
 class Curriculum(Protocol):
-    """A frozen dataclass of settings: who writes a step's responses, and what is remembered of
-    them.
+    """A frozen dataclass of settings: which prompts a step asks, who writes the responses and how
+    long they may be, and what is remembered of them.
     """
 
-    # whether `observe` must see nothing but the student's own responses of the step
+    # whether `observe` must see nothing but the student's own responses of the step, with rewards:
+    # those who remember how often the student solves a prompt
     needs_own: ClassVar[bool]
 
     @property
@@ -27,8 +28,9 @@ class Curriculum(Protocol):
         ...
 
     @property
-    def validates(self) -> bool:
-        """Whether `validated` wants the loss on held-out reference responses at every evaluation; a
+    def measures(self) -> tuple[str, ...]:
+        """What `validated` wants to know at every evaluation: "loss", on held-out reference
+        responses, or "entropy", of the student's own held-out samples, both in nats per token. A
         run without evaluations between its ends is then refused.
         """
         ...
@@ -38,12 +40,40 @@ class Curriculum(Protocol):
         """Who writes; None: a curriculum that only remembers leaves it to the student."""
         ...
 
-    def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
-        """Memory after the step's rollouts have been scored."""
+    def within(self, limit: int) -> Self:
+        """The same for a run whose responses have at most `limit` tokens; refuses what cannot be
+        kept within.
+        """
         ...
 
-    def validated(self, loss: float, memory: Memory) -> Memory:
-        """Memory after an evaluation."""
+    def longest(self, memory: Memory) -> int | None:
+        """Tokens after which the responses of the next step are cut; None: the run's limit."""
+        ...
+
+    def choose(
+        self, questions: Sequence[str], count: int, step: int, seed: int, memory: Memory
+    ) -> list[int] | None:
+        """Which `count` of the run's questions the step asks, by index; None: the next in the
+        stream. Where a step asks again, `questions` are those that it has not asked yet.
+        """
+        ...
+
+    def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
+        """Memory after the step's rollouts have been scored, those too that filters drop."""
+        ...
+
+    def validated(self, measured: Mapping[str, float], memory: Memory) -> Memory:
+        """Memory after an evaluation, the first of which is before training; `measured` holds what
+        `measures` names.
+        """
+        ...
+
+    def metrics(
+        self, rollouts: Sequence[Rollout], step: int, total_steps: int, memory: Memory
+    ) -> dict[str, float]:
+        """Where it stood in step number `step` (from 0), whose rollouts these are, by name: for the
+        run's curves. The memory is that which the step was asked with.
+        """
         ...
 
 
@@ -51,6 +81,7 @@ class Curriculum(Protocol):
 class Plain:
     """Every prompt as it is, every response written by the student, nothing remembered."""
 
+    kind: ClassVar[str] = "fixed"  # as a run's `curriculum` names it
     needs_own: ClassVar[bool] = False
 
     @property
@@ -58,18 +89,34 @@ class Plain:
         return ("student",)
 
     @property
-    def validates(self) -> bool:
-        return False
+    def measures(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def writer(self) -> Writer | None:
         return None
 
+    def within(self, limit: int) -> Self:
+        return self
+
+    def longest(self, memory: Memory) -> int | None:
+        return None
+
+    def choose(
+        self, questions: Sequence[str], count: int, step: int, seed: int, memory: Memory
+    ) -> list[int] | None:
+        return None
+
     def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
         return memory
 
-    def validated(self, loss: float, memory: Memory) -> Memory:
+    def validated(self, measured: Mapping[str, float], memory: Memory) -> Memory:
         return memory
+
+    def metrics(
+        self, rollouts: Sequence[Rollout], step: int, total_steps: int, memory: Memory
+    ) -> dict[str, float]:
+        return {}
 
 
 def writer_of(curriculum: Curriculum) -> Writer:

@@ -17,6 +17,7 @@ class CacheWriter(Writer):
     """Each prompt's stored responses, all of them, as they were written."""
 
     stored: ClassVar[bool] = True
+    cuts: ClassVar[bool] = False
 
     def write(self, context: StepContext) -> list[Rollout]:
         return [rollout for prompt in context.once for rollout in context.stored(prompt)]

@@ -32,9 +32,9 @@ class DataWriter(Writer):
 def no_response(row: str) -> UserError:
     """The error for a row without a reference response."""
     return UserError(
-        f"row {row!r} has no reference response, and the method reads a share of its "
-        "responses from the data: add a column `response` (or `completion`, `solution`, "
-        "assistant `messages`), or let the student write them all (lmbda=1)"
+        f"row {row!r} has no reference response, and the method reads responses from the data: add "
+        "a column `response` (or `completion`, `solution`, assistant `messages`), or take a method "
+        "whose responses the student writes (gkd: lmbda=1)"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from opdkit.curricula.base import Plain
 from opdkit.curricula.data import DataWriter
@@ -39,6 +40,7 @@ class Mixed(Plain):
     the data (GKD's lambda).
     """
 
+    kind: ClassVar[str] = "mixed"
     student_share: float = 1.0
 
     def __post_init__(self) -> None:

@@ -5,12 +5,13 @@ the run (TrOPD).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from opdkit.base.rules import Rules, at_least, follow
 from opdkit.curricula.base import Plain
-from opdkit.curricula.writer import StepContext, Writer
+from opdkit.curricula.writer import Memory, StepContext, Writer
 from opdkit.types import Prompt, Rollout
 
 PREFIX: Rules = {"extra": at_least(1, "it is the number of guided rollouts of each prompt")}
@@ -54,6 +55,7 @@ class TeacherPrefix(Plain):
     marked "guided". arXiv 2606.01249.
     """
 
+    kind: ClassVar[str] = "teacher_prefix"
     extra: int = 1
 
     def __post_init__(self) -> None:
@@ -62,6 +64,11 @@ class TeacherPrefix(Plain):
     @property
     def writer(self) -> Writer:
         return GuidedWriter(self.extra)
+
+    def metrics(
+        self, rollouts: Sequence[Rollout], step: int, total_steps: int, memory: Memory
+    ) -> dict[str, float]:
+        return {"prefix_share": prefix_share(step, total_steps)}
 
 
 def prefix_share(step: int, total_steps: int) -> float:

@@ -5,8 +5,9 @@ adaptive off-policy schedule.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
 
 from opdkit.base.rules import Rules, at_least, follow
 from opdkit.curricula.base import Plain
@@ -51,6 +52,7 @@ class ReplayWriter(Writer):
     schedule: str
     threshold: float
     capacity: int
+    cuts: ClassVar[bool] = False
 
     @property
     def reads_data(self) -> bool:
@@ -88,6 +90,7 @@ class Replay(Plain):
     last rose) and store (rollouts as dicts).
     """
 
+    kind: ClassVar[str] = "replay"
     schedule: str = "decreasing"
     threshold: float = 0.0
     tolerance: float = 0.1
@@ -101,8 +104,9 @@ class Replay(Plain):
         return ("student", "data")
 
     @property
-    def validates(self) -> bool:
-        return self.threshold < 1  # all is student text already, and phi never falls
+    def measures(self) -> tuple[str, ...]:
+        # at 1 all is student text already, and phi never falls
+        return ("loss",) if self.threshold < 1 else ()
 
     @property
     def writer(self) -> Writer:
@@ -121,11 +125,20 @@ class Replay(Plain):
         ]
         return {**memory, "store": [*store, *new][-self.capacity :]}
 
-    def validated(self, loss: float, memory: Memory) -> Memory:
-        """Memory after an evaluation on held-out data; the first is that before training."""
-        phi, level = memory.get("phi", self.threshold), memory.get("level")
+    def validated(self, measured: Mapping[str, float], memory: Memory) -> Memory:
+        if "loss" not in self.measures:
+            return memory
+        loss, phi, level = measured["loss"], memory.get("phi", self.threshold), memory.get("level")
         if level is None:
             return {**memory, "phi": phi, "level": loss}
         if loss < level + self.tolerance:
             return memory
         return {**memory, "phi": min(phi + RAISE, 1.0), "level": loss}
+
+    def metrics(
+        self, rollouts: Sequence[Rollout], step: int, total_steps: int, memory: Memory
+    ) -> dict[str, float]:
+        phi = memory.get("phi", self.threshold)
+        fresh = ReplayWriter(self.schedule, self.threshold, self.capacity).fresh
+        stored = float(len(memory.get("store", ())))
+        return {"phi": phi, "fresh": fresh(phi, step, total_steps), "stored": stored}

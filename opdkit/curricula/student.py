@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from opdkit.curricula.writer import StepContext, Writer
-from opdkit.types import Rollout
+from opdkit.types import Rollout, Sampling
 
 
 @dataclass(frozen=True)
 class StudentWriter(Writer):
-    """The student writes `num_generations` responses to each prompt, as it is."""
+    """The student writes `num_generations` responses to each prompt, as it is; `usual` of them
+    where the run leaves that at 1.
+    """
 
+    usual: int = 1
     own: ClassVar[bool] = True
 
+    def per_prompt(self, sampling: Sampling) -> int:
+        return sampling.num_generations if sampling.num_generations > 1 else self.usual
+
     def write(self, context: StepContext) -> list[Rollout]:
-        return context.sample(context.prompts, context.sampling)
+        count = self.per_prompt(context.sampling)
+        return context.sample(context.prompts, replace(context.sampling, num_generations=count))

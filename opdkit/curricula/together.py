@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
-from typing import cast
+from typing import Self, cast
 
 from opdkit.base.errors import UserError
 from opdkit.curricula.base import Curriculum, Plain, writer_of
@@ -23,8 +23,8 @@ class Together:
     parts: tuple[Curriculum, ...]
 
     @property
-    def validates(self) -> bool:
-        return any(part.validates for part in self.parts)
+    def measures(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(m for part in self.parts for m in part.measures))
 
     @property
     def needs_own(self) -> bool:
@@ -38,11 +38,32 @@ class Together:
     def writer(self) -> Writer | None:
         return next((part.writer for part in self.parts if part.writer is not None), None)
 
+    def within(self, limit: int) -> Self:
+        return replace(self, parts=tuple(part.within(limit) for part in self.parts))
+
+    def longest(self, memory: Memory) -> int | None:
+        """The shortest of those that say something."""
+        said = [part.longest(memory) for part in self.parts]
+        return min((length for length in said if length is not None), default=None)
+
+    def choose(
+        self, questions: Sequence[str], count: int, step: int, seed: int, memory: Memory
+    ) -> list[int] | None:
+        """What the first part that chooses says."""
+        chosen = (part.choose(questions, count, step, seed, memory) for part in self.parts)
+        return next((found for found in chosen if found is not None), None)
+
     def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
         return reduce(lambda known, part: part.observe(rollouts, known), self.parts, memory)
 
-    def validated(self, loss: float, memory: Memory) -> Memory:
-        return reduce(lambda known, part: part.validated(loss, known), self.parts, memory)
+    def validated(self, measured: Mapping[str, float], memory: Memory) -> Memory:
+        return reduce(lambda known, part: part.validated(measured, known), self.parts, memory)
+
+    def metrics(
+        self, rollouts: Sequence[Rollout], step: int, total_steps: int, memory: Memory
+    ) -> dict[str, float]:
+        told = [part.metrics(rollouts, step, total_steps, memory) for part in self.parts]
+        return {name: value for part in told for name, value in part.items()}
 
 
 def join(a: Curriculum, b: Curriculum, names: tuple[str, str]) -> Curriculum:
@@ -63,7 +84,14 @@ def join(a: Curriculum, b: Curriculum, names: tuple[str, str]) -> Curriculum:
             f"student now solves them, and with {other} not every response is the student's own of "
             "this step. Let the student write every batch (lmbda=1, schedule=None)"
         )
-    made = cast(Curriculum, Together(parts))  # whether it validates depends on its parts
+    whole = next((part for part in writing if not writer_of(part).cuts), None)
+    if whole is not None and any(part.longest({}) is not None for part in parts):
+        raise UserError(
+            f"{names[0]} and {names[1]} cannot be combined: one cuts the responses of a step at "
+            f"lengths of its own, and with {whole} some were written earlier and are read whole. "
+            "Let the student write every batch, or leave the lengths as they are"
+        )
+    made = cast(Curriculum, Together(parts))  # whether it needs own rollouts depends on its parts
     return made if len(parts) > 1 else parts[0] if parts else a
 
 

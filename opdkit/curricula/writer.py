@@ -24,13 +24,28 @@ def nothing_stored(prompt: Prompt) -> list[Rollout]:
     )
 
 
+def nothing_viewed(prompt: Prompt, view: str) -> Prompt:
+    """What a step that knows no views has."""
+    raise UserError(
+        f"prompt {prompt.id} is to be written as the view {view!r} has it, and this step has no "
+        "questions to write: views are known where a run trains"
+    )
+
+
+def as_it_is(prompt: Prompt) -> list[Prompt]:
+    """The turns of a prompt that is no trajectory."""
+    return [prompt]
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What a writer is told of a step, and whom it can ask for responses."""
 
     # of the step; one may come twice, where an epoch ends or the data has fewer than a step takes
     prompts: tuple[Prompt, ...]
-    sampling: Sampling  # the run's settings; `num_generations` responses to each prompt
+    # the run's settings, or shorter responses, where the curriculum says so; `num_generations`
+    # responses to each prompt
+    sampling: Sampling
     step: int  # steps done
     total_steps: int  # that the run will have taken at its end
     seed: int
@@ -40,6 +55,11 @@ class StepContext:
     # token ids of the reference response to a prompt of the step, None where the data has none
     reference: Callable[[Prompt], list[int] | None]
     stored: Callable[[Prompt], list[Rollout]] = nothing_stored  # its rollouts in the run's cache
+    # a prompt of the step as a view of its row writes it (see `data.views`): another prompt of the
+    # same question and group
+    viewed: Callable[[Prompt, str], Prompt] = nothing_viewed
+    # the assistant turns of a prompt of the step, where it is a reference trajectory: a prompt each
+    turns: Callable[[Prompt], list[Prompt]] = as_it_is
     memory: Memory = field(default_factory=dict)  # the curriculum's, to be read only
     policy_version: int = 0  # optimiser steps that the student has taken
 
@@ -71,11 +91,26 @@ class Writer(ABC):
     own: ClassVar[bool] = False
     # whether every response is read from a cache: then the run opens one, and samples nothing
     stored: ClassVar[bool] = False
+    # whether it asks for the turns of trajectories: then data without any is left out
+    asks_turns: ClassVar[bool] = False
+    # whether every response ends at `sampling.max_completion_length`, which a curriculum may lower
+    # from step to step
+    cuts: ClassVar[bool] = True
 
     @property
     def reads_data(self) -> bool:
         """Whether it reads the reference responses of the data: then every row needs one."""
         return False
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views under which it has responses written: each row needs what they show."""
+        return ()
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """The marks of its own that it sets, besides those that say who wrote a token."""
+        return frozenset()
 
     @property
     def draws(self) -> bool:

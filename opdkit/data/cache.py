@@ -21,14 +21,9 @@ from opdkit.data.prompts import Prompts
 from opdkit.data.shards import GROUP, Scored, Shard, file_digest
 from opdkit.models.identity import Identity, has_digest
 from opdkit.models.tokenizers import answer_end
-from opdkit.types import DataRow, Prompt, Rollout, Sampling
+from opdkit.types import NEVER_FRESH, DataRow, Prompt, Rollout, Sampling
 
 KIND, FORMAT, MANIFEST = "opdkit cache", 1, "manifest.json"
-NEVER_FRESH = (
-    -1
-    # policy version of a stored rollout: its recorded log-probs are rounded, so the student's are
-    # always computed anew
-)
 OPEN_FILES, KEPT_GROUPS = 64, 16
 
 # ----------------------------------------------------------------------------------------- manifest
@@ -290,7 +285,7 @@ class Cache:
             else logp,
             group=prompt.group,
             question=prompt.question,
-            policy_version=NEVER_FRESH,
+            policy_version=NEVER_FRESH,  # its recorded log-probs are rounded
             finish=stored["finish"],
             text=stored["text"],
             row=prompt.row,
@@ -369,6 +364,12 @@ class CachedPrompts(Prompts):
             )
         self.cache = cache
         super().__init__(rows, tokenizer, max_prompt_length=max_prompt_length, chat=False)
+
+    def turns(self, index: int) -> list[Prompt]:
+        raise UserError(
+            "a cache holds whole questions as token ids, not the messages of which turns could be "
+            "made: name the data itself"
+        )
 
     def tokens(self, row: DataRow) -> list[int]:
         return self.cache.prompts[row["id"]].tolist()

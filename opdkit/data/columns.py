@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from opdkit.base.errors import UserError, nearest, shown
-from opdkit.data.messages import as_messages, is_messages, stringified
+from opdkit.data.messages import Message, as_messages, is_messages, stringified, text
 from opdkit.rewards.extract import boxed
 from opdkit.types import DataRow
 
@@ -58,7 +58,8 @@ def normalise(rows: Iterable[DataRow], columns: Mapping[str, str] | None = None)
 
 def _normalise(row: DataRow, index: int, columns: dict[str, str], seen: set[str]) -> DataRow:
     named = {key: _named(row, key, column, index) for key, column in columns.items()}
-    prompt, said = _prompt(row, named, index)
+    prompt, last = _prompt(row, named, index)
+    said = None if last is None else _said([last])
     refuse_surrogates(prompt, f"the prompt of row {index}")
     answer, worked = _answer(row, named)
     response = named["response"] if "response" in named else _first(row, RESPONSES)
@@ -70,6 +71,8 @@ def _normalise(row: DataRow, index: int, columns: dict[str, str], seen: set[str]
         refuse_surrogates(value, f"the {name} of row {index}")
     return {
         **row,
+        # a turn that only calls a tool is no text, and still a turn
+        **({"messages": [*prompt, last]} if last is not None and said is None else {}),
         "prompt": prompt,
         "answer": answer,
         "response": next((text for text in (_said(response), said, worked) if text), None),
@@ -142,10 +145,8 @@ def _named(row: DataRow, key: str, column: str, index: int) -> Any:
 # ------------------------------------------------------------------------------------------ reading
 
 
-def _prompt(
-    row: DataRow, named: DataRow, index: int
-) -> tuple[str | list[dict[str, Any]], str | None]:
-    """The prompt, and what the assistant said last where messages end with its turn."""
+def _prompt(row: DataRow, named: DataRow, index: int) -> tuple[str | list[Message], Message | None]:
+    """The prompt, and the assistant's last message where messages end with its turn."""
     # MBPP
     value = (
         named["prompt"]
@@ -188,7 +189,7 @@ def _prompt(
             f"row {index} has only an assistant's message and nothing that it answers: remove the "
             "row, or add a user's"
         )
-    return messages[:-1], _said(messages[-1:])
+    return messages[:-1], messages[-1]
 
 
 def _said(value: Any) -> str | None:
@@ -200,13 +201,6 @@ def _said(value: Any) -> str | None:
         said = [text(m.get("content")) for m in value if m["role"] == "assistant"]
         return "".join(said) or None
     return None if value is None else str(value)
-
-
-def text(content: Any) -> str:
-    """A message's content as text: a string, or parts such as {"type": "text", "text": "..."}."""
-    if isinstance(content, list):
-        return "".join(p if isinstance(p, str) else str(p.get("text") or "") for p in content)
-    return "" if content is None else str(content)
 
 
 def _answer(row: DataRow, named: DataRow) -> tuple[str | None, str | None]:

@@ -136,3 +136,34 @@ def called(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the functions that messages call."""
     calls = [call for m in messages for call in m.get("tool_calls") or []]
     return [name_of(call) for call in calls if isinstance(call, Mapping)]
+
+
+def text(content: Any) -> str:
+    """A message's content as text: a string, or parts such as {"type": "text", "text": "..."}."""
+    if isinstance(content, list):
+        return "".join(p if isinstance(p, str) else str(p.get("text") or "") for p in content)
+    return "" if content is None else str(content)
+
+
+def turns_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each turn that an assistant takes in a row's conversation, as `load_rows` gives it:
+    the messages before the turn as the prompt, what it says as the response. A prompt that is text
+    is one turn.
+    """
+    asked = row["prompt"]
+    if not is_messages(asked):
+        return [dict(row)]
+    within = [i for i, m in enumerate(asked) if i > 0 and m["role"] == "assistant"]
+    turns = [
+        {**row, "prompt": asked[:i], "response": text(asked[i].get("content")) or None}
+        for i in within
+    ]
+    return [*turns, dict(row)] if row.get("response") or _ends_with_a_turn(row) else turns
+
+
+def _ends_with_a_turn(row: Mapping[str, Any]) -> bool:
+    """Whether an assistant's message of a row that is no text follows the prompt."""
+    whole = stringified(row.get("messages"))
+    if not is_messages(whole):
+        return False
+    return whole[-1]["role"] == "assistant" and len(row["prompt"]) < len(whole)

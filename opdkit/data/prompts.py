@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from string import Formatter
@@ -11,8 +11,17 @@ from typing import Any, overload
 
 from opdkit.base.errors import UserError, nearest, shown
 from opdkit.base.progress import progress
-from opdkit.data.columns import look, text
-from opdkit.data.messages import Message, as_messages, called, is_messages, name_of, tools_of
+from opdkit.data.columns import look
+from opdkit.data.messages import (
+    Message,
+    as_messages,
+    called,
+    is_messages,
+    name_of,
+    text,
+    tools_of,
+    turns_of,
+)
 from opdkit.models.chat import (
     has_template,
     parts,
@@ -168,6 +177,43 @@ class Prompts(Sequence[Prompt]):
         ids = self._known(self._encode(response, special=False), f"response of row {row['id']!r}")
         return ids if self.end is None or ids[-1:] == [self.end] else [*ids, self.end]
 
+    def tokens_of(self, row: DataRow) -> list[int]:
+        """The ids of a row that is asked as these are, be it one of them or not."""
+        return self._known(self.tokens(row), f"prompt of row {row['id']!r}")
+
+    def turns(self, index: int) -> list[Prompt]:
+        """A prompt for each turn that an assistant takes in the row's conversation, with all
+        messages before it; one that is asked as it is, where there is no other.
+        """
+        whole, rows = self[index], turns_of(self.rows[index])
+        made = []
+        for number, row in enumerate(rows, 1):
+            id = whole.id if len(rows) == 1 else f"{whole.id}:turn{number}"
+            what = f"turn {number} of row {whole.id!r}"
+            same = row["prompt"] == whole.row["prompt"]
+            tokens = whole.tokens if same else self._known(self.tokens(row), what)
+            row = whole.row if same and len(rows) == 1 else {**row, "id": id}
+            made.append(Prompt(id, tokens, row, question=whole.question, group=id))
+        return made
+
+    def drop_unanswered(self) -> str:
+        """Leaves out conversations in which no assistant takes a turn; says which, "" where there
+        are none.
+        """
+        kept = [i for i, row in enumerate(self.rows) if turns_of(row)]
+        gone = [row["id"] for row in self.rows if not turns_of(row)]
+        if not kept:
+            raise UserError(
+                f"none of the {len(gone)} conversations has an assistant's message, and the "
+                "student is to write those: the data needs whole trajectories in `messages`"
+            )
+        total = len(self.rows)
+        self.rows = [self.rows[i] for i in kept]
+        self._prompts = [self._prompts[i] for i in kept]
+        rest = f" and {len(gone) - NAMED} more" if len(gone) > NAMED else ""
+        said = f"have no assistant's message and are left out: {', '.join(gone[:NAMED])}{rest}"
+        return f"{len(gone)} of {total} conversations {said}" if gone else ""
+
     # ----------------------------------------------------------------------------------- one prompt
 
     def tokens(self, row: DataRow) -> list[int]:
@@ -313,15 +359,12 @@ class Prompts(Sequence[Prompt]):
         if self.template is None:
             return prompt
         filled = {**row, "prompt": prompt}
-        return "".join(
-            before + ("" if name is None else _value(filled, name))
-            for before, name in _parts(self.template)
-        )
+        return fill(self.template, lambda name: _value(filled, name))
 
 
 def check_template(template: str, rows: Sequence[DataRow]) -> None:
     """Refuses a template that cannot be filled from every row."""
-    names = {name for _, name in _parts(template) if name is not None}
+    names = names_in(template)
     if not names:
         raise UserError(
             f"template={shown(template)} names no column, so every prompt would be the same: put "
@@ -330,6 +373,18 @@ def check_template(template: str, rows: Sequence[DataRow]) -> None:
     for row in rows:
         for name in names:
             _value(row, name)
+
+
+def names_in(template: str) -> set[str]:
+    """What a template names in braces."""
+    return {name for _, name in _parts(template) if name is not None}
+
+
+def fill(template: str, read: Callable[[str], str]) -> str:
+    """A template with what `read` gives for each name in braces."""
+    return "".join(
+        before + ("" if name is None else read(name)) for before, name in _parts(template)
+    )
 
 
 def _value(row: DataRow, name: str) -> str:

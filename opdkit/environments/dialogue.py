@@ -26,6 +26,7 @@ from opdkit.environments.calls import (
 from opdkit.models.chat import MARK, OTHER, has_template, parts, reads_text, rendered
 from opdkit.models.thoughts import NEAR, decode, opened, special_marks
 from opdkit.models.tokenizers import end_ids
+from opdkit.types import DataRow
 
 ENDS = ("\n", " ", "\t")
 
@@ -60,14 +61,19 @@ class Dialogue:
 
     # ------------------------------------------------------------------------------ what is written
 
-    def opening(self, messages: list[Message], tools: Sequence[Any], who: str) -> list[int]:
-        """What the student reads before its first turn."""
+    def asked(self, messages: list[Message], tools: Sequence[Any]) -> DataRow:
+        """What the student is asked in an opening, as columns of a row of data: whoever writes the
+        row's prompt writes the opening.
+        """
         if tools and not self.calls.known:
             messages, tools = _told(messages, tools), ()
         if not self.chat:
-            return self.prompts.tokens({"id": who, "prompt": self._lines(messages)})
-        shown = [self._shown(m) for m in messages]
-        return self.prompts.tokens({"id": who, "prompt": shown, "tools": list(tools)})
+            return {"prompt": self._lines(messages)}
+        return {"prompt": [self._shown(m) for m in messages], "tools": list(tools)}
+
+    def opening(self, row: DataRow, who: str) -> list[int]:
+        """What the student reads before its first turn."""
+        return self.prompts.tokens({**row, "id": who})
 
     def reply(
         self, messages: list[Message], tools: Sequence[Any], turn: Sequence[int], who: str

@@ -176,6 +176,7 @@ def finished(rollout: Rollout, episode: Episode, dialogue: Dialogue) -> Rollout:
     return replace(
         rollout,
         prompt=episode.opening,
+        row=episode.row,
         trained=own,
         logp=[p if mine else 0.0 for p, mine in zip(rollout.logp, own)],
         drawn_logp=[p if mine else 0.0 for p, mine in zip(rollout.drawn_logp, own)],
@@ -254,9 +255,9 @@ def rounds(
         )
         ended = []
         for (id, writing), rollout in zip(list(going.items()), written, strict=True):
-            given = most - turns[id]
-            new = rollout.tokens[given:]
-            writing.add(new, rollout.logp[given:], rollout.drawn_logp[given:])
+            before = most - turns[id]
+            new = rollout.tokens[before:]
+            writing.add(new, rollout.logp[before:], rollout.drawn_logp[before:])
             writing.last, writing.turn = rollout, writing.turn + 1
             ended.append(Turn(id, new, rollout.finish == "stop", writing.room))
         for turn, reply in zip(ended, lived.answer(ended), strict=True):

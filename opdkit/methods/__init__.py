@@ -35,7 +35,24 @@ METHODS: dict[str, str] = {
     "uld": "opdkit.methods.uld:uld",
     "gold": "opdkit.methods.gold:gold",
     # the student with another context as its teacher
+    "sft": "opdkit.methods.sft:sft",
+    "dagger": "opdkit.methods.dagger:dagger",
+    "opsd": "opdkit.methods.opsd:opsd",
+    "sdft": "opdkit.methods.sdft:sdft",
+    "sdpo": "opdkit.methods.sdpo:sdpo",
     # methods that train both contexts, or weigh spans
+    "pi_distill": "opdkit.methods.pi_distill:pi_distill",
+    "opsd_rl": "opdkit.methods.pi_distill:opsd_rl",
+    "selfci": "opdkit.methods.selfci:selfci",
+    "trace": "opdkit.methods.trace:trace",
+    "distil": "opdkit.methods.distil:distil",
     # agents, several teachers
+    "skill_sd": "opdkit.methods.skill_sd:skill_sd",
+    "cord": "opdkit.methods.cord:cord",
+    "mad_opd": "opdkit.methods.mad_opd:mad_opd",
+    "opad": "opdkit.methods.mad_opd:opad",
+    "erpd": "opdkit.methods.erpd:erpd",
+    "vla_opd": "opdkit.methods.vla_opd:vla_opd",
     # depth of turns
+    "tcod": "opdkit.methods.tcod:tcod",
 }

@@ -1,5 +1,5 @@
-"""What the docstring of a method says of its arguments, and the checks that several methods make of
-theirs.
+"""What the docstring of a method says of its arguments, and what several methods make of theirs:
+checks, and the student as its own teacher.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 TITLE = "Arguments:"
 DEFAULT = " Default: "
@@ -49,8 +50,31 @@ def described(doc: str) -> tuple[str, dict[str, Argument]]:
     return f"{before.rstrip()}\n\n{after}".rstrip(), found
 
 
-def one_of(**choices: tuple[object, Collection[str]]) -> None:
+def one_of(**choices: tuple[object, Collection[object]]) -> None:
     """Refuses an argument that is none of those known: one_of(mode=(mode, ("mean", "minmax")))."""
     for name, (value, known) in choices.items():
         if value not in known:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, known))}")
+
+
+def shares(**given: tuple[float, str]) -> None:
+    """Refuses an argument outside [0, 1], with what it means: shares(mix=(mix, "it is ..."))."""
+    for name, (value, meaning) in given.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} must lie in [0, 1]: {meaning}")
+
+
+def positive(**given: tuple[float, str]) -> None:
+    """Refuses an argument that is not above 0, with what it means; infinity is."""
+    for name, (value, meaning) in given.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value} must be positive: {meaning}")
+
+
+def itself(view: str, weights: str, **average: Any) -> dict[str, Any]:
+    """The student under another context as its own teacher, in the words of a run's `teacher`:
+    what it reads there, which of its weights score, and where these are an average its settings.
+    """
+    one_of(teacher=(weights, ("fixed", "ema", "live")))
+    settings = average if weights == "ema" else {}
+    return {"kind": "self", "weights": weights, **settings, "view": view}

@@ -7,9 +7,10 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
-from opdkit.curricula import Plain, reads_cache
+from opdkit.curricula import Plain, reads_cache, writer_of
 from opdkit.methods import expression
 from opdkit.methods.arguments import Argument, described
 from opdkit.methods.method import Method, as_method, function_of, load, methods
@@ -44,10 +45,10 @@ def passes(method: Method) -> list[str]:
         lines.append(
             "student, without gradient, before the step (it reads more than the sampler notes)"
         )
-    elif stored and needs.of("student"):
+    elif not writer_of(method.curriculum).own and needs.of("student"):
         lines.append(
-            "student, without gradient, before the step (it did not write these rollouts as it is "
-            "now)"
+            "student, without gradient, before the step (it did not write all of these rollouts as "
+            "it is now and behind these prompts)"
         )
     # its numbers are stored with the rollouts
     elsewhere = {"student", "sampler", "live"} | ({"teacher"} if stored else set())
@@ -61,6 +62,18 @@ def passes(method: Method) -> list[str]:
         lines.append(f"{name}, without gradient{whole}")
     lines.append("student, with gradient, at the positions that a term selects")
     return lines
+
+
+def brought(method: Method) -> list[str]:
+    """Who a method's models are unless a run says otherwise, as a run's file would say it."""
+    return [f"{name}: {_written(spec)}" for name, spec in method.models.items()]
+
+
+def _written(spec: Any) -> str:
+    """Nested values in one line of YAML."""
+    if isinstance(spec, Mapping):
+        return f"{{{', '.join(f'{k}: {_written(v)}' for k, v in spec.items())}}}"
+    return str(spec).lower() if isinstance(spec, bool) else str(spec)
 
 
 def arguments_of(method: Method) -> tuple[list[Shown], list[Shown]]:
@@ -105,6 +118,7 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
         "forward passes of a step, besides sampling",
         *(f"  {i}. {x}" for i, x in enumerate(passes(made), 1)),
     ]
+    lines += [f"unless the run says otherwise, {model}" for model in brought(made)]
     base = expression.base_of(made.name)
     if base is not None:
         added = [x for x in passes(made) if x not in passes(load(base))]
@@ -120,6 +134,10 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
     )
     beside = sorted({*needs.companions, *made.companions}, key=repr)
     lines += [f"state beside the student, saved with it: {c}" for c in beside]
+    lines += [f"{name}, unless a run says otherwise: {spec}" for name, spec in made.models.items()]
+    lines += [f"noted on its rollouts, {name}: {spec}" for name, spec in made.annotate.items()]
+    if made.actions is not None:
+        lines.append(f"models write bins of an action, not text: {made.actions}")
     if made.curriculum != Plain():
         lines.append(f"curriculum: {made.curriculum}")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -44,12 +45,7 @@ class ClippedWeight(Bounds, TokenLoss):
     gradient: no token loses its own.
     """
 
-    def __post_init__(self) -> None:
-        if self.dual is not None:
-            raise ValueError(
-                "dual_clip bounds PPO's clipped loss; cispo bounds the ratio itself: use clip"
-            )
-        super().__post_init__()
+    takes_dual: ClassVar[bool] = False
 
     def value(self, live: Live) -> Tensor:  # [n]
         weight = ratio(live, "student").detach().clamp(1 - self.low, 1 + self.high)

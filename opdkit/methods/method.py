@@ -19,6 +19,7 @@ from opdkit.base.own_code import CALL_SECONDS, own_code
 from opdkit.curricula import Curriculum, Plain, together
 from opdkit.methods import METHODS, expression
 from opdkit.objective import algebra, credits, ratio_layer
+from opdkit.objective.actions import Actions
 from opdkit.objective.companion import Companion
 from opdkit.objective.formula import Number, Signal
 from opdkit.objective.grammar import Loss, Objective, Term
@@ -43,6 +44,8 @@ class Method:
     models: Mapping[str, Any] = field(default_factory=dict, hash=False)
     # what is to be noted on its rollouts before they are scored, in the words of a run's `annotate`
     annotate: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    # what its models write, where that is bins of an action, not text
+    actions: Actions | None = None
     name: str = ""  # filled by `load`, as are the next three
     arguments: tuple[tuple[str, Any], ...] = ()
     summary: str = ""
@@ -145,6 +148,7 @@ COMPOSED = (
     "companions",
     "models",
     "annotate",
+    "actions",
     "name",
     "arguments",
     "summary",
@@ -176,6 +180,7 @@ def _composed(
         companions=tuple(dict.fromkeys(base.companions + other.companions)),
         models=_both(base.models, other.models, names, "model"),
         annotate=_both(base.annotate, other.annotate, names, "annotation"),
+        actions=_one(base.actions, other.actions, names),
     )
     return _called(made, "own" if "own" in names else name, doc)
 
@@ -193,6 +198,16 @@ def _both(
                 f"is {mine[name]}, that of the second {theirs[name]}, and only one can hold"
             )
     return {**mine, **theirs}
+
+
+def _one(mine: Actions | None, theirs: Actions | None, names: tuple[str, str]) -> Actions | None:
+    """What the models of two methods write; that of the one that says it."""
+    if None not in (mine, theirs) and mine != theirs:
+        raise UserError(
+            f"{names[0]} and {names[1]} cannot be combined: models write {mine} in the first, "
+            f"{theirs} in the second, and one student learns from both"
+        )
+    return mine or theirs
 
 
 def _called(method: Method, name: str, doc: str) -> Method:

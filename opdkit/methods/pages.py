@@ -14,7 +14,7 @@ from pathlib import Path
 from opdkit.base.errors import UserError
 from opdkit.curricula import Plain
 from opdkit.methods.arguments import described
-from opdkit.methods.explain import SHARED, Shown, arguments_of, passes, table
+from opdkit.methods.explain import SHARED, Shown, arguments_of, brought, passes, table
 from opdkit.methods.method import Method, function_of, load, methods
 from opdkit.objective import algebra
 from opdkit.objective.grammar import RolloutLoss
@@ -97,6 +97,7 @@ def render(method: Method, notes: str) -> str:
         )
     if method.curriculum != Plain():
         cost.append(f"\nCurriculum: `{method.curriculum}`.")
+    cost += [f"\nUnless the run says otherwise, `{model}`." for model in brought(method)]
     parts = [
         f"# {method.name}",
         prose(method),
@@ -166,6 +167,8 @@ def escape(text: str) -> str:
 
 def arguments(method: Method) -> str:
     """Tables of the method's own arguments and of the ratio layer's, and how they are given."""
+    if not method.arguments:
+        return "None."
     own, layer = arguments_of(method)
     parts = [argument_table(own)]
     if layer:

@@ -5,6 +5,7 @@ that these two are the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from opdkit.models.adapters import has_adapters
 from opdkit.models.load import CausalLM, evaluating
 from opdkit.models.precision import computing, head_products_of, products_of
 from opdkit.models.tokenizers import usable
+from opdkit.objective.actions import Actions
 from opdkit.objective.head import Head
 
 # of the largest logit: body and head against the whole model
 AGREE = {torch.float64: 1e-9, torch.float32: 1e-4}
 AGREE_HALF = 2e-2  # in 16 bits a logit carries 8 to 11 significant bits
 PROBE = 8  # tokens read by `check_head`
+ACTIONS = "opdkit_actions"  # attribute of a model; a copy keeps it
 
 
 def decoder_of(model: CausalLM) -> Any:
@@ -57,8 +60,13 @@ def hidden_states(
     return output.last_hidden_state
 
 
+def act_in(model: CausalLM, actions: Actions | None) -> None:
+    """Restricts a model, and copies of it, to the bins of an action; None: it writes text."""
+    setattr(model, ACTIONS, actions)
+
+
 def head_of(model: CausalLM, vocab: int | None = None) -> Head:
-    """The model's head, sharing its weight.
+    """The model's head, sharing its weight, and restricted where the model is (`act_in`).
 
     `vocab` keeps the first rows only: see `real_vocabulary`.
     """
@@ -90,6 +98,7 @@ def head_of(model: CausalLM, vocab: int | None = None) -> Head:
         getattr(config, "final_logit_softcapping", None),
         vocab,
         head_products_of(model),
+        getattr(model, ACTIONS, None),
     )
 
 
@@ -116,7 +125,7 @@ def check_head(model: CausalLM) -> None:
     """Refuses a model whose logits are not those of `hidden_states` and `head_of`: a few tokens are
     run through both.
     """
-    head = head_of(model)
+    head = replace(head_of(model), actions=None)
     weight = model.get_output_embeddings().weight
     ids = torch.arange(PROBE, device=weight.device)[None] % len(weight)
     mask = torch.ones_like(ids)

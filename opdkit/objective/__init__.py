@@ -4,6 +4,7 @@ A method needs one import line: the grammar, every signal, loss, fact and kind o
 handed on here.
 """
 
+from opdkit.objective.actions import Actions
 from opdkit.objective.alignment import SpanFact
 from opdkit.objective.batch import Batch, HiddenFact, Live
 from opdkit.objective.companion import (
@@ -39,6 +40,7 @@ from opdkit.objective.losses import (
     Likelihood,
     Outer,
     PolicyGradient,
+    RatioWeighted,
     clipped,
     log_ratio,
     natural_support,
@@ -91,6 +93,7 @@ from opdkit.objective.support import Support
 
 __all__ = [
     "JSD",
+    "Actions",
     "Advantage",
     "Alpha",
     "Around",
@@ -146,6 +149,7 @@ __all__ = [
     "Progress",
     "Quantile",
     "RankDistance",
+    "RatioWeighted",
     "ReverseKL",
     "Reward",
     "RolloutLoss",

@@ -21,12 +21,13 @@ class Ema(Companion):
 
     After every `every`-th optimiser step it moves by `rate` of the way to the student: copy +=
     rate (student - copy). With rate 1 it becomes the student (a synchronised, hard copy), with rate
-    0 it stays as it began.
+    0 it stays as it began. With `first_copy` its first move is all of the way, whatever the rate.
     """
 
     rate: float = 0.01
     every: int = 1
     model: str = "ema"
+    first_copy: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1:
@@ -65,9 +66,10 @@ class StudentCopy(CompanionState):
     def after_step(self, stepped: Stepped) -> None:
         if stepped.updates % self.ema.every:
             return
+        first = self.ema.first_copy and stepped.updates == self.ema.every
         student = dict(stepped.model.named_parameters())
         for name, weight in self.weights.items():
-            weight.lerp_(student[name], self.ema.rate)
+            weight.lerp_(student[name], 1.0 if first else self.ema.rate)
 
     def state_dict(self) -> Mapping[str, Any]:
         return {name: weight.detach() for name, weight in self.weights.items()}

@@ -279,7 +279,7 @@ class _ChunkedSum(torch.autograd.Function):
             if d_weight is not None:
                 head.add_slope_to_weight(d_weight, slope, states)
             if d_bias is not None:
-                d_bias[: slope.shape[1]] += slope.sum(0, dtype=wide)
+                d_bias[head.rows(slope)] += slope.sum(0, dtype=wide)
         ctx.gradients = (
             d_hidden,
             d_weight if d_weight is None else d_weight.to(weight.dtype),  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ from opdkit.objective import kernels, maths
 from opdkit.objective.batch import Batch, Live
 from opdkit.objective.facts import LogpFact
 from opdkit.objective.formula import Const, Signal
-from opdkit.objective.grammar import Loss, TokenLoss
+from opdkit.objective.grammar import Loss, TokenLoss, credit_of
 from opdkit.objective.maths import ForwardKL, Kind, ReverseKL, SkewForward, SkewReverse, kind_of
 from opdkit.objective.signals import depends_on_sample
 from opdkit.objective.support import Support
@@ -33,7 +33,8 @@ class PolicyGradient(TokenLoss):
 
     With credit log(teacher/student) its expected gradient is that of KL(student || teacher) at each
     prefix. With `cap` the ratio is to the student before the step, and what it disagrees with the
-    base about is a weight: see `Outer`.
+    base about is a weight: see `Outer`. To the base "live", the student as it is now, the ratio is
+    always 1: REINFORCE.
     """
 
     credit: Signal
@@ -72,9 +73,14 @@ class Bounds(Loss):
     base: str | Signal = "sampler"
     cap: float | None = None
     name: ClassVar[str] = "policy_gradient"
+    takes_dual: ClassVar[bool] = True  # a loss that clips the ratio alone has no such bound
 
     def __post_init__(self) -> None:
         refuse_constant(self.credit)
+        if self.dual is not None and not self.takes_dual:
+            raise ValueError(
+                "dual_clip bounds PPO's clipped loss; this form bounds the ratio itself: use clip"
+            )
         if self.dual is not None and self.dual <= 1:
             raise ValueError(
                 f"dual_clip={self.dual} must be greater than 1: it bounds the loss of tokens with "
@@ -114,6 +120,38 @@ class Clipped(Bounds, TokenLoss):
     def value(self, live: Live) -> Tensor:  # [n]
         r, credit = ratio(live, "student"), live.pick(self.credit)
         return clipped(r, credit, self.low, self.high, self.dual)
+
+
+@dataclass(frozen=True)
+class RatioWeighted(TokenLoss):
+    """Another loss times min(pi_s / pi_base, most) of its token, pi_s the student as it is now: a
+    weight without gradient, which moves from one update on the same rollouts to the next.
+    """
+
+    loss: TokenLoss
+    base: str | Signal = "sampler"
+    most: float = math.inf
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.loss.name
+
+    @property
+    def credit(self) -> Signal | None:
+        return credit_of(self.loss)
+
+    @property
+    def outer(self) -> Signal:
+        return self.loss.outer
+
+    def defined(self, batch: Batch) -> Tensor | None:  # [B, T] or [B, 1] bool
+        return self.loss.defined(batch)
+
+    def joined(self, batch: Batch) -> Tensor | None:  # [B, T] bool
+        return self.loss.joined(batch)
+
+    def value(self, live: Live) -> Tensor:  # [n]
+        return ratio(live, self.base).detach().clamp_max(self.most) * self.loss.value(live)
 
 
 @dataclass(frozen=True)
@@ -165,7 +203,9 @@ def base_logp(facts: Batch | Live, base: str | Signal) -> Tensor:
     The student before the step is the live one until its first update: to the bit, whatever dtype
     and engine found the fact.
     """
-    if isinstance(facts, Live) and base == "student" and not facts.batch.moved:
+    if isinstance(facts, Live) and (
+        base == "live" or (base == "student" and not facts.batch.moved)
+    ):
         return facts.logp.detach()
     if not isinstance(base, Signal):
         return facts.read(LogpFact(base))

@@ -339,16 +339,17 @@ def group_index(*keys: Tensor) -> tuple[Tensor, int]:
 
 
 def group_means(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row's group [B]: the least of its `values` [B], their mean above it, and their
-    number; the mean itself is least + mean.
+    """Of each row's group [B]: the least of its `values` [B, ...], their mean above it, and their
+    number, each [B, ...]; the mean itself is least + mean.
 
     Equal values lie exactly 0 above their least, so nothing is left of values - least - mean. Their
     plain mean rounds (sixteen times 0.7 in float32 is not 0.7), and a standard deviation that is
     nothing but that rounding would make a whole advantage of it.
     """
     index, n = group_index(group)
-    zeros = torch.zeros(n, dtype=values.dtype, device=values.device)
-    least = torch.full_like(zeros, math.inf).scatter_reduce(0, index, values, "amin")
+    zeros = values.new_zeros(n, *values.shape[1:])
+    wide = index.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
+    least = torch.full_like(zeros, math.inf).scatter_reduce(0, wide, values, "amin")
     least = torch.where(least.isfinite(), least, 0.0)[index]  # from -inf nothing can be measured
     count = zeros.index_add(0, index, torch.ones_like(values))[index]
     return least, zeros.index_add(0, index, values - least)[index] / count, count

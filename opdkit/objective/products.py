@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opdkit.objective.actions import Actions
+
 BLOCK = 1 << 20  # entries of a weight that are widened at once: 4 MiB, which a CPU's cache holds
 GPU_BLOCK = 1 << 26
 WIDE = torch.float32
@@ -28,9 +30,10 @@ class Head:
     is).
 
     logits = cap(scale * (hidden @ weight.T + bias)), cut to the first `vocab` rows: rows that only
-    pad the matrix to a round size are removed, never filled. Without a weight the hidden states are
-    the logits (used by `evaluate`). Hidden states and weight are rounded to `operands`; nothing
-    else is.
+    pad the matrix to a round size are removed, never filled. With `actions` only the last rows of
+    those are multiplied, and all ids before them have the logit -inf. Without a weight the hidden
+    states are the logits (used by `evaluate`). Hidden states and weight are rounded to `operands`;
+    nothing else is.
     """
 
     weight: Tensor | None = None  # [V', H]
@@ -39,6 +42,7 @@ class Head:
     softcap: float | None = None  # c * tanh(x / c), as in Gemma 2
     vocab: int | None = None  # rows kept
     operands: torch.dtype | None = None  # None: the weight's own
+    actions: Actions | None = None  # of a policy that writes the last ids only
 
     @property
     def rounds_to(self) -> torch.dtype | None:
@@ -78,21 +82,37 @@ class Head:
         whole = hidden.float()
         return whole + (self.kept(whole).float() - whole).detach()
 
+    @property
+    def first(self) -> int:
+        """The first id that can be written: of those before it there is no product."""
+        if self.actions is None:
+            return 0
+        rows = self.vocab if self.weight is None else self.size(self.weight)
+        assert rows is not None, "logits without a weight say how many they are in `vocab`"
+        return self.actions.first(rows)
+
+    def rows(self, product: Tensor) -> slice:
+        """The ids that a product [n, W], or its gradient, is of."""
+        return slice(self.first, self.first + product.shape[-1])
+
     def finish(self, logits: Tensor) -> Tensor:
-        """[n, V]: what follows the matrix product [n, V]."""
+        """[n, V]: what follows the matrix product [n, W]."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        return logits if self.actions is None else self.actions.spread(logits, self.first)
 
     def product(self, hidden: Tensor) -> Tensor:
-        """[n, V]: the matrix product, with bias, of the rows that are kept."""
+        """[n, W]: the matrix product, with bias, of the rows that are kept; W = V without
+        `actions`.
+        """
         if self.weight is None or self.rounds_to is None:
-            return self.states(hidden)
-        weight = self.weight[: self.vocab]
-        bias = None if self.bias is None else self.bias[: self.vocab]
+            return self.states(hidden)[..., self.first :]
+        at = slice(self.first, self.vocab)
+        weight = self.weight[at]
+        bias = None if self.bias is None else self.bias[at]
         with torch.autocast(weight.device.type, enabled=False):
             if not self.mixed:
                 return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
@@ -104,20 +124,21 @@ class Head:
         return self.finish(self.product(hidden))
 
     def slope_to_hidden(self, slope: Tensor, width: int) -> Tensor:
-        """[n, width]: the gradient in the hidden states, of one [n, V] in the product."""
+        """[n, width]: the gradient in the hidden states, of one [n, W] in the product."""
+        at = self.rows(slope)
         if self.weight is None or self.rounds_to is None:
-            return torch.nn.functional.pad(slope, (0, width - slope.shape[-1]))
-        weight = self.weight[: slope.shape[1]]
+            return torch.nn.functional.pad(slope, (at.start, width - at.stop))
+        weight = self.weight[at]
         if self.mixed:
             return slope_to_hidden(slope, weight, self.rounds_to)
         with torch.autocast(weight.device.type, enabled=False):
             return slope @ weight
 
     def add_slope_to_weight(self, total: Tensor, slope: Tensor, hidden: Tensor) -> None:
-        """Adds the gradient in the weight, of one [n, V] in the product of hidden states [n, H], to
+        """Adds the gradient in the weight, of one [n, W] in the product of hidden states [n, H], to
         a total [V', H].
         """
-        rows = total[: slope.shape[1]]
+        rows = total[self.rows(slope)]
         if self.mixed and self.rounds_to is not None:
             add_slope_to_weight(rows, slope, hidden, self.rounds_to)
         else:

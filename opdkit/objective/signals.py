@@ -176,7 +176,9 @@ class Where(Signal):
 
 @dataclass(frozen=True)
 class Row(Signal):
-    """[B, 1]: a numeric column of the data."""
+    """[B, 1]: a numeric column of the data; `name[0]` is the first number of a column that holds
+    lists, NaN in rows that do not have it.
+    """
 
     name: str
 
@@ -186,20 +188,21 @@ class Row(Signal):
 
 @dataclass(frozen=True)
 class Advantage(Signal):
-    """[B, 1]: reward against the other rollouts of its prompt.
+    """[B, 1]: reward, or another number [B, 1], against the other rollouts of its prompt.
 
     std: (R - mean) / (sample std + 1e-6); mean: R - mean; rloo: R - mean of the others. A group of
     one keeps (R - 0) / 1 under std. Equal rewards have exactly 0.
     """
 
     normalise: str = "std"
+    of: Signal = Reward()
 
     def __post_init__(self) -> None:
         if self.normalise not in ("std", "mean", "rloo"):
             raise ValueError(f"normalise={self.normalise!r} must be one of std, mean, rloo")
 
     def value(self, batch: Batch) -> Tensor:  # [B, 1]
-        reward = batch.reward.to(batch.dtype)
+        reward = self.of(batch).to(batch.dtype).expand(len(batch.tokens), 1)[:, 0]
         least, mean, count = group_means(reward, batch.group)
         centred = reward - least - mean
         if self.normalise == "mean":
@@ -291,12 +294,16 @@ class ToGo(Signal):
 
 @dataclass(frozen=True)
 class RowMean(Signal):
-    """[B, 1]: mean of a signal over a rollout's trained tokens."""
+    """[B, 1]: mean of a signal over a rollout's trained tokens, those `among` them if that is
+    given.
+    """
 
     of: Signal
+    among: Signal | None = None
 
     def value(self, batch: Batch) -> Tensor:  # [B, 1]
-        return row_mean(self.of(batch).expand(batch.shape), batch.mask)
+        mask = batch.mask if self.among is None else batch.mask & self.among(batch).bool()
+        return row_mean(self.of(batch).expand(batch.shape), mask)
 
 
 @dataclass(frozen=True)
@@ -386,6 +393,8 @@ def depends_on_sample(signal: Any) -> bool:
         return True
     if isinstance(signal, (Gap, Entropy, Progress)):
         return False
+    if isinstance(signal, ToGo) and signal.discount != 0:
+        return True  # what comes later follows from it
     if isinstance(signal, tuple):
         return any(map(depends_on_sample, signal))
     inner = list(vars(signal).values()) if isinstance(signal, Signal) else []

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from opdkit.annotators import AnnotatorSettings
+from opdkit.base.errors import UserError
 from opdkit.curricula import writer_of
 from opdkit.curricula.data import no_response
-from opdkit.data.cache import Cache
+from opdkit.data.cache import Cache, is_cache
 from opdkit.data.prompts import check_template
+from opdkit.data.views import nothing_to_show, of_row, view_of
 from opdkit.methods.method import Method
 from opdkit.rewards import Reward, load_reward
 from opdkit.rewards.rows import check_rows
+from opdkit.run.annotate import annotations_of, refuse_annotations, refuse_rows
 from opdkit.run.open import Given
-from opdkit.run.prompts import from_cache, read_rows, stored_rollouts, within
+from opdkit.run.prompts import as_run, read_rows, stored_rollouts, within
 from opdkit.run.refuse import refuse, refuse_no_response
 from opdkit.run.settings import Data, Run
 from opdkit.teachers import route
@@ -31,13 +36,17 @@ class Asked:
     eval_rows: list[DataRow] | None  # None: nothing is evaluated
     stored: Cache | None  # where rollouts are read from a cache
     routes: Mapping[str, Teacher]  # several teachers by what rows call them; empty: there is one
+    # what is noted on rollouts, by name
+    annotated: Mapping[str, AnnotatorSettings] = field(default_factory=dict)
 
 
 def ask(run: Run, given: Given) -> Asked:
     """Reads what the run names; refuses what can be refused without a model."""
-    method = within(run, from_cache(given.method or run.method_spec.load(), run))
+    method = within(run, as_run(given.method or run.method_spec.load(), run))
     reward = given.reward or load_reward(run.reward)
     refuse(run, method, reward)
+    annotated = annotations_of(run, method)
+    refuse_annotations(run, method, annotated, reward is not None)
     # a judge that is not there, a machine that cannot confine programs
     if reward is not None and hasattr(reward, "check"):
         reward.check()
@@ -52,16 +61,40 @@ def ask(run: Run, given: Given) -> Asked:
         else read_rows(run.evaluate.prompts, given.eval_rows, run.seed, run.held_out_world)
     )
     check_data(run.prompts, rows, reward, method)
+    refuse_rows(annotated, rows)
     if run.evaluate is not None and eval_rows is not None:
         check_data(run.evaluate.prompts, eval_rows, reward)
-    if method.curriculum.validates:
+    if "loss" in method.curriculum.measures:
         refuse_no_response([row.get("response") for row in eval_rows or ()])
     routes = run.teachers.routes if "teacher" in method.opened else {}
+    check_views(run, method, rows)
     for row in rows if routes else ():
         route(row["teacher"], routes, f"row {row['id']}")
     if stored is not None:
         stored.refuse_unknown([row["id"] for row in rows])
-    return Asked(method, reward, rows, eval_rows, stored, routes)
+    return Asked(method, reward, rows, eval_rows, stored, routes, annotated)
+
+
+def check_views(run: Run, method: Method, rows: Sequence[DataRow]) -> None:
+    """Refuses views for which no row has anything to show, and tells of rows that have nothing;
+    where responses are written under a view, every row must have something.
+    """
+    views = {view for name in method.opened for view in run.model_named(name).views}
+    written = writer_of(method.curriculum).views
+    if (views or written) and is_cache(run.prompts.source):
+        raise UserError(
+            f"method {method.name or 'own'!r} reads questions under a view, and the prompts in "
+            f"{run.prompts.source} are token ids, of which it is not known how they were written, "
+            "so that a view could not be written like them: name the data set itself, or give the "
+            "view to `opdkit cache-teacher`"
+        )
+    for view in sorted(views, key=str):
+        if note := view.check(rows):
+            print(f"opdkit: {note}", file=sys.stderr)
+    for name in written:
+        for row in rows:
+            if view_of(name).row(of_row(row)) is None:
+                raise nothing_to_show(row, name)
 
 
 def check_data(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from opdkit.base.files import truncate_metrics, write_whole
 from opdkit.curricula import writer_of
 from opdkit.data import PromptStream
 from opdkit.data.cache import student_notes
+from opdkit.data.views import seen
 from opdkit.environments import EpisodeSampler
 from opdkit.models.identity import identify
 from opdkit.models.layout import batch_tokens
 from opdkit.objective.needs import Needs, watched
+from opdkit.run.annotate import open_annotators
 from opdkit.run.ask import Asked
 from opdkit.run.episodes import episodic, openings
-from opdkit.run.evaluation import Evaluator, Validator, score_teachers
+from opdkit.run.evaluation import Evaluator, Heard, Measurer, Validator, score_teachers
 from opdkit.run.open import Given
 from opdkit.run.opened import Opened
 from opdkit.run.prompts import make_prompts, sampled_as
@@ -44,7 +47,7 @@ from opdkit.train.idle import Idle
 from opdkit.train.job import HeldOut, Job, Length, Scoring
 from opdkit.train.record import Recorder
 from opdkit.train.track import open_trackers
-from opdkit.types import Sampler
+from opdkit.types import Sampler, Watch
 
 
 def assemble(
@@ -74,7 +77,6 @@ def assemble(
     evaluator = make_evaluator(run, asked, opened, collector.sampler)
     job = Job(
         objective=method.objective,
-        curriculum=method.curriculum,
         collector=collector,
         student=student,
         scorers=opened.scorers,
@@ -116,19 +118,21 @@ def continued(run: Run, checkpoint: Path, opened: Opened, record: dict[str, Any]
 
 
 def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
-    """Where rollouts come from: the writer of the method's curriculum, the run's prompts."""
+    """Where rollouts come from: the method's curriculum, the run's prompts and sampler."""
     method, stored, student = asked.method, asked.stored, opened.student
     mix = guide(opened.scorers, method.teacher_mix) if method.teacher_mix else None
     prompts = make_prompts(run.prompts, asked.rows, opened.tokenizer)
+    if writer_of(method.curriculum).asks_turns and (note := prompts.drop_unanswered()):
+        print(f"opdkit: {note}", file=sys.stderr)
     prompts.refuse_unknown(opened.vocabulary)
-    plain = episodic(run.world, opened.sampler, prompts, student.model)
+    plain = episodic(run.world, opened.sampler(), prompts, student.model)
     first = openings(plain, prompts, run.seed)
     longest = refuse_long(first, student.model, sampled_as(run, method), opened.scorers)
-    sampler: Sampler = opened.sampler  # of evaluations: for runs that write nothing
+    sampler: Sampler = opened.sampler()  # of evaluations: for runs that write nothing
     if stored is None:
         sampler = opened.models.sampler(student, watched(method.needs), mix, longest)
     return Collector(
-        writer=writer_of(method.curriculum),
+        curriculum=method.curriculum,
         sampler=episodic(run.world, sampler, prompts, student.model),
         prompts=prompts,
         stream=PromptStream(len(prompts), seed=run.seed),
@@ -137,7 +141,9 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
         seed=run.seed,
         reward=asked.reward,
         filters=make_filters(run, method.needs, opened.tokenizer, len(prompts)),
+        annotators=open_annotators(run, method, asked.annotated, opened, sampler),
         stored=stored,
+        viewed=partial(seen, prompts),
     )
 
 
@@ -178,7 +184,7 @@ def make_evaluator(
     if run.evaluate is None or asked.eval_rows is None:
         return None
     prompts = make_prompts(run.evaluate.prompts, asked.eval_rows, opened.tokenizer)
-    sampler: Sampler = opened.sampler
+    sampler: Sampler = opened.sampler(Watch("entropy" in asked.method.curriculum.measures))
     if writer is not None and odd_layers(opened.student.model):
         sampler = writer
     world = run.held_out_world
@@ -189,18 +195,17 @@ def make_evaluator(
 
 
 def make_held_out(run: Run, asked: Asked, opened: Opened, evaluator: Evaluator | None) -> HeldOut:
-    """What is measured during training: the score on held-out problems, and for curricula that
-    adapt to it the loss on their reference responses.
+    """What is measured during training: the score on held-out problems, and what the curriculum
+    adapts to.
     """
     if run.evaluate is None or evaluator is None:
         return HeldOut()
-    validate, scorer = None, opened.scorers["student"]
-    if asked.method.curriculum.validates:
+    measures, validator = asked.method.curriculum.measures, None
+    if "loss" in measures:
         longest = run.sampling.max_completion_length
-        validate = Validator(opened.student, scorer, evaluator.prompts, longest)
-    scored = asked.reward is not None or run.held_out_world is not None
-    score = evaluator.student_score if scored else None
-    return HeldOut(run.evaluate.every, score, validate)
+        validator = Validator(opened.student, opened.scorers["student"], evaluator.prompts, longest)
+    heard = Heard(evaluator.sampler) if "entropy" in measures else None
+    return HeldOut(run.evaluate.every, Measurer(evaluator, heard, validator))
 
 
 def guide(scorers: Mapping[str, Scorer | Remote], share: float) -> Guide:

@@ -9,7 +9,7 @@ from opdkit.run.ask import ask
 from opdkit.run.assemble import assemble
 from opdkit.run.open import Given
 from opdkit.run.opened import open_models
-from opdkit.run.resolve import on_device
+from opdkit.run.resolve import on_device, with_models
 from opdkit.run.resume import agreed, record_of
 from opdkit.run.settings import Run
 from opdkit.train import checkpoint as checkpoints
@@ -25,6 +25,7 @@ def prepare(
     must be of the same settings and data unless `allow_changes`.
     """
     run = on_device(run, device_of(run.device).startswith("cuda"))
+    run = with_models(run, given.method or run.method_spec.load())
     asked = ask(run, given)
     checkpoint = checkpoints.newest(run.folder) if resume else None
     record = agreed(run, record_of(run, given, asked), checkpoint, allow_changes)

@@ -33,6 +33,7 @@ from opdkit.models.body import kept_rows, shared_vocabulary
 from opdkit.models.device import device_of
 from opdkit.models.identity import identify, tokenizer_digest
 from opdkit.models.load import load_tokenizer
+from opdkit.objective.companion import Companions
 from opdkit.objective.facts import LogpAtFact, LogpFact, TopFact
 from opdkit.objective.grammar import Objective
 from opdkit.objective.losses import Divergence, PolicyGradient
@@ -47,6 +48,7 @@ from opdkit.run.settings import Run
 from opdkit.sampling.draws import check_sampling
 from opdkit.teachers import route
 from opdkit.teachers.base import cut, heads_of
+from opdkit.teachers.local import LocalTeacher
 from opdkit.train.gather import gather
 from opdkit.types import Rollout, Watch
 
@@ -175,10 +177,10 @@ def _opened(run: Run, method: Method, prompts: Prompts, tokenizer: Any) -> tuple
     """Who writes and who scores, and the device that they are on."""
     device = device_of(run.device)
     models = Models(run, method, device, Given(), tokenizer)
-    models.check_teacher()
-    student: Any = models.frozen(run.student, run.dtype)
+    models.check_models()
+    student: Any = LocalTeacher(run.student, run.dtype).load(models.context)
     models.end_as_teacher(student.model)
-    teacher = models.teacher(student.model)
+    teacher = models.others(student.model, Companions())["teacher"]
     longest = refuse_long(prompts, student.model, run.sampling, {"teacher": teacher})
     heads = [student.head, *heads_of(teacher)]
     prompts.refuse_unknown(shared_vocabulary(heads, tokenizer))
@@ -250,6 +252,12 @@ def _refuse(run: Run, method: Method) -> None:
         raise UserError(
             f"the data {run.prompts.source} is a cache: name the data set whose prompts are to be "
             "answered, with --data"
+        )
+    if list(run.teachers.companions("teacher")) or any(v.late for v in run.teachers.views):
+        raise UserError(
+            "this teacher follows the student through a run, or reads what was said of its "
+            "responses there, and a cache is written by no run: use fixed weights and a view of "
+            "the data's own columns, or train with the teacher itself"
         )
     run.teachers.refuse(method.name, method.needs)
 

@@ -9,7 +9,7 @@ from opdkit.base.errors import UserError
 from opdkit.data import Prompts
 from opdkit.environments import Dialogue, EnvironmentSettings, EpisodeSampler
 from opdkit.models.tokenizers import stop_ids
-from opdkit.run.settings import OWN_TASKS
+from opdkit.run.setting_rules import OWN_TASKS
 from opdkit.types import DataRow, Prompt
 
 FIRST = 4  # episodes that are opened before a run, to see how long openings are

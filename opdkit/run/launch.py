@@ -63,7 +63,8 @@ def distill(
     """Distil a teacher into a student; returns the new model's path and the metrics.
 
     student, teacher: names, paths or loaded models (teacher also {route: model}), with adapters or
-    without; of a student with adapters these are trained, and merged in the end. tokenizer,
+    without; of a student with adapters these are trained, and merged in the end. A teacher of None
+    is the one that the method brings, such as the student itself. tokenizer,
     teacher_tokenizer: of loaded models; a loaded teacher has the student's unless its own is given.
     prompts: a path, a hub name, a list of texts or of rows, a table (pandas, polars, pyarrow), a
     dictionary of columns. resume: continue from the newest checkpoint, as it records settings and
@@ -80,9 +81,7 @@ def distill(
     prompts, eval_prompts = map(path_text, (prompts, eval_prompts))
     values: dict[str, Any] = {
         "student": _label(student),
-        "teacher": {str(k): _label(v) for k, v in teacher.items()}
-        if isinstance(teacher, Mapping)
-        else _label(teacher),
+        "teacher": _labels(teacher),
         "data": _source(prompts),
         "method": method if isinstance(method, str) else "own",
     }
@@ -129,7 +128,7 @@ def execute(
             "allow_changes is about settings that a resumed run changes: add resume, or leave it "
             "out"
         )
-    run = resolve(run, resume)
+    run = resolve(run, resume, given.method)
     with stoppable(), claimed(run, resume=resume, overwrite=overwrite) as claim:
         job, state = prepare(run, given, resume=resume, allow_changes=allow_changes)
         return _execute(run, given, job, state, claim)
@@ -201,6 +200,13 @@ def _estimated(run: Run) -> Use | None:
 
 def _source(prompts: Any) -> str:
     return prompts if isinstance(prompts, str) else "in memory"
+
+
+def _labels(teacher: Any) -> Any:
+    """What stands for a teacher, or for several by route, in the settings."""
+    if isinstance(teacher, Mapping):
+        return {str(k): _label(v) for k, v in teacher.items()}
+    return None if teacher is None else _label(teacher)
 
 
 def _label(model: Any) -> str:

@@ -13,26 +13,25 @@ from typing import Any
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
 from opdkit.models.adapters import has_adapters, own_adapters
-from opdkit.models.body import check_head, head_of
+from opdkit.models.body import act_in, check_head, head_of
 from opdkit.models.load import (
     DTYPES,
     dtype_of,
     load_advised,
     load_config,
-    load_tokenizer,
     take_loaded,
 )
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE
 from opdkit.models.precision import compute_in
 from opdkit.models.quantize import quantized
-from opdkit.models.tokenizers import end_with, refuse_other_tokenizer, shared_ids, stop_ids, usable
+from opdkit.models.tokenizers import end_with, stop_ids, usable
+from opdkit.objective.companion import Companions
 from opdkit.rewards import Reward
 from opdkit.run.settings import Run
 from opdkit.sampling import Guide
 from opdkit.sampling.settings import SamplerContext
 from opdkit.teachers import LocalModel, Remote, Scorer
 from opdkit.teachers.context import TeacherContext
-from opdkit.teachers.local import LocalTeacher
 from opdkit.train.student import Student, with_adapters
 from opdkit.types import DataRow, Sampler, Watch
 
@@ -140,14 +139,15 @@ class Models:
             if has_adapters(model):
                 model.enable_input_require_grads()
         check_head(model)
+        act_in(model, self.method.actions)
         self.end_as_teacher(model)
         return model
 
     def end_as_teacher(self, student: Any) -> None:
         """The student's answers end with whatever the teacher ends its own with, too."""
-        if "teacher" not in self.method.needs.models - set(self.method.brought):
+        if "teacher" not in self.method.opened:
             return
-        ends = self.run.teachers.ends(self._of_teacher(self.context))
+        ends = self.run.teachers.ends(self._named("teacher", self.context))
         if new := end_with(student, self.tokenizer, ends):
             names = ", ".join(map(str, self.tokenizer.convert_ids_to_tokens(new)))
             print(
@@ -204,41 +204,32 @@ class Models:
             )
         )
 
-    def check_teacher(self) -> None:
-        """Asks servers and opens caches, before any weights are loaded: what they cannot say is
-        refused here.
+    def check_models(self) -> None:
+        """Asks servers, opens caches and compares tokenizers, before any weights are loaded: what
+        cannot work is refused here.
         """
-        if "teacher" in self.method.opened:
-            self.run.teachers.check(self._of_teacher(self.context))
+        for name in sorted(self.method.opened):
+            self.run.model_named(name).check(self._named(name, self.context))
 
-    def teacher(self, student: Any) -> Scorer | Remote:
-        """The run's teacher, or all of them by route."""
-        stops = frozenset(stop_ids(student, self.tokenizer))
-        return self.run.teachers.open(self._of_teacher(replace(self.context, stops=stops)))
-
-    def _of_teacher(self, context: TeacherContext) -> TeacherContext:
+    def _named(self, name: str, context: TeacherContext) -> TeacherContext:
+        """How the model that the objective calls `name` is opened."""
+        if name != "teacher":
+            return context.named(name)
         return context if self.run.teachers.routes else context.on_route("default")
 
-    def others(self, student: Any) -> dict[str, Scorer | Remote]:
-        """Every other model the objective reads."""
-        run, out, wanted = self.run, {}, self.method.opened
-        if run.evaluate is not None and run.evaluate.teacher:
-            wanted |= {"teacher"}
-        for name in sorted(wanted):
-            if name == "teacher":
-                out[name] = self.teacher(student)
-            elif name == "reference" and run.reference is None:
-                out[name] = self.start_of(student)
-            else:
-                model = str(run.reference if name == "reference" else run.models[name])
-                theirs = load_tokenizer(model, run.trust_remote_code)
-                refuse_other_tokenizer(model, self.tokenizer, theirs)
-                out[name] = self.frozen(model).cut(shared_ids(self.tokenizer, theirs))
-        return out
-
-    def frozen(self, model: str, dtype: str | None = None) -> LocalModel:
-        """A frozen model by name, loaded once however many roles it has."""
-        return LocalTeacher(model, dtype).load(replace(self.context, given=None))
+    def others(self, student: Any, copies: Companions) -> dict[str, Scorer | Remote]:
+        """Every other model the objective reads; `copies` of the student stand beside it."""
+        context = replace(
+            self.context,
+            stops=frozenset(stop_ids(student, self.tokenizer)),
+            student=student,
+            start=lambda: self.start_of(student),
+            beside=copies,
+        )
+        return {
+            name: self.run.model_named(name).open(self._named(name, context))
+            for name in self.run.opened_by(self.method)
+        }
 
     def start_of(self, student: Any) -> LocalModel:
         """The student's initial weights: adapters switched off, or a frozen copy."""
@@ -254,4 +245,5 @@ class Models:
             model, products = self.load(run.student, dtype, advice=TEACHER_ADVICE), DTYPES[dtype]
         compute_in(model, products, dtype_of(run.head_dtype))
         model = model.eval().requires_grad_(False)
+        act_in(model, self.method.actions)
         return LocalModel(model, head_of(model), run.micro_batch_tokens)

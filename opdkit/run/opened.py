@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from opdkit.methods.method import Method
 from opdkit.models.body import head_of, kept_rows, shared_vocabulary
 from opdkit.models.device import device_of
 from opdkit.models.load import dtype_of, load_tokenizer
-from opdkit.objective.companion import Around, Companions
+from opdkit.objective.companion import Around, Companion, Companions
 from opdkit.run.open import Given, Models
 from opdkit.run.settings import Run
 from opdkit.sampling import HFSampler
 from opdkit.teachers import LocalModel, Remote, Scorer
 from opdkit.teachers.base import cut, heads_of
 from opdkit.train.student import Student
+from opdkit.types import Watch
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,9 @@ class Opened:
     vocabulary: int  # ids of the tokenizer that all of them have
     companions: Companions  # what stands beside the student
 
-    @property
-    def sampler(self) -> HFSampler:
+    def sampler(self, watch: Watch = Watch()) -> HFSampler:
         """The student's sampler in this process, for evaluations."""
-        return HFSampler(self.student.model, self.tokenizer, head=self.student.head)
+        return HFSampler(self.student.model, self.tokenizer, head=self.student.head, watch=watch)
 
 
 def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None) -> Opened:
@@ -49,7 +49,7 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
         else load_tokenizer(run.student, trust_remote_code=run.trust_remote_code)
     )
     models = Models(run, method, device_of(run.device), given, tokenizer)
-    models.check_teacher()
+    models.check_models()
     start = run.student if checkpoint is None else str(checkpoint)
     base = models.student(start, checkpoint is not None)
     student = Student(
@@ -61,7 +61,8 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
         head_dtype=dtype_of(run.head_dtype),
         disable_dropout=run.disable_dropout,
     )
-    others = models.others(base)
+    copies = beside(run.copies_for(method), student, {}, run)
+    others = models.others(base, copies)
     heads = [student.head, *(head for scorer in others.values() for head in heads_of(scorer))]
     vocabulary = shared_vocabulary(heads, tokenizer)
     student.vocab = vocab = kept_rows(heads, vocabulary)
@@ -70,15 +71,20 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
         "live": LocalModel(base, student.head, run.micro_batch_tokens),
     }
     scorers |= {name: cut(scorer, vocab) for name, scorer in others.items()}
-    companions = beside(method, student, scorers, run)
-    everyone = scorers | companions.scorers
+    wanted = {*method.needs.companions, *method.companions}
+    companions = Companions(copies.built | beside(wanted, student, scorers, run).built)
+    # a copy that a teacher reads through a view is behind it
+    everyone = companions.scorers | scorers
     return Opened(models, tokenizer, student, everyone, vocabulary, companions)
 
 
 def beside(
-    method: Method, student: Student, scorers: Mapping[str, Scorer | Remote], run: Run
+    wanted: Collection[Companion],
+    student: Student,
+    scorers: Mapping[str, Scorer | Remote],
+    run: Run,
 ) -> Companions:
-    """What a method has beside the student, at the start of a run."""
+    """What stands beside the student at the start of a run."""
 
     def width(model: str) -> int:
         found = {h.weight.shape[1] for h in heads_of(scorers.get(model)) if h.weight is not None}
@@ -97,4 +103,4 @@ def beside(
         student.model,
         lambda model: LocalModel(model, head_of(model, student.vocab), run.micro_batch_tokens),
     )
-    return Companions.build({*method.needs.companions, *method.companions}, around)
+    return Companions.build(wanted, around)

@@ -10,23 +10,37 @@ from dataclasses import replace
 from typing import Any
 
 from opdkit.base.errors import UserError
-from opdkit.curricula import Cached, reads_cache, together
+from opdkit.curricula import Cached, Curriculum, curriculum_of, reads_cache, together
 from opdkit.data import Prompts, load_rows
 from opdkit.data.cache import Cache, CachedPrompts, is_cache, open_cache
 from opdkit.environments import EnvironmentSettings
 from opdkit.methods.method import Method
 from opdkit.objective import algebra
 from opdkit.run.episodes import asked, tasks
-from opdkit.run.settings import OWN_TASKS, Data, Run
+from opdkit.run.setting_rules import OWN_TASKS
+from opdkit.run.settings import Data, Evaluate, Run
 from opdkit.types import DataRow, Sampling
 
 
-def from_cache(method: Method, run: Run) -> Method:
-    """The method, with its rollouts taken from a cache where the run says so."""
-    if run.rollouts == "student":
+def as_run(method: Method, run: Run) -> Method:
+    """The method, with its rollouts taken from a cache where the run says so, and with the run's
+    own curriculum beside the method's.
+    """
+    if run.rollouts == "cache":
+        method = _beside(method, Cached(), "rollouts=cache")
+    if run.curriculum is None:
         return method
-    names = method.name or "own", "rollouts=cache"
-    return replace(method, curriculum=together.join(method.curriculum, Cached(), names))
+    chosen = curriculum_of(run.curriculum)
+    return _beside(method, chosen, f"curriculum={chosen.kind}")
+
+
+def _beside(method: Method, other: Curriculum, said: str) -> Method:
+    """Another curriculum joined with the method's. Whose tokens its terms are about is said anew
+    only where the other brings text that the method did not have.
+    """
+    joined = together.join(method.curriculum, other, (method.name or "own", said))
+    new = set(other.authors) - set(method.curriculum.authors)
+    return replace(method, curriculum=joined, settled=not new)
 
 
 def stored_rollouts(run: Run, method: Method) -> Cache | None:
@@ -52,13 +66,20 @@ def sampled_as(run: Run, method: Method) -> Sampling:
     return run.sampling if stored is None else stored.origin.sampling
 
 
+def evaluated_as(run: Run, evaluate: Evaluate) -> Sampling:
+    """How answers to held-out problems are drawn."""
+    return replace(evaluate.sampling or run.sampling, num_generations=evaluate.num_generations)
+
+
 def within(run: Run, method: Method) -> Method:
-    """The method with the run's own limit where it divides by one, which is told."""
+    """The method with the run's own limit where it divides by one, which is told, and where its
+    curriculum cuts responses.
+    """
     limit = sampled_as(run, method).max_completion_length
     objective = algebra.within(method.objective, limit)
     if objective != method.objective:
         print(f"opdkit: what is minimised, with the run's limit: {objective}", file=sys.stderr)
-    return replace(method, objective=objective)
+    return replace(method, objective=objective, curriculum=method.curriculum.within(limit))
 
 
 def read_rows(

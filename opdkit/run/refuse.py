@@ -16,7 +16,7 @@ from opdkit.models.limits import context_limit
 from opdkit.objective.facts import LogpFact
 from opdkit.objective.grammar import credit_of
 from opdkit.rewards import Reward
-from opdkit.run.prompts import sampled_as
+from opdkit.run.prompts import evaluated_as, sampled_as
 from opdkit.run.settings import Run
 from opdkit.teachers.base import reads_of
 from opdkit.train.track import BACKENDS
@@ -47,8 +47,8 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} reads {words}: of the sampler only the log-probs of "
             "its own tokens are recorded. Read the student instead"
         )
-    if "teacher" not in method.brought:
-        run.teachers.refuse(method.name or "own", needs)
+    for name in sorted(method.opened):
+        run.model_named(name).refuse(method.name or "own", needs, name)
     local = run.teachers.opens_local_model
     if run.evaluate is not None and run.evaluate.teacher and not local:
         raise UserError(
@@ -65,8 +65,9 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
             "token by token: set sampler=hf"
         )
+    _refuse_all_ids(run, method)
     _refuse_undrawn(method)
-    _refuse_never_validated(run, method)
+    _refuse_never_measured(run, method)
     sampling = sampled_as(run, method)
     _refuse_alone(run, method, sampling)
     _refuse_idle_filters(run, sampling)
@@ -87,8 +88,13 @@ def _refuse_without_reward(run: Run, method: Method) -> None:
             "no reward: set reward to math, code, exact, reasoning_gym, regex:PATTERN, judge:URL "
             "or file.py:function, or an environment, which scores its episodes"
         )
-    # those of a curriculum that validates are there for the loss on their responses
-    if run.evaluate is not None and (run.evaluate.teacher or not method.curriculum.validates):
+    if method.curriculum.needs_own:
+        raise UserError(
+            f"{method.curriculum} goes by how often the student solves each prompt, and the run "
+            "has no reward: set reward, or choose a curriculum that does not ask for it"
+        )
+    # a curriculum may measure something else on them
+    if run.evaluate is not None and (run.evaluate.teacher or not method.curriculum.measures):
         raise UserError(
             "the run evaluates on held-out problems and has no reward to score them with: set "
             "reward"
@@ -101,6 +107,24 @@ def _refuse_without_reward(run: Run, method: Method) -> None:
             raise UserError(
                 f"{name} goes by the rewards of rollouts, and the run has none: set reward, or "
                 f"leave {name} out"
+            )
+
+
+def _refuse_all_ids(run: Run, method: Method) -> None:
+    """Samplers and models that speak all ids, where a method acts in some."""
+    if method.actions is None:
+        return
+    what = f"method {method.name or 'own'!r} acts in the last {method.actions.bins} ids alone"
+    if not run.sampler_settings.on_student:
+        raise UserError(
+            f"{what}, and another engine draws from the whole vocabulary: set sampler=hf"
+        )
+    for name in sorted(method.opened):
+        model = run.model_named(name)
+        if not model.adds_up:
+            raise UserError(
+                f"{what}, and a {model.kind} teacher answers over its whole vocabulary: use a "
+                f"model in this process ({name}=MODEL)"
             )
 
 
@@ -177,17 +201,47 @@ def _refuse_idle_filters(run: Run, sampling: Sampling) -> None:
         )
 
 
-def _refuse_never_validated(run: Run, method: Method) -> None:
-    """A schedule that adapts to a loss which the run never measures in between."""
-    every = 0 if run.evaluate is None else run.evaluate.every
-    if method.curriculum.validates and not 0 < every < run.steps:
+# what a curriculum may adapt to, by name: in words, what the evaluation set needs for it, and what
+# does without it
+ADAPTS = {
+    "loss": (
+        "the loss on held-out reference responses",
+        " (with a column `response`)",
+        "use a schedule that does not adapt (distillm: schedule=null, where the student writes "
+        "every batch, or threshold=1)",
+    ),
+    "entropy": (
+        "the entropy of the student's own samples to held-out prompts",
+        "",
+        "leave the length as it is (max_completion_length), without curriculum=entropy_length",
+    ),
+}
+
+
+def _refuse_never_measured(run: Run, method: Method) -> None:
+    """A curriculum that adapts to what the run never measures in between, or not so."""
+    measures, evaluate = method.curriculum.measures, run.evaluate
+    every = 0 if evaluate is None else evaluate.every
+    if unknown := set(measures) - set(ADAPTS):
         raise UserError(
-            f"method {method.name or 'own'!r} adapts to the loss on held-out reference responses, "
-            f"and the run evaluates "
-            + ("nothing" if run.evaluate is None else "only before its first step and at its end")
-            + ": it would never adapt. Set evaluate.data=FILE (with a column `response`) and "
-            f"evaluate.every=N, below steps={run.steps}; or use a schedule that does not adapt "
-            "(distillm: schedule=null, where the student writes every batch, or threshold=1)"
+            f"{method.curriculum} asks to measure {', '.join(sorted(unknown))}, and what can be "
+            f"measured on held-out prompts is: {', '.join(ADAPTS)}"
+        )
+    for name in measures if not 0 < every < run.steps else ():
+        what, needs, otherwise = ADAPTS[name]
+        raise UserError(
+            f"method {method.name or 'own'!r} with {method.curriculum} adapts to {what}, and the "
+            "run evaluates "
+            + ("nothing" if evaluate is None else "only before its first step and at its end")
+            + f": it would never adapt. Set evaluate.data=FILE{needs} and evaluate.every=N, below "
+            f"steps={run.steps}; or {otherwise}"
+        )
+    if "entropy" in measures and evaluate is not None and not evaluated_as(run, evaluate).plain:
+        raise UserError(
+            f"{method.curriculum} goes by the entropy of what the student writes of itself, and "
+            "held-out prompts are answered with another temperature, top_p, top_k or min_p, which "
+            "leads where it would not go: set evaluate.sampling.temperature=1 and leave the others "
+            "out"
         )
 
 
@@ -255,4 +309,24 @@ def refuse_long(
             f"context of {limit}. Set data.max_prompt_length={max(room, 0)} to drop longer "
             "prompts, or lower max_completion_length"
         )
+    _refuse_long_views(prompts, sampling, others or {})
     return len(longest.tokens) + sampling.max_completion_length
+
+
+def _refuse_long_views(
+    prompts: Sequence[Prompt], sampling: Sampling, others: Mapping[str, Any]
+) -> None:
+    """Questions that a teacher reads with something beside them, and that are too long with it."""
+    for name, scorer in others.items():
+        limit = reads_of(scorer)
+        if limit is None or not hasattr(scorer, "longest"):
+            continue
+        row, length = scorer.longest([prompt.row for prompt in prompts])
+        if length + sampling.max_completion_length > limit:
+            raise UserError(
+                f"with what its view shows, the prompt of row {row!r} has {length} tokens for the "
+                f"{name}; with max_completion_length={sampling.max_completion_length} only "
+                f"{limit - sampling.max_completion_length} fit its context of {limit}, and nothing "
+                "is cut. Take long rows out, show less (view.template=...), or lower "
+                "max_completion_length"
+            )

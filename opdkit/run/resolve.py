@@ -12,17 +12,24 @@ from opdkit.base.address import is_address
 from opdkit.base.config import build, plain
 from opdkit.base.errors import UserError
 from opdkit.methods.expression import ADDRESS
+from opdkit.methods.method import Method
 from opdkit.models.device import device_of
-from opdkit.run.settings import AUTO, Run
+from opdkit.run.setting_rules import AUTO
+from opdkit.run.settings import Run
+from opdkit.teachers.kinds import completed
 
 PREFIXED = re.compile(r"(cached|vllm|judge|verifiers):(.+)", re.DOTALL)
 # settings that may name files, and what of the method does
 NAMES = ("student", "teacher", "data", "reward", "reference", "models", "sampler", "environment")
 
 
-def resolve(run: Run, resume: bool = False) -> Run:
-    """The run as it is recorded: `opdkit train run.yaml` does the same again, from any folder."""
+def resolve(run: Run, resume: bool = False, method: Method | None = None) -> Run:
+    """The run as it is recorded: `opdkit train run.yaml` does the same again, from any folder.
+
+    `method`: one that is not the run's to load.
+    """
     run = on_device(run, device_of(run.device).startswith("cuda"))
+    run = with_models(run, method or run.method_spec.load())
     if run.output == AUTO:
         run = replace(run, output=str(_folder(run, resume)))
     return in_full(run)
@@ -33,6 +40,15 @@ def on_device(run: Run, gpu: bool) -> Run:
     again = gpu if run.gradient_checkpointing is None else run.gradient_checkpointing
     dtype = ("bfloat16" if gpu else "float32") if run.dtype == AUTO else run.dtype
     return replace(run, dtype=dtype, gradient_checkpointing=again)
+
+
+def with_models(run: Run, method: Method) -> Run:
+    """With the models that a method brings in words of a run, where the run names no others."""
+    said = {"teacher": run.teacher, "reference": run.reference, **run.models}
+    usual = {name: dict(spec) for name, spec in method.models.items()}
+    found = {name: completed(said.get(name), usual.get(name)) for name in {*said, *usual}}
+    models = {n: m for n, m in found.items() if m is not None and n not in ("teacher", "reference")}
+    return replace(run, teacher=found["teacher"], reference=found["reference"], models=models)
 
 
 def _folder(run: Run, resume: bool) -> Path:
@@ -87,7 +103,18 @@ def _full(value: Any) -> Any:
 
 
 # texts that are no names of files, even if such a file lies here
-_NOT_NAMES = ("template", "system", "columns", "split", "kind", "dtype", "api_key_env")
+_NOT_NAMES = (
+    "template",
+    "system",
+    "columns",
+    "split",
+    "kind",
+    "dtype",
+    "api_key_env",
+    "view",
+    "weights",
+    "form",
+)
 
 
 def _here(name: str) -> str:

@@ -11,6 +11,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from opdkit.annotators import AnnotatorSettings
 from opdkit.base import exact
 from opdkit.base.address import is_address
 from opdkit.base.config import plain, to_yaml
@@ -26,6 +27,7 @@ from opdkit.models.identity import (
     tokenizer_digest,
     tokenizer_files_digest,
 )
+from opdkit.run.annotate import models_by_name, writers_for
 from opdkit.run.ask import Asked
 from opdkit.run.open import Given
 from opdkit.run.settings import Data, Run
@@ -72,12 +74,15 @@ def record_of(run: Run, given: Given, asked: Asked) -> dict[str, Any]:
         "student": _model(run.student, start),
         "teacher": _teacher(run, given),
         "teacher_dtype": run.teachers.precision(run.teacher_dtype or run.dtype),
-        "reference": None if run.reference is None else _model(run.reference),
-        "models": {name: _model(model) for name, model in run.models.items()},
+        "reference": None
+        if run.reference is None
+        else plain(run.model_named("reference").recorded()),
+        "models": {name: plain(run.model_named(name).recorded()) for name in run.models},
         "method": _method(run, given, asked),
         "reward": "own" if given.reward is not None else _code(run.reward, [run.reward]),
         "environment": _world(run.environment),
         "sampler": _sampler(run),
+        "annotate": {name: _annotator(run, name, one) for name, one in asked.annotated.items()},
         "data": _data(run.prompts, asked.rows),
         "evaluate": None,
     }
@@ -96,7 +101,7 @@ def record_of(run: Run, given: Given, asked: Asked) -> dict[str, Any]:
 
 def _starts_matter(run: Run, given: Given, asked: Asked) -> bool:
     """Whether the weights that a student had at first are read after a resume too."""
-    reads = "reference" in asked.method.needs.models and not run.reference
+    reads = any(run.model_named(name).starts_student for name in asked.method.opened)
     return reads or run.lora is not None or has_adapters(given.student)
 
 
@@ -162,6 +167,21 @@ def _sampler(run: Run) -> dict[str, Any]:
     return {"kind": settings.kind, "dtype": getattr(settings, "dtype", None)}
 
 
+def _annotator(run: Run, name: str, settings: AnnotatorSettings) -> dict[str, Any]:
+    """Its kind and settings, with digests of one's own code and of the models in them; not where
+    these are reached, which may be elsewhere by then.
+    """
+    code = {address: _code(address, [address]) for address in settings.code}
+    models, known = writers_for(run, name, settings), models_by_name(run)  # recorded already
+    writers = [
+        plain(models[spec].recorded()) if spec in models and spec not in known else spec
+        for spec in map(str, settings.writers)
+    ]
+    where = [*settings.writers, list(settings.writers)]
+    kept = {k: v for k, v in plain(settings).items() if v not in where}
+    return {"kind": settings.kind, **kept, "code": code, "writers": writers}
+
+
 def _data(data: Data, rows: list[DataRow]) -> dict[str, Any]:
     """How rows become prompts, and two digests of them: in their order, and in any."""
     each = [
@@ -218,7 +238,7 @@ def agreed(run: Run, now: dict[str, Any], checkpoint: Path | None, allow: bool) 
 
 def _unset(run: Run) -> Run:
     """A run of nothing but defaults: what a setting was before there was such a setting."""
-    return Run(student=run.student, teacher=run.teacher, data=run.data)
+    return Run(student=run.student, data=run.data, teacher=run.teacher)
 
 
 def differences(

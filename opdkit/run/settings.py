@@ -10,98 +10,25 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from opdkit.annotators import annotators_of
 from opdkit.base.config import build, override, parse_overrides, plain, read_yaml, to_yaml
 from opdkit.base.errors import UserError, shown
-from opdkit.base.rules import Rules, at_least, follow
+from opdkit.base.rules import follow
+from opdkit.curricula import curriculum_of
 from opdkit.environments.kinds import environment_of
 from opdkit.environments.settings import EnvironmentSettings
 from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.methods.method import Method, load
-from opdkit.models.load import ATTENTION
+from opdkit.objective.companion import Companion
+from opdkit.run.setting_rules import AUTO, DATA, EVALUATE, OWN_TASKS, RUN
 from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.kinds import sampler_of
 from opdkit.sampling.settings import SamplerSettings
 from opdkit.teachers.kinds import one_teacher_of, teacher_of
+from opdkit.teachers.own import SelfTeacher
 from opdkit.teachers.teacher import Teacher
 from opdkit.train.settings import Checkpoint, Lora, Optim
 from opdkit.types import Sampling
-
-NAMED = (lambda name: bool(name.strip()), "a name that is not empty", "it says what is read")
-DATA: Rules = {
-    "source": NAMED,
-    "limit": at_least(1, "it is how many of the first rows are read", null="all"),
-    "max_prompt_length": at_least(
-        1, "prompts of more tokens are dropped, and a shorter one there is none", null="no limit"
-    ),
-}
-EVALUATE: Rules = {
-    "every": at_least(
-        0, "it is the number of steps between two evaluations; 0 has them before and after the run"
-    ),
-    "num_generations": at_least(1, "it is the number of answers to each problem"),
-    "ks": (lambda ks: len(ks) > 0, "at least one number", "each is the k of a Pass@k"),
-}
-AUTO = "auto"  # decided as the run begins
-DTYPES = ("float32", "bfloat16", "float64")
-WRITERS = ("student", "cache")
-OWN_TASKS = "environment"  # the data of a run whose environment makes its own tasks
-RUN: Rules = {
-    "student": NAMED,
-    "output": (
-        lambda name: bool(name.strip()) and "\0" not in name,
-        "the name of a folder",
-        "the run is written into it",
-    ),
-    "teacher_dtype": (
-        lambda dtype: dtype is None or dtype in DTYPES,
-        f"one of {', '.join(DTYPES)}, or null for the student's",
-        "the teacher computes in it",
-    ),
-    "device": (
-        lambda device: bool(device) and device.partition(":")[0] != "meta",
-        "auto, cpu, cuda or cuda:N",
-        "models are kept and computed there",
-    ),
-    "seed": (
-        lambda seed: 0 <= seed < 2**32,
-        "between 0 and 2^32 - 1",
-        "generators of random numbers take no other",
-    ),
-    "steps": at_least(1, "without a step nothing is learnt"),
-    "max_tokens": at_least(1, "the run ends once the student has written so many", null="no limit"),
-    "prompts_per_step": at_least(1, "without a prompt nothing is learnt"),
-    "micro_batch_tokens": at_least(
-        1, "it is the tokens of one forward pass", null="what the device has room for"
-    ),
-    "overlong_margin": at_least(
-        1, "it is the tokens over which the reward falls by 1", null="no penalty"
-    ),
-    "keep_samples": at_least(0, "it is how many rollouts are kept of a recorded step; 0 for none"),
-    "sample_every": at_least(0, "it is the number of steps between recorded rollouts; 0 for none"),
-    "term_gradients_every": at_least(
-        0, "it is the number of steps between two measurements; 0 for none"
-    ),
-    "dtype": (
-        lambda dtype: dtype in (AUTO, *DTYPES),
-        f"one of {AUTO}, {', '.join(DTYPES)}",
-        "it is that of the student's matrix products",
-    ),
-    "head_dtype": (
-        lambda dtype: dtype in (None, "float32"),
-        "float32, or null for that of the other products",
-        "it is that of the heads' products",
-    ),
-    "attn_implementation": (
-        lambda attention: attention in (None, *ATTENTION),
-        f"one of {', '.join(ATTENTION)}, or null for the usual one",
-        "it is how models in this process compute attention",
-    ),
-    "rollouts": (
-        lambda writer: writer in WRITERS,
-        f"one of {', '.join(WRITERS)}",
-        "it says who writes the rollouts",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -186,16 +113,25 @@ class Run:
     # its settings repeat others' names, so they are given in full
     full_names: ClassVar[tuple[str, ...]] = ("evaluate",)
     student: str
-    teacher: str | dict[str, Any]
     data: str | Data
+    # null: the one that the method brings (such as the student itself), or none
+    teacher: str | dict[str, Any] | None = None
     method: str | MethodSpec = "opd"
     output: str = AUTO  # auto: runs/METHOD-NNN, the first number that is free
     reward: str | None = None
+    # a model, as `teacher`; null: the student's initial weights
+    reference: str | dict[str, Any] | None = None
+    # further models that the method names, each as `teacher`
+    models: dict[str, Any] = field(default_factory=dict)
+    # what is noted on rollouts before they are scored, by name, besides what the method brings:
+    # {spans: {kind: spans, by: model}}; null switches one of the method's off (see `annotators`)
+    annotate: dict[str, Any] = field(default_factory=dict)
+    # which prompts a step asks, how long responses may be, who writes: a name, or a group with
+    # `kind` and settings, beside what the method brings (null: that alone)
+    curriculum: str | dict[str, Any] | None = None
     # in which the student acts, turn by turn, and which scores it: a kind, file.py:Class, or a
     # group with `kind` and settings (see `environments.kinds`); null: it answers once
     environment: str | dict[str, Any] | None = None
-    reference: str | None = None  # null: the student's initial weights
-    models: dict[str, str] = field(default_factory=dict)  # further models that the method names
     steps: int = 100
     # end at the first step by which the student has written so many, if `steps` do not end it first
     max_tokens: int | None = None
@@ -253,8 +189,16 @@ class Run:
                 "head that is more exact than the other products"
             )
         check_sampling(self.sampling)
-        teacher_of(self.teacher)  # a wrong setting is an error here, before anything else is done
+        # a wrong setting is an error here, before anything else is done
+        teacher_of(self.teacher)
+        for name, model in self.models.items():
+            one_teacher_of(model, f"models.{name}")
+        if self.reference is not None:
+            one_teacher_of(self.reference, "reference")
         sampler_of(self.sampler)
+        annotators_of({name: v for name, v in self.annotate.items() if not _partial(v)})
+        if self.curriculum is not None:
+            curriculum_of(self.curriculum)
         if self.environment is not None:
             environment_of(self.environment)
 
@@ -265,6 +209,26 @@ class Run:
     @property
     def teachers(self) -> Teacher:
         return teacher_of(self.teacher)
+
+    def model_named(self, name: str) -> Teacher:
+        """Who the model is that the objective calls `name`; the reference, where nothing is said of
+        it, is the student as it began.
+        """
+        if name == "teacher":
+            return self.teachers
+        if name == "reference":
+            return SelfTeacher() if self.reference is None else one_teacher_of(self.reference, name)
+        return one_teacher_of(self.models[name], f"models.{name}")
+
+    def opened_by(self, method: Method) -> list[str]:
+        """The models that are opened besides the student, by name."""
+        evaluated = self.evaluate is not None and self.evaluate.teacher
+        return sorted(method.opened | ({"teacher"} if evaluated else set()))
+
+    def copies_for(self, method: Method) -> set[Companion]:
+        """The copies of the student that follow it as one of these."""
+        opened = self.opened_by(method)
+        return {copy for name in opened for copy in self.model_named(name).companions(name)}
 
     @property
     def sampler_settings(self) -> SamplerSettings:
@@ -307,10 +271,16 @@ class Run:
         return to_yaml(self)
 
 
+def _partial(annotation: Any) -> bool:
+    """Whether it may be some settings of an annotator that the method brings."""
+    return isinstance(annotation, Mapping) and "kind" not in annotation
+
+
 # settings that are text or a group with `kind`
 ENGINES: dict[str, Callable[[Any], Any]] = {
     "teacher": one_teacher_of,
     "sampler": sampler_of,
+    "curriculum": curriculum_of,
     "environment": environment_of,
 }
 
@@ -323,7 +293,7 @@ def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
     if isinstance(nested.get("method"), dict):
         nested["method"] = _method(nested["method"])
     # the prompts that a teacher has scored already
-    own = teacher_of(nested["teacher"]).own_data if "teacher" in nested else None
+    own = teacher_of(nested.get("teacher")).own_data
     if own is not None:
         data = nested.setdefault("data", own)
         if isinstance(data, dict):
@@ -359,7 +329,11 @@ def _method(given: Mapping[str, Any]) -> dict[str, Any]:
 def set_value(nested: dict[str, Any], key: str, value: Any) -> None:
     """One override, in place; `method.k=64` sets the method's argument k."""
     group, _, name = key.partition(".")
-    if group == "method" and name and name != "name":
+    if group == "view":  # of the teacher
+        set_value(nested, f"teacher.{key}", value)
+    elif group in ENGINES and name.startswith("view."):
+        _set_view(nested, name.removeprefix("view."), value)
+    elif group == "method" and name and name != "name":
         method = nested.get("method", "opd")
         nested["method"] = method if isinstance(method, dict) else {"name": method}
         nested["method"][name.removeprefix("arguments.")] = value
@@ -373,7 +347,7 @@ def set_value(nested: dict[str, Any], key: str, value: Any) -> None:
         # teacher.quantize=4bit after teacher=MODEL is a setting of its kind, teacher.math=MODEL a
         # route
         before = ENGINES[group](engine)
-        settings = [f.name for f in fields(before)]
+        settings = [*(f.name for f in fields(before)), "view"]
         if name == "kind":  # of another kind, settings do not carry over, but a model's name
             nested[group] = {"kind": value} | (
                 {"model": before.model} if "model" in settings and group == "teacher" else {}
@@ -384,6 +358,16 @@ def set_value(nested: dict[str, Any], key: str, value: Any) -> None:
             nested[group] = {"kind": before.kind, **plain(before), name: value}
     else:
         override(nested, Run, key, value)
+
+
+def _set_view(nested: dict[str, Any], name: str, value: Any) -> None:
+    """One setting of the teacher's view."""
+    teacher = nested.get("teacher")
+    before = teacher.get("view") if isinstance(teacher, dict) else None
+    known = before if isinstance(before, dict) else {}
+    # a template of one's own takes the place of a name
+    kept = {k: v for k, v in known.items() if name != "template" or k != "name"}
+    set_value(nested, "teacher.view", {**kept, name: value})
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:

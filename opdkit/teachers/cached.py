@@ -115,7 +115,7 @@ class CachedTeacher(Teacher):
             )
         cache = open_cache(self.folder)
         refuse_tokenizer(cache, context.tokenizer)
-        refuse(cache, name, method.needs.of("teacher"))
+        refuse(cache, name, method.needs.of(context.role))
         return CachedScorer(cache, name)
 
     def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from opdkit.base.errors import UserError
 from opdkit.curricula import Curriculum
+from opdkit.objective.actions import Actions
+from opdkit.objective.companion import Companion
 from opdkit.objective.needs import Needs
 
 
@@ -21,6 +24,16 @@ class Reader(Protocol):
     def curriculum(self) -> Curriculum: ...
     @property
     def teacher_mix(self) -> float: ...
+    @property
+    def actions(self) -> Actions | None: ...
+
+
+def no_student() -> Any:
+    """The initial weights where there is no student."""
+    raise UserError(
+        "a teacher of kind self is the student of a run, and here is none: name a model (kind: "
+        "local)"
+    )
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,12 @@ class TeacherContext:
     given_tokenizer: Any = None  # of a given model; None: the student's
     # the loaded student, where a caller gave one: a teacher that is the same object is a copy of it
     given_student: Any = None
+    role: str = "teacher"  # what the objective calls the model that is opened
+    member: str = ""  # which of several that are read as this one: ".NAME"
+    student: Any = None  # the model that learns; None until it is loaded
+    start: Callable[[], Any] = no_student  # the student's initial weights, as a `LocalModel`
+    # what stands beside the student for its own teachers
+    beside: Mapping[Companion, Any] = field(default_factory=dict)
     # whether token ids must be the student's whatever the method reads: of one in a mixture
     by_ids: bool = False
     opened: dict[str, Any] = field(default_factory=dict)
@@ -58,8 +77,22 @@ class TeacherContext:
             self.opened[key] = make()
         return self.opened[key]
 
+    def named(self, model: str) -> TeacherContext:
+        """The same for another model of the objective than its teacher: one with the student's
+        token ids, by name.
+        """
+        return replace(self, role=model, given=None, by_ids=True)
+
     def on_route(self, name: str) -> TeacherContext:
         """The same for the teacher of one route, which alone may have been given as an object."""
         given = self.given.get(name) if isinstance(self.given, Mapping) else self.given
         # of several teachers some may be given, others named
-        return replace(self, given=None if isinstance(given, str) else given)
+        given = None if isinstance(given, str) else given
+        return self._of(name, given) if name != "default" else replace(self, given=given)
+
+    def inside(self, name: str) -> TeacherContext:
+        """The same for one of a mixture, whose token ids must be the student's."""
+        return replace(self._of(name, None), by_ids=True)
+
+    def _of(self, name: str, given: Any) -> TeacherContext:
+        return replace(self, given=given, member=f"{self.member}.{name}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError
-from opdkit.models.body import check_head, head_of
+from opdkit.models.body import act_in, check_head, head_of
 from opdkit.models.held import HERE, Held
 from opdkit.models.identity import Identity, identify
 from opdkit.models.layout import Layout, batch_tokens
@@ -28,7 +28,7 @@ from opdkit.objective.facts import Fact
 from opdkit.objective.head import Head, Source
 from opdkit.teachers.base import Scorer, source_of
 from opdkit.teachers.context import TeacherContext
-from opdkit.teachers.speech import ends_of, note_questions
+from opdkit.teachers.speech import VoiceHere, ends_of, note_questions
 from opdkit.teachers.teacher import Teacher
 from opdkit.teachers.views.translated import as_span_teacher, refuse_chat
 
@@ -134,11 +134,16 @@ class LocalTeacher(Teacher):
     def open(self, context: TeacherContext) -> Scorer:
         theirs = self._other_tokenizer(context)
         local = self.load(context)
-        if theirs is None and (own := self._tokenizer(context)) is not None:
-            local = local.cut(shared_ids(context.tokenizer, own))
+        if theirs is None:
+            local = self.cut_to_student(local, context)
         if context.by_ids or not context.method.needs.spans("teacher"):
             return local
         return as_span_teacher(local, theirs, context.tokenizer, context.stops, context.questions)
+
+    def cut_to_student(self, local: LocalModel, context: TeacherContext) -> LocalModel:
+        """The model, its head kept to the ids that the student's tokenizer has too."""
+        own = self._tokenizer(context)
+        return local if own is None else local.cut(shared_ids(context.tokenizer, own))
 
     def load(self, context: TeacherContext) -> LocalModel:
         """The frozen model, loaded once however many names it has."""
@@ -166,6 +171,7 @@ class LocalTeacher(Teacher):
         products = dtype_of(dtype if given is None else None)
         compute_in(model, products, dtype_of(context.head_dtype))
         check_head(model)
+        act_in(model, context.method.actions)
         local = LocalModel(model, head_of(model), context.micro_batch_tokens)
         if not self.offload:
             return local
@@ -176,6 +182,13 @@ class LocalTeacher(Teacher):
                 file=sys.stderr,
             )
         return replace(local, around=Offloaded(model, local.head, context.device))
+
+    @property
+    def writes(self) -> bool:
+        return True
+
+    def voice(self, context: TeacherContext) -> VoiceHere:
+        return VoiceHere(self.load(context), self._tokenizer(context) or context.tokenizer)
 
     def ends(self, context: TeacherContext) -> frozenset[int]:
         model = self.model if context.given is None else context.given

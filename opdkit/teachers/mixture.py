@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError, nearest
+from opdkit.data.views import View
 from opdkit.models.held import Held
 from opdkit.models.identity import Identity, identify_together
 from opdkit.models.layout import Layout
 from opdkit.models.shapes import Shape
+from opdkit.objective.companion import Companion
 from opdkit.objective.facts import Fact
 from opdkit.objective.head import Head
 from opdkit.teachers.base import Scorer, cut, heads_of, least_reads
@@ -48,6 +50,29 @@ class MixedSource:
 
 
 @dataclass(frozen=True)
+class ProductSource(MixedSource):
+    """sum_i w_i log pi_i(v), which are logits: of a distribution that is their weighted geometric
+    mean, normalised.
+    """
+
+    def logits(self, positions: Tensor) -> Tensor:
+        """[n, V] at flat positions [n]; no gradient."""
+        shares = self.logw[positions].exp()
+        total: Tensor | None = None
+        for i, source in enumerate(self.sources):
+            logps = source.logits(positions).log_softmax(-1)
+            # a teacher that counts for nothing says nothing, also of what it rules out
+            share = shares[:, i, None].to(logps.dtype)
+            logps = torch.where(share > 0, logps * share, 0.0)
+            total = logps if total is None else total + logps
+        assert total is not None
+        return total
+
+
+FORMS: dict[str, type[MixedSource]] = {"arithmetic": MixedSource, "geometric": ProductSource}
+
+
+@dataclass(frozen=True)
 class MixtureScorer:
     """Teachers in this process whose distributions are averaged; weights by name, or in a data
     column, or equal.
@@ -55,6 +80,7 @@ class MixtureScorer:
 
     teachers: Mapping[str, Scorer]
     weights: Mapping[str, float] | str | None = None
+    form: str = "arithmetic"
 
     @property
     def heads(self) -> list[Head]:
@@ -76,7 +102,7 @@ class MixtureScorer:
             [self.shares(r) for r in layout.rollouts], dtype=torch.float64, device=positions.device
         )
         logw = shares.log().repeat_interleave(layout.width, 0)
-        return MixedSource(
+        return FORMS[self.form](
             [teacher.source(layout, positions) for teacher in self.teachers.values()], logw
         )
 
@@ -109,8 +135,9 @@ class MixtureScorer:
 
 @dataclass(frozen=True)
 class MixtureTeacher(Teacher):
-    """The weighted mean of several teachers' distributions, sum_i w_i pi_i(v): all of them in this
-    process.
+    """The weighted mean of several teachers' distributions, all of them in this process: sum_i w_i
+    pi_i(v), or with form "geometric" their product prod_i pi_i(v)^w_i, normalised (logits are
+    averaged).
     """
 
     kind = "mixture"
@@ -118,8 +145,11 @@ class MixtureTeacher(Teacher):
     of: dict[str, Any]  # name -> teacher
     # by name; or the data column that holds such a mapping per prompt; null: equal
     weights: dict[str, float] | str | None = None
+    form: str = "arithmetic"
 
     def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"form={self.form!r} must be one of {', '.join(FORMS)}")
         if len(self.of) < 2:
             raise ValueError("a mixture needs at least two teachers: of={a: MODEL, b: MODEL}")
         if isinstance(self.weights, dict):
@@ -133,28 +163,46 @@ class MixtureTeacher(Teacher):
     def parsed(self, parse: Callable[[Any, str], Teacher], where: str) -> MixtureTeacher:
         members = {name: parse(value, f"{where}.of.{name}") for name, value in self.of.items()}
         for name, member in members.items():
-            if not member.opens_local_model:
+            if not member.adds_up:
                 raise UserError(
                     f"{where}.of.{name} is a {member.kind} teacher: a mixture adds up whole "
                     "distributions, so its teachers run in this process"
                 )
         return replace(self, of=members)
 
+    def said(self) -> dict[str, Any]:
+        return super().said() | {"of": {name: member.said() for name, member in self.of.items()}}
+
+    @property
+    def adds_up(self) -> bool:
+        return True
+
+    @property
+    def starts_student(self) -> bool:
+        return any(member.starts_student for member in self.of.values())
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        return tuple(view for member in self.of.values() for view in member.views)
+
+    def companions(self, model: str) -> Iterable[Companion]:
+        members = (member.companions(f"{model}.{name}") for name, member in self.of.items())
+        return (companion for several in members for companion in several)
+
     def says(self, fact: Fact, model: str) -> bool:
         return True
 
     def check(self, context: TeacherContext) -> None:
-        for member in self.of.values():
-            member.check(replace(context, given=None, by_ids=True))
+        for name, member in self.of.items():
+            member.check(context.inside(name))
 
     def ends(self, context: TeacherContext) -> frozenset[int]:
         members = (member.ends(replace(context, given=None)) for member in self.of.values())
         return frozenset().union(*members)
 
     def open(self, context: TeacherContext) -> Scorer:
-        inside = replace(context, given=None, by_ids=True)
-        members = {name: member.open(inside) for name, member in self.of.items()}
-        mixture = MixtureScorer(members, self.weights)
+        members = {name: member.open(context.inside(name)) for name, member in self.of.items()}
+        mixture = MixtureScorer(members, self.weights, self.form)
         if context.by_ids or not context.method.needs.spans("teacher"):
             return mixture
         return as_span_teacher(mixture, None, context.tokenizer, context.stops, context.questions)
@@ -168,7 +216,8 @@ class MixtureTeacher(Teacher):
 
     def identity(self) -> Identity:
         members = {name: member.identity() for name, member in self.of.items()}
-        return identify_together(members, self.weights)
+        weights = self.weights if self.form == "arithmetic" else [self.form, self.weights]
+        return identify_together(members, weights)
 
     def precision(self, usual: str) -> str:
         return precisions(self.of.values(), usual)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError, nearest
+from opdkit.data.views import View
 from opdkit.models.held import Held
 from opdkit.models.identity import Identity, identify_together
 from opdkit.models.layout import Layout
 from opdkit.models.shapes import Shape
 from opdkit.objective.alignment import Pair, SpanFact
+from opdkit.objective.companion import Companion
 from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.head import Head
 from opdkit.objective.needs import Needs
@@ -156,6 +158,21 @@ class RoutedTeacher(Teacher):
 
     kind = "routed"
     teachers: dict[str, Teacher]
+
+    def said(self) -> dict[str, Any]:
+        return {name: teacher.said() for name, teacher in self.teachers.items()}
+
+    @property
+    def starts_student(self) -> bool:
+        return any(member.starts_student for member in self.teachers.values())
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        return tuple(view for teacher in self.teachers.values() for view in teacher.views)
+
+    def companions(self, model: str) -> Iterable[Companion]:
+        for name, teacher in self.teachers.items():
+            yield from teacher.companions(model if name == "default" else f"{model}.{name}")
 
     @property
     def opens_local_model(self) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from opdkit.base.errors import UserError
+from opdkit.models.engines.chat import ChatServer
 from opdkit.models.engines.endpoint import Endpoint, Refused
 from opdkit.models.engines.exchange import addresses
 from opdkit.models.engines.names import Card, card_of, cards_of
@@ -24,6 +25,7 @@ from opdkit.teachers.base import Remote, Scorer
 from opdkit.teachers.client_vllm_sglang import Served, probe
 from opdkit.teachers.context import TeacherContext
 from opdkit.teachers.refuse import refuse_facts
+from opdkit.teachers.speech import VoiceElsewhere
 from opdkit.teachers.teacher import Teacher
 from opdkit.teachers.vllm_sglang import SGLang, Vllm, Wire
 
@@ -70,14 +72,7 @@ class ServerTeacher(Teacher):
         """The servers, once every one of them has shown that it serves one and the same model and
         can say what the method reads.
         """
-        endpoint = Endpoint(
-            self.urls,
-            self.concurrency,
-            self.timeout,
-            self.retries,
-            self.api_key_env,
-            "the teacher's server",
-        )
+        endpoint = self._endpoint()
         cards = _cards(endpoint, self.model)
         names = sorted({card["id"] for card in cards.values()})
         if len(names) > 1:
@@ -94,6 +89,24 @@ class ServerTeacher(Teacher):
                 "one kind, as their numbers differ"
             )
         return _ask_others(endpoint, names[0], cards, context)
+
+    def _endpoint(self) -> Endpoint:
+        return Endpoint(
+            self.urls,
+            self.concurrency,
+            self.timeout,
+            self.retries,
+            self.api_key_env,
+            "the teacher's server",
+        )
+
+    @property
+    def writes(self) -> bool:
+        return True
+
+    def voice(self, context: TeacherContext) -> VoiceElsewhere:
+        setting = "{kind: server, urls: [URL], model: NAME}"
+        return VoiceElsewhere(ChatServer(self._endpoint(), self.model, "the teacher", setting))
 
     def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:
         return [Held(role, f"server {', '.join(self.urls)}", ELSEWHERE)]
@@ -112,13 +125,15 @@ def _ask_own(
     method = context.method
     beyond = [
         f
-        for f in method.needs.of("teacher")
+        for f in method.needs.of(context.role)
         if f.own_tokenizer or not (f.whole_vocabulary or protocol.known(f))
     ]
     refuse_facts(
         method.name or "own", "a server", beyond, "use a teacher in this process (teacher=MODEL)"
     )
-    return client_serve.connect(endpoint, name, about, method.needs, context.tokenizer, "teacher")
+    return client_serve.connect(
+        endpoint, name, about, method.needs, context.tokenizer, context.role
+    )
 
 
 def _ask_others(
@@ -141,7 +156,7 @@ def _ask_others(
     known = context.vocabulary or real_vocabulary(tokenizer)
     served = Served(endpoint, wires[0], name, known, limit)
     ones = [replace(endpoint, urls=[url]) for url in cards]
-    return probe(served, ones, method.name, method.needs, tokenizer, "teacher")
+    return probe(served, ones, method.name, method.needs, tokenizer, context.role)
 
 
 def _cards(endpoint: Endpoint, wanted: str | None) -> dict[str, Card]:

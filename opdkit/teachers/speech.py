@@ -5,12 +5,29 @@ and whether it is asked as the student is.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 from opdkit.models.chat import OTHER, has_template, rendered
+from opdkit.models.engines.chat import ChatServer
 from opdkit.models.load import generation_settings
 from opdkit.models.tokenizers import end_ids, same_ends, shared_ids
 from opdkit.teachers.context import TeacherContext
+
+
+@dataclass(frozen=True)
+class VoiceHere:
+    """A model in this process that text can be sampled from."""
+
+    model: Any  # a `local.LocalModel`
+    tokenizer: Any  # its own
+
+
+@dataclass(frozen=True)
+class VoiceElsewhere:
+    """A model that answers messages behind HTTP."""
+
+    server: ChatServer
 
 
 def ends_of(model: Any, tokenizer: Any, context: TeacherContext) -> frozenset[int]:

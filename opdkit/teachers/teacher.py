@@ -8,15 +8,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
+from opdkit.base.config import plain
 from opdkit.base.errors import UserError
+from opdkit.data.views import View
 from opdkit.models.held import Held
 from opdkit.models.identity import Identity
 from opdkit.models.shapes import Shape
+from opdkit.objective.companion import Companion
 from opdkit.objective.facts import Fact
 from opdkit.objective.needs import Needs
 from opdkit.teachers.base import Remote, Scorer
 from opdkit.teachers.context import TeacherContext
 from opdkit.teachers.refuse import refuse_facts
+from opdkit.teachers.speech import VoiceElsewhere, VoiceHere
 
 
 class Teacher(ABC):
@@ -58,6 +62,7 @@ class Teacher(ABC):
     main: ClassVar[str | None] = None  # the setting that follows the colon of kind:...
     # whether spans of text can be read of it, in tokens of its own
     reads_spans: ClassVar[bool] = False
+    alone: ClassVar[bool] = False  # whether its name alone, without a colon, says all of it
 
     @classmethod
     def from_text(cls, text: str) -> dict[str, Any]:
@@ -67,9 +72,30 @@ class Teacher(ABC):
     @property
     def opens_local_model(self) -> bool:
         """Whether opening gives one `LocalModel`, or one by route: then text can be sampled from it
-        too, it can take part in the student's decoding, and it can be one of a mixture.
+        too, and it can take part in the student's decoding.
         """
         return False
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether whole distributions of it are at hand in this process, so that it can be one of a
+        mixture.
+        """
+        return self.opens_local_model
+
+    @property
+    def starts_student(self) -> bool:
+        """Whether it reads the weights that the student began with."""
+        return False
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """Under which views it, or a member of it, reads questions."""
+        return ()
+
+    def companions(self, model: str) -> Iterable[Companion]:
+        """What has to stand beside the student for it, where the objective calls it `model`."""
+        return ()
 
     @property
     def own_data(self) -> str | None:
@@ -89,6 +115,10 @@ class Teacher(ABC):
             where: the name of this teacher's setting, for errors.
         """
         return self
+
+    def said(self) -> dict[str, Any]:
+        """How a run says it: `kind` and settings."""
+        return {"kind": self.kind, **plain(self)}
 
     # ------------------------------------------------------------------------- before it is opened
 
@@ -130,6 +160,17 @@ class Teacher(ABC):
     @abstractmethod
     def open(self, context: TeacherContext) -> Scorer | Remote:
         """What scores rollouts; weights are loaded now."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether it can be asked to write text (`voice`)."""
+        return False
+
+    def voice(self, context: TeacherContext) -> VoiceHere | VoiceElsewhere:
+        """Where it writes text, for those that do (`writes`); a model in this process is the one
+        that scores.
+        """
+        raise UserError(f"a {self.kind} teacher cannot write text: name a model or a server")
 
     @abstractmethod
     def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:

@@ -131,12 +131,13 @@ class VllmTeacher(EngineSettings, Teacher):
     model: str
 
     def open(self, context: TeacherContext) -> VllmScorer:
-        return context.once(repr(self), lambda: self._open(context))
+        return context.once(f"{self!r} as {context.role}", lambda: self._open(context))
 
     def _open(self, context: TeacherContext) -> VllmScorer:
         """The engine, started with as many log-probs per token as the method reads."""
         method, tokenizer = context.method, context.tokenizer
-        unsaid = [fact for fact in method.needs.of("teacher") if not self.says(fact, "teacher")]
+        role = context.role
+        unsaid = [fact for fact in method.needs.of(role) if not self.says(fact, role)]
         refuse_facts(method.name or "own", "a vllm teacher", unsaid)
         theirs = self._tokenizer(context)
         refuse_other_tokenizer(self.model, tokenizer, theirs)
@@ -157,7 +158,7 @@ class VllmTeacher(EngineSettings, Teacher):
             self.model,
             tokenizer,
             self,
-            k=deepest(method.needs, "teacher"),
+            k=deepest(method.needs, role),
             trust_remote_code=context.trust_remote_code,
         )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method, as_method
+from opdkit.objective.actions import Actions
 from opdkit.objective.alignment import AlignedSource, Alignment
 from opdkit.objective.batch import Batch
 from opdkit.objective.companion import Around, Companions
@@ -63,6 +64,7 @@ def evaluate(
     seed: int = 0,
     alignments: Mapping[str, Alignment] | None = None,
     turn: Tensor | None = None,
+    rows: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Loss, gradient and terms of an objective, from logits [B, T, V] and sampled tokens [B, T].
 
@@ -71,9 +73,10 @@ def evaluate(
     sampler_logits: the policy that sampled (default: before_logits). group, reward, correct [B];
     correct defaults to reward > 0. marks: {"guided": [B, T]}; "guided" (a teacher), "given" (the
     data) and "tool" (the environment) say who wrote a token that the student did not draw: only
-    terms that ask for such tokens look at them. turn [B, T]: of each token, from 0. uniform [B, T]
-    replaces the keyed draws. Vocabularies of different size are cut to the smallest: what is beyond
-    only pads. Float64 in, float64 through.
+    terms that ask for such tokens look at them. turn [B, T]: of each token, from 0. rows: numbers
+    of the data [B] by column, {"utility": [B]}, or of lists in it, {"confidence[0]": [B]}. uniform
+    [B, T] replaces the keyed draws. Vocabularies of different size are cut to the smallest: what is
+    beyond only pads. Float64 in, float64 through.
 
     A model with a tokenizer of its own has logits [B, U, V_t] at its own U tokens of the same text,
     and an `Alignment` under its name in `alignments`. Without one its tokens are the student's;
@@ -90,12 +93,14 @@ def evaluate(
             k: v
             for k, v in (("group", group), ("reward", reward), ("correct", correct), ("turn", turn))
             if v is not None
-        },
+        }
+        | {f"row:{name}": values for name, values in (rows or {}).items()},
         marks=marks or {},
         settings={"step": step, "total_steps": total_steps, "uniform": uniform, "seed": seed},
         alignments=alignments or {},
     )
-    return case.run(as_method(method_or_objective).objective)
+    method = as_method(method_or_objective)
+    return replace(case, actions=method.actions).run(method.objective)
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class Case:
     # of the batch: step, total_steps, seed, uniform, keys
     settings: Mapping[str, Any] = field(default_factory=dict)
     alignments: Mapping[str, Alignment] = field(default_factory=dict)
+    actions: Actions | None = None  # what all models write, where that is no text
 
     def batch(
         self,
@@ -139,7 +145,7 @@ class Case:
             mask,
             _columns(self.columns, self.marks, wide),
             {
-                name: _source(x.to(wide), None if name in apart else vocabulary)
+                name: self._source(x.to(wide), None if name in apart else vocabulary)
                 for name, x in logits.items()
             },
             dtype=wide,
@@ -163,6 +169,14 @@ class Case:
         positions = flat_positions(batch.by(wanted.authors))
         batch.facts.update(supply(batch, wanted.facts, positions, chunk))
         return batch
+
+    def _source(self, logits: Tensor, vocabulary: int | None) -> Source:
+        """Logits [B, T, V] as a model; entries beyond the vocabulary are cut."""
+        return Source(
+            logits.flatten(0, 1),
+            torch.arange(logits.shape[0] * logits.shape[1]),
+            Head(vocab=vocabulary, actions=self.actions),
+        )
 
     def _alignment(self, name: str, wanted: Needs) -> Alignment:
         """The alignment of a model as given; else token by token."""
@@ -221,15 +235,6 @@ class Case:
             terms.append(TermOut(part.name, part.weight, shown, part.denominator, value))
         grad = grad.to(self.student.dtype)
         return Evaluation(loss.detach(), grad, tuple(terms), batch.companions)
-
-
-def _source(logits: Tensor, vocabulary: int | None) -> Source:
-    """Logits [B, T, V] as a model; entries beyond the vocabulary are cut."""
-    return Source(
-        logits.flatten(0, 1),
-        torch.arange(logits.shape[0] * logits.shape[1]),
-        Head(vocab=vocabulary),
-    )
 
 
 def _by_number(wanted: Needs, model: str) -> bool:

@@ -91,7 +91,7 @@ def check(method: AnyObjective, seed: int = 0) -> Report:
     What stands beside the student has such gradients too, and continues where it was saved.
     """
     made = as_method(method)
-    case = fabricate(made.objective, seed)
+    case = fabricate(made.objective, seed, actions=made.actions)
     subject = Subject(made, case, case.run(made.objective))
     passed: list[str] = []
     failed: list[str] = []
@@ -102,7 +102,7 @@ def check(method: AnyObjective, seed: int = 0) -> Report:
                 (passed if kept else failed).append(name)
         except Exception as error:
             failed.append(f"{name}: {type(error).__name__}: {error}")
-    agreed = fabricate(made.objective, seed, agree=True).run(made.objective)
+    agreed = fabricate(made.objective, seed, True, made.actions).run(made.objective)
     notes = (
         f"teacher == student: gradient norm {agreed.grad.norm().item():.3g}",
         f"reads {made.needs}",

@@ -7,22 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opdkit.objective.actions import Actions
 from opdkit.objective.alignment import EOS, OUT, Alignment
 from opdkit.objective.grammar import Objective
-from opdkit.objective.needs import needs
+from opdkit.objective.needs import Needs, needs
 from opdkit.testing.case import Case
 from opdkit.types import row_keys
 
 KEYS = row_keys(f"0/{i // 3}/{i % 3}" for i in range(6))
 
 
-def fabricate(objective: Objective, seed: int = 0, agree: bool = False) -> Case:
+def fabricate(
+    objective: Objective, seed: int = 0, agree: bool = False, actions: Actions | None = None
+) -> Case:
     """Six rollouts of two prompts with ragged lengths, a hole in the mask, and every model and
     column the objective reads.
 
-    With `agree` all models are the student itself.
+    With `agree` all models are the student itself; with `actions` all tokens are bins.
     """
-    rows, length, vocabulary = 6, 7, 131  # more entries than the largest k among the defaults
+    text = 131  # more entries than the largest k among the defaults
+    rows, length, vocabulary = 6, 7, text + (0 if actions is None else actions.bins)
     g = torch.Generator().manual_seed(seed)
 
     def logits(scale: float = 1.0) -> Tensor:
@@ -36,15 +40,7 @@ def fabricate(objective: Objective, seed: int = 0, agree: bool = False) -> Case:
         m: before if agree else logits()
         for m in sorted(wanted.models - {"student", "sampler", "live"})
     }
-    columns: dict[str, Any] = {
-        "group": [0, 0, 0, 1, 1, 1],
-        "reward": [1.0, 0.0, 1.0, 0.0, 0.0, 1.0],
-    }
-    columns |= {
-        name: torch.rand(rows, generator=g).double()
-        for name in sorted(wanted.columns)
-        if name.startswith("row:")
-    }
+    columns = _columns(wanted, rows, g)
     lengths = torch.tensor([7, 4, 1, 6, 7, 3])
     mask = torch.arange(length) < lengths[:, None]
     mask[0, 2] = False  # a tool's token
@@ -53,7 +49,8 @@ def fabricate(objective: Objective, seed: int = 0, agree: bool = False) -> Case:
         for n in wanted.columns
         if "mark:" in n
     }
-    tokens = torch.randint(vocabulary, (rows, length), generator=g)
+    first = 0 if actions is None else actions.first(vocabulary)
+    tokens = torch.randint(first, vocabulary, (rows, length), generator=g)
     alignments = {
         m: _other_tokenizer(lengths, length, vocabulary, g)
         for m in models
@@ -64,8 +61,28 @@ def fabricate(objective: Objective, seed: int = 0, agree: bool = False) -> Case:
         models[m] = torch.randn(*a.tokens.shape, len(a.same), generator=g, dtype=torch.float64)
     settings = {"step": 3, "total_steps": 10, "seed": seed, "keys": KEYS}
     return Case(
-        tokens, student, mask, models, before, sampler, columns, marks, settings, alignments
+        tokens,
+        student,
+        mask,
+        models,
+        before,
+        sampler,
+        columns,
+        marks,
+        settings,
+        alignments,
+        actions,
     )
+
+
+def _columns(wanted: Needs, rows: int, g: torch.Generator) -> dict[str, Any]:
+    """What is known of so many rollouts [rows] of two prompts: rewards, and numbers of the data."""
+    named = sorted(name for name in wanted.columns if name.startswith("row:"))
+    return {
+        "group": [0, 0, 0, 1, 1, 1],
+        "reward": [1.0, 0.0, 1.0, 0.0, 0.0, 1.0],
+        **{name: torch.rand(rows, generator=g).double() for name in named},
+    }
 
 
 def _other_tokenizer(

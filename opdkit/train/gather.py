@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -349,7 +350,24 @@ def _columns(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
 
 
 def _number(rollout: Rollout, name: str) -> float:
-    value = rollout.row.get(name)
+    """A number of a rollout's row, or, as `name[0]`, one in the list of a column: NaN where the
+    row has no such number.
+    """
+    if entry := re.fullmatch(r"(.+)\[(\d+)\]", name):
+        name, index = entry[1], int(entry[2])
+        value = rollout.row.get(name)
+        if value is None:
+            return math.nan
+        if not isinstance(value, (list, tuple)):
+            raise UserError(
+                f"the method reads a list of numbers in the column {name!r}; in the row of rollout "
+                f"{rollout.id} it is {value!r}"
+            )
+        value = value[index] if index < len(value) else None
+        if value is None:
+            return math.nan
+    else:
+        value = rollout.row.get(name)
     if not isinstance(value, (int, float)):
         raise UserError(
             f"the method reads the column {name!r} as a number; in the row of rollout {rollout.id} "

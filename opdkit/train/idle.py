@@ -37,7 +37,9 @@ class Idle:
         found = {
             STILL: metrics.get("grad_norm") == 0,
             EQUAL: self.by_reward and metrics.get("reward/std") == 0,
-            CUT: metrics.get("completions/truncated_fraction") == 1,
+            # a curriculum that cuts them has its reasons
+            CUT: metrics.get("completions/truncated_fraction") == 1
+            and "curriculum/length" not in metrics,
         }
         said = []
         for words, so in found.items():

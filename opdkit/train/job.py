@@ -11,7 +11,7 @@ from typing import Any
 from opdkit.curricula import Curriculum
 from opdkit.objective.companion import Companions
 from opdkit.objective.grammar import Objective
-from opdkit.objective.needs import Needs, needs
+from opdkit.objective.needs import Needs, idle, needs
 from opdkit.teachers import Remote, Scorer
 from opdkit.train.checkpoint import State
 from opdkit.train.collect.collector import Collector
@@ -63,9 +63,9 @@ class HeldOut:
     """What held-out data is used for: before the first step, every so many, after the last."""
 
     every: int = 0  # steps; 0: only before and after
-    score: Callable[[int], float] | None = None  # of the student at a step; the best is kept
-    # loss on reference responses, for curricula that adapt to it
-    validate: Callable[[], float] | None = None
+    # of the student at a step: "score", of which the best is kept, and what the curriculum adapts
+    # to, "loss" and "entropy"; None where there is no such data
+    measure: Callable[[int], Mapping[str, float]] | None = None
 
 
 @dataclass
@@ -73,7 +73,6 @@ class Job:
     """A run with everything built: what `run.build.prepare` hands to `train`."""
 
     objective: Objective
-    curriculum: Curriculum  # what is remembered of rollouts and evaluations
     collector: Collector  # where rollouts come from
     student: Student
     # "student" as it is now, and every model the objective reads
@@ -90,7 +89,18 @@ class Job:
     mesh: Mesh = ALONE  # the processes that share the run
     seed: int = 0
 
+    @property
+    def curriculum(self) -> Curriculum:
+        """What is remembered of rollouts and evaluations."""
+        return self.collector.curriculum
+
     @cached_property
     def needs(self) -> Needs:
         """What the objective reads."""
         return needs(self.objective)
+
+    def needs_at(self, step: int, total_steps: int) -> Needs:
+        """What it reads at a step: nothing of terms that weigh nothing then, so that a model which
+        they alone read makes no pass.
+        """
+        return needs(self.objective, idle(self.objective, step, total_steps))

@@ -95,10 +95,12 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
         job.collector, student, clock, step=step, total_steps=total, memory=state.memory
     )
     rollouts, state.tokens = collected.rollouts, state.tokens + collected.tokens
+    state.memory = {**state.memory, **collected.memory}
+    needs = job.needs_at(step, total)
     with clock("score"):  # gather facts
         batch = gather(
             rollouts,
-            job.needs,
+            needs,
             job.scorers,
             step=step,
             total_steps=total,
@@ -117,14 +119,15 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
     record = job.recorder.start(step, job.objective.names)
     with clock("learn"):
         for number, rows in enumerate(parts):
-            if number and job.needs.of("live"):
-                refresh(batch, job.needs, job.scorers, rollouts)
+            if number and needs.of("live"):
+                refresh(batch, needs, job.scorers, rollouts)
             batch.moved = number > 0
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record, moving)  # learn per micro-batch, step
     job.collector.sampler.sync(student.model, student.updates)  # sync
 
-    state.memory = job.curriculum.observe(rollouts, state.memory)  # observe
+    record.curriculum = job.curriculum.metrics(collected.scored, step, total, state.memory)
+    state.memory = job.curriculum.observe(collected.scored, state.memory)  # observe
     state.stream = job.collector.stream.state()
     record.join(job.mesh)
     # record
@@ -215,8 +218,8 @@ def _inputs_finite(batch: Batch, row: int) -> Tensor:
 
 
 def _evaluate(job: Job, state: State) -> None:
-    """Score the student where it is due: before the first step, every so many, after the last;
-    remember the best.
+    """Measure the student where it is due: before the first step, every so many, after the last;
+    remember the best, and what the curriculum makes of it.
     """
     held_out = job.held_out
     due = (
@@ -226,10 +229,10 @@ def _evaluate(job: Job, state: State) -> None:
     )
     if not due or state.evaluated == state.step:
         return
-    if held_out.validate is not None:
-        state.memory = job.curriculum.validated(held_out.validate(), state.memory)
-    if held_out.score is not None:
-        value = held_out.score(state.step)
-        if state.step and (state.best is None or value > state.best):
-            state.best, state.best_step = value, state.step
+    if held_out.measure is not None:
+        measured = held_out.measure(state.step)
+        state.memory = job.curriculum.validated(measured, state.memory)
+        score = measured.get("score")
+        if score is not None and state.step and (state.best is None or score > state.best):
+            state.best, state.best_step = score, state.step
     state.evaluated = state.step

@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from opdkit.base.files import write_whole
 from opdkit.objective.batch import Batch
-from opdkit.objective.facts import LogpFact
+from opdkit.objective.facts import ColumnFact, LogpFact
 from opdkit.objective.grammar import credit_of
 from opdkit.objective.head import Learned
 from opdkit.objective.plan import StepPlan
@@ -26,7 +27,7 @@ from opdkit.train.gather import mean_gap
 from opdkit.train.mesh import Mesh
 from opdkit.train.student import Student
 from opdkit.train.track import Trackers
-from opdkit.types import Rollout
+from opdkit.types import MARK_OF, Rollout
 
 
 @dataclass
@@ -46,6 +47,7 @@ class StepRecord:
     norms: list[Tensor] = field(default_factory=list)
     rate: float = 0.0
     plans: list[StepPlan] = field(default_factory=list)
+    curriculum: Mapping[str, float] = field(default_factory=dict)  # where it stood, by name
 
     def add(self, learned: Learned, positions: Tensor) -> None:
         """A micro-batch at flat positions [N]."""
@@ -97,10 +99,34 @@ class StepRecord:
         if not math.isnan(gap):
             # one-sample estimate of KL(student || teacher), mean over tokens
             out["teacher_kl/sampled"] = gap
+        out |= self.by_turn(batch)
         out |= self.mismatch(batch)
         out |= self.distributions(batch)
         out["grad_norm"] = torch.stack(self.norms).mean().item()
         out["learning_rate"] = self.rate
+        return out | {f"curriculum/{name}": value for name, value in self.curriculum.items()}
+
+    def by_turn(self, batch: Batch) -> dict[str, float]:
+        """Of episodes: the student's tokens in each turn, counted from 1, and the mean of their
+        distance to the teacher, nats.
+        """
+        if ColumnFact("turn") not in batch.facts:
+            return {}
+        known = {LogpFact(name) for name in ("student", "teacher")} <= set(batch.facts)
+        gaps = (
+            batch.facts[LogpFact("student")] - batch.facts[LogpFact("teacher")]
+            if known
+            else self.spread(batch, self.gap)
+            if self.gap
+            else torch.full(batch.shape, torch.nan)
+        )  # [B, T]
+        out: dict[str, float] = {}
+        for turn in batch.turn[batch.mask].unique().tolist():
+            mine = batch.mask & (batch.turn == turn)
+            gap = gaps.to(batch.device)[mine].nanmean().item()
+            out[f"tokens_by_turn/{turn + 1:02}"] = int(mine.sum())
+            if not math.isnan(gap):
+                out[f"kl_by_turn/{turn + 1:02}"] = gap
         return out
 
     def mismatch(self, batch: Batch) -> dict[str, float]:
@@ -214,13 +240,21 @@ class Recorder:
                 {
                     "id": r.id,
                     "step": step,
-                    "prompt": r.row.get("prompt"),
+                    "prompt": "".join(map(self.token_text, r.prompt))
+                    if r.turns
+                    else r.row.get("prompt"),
                     "pieces": [self.token_text(t) for t in r.tokens],
-                    "credit": _numbers(credits, b, n),
+                    "parts": parts_of(r),
+                    "credit": [  # of tokens that are not trained there is none
+                        value if own else None
+                        for value, own in zip(_numbers(credits, b, n), r.trained)
+                    ],
                     "weight": _numbers(weight, b, n),
                     "logp": r.logp if r.logp else _numbers(None, b, n),
                     "teacher_logp": _numbers(teacher, b, n),
                     "reward": r.reward,
+                    "correct": r.correct,
+                    "feedback": r.feedback,
                     "finish": r.finish,
                     "text": r.text,
                 }
@@ -228,6 +262,19 @@ class Recorder:
         path = self.folder / "samples" / f"step_{step:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         write_whole(path, "".join(json.dumps(line, default=str) + "\n" for line in lines))
+
+
+def parts_of(rollout: Rollout) -> list[tuple[int, str, int]]:
+    """Who wrote a rollout in their order: (turn, one of `types.AUTHORS`, tokens) wherever turn or
+    author changes.
+    """
+    by_mark = [(author, rollout.marks[m]) for author, m in MARK_OF.items() if m in rollout.marks]
+    turns = rollout.turns or [0] * len(rollout.tokens)
+    each = [
+        (turn, next((author for author, at in by_mark if at[i]), "student"))
+        for i, turn in enumerate(turns)
+    ]
+    return [(*key, len(list(group))) for key, group in groupby(each)]
 
 
 def _numbers(values: Tensor | None, row: int, n: int) -> list[float | None]:
@@ -263,6 +310,13 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         for d, p, own in zip(r.drawn_logp, r.logp, r.drawn)
         if own  # the prefix that it goes on from was not drawn
     ]
+    turns = [float(max(r.turns) + 1) for r in rollouts if r.turns]
+    if turns:
+        out |= {
+            "turns/mean": sum(turns) / len(turns),
+            "turns/min": min(turns),
+            "turns/max": max(turns),
+        }
     if any(moved):
         out["sampling/log_ratio"] = sum(moved) / len(
             moved

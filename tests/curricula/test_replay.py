@@ -39,14 +39,14 @@ def test_share_rises_with_the_loss_since_it_last_rose():
     replay, memory = Replay(), {}
     seen = []
     for loss in (1.0, 0.9, 1.12, 1.20, 1.23):  # the first is before training
-        memory = replay.validated(loss, memory)
+        memory = replay.validated({"loss": loss}, memory)
         seen.append((round(memory["phi"], 9), memory["level"]))
     assert seen == [(0.0, 1.0), (0.0, 1.0), (0.1, 1.12), (0.1, 1.12), (0.2, 1.23)]
 
 
 def test_share_stays_at_one():
     memory = {"phi": 0.95, "level": 1.0}
-    assert Replay().validated(5.0, memory)["phi"] == 1.0
+    assert Replay().validated({"loss": 5.0}, memory)["phi"] == 1.0
 
 
 @pytest.mark.parametrize(

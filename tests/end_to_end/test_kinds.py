@@ -54,9 +54,10 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def data(shop: Shop) -> str:
-    """Rows with everything a method may read: a route, a reference response."""
+    """Rows with everything a method may read: a route, a reference response, what views show."""
+    shown = {"hint": "add them", "allowed": ["numbers"], "disallowed": ["names"]}
     rows = [
-        {**row, "teacher": "ab"[i % 2], "response": f" {i + 1}"}
+        {**row, **shown, "teacher": "ab"[i % 2], "response": f" {i + 1}"}
         for i, row in enumerate(gsm8k_rows(2))
     ]
     return write_rows(shop.folder / "kinds.jsonl", rows)
@@ -81,8 +82,8 @@ def teachers(
     cache_teacher(make_run(run), folder / "cache", top_k=64)
     model, tokenizer = load_model(shop.teacher), load_tokenizer(shop.teacher)
     with (
-        FakeServer(model, tokenizer, max_logprobs=64) as vllm,
-        FakeServer(model, tokenizer, "sglang", max_logprobs=64) as sglang,
+        FakeServer(model, tokenizer, max_logprobs=100) as vllm,
+        FakeServer(model, tokenizer, "sglang", max_logprobs=100) as sglang,
         _own(load_model(shop.teacher), tokenizer) as url,
     ):
         yield {
@@ -126,6 +127,11 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+def unnamed(method: str) -> list[str]:
+    """Models of a method of which only a run can say which they are."""
+    return [name for name, said in load(method).models.items() if set(said) <= {"view"}]
+
+
 def outcome(
     shop: Shop, data: str, teacher: Any, kind: str, method: str, folder: Path, loaded: list[str]
 ) -> str:
@@ -137,12 +143,18 @@ def outcome(
             "data": data,
             "method": method,
             "reward": shop.reward,
+            # there are no routes to a model that is not the teacher
+            "models": dict.fromkeys(unnamed(method), shop.teacher if kind == "routes" else teacher),
+            # who scores is asked here, not who debates
+            "annotate": {"debate": {"of": [shop.teacher, shop.llama], "max_tokens": 4}}
+            if "debate" in load(method).annotate
+            else {},
             "output": str(folder),
             **SMALL,
             # a schedule that adapts to it needs an evaluation between the ends
             **(
                 {"steps": 2, "evaluate": {"data": data, "every": 1}}
-                if load(method).curriculum.validates
+                if load(method).curriculum.measures
                 else {}
             ),
             **(

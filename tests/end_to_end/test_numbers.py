@@ -108,7 +108,17 @@ def test_a_student_whose_configuration_has_dropout(
     assert (line["sampling/mismatch_max"] < 1e-5) == disable
 
 
-WITH_RESPONSES = [{"question": f"What is {i}?", "response": f" {i}"} for i in range(4)]
+# and with what the views of some methods show
+WITH_RESPONSES = [
+    {
+        "question": f"What is {i}?",
+        "response": f" {i}",
+        "hint": f"it is {i}",
+        "allowed": ["numbers"],
+        "disallowed": ["names"],
+    }
+    for i in range(4)
+]
 
 
 @pytest.mark.parametrize(
@@ -164,11 +174,11 @@ def test_a_schedule_that_does_not_adapt_needs_no_evaluation(
     shop: Shop, tmp_path: Path, arguments: dict[str, Any]
 ) -> None:
     run = shop.run(tmp_path, method={"name": "distillm", "arguments": arguments})
-    assert prepare(run)[0].held_out.validate is None
+    assert prepare(run)[0].held_out.measure is None
 
 
 # what they compare the responses to a prompt for: baselines, pass rates, shares, margins
-COMPARE = {"scope", "paced", "kdrl", "rlad", "uni_opd", "grpo"}
+COMPARE = {"scope", "paced", "kdrl", "rlad", "uni_opd", "grpo", "pi_distill", "opsd_rl", "trace"}
 
 
 @pytest.mark.parametrize("name", methods())

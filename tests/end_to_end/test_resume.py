@@ -27,6 +27,14 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "curriculum with memory": {"method": "paced", "sampling": {"num_generations": 4}},
     "replay": {"method": {"name": "distillm", "threshold": 0.7}},
+    "prompts of the frontier": {
+        "method": "opd",
+        "curriculum": {"kind": "frontier", "smoothing": 0.5, "sigma": 0.1},
+    },
+    "a ladder of lengths": {
+        "method": "gkd",
+        "curriculum": {"kind": "entropy_length", "ladder": [2, 4, 8], "min_entropy": 0.0},
+    },
     "guided rollouts": {"method": "tropd"},
     "pairs of one's own": {
         "method": {"name": f"{EXAMPLES / 'own_pair_loss.py'}:pairs"},
@@ -42,6 +50,16 @@ RUNS: dict[str, dict[str, Any]] = {
         "optim": {"passes": 2, "minibatches": 2},
     },
     "a moving average of one's own": {"method": f"{EXAMPLES / 'own_ema.py'}:steady"},
+    "skills of its own trajectories": {
+        "method": "skill_sd",
+        "annotate": {"skills": {"by": "rules", "keep": 2}},
+        "sampling": {"num_generations": 2, "stop": ["e", "a"]},
+        "evaluate": None,
+    },
+    "teachers that debate": {
+        "method": "opd",
+        "annotate": {"debate": {"of": ["teacher", "student"], "max_tokens": 4}},
+    },
     "adapters with dropout": {"method": "opd", "lora": {"r": 4, "dropout": 0.3}},
 }
 

@@ -16,7 +16,7 @@ import opdkit
 from opdkit.base.errors import UserError
 from opdkit.cli import main
 from opdkit.methods import METHODS
-from opdkit.methods.arguments import Argument, described, one_of
+from opdkit.methods.arguments import Argument, described, itself, one_of, positive, shares
 from opdkit.methods.explain import explain
 from opdkit.methods.method import function_of, load, spelled
 from opdkit.methods.pages import render
@@ -39,6 +39,8 @@ FILES = sorted(
     {FOLDER / f"{home.partition(':')[0].split('.')[-1]}.py" for home in METHODS.values()}
 )
 WITHOUT = {"gkd", "topk_opd", "kl_mixing", "tip", "paced", "distillm", "uld", "gold"}
+WITHOUT |= {"sft", "dagger", "opsd", "sdft", "sdpo", "selfci"}
+WITHOUT |= {"mad_opd", "opad", "vla_opd"}  # the last has a policy gradient without a ratio
 WITH = sorted(set(METHODS) - WITHOUT)
 
 # -------------------------------------------------------------------------------------- described
@@ -92,10 +94,41 @@ def test_pages_and_explain_show_them():
     assert "every policy gradient" not in render(load("gkd"), "") + explain("gkd")
 
 
+def test_a_method_without_arguments():
+    assert "## Arguments\n\nNone.\n" in render(load("sft"), "") and "arguments\n" not in explain(
+        "sft"
+    )
+
+
+def test_pages_and_explain_show_the_models_that_a_method_brings():
+    said = "teacher: {kind: self, weights: ema, rate: 0.001, first_copy: true, view: solution}"
+    made = load("opsd", teacher="ema")
+    assert f"Unless the run says otherwise, `{said}`." in render(made, "")
+    assert f"unless the run says otherwise, {said}\n" in explain(made) + "\n"
+
+
 def test_one_of():
     one_of(mode=("mean", ("mean", "minmax")))
     with pytest.raises(ValueError, match="mode='median' must be one of mean, minmax"):
         one_of(mode=("median", {"mean": 1, "minmax": 2}))
+
+
+def test_shares_and_positive_numbers():
+    shares(a=(0.0, ""), b=(1.0, ""))
+    positive(a=(1e-9, ""), b=(float("inf"), ""))
+    for value in (-1e-9, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=rf"mix={value} must lie in \[0, 1\]: it is a part"):
+            shares(mix=(value, "it is a part"))
+    for value in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"cap={value} must be positive: it is a bound"):
+            positive(cap=(value, "it is a bound"))
+
+
+def test_the_student_as_its_own_teacher():
+    assert itself("hint", "fixed", rate=0.5) == {"kind": "self", "weights": "fixed", "view": "hint"}
+    assert itself("hint", "ema", rate=0.5)["rate"] == 0.5
+    with pytest.raises(ValueError, match="teacher='sync' must be one of fixed, ema, live"):
+        itself("hint", "sync")
 
 
 # ---------------------------------------------------------------------------------------- the layer

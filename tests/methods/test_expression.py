@@ -399,12 +399,15 @@ def test_together_one_writes_and_the_other_remembers():
         both.observe(seen, {"kept": 1})["pass_rate"] == {"q": 0.75}
         and both.observe(seen, {"kept": 1})["kept"] == 1
     )
-    assert both.writer == GuidedWriter(1) and not both.validates and both.needs_own
+    assert both.writer == GuidedWriter(1) and not both.measures and both.needs_own
 
 
 def test_together_is_a_whole_curriculum():
     asked = {name for name in (*vars(Curriculum), *Curriculum.__annotations__) if name[0] != "_"}
-    assert asked == {"writer", "observe", "validated", "validates", "needs_own", "authors"}
+    assert asked == {
+        *("writer", "within", "longest", "choose", "observe", "validated", "metrics"),
+        *("measures", "needs_own", "authors"),
+    }
     assert asked <= set(vars(together.Together))
 
 

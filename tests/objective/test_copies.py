@@ -68,7 +68,12 @@ def test_closed_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ema", "is_that_of"), [(Ema(1.0), 5), (Ema(0.0), 0), (Ema(1.0, every=2), 4), (Ema(1.0, 6), 0)]
+    ("ema", "is_that_of"),
+    [
+        *[(Ema(1.0), 5), (Ema(0.0), 0), (Ema(1.0, every=2), 4), (Ema(1.0, 6), 0)],
+        # the first move is all of the way, no other is
+        *[(Ema(0.0, first_copy=True), 1), (Ema(0.0, every=2, first_copy=True), 2)],
+    ],
 )
 def test_edges_are_exact(ema: Ema, is_that_of: int) -> None:
     """After five steps, to the bit; a copy every so many steps is a synchronised one."""

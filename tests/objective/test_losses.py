@@ -4,6 +4,7 @@ divergences on a support.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +19,7 @@ from opdkit.objective.losses import (
     Estimator,
     Likelihood,
     PolicyGradient,
+    RatioWeighted,
 )
 from opdkit.objective.maths import JSD, Alpha, Kind, SkewForward, SkewReverse
 from opdkit.objective.signals import Gap, Logp, LogRatio
@@ -65,6 +67,35 @@ def test_the_ratio_may_be_to_any_model(base):
         -numbers(-1.0 - below).exp().item() * 0.5,
         12,
     )
+
+
+def test_to_the_live_student_the_ratio_is_one():
+    """REINFORCE: value -credit and slope -credit, whoever wrote the token and however far the
+    student has moved since.
+    """
+    by = {"before": [[-1.2]], "sampler": [[-1.5]], "models": {"teacher": [[-0.7]]}}
+    out = on(PolicyGradient(CREDIT, base="live"), [[-1.0]], **by)
+    p = numbers(-1.0).exp().item()
+    assert close(out.loss, -0.5, 12)
+    assert close(out.grad[0, 0], (-0.5 * (1 - p), 0.5 * (1 - p)), 12)
+
+
+@pytest.mark.parametrize(
+    ("base", "most", "weight"),
+    [("sampler", math.inf, 0.5), ("sampler", 1.2, None), ("student", 9.0, 0.2)],
+)
+@pytest.mark.parametrize("loss", [Likelihood(), Estimator("k2"), PolicyGradient(CREDIT, "live")])
+def test_a_ratio_as_weight_has_no_gradient(loss, base, most, weight):
+    """It is that of the student as it is now, -1.0, to -1.5 or -1.2: e^0.5, 1.2 at most, or
+    e^0.2 times the loss and its gradient.
+    """
+    by = {"before": [[-1.2]], "sampler": [[-1.5]], "models": {"teacher": [[-0.7]]}}
+    weighted, plain = RatioWeighted(loss, base, most), on(loss, [[-1.0]], **by)
+    out, times = on(weighted, [[-1.0]], **by), most if weight is None else math.exp(weight)
+    assert close(out.loss, times * plain.loss.item(), 12) and close(
+        out.grad, times * plain.grad, 12
+    )
+    assert (weighted.name, weighted.credit) == (loss.name, getattr(loss, "credit", None))
 
 
 @pytest.mark.parametrize("low", [0.1, 0.3])

@@ -298,6 +298,16 @@ def test_group_means_are_the_means(dtype):
     assert torch.equal(least, torch.stack([values[g == UNEVEN].min() for g in UNEVEN]))
 
 
+def test_group_means_of_several_numbers_are_those_of_each():
+    values = torch.randn(
+        len(UNEVEN), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    )
+    for several, single in zip(
+        group_means(values, UNEVEN), zip(*(group_means(v, UNEVEN) for v in values.T))
+    ):
+        assert torch.equal(several, torch.stack(single, 1))
+
+
 def test_a_value_that_is_hardly_another_deviates_by_no_more_than_it_does():
     """Fifteen of 0.7 and one a rounding u above it: u (1 - 1/16) and -u / 16, where a rounded mean
     would say u or 0.

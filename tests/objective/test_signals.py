@@ -158,6 +158,17 @@ def test_equal_rewards_have_no_advantage(kind, dtype):
     assert torch.equal(GroupMean(Reward())(here)[:, 0], columns["reward"])
 
 
+@pytest.mark.parametrize("kind", ["std", "mean", "rloo"])
+def test_an_advantage_of_another_number_than_the_reward(kind):
+    six = torch.arange(6, dtype=torch.float64)[:, None]
+    columns = {"reward": numbers(3, 1, 4, 1, 5, 9), "group": GROUPS}
+    here = batch(six >= 0, six, columns=columns)
+    there = batch(six >= 0, six, columns=columns | {"reward": columns["reward"] - 2 * six[:, 0]})
+    assert torch.equal(
+        Advantage(kind, Reward() - RowMean(SIGNAL) * 2)(here), Advantage(kind)(there)
+    )
+
+
 def test_pass_rates():
     six = torch.ones(6, 1, dtype=torch.float64)
     columns = {"correct": [True, False, False, True, True, False], "group": GROUPS}
@@ -183,6 +194,8 @@ def test_pass_rates():
         (ToGo(SIGNAL), [[5, 0, 4], [3.5, 0.5, 0]]),
         (ToGo(SIGNAL, 0.5), [[3, 0, 4], [3.25, 0.5, 0]]),  # 1 + 0.5 * 4: the hole takes no time
         (RowMean(SIGNAL), [[2.5], [1.75]]),
+        (RowMean(SIGNAL, among=SIGNAL > 2), [[4], [3]]),
+        (RowMean(SIGNAL, among=SIGNAL > 3), [[4], [0]]),  # of none: 0
         (MeanOne(SIGNAL), X / 2.125),
         (MeanOne(SIGNAL * 0), torch.zeros(2, 3)),
         (MeanOne(Const(7)), torch.ones(2, 3)),
@@ -288,7 +301,16 @@ class Wrapped(Signal):
 
 @pytest.mark.parametrize(
     "signal",
-    [Logp("a"), LogRatio("a", "b") + Gap(), Reward() * 2, Own(), Wrapped(Logp("a")), -Advantage()],
+    [
+        Logp("a"),
+        LogRatio("a", "b") + Gap(),
+        Reward() * 2,
+        Own(),
+        Wrapped(Logp("a")),
+        -Advantage(),
+        # what comes later is another divergence after another token
+        ToGo(Gap()) - Gap(),
+    ],
 )
 def test_credits_that_depend_on_the_sample(signal):
     assert depends_on_sample(signal)

@@ -15,12 +15,12 @@ from opdkit import UserError, load
 from opdkit.methods.method import Method
 from opdkit.models.body import head_of
 from opdkit.models.layout import Layout, grouped, pass_tokens
-from opdkit.objective.facts import EntropyFact, Fact, GapFact, LogpAtFact, LogpFact
+from opdkit.objective.facts import ColumnFact, EntropyFact, Fact, GapFact, LogpAtFact, LogpFact
 from opdkit.objective.grammar import Objective
 from opdkit.objective.head import flat_positions, learn
 from opdkit.objective.maths import ReverseKL
 from opdkit.objective.needs import Needs
-from opdkit.objective.signals import Entropy
+from opdkit.objective.signals import Entropy, Row
 from opdkit.teachers import LocalModel
 from opdkit.train.gather import collate, gather
 from opdkit.train.record import rollout_metrics
@@ -314,6 +314,22 @@ def test_a_column_that_is_no_number_is_named(models: dict[str, Any]) -> None:
         match=r"the column 'difficulty' as a number; in the row of rollout 0/0/0 it is 'hard'",
     ):
         gather(rows, Needs(frozenset({ColumnFact("row:difficulty")})), scorers(models))
+
+
+def test_an_entry_of_a_list_column(models: dict[str, Any]) -> None:
+    """A number in a list of the data; NaN where the row, the list or the entry has none."""
+    given = [[90, 60.5], [70], [None, 20], None]
+    rows = [replace(r, row={"confidence": c}) for r, c in zip(rollouts(), given)]
+    wanted = [ColumnFact(f"row:confidence[{i}]") for i in range(2)]
+    batch = gather(rows, Needs(frozenset(wanted)), scorers(models))
+    first, second = (Row(f"confidence[{i}]")(batch)[:, 0] for i in range(2))
+    absent = math.nan
+    torch.testing.assert_close(first, torch.tensor([90, 70, absent, absent]), equal_nan=True)
+    torch.testing.assert_close(second, torch.tensor([60.5, absent, 20, absent]), equal_nan=True)
+    for value, message in ((90, "list of numbers"), (["x"], "as a number")):
+        wrong = [replace(r, row={"confidence": value}) for r in rows]
+        with pytest.raises(UserError, match=message):
+            gather(wrong, Needs(frozenset(wanted[:1])), scorers(models))
 
 
 def test_facts_are_the_same_in_portions(

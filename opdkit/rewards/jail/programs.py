@@ -151,8 +151,9 @@ def _printed(case: dict[str, Any], jail: Jail, parent: ProgramParent) -> tuple[i
             return passed, f"an input of the test has more than {LARGEST} characters"
         most = OUTPUT + 2 * len(wanted.encode(errors="replace"))
         said, why = _output(case, parent, given, most)
-        if not why and not same(said.decode(errors="replace"), wanted):
-            why = f"it prints {said[:100]!r} and not {wanted[:100].encode(errors='replace')!r}"
+        printed = said.decode(errors="replace")
+        if not why and not same(printed, wanted):
+            why = f"it prints {printed[:100]!r} and not {wanted[:100]!r}"
         passed += not why
         if why:
             first = first or f"{why} for the input {given[:100]!r}"

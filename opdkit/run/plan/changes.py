@@ -57,7 +57,7 @@ def _others(run: Run, method: Method, step: Step) -> Iterator[tuple[str, Run]]:
         yield setting, replace(run, sampler=plain(sampler) | {"kind": sampler.kind})
     usual = run.teacher_dtype or run.dtype
     for setting, teacher in run.teachers.lighter(usual, bool(method.teacher_mix)):
-        yield setting, replace(run, teacher=plain(teacher) | {"kind": teacher.kind})
+        yield setting, replace(run, teacher=teacher.said())
     if run.teachers.opens_local_model and not run.teachers.routes:
         yield from _moved(run, method)
 

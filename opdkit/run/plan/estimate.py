@@ -19,9 +19,9 @@ from opdkit.run.plan.devices import GIB, Device, find_device
 from opdkit.run.plan.memory import PHASES, USABLE, Memory, Step, memory_of, step_of
 from opdkit.run.plan.models import models_of
 from opdkit.run.plan.work import USUAL, Load, Phase, Rates, load_of, phases, sampling
-from opdkit.run.prompts import from_cache
+from opdkit.run.prompts import as_run
 from opdkit.run.refuse import refuse
-from opdkit.run.resolve import on_device
+from opdkit.run.resolve import on_device, with_models
 from opdkit.run.settings import Run
 
 WIDE = 58  # of the names in the table of memory
@@ -44,7 +44,8 @@ def plan(
             "for half of the limit"
         )
     run = on_device(run, device.gpu)
-    method = from_cache(run.method_spec.load(), run)
+    run = with_models(run, run.method_spec.load())
+    method = as_run(run.method_spec.load(), run)
     reward, notes = _reward(run)
     refuse(run, method, reward)
     return RunPlan(sized(run, method, device), method, device, rates, response, notes)
@@ -68,7 +69,7 @@ def fitting(run: Run) -> int | None:
     """
     try:
         device = find_device(setting=run.device)
-        return sized(run, from_cache(run.method_spec.load(), run), device).micro_batch_tokens
+        return sized(run, as_run(run.method_spec.load(), run), device).micro_batch_tokens
     except Exception:
         return run.micro_batch_tokens
 

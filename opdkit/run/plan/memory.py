@@ -118,7 +118,8 @@ def memory_of(
         out.add(f"{held.role}'s vLLM engine", held.engine * device.memory)
     read = scored(run, method, models)
     _student(out, run, shape, models[0] in read)
-    held_beside = sum(companion.copies for companion in method.companions)
+    beside = {*method.companions, *run.copies_for(method)}
+    held_beside = sum(companion.copies for companion in beside)
     learns = trained(shape, run.lora) * trained_width(run)
     out.add("copies of the student beside it", held_beside * learns)
     out.add(

@@ -9,8 +9,9 @@ from dataclasses import replace
 from opdkit.methods.method import Method
 from opdkit.models.held import HERE, Held
 from opdkit.models.shapes import Shape, shape_of
+from opdkit.run.annotate import annotations_of, writers_for
 from opdkit.run.settings import Run
-from opdkit.teachers.local import LocalTeacher
+from opdkit.teachers.own import STUDENT
 
 
 def student_dtype(run: Run) -> str:
@@ -28,10 +29,12 @@ def products_of(run: Run, held: Held) -> str:
 
 
 def models_of(run: Run, method: Method) -> list[Held]:
-    """The student first, then every model that the objective, or the evaluation, reads."""
+    """The student first, then every model that the objective or the evaluation reads, or that
+    writes for an annotator.
+    """
 
     def shaped(name: str) -> Shape:
-        return shape_of(name, run.trust_remote_code)
+        return shape_of(run.student if name == STUDENT else name, run.trust_remote_code)
 
     student = Held(
         "student",
@@ -41,21 +44,15 @@ def models_of(run: Run, method: Method) -> list[Held]:
         student_dtype(run),
         quantize=run.lora.quantize if run.lora else None,
     )
-    wanted = method.opened
-    if run.evaluate is not None and run.evaluate.teacher:
-        wanted |= {"teacher"}
+    wanted = run.opened_by(method)
     others: list[Held] = []
     usual = run.teacher_dtype or run.dtype
     for name in sorted(wanted):
-        if name == "teacher":
-            others += run.teachers.held(name, usual, shaped)
-        elif name == "reference" and run.reference is None:
-            shared = run.lora is not None  # the student with its adapters switched off
-            dtype = student.dtype if shared else usual
-            others.append(replace(student, role=name, dtype=dtype, own=not shared))
-        else:
-            model = str(run.reference if name == "reference" else run.models[name])
-            others += LocalTeacher(model).held(name, usual, shaped)
+        for held in run.model_named(name).held(name, usual, shaped):
+            others.append(_of_student(held, student, run) if held.name == STUDENT else held)
+    for name, settings in annotations_of(run, method).items():
+        for writer in writers_for(run, name, settings).values():
+            others += writer.held(f"annotate.{name}", usual, shaped)
     # copies of the student, whose weights are counted by what they hold of their own
     read = sorted(method.brought & method.needs.models)
     others += [replace(student, role=name, own=False) for name in read]
@@ -67,3 +64,9 @@ def models_of(run: Run, method: Method) -> list[Held]:
             for i, held in enumerate(others)
         ),
     ]
+
+
+def _of_student(held: Held, student: Held, run: Run) -> Held:
+    """The student as its own teacher: with adapters its initial weights are those below them."""
+    own = held.own and run.lora is None
+    return replace(student, role=held.role, dtype=held.dtype if own else student.dtype, own=own)

@@ -12,8 +12,8 @@ from opdkit.models.held import Held
 from opdkit.run.plan.devices import Device, find_device
 from opdkit.run.plan.models import models_of
 from opdkit.run.plan.work import USUAL, Load, peak, phases
-from opdkit.run.prompts import from_cache
-from opdkit.run.resolve import on_device
+from opdkit.run.prompts import as_run
+from opdkit.run.resolve import on_device, with_models
 from opdkit.run.settings import Run
 from opdkit.types import Rollout
 
@@ -60,7 +60,8 @@ def use_of(run: Run) -> Use | None:
     """For a run whose models are given by name, on a device whose peak is known."""
     device = find_device(setting=run.device)
     run = on_device(run, device.gpu)
-    method = from_cache(run.method_spec.load(), run)
+    run = with_models(run, run.method_spec.load())
+    method = as_run(run.method_spec.load(), run)
     if not device.tflops:
         return None
     once = replace(run, gradient_checkpointing=False)

@@ -1,17 +1,21 @@
-"""A step's rollouts: written by the run's writer, scored, and passed through its filters."""
+"""A step's rollouts: written by the run's writer, scored, passed through its filters, and noted on
+by its annotators.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from opdkit.annotators import AnnotateContext, Annotator
 from opdkit.base.clock import Clock
-from opdkit.curricula import Memory, StepContext
+from opdkit.curricula import Memory, StepContext, writer_of
 from opdkit.curricula.writer import nothing_stored
 from opdkit.rewards import score
 from opdkit.train.collect.collector import Collector
-from opdkit.train.collect.filters import Filter
+from opdkit.train.collect.filters import Draw, Filter
 from opdkit.train.student import Student
 from opdkit.types import Prompt, Rollout, Sampling
 
@@ -21,7 +25,9 @@ class Collected:
     """What a step has to learn from."""
 
     rollouts: list[Rollout]  # with their rewards and marks
+    scored: list[Rollout]  # those that filters dropped too, as they were before any filter
     tokens: int  # that the student wrote for them, and for rollouts that filters dropped
+    memory: dict[str, Any] = field(default_factory=dict)  # what annotators add to the run's
 
 
 def collect(
@@ -34,53 +40,96 @@ def collect(
     memory: Memory,
 ) -> Collected:
     """The rollouts of step number `step` (from 0) of `total_steps`."""
-    written: list[Rollout] = []
-    asked: Counter[str] = Counter()  # responses to each prompt so far
-
-    def numbered(prompt: Prompt, count: int) -> Prompt:
-        asked[prompt.id] += count
-        return replace(prompt, number=asked[prompt.id] - count)
-
-    def sample(prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        made = collector.sampler.sample(
-            [numbered(prompt, sampling.num_generations) for prompt in prompts],
-            sampling,
-            seed=collector.seed,
-            step=step,
-            policy_version=student.updates,
-        )
-        written.extend(made)
-        return made
+    pen = _Pen(collector, step, student.updates)
+    every: list[Rollout] = []
+    batches, sampling = collector.batches(step, memory), collector.cut(memory)
 
     def scored() -> list[Rollout]:
         """Rollouts of the next prompts, with rewards."""
-        taken = collector.stream.take(collector.prompts_per_step)
-        at = {collector.prompts[i].id: i for i in taken}
+        taken = next(batches)
         with clock("sample"):
             context = StepContext(
-                prompts=tuple(collector.prompts[i] for i in taken),
-                sampling=collector.sampling,
+                sampling=sampling,
                 step=step,
                 total_steps=total_steps,
                 seed=collector.seed,
-                sample=sample,
-                reference=lambda prompt: collector.prompts.response_tokens(at[prompt.id]),
-                stored=nothing_stored if collector.stored is None else collector.stored.rollouts,
+                sample=pen.sample,
                 memory=memory,
                 policy_version=student.updates,
+                **_questions(collector, taken),
             )
-            rollouts = collector.writer.write(context)
+            rollouts = writer_of(collector.curriculum).write(context)
         with clock("reward"):
-            return rollouts if collector.reward is None else score(rollouts, collector.reward)
+            if collector.reward is not None:
+                rollouts = score(rollouts, collector.reward)
+        every.extend(rollouts)
+        return rollouts
 
-    def filtered(filters: Sequence[Filter]) -> list[Rollout]:
-        """Rollouts of the next prompts that have passed these filters, each of which may ask the
-        ones before it for more.
-        """
-        if not filters:
-            return scored()
-        *before, last = filters
-        return last(filtered(before), lambda: filtered(before))
+    rollouts = _filtered(collector.filters, scored)
+    told = AnnotateContext(step, collector.seed, student.updates, memory)
+    with clock("annotate"):
+        rollouts, added = _annotated(collector.annotators, rollouts, told)
+    return Collected(rollouts, every, sum(sum(r.drawn) for r in pen.written), added)
 
-    rollouts = filtered(collector.filters)
-    return Collected(rollouts, sum(sum(r.drawn) for r in written))
+
+def _questions(collector: Collector, taken: Sequence[int]) -> dict[str, Any]:
+    """What a writer is told of the prompts that a step asks, by their numbers."""
+    prompts = collector.prompts
+    at = {prompts[i].id: i for i in taken}
+    return {
+        "prompts": tuple(prompts[i] for i in taken),
+        "reference": lambda prompt: prompts.response_tokens(at[prompt.id]),
+        "viewed": collector.viewed,
+        "turns": lambda prompt: prompts.turns(at[prompt.id]),
+        "stored": nothing_stored if collector.stored is None else collector.stored.rollouts,
+    }
+
+
+def _filtered(filters: Sequence[Filter], draw: Draw) -> list[Rollout]:
+    """Rollouts of the next prompts that have passed these filters, each of which may ask the ones
+    before it for more.
+    """
+    if not filters:
+        return draw()
+    *before, last = filters
+    return last(_filtered(before, draw), lambda: _filtered(before, draw))
+
+
+def _annotated(
+    annotators: Sequence[Annotator], rollouts: list[Rollout], told: AnnotateContext
+) -> tuple[list[Rollout], dict[str, Any]]:
+    """Rollouts once each annotator has noted on them, and what they add to the run's memory."""
+    added: dict[str, Any] = {}
+    for annotator in annotators:
+        now = replace(told, memory={**told.memory, **added})
+        rollouts, more = annotator.annotate(rollouts, now)
+        added |= more
+    return rollouts, added
+
+
+@dataclass
+class _Pen:
+    """What lets the student write the responses of a step; one to a prompt that is asked again is
+    another response.
+    """
+
+    collector: Collector
+    step: int
+    version: int
+    written: list[Rollout] = field(default_factory=list)
+    asked: Counter[str] = field(default_factory=Counter)  # responses to each prompt so far
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        made = self.collector.sampler.sample(
+            [self._numbered(prompt, sampling.num_generations) for prompt in prompts],
+            sampling,
+            seed=self.collector.seed,
+            step=self.step,
+            policy_version=self.version,
+        )
+        self.written.extend(made)
+        return made
+
+    def _numbered(self, prompt: Prompt, count: int) -> Prompt:
+        self.asked[prompt.id] += count
+        return replace(prompt, number=self.asked[prompt.id] - count)

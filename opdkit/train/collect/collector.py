@@ -1,11 +1,16 @@
-"""What collecting rollouts asks of a run: who writes, the questions, what was written earlier."""
+"""What collecting rollouts asks of a run: which questions, who writes, what was written earlier."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
-from opdkit.curricula import Writer
+from opdkit.annotators import Annotator
+from opdkit.base.errors import UserError
+from opdkit.curricula import Curriculum, Memory
+from opdkit.curricula.writer import nothing_viewed
 from opdkit.rewards import Reward
 from opdkit.train.collect.filters import Filter
 from opdkit.types import Prompt, Rollout, Sampler, Sampling
@@ -17,6 +22,7 @@ class Questions(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Prompt: ...
     def response_tokens(self, index: int) -> list[int] | None: ...
+    def turns(self, index: int) -> list[Prompt]: ...
 
 
 class Stored(Protocol):
@@ -29,13 +35,55 @@ class Stored(Protocol):
 class Collector:
     """What is asked at each step, who answers, what an answer is worth, and what becomes of it."""
 
-    writer: Writer
+    curriculum: Curriculum  # which prompts, who writes, how long, and what is remembered
     sampler: Sampler
     prompts: Questions
-    stream: Any  # data.PromptStream: which of the prompts come next
+    stream: Any  # data.PromptStream: which of the prompts come next, where nothing chooses them
     sampling: Sampling
     prompts_per_step: int
     seed: int = 0
     reward: Reward | None = None
     filters: tuple[Filter, ...] = ()  # one after the other, once rollouts have their rewards
+    annotators: tuple[Annotator, ...] = ()  # one after the other, on what the filters left
     stored: Stored | None = None  # where the writer reads its rollouts from a cache
+    # a prompt as a view of its row writes it
+    viewed: Callable[[Prompt, str], Prompt] = nothing_viewed
+
+    @cached_property
+    def questions(self) -> list[str]:
+        """Those of all prompts."""
+        return [self.prompts[i].question for i in range(len(self.prompts))]
+
+    def cut(self, memory: Memory) -> Sampling:
+        """The run's settings, with responses as long as the curriculum has them now."""
+        longest = self.curriculum.longest(memory)
+        if longest is None:
+            return self.sampling
+        longest = min(longest, self.sampling.max_completion_length)
+        return replace(self.sampling, max_completion_length=longest)
+
+    def batches(self, step: int, memory: Memory) -> Iterator[list[int]]:
+        """The prompts of a step, by index: `prompts_per_step` of them, and as many again each time
+        that filters ask for more. What is chosen is chosen among those that the step has not asked
+        yet, and among all once none is left; in a run of equal steps the same.
+        """
+        left: list[int] = []
+        while True:
+            batch: list[int] = []
+            while (missing := self.prompts_per_step - len(batch)) > 0:
+                left = left or list(range(len(self.questions)))
+                mine = [self.questions[i] for i in left]
+                chosen = self.curriculum.choose(mine, missing, step, self.seed, memory)
+                if chosen is None:
+                    batch += self.stream.take(missing)
+                    break
+                gone = set(chosen)
+                if not gone or len(gone) < len(chosen) or not gone <= set(range(len(left))):
+                    raise UserError(
+                        f"curriculum {self.curriculum} chose the questions {chosen} of "
+                        f"{len(left)}: `choose` must return different indices of what it is given, "
+                        "one at least, or None"
+                    )
+                batch += [left[i] for i in chosen]
+                left = [index for at, index in enumerate(left) if at not in gone]
+            yield batch

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
 from opdkit.base.clock import Clock
-from opdkit.curricula import Writer
+from opdkit.base.errors import UserError
+from opdkit.curricula import Curriculum, Frontier, Memory, Plain, Writer
 from opdkit.curricula.cached import CacheWriter
 from opdkit.curricula.data import DataWriter
 from opdkit.curricula.prefix import GuidedWriter
@@ -34,6 +37,25 @@ class Asked(list[Prompt]):
     def response_tokens(self, index: int) -> list[int]:
         return [5, 6, 7, 8]
 
+    def turns(self, index: int) -> list[Prompt]:
+        """Two of each."""
+        whole = self[index]
+        return [
+            replace(whole, id=f"{whole.id}:turn{n}", tokens=whole.tokens[:n], group="")
+            for n in (1, 2)
+        ]
+
+
+@dataclass(frozen=True)
+class Written(Plain):
+    """A curriculum that lets somebody write."""
+
+    by: Writer
+
+    @property
+    def writer(self) -> Writer:
+        return self.by
+
 
 class Stored:
     def rollouts(self, prompt: Prompt) -> list[Rollout]:
@@ -53,12 +75,15 @@ def step_of(
     skipped: int = 0,
     filters: Sequence[Filter] = (),
     reward: Any = None,
+    curriculum: Curriculum | None = None,
+    memory: Memory | None = None,
 ) -> list[Rollout]:
     """The rollouts of a step that takes `per_step` prompts of `size`, `skipped` into an epoch."""
     stream = PromptStream(size)
     stream.take(skipped)
+    before = stream.state()
     collector = Collector(
-        writer=writer,
+        curriculum=curriculum or Written(writer),
         sampler=HFSampler(student.model, tiny_tokenizer()),
         prompts=Asked(Prompt(f"p{i}", [5 + i, 6]) for i in range(size)),
         stream=stream,
@@ -69,7 +94,10 @@ def step_of(
         stored=Stored(),
     )
     clock = Clock(torch.device("cpu"))
-    return collect(collector, student, clock, step=3, total_steps=9, memory={}).rollouts
+    made = collect(collector, student, clock, step=3, total_steps=9, memory=memory or {})
+    assert curriculum is None or stream.state() == before  # what is chosen is not taken
+    assert {r.id for r in made.rollouts} <= {r.id for r in made.scored}
+    return made.rollouts
 
 
 def test_every_drawing_has_responses_of_its_own(student: Student) -> None:
@@ -121,3 +149,70 @@ def test_dynamic_sampling_that_draws_a_prompt_again_gets_other_responses(student
 
     rollouts = step_of(student, 1, 1, filters=[DynamicSampling(1)], reward=third)
     assert [(r.id, r.correct) for r in rollouts] == [("3/p0/2", True), ("3/p0/3", False)]
+
+
+# ------------------------------------------------------------------------- prompts that are chosen
+
+
+@dataclass(frozen=True)
+class Choice(Plain):
+    """Always the same answer."""
+
+    of: tuple[int, ...]
+
+    def choose(self, *asked: Any) -> list[int]:
+        return list(self.of)
+
+    def longest(self, memory: Memory) -> int:
+        return memory.get("longest", 99)
+
+
+def test_a_step_asks_what_the_frontier_chooses_and_none_twice(student: Student) -> None:
+    memory = {"smoothed_pass_rate": {f"p{i}": 0.99 for i in range(6) if i != 2}}
+    rollouts = step_of(student, 6, 3, curriculum=Frontier(sigma=0.01), memory=memory)
+    asked = list(dict.fromkeys(r.question for r in rollouts))
+    assert asked[0] == "p2" and len(asked) == 3 and len(rollouts) == 3 * GENERATIONS
+    assert rollouts == step_of(student, 6, 3, curriculum=Frontier(sigma=0.01), memory=memory)
+
+
+def test_more_prompts_than_there_are_begin_anew_with_other_responses(student: Student) -> None:
+    """Three prompts, and steps of five: each once, then two of them again."""
+    rollouts = step_of(student, 3, 5, curriculum=Frontier())
+    times = Counter(r.question for r in rollouts)
+    assert sorted(times.values()) == [GENERATIONS, 2 * GENERATIONS, 2 * GENERATIONS]
+    assert len({r.id for r in rollouts}) == 5 * GENERATIONS
+
+
+def test_filters_that_ask_for_more_get_prompts_that_were_not_asked_yet(student: Student) -> None:
+    """Of six prompts three are informative; steps of two go on until they have two of these. What
+    filters drop is seen by the curriculum all the same.
+    """
+    asked: list[str] = []
+
+    def odd(rollout: Rollout) -> float:
+        asked.append(rollout.question)
+        return float(rollout.question in ("p1", "p3", "p5") and rollout.id.endswith("0"))
+
+    rollouts = step_of(
+        student, 6, 2, curriculum=Frontier(), filters=[DynamicSampling(2)], reward=odd
+    )
+    assert len({r.question for r in rollouts}) == 2
+    assert {r.question for r in rollouts} <= {"p1", "p3", "p5"}
+    assert max(Counter(asked).values()) == GENERATIONS
+
+
+@pytest.mark.parametrize("wrong", [(), (0, 0), (3,), (-1,)])
+def test_a_choice_that_is_none_is_explained(student: Student, wrong: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match="must return different indices of what it is given"):
+        step_of(student, 3, 2, curriculum=Choice(wrong))
+
+
+def test_a_curriculum_cuts_what_is_written_now_and_never_beyond_the_run(student: Student) -> None:
+    def lengths(memory: Memory) -> int:
+        rollouts = step_of(student, 3, 3, curriculum=Choice((0, 1, 2)), memory=memory)
+        assert all(r.finish == "length" or r.tokens[-1] == 2 for r in rollouts)
+        return max(len(r.tokens) for r in rollouts)
+
+    assert (lengths({"longest": 2}), lengths({"longest": 5}), lengths({})) == (2, 5, 6)
+    data = step_of(student, 2, 2, DataWriter())
+    assert {len(r.tokens) for r in data} == {4}
