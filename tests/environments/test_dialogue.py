@@ -28,7 +28,7 @@ def test_a_conversation_is_what_its_template_renders(name: str) -> None:
     tokenizer = chatting(ALL.get(name, TEMPLATE))
     dialogue = Dialogue(tokenizer)
     asked, said, answered = "What is 12?", "42 apples", "no, try again"
-    ids = dialogue.opening([{"role": "user", "content": asked}], (), "x")
+    ids = dialogue.opening(dialogue.asked([{"role": "user", "content": asked}], ()), "x")
     for turn in (said, "7"):
         own = tokenizer(turn)["input_ids"]
         ids += [*own, END]
@@ -51,7 +51,7 @@ def test_thoughts_that_a_template_would_strip_stay_as_they_were_sampled() -> Non
     tokenizer = chatting(QWEN3)
     dialogue = Dialogue(tokenizer)
     turn = [*tokenizer("<think>\n3 + 4\n</think>\n\n7")["input_ids"], END]
-    ids = [*dialogue.opening([{"role": "user", "content": "a"}], (), "x"), *turn]
+    ids = [*dialogue.opening(dialogue.asked([{"role": "user", "content": "a"}], ()), "x"), *turn]
     ids += dialogue.reply([{"role": "user", "content": "b"}], (), turn, "x")
     rendered = tokenizer.apply_chat_template(
         [
@@ -100,7 +100,9 @@ def test_answers_of_functions_stand_as_the_template_writes_them(name: str) -> No
 def test_a_template_without_functions_is_told_of_them_as_text() -> None:
     tokenizer = chatting(ALL["gemma"])
     dialogue = Dialogue(tokenizer)
-    first = read(tokenizer, dialogue.opening([{"role": "user", "content": "a"}], (ADD,), "x"))
+    first = read(
+        tokenizer, dialogue.opening(dialogue.asked([{"role": "user", "content": "a"}], (ADD,)), "x")
+    )
     assert '"name": "add"' in first and "```tool_code" in first and first.count("<|im_start|>") == 2
     said = dialogue.reply([{"role": "tool", "content": "6"}], (ADD,), [9, END], "x")
     wanted = "\n<|im_start|>user\n```tool_output\n6\n```<|im_end|>\n<|im_start|>model\n"
@@ -118,7 +120,7 @@ def test_plain_text_is_lines() -> None:
     tokenizer = tiny_tokenizer(chat_template=False)
     dialogue = Dialogue(tokenizer)
     messages = [{"role": "system", "content": "A."}, {"role": "user", "content": "B?"}]
-    assert read(tokenizer, dialogue.opening(messages, (), "x")) == "A.\nB?\n"
+    assert read(tokenizer, dialogue.opening(dialogue.asked(messages, ()), "x")) == "A.\nB?\n"
     answer = [{"role": "user", "content": "no"}]
     for turn, wanted in (("go", "\nno\n"), ("go\n", "no\n")):
         ids = tokenizer(turn)["input_ids"]
