@@ -33,7 +33,7 @@ install-vllm: .venv-vllm/installed
 test-vllm: install-vllm
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m vllm tests/vllm tests/end_to_end/test_kinds.py
 
-# TextWorld and ScienceWorld, in an environment of their own. ScienceWorld's simulator is a Java program: a Java runtime
+# TextWorld, ScienceWorld and gymnasium, in an environment of their own. ScienceWorld's simulator is a Java program: a Java runtime
 # comes from the system's packages, such as `apt-get install default-jre-headless`.
 install-agents: .venv-agents/installed
 

@@ -1,6 +1,6 @@
-"""A model that teaches itself: it writes careless sums, but copies well when a worked solution stands
-before the question; what it can do with the solution it learns to do without, and no second model
-takes part.
+"""A model that teaches itself: it writes careless sums, but copies well when a worked solution
+stands before the question; what it can do with the solution it learns to do without, and no second
+model takes part.
 
     python examples/self_teacher.py --method opsd --seed 0 --out runs/self_teacher
 
@@ -44,7 +44,11 @@ def seen(row: DataRow) -> DataRow:
 
 
 def student(folder: Path, seed: int) -> str:
-    """A model that learnt careless sums, and to copy a solution that it is shown."""
+    """A model that learnt careless sums, and to copy a solution that it is shown; the one that is
+    there already, where there is one.
+    """
+    if folder.exists():
+        return str(folder)
     tokenizer = arithmetic.tokenizer()
     model = arithmetic.model("student", len(tokenizer), seed)
     careless = arithmetic.problems(STEPS * BATCH // 4, seed, forget=0.7)
@@ -86,11 +90,11 @@ def main() -> None:
     for row in rows:
         del row["response"]  # the student never learns from a text that it did not write
     values: dict[str, Any] = {
-        "student": student(given.out / "student", given.seed),
+        "student": student(given.out / f"student-{given.seed}", given.seed),
         "data": written(given.out / "train.jsonl", rows),
         "method": given.method,
         "teacher": {"view": VIEW},
-        "output": str(given.out / given.method),
+        "output": str(given.out / f"{given.method}-{given.seed}"),
         "reward": REWARD,
         "evaluate": {"data": written(given.out / "test.jsonl", tests), "sampling": GREEDY},
         "checkpoint": {"every": 0},

@@ -27,6 +27,7 @@ _LEX = re.compile(
     r"\t]+|\\?[$€£]|\\[,;!:]|~)|(?P<word>\\?[A-Za-z][\w\\]*)|(?P<other>.|\n)",
     flags=re.DOTALL,
 )
+_NUMBER_NEXT = re.compile(r"\s*[\d$(]")
 _SAME = {"−": "-", "**": "^"}
 # before an expression or behind a result they make it another
 _PARTS = """
@@ -60,6 +61,8 @@ def claims(text: str) -> Iterator[Claim]:
     """The equations of a text both of whose sides are arithmetic, in order: one side calculates, or
     the left one is the result of the equation before, as in 2 + 2 = 4 = 5.
     """
+    if "=" not in text:
+        return
     signs, result = list(_signs(text)), -1
     for i, sign in enumerate(signs):
         if sign.kind != "=":
@@ -89,7 +92,7 @@ def _signs(text: str) -> Iterator[Sign]:
             continue
         # 5 x 3
         crossed = said in ("x", "X") and before in ("number", ")")
-        if crossed and re.match(r"\s*[\d$(]", text[found.end() :]):
+        if crossed and _NUMBER_NEXT.match(text, found.end()):
             kind, said = "sign", "*"
         if kind in ("times", "over"):
             kind, said = "sign", "*" if kind == "times" else "/"

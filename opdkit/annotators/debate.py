@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,6 +44,7 @@ What has been said so far:
 {said}
 
 Point out errors, take over what is right, and give your reasoning and your answer as it is now. """
+MESSAGE = "Teacher {me}, round {round}:\n{text}"
 _TAG = re.compile(r"<<\s*CONFIDENCE\s*=\s*(\d{1,3}(?:\.\d+)?)\s*%?\s*>>", flags=re.IGNORECASE)
 DEBATE: Rules = {
     "of": (lambda of: len(of) > 0, "at least one name", "they are who debates"),
@@ -73,10 +75,19 @@ class DebateSettings(AnnotatorSettings):
     rounds: int = 2
     temperature: float = 0.7
     max_tokens: int = 1024  # of a message
-    keep: int = 4096  # questions
+    keep: int = 1024  # questions
+    # what a teacher is asked in the first round and in a later one, and how a message stands in the
+    # transcript: templates with {prompt}, {said}, {text}, {me}, {count}, {round}. One's own are
+    # written out as they stand, also for a model without a chat template
+    first: str = FIRST + CLOSE
+    later: str = LATER + CLOSE
+    message: str = MESSAGE
 
     def __post_init__(self) -> None:
         follow(DEBATE, self)
+        check_form("first", self.first, "prompt", "me", "count", "round")
+        check_form("later", self.later, "prompt", "said", "me", "count", "round")
+        check_form("message", self.message, "text", "me", "count", "round")
         if len(set(self.of)) < len(self.of):
             raise ValueError(f"of={list(self.of)} names one teacher twice: each needs its own name")
 
@@ -105,11 +116,11 @@ class Debate(Annotator):
         self, rollouts: Sequence[Rollout], context: AnnotateContext
     ) -> tuple[list[Rollout], Mapping[str, Any]]:
         known: dict[str, Any] = dict(context.memory.get(MEMORY, {}))
-        asked = {r.question: question_of(r) for r in rollouts}
+        asked = {_row_of(r): question_of(r) for r in rollouts}
         new = {id: text for id, text in asked.items() if id not in known}
         known |= self._debates(new, context.seed)
         kept = dict(list(known.items())[max(len(known) - self.settings.keep, 0) :])
-        return [self._told(r, known[r.question]) for r in rollouts], {MEMORY: kept}
+        return [self._told(r, known[_row_of(r)]) for r in rollouts], {MEMORY: kept}
 
     def _told(self, rollout: Rollout, debate: Mapping[str, Any]) -> Rollout:
         confidence = [FAILED if c == "failed" else c for c in debate[CONFIDENCE]]
@@ -131,7 +142,9 @@ class Debate(Annotator):
             for i, id in enumerate(asked):
                 last[id] = [turn[i] for turn in turns]
                 said[id] += [
-                    f"Teacher {me}, round {number}:\n{one.text}"
+                    self.settings.message.format(
+                        me=me, count=len(turns), round=number, text=one.text
+                    )
                     for me, one in enumerate(last[id], 1)
                     if one.text
                 ]
@@ -151,9 +164,10 @@ class Debate(Annotator):
         questions = []
         for id, prompt in asked.items():
             before = "\n\n".join(said[id])
-            form = LATER if before else FIRST
-            text = form.format(me=me, count=count, prompt=prompt, said=before) + CLOSE
-            questions.append(Question(f"debate/{id}/{number}/{name}", user(text)))
+            form = self.settings.later if before else self.settings.first
+            text = form.format(me=me, count=count, round=number, prompt=prompt, said=before)
+            plain = None if form in (FIRST + CLOSE, LATER + CLOSE) else text
+            questions.append(Question(f"debate/{id}/{number}/{name}", user(text), plain))
         return self.speakers[name].say(questions, self.sampling, seed)
 
     def _ended(self, said: Sequence[str], last: Sequence[Said]) -> dict[str, Any]:
@@ -163,6 +177,26 @@ class Debate(Annotator):
             COLUMN: "\n\n".join(said),
             CONFIDENCE: [confidence(one.text) if one.text else "failed" for one in last],
         }
+
+
+def check_form(setting: str, form: str, *names: str) -> None:
+    """A ValueError where a template names something else in braces."""
+    try:
+        named = [name for _, name, _, _ in string.Formatter().parse(form) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{setting} is no template ({error}): write other braces twice") from error
+    if unknown := [name for name in named if name not in names]:
+        raise ValueError(
+            f"{setting} names {{{unknown[0]}}}, and only {', '.join(names)} can stand in braces "
+            "there: write other braces twice"
+        )
+    if names[0] not in named:
+        raise ValueError(f"{setting} does not name {{{names[0]}}}: put it in")
+
+
+def _row_of(rollout: Rollout) -> str:
+    """The row that was asked: the turns of one trajectory are one question, and a row each."""
+    return str(rollout.row.get("id", rollout.question))
 
 
 def confidence(message: str) -> float | None:

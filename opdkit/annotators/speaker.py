@@ -27,10 +27,16 @@ STUDENT = "student"
 
 @dataclass(frozen=True)
 class Question:
-    """Messages to be answered. id: keys the draws, with the seed."""
+    """Messages to be answered.
+
+    Arguments:
+        id: keys the draws, with the seed.
+        plain: what a model without a chat template continues; None: the messages with their roles.
+    """
 
     id: str
     messages: tuple[Message, ...]
+    plain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,16 +108,19 @@ class ModelSpeaker:
             return []
         chat = has_template(self.tokenizer)
         rows = [
-            {"id": q.id, "prompt": [dict(m) for m in q.messages] if chat else _plain(q.messages)}
+            {"id": q.id, "prompt": [dict(m) for m in q.messages] if chat else _plain(q)}
             for q in questions
         ]
         thinking = self.options.get("enable_thinking") if chat else None
         return Prompts(rows, self.tokenizer, chat=chat, enable_thinking=thinking)
 
 
-def _plain(messages: Sequence[Message]) -> str:
+def _plain(question: Question) -> str:
     """A conversation for a model without a chat template."""
-    return "\n\n".join([*(f"{m['role']}: {m['content']}" for m in messages), "assistant:"])
+    if question.plain is not None:
+        return question.plain
+    said = [f"{m['role']}: {m['content']}" for m in question.messages]
+    return "\n\n".join([*said, "assistant:"])
 
 
 def _answer(text: str) -> Said:

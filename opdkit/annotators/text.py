@@ -90,7 +90,8 @@ class Speller:
         pieces = [self._pieces[t] if t < len(self._pieces) else b"" for t in tokens]
         # one character for each byte that is part of none, so that places stay countable
         text = b"".join(pieces).decode("utf-8", errors="surrogateescape")
-        lengths = [1 if HALVES.match(c) else len(c.encode()) for c in text]
+        plain = text.isascii()
+        lengths = (1 if plain or HALVES.match(c) else len(c.encode()) for c in text)
         starts = list(accumulate(lengths, initial=0))
         ends = list(accumulate(map(len, pieces)))
         return Spelt(HALVES.sub(UNKNOWN, text), ends, starts)

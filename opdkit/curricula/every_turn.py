@@ -32,6 +32,8 @@ class EveryTurn(Plain):
     one turn is asked as it is, and one without is left out of the data. arXiv 2605.01347.
     """
 
+    kind: ClassVar[str] = "every_turn"
+
     @property
     def writer(self) -> Writer:
         return TurnWriter()

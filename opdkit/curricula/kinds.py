@@ -12,6 +12,7 @@ from opdkit.base.errors import UserError, nearest, shown
 from opdkit.curricula.base import Plain
 from opdkit.curricula.depth import Depth
 from opdkit.curricula.entropy_length import EntropyLength
+from opdkit.curricula.every_turn import EveryTurn
 from opdkit.curricula.frontier import Frontier
 from opdkit.curricula.mixed import Mixed
 from opdkit.curricula.pass_rate import PassRates
@@ -29,6 +30,7 @@ KINDS: dict[str, type[Plain]] = {
         Replay,
         Mixed,
         PassRates,
+        EveryTurn,
     )
 }
 

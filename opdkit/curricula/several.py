@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from opdkit.base.rules import Rules, at_least, follow
 from opdkit.curricula.base import Plain
@@ -20,6 +21,7 @@ class Several(Plain):
     has its own number.
     """
 
+    kind: ClassVar[str] = "several"
     responses: int = 1
 
     def __post_init__(self) -> None:

@@ -24,8 +24,9 @@ from opdkit.environments.calls import (
     marked_call,
 )
 from opdkit.models.chat import MARK, OTHER, has_template, parts, reads_text, rendered
-from opdkit.models.thoughts import decode, opened
+from opdkit.models.thoughts import NEAR, decode, opened, special_marks
 from opdkit.models.tokenizers import end_ids
+from opdkit.types import DataRow
 
 ENDS = ("\n", " ", "\t")
 
@@ -55,18 +56,24 @@ class Dialogue:
             blank, tokenizer, chat=self.chat, system=system, enable_thinking=enable_thinking
         )
         self.options = self.prompts.options
+        self._opens: dict[tuple[int, ...], str] = {}  # thoughts, by the tokens before a turn
         self._ways: dict[tuple[str, ...], int] = {}
 
     # ------------------------------------------------------------------------------ what is written
 
-    def opening(self, messages: list[Message], tools: Sequence[Any], who: str) -> list[int]:
-        """What the student reads before its first turn."""
+    def asked(self, messages: list[Message], tools: Sequence[Any]) -> DataRow:
+        """What the student is asked in an opening, as columns of a row of data: whoever writes the
+        row's prompt writes the opening.
+        """
         if tools and not self.calls.known:
             messages, tools = _told(messages, tools), ()
         if not self.chat:
-            return self.prompts.tokens({"id": who, "prompt": self._lines(messages)})
-        shown = [self._shown(m) for m in messages]
-        return self.prompts.tokens({"id": who, "prompt": shown, "tools": list(tools)})
+            return {"prompt": self._lines(messages)}
+        return {"prompt": [self._shown(m) for m in messages], "tools": list(tools)}
+
+    def opening(self, row: DataRow, who: str) -> list[int]:
+        """What the student reads before its first turn."""
+        return self.prompts.tokens({**row, "id": who})
 
     def reply(
         self, messages: list[Message], tools: Sequence[Any], turn: Sequence[int], who: str
@@ -98,10 +105,14 @@ class Dialogue:
 
         before: the tokens that it follows.
         """
-        [text] = decode(self.tokenizer, [list(turn)], self._kept)
+        [text] = decode(self.tokenizer, [list(turn)], self._marks)
         cuts = [at for s in stop if (at := text.find(s)) >= 0]
         text = text[: min(cuts)] if cuts else text
-        return opened(self.tokenizer, before, text) + text
+        tail = tuple(before[-NEAR:])
+        if tail not in self._opens:
+            self._opens[tail] = opened(self.tokenizer, tail, "")
+        start = self._opens[tail]
+        return opened(self.tokenizer, tail, text) + text if start else text
 
     # ------------------------------------------------------------------------------- how, in detail
 
@@ -111,14 +122,15 @@ class Dialogue:
         return call_format(self.tokenizer, self.options) if self.chat else CallFormat()
 
     @cached_property
-    def _kept(self) -> dict[int, str]:
-        """Special tokens that are part of a call, which stay in what is said."""
+    def _marks(self) -> dict[int, str]:
+        """Special tokens that stay in what is said: marks of thoughts, and of calls."""
         known = getattr(self.tokenizer, "added_tokens_decoder", {})
-        return {
+        of_calls = {
             i: str(token)
             for i, token in known.items()
             if token.special and i not in self.ends and str(token) in self.calls.written
         }
+        return special_marks(self.tokenizer) | of_calls
 
     @cached_property
     def _texts(self) -> bool:

@@ -17,7 +17,7 @@ from opdkit.data.messages import as_messages, is_messages
 from opdkit.environments.base import Environment, Message, Scored
 from opdkit.environments.dialogue import Dialogue
 from opdkit.rewards.extract import after_thinking
-from opdkit.types import Prompt, Turn
+from opdkit.types import DataRow, Prompt, Turn
 
 STEP_SECONDS = 600.0  # for one call of an environment's code
 
@@ -52,6 +52,7 @@ class Episode:
     stop: Sequence[str] = ()
     turn: int = 0  # of the student's next words
     parts: list[Part] = field(default_factory=list)
+    row: DataRow = field(default_factory=dict)  # the prompt's, with what its opening asks
     opening: list[int] = field(default_factory=list)
     finish: str = ""  # as `Rollout.finish`, once it has ended
 
@@ -127,7 +128,9 @@ class Episode:
         with self._own("reset"):
             given = self.environment.reset(self.prompt.row, seed)
         messages = self._messages(given, "reset")
-        self.opening = self.dialogue.opening(messages, self.environment.tools, self.where)
+        asked = self.dialogue.asked(messages, self.environment.tools)
+        self.row = {**self.prompt.row, **asked}
+        self.opening = self.dialogue.opening(self.row, self.where)
         if self._done():
             raise UserError(
                 f"{self.where}: it is done before the student has written anything. Let reset open "

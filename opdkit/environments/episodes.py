@@ -89,6 +89,19 @@ class EpisodeSampler:
         finally:
             lived.close()
 
+    def openings(self, prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+        """The prompts with what the student reads first in their episodes, each opened once."""
+        made = []
+        for prompt in prompts:
+            lived = Live({prompt.id: self._episode(prompt, Sampling())})
+            try:
+                [episode] = lived.episodes.values()
+                episode.open(seed_of(seed, prompt.question), 1)
+                made.append(replace(prompt, tokens=episode.opening))
+            finally:
+                lived.close()
+        return made
+
     def _episode(self, prompt: Prompt, sampling: Sampling) -> Episode:
         limits = [n for n in (self.max_turns, prompt.most_turns) if n]
         return Episode(
@@ -163,6 +176,7 @@ def finished(rollout: Rollout, episode: Episode, dialogue: Dialogue) -> Rollout:
     return replace(
         rollout,
         prompt=episode.opening,
+        row=episode.row,
         trained=own,
         logp=[p if mine else 0.0 for p, mine in zip(rollout.logp, own)],
         drawn_logp=[p if mine else 0.0 for p, mine in zip(rollout.drawn_logp, own)],

@@ -10,13 +10,24 @@ from typing import Any
 from opdkit.base.address import is_address
 from opdkit.base.config import build
 from opdkit.base.errors import UserError, nearest, shown
+from opdkit.environments.calculator import CalculatorSettings
+from opdkit.environments.control import ControlSettings
 from opdkit.environments.own import OwnEnvironment
+from opdkit.environments.python import PythonSettings
 from opdkit.environments.scienceworld import ScienceWorldSettings
 from opdkit.environments.settings import EnvironmentSettings
 from opdkit.environments.textworld import TextWorldSettings
 
 KINDS: dict[str, type[EnvironmentSettings]] = {
-    kind.kind: kind for kind in (OwnEnvironment, TextWorldSettings, ScienceWorldSettings)
+    kind.kind: kind
+    for kind in (
+        OwnEnvironment,
+        CalculatorSettings,
+        PythonSettings,
+        TextWorldSettings,
+        ScienceWorldSettings,
+        ControlSettings,
+    )
 }
 
 

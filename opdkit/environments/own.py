@@ -54,6 +54,10 @@ class OwnEnvironment(EnvironmentSettings):
             return [dict(row) for row in rows()]
 
     @property
+    def makes_rows(self) -> bool:
+        return hasattr(self._class(), "rows")
+
+    @property
     def path(self) -> str:
         return path_of(self.name)
 

@@ -60,6 +60,11 @@ class EnvironmentSettings(ABC):
         """The tasks that the world makes of its own; None: they are read from the data."""
         return None
 
+    @property
+    def makes_rows(self) -> bool:
+        """Whether it has tasks of its own."""
+        return type(self).rows is not EnvironmentSettings.rows
+
     def check(self) -> None:
         """Refuses a machine that lacks what the world needs, before any model is loaded."""
         return

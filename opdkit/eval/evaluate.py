@@ -65,7 +65,7 @@ def _estimate(data: Mapping[str, float]) -> Estimate:
 def evaluate_model(
     sampler: Sampler,
     prompts: Sequence[Prompt],
-    reward: Callable[[Rollout], float],
+    reward: Callable[[Rollout], float] | None,
     sampling: Sampling,
     *,
     ks: Sequence[int] = (1,),
@@ -76,7 +76,7 @@ def evaluate_model(
     progress: Callable[[int], object] | None = None,
 ) -> EvalResult:
     """Sample `sampling.num_generations` answers per prompt, score them, and give Avg@k and Pass@k
-    with 95% intervals.
+    with 95% intervals. reward: None where the sampler's rollouts come scored, as episodes do.
 
     `keep` is a JSONL file that gets every sample, readable by people. `progress` is handed to the
     sampler.
@@ -88,9 +88,8 @@ def evaluate_model(
     if keep is not None:
         need_place(keep)
     start = time.perf_counter()
-    rollouts = score(
-        sampler.sample(prompts, sampling, seed=seed, step=step, progress=progress), reward
-    )
+    rollouts = sampler.sample(prompts, sampling, seed=seed, step=step, progress=progress)
+    rollouts = rollouts if reward is None else score(rollouts, reward)
     seconds = time.perf_counter() - start
     if keep is not None:
         write_samples(keep, rollouts)

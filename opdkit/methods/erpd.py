@@ -43,22 +43,23 @@ class TrustRegion(Bounds, TokenLoss):
 
 
 def erpd(
-    clip: float = 0.1, b: float = 0.05, cap: float | None = 5.0, signal: str = "strong"
+    b: float = 0.05, cap: float | None = 5.0, signal: str = "strong", estimator: str = "k3"
 ) -> Objective:
     """ERPD (experimental): a policy trained without care on a few rollouts has learnt something and
     lost something; what it learnt is a log-ratio of each token, and only that is moved.
 
         S_t = log(pi_T/pi_ref),  weak: log(pi_T/pi_U);  within -cap .. cap, no baseline
-        max(-S_t w, -S_t clip(w, 1 - clip, 1 + clip)) + b k3,   w = pi_s/pi_sampler
+        max(-S_t w, -S_t clip(w, 0.9, 1.1)) + b k3,   w = pi_s/pi_sampler
         k3 = exp(d) - d - 1,   d = log(pi_ref/pi_s);   mean over all trained tokens
 
     pi_T, the run's teacher, is the extreme policy: the student after many loosely bounded updates
-    on one set of rollouts (`sft` on right answers, `grpo` with many passes and clip=None). pi_ref
+    on one set of rollouts (`sft` on right answers, `grpo` in many passes, not clipped). pi_ref
     is the base, by default the student's initial weights, from which this stage starts again. With
     a weak pi_T the signal is measured against `models.unlearned`, a policy pushed away from the
-    good data. pi_old of the trust region is what the rollouts were drawn from. Without clip and
-    penalty on fresh rollouts the credit is that of `gopd` less log(pi_ref/pi_s); at b = 1 the
-    optimum at each prefix is pi_T itself.
+    good data. pi_old of the trust region is what the rollouts were drawn from. On average the loss
+    is E[-S] + b KL(pi_s || pi_ref), least at pi_ref (pi_T/pi_ref)^(1/b) at each prefix, which at b
+    = 1 is pi_T (`gopd` with scale 1/b). k3 has that value, and the gradient of KL(pi_ref || pi_s),
+    so it stops earlier; "k3+" and "k2" have the gradient too.
 
     Source: arXiv 2605.25582, of which the two stages, the log-ratio per token and the re-anchored
     trust region are known; every formula here is a reconstruction, and so are the defaults. Not
@@ -66,21 +67,21 @@ def erpd(
     as the teacher has their mean).
 
     Arguments:
-        clip: half width of the trust region of w, at least 0. Default: ours; the paper has a tight
-            one.
         b: weight of the penalty that keeps the student near the base, at least 0. Default: ours.
         cap: largest size of a signal, in nats, above 0; None: it has none. Default: ours.
         signal: "strong": against the base; "weak": against the unlearned policy. Default: the
             paper's plain form, as far as it is known.
+        estimator: of the penalty's KL: "k3", "k3+" (its value, the gradient of k2) or "k2".
+            Default: ours.
     """
     one_of(signal=(signal, ("strong", "weak")))
-    if clip < 0 or b < 0 or (cap is not None and cap <= 0):
+    if b < 0 or (cap is not None and cap <= 0):
         raise ValueError(
-            f"clip={clip}, b={b} must be at least 0 and cap={cap} above 0: the width of the trust "
-            "region, the weight of the penalty and the largest size of a signal"
+            f"b={b} must be at least 0 and cap={cap} above 0: the weight of the penalty and the "
+            "largest size of a signal"
         )
     credit: Signal = LogRatio("teacher", "reference" if signal == "strong" else "unlearned")
     if cap is not None:
         credit = Floor(Ceiling(credit, cap), -cap)
-    objective = Objective(TrustRegion(credit, clip, clip))
-    return objective + Estimator("k3", "reference") * b if b else objective
+    objective = Objective(TrustRegion(credit, 0.1, 0.1))
+    return objective + Estimator(estimator, "reference") * b if b else objective

@@ -20,7 +20,8 @@ def kl_mixing(lam: float = 0.25, prefix: str = "student") -> Method:
 
     Source: arXiv 2605.16826, no public code. lam and the token mean are ours: the paper asks for
     more forward than reverse at long lengths. Not offered: a mixture of prefix sources inside one
-    step (batches alternate in `gkd(lmbda=...)`); its length curriculum.
+    step (batches alternate in `gkd(lmbda=...)`). Its length curriculum is a setting of the run:
+    curriculum=entropy_length.
 
     Arguments:
         lam: share of the reverse KL, in [0, 1]; the rest is forward KL. Default: ours; the paper

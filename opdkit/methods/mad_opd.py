@@ -136,17 +136,19 @@ def opad(
     asks with all messages before assistant turn j, and the student writes that turn alone; no
     environment is there, no reward, and the reference's own turn is not used. A step has
     prompts_per_step trajectories, each with all its turns; one without an assistant's message
-    teaches nothing and is left out. History, tools' results and templates are never trained.
+    teaches nothing and is left out. Any other loss is asked so with the run's
+    curriculum=every_turn. History, tools' results and templates are never trained.
 
     Source: arXiv 2605.01347 and its code. Departure: its splitter passes trajectories without an
     assistant's message through.
 
     Arguments:
-        beta: as in `mad_opd`. Default: the paper's.
-        tau: as in `mad_opd`. Default: the paper's.
-        rounds: as in `mad_opd`. Default: the paper's.
-        teachers: as in `mad_opd`. Default: the paper's.
-        k: as in `mad_opd`. Default: the paper's.
+        beta: as in `mad_opd`, in [0, 1]: 0 is forward, 1 reverse KL. Default: the paper's for
+            agents.
+        tau: as in `mad_opd`, above 0: temperature of the weights. Default: the paper's.
+        rounds: as in `mad_opd`, at least 0: rounds of the debate. Default: the paper's.
+        teachers: as in `mad_opd`, at least 1: how many there are. Default: the paper's.
+        k: as in `mad_opd`, in tokens: each teacher's top k, or None. Default: the paper's.
         per: what counts alike: each "turn", so that a long trajectory counts more, or each
             "trajectory". Default: the paper's.
     """

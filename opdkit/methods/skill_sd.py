@@ -58,5 +58,5 @@ def skill_sd(lam: float = 1e-3) -> Method:
     return Method(
         grpo() + WeightedK3() * lam,
         models={"teacher": {"kind": "self", "weights": "live", "view": "skill"}},
-        annotate={"skill": {"kind": "skills"}},
+        annotate={"skills": {"kind": "skills"}},
     )

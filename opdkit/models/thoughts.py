@@ -20,13 +20,13 @@ NEAR = 8  # tokens at a prompt's end in which a template opens a thought
 
 
 def decode(
-    tokenizer: Any, responses: Sequence[Sequence[int]], kept: Mapping[int, str] | None = None
+    tokenizer: Any, responses: Sequence[Sequence[int]], marks: Mapping[int, str] | None = None
 ) -> list[str]:
-    """Texts without special tokens, but with the marks of thoughts where these are special: a
-    thought must not be taken for the answer. `kept`: further special tokens that stay, by id.
+    """Texts without special tokens but `marks`, by id: those of thoughts, where these are special,
+    as a thought must not be taken for the answer.
     """
     settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    marks = special_marks(tokenizer) | dict(kept or {})
+    marks = special_marks(tokenizer) if marks is None else marks
     if not marks:
         return list(tokenizer.batch_decode([list(tokens) for tokens in responses], **settings))
     texts = []

@@ -11,7 +11,7 @@ from functools import reduce
 from operator import mul
 
 from opdkit.base.errors import UserError
-from opdkit.objective.formula import Const, Number, Operation, Signal
+from opdkit.objective.formula import Const, Number, Signal, factors
 from opdkit.objective.grammar import Objective, RolloutLoss
 from opdkit.objective.losses import Clipped
 from opdkit.objective.needs import per_rollout
@@ -21,13 +21,6 @@ SAME_WEIGHT_TWICE = (
     "{name} already carries the weight of {source}: twice the same mask says nothing new, twice "
     "the same weight is its square. Leave one of them out"
 )
-
-
-def factors(signal: Signal) -> tuple[Signal, ...]:
-    """What a product multiplies, numbers left out."""
-    if isinstance(signal, Operation) and signal.name == "*":
-        return tuple(f for part in signal.of for f in factors(part))
-    return () if isinstance(signal, Const) else (signal,)
 
 
 def weight(objective: Objective, name: str) -> Signal:

@@ -7,8 +7,7 @@ Credits are signals, [B, T] or [B, 1] once a step is known; they are judged by h
 from __future__ import annotations
 
 from opdkit.base.errors import UserError
-from opdkit.objective.algebra import factors
-from opdkit.objective.formula import Const, Operation, Signal
+from opdkit.objective.formula import Const, Operation, Signal, factors
 from opdkit.objective.grammar import Objective, credit_of
 from opdkit.objective.signals import Ceiling, Exp, Floor, LogRatio, MeanOne, RowMean, ToGo
 

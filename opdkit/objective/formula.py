@@ -186,6 +186,13 @@ def lift(value: Signal | Number) -> Signal:
     raise TypeError(f"{value!r} is neither a signal nor a number")
 
 
+def factors(signal: Signal) -> tuple[Signal, ...]:
+    """What a product multiplies, numbers left out."""
+    if isinstance(signal, Operation) and signal.name == "*":
+        return tuple(f for part in signal.of for f in factors(part))
+    return () if isinstance(signal, Const) else (signal,)
+
+
 def spell(part: Any) -> str:
     """`Name(value, field=value)`: a part as one would write it, fields at their default
     left out.

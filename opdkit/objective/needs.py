@@ -13,7 +13,7 @@ from opdkit.objective.alignment import AlignedSource, Alignment
 from opdkit.objective.batch import Batch, Live
 from opdkit.objective.companion import Around, Companion, Companions
 from opdkit.objective.facts import ColumnFact, Fact, LogpFact, VocabularyFact
-from opdkit.objective.formula import Signal
+from opdkit.objective.formula import Signal, factors
 from opdkit.objective.grammar import Objective, RolloutLoss, TokenLoss, credit_of
 from opdkit.objective.head import Head, Source
 from opdkit.types import AUTHORS, Watch
@@ -149,19 +149,39 @@ def per_rollout(signal: Signal) -> bool:
     return signal(_Probe()).shape[1] == 1
 
 
+def idle(objective: Objective, step: int, total_steps: int) -> frozenset[int]:
+    """The terms, by number, that weigh nothing at a step whatever its rollouts are: a factor of
+    theirs reads nothing of these and is zero, such as a schedule that has ended.
+    """
+
+    def off(factor: Signal) -> bool:
+        probe = _Probe(step)  # one of its own, so that all that the factor reads is noted
+        probe.total_steps = total_steps
+        value = factor(probe)
+        return not probe.asked and value.shape == (1, 1) and not bool(value)
+
+    return frozenset(
+        number
+        for number, term in enumerate(objective.terms)
+        if any(off(factor) for factor in factors(term.weights))
+    )
+
+
 @lru_cache(maxsize=256)  # a formula is a value, and is asked again and again
-def needs(objective: Objective) -> Needs:
+def needs(objective: Objective, idle: frozenset[int] = frozenset()) -> Needs:
     """What an objective reads: the formula is run on made-up facts that note each reading, at a few
     steps from the first to the last.
 
     Every loss is run whatever its weight, so that what is read only at rare tokens is found as
-    well.
+    well; but those of `idle` terms, by number, which select nothing.
     """
     probes = [_Probe(step) for step in _Probe.STEPS]
     for probe in probes:
         positions = torch.arange(probe.tokens.numel())
-        for planned in objective.plan(probe).parts:
+        for number, planned in enumerate(objective.plan(probe).parts):
             loss = planned.term.loss
+            if number in idle:
+                continue
             if isinstance(loss, TokenLoss):
                 # one of its own: what another term has read is not read again
                 logits = torch.zeros(len(positions), probe.VOCABULARY)

@@ -1,171 +1,20 @@
-"""Which metrics share a chart, in which section, and what a chart means; metrics nobody foresaw get
-a chart of their own.
-"""
+"""The charts of a run, by section; metrics nobody foresaw get a chart of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from opdkit.report.charts import Line, line_chart
+from opdkit.report.plots import PLOTS, PROFILES, Profile
 from opdkit.report.read import RunData, Values
 
-
-@dataclass(frozen=True)
-class Plot:
-    """A chart of the metrics in `keys`; `prefix/*` takes all that begin so."""
-
-    section: str
-    title: str
-    keys: tuple[str, ...]
-    unit: str = ""
-    about: str = ""
-    smooth: bool = True
-
-
-PLOTS = (
-    Plot(
-        "Learning",
-        "KL to the teacher",
-        ("teacher_kl/*",),
-        "nats per token",
-        "Sampled estimate of KL(student ‖ teacher). At 0 the student writes exactly as the teacher "
-        "would.",
-    ),
-    Plot("Learning", "Loss", ("loss",), "", "What is minimised: the sum of the objective's terms."),
-    Plot(
-        "Learning",
-        "Entropy",
-        ("entropy/*",),
-        "nats per token",
-        "How open the model's choices are. A collapse towards 0 means that it stops exploring.",
-    ),
-    Plot(
-        "Learning",
-        "Reward",
-        ("reward/mean", "reward/std"),
-        "",
-        "Mean over the step's rollouts, and one standard deviation around it.",
-    ),
-    Plot(
-        "Learning",
-        "Correct answers",
-        ("correct/*",),
-        "%",
-        "Share of the training rollouts with a right answer.",
-    ),
-    Plot("Learning", "Gradient norm", ("grad_norm",), "", "Before clipping."),
-    Plot("Learning", "Learning rate", ("learning_rate",), smooth=False),
-    Plot(
-        "Tokens",
-        "log(teacher / student)",
-        ("log_ratio/*",),
-        "nats",
-        "At the sampled tokens: what OPD credits them with. A long negative tail are tokens that "
-        "the teacher would hardly write.",
-    ),
-    Plot(
-        "Tokens",
-        "Trusted tokens",
-        ("trust/*",),
-        "%",
-        "Mean of min(teacher / student, 1): how many of the student's tokens speculative sampling "
-        "would accept from it.",
-    ),
-    Plot(
-        "Tokens",
-        "Sure or not, agreed or not",
-        ("quadrants/*",),
-        "%",
-        "Tokens by student entropy (from 0.5 nats: unsure) and KL to the teacher (from 0.1 nats: "
-        "apart). Sure and apart: confident mistakes.",
-    ),
-    Plot(
-        "Tokens",
-        "Mass on the top k",
-        ("mass/*",),
-        "%",
-        "Probability that a model gives to its own top k or to the other's.",
-    ),
-    Plot(
-        "Tokens",
-        "Overlap of the top k",
-        ("overlap/*",),
-        "%",
-        "Share of the student's top k that is in the teacher's.",
-    ),
-    Plot("Terms", "Loss per term", ("loss/*",)),
-    Plot(
-        "Terms",
-        "Mean weight per term",
-        ("weight/*",),
-        "",
-        "Mean over the tokens that the term selects.",
-    ),
-    Plot(
-        "Terms",
-        "Tokens per term",
-        ("share/*",),
-        "%",
-        "Share of the trained tokens that the term selects.",
-    ),
-    Plot(
-        "Terms",
-        "Effective tokens per term",
-        ("effective_tokens/*",),
-        "tokens",
-        "(sum of weights)² / sum of squares: as many equally weighted tokens would average as "
-        "well.",
-    ),
-    Plot(
-        "Terms",
-        "Gradient per term",
-        ("term_gradient/*",),
-        "",
-        "Norm of each term's gradient in the student's logits, over the step.",
-    ),
-    Plot(
-        "Completions",
-        "Length",
-        ("completions/mean_length", "completions/min_length", "completions/max_length"),
-        "tokens",
-        "Mean, and the shortest and longest of the step.",
-    ),
-    Plot(
-        "Completions",
-        "Cut at the limit",
-        ("completions/truncated_fraction",),
-        "%",
-        "Share of rollouts that reached max_completion_length. Runaway lengths show here first.",
-    ),
-    Plot("Completions", "Tokens trained", ("tokens/trained",), "tokens per step"),
-    Plot(
-        "Speed and memory",
-        "Throughput",
-        ("tokens_per_second/*",),
-        "tokens/s",
-        "Of each phase, and of the whole step.",
-    ),
-    Plot(
-        "Speed and memory",
-        "Utilisation",
-        ("mfu/*",),
-        "share",
-        "Model FLOPs over the device's peak; of a CPU the peak is a rule of thumb.",
-    ),
-    Plot("Speed and memory", "Time", ("seconds/*",), "s", "Of each phase, and of the whole step."),
-    Plot("Speed and memory", "Peak memory", ("memory/peak_gib",), "GiB", smooth=False),
-)
 OTHER = "More metrics"
-WEIGHTS, DRIFT = (
-    "weights/",
-    "drift/tenth_",
-)  # quantiles of a term's weights; mean size of the log-ratio in a tenth of the response
+WEIGHTS = "weights/"  # quantiles of a term's weights
 BANDS = (("median", "p50", ""), ("5 to 95%", "p05", "p95"), ("1 to 99%", "p01", "p99"))
 # of a profile; each the mean over a fifth of the steps
 PERIODS = {"start of the run": 0.0, "middle": 0.5, "end": 1.0}
-WORDS = ("quadrants/", "mass/", "overlap/")  # metrics whose names read as words
+WORDS = ("quadrants/", "mass/", "overlap/", "curriculum/")  # metrics whose names read as words
 # of a step; they have the same colour in every chart
 PHASES = ("sample", "score", "learn", "reward")
 
@@ -210,9 +59,11 @@ def chart_sections(run: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
                 about="Of the tokens that the term selects.",
             )
             sections["Terms"].append(chart | {"warning": _warning(run, list(found))})
-    drift = {name: left.pop(name) for name in sorted(left) if name.startswith(DRIFT)}
-    if drift:
-        sections["Tokens"].append(_profile(drift) | {"warning": _warning(run, list(drift))})
+    for profile in PROFILES:
+        found = {name: left.pop(name) for name in list(left) if name.startswith(profile.prefix)}
+        if found:
+            warning = {"warning": _warning(run, list(found))}
+            sections[profile.section].append(_profile(profile, found) | warning)
     for name, values in sorted(left.items()):
         sections.setdefault(OTHER, []).append(
             line_chart(name, run.steps, [Line(name, values)]) | {"warning": _warning(run, [name])}
@@ -220,23 +71,23 @@ def chart_sections(run: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
     return [(name, charts) for name, charts in sections.items() if charts]
 
 
-def _profile(drift: dict[str, Values]) -> dict[str, Any]:
-    """The mean size of the log-ratio by position in the response, early, midway and late in the
-    run.
-    """
-    several = len(next(iter(drift.values()))) >= len(PERIODS)
+def _profile(profile: Profile, found: dict[str, Values]) -> dict[str, Any]:
+    at = {int(name.removeprefix(profile.prefix)): values for name, values in found.items()}
+    places = sorted(at)
+    several = len(at[places[0]]) >= len(PERIODS)
     periods = PERIODS if several else {"mean": 0.0}
     lines = [
-        Line(period, [_mean_near(values, at) for values in drift.values()])
-        for period, at in periods.items()
+        Line(period, [_mean_near(at[place], when) for place in places])
+        for period, when in periods.items()
     ]
-    steps = [int(name.removeprefix(DRIFT)) for name in drift]
-    about = (
-        "Mean |log(teacher / student)| in each tenth of the responses. Rising: the student drifts "
-        "away in their course."
-    )
     return line_chart(
-        "Distance by position", steps, lines, unit="nats", about=about, smooth=False, along="tenth"
+        profile.title,
+        places,
+        lines,
+        unit=profile.unit,
+        about=profile.about,
+        smooth=False,
+        along=profile.along,
     )
 
 
@@ -269,9 +120,10 @@ def _lines(found: dict[str, Values]) -> list[Line]:
     if mean and std:
         low, high = _plus(mean, std, -1), _plus(mean, std, 1)
         return [Line("mean", mean), Line("± std", low, high)]
-    ends = [found.get(f"completions/{end}_length") for end in ("min", "max")]
-    if "completions/mean_length" in found and ends[0] and ends[1]:
-        return [Line("mean", found["completions/mean_length"]), Line("range", ends[0], ends[1])]
+    for name in ("completions/{}_length", "turns/{}"):
+        ends = [found[key] for end in ("mean", "min", "max") if (key := name.format(end)) in found]
+        if len(ends) == 3:
+            return [Line("mean", ends[0]), Line("range", ends[1], ends[2])]
     by_end = {name.rpartition("/")[2]: values for name, values in found.items()}
     if {end for _, *ends in BANDS for end in ends if end} <= set(by_end):
         return [Line(name, by_end[low], by_end.get(high, [])) for name, low, high in BANDS]

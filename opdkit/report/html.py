@@ -77,7 +77,8 @@ def render(run: RunData) -> str:
 def run_facts(run: RunData) -> list[tuple[str, str]]:
     """Who taught whom how, as far as the resolved run says so."""
     found = [
-        (key, run.config.get(key)) for key in ("method", "student", "teacher", "data", "reward")
+        (key, run.config.get(key))
+        for key in ("method", "curriculum", "student", "teacher", "data", "reward")
     ]
     return [(key.capitalize(), _fact(value)) for key, value in found if value]
 

@@ -132,6 +132,8 @@ def _rollouts(path: Path) -> list[dict[str, Any]]:
     with _as_written(path):
         for row in rows:
             row["pieces"] = [str(piece) for piece in row.get("pieces") or ()]
+            told = row.get("parts") or ()
+            row["parts"] = [(int(turn), str(author), int(n)) for turn, author, n in told]
             for name in ("credit", "weight", "logp", "teacher_logp"):
                 row[name] = [_finite(value) for value in row.get(name) or ()]
     return rows

@@ -1,26 +1,21 @@
-"""Sample rollouts with their tokens coloured by credit: blue where the teacher likes a token more,
-red where less.
+"""Sample rollouts: what was asked, what was answered, and what it was worth; tokens are coloured by
+credit, blue where the teacher likes a token more, red where less.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from opdkit.report.dialogue import SHADES, clean, dialogue, finite, framed, padded
 from opdkit.report.numbers import number
 from opdkit.report.read import RunData
 
-TOKENS_SHOWN = 500  # of one rollout
 PROMPT_SHOWN = 4000  # characters
-SHADES = 5  # of each colour
-
-# Not allowed in HTML, or able to reorder or hide the text around them; shown as a visible sign
-# instead.
-CONTROL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
+FEEDBACK_SHOWN = 2000
+# how a rollout ended, where it did not end itself
+VERDICT = {"True": "right", "False": "wrong"}
+FINISH = {"stop": "", "length": "cut at the length limit", "given": "read from the data"}
 
 
 def sample_steps(run: RunData) -> dict[str, Any]:
@@ -32,7 +27,7 @@ def sample_steps(run: RunData) -> dict[str, Any]:
         for _, rollouts in run.samples
         for r in rollouts
         for c in r.get("credit") or []
-        if _finite(c)
+        if finite(c)
     )
     full = sizes[int(0.95 * (len(sizes) - 1))] if sizes else 0.0
     return {
@@ -44,57 +39,26 @@ def sample_steps(run: RunData) -> dict[str, Any]:
 
 def _rollout(row: dict[str, Any], full: float) -> dict[str, Any]:
     pieces: list[str] = row.get("pieces") or []
-    columns = [
-        _padded(row.get(name), len(pieces)) for name in ("credit", "weight", "logp", "teacher_logp")
-    ]
-    credits = [c for c in columns[0] if c is not None]
+    credits = [c for c in padded(row.get("credit"), len(pieces)) if c is not None]
+    finish = str(row.get("finish") or "stop")
     return {
         "id": str(row.get("id", "")),
-        "prompt": clean(str(row.get("prompt") or ""))[:PROMPT_SHOWN],
+        "prompt": framed(readable(row.get("prompt"))[:PROMPT_SHOWN]),
         "text": "" if pieces else clean(str(row.get("text") or "")),
-        "tokens": [
-            _token(piece, numbers, full)
-            for piece, *numbers in list(zip(pieces, *columns))[:TOKENS_SHOWN]
-        ],
-        "hidden": max(0, len(pieces) - TOKENS_SHOWN),
         "length": len(pieces),
         "reward": None if row.get("reward") is None else number(row["reward"]),
+        "verdict": VERDICT.get(str(row.get("correct")), ""),
+        "feedback": framed(str(row.get("feedback") or "")[:FEEDBACK_SHOWN]),
         "credit": number(sum(credits) / len(credits)) if credits else None,
-        "truncated": row.get("finish") == "length",
+        "finish": FINISH.get(finish, clean(finish)),
+        "truncated": finish == "length",
+        **dialogue(row, full),
     }
 
 
-def _padded(values: Sequence[float | None] | None, n: int) -> list[float | None]:
-    found = [v if _finite(v) else None for v in values or []][:n]
-    return found + [None] * (n - len(found))
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _token(piece: str, numbers: Sequence[float | None], full: float) -> dict[str, str]:
-    """Text, colour class and the numbers of the tooltip. p5 is the fullest blue, n5 the fullest
-    red.
-    """
-    credit, weight = numbers[:2]
-    shade = 0
-    if credit is not None and full:
-        shade = max(-SHADES, min(SHADES, round(SHADES * credit / full)))
-    classes = [f"p{shade}" if shade > 0 else f"n{-shade}"] if shade else []
-    if weight == 0:
-        classes.append("out")
-    facts = "|".join("" if v is None else f"{v:.3g}" for v in numbers)
-    text = clean(piece) or "∅"
-    return {
-        "text": text.replace("\n", "↵\n").replace("\t", "⇥\t"),
-        "class": " ".join(classes),
-        "facts": facts,
-    }
-
-
-def clean(text: str) -> str:
-    """Text whose invisible, reordering and undecodable characters are shown as signs."""
-    return CONTROL.sub(
-        lambda match: chr(0x2400 + ord(match[0])) if match[0] < "\x20" else "�", text
-    )
+def readable(prompt: Any) -> str:
+    """A prompt as text; messages as `role: content`, a paragraph each."""
+    if isinstance(prompt, list) and all(isinstance(message, Mapping) for message in prompt):
+        said = [f"{m.get('role', '')}: {m.get('content', '')}" for m in prompt]
+        return "\n\n".join(said)
+    return str(prompt or "")

@@ -70,8 +70,15 @@ class Code:
         return self.score_many([rollout])[0]
 
     def score_many(self, rollouts: Sequence[Rollout]) -> list[float]:
+        return [value for value, _ in self.told_many(rollouts)]
+
+    def told_many(self, rollouts: Sequence[Rollout]) -> list[tuple[float, str]]:
+        """Rewards, and of each response that is not right what was wrong with the first test that
+        it fails.
+        """
         return [
-            v.passed / v.total if self.partial else float(v.right) for v in self.verdicts(rollouts)
+            (v.passed / v.total if self.partial else float(v.right), "" if v.right else v.why)
+            for v in self.verdicts(rollouts)
         ]
 
     def verdicts(self, rollouts: Sequence[Rollout]) -> list[Verdict]:

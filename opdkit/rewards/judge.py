@@ -12,7 +12,7 @@ import sqlite3
 import string
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from opdkit.models.engines.chat import ChatServer
 from opdkit.models.engines.endpoint import Endpoint
 from opdkit.models.engines.exchange import addresses
 from opdkit.rewards.extract import outside_thoughts
+from opdkit.rewards.jail.feedback import cut
 from opdkit.types import Rollout
 
 RUBRICS = {
@@ -110,7 +111,12 @@ class Judge:
         return self.score_many([rollout])[0]
 
     def score_many(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Rewards in [0, 1]; equal questions are asked once, and none whose grade is on disk."""
+        return [value for value, _ in self.told_many(rollouts)]
+
+    def told_many(self, rollouts: Sequence[Rollout]) -> list[tuple[float, str]]:
+        """Rewards in [0, 1], and the judge's reasons; equal questions are asked once, and none
+        whose grade is on disk.
+        """
         asked = [self.messages(rollout) for rollout in rollouts]
         keys = [self._key(messages) for messages in asked]
         known = self.grades.read(keys)
@@ -124,9 +130,12 @@ class Judge:
         """The model's name at the server; an error that says what is there where it is not."""
         return self.served
 
-    def _grade(self, rollout: Rollout, messages: list[dict[str, str]], key: str) -> float:
-        """One grade; the judge is asked once more where it names none."""
+    def _grade(
+        self, rollout: Rollout, messages: list[dict[str, str]], key: str
+    ) -> tuple[float, str]:
+        """One grade and its reasons; the judge is asked once more where it names none."""
         said, ended = self._say(rollout, messages)
+        reasons = said
         value = read_verdict(said, self.scale)
         if value is None:
             again = {
@@ -149,8 +158,9 @@ class Judge:
                 f"twice; its answer ends {said[-200:]!r}. {cut} A made-up grade would be learnt "
                 "from"
             )
-        self.grades.write(key, value)
-        return value
+        told = value, reasons_of(reasons, self.scale)
+        self.grades.write(key, *told)
+        return told
 
     def _say(self, rollout: Rollout, messages: list[dict[str, str]]) -> tuple[str, str]:
         """The judge's words, and why it stopped."""
@@ -285,8 +295,16 @@ def read_verdict(said: str, scale: str) -> float | None:
     return None
 
 
+def reasons_of(said: str, scale: str) -> str:
+    """A judge's words without its thoughts and the lines that name a grade."""
+    lines = outside_thoughts(said).splitlines()
+    return cut("\n".join(x for x in lines if not LINES[scale].match(x.strip())).strip())
+
+
 class Grades:
-    """Grades on disk by the hash of their question; many threads and processes may use one file."""
+    """Grades and reasons on disk by the hash of their question; many threads and processes may use
+    one file.
+    """
 
     def __init__(self, path: Path):
         self.path, self.lock = path, threading.Lock()
@@ -297,8 +315,13 @@ class Grades:
         with self._open() as connection:
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS grades (question TEXT PRIMARY KEY, value REAL NOT "
-                "NULL) WITHOUT ROWID"
+                "NULL, said TEXT) WITHOUT ROWID"
             )
+            columns = [row[1] for row in connection.execute("PRAGMA table_info(grades)")]
+            # of an earlier version; another process may just be adding it
+            if "said" not in columns:
+                with suppress(sqlite3.OperationalError):
+                    connection.execute("ALTER TABLE grades ADD COLUMN said TEXT")
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -318,14 +341,13 @@ class Grades:
             "cache: FILE in its settings"
         )
 
-    def read(self, keys: Sequence[str]) -> dict[str, float]:
+    def read(self, keys: Sequence[str]) -> dict[str, tuple[float, str]]:
+        query = "SELECT value, said FROM grades WHERE question = ?"
         with self._open() as connection:
-            rows = [
-                connection.execute("SELECT value FROM grades WHERE question = ?", (key,)).fetchone()
-                for key in keys
-            ]
-        return {key: row[0] for key, row in zip(keys, rows) if row is not None}
+            rows = [connection.execute(query, (key,)).fetchone() for key in keys]
+        return {key: (row[0], row[1] or "") for key, row in zip(keys, rows) if row is not None}
 
-    def write(self, key: str, value: float) -> None:
+    def write(self, key: str, value: float, said: str = "") -> None:
+        query = "INSERT OR REPLACE INTO grades (question, value, said) VALUES (?, ?, ?)"
         with self._open() as connection:
-            connection.execute("INSERT OR REPLACE INTO grades VALUES (?, ?)", (key, value))
+            connection.execute(query, (key, value, said))

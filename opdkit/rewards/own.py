@@ -84,7 +84,9 @@ class Own:
         return self.score_many([rollout])[0]
 
     def score_many(self, rollouts: Sequence[Rollout]) -> list[Any]:
-        """Values as the function gave them, those that are no numbers as text."""
+        """Values as the function gave them: numbers, with the words beside them where there are
+        any; those that are no numbers as text.
+        """
         if not rollouts:
             return []
         if self.many:

@@ -15,12 +15,15 @@ from opdkit.base.errors import UserError, nearest, shown
 from opdkit.rewards.code import Code
 from opdkit.rewards.exact import Exact
 from opdkit.rewards.gym import ReasoningGym
+from opdkit.rewards.jail.feedback import split
 from opdkit.rewards.math import Math
 from opdkit.rewards.own import load_own
 from opdkit.rewards.pattern import Pattern
 from opdkit.types import Rollout
 
-Reward = Callable[[Rollout], float]  # or an object with score_many(rollouts) -> list[float]
+# or an object with score_many(rollouts) -> list[float]; in the place of a number there may be words
+# beside it (see `jail.feedback.split`)
+Reward = Callable[[Rollout], Any]
 
 FORMS = ["math", "exact", "regex:PATTERN", "reasoning_gym", "code", "judge:URL", "file.py:function"]
 
@@ -84,9 +87,13 @@ def score(rollouts: Sequence[Rollout], reward: Reward, *, workers: int = 0) -> l
     partial credit). workers: threads, for rewards that wait for something, such as another process;
     0: as many as the reward's own `workers` says, or none. A reward with a method
     `score_many(rollouts) -> list[float]` is handed all of them at once, and sees to its own
-    threads.
+    threads; so is one with `told_many(rollouts) -> list[tuple[float, str]]`, whose texts are what
+    it says of each response.
+
+    What a reward says besides its number becomes the rollout's `feedback`: it may return (number,
+    text), {"reward": number, "feedback": text}, or an object with these two.
     """
-    many = getattr(reward, "score_many", None)
+    many = getattr(reward, "told_many", None) or getattr(reward, "score_many", None)
     if many is not None:
         values = _many(many, rollouts, reward)
         if len(values) != len(rollouts):
@@ -144,16 +151,17 @@ def _scored(rollout: Rollout, reward: Reward) -> Rollout:
 
 
 def _filled(rollout: Rollout, reward: Reward, value: Any) -> Rollout:
-    if not isinstance(value, Real) or not _finite(value):
+    number, words = split(value)
+    if not isinstance(number, Real) or not _finite(number):
         raise UserError(
             f"the reward {_name(reward)} returned {shown(value)} ({type(value).__name__}) for "
             f"rollout {rollout.id!r}, which cannot be averaged or compared: return a finite float, "
-            "1.0 for right and 0.0 for wrong"
+            "1.0 for right and 0.0 for wrong; or that and a text of feedback, (0.0, 'too short')"
         )
-    number, least = float(value), getattr(reward, "correct_from", None)
-    return replace(
-        rollout, reward=number, correct=bool(number > 0 if least is None else number >= least)
-    )
+    worth, least = float(number), getattr(reward, "correct_from", None)
+    correct = bool(worth > 0 if least is None else worth >= least)
+    feedback = words or rollout.feedback
+    return replace(rollout, reward=worth, correct=correct, feedback=feedback)
 
 
 def _finite(value: Any) -> bool:

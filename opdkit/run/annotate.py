@@ -23,6 +23,7 @@ from opdkit.models.limits import context_limit
 from opdkit.run.opened import Opened
 from opdkit.run.settings import Run
 from opdkit.sampling.kv_cache import odd_layers
+from opdkit.teachers.teacher import Teacher
 from opdkit.types import MARK_OF, DataRow, Sampler
 
 # marks that a run writes itself: filters, and views of a teacher that lack their pieces
@@ -39,19 +40,47 @@ def models_by_name(run: Run) -> dict[str, Any]:
     return {**run.models, "teacher": run.teacher}
 
 
+def writers_for(
+    run: Run, name: str, settings: AnnotatorSettings, who: str = ""
+) -> dict[str, Teacher]:
+    """The models, the student apart, that write text for an annotator, by what it calls them; `who`
+    begins an error.
+    """
+    found = {
+        str(spec): writer_of(spec, models_by_name(run), f"{who}annotate.{name}")
+        for spec in settings.writers
+    }
+    return {spec: writer for spec, writer in found.items() if writer is not None}
+
+
 def refuse_annotations(
     run: Run, method: Method, annotated: Mapping[str, AnnotatorSettings], scored: bool
 ) -> None:
     """What cannot work, before any model is loaded. scored: whether the run has a reward."""
+    _refuse_twice(annotated)
     for name, settings in annotated.items():
         if settings.reads_reward and not scored:
             raise UserError(
                 f"annotate.{name} ({settings.kind}) goes by the rewards of responses, and the run "
                 f"has none: set reward, or switch it off with annotate.{name}=null"
             )
-        for spec in settings.writers:
-            writer_of(spec, models_by_name(run), f"annotate.{name}")
+        # who cannot write is refused
+        writers_for(run, name, settings, f"method {method.name or 'own'!r}: ")
     _refuse_unmarked(method, annotated)
+
+
+def _refuse_twice(annotated: Mapping[str, AnnotatorSettings]) -> None:
+    """Two annotators that write the same: the later one would undo the other's."""
+    by: dict[str, str] = {}
+    for name, settings in annotated.items():
+        for column in settings.columns:
+            if column in by:
+                raise UserError(
+                    f"annotate.{by[column]} and annotate.{name} both write the column {column!r}, "
+                    "and only one can hold: leave one out, or switch it off with "
+                    f"annotate.{name}=null"
+                )
+            by[column] = name
 
 
 def _refuse_unmarked(method: Method, annotated: Mapping[str, AnnotatorSettings]) -> None:

@@ -51,9 +51,14 @@ def ask(run: Run, given: Given) -> Asked:
     if reward is not None and hasattr(reward, "check"):
         reward.check()
     stored = stored_rollouts(run, method)
-    rows = read_rows(run.prompts, given.rows, run.seed)
+    for world in (run.world, run.held_out_world):
+        if world is not None:
+            world.check()
+    rows = read_rows(run.prompts, given.rows, run.seed, run.world)
     eval_rows = (
-        None if run.evaluate is None else read_rows(run.evaluate.prompts, given.eval_rows, run.seed)
+        None
+        if run.evaluate is None
+        else read_rows(run.evaluate.prompts, given.eval_rows, run.seed, run.held_out_world)
     )
     check_data(run.prompts, rows, reward, method)
     refuse_rows(annotated, rows)

@@ -15,11 +15,13 @@ from opdkit.curricula import writer_of
 from opdkit.data import PromptStream
 from opdkit.data.cache import student_notes
 from opdkit.data.views import seen
+from opdkit.environments import EpisodeSampler
 from opdkit.models.identity import identify
 from opdkit.models.layout import batch_tokens
 from opdkit.objective.needs import Needs, watched
 from opdkit.run.annotate import open_annotators
 from opdkit.run.ask import Asked
+from opdkit.run.episodes import episodic, openings
 from opdkit.run.evaluation import Evaluator, Heard, Measurer, Validator, score_teachers
 from opdkit.run.open import Given
 from opdkit.run.opened import Opened
@@ -123,15 +125,15 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
     if writer_of(method.curriculum).asks_turns and (note := prompts.drop_unanswered()):
         print(f"opdkit: {note}", file=sys.stderr)
     prompts.refuse_unknown(opened.vocabulary)
-    longest = refuse_long(prompts, student.model, sampled_as(run, method), opened.scorers)
-    sampler: Sampler = (
-        opened.models.sampler(student, watched(method.needs), mix, longest)
-        if stored is None
-        else opened.sampler()  # of evaluations: nothing is written during training
-    )
+    plain = episodic(run.world, opened.sampler(), prompts, student.model)
+    first = openings(plain, prompts, run.seed)
+    longest = refuse_long(first, student.model, sampled_as(run, method), opened.scorers)
+    sampler: Sampler = opened.sampler()  # of evaluations: for runs that write nothing
+    if stored is None:
+        sampler = opened.models.sampler(student, watched(method.needs), mix, longest)
     return Collector(
         curriculum=method.curriculum,
-        sampler=sampler,
+        sampler=episodic(run.world, sampler, prompts, student.model),
         prompts=prompts,
         stream=PromptStream(len(prompts), seed=run.seed),
         sampling=run.sampling,
@@ -185,6 +187,10 @@ def make_evaluator(
     sampler: Sampler = opened.sampler(Watch("entropy" in asked.method.curriculum.measures))
     if writer is not None and odd_layers(opened.student.model):
         sampler = writer
+    world = run.held_out_world
+    if world is not None and isinstance(sampler, EpisodeSampler):
+        sampler = sampler.inner
+    sampler = episodic(world, sampler, prompts, opened.student.model)
     return Evaluator(run, sampler, prompts, asked.reward, opened.tokenizer)
 
 

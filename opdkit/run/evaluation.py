@@ -22,6 +22,7 @@ from opdkit.eval import EvalResult, evaluate_model
 from opdkit.objective.facts import LogpFact
 from opdkit.objective.needs import Needs
 from opdkit.rewards import Reward
+from opdkit.run.episodes import episodic
 from opdkit.run.prompts import evaluated_as, make_prompts
 from opdkit.run.refuse import refuse_no_response
 from opdkit.run.settings import Evaluate, Run
@@ -55,6 +56,11 @@ class Evaluator:
         return evaluated_as(self.run, self.settings)
 
     @property
+    def scores(self) -> bool:
+        """Whether there is anything that scores an answer."""
+        return self.reward is not None or self.run.held_out_world is not None
+
+    @property
     def seed(self) -> int:
         return self.run.seed + 1
 
@@ -64,7 +70,7 @@ class Evaluator:
 
     def score(self, sampler: Sampler, name: str, step: int) -> EvalResult:
         """One evaluation, appended to evals.jsonl; its samples are kept."""
-        if self.reward is None:
+        if not self.scores:
             raise ValueError("this run has no evaluation")
         result = evaluate_model(
             sampler,
@@ -158,7 +164,7 @@ class Measurer:
         if self.validator is not None:
             found["loss"] = self.validator()
         writer = self.heard or evaluator.sampler
-        if evaluator.reward is not None:
+        if evaluator.scores:
             found["score"] = evaluator.score(writer, "student", step).avg_at_k.value
         elif self.heard is not None:
             evaluator.write(writer, step)
@@ -188,7 +194,8 @@ def score_teachers(
             asked, tokenizer = make_prompts(settings.prompts, rows, theirs), theirs
         with local.around():
             sampler = HFSampler(local.model, tokenizer, head=local.head)
-            replace(evaluator, prompts=asked).score(sampler, name, 0)
+            acting = episodic(evaluator.run.held_out_world, sampler, asked, local.model)
+            replace(evaluator, prompts=asked).score(acting, name, 0)
 
 
 def _by_name(scorer: Any) -> dict[str, Any]:

@@ -75,23 +75,7 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
     companions = Companions(copies.built | beside(wanted, student, scorers, run).built)
     # a copy that a teacher reads through a view is behind it
     everyone = companions.scorers | scorers
-    refuse_other_actions(method, scorers)
     return Opened(models, tokenizer, student, everyone, vocabulary, companions)
-
-
-def refuse_other_actions(method: Method, scorers: Mapping[str, Scorer | Remote]) -> None:
-    """Models that are not restricted to the bins that a method acts in."""
-    if method.actions is None:
-        return
-    for name, scorer in scorers.items():
-        heads = heads_of(scorer)
-        if not heads or any(head.actions != method.actions for head in heads):
-            raise UserError(
-                f"method {method.name or 'own'!r} compares models over the last "
-                f"{method.actions.bins} ids alone, and {name} answers over its whole vocabulary: "
-                f"have it in this process ({name}=MODEL), not in a server, another engine or a "
-                "cache"
-            )
 
 
 def beside(

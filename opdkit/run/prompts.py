@@ -13,8 +13,11 @@ from opdkit.base.errors import UserError
 from opdkit.curricula import Cached, Curriculum, curriculum_of, reads_cache, together
 from opdkit.data import Prompts, load_rows
 from opdkit.data.cache import Cache, CachedPrompts, is_cache, open_cache
+from opdkit.environments import EnvironmentSettings
 from opdkit.methods.method import Method
 from opdkit.objective import algebra
+from opdkit.run.episodes import asked, tasks
+from opdkit.run.setting_rules import OWN_TASKS
 from opdkit.run.settings import Data, Evaluate, Run
 from opdkit.types import DataRow, Sampling
 
@@ -79,7 +82,19 @@ def within(run: Run, method: Method) -> Method:
     return replace(method, objective=objective, curriculum=method.curriculum.within(limit))
 
 
-def read_rows(data: Data, rows: Sequence[DataRow] | None, seed: int) -> list[DataRow]:
+def read_rows(
+    data: Data,
+    rows: Sequence[DataRow] | None,
+    seed: int,
+    environment: EnvironmentSettings | None = None,
+) -> list[DataRow]:
+    """The rows of a data set, or those handed over; of an environment its own tasks, where the data
+    say so.
+    """
+    if rows is None and data.source == OWN_TASKS:
+        rows = tasks(environment)
+    if environment is not None and rows is not None:
+        rows = asked(rows)
     if rows is None and is_cache(data.source):
         return open_cache(data.source).rows[: data.limit]
     return load_rows(

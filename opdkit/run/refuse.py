@@ -11,7 +11,6 @@ from typing import Any
 
 from opdkit.base.errors import UserError, nearest
 from opdkit.curricula import reads_cache, writer_of
-from opdkit.data import Prompts
 from opdkit.methods.method import Method
 from opdkit.models.limits import context_limit
 from opdkit.objective.facts import LogpFact
@@ -21,7 +20,7 @@ from opdkit.run.prompts import evaluated_as, sampled_as
 from opdkit.run.settings import Run
 from opdkit.teachers.base import reads_of
 from opdkit.train.track import BACKENDS
-from opdkit.types import Sampling
+from opdkit.types import Prompt, Sampling
 
 
 def refuse(run: Run, method: Method, reward: Reward | None) -> None:
@@ -35,7 +34,9 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             "lora trains adapters with the package peft, which is not installed: pip install "
             "'opdkit[lora]', or leave lora out to train all weights"
         )
-    if reward is None:
+    if run.environment is not None:
+        _refuse_with_environment(run, method, reward)
+    elif reward is None:
         _refuse_without_reward(run, method)
     _note_long_warm_up(run)
     refuse_models(run, method)
@@ -64,11 +65,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
             "token by token: set sampler=hf"
         )
-    if method.actions is not None and not run.sampler_settings.on_student:
-        raise UserError(
-            f"method {method.name or 'own'!r} acts in the last {method.actions.bins} ids of the "
-            "vocabulary alone, and another engine draws from all of them: set sampler=hf"
-        )
+    _refuse_all_ids(run, method)
     _refuse_undrawn(method)
     _refuse_never_measured(run, method)
     sampling = sampled_as(run, method)
@@ -89,7 +86,7 @@ def _refuse_without_reward(run: Run, method: Method) -> None:
         raise UserError(
             f"method {method.name or 'own'!r} reads whether a response is right, and the run has "
             "no reward: set reward to math, code, exact, reasoning_gym, regex:PATTERN, judge:URL "
-            "or file.py:function"
+            "or file.py:function, or an environment, which scores its episodes"
         )
     if method.curriculum.needs_own:
         raise UserError(
@@ -111,6 +108,48 @@ def _refuse_without_reward(run: Run, method: Method) -> None:
                 f"{name} goes by the rewards of rollouts, and the run has none: set reward, or "
                 f"leave {name} out"
             )
+
+
+def _refuse_all_ids(run: Run, method: Method) -> None:
+    """Samplers and models that speak all ids, where a method acts in some."""
+    if method.actions is None:
+        return
+    what = f"method {method.name or 'own'!r} acts in the last {method.actions.bins} ids alone"
+    if not run.sampler_settings.on_student:
+        raise UserError(
+            f"{what}, and another engine draws from the whole vocabulary: set sampler=hf"
+        )
+    for name in sorted(method.opened):
+        model = run.model_named(name)
+        if not model.adds_up:
+            raise UserError(
+                f"{what}, and a {model.kind} teacher answers over its whole vocabulary: use a "
+                f"model in this process ({name}=MODEL)"
+            )
+
+
+def _refuse_with_environment(run: Run, method: Method, reward: Reward | None) -> None:
+    """What an episode of several turns is not."""
+    if reward is not None:
+        raise UserError(
+            "the run has an environment, which scores its episodes, and a reward, which scores "
+            "single answers: leave reward out, or let the environment's score call it"
+        )
+    if run.prompts.template is not None:
+        raise UserError(
+            "data.template writes a question, and in a run with an environment the environment "
+            "does (its `reset`): leave data.template out"
+        )
+    if run.rollouts == "cache" or reads_cache(method.curriculum):
+        raise UserError(
+            "rollouts are read from a cache, in which nobody acts, and the run has an "
+            "environment: leave environment out, or let the student write (rollouts=student)"
+        )
+    if method.teacher_mix:
+        raise UserError(
+            f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
+            "which is made for single answers: leave environment out"
+        )
 
 
 def _refuse_undrawn(method: Method) -> None:
@@ -248,7 +287,10 @@ def refuse_models(run: Run, method: Method) -> None:
 
 
 def refuse_long(
-    prompts: Prompts, model: Any, sampling: Sampling, others: Mapping[str, Any] | None = None
+    prompts: Sequence[Prompt],
+    model: Any,
+    sampling: Sampling,
+    others: Mapping[str, Any] | None = None,
 ) -> int:
     """Tokens of the longest rollout there can be.
 
@@ -271,13 +313,15 @@ def refuse_long(
     return len(longest.tokens) + sampling.max_completion_length
 
 
-def _refuse_long_views(prompts: Prompts, sampling: Sampling, others: Mapping[str, Any]) -> None:
+def _refuse_long_views(
+    prompts: Sequence[Prompt], sampling: Sampling, others: Mapping[str, Any]
+) -> None:
     """Questions that a teacher reads with something beside them, and that are too long with it."""
     for name, scorer in others.items():
         limit = reads_of(scorer)
         if limit is None or not hasattr(scorer, "longest"):
             continue
-        row, length = scorer.longest(prompts.rows)
+        row, length = scorer.longest([prompt.row for prompt in prompts])
         if length + sampling.max_completion_length > limit:
             raise UserError(
                 f"with what its view shows, the prompt of row {row!r} has {length} tokens for the "

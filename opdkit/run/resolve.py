@@ -14,12 +14,13 @@ from opdkit.base.errors import UserError
 from opdkit.methods.expression import ADDRESS
 from opdkit.methods.method import Method
 from opdkit.models.device import device_of
-from opdkit.run.settings import AUTO, Run
+from opdkit.run.setting_rules import AUTO
+from opdkit.run.settings import Run
 from opdkit.teachers.kinds import completed
 
 PREFIXED = re.compile(r"(cached|vllm|judge):(.+)", re.DOTALL)
 # settings that may name files, and what of the method does
-NAMES = ("student", "teacher", "data", "reward", "reference", "models", "sampler")
+NAMES = ("student", "teacher", "data", "reward", "reference", "models", "sampler", "environment")
 
 
 def resolve(run: Run, resume: bool = False, method: Method | None = None) -> Run:
@@ -78,7 +79,8 @@ def in_full(run: Run) -> Run:
     for name in NAMES:
         values[name] = _full(values[name])
     if values["evaluate"] is not None:
-        values["evaluate"]["data"] = _full(values["evaluate"]["data"])
+        for name in ("data", "environment"):
+            values["evaluate"][name] = _full(values["evaluate"][name])
     values["method"] = _full_method(values["method"])
     values["output"] = str(run.folder.expanduser().absolute())
     return build(Run, values)

@@ -16,6 +16,7 @@ from opdkit.base import exact
 from opdkit.base.address import is_address
 from opdkit.base.config import plain, to_yaml
 from opdkit.base.errors import UserError
+from opdkit.environments.kinds import environment_of
 from opdkit.methods import expression
 from opdkit.methods.method import spelled
 from opdkit.models.adapters import has_adapters
@@ -26,6 +27,7 @@ from opdkit.models.identity import (
     tokenizer_digest,
     tokenizer_files_digest,
 )
+from opdkit.run.annotate import models_by_name, writers_for
 from opdkit.run.ask import Asked
 from opdkit.run.open import Given
 from opdkit.run.settings import Data, Run
@@ -78,14 +80,18 @@ def record_of(run: Run, given: Given, asked: Asked) -> dict[str, Any]:
         "models": {name: plain(run.model_named(name).recorded()) for name in run.models},
         "method": _method(run, given, asked),
         "reward": "own" if given.reward is not None else _code(run.reward, [run.reward]),
+        "environment": _world(run.environment),
         "sampler": _sampler(run),
-        "annotate": {name: _annotator(one) for name, one in asked.annotated.items()},
+        "annotate": {name: _annotator(run, name, one) for name, one in asked.annotated.items()},
         "data": _data(run.prompts, asked.rows),
         "evaluate": None,
     }
     if run.evaluate is not None:
         kept = {k: v for k, v in plain(run.evaluate).items() if k not in FREE_EVALUATE}
-        settings["evaluate"] = kept | {"data": _data(run.evaluate.prompts, asked.eval_rows or [])}
+        settings["evaluate"] = kept | {
+            "environment": _world(run.evaluate.environment),
+            "data": _data(run.evaluate.prompts, asked.eval_rows or []),
+        }
     if asked.stored is not None:
         shards = [entry.sha256 for entry in asked.stored.manifest.entries.values()]
         settings["cached_rollouts"] = _digested(str(asked.stored.folder), repr(shards))
@@ -145,16 +151,35 @@ def _code(name: str | None, addresses: list[str] | list[str | None]) -> Any:
     )
 
 
+def _world(given: Any) -> Any:
+    """An environment's settings, with a digest of its file where it is one's own."""
+    if given is None:
+        return None
+    world = environment_of(given)
+    name = getattr(world, "name", None)
+    more = {"name": _code(name, [name])} if isinstance(name, str) else {}
+    return {"kind": world.kind, **plain(world), **more}
+
+
 def _sampler(run: Run) -> dict[str, Any]:
     """Its kind, and the numbers that it computes in; where it is and what it takes may change."""
     settings = run.sampler_settings
     return {"kind": settings.kind, "dtype": getattr(settings, "dtype", None)}
 
 
-def _annotator(settings: AnnotatorSettings) -> dict[str, Any]:
-    """Its kind and settings, with a digest of one's own code in them."""
+def _annotator(run: Run, name: str, settings: AnnotatorSettings) -> dict[str, Any]:
+    """Its kind and settings, with digests of one's own code and of the models in them; not where
+    these are reached, which may be elsewhere by then.
+    """
     code = {address: _code(address, [address]) for address in settings.code}
-    return {"kind": settings.kind, **plain(settings), **({"code": code} if code else {})}
+    models, known = writers_for(run, name, settings), models_by_name(run)  # recorded already
+    writers = [
+        plain(models[spec].recorded()) if spec in models and spec not in known else spec
+        for spec in map(str, settings.writers)
+    ]
+    where = [*settings.writers, list(settings.writers)]
+    kept = {k: v for k, v in plain(settings).items() if v not in where}
+    return {"kind": settings.kind, **kept, "code": code, "writers": writers}
 
 
 def _data(data: Data, rows: list[DataRow]) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from typing import Any, ClassVar
 from opdkit.annotators import annotators_of
 from opdkit.base.config import build, override, parse_overrides, plain, read_yaml, to_yaml
 from opdkit.base.errors import UserError, shown
-from opdkit.base.rules import Rules, at_least, follow
+from opdkit.base.rules import follow
 from opdkit.curricula import curriculum_of
+from opdkit.environments.kinds import environment_of
+from opdkit.environments.settings import EnvironmentSettings
 from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.methods.method import Method, load
-from opdkit.models.load import ATTENTION
 from opdkit.objective.companion import Companion
+from opdkit.run.setting_rules import AUTO, DATA, EVALUATE, OWN_TASKS, RUN
 from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.kinds import sampler_of
 from opdkit.sampling.settings import SamplerSettings
@@ -27,82 +29,6 @@ from opdkit.teachers.own import SelfTeacher
 from opdkit.teachers.teacher import Teacher
 from opdkit.train.settings import Checkpoint, Lora, Optim
 from opdkit.types import Sampling
-
-NAMED = (lambda name: bool(name.strip()), "a name that is not empty", "it says what is read")
-DATA: Rules = {
-    "source": NAMED,
-    "limit": at_least(1, "it is how many of the first rows are read", null="all"),
-    "max_prompt_length": at_least(
-        1, "prompts of more tokens are dropped, and a shorter one there is none", null="no limit"
-    ),
-}
-EVALUATE: Rules = {
-    "every": at_least(
-        0, "it is the number of steps between two evaluations; 0 has them before and after the run"
-    ),
-    "num_generations": at_least(1, "it is the number of answers to each problem"),
-    "ks": (lambda ks: len(ks) > 0, "at least one number", "each is the k of a Pass@k"),
-}
-AUTO = "auto"  # decided as the run begins
-DTYPES = ("float32", "bfloat16", "float64")
-WRITERS = ("student", "cache")
-RUN: Rules = {
-    "student": NAMED,
-    "output": (
-        lambda name: bool(name.strip()) and "\0" not in name,
-        "the name of a folder",
-        "the run is written into it",
-    ),
-    "teacher_dtype": (
-        lambda dtype: dtype is None or dtype in DTYPES,
-        f"one of {', '.join(DTYPES)}, or null for the student's",
-        "the teacher computes in it",
-    ),
-    "device": (
-        lambda device: bool(device) and device.partition(":")[0] != "meta",
-        "auto, cpu, cuda or cuda:N",
-        "models are kept and computed there",
-    ),
-    "seed": (
-        lambda seed: 0 <= seed < 2**32,
-        "between 0 and 2^32 - 1",
-        "generators of random numbers take no other",
-    ),
-    "steps": at_least(1, "without a step nothing is learnt"),
-    "max_tokens": at_least(1, "the run ends once the student has written so many", null="no limit"),
-    "prompts_per_step": at_least(1, "without a prompt nothing is learnt"),
-    "micro_batch_tokens": at_least(
-        1, "it is the tokens of one forward pass", null="what the device has room for"
-    ),
-    "overlong_margin": at_least(
-        1, "it is the tokens over which the reward falls by 1", null="no penalty"
-    ),
-    "keep_samples": at_least(0, "it is how many rollouts are kept of a recorded step; 0 for none"),
-    "sample_every": at_least(0, "it is the number of steps between recorded rollouts; 0 for none"),
-    "term_gradients_every": at_least(
-        0, "it is the number of steps between two measurements; 0 for none"
-    ),
-    "dtype": (
-        lambda dtype: dtype in (AUTO, *DTYPES),
-        f"one of {AUTO}, {', '.join(DTYPES)}",
-        "it is that of the student's matrix products",
-    ),
-    "head_dtype": (
-        lambda dtype: dtype in (None, "float32"),
-        "float32, or null for that of the other products",
-        "it is that of the heads' products",
-    ),
-    "attn_implementation": (
-        lambda attention: attention in (None, *ATTENTION),
-        f"one of {', '.join(ATTENTION)}, or null for the usual one",
-        "it is how models in this process compute attention",
-    ),
-    "rollouts": (
-        lambda writer: writer in WRITERS,
-        f"one of {', '.join(WRITERS)}",
-        "it says who writes the rollouts",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -137,9 +63,12 @@ class Evaluate:
     num_generations: int = 1
     ks: tuple[int, ...] = (1,)  # Pass@k
     teacher: bool = False  # evaluate the teacher too, once
+    environment: str | dict[str, Any] | None = None  # null: the run's
 
     def __post_init__(self) -> None:
         follow(EVALUATE, self)
+        if self.environment is not None:
+            environment_of(self.environment, "evaluate.environment")
         check_ks(self.num_generations, self.ks)
         if self.sampling is not None:
             check_sampling(self.sampling, "evaluate.sampling")
@@ -200,6 +129,9 @@ class Run:
     # which prompts a step asks, how long responses may be, who writes: a name, or a group with
     # `kind` and settings, beside what the method brings (null: that alone)
     curriculum: str | dict[str, Any] | None = None
+    # in which the student acts, turn by turn, and which scores it: a kind, file.py:Class, or a
+    # group with `kind` and settings (see `environments.kinds`); null: it answers once
+    environment: str | dict[str, Any] | None = None
     steps: int = 100
     # end at the first step by which the student has written so many, if `steps` do not end it first
     max_tokens: int | None = None
@@ -267,6 +199,8 @@ class Run:
         annotators_of({name: v for name, v in self.annotate.items() if not _partial(v)})
         if self.curriculum is not None:
             curriculum_of(self.curriculum)
+        if self.environment is not None:
+            environment_of(self.environment)
 
     @property
     def prompts(self) -> Data:
@@ -299,6 +233,17 @@ class Run:
     @property
     def sampler_settings(self) -> SamplerSettings:
         return sampler_of(self.sampler)
+
+    @property
+    def world(self) -> EnvironmentSettings | None:
+        """The environment that it trains in."""
+        return None if self.environment is None else environment_of(self.environment)
+
+    @property
+    def held_out_world(self) -> EnvironmentSettings | None:
+        """The environment that it is evaluated in."""
+        given = None if self.evaluate is None else self.evaluate.environment
+        return self.world if given is None else environment_of(given, "evaluate.environment")
 
     @property
     def recomputes_student(self) -> bool:
@@ -336,6 +281,7 @@ ENGINES: dict[str, Callable[[Any], Any]] = {
     "teacher": one_teacher_of,
     "sampler": sampler_of,
     "curriculum": curriculum_of,
+    "environment": environment_of,
 }
 
 
@@ -352,6 +298,11 @@ def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
         data = nested.setdefault("data", own)
         if isinstance(data, dict):
             data.setdefault("source", own)
+    world = nested.get("environment")
+    if world is not None and environment_of(world).makes_rows:  # its own tasks
+        data = nested.setdefault("data", OWN_TASKS)
+        if isinstance(data, dict):
+            data.setdefault("source", OWN_TASKS)
     return build(Run, nested)
 
 

@@ -102,7 +102,6 @@ class LocalTeacher(Teacher):
     kind = "local"
     main = "model"
     reads_spans = True
-    writes = True
     model: str  # a folder or a hub name
     dtype: str | None = None  # null: the run's teacher_dtype
     quantize: str | None = None  # 8bit or 4bit: how the weights of its linear layers are stored
@@ -183,6 +182,10 @@ class LocalTeacher(Teacher):
                 file=sys.stderr,
             )
         return replace(local, around=Offloaded(model, local.head, context.device))
+
+    @property
+    def writes(self) -> bool:
+        return True
 
     def voice(self, context: TeacherContext) -> VoiceHere:
         return VoiceHere(self.load(context), self._tokenizer(context) or context.tokenizer)

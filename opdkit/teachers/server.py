@@ -37,7 +37,6 @@ class ServerTeacher(Teacher):
     """
 
     kind = "server"
-    writes = True
     urls: tuple[str, ...]
     model: str | None = None  # the name it is served under; null: the only one there
     concurrency: int = 16  # requests under way at once, over all urls
@@ -100,6 +99,10 @@ class ServerTeacher(Teacher):
             self.api_key_env,
             "the teacher's server",
         )
+
+    @property
+    def writes(self) -> bool:
+        return True
 
     def voice(self, context: TeacherContext) -> VoiceElsewhere:
         setting = "{kind: server, urls: [URL], model: NAME}"

@@ -63,8 +63,6 @@ class Teacher(ABC):
     # whether spans of text can be read of it, in tokens of its own
     reads_spans: ClassVar[bool] = False
     alone: ClassVar[bool] = False  # whether its name alone, without a colon, says all of it
-    # whether it can be asked to write text (`voice`)
-    writes: ClassVar[bool] = False
 
     @classmethod
     def from_text(cls, text: str) -> dict[str, Any]:
@@ -162,6 +160,11 @@ class Teacher(ABC):
     @abstractmethod
     def open(self, context: TeacherContext) -> Scorer | Remote:
         """What scores rollouts; weights are loaded now."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether it can be asked to write text (`voice`)."""
+        return False
 
     def voice(self, context: TeacherContext) -> VoiceHere | VoiceElsewhere:
         """Where it writes text, for those that do (`writes`); a model in this process is the one

@@ -11,7 +11,7 @@ from typing import Any
 from opdkit.curricula import Curriculum
 from opdkit.objective.companion import Companions
 from opdkit.objective.grammar import Objective
-from opdkit.objective.needs import Needs, needs
+from opdkit.objective.needs import Needs, idle, needs
 from opdkit.teachers import Remote, Scorer
 from opdkit.train.checkpoint import State
 from opdkit.train.collect.collector import Collector
@@ -98,3 +98,9 @@ class Job:
     def needs(self) -> Needs:
         """What the objective reads."""
         return needs(self.objective)
+
+    def needs_at(self, step: int, total_steps: int) -> Needs:
+        """What it reads at a step: nothing of terms that weigh nothing then, so that a model which
+        they alone read makes no pass.
+        """
+        return needs(self.objective, idle(self.objective, step, total_steps))

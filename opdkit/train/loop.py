@@ -96,10 +96,11 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
     )
     rollouts, state.tokens = collected.rollouts, state.tokens + collected.tokens
     state.memory = {**state.memory, **collected.memory}
+    needs = job.needs_at(step, total)
     with clock("score"):  # gather facts
         batch = gather(
             rollouts,
-            job.needs,
+            needs,
             job.scorers,
             step=step,
             total_steps=total,
@@ -118,8 +119,8 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
     record = job.recorder.start(step, job.objective.names)
     with clock("learn"):
         for number, rows in enumerate(parts):
-            if number and job.needs.of("live"):
-                refresh(batch, job.needs, job.scorers, rollouts)
+            if number and needs.of("live"):
+                refresh(batch, needs, job.scorers, rollouts)
             batch.moved = number > 0
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record, moving)  # learn per micro-batch, step

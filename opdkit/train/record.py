@@ -245,7 +245,10 @@ class Recorder:
                     else r.row.get("prompt"),
                     "pieces": [self.token_text(t) for t in r.tokens],
                     "parts": parts_of(r),
-                    "credit": _numbers(credits, b, n),
+                    "credit": [  # of tokens that are not trained there is none
+                        value if own else None
+                        for value, own in zip(_numbers(credits, b, n), r.trained)
+                    ],
                     "weight": _numbers(weight, b, n),
                     "logp": r.logp if r.logp else _numbers(None, b, n),
                     "teacher_logp": _numbers(teacher, b, n),

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -102,6 +102,16 @@ def test_round_one_is_alone_and_later_ones_hear_all_before() -> None:
     assert list(memory["debates"]) == ["a", "b"]
 
 
+def test_turns_of_a_trajectory_are_debated_each() -> None:
+    """They answer one question, the trajectory, and each has a row of its own."""
+    one = Script(lambda q: f"{q.id} <<CONFIDENCE=50>>")
+    turns = [replace(rollout(f"t:turn{n}"), question="t") for n in (1, 2)]
+    noted, memory = debate(one, rounds=1).annotate(turns, context())
+    assert [q.id for q in one.asked] == ["debate/t:turn1/1/teacher_1", "debate/t:turn2/1/teacher_1"]
+    assert ["turn1" in r.row["debate"] for r in noted] == [True, False]
+    assert list(memory["debates"]) == ["t:turn1", "t:turn2"]
+
+
 def test_a_question_is_debated_once() -> None:
     """What is remembered is plain JSON, and gives the same columns; beyond `keep` the oldest go."""
     one = Script(lambda q: f"{q.id} <<CONFIDENCE=50>>")
@@ -132,3 +142,27 @@ def test_where_all_fail_the_response_is_uninformed() -> None:
     made, _ = debate(fails, fails).annotate([rollout("a")], context())
     assert made[0].row["debate"] == "" and made[0].row["confidence"] == [None, None]
     assert made[0].marks["uninformed"] == [True, True]
+
+
+def test_templates_of_ones_own() -> None:
+    """They are asked as they stand, also of a model without a chat template."""
+    one = Script(lambda q: f"said {q.id[-9:]}")
+    made = debate(
+        one, first="{prompt}!", later="{said}|{prompt}{{}}", message="{me}.{round}: {text}"
+    )
+    [noted], _ = made.annotate([rollout("a")], context())
+    first, second = one.asked
+    assert first.plain == first.messages[0]["content"] == "What is a?!"
+    assert second.plain == "1.1: said teacher_1|What is a?{}"
+    assert noted.row["debate"] == "1.1: said teacher_1\n\n1.2: said teacher_1"
+    usual = Script(lambda q: "x")
+    debate(usual).annotate([rollout("a")], context())
+    assert [q.plain for q in usual.asked] == [None, None]
+    for wrong in (
+        {"first": "{said}"},
+        {"first": "no"},
+        {"message": "{text"},
+        {"later": "{prompt.x}"},
+    ):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))} "):
+            DebateSettings(("a",), **wrong)

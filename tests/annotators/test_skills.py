@@ -71,7 +71,7 @@ def test_rewards_go_to_the_skill_that_was_read_before_them() -> None:
     """Its mean over its own trajectory (1.0) and the two means (0.5, then 0.0) of those it led to:
     at the third meeting (1 + 0.5) / 2, at the fourth (1 + 0.5 + 0) / 3.
     """
-    cut = {"finish": "length"}  # writes no skill
+    cut: dict[str, Any] = {"finish": "length"}  # writes no skill
     _, memory = step(store(), {}, rollout("t", 1.0, "good"))
     assert memory["skills"]["t"]["skills"] == [{"text": "good", "mean": 1.0, "count": 1}]
     said, memory = step(store(), memory, rollout("t", 0.3, "a", **cut))
@@ -105,7 +105,8 @@ def test_the_store_is_bounded() -> None:
     """Of a task the skill of the lowest mean goes, but not the one being read; of tasks the one
     that was not met for longest.
     """
-    small, memory = store(keep=2, tasks=2), {}
+    memory: dict[str, Any] = {}
+    small = store(keep=2, tasks=2)
     for i, reward in enumerate((0.1, 0.9, 0.5, 0.7)):
         _, memory = step(small, memory, rollout("t", reward, f"s{i}"))
         assert len(memory["skills"]["t"]["skills"]) <= 2

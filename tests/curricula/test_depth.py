@@ -121,3 +121,8 @@ def test_the_step_alone_says_how_deep():
 def test_bad_settings_are_explained(settings, words):
     with pytest.raises(ValueError, match=words):
         Depth(**settings)
+
+
+def test_curves_say_how_deep_it_is() -> None:
+    told = [Depth(eta=2, start=3).metrics([], step, 9, {}) for step in range(5)]
+    assert told == [{"depth": depth} for depth in (3.0, 3.0, 4.0, 4.0, 5.0)]

@@ -63,6 +63,12 @@ def test_each_turn_is_asked_with_all_messages_before_it(column: str) -> None:
     assert turns[-1].tokens == prompts[0].tokens  # the last one is the plain question
 
 
+def test_the_row_of_a_turn_says_what_it_is_asked_with() -> None:
+    """Whoever writes the question anew, as a teacher's view does, writes that of the turn."""
+    for turn in prompts_of(TRAJECTORY).turns(0):
+        assert Prompts([turn.row], tiny_tokenizer())[0].tokens == turn.tokens
+
+
 def test_one_turn_is_asked_as_it_is() -> None:
     prompts = prompts_of(SINGLE)
     assert prompts.turns(0) == [prompts[0]]

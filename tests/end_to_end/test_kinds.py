@@ -127,6 +127,11 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+def unnamed(method: str) -> list[str]:
+    """Models of a method of which only a run can say which they are."""
+    return [name for name, said in load(method).models.items() if set(said) <= {"view"}]
+
+
 def outcome(
     shop: Shop, data: str, teacher: Any, kind: str, method: str, folder: Path, loaded: list[str]
 ) -> str:
@@ -138,6 +143,12 @@ def outcome(
             "data": data,
             "method": method,
             "reward": shop.reward,
+            # there are no routes to a model that is not the teacher
+            "models": dict.fromkeys(unnamed(method), shop.teacher if kind == "routes" else teacher),
+            # who scores is asked here, not who debates
+            "annotate": {"debate": {"of": [shop.teacher, shop.llama], "max_tokens": 4}}
+            if "debate" in load(method).annotate
+            else {},
             "output": str(folder),
             **SMALL,
             # a schedule that adapts to it needs an evaluation between the ends

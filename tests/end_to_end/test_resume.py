@@ -50,6 +50,16 @@ RUNS: dict[str, dict[str, Any]] = {
         "optim": {"passes": 2, "minibatches": 2},
     },
     "a moving average of one's own": {"method": f"{EXAMPLES / 'own_ema.py'}:steady"},
+    "skills of its own trajectories": {
+        "method": "skill_sd",
+        "annotate": {"skills": {"by": "rules", "keep": 2}},
+        "sampling": {"num_generations": 2, "stop": ["e", "a"]},
+        "evaluate": None,
+    },
+    "teachers that debate": {
+        "method": "opd",
+        "annotate": {"debate": {"of": ["teacher", "student"], "max_tokens": 4}},
+    },
     "adapters with dropout": {"method": "opd", "lora": {"r": 4, "dropout": 0.3}},
 }
 

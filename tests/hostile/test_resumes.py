@@ -37,6 +37,7 @@ REFUSED = (
     *("max_completion_length=6", "prompts_per_step=3", "method=gkd", "method.scale=1.5"),
     *("dtype=bfloat16", "teacher_dtype=bfloat16", "reward=exact", "dynamic_sampling=true"),
     *("overlong_margin=2", "correct_sampling=true", "recompute_student=true"),
+    "curriculum=frontier",
     *("evaluate.num_generations=3", "evaluate.ks=[1,2]", "evaluate=null"),
     *("data.template='{prompt} Think.'", "data.system=Be kind.", "data.chat=false"),
     *("data.max_prompt_length=400", "reference=llama", "student=llama", "teacher=llama"),

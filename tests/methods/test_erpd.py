@@ -101,6 +101,21 @@ def test_at_a_weight_of_one_the_optimum_is_the_extreme_policy():
     assert value(base) > 0
 
 
+@pytest.mark.parametrize("estimator", ["k3+", "k2"])
+def test_with_the_gradient_of_that_kl_training_ends_there(estimator):
+    """At the extreme policy the expected gradient is zero, and elsewhere it is not."""
+    z = {"teacher": logits(P_T), "reference": logits(P_S)}
+    method = load("erpd", b=1.0, estimator=estimator)
+
+    def gradient(p):
+        return sum(
+            q * evaluate(method, logits(p), tokens(y), models=z).grad[0, 0] for y, q in enumerate(p)
+        )
+
+    assert close(gradient(P_T), [0.0, 0.0, 0.0], 12)
+    assert gradient((0.4, 0.4, 0.2)).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("signal", ["strong", "weak"])
 def test_equal_to_a_dense_reference(signal):
     against = "reference" if signal == "strong" else "unlearned"

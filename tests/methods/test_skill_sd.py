@@ -106,7 +106,7 @@ def test_equal_to_a_dense_reference():
 def test_the_teacher_is_the_student_that_reads_a_skill():
     made = load("skill_sd")
     assert made.models == {"teacher": {"kind": "self", "weights": "live", "view": "skill"}}
-    assert made.annotate == {"skill": {"kind": "skills"}}
+    assert made.annotate == {"skills": {"kind": "skills"}}
     with pytest.raises(UserError, match="lam=-1"):
         load("skill_sd", lam=-1.0)
 

@@ -165,5 +165,7 @@ def test_a_run_acts_in_bins_and_comes_nearer_to_its_teacher(tmp_path: Path) -> N
 
 
 def test_models_that_speak_all_ids_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="another engine draws from all"):
+    with pytest.raises(UserError, match="another engine draws from the whole"):
         distill("x", "y", ["a"], method="vla_opd", sampler="vllm", output=str(tmp_path / "r"))
+    with pytest.raises(UserError, match="a server teacher answers over its whole vocabulary"):
+        distill("x", "http://127.0.0.1:9", ["a"], method="vla_opd", output=str(tmp_path / "r"))

@@ -10,10 +10,11 @@ from opdkit.base.errors import UserError
 from opdkit.eval.evaluate import EvalResult
 from opdkit.report import write_report
 from opdkit.report.curves import chart_sections, time_shares
+from opdkit.report.dialogue import TOKENS_SHOWN
 from opdkit.report.html import key_figures
 from opdkit.report.read import evenly, read_run
 from opdkit.report.results import change, eval_curve, gap_closed, interval_plots, standings
-from opdkit.report.rollouts import TOKENS_SHOWN, sample_steps
+from opdkit.report.rollouts import sample_steps
 
 from .fake_run import fake_run
 
@@ -51,6 +52,14 @@ def add_line(path, **row):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def tokens_of(rollout):
+    """The tokens of a single answer."""
+    (part,) = rollout["parts"]
+    (chunk,) = part["chunks"]
+    assert not part["author"] and not chunk["call"]
+    return chunk["tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +187,7 @@ def test_invisible_and_broken_characters_are_shown(tmp_path):
     pieces = ["\x00", "\u202e", "\ud83d", "", "\n", "a\tb"]
     add_line(tmp_path / "samples" / "step_000001.jsonl", id="x", pieces=pieces, text="")
     _, (rollout,) = sample_steps(read_run(tmp_path))["steps"][0]
-    assert [t["text"] for t in rollout["tokens"]] == ["␀", "�", "�", "∅", "↵\n", "a⇥\tb"]
+    assert [t["text"] for t in tokens_of(rollout)] == ["␀", "�", "�", "∅", "↵\n", "a⇥\tb"]
     assert "␀" in "".join(page_of(tmp_path).text)
 
 
@@ -201,9 +210,9 @@ def test_credit_colours_tokens(tmp_path):
     samples = sample_steps(read_run(tmp_path))
     step, (rollout,) = samples["steps"][0]
     assert (step, samples["full"]) == (4, "2")
-    assert [t["class"] for t in rollout["tokens"]] == ["p5", "p2", "", "out", "n1", "n5", ""]
-    assert rollout["tokens"][0]["facts"] == "2|1|-0.5|1.5"
-    assert rollout["tokens"][6]["facts"] == "||-0.5|"
+    assert [t["class"] for t in tokens_of(rollout)] == ["p5", "p2", "", "out", "n1", "n5", ""]
+    assert tokens_of(rollout)[0]["facts"] == "2|1|-0.5|1.5"
+    assert tokens_of(rollout)[6]["facts"] == "||-0.5|"
     assert (rollout["reward"], rollout["credit"], rollout["truncated"]) == ("0.25", "0.1", True)
     assert "cut at the length limit" in "".join(page_of(tmp_path).text)
 

@@ -5,8 +5,10 @@ what stops the run.
 from __future__ import annotations
 
 import re
+import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -297,10 +299,28 @@ def test_many_writers_share_one_file(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     keys = [f"{i}/{n}" for i in range(4) for n in range(10)]
-    assert stores[0].read([*keys, "other"]) == {key: int(key[-1]) / 10 for key in keys}
+    assert stores[0].read([*keys, "other"]) == {key: (int(key[-1]) / 10, "") for key in keys}
     (tmp_path / "dir.sqlite").mkdir()
     with pytest.raises(UserError, match=r"cannot be kept in .* name another file with cache: FILE"):
         Grades(tmp_path / "dir.sqlite")
+
+
+def test_a_judges_reasons_are_feedback_also_from_disk(kept: Path) -> None:
+    """Without its thoughts and its grade; a file of an earlier version, without reasons, is read
+    too.
+    """
+    kept.parent.mkdir(parents=True)
+    with closing(sqlite3.connect(kept)) as old, old:
+        old.execute("CREATE TABLE grades (question TEXT PRIMARY KEY, value REAL NOT NULL)")
+        old.execute("INSERT INTO grades VALUES ('x', 0.25)")
+    with Bench(says=lambda _: "<think>Grade: 1</think>The sum is off.\n**Grade: 3**") as bench:
+        for _ in range(2):
+            [scored] = score([rollout("five")], Judge((bench.url,)))
+            assert (scored.reward, scored.feedback) == (0.3, "The sum is off.")
+        assert len(bench.requests) == 1
+    assert Grades(kept).read(["x"]) == {"x": (0.25, "")}
+    with Bench(says=lambda _: "word " * 4000 + "\nGrade: 3") as bench:
+        assert len(score([rollout("six")], Judge((bench.url,)))[0].feedback) < 2100
 
 
 def test_nothing_that_a_response_or_a_judge_says_is_run(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_what_is_right_passes_and_what_is_wrong_does_not():
     assert (wrong.passed, wrong.total, wrong.why) == (
         1,
         3,
-        "AssertionError:  in 'assert f(2) == 3'",
+        "AssertionError: f(2) gives 2 and not 3 in 'assert f(2) == 3'",
     )
     assert (
         run(

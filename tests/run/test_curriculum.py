@@ -35,7 +35,8 @@ def method_of(method: str, **settings: Any) -> Method:
 
 
 def test_it_is_said_as_a_name_a_group_or_by_its_settings() -> None:
-    assert set(KINDS) >= {"fixed", "entropy_length", "frontier", "teacher_prefix", "replay"}
+    named = {"fixed", "entropy_length", "frontier", "depth", "teacher_prefix", "replay"}
+    assert named <= set(KINDS) and all(KINDS[name].kind == name for name in KINDS)
     for said in (
         make_run(BASE, ["curriculum=frontier", "curriculum.kernel=beta", "curriculum.a=2"]),
         make_run(BASE, ["curriculum={kind: frontier, kernel: beta, a: 2}"]),

@@ -12,6 +12,7 @@ from typing import Any
 
 from lock import CONFINED
 from remote import MESSAGE, Channel, Gone, Peer, RemoteValue, name_class, why
+from telling import TELL, compiled, tell
 
 ROOM, PACE = 256, 1 << 20  # bytes of memory, a byte of the tests each; bytes of them a second
 MODULE = "tests"  # the module of the classes that tests define
@@ -40,7 +41,7 @@ def run_tests(case: dict[str, Any], confine: Callable[[dict[str, Any]], None]) -
         names = _names(case, channel)
         for test in case["tests"]:
             try:
-                exec(compile(test, "tests.py", "exec", dont_inherit=True), names)
+                exec(compiled(test, "tests.py"), names)
                 os.write(4, PASSED)
             except BaseException as error:
                 wrong = wrong or f"{why(error)} in {test[:200]!r}"
@@ -87,8 +88,9 @@ def _names(case: dict[str, Any], channel: Channel) -> dict[str, Any]:
     for name in case["wanted"]:
         if name not in names and hasattr(builtins, name):
             names[name] = _missing(name)  # Python's own must not stand in for it either
+    names[TELL] = tell
     for source in case["setup"]:
-        exec(compile(source, "setup.py", "exec", dont_inherit=True), names)
+        exec(compiled(source, "setup.py"), names)
     return names
 
 

@@ -13,6 +13,7 @@ from dataclasses import make_dataclass
 from typing import Any
 
 from cell import Jail
+from feedback import split
 from scores import Split
 
 
@@ -61,11 +62,13 @@ def _likeness(names: tuple[str, ...]) -> Any:
 _made: dict[tuple[str, ...], type] = {}
 
 
-def _told(value: Any) -> float | list[str]:
-    """A number, or what it is instead: its look and its type."""
+def _told(value: Any) -> float | dict[str, Any] | list[str]:
+    """A number, with the words that came with it; or what it is instead: its look and its type."""
+    number, words = split(value)
     try:
-        if isinstance(value, numbers.Real) and math.isfinite(value):
-            return float(value)
+        if isinstance(number, numbers.Real) and math.isfinite(number):
+            told = float(number)
+            return {"reward": told, "feedback": words} if words else told
     except OverflowError:
         pass
     return [repr(value)[:200], type(value).__name__]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from opdkit.methods.method import Method
 from opdkit.models.held import HERE, Held
 from opdkit.models.shapes import Shape, shape_of
+from opdkit.run.annotate import annotations_of, writers_for
 from opdkit.run.settings import Run
 from opdkit.teachers.own import STUDENT
 
@@ -28,7 +29,9 @@ def products_of(run: Run, held: Held) -> str:
 
 
 def models_of(run: Run, method: Method) -> list[Held]:
-    """The student first, then every model that the objective, or the evaluation, reads."""
+    """The student first, then every model that the objective or the evaluation reads, or that
+    writes for an annotator.
+    """
 
     def shaped(name: str) -> Shape:
         return shape_of(run.student if name == STUDENT else name, run.trust_remote_code)
@@ -47,6 +50,9 @@ def models_of(run: Run, method: Method) -> list[Held]:
     for name in sorted(wanted):
         for held in run.model_named(name).held(name, usual, shaped):
             others.append(_of_student(held, student, run) if held.name == STUDENT else held)
+    for name, settings in annotations_of(run, method).items():
+        for writer in writers_for(run, name, settings).values():
+            others += writer.held(f"annotate.{name}", usual, shaped)
     # copies of the student, whose weights are counted by what they hold of their own
     read = sorted(method.brought & method.needs.models)
     others += [replace(student, role=name, own=False) for name in read]

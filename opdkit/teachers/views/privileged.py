@@ -25,6 +25,7 @@ from opdkit.objective.needs import Needs
 from opdkit.objective.supply import Tensors
 from opdkit.teachers.base import Remote, Scorer, cut, heads_of, reads_of
 from opdkit.teachers.context import TeacherContext
+from opdkit.teachers.speech import VoiceElsewhere, VoiceHere
 from opdkit.teachers.teacher import Teacher
 from opdkit.types import DataRow, Rollout
 
@@ -187,6 +188,14 @@ class ViewedTeacher(Teacher):
         scorer = self.of.open(context)
         made = ViewedRemote if isinstance(scorer, Remote) else Viewed
         return made(scorer, self.view, render)
+
+    @property
+    def writes(self) -> bool:
+        return self.of.writes
+
+    def voice(self, context: TeacherContext) -> VoiceHere | VoiceElsewhere:
+        """Of the teacher itself: what it is asked to write, the view is no part of."""
+        return self.of.voice(context)
 
     def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:
         return self.of.held(role, dtype, shape_of)

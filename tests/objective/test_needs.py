@@ -1,0 +1,99 @@
+"""What an objective reads at a step: nothing of terms whose schedule has ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import opdkit
+from opdkit.models.body import head_of
+from opdkit.models.layout import Layout
+from opdkit.objective import Batch, Divergence, Likelihood, Mark, Objective, Reward, Signal
+from opdkit.objective.facts import ColumnFact, VocabularyFact
+from opdkit.objective.needs import idle, needs
+from opdkit.teachers import LocalModel
+from opdkit.train.gather import gather
+from tests.common.tiny import tiny_model
+from tests.train.rows import rollouts
+
+
+@dataclass(frozen=True)
+class Until(Signal):
+    """[1, 1]: 1 before a step, 0 from it on."""
+
+    step: int
+
+    def value(self, batch: Batch) -> Tensor:  # [1, 1]
+        return torch.full((1, 1), float(batch.step < self.step))
+
+
+@dataclass(frozen=True)
+class Zero(Signal):
+    """[1, 1]: 0 times the mean of another signal, which is read all the same."""
+
+    of: Signal
+
+    def value(self, batch: Batch) -> Tensor:  # [1, 1]
+        return 0 * self.of(batch).float().mean().view(1, 1)
+
+
+PULL = Divergence("forward_kl")
+
+
+def test_a_term_is_idle_once_a_factor_that_reads_nothing_is_zero() -> None:
+    both = Objective(Likelihood(), PULL * Mark("key") * Until(3) * 0.5)
+    assert idle(both, 2, 10) == frozenset() and idle(both, 3, 10) == {1}
+    assert VocabularyFact("teacher") in needs(both, idle(both, 2, 10)).facts
+    ended = needs(both, idle(both, 3, 10))
+    assert "teacher" not in ended.models
+    # what its weight reads is still there to be weighed with
+    assert ColumnFact("mark:key") in ended.facts
+
+
+def test_a_zero_that_is_read_off_the_rollouts_is_no_schedule() -> None:
+    """It may be another at the next step, or only on facts that are made up."""
+    assert idle(Objective(PULL * Zero(Reward()) * Reward()), 0, 10) == frozenset()
+    assert idle(Objective(PULL * (Until(3) + Mark("key"))), 5, 10) == frozenset()
+
+
+def test_the_share_of_the_run_is_that_of_this_run() -> None:
+    """paced's two stages: one divergence in each half."""
+    halves = opdkit.load("paced", two_stage=True).objective
+    assert [idle(halves, step, 10) for step in (0, 4, 5, 9)] == [{1}, {1}, {0}, {0}]
+
+
+class Counted:
+    """A scorer that counts how often it is asked."""
+
+    def __init__(self, scorer: Any) -> None:
+        self.scorer, self.asked = scorer, 0
+
+    def source(self, layout: Layout, positions: Tensor) -> Any:
+        self.asked += 1
+        return self.scorer.source(layout, positions)
+
+
+@pytest.mark.parametrize(("step", "passes"), [(0, 1), (39, 1), (40, 0), (200, 0)])
+def test_trace_makes_no_pass_of_its_teacher_after_the_hand_over(step: int, passes: int) -> None:
+    """And what is left is GRPO, weights and facts alike: 40 = start + length."""
+    models = {n: tiny_model(seed=s).double() for n, s in (("student", 1), ("teacher", 2))}
+    teacher = Counted(LocalModel(models["teacher"], head_of(models["teacher"])))
+    student = LocalModel(models["student"], head_of(models["student"]))
+    objective = opdkit.load("trace").objective
+    rows = rollouts(reward=1.0, correct=True)
+    batch = gather(
+        rows,
+        needs(objective, idle(objective, step, 100)),
+        {"student": student, "teacher": teacher},
+        step=step,
+        total_steps=100,
+        dtype=torch.float64,
+    )
+    assert teacher.asked == passes
+    grpo, pull = objective.plan(batch).parts
+    assert torch.equal(grpo.weight, batch.mask.double())  # no token is marked
+    assert not bool(pull.weight.any())
