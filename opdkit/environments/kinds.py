@@ -17,6 +17,7 @@ from opdkit.environments.python import PythonSettings
 from opdkit.environments.scienceworld import ScienceWorldSettings
 from opdkit.environments.settings import EnvironmentSettings
 from opdkit.environments.textworld import TextWorldSettings
+from opdkit.environments.verifiers import VerifiersSettings
 
 KINDS: dict[str, type[EnvironmentSettings]] = {
     kind.kind: kind
@@ -27,6 +28,7 @@ KINDS: dict[str, type[EnvironmentSettings]] = {
         TextWorldSettings,
         ScienceWorldSettings,
         ControlSettings,
+        VerifiersSettings,
     )
 }
 
@@ -45,7 +47,7 @@ def environment_of(value: Any, where: str = "environment") -> EnvironmentSetting
             settings, kind = {"name": kind, **settings}, OwnEnvironment.kind
     elif isinstance(value, str):
         kind, _, rest = value.partition(":")
-        if is_address(value):
+        if kind not in KINDS and is_address(value):
             kind, rest = OwnEnvironment.kind, value
     else:
         raise UserError(
