@@ -58,7 +58,7 @@ test-peer: install
 
 bench: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
-	for name in vs_trl head head_types sampler scaling; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in vs_trl head head_types sampler episodes scaling; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 lint: install
 	$(BIN)/ruff check .

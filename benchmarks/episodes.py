@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options.add_argument("--episodes", type=int, default=64)
     options.add_argument("--turns", type=int, default=4)
     options.add_argument("--turn-length", type=int, default=32, help="mean tokens of a turn")
-    options.add_argument("--answer-length", type=int, default=16, help="mean words of an answer")
+    options.add_argument("--answer-length", type=int, default=8, help="mean words of an answer")
     options.add_argument("--pairs", type=int, default=7)
     args = options.parse_args(argv)
     begin(args)

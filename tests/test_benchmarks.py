@@ -165,3 +165,15 @@ def test_vs_trl_compares_equal_work(benchmark, tmp_path):
         assert of["rollouts"] == 2 * 2 * 16 and 2 * 2 * 16 < of["tokens"] < 2 * 2 * 16 * 12
         assert set(of["microseconds_per_token"]) == {"sample", "score", "learn", "other"}
         assert min(of["microseconds_per_token"].values()) > 0
+
+
+def test_episodes_and_single_turns_write_as_much(benchmark, tmp_path):
+    small = (
+        "--hidden 32 --layers 2 --vocab 64 --episodes 8 --turns 3 --turn-length 6 --pairs 2 "
+        "--answer-length 4"
+    )
+    result = run(benchmark("episodes"), small, tmp_path)
+    assert 0 <= result["largest_logp_difference"] < FORWARD
+    assert result["turns"] == 3 and result["ratio"]["n"] == 2
+    # two answers of 2 to 6 words, each with two marks of the template, or three where it closed
+    assert 2 * 4 <= result["others_tokens"] <= 2 * 9

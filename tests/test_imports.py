@@ -42,7 +42,7 @@ LAYERS = {  # each room and the rooms that it may import, all of them above it h
     "recipes": "base types methods report train run",
     "study": "base methods rewards eval report train run recipes",
     "testing": "base types objective methods",
-    "cli": "base types methods teachers report run recipes study testing",
+    "cli": "base types methods teachers environments report run recipes study testing",
     "__main__": "cli",
 }
 MATHEMATICS = ("types", "objective", "curricula", "methods", "testing")

@@ -35,7 +35,6 @@ from opdkit.train.checkpoint import checkpoints
 from opdkit.types import DataRow, Sampling
 
 TEACHER = Size(64, 2, steps=110, rate=6e-3)
-STUDENT = Size(64, 2, steps=50, rate=5e-3)
 ROOM = 480  # tokens of an episode after its opening
 ETA = 3  # steps of each depth
 
@@ -46,8 +45,10 @@ class Comparison:
 
     out: Path
     games: int
+    weak: int
     steps: int
     every: int
+    episodes: int
     rate: float
     seeds: tuple[int, ...]
     samples: int
@@ -76,12 +77,14 @@ class Comparison:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--out", type=Path, default=Path("runs/tcod-textworld"))
-    args.add_argument("--games", type=int, default=8)
+    args.add_argument("--games", type=int, default=4)
+    args.add_argument("--weak", type=int, default=50, help="supervised steps of the student")
     args.add_argument("--steps", type=int, default=30)
     args.add_argument("--every", type=int, default=10, help="steps between measurements")
-    args.add_argument("--rate", type=float, default=7e-4, help="learning rate")
+    args.add_argument("--episodes", type=int, default=8, help="of each game, in a training step")
+    args.add_argument("--rate", type=float, default=5e-4, help="learning rate")
     args.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    args.add_argument("--samples", type=int, default=4, help="episodes of each game that measure")
+    args.add_argument("--samples", type=int, default=8, help="episodes of each game that measure")
     args.add_argument("--threads", type=int, default=1)
     given = vars(args.parse_args(arguments))
     torch.set_num_threads(given.pop("threads"))
@@ -116,7 +119,8 @@ def models(comparison: Comparison, rows: Sequence[DataRow]) -> dict[str, Any]:
         dialogues = texts_of(comparison.world, rows)
         tokenizer = tokenizer_of(dialogues)
         ids, labels = batch_of(dialogues, Dialogue(tokenizer))
-        for name, size, seed in (("teacher", TEACHER, 1), ("student", STUDENT, 2)):
+        student = Size(TEACHER.hidden, TEACHER.layers, comparison.weak, 5e-3)
+        for name, size, seed in (("teacher", TEACHER, 1), ("student", student, 2)):
             model = model_of(size, tokenizer, seed)
             learn(model, ids, labels, size, lambda step, loss: None)
             save(out / name, model, tokenizer)
@@ -156,7 +160,7 @@ def trained(
             "output": str(folder),
             "steps": comparison.steps,
             "prompts_per_step": comparison.games,
-            "sampling": {"max_completion_length": ROOM, "num_generations": 2},
+            "sampling": {"max_completion_length": ROOM, "num_generations": comparison.episodes},
             "optim": {"learning_rate": comparison.rate, "warmup_steps": 3, "betas": [0.9, 0.95]},
             "checkpoint": {"every": comparison.every, "keep": comparison.steps},
             "sample_every": comparison.every,

@@ -103,7 +103,8 @@ def model_of(size: Size, tokenizer: Any, seed: int) -> Any:
 
 def written(said: Sequence[str], dialogue: Dialogue) -> tuple[list[int], list[bool]]:
     """A walkthrough as an episode writes it: token ids [T], and which of them the student says."""
-    ids = dialogue.opening([{"role": "user", "content": said[0]}], (), "a walkthrough")
+    asked = dialogue.asked([{"role": "user", "content": said[0]}], ())
+    ids = dialogue.opening(asked, "a walkthrough")
     own = [False] * len(ids)
     for action, answer in zip(said[1::2], said[2::2]):
         turn = dialogue.action(action)

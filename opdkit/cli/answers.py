@@ -11,7 +11,8 @@ from opdkit.cli.command import Command, sampling, sampling_flags
 
 def eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model")
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", help="default with an environment: its own tasks")
+    environment_flag(parser)
     parser.add_argument("--split")
     parser.add_argument("--limit", type=int)
     parser.add_argument(
@@ -36,13 +37,16 @@ def evaluate(options: Any) -> None:
     from opdkit.run.commands import eval_model
     from opdkit.run.settings import Data
 
+    source = data_of(options)
+    if source is None:
+        raise UserError("there is nothing to evaluate on: give --data FILE")
     try:
         ks = tuple(int(k) for k in options.k.split(","))
     except ValueError:
         raise UserError(f"--k {options.k} must be numbers, such as 1,4,8") from None
     thinking = None if options.thinking is None else options.thinking == "on"
     given = {name: getattr(options, name) for name in ("split", "limit", "template", "system")}
-    data = build(Data, {"source": options.data, **given, "enable_thinking": thinking}, "data.")
+    data = build(Data, {"source": source, **given, "enable_thinking": thinking}, "data.")
     out = eval_model(
         options.model,
         data,
@@ -54,6 +58,7 @@ def evaluate(options: Any) -> None:
         seed=options.seed,
         keep=options.out,
         trust_remote_code=options.trust_remote_code,
+        environment=world_of(options),
     )
     interval = out.avg_at_k.interval
     print(f"problems    {out.n_problems}, {out.samples_per_problem} samples each")
@@ -73,6 +78,7 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model")
     parser.add_argument("prompt", nargs="*", help="texts; or give --data")
     parser.add_argument("--data")
+    environment_flag(parser)
     parser.add_argument("--limit", type=int, default=4)
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="responses per prompt")
     sampling_flags(parser)
@@ -83,10 +89,11 @@ def sample(options: Any) -> None:
     from opdkit.run.commands import sample_model
     from opdkit.run.settings import Data
 
-    if not options.prompt and not options.data:
+    source = None if options.prompt else data_of(options)
+    if not options.prompt and source is None:
         raise UserError("there is nothing to answer: give a prompt, or --data FILE")
-    data = {"source": options.data, "limit": options.limit}
-    prompts = build(Data, data, "data.") if options.data else options.prompt
+    data = {"source": source, "limit": options.limit}
+    prompts = build(Data, data, "data.") if source else options.prompt
     for rollout in sample_model(
         options.model,
         prompts,
@@ -94,8 +101,39 @@ def sample(options: Any) -> None:
         dtype=options.dtype,
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
+        environment=world_of(options),
     ):
-        print(f"--- {rollout.id} ({len(rollout.tokens)} tokens, {rollout.finish})\n{rollout.text}")
+        worth = "" if rollout.reward is None else f", reward {rollout.reward:g}"
+        told = f"{rollout.id} ({len(rollout.tokens)} tokens, {rollout.finish}{worth})"
+        print(f"--- {told}\n{rollout.text}")
+
+
+def environment_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--environment",
+        metavar="NAME",
+        help="let the model act in it, turn by turn: a kind, file.py:Class, or {kind: ...}",
+    )
+
+
+def world_of(options: Any) -> Any:
+    """The environment that a flag names; settings are written as YAML."""
+    from opdkit.base.config import parse_overrides
+
+    if options.environment is None:
+        return None
+    [(_, value)] = parse_overrides([f"environment={options.environment}"])
+    return value
+
+
+def data_of(options: Any) -> str | None:
+    """The data that flags name: without --data the tasks that the environment makes itself."""
+    if options.data is not None or options.environment is None:
+        return options.data
+    from opdkit.environments.kinds import environment_of
+    from opdkit.run.settings import OWN_TASKS
+
+    return OWN_TASKS if environment_of(world_of(options)).makes_rows else None
 
 
 EVAL = Command(

@@ -74,8 +74,8 @@ class Environment(ABC):
         {"role": "tool", "content": ...}).
 
         Arguments:
-            action: the turn as the student wrote it, decoded, without its thoughts and what ends
-                it.
+            action: the turn as the student wrote it, decoded, without what ends it, its thoughts
+                and the white space around it.
         """
 
     @property

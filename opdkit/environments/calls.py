@@ -17,6 +17,7 @@ from opdkit.models.tokenizers import end_ids
 NAME, KEY = "opdkitfunction", "opdkitkey"  # of a marked call, whose value is MARK
 ASKED = {"role": "user", "content": "opdkitquestion"}
 # what is read where a template knows no calls, and what the student is told then
+LONGEST = 4_000  # characters of a call in Python: deeper ones could exhaust the parser
 FENCE = re.compile(r"```(?:tool_code|tool_call|json)\s*\n(.*?)(?:```|\Z)", re.DOTALL)
 EXAMPLE = '```tool_code\n{"name": "FUNCTION", "arguments": {"NAME": "VALUE"}}\n```'
 
@@ -145,7 +146,7 @@ def _named(text: str, middle: str) -> list[Call]:
 
 def _python(text: str) -> list[Call]:
     """Calls as Python writes them, of plain values: read, not run."""
-    source = _balanced(text)
+    source = _balanced(text[:LONGEST])
     try:
         tree = ast.parse(source, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

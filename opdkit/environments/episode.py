@@ -170,7 +170,7 @@ class Episode:
         """What it was worth."""
         with self._own("score"):
             given = self.environment.score()
-        score = Scored(given) if isinstance(given, Real) else given
+        score: Any = Scored(float(given)) if isinstance(given, Real) else given
         number = getattr(score, "reward", None)
         if not isinstance(number, Real) or not math.isfinite(number):
             raise UserError(

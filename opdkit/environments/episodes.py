@@ -255,9 +255,9 @@ def rounds(
         )
         ended = []
         for (id, writing), rollout in zip(list(going.items()), written, strict=True):
-            given = most - turns[id]
-            new = rollout.tokens[given:]
-            writing.add(new, rollout.logp[given:], rollout.drawn_logp[given:])
+            before = most - turns[id]
+            new = rollout.tokens[before:]
+            writing.add(new, rollout.logp[before:], rollout.drawn_logp[before:])
             writing.last, writing.turn = rollout, writing.turn + 1
             ended.append(Turn(id, new, rollout.finish == "stop", writing.room))
         for turn, reply in zip(ended, lived.answer(ended), strict=True):

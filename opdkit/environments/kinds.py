@@ -10,15 +10,26 @@ from typing import Any
 from opdkit.base.address import is_address
 from opdkit.base.config import build
 from opdkit.base.errors import UserError, nearest, shown
+from opdkit.environments.calculator import CalculatorSettings
 from opdkit.environments.control import ControlSettings
 from opdkit.environments.own import OwnEnvironment
+from opdkit.environments.python import PythonSettings
 from opdkit.environments.scienceworld import ScienceWorldSettings
 from opdkit.environments.settings import EnvironmentSettings
 from opdkit.environments.textworld import TextWorldSettings
+from opdkit.environments.verifiers import VerifiersSettings
 
 KINDS: dict[str, type[EnvironmentSettings]] = {
     kind.kind: kind
-    for kind in (OwnEnvironment, TextWorldSettings, ScienceWorldSettings, ControlSettings)
+    for kind in (
+        OwnEnvironment,
+        CalculatorSettings,
+        PythonSettings,
+        TextWorldSettings,
+        ScienceWorldSettings,
+        ControlSettings,
+        VerifiersSettings,
+    )
 }
 
 
@@ -36,7 +47,7 @@ def environment_of(value: Any, where: str = "environment") -> EnvironmentSetting
             settings, kind = {"name": kind, **settings}, OwnEnvironment.kind
     elif isinstance(value, str):
         kind, _, rest = value.partition(":")
-        if is_address(value):
+        if kind not in KINDS and is_address(value):
             kind, rest = OwnEnvironment.kind, value
     else:
         raise UserError(

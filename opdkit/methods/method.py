@@ -173,12 +173,15 @@ def _composed(
                 f"{name}: {names[0]} has {part.name}={mine}, {names[1]} {part.name}={theirs}, "
                 "and only one can hold"
             )
+    # who teaches is for the method that is weighed to say
+    mine = base.needs.models if as_weight else frozenset()
+    brought_models = {name: spec for name, spec in other.models.items() if name not in mine}
     made = replace(
         base,
         objective=objective,
         curriculum=together.join(base.curriculum, brought, names),
         companions=tuple(dict.fromkeys(base.companions + other.companions)),
-        models=_both(base.models, other.models, names, "model"),
+        models=_both(base.models, brought_models, names, "model"),
         annotate=_both(base.annotate, other.annotate, names, "annotation"),
         actions=_one(base.actions, other.actions, names),
     )

@@ -141,7 +141,7 @@ def pi_distill(
     re-implementation has R - beta k in the student's part too, in the place of its KL; that drives
     the student away from the teacher (on average its gradient raises KL(pi_S || pi_T)), here the
     student has the definition's KL. The released "topr" does not detach the weight. Not offered:
-    rewards scaled to [-1, 1], division by a standard deviation.
+    scaled rewards, division by a standard deviation.
 
     Arguments:
         alpha: share of the teacher's part, in [0, 1]; the student's has the rest. Default: the
@@ -165,8 +165,7 @@ def pi_distill(
     shaped = Reward() - Apart() * beta if beta else Reward()
     privileged = Mark(PRIVILEGED)
     own = Tapered if offpolicy == "topr" else FromAnother
-    # each response is two rows, and denominators count rows
-    teacher, student = 2 * alpha, 2 * (1 - alpha)
+    teacher, student = 2 * alpha, 2 * (1 - alpha)  # each response is two rows of a mean over rows
     terms: list[Term] = []
     if alpha > 0:
         terms += [Clipped(Advantage("mean", shaped), 0.2, 0.2) * (privileged * teacher)]
@@ -174,8 +173,8 @@ def pi_distill(
         terms += [own(Advantage("mean"), 0.2, 0.2) * (~privileged * student)]
     if alpha < 1 and beta:
         terms += [Pull() * (~privileged * (student * beta))]
-    objective = Objective(*(term.per("row_sums") for term in terms))
-    return Method(objective, curriculum=TwoContexts(view))
+    every = (term.per("row_sums") for term in terms)
+    return Method(Objective(*every), curriculum=TwoContexts(view))
 
 
 def opsd_rl(beta: float = 0.25, entropy: float = 1.0) -> Method:

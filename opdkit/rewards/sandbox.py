@@ -16,6 +16,22 @@ from dataclasses import asdict, dataclass, field
 from opdkit.base.errors import UserError
 from opdkit.rewards.workers import ConfinedWork, cores, unprotected
 
+# runs `_code`, and shows the value of a last line that is an expression, as a console does
+_SHOWN = """
+import ast as _a
+try:
+    _tree = _a.parse(_code, "<code>")
+    _last = _tree.body.pop() if _tree.body and isinstance(_tree.body[-1], _a.Expr) else None
+    _names = {"__name__": "__main__"}
+    exec(compile(_tree, "<code>", "exec"), _names)
+    if _last is not None:
+        _value = eval(compile(_a.Expression(_last.value), "<code>", "eval"), _names)
+        if _value is not None:
+            print(_value)
+except BaseException as _error:
+    print("".join(_t.format_exception_only(type(_error), _error)).strip())
+"""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -117,6 +133,15 @@ class Sandbox:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return [done[case] for case in cases]
+
+    def output(self, code: str) -> str:
+        """What a program prints, and after it what went wrong; errors as Python shows them."""
+        # the program itself runs it, so that it is parsed there and not here
+        source = f"import traceback as _t\n_code = {code!r}\n{_SHOWN}"
+        case = {"sources": [source], "shows": True, **asdict(self.limits)}
+        told = self.programs.ask(json.dumps(case))
+        said = str(told["said"])
+        return f"{said}\n{told['why']}".strip() if told["why"] else said
 
     def _judge(self, case: Calls | Prints) -> Verdict:
         told = self.programs.ask(

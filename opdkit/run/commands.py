@@ -11,12 +11,15 @@ from typing import Any
 from opdkit.base.errors import UserError
 from opdkit.base.files import path_text
 from opdkit.data.memory import as_rows
+from opdkit.environments import EnvironmentSettings
+from opdkit.environments.kinds import environment_of
 from opdkit.eval import EvalResult, evaluate_model
 from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.models.device import device_of
 from opdkit.models.load import load_model, load_tokenizer
 from opdkit.models.precision import widen
 from opdkit.rewards import load_reward
+from opdkit.run.episodes import episodic
 from opdkit.run.prompts import make_prompts, read_rows
 from opdkit.run.settings import Data
 from opdkit.sampling import HFSampler
@@ -58,8 +61,13 @@ def eval_model(
     keep: str | Path | None = None,
     name: str = "eval",
     trust_remote_code: bool = False,
+    environment: Any = None,
 ) -> EvalResult:
-    """Avg@k and Pass@k of a model on a data set, with 95 % confidence intervals over problems."""
+    """Avg@k and Pass@k of a model on a data set, with 95 % confidence intervals over problems.
+
+    environment: in which it acts, and which then scores instead of a reward; data "environment":
+    its own tasks.
+    """
     chosen = drawn(sampling or Sampling(), num_generations)
     check_ks(num_generations, ks)
     check_sampling(chosen)
@@ -68,17 +76,19 @@ def eval_model(
     settings = (
         data if isinstance(data, Data) else Data(data if isinstance(data, str) else "in memory")
     )
-    rows = read_rows(settings, None if isinstance(data, (str, Data)) else as_rows(data), seed)
-    scorer = load_reward(reward)
-    if scorer is None:
+    world = opened_world(environment)
+    given = None if isinstance(data, (str, Data)) else as_rows(data)
+    rows = read_rows(settings, given, seed, world)
+    scorer = load_reward(reward) if world is None else None
+    if scorer is None and world is None:
         raise UserError(
             "an evaluation needs a reward: math, code, exact, reasoning_gym, regex:PATTERN, "
             "judge:URL or file.py:function"
         )
-    prompts = list(make_prompts(settings, rows, sampler.tokenizer))
+    prompts = make_prompts(settings, rows, sampler.tokenizer)
     return evaluate_model(
-        sampler,
-        prompts,
+        episodic(world, sampler, prompts, sampler.model),
+        list(prompts),
         scorer,
         chosen,
         ks=ks,
@@ -97,8 +107,9 @@ def sample_model(
     dtype: str = "float32",
     seed: int = 0,
     trust_remote_code: bool = False,
+    environment: Any = None,
 ) -> list[Rollout]:
-    """Responses of a model to texts, rows or a data set."""
+    """Responses of a model to texts, rows or a data set; or its episodes in an environment."""
     sampler = open_sampler(model, tokenizer, dtype, trust_remote_code=trust_remote_code)
     prompts = path_text(prompts)
     settings = (
@@ -107,5 +118,17 @@ def sample_model(
         else Data(prompts if isinstance(prompts, str) else "in memory")
     )
     given = None if isinstance(prompts, (str, Data)) else as_rows(prompts)
-    asked = list(make_prompts(settings, read_rows(settings, given, seed), sampler.tokenizer))
-    return sampler.sample(asked, sampling or Sampling(), seed=seed)
+    world = opened_world(environment)
+    asked = make_prompts(settings, read_rows(settings, given, seed, world), sampler.tokenizer)
+    acting = episodic(world, sampler, asked, sampler.model)
+    made: list[Rollout] = acting.sample(list(asked), sampling or Sampling(), seed=seed)
+    return made
+
+
+def opened_world(environment: Any) -> EnvironmentSettings | None:
+    """An environment that can be used here; None where none is named."""
+    if environment is None:
+        return None
+    world = environment_of(environment)
+    world.check()
+    return world

@@ -18,7 +18,7 @@ from opdkit.run.setting_rules import AUTO
 from opdkit.run.settings import Run
 from opdkit.teachers.kinds import completed
 
-PREFIXED = re.compile(r"(cached|vllm|judge):(.+)", re.DOTALL)
+PREFIXED = re.compile(r"(cached|vllm|judge|verifiers):(.+)", re.DOTALL)
 # settings that may name files, and what of the method does
 NAMES = ("student", "teacher", "data", "reward", "reference", "models", "sampler", "environment")
 

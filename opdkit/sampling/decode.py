@@ -353,7 +353,7 @@ class Decoding:
         [known] = self.records
         entropy = None if known.entropy is None else silent
         top = None if known.top is None else known.top.new_zeros(len(token), known.top.shape[1])
-        top_logp = None if known.top_logp is None else silent[:, None].expand(top.shape)
+        top_logp = None if top is None else silent[:, None].expand(top.shape)
         row = batch.row.repeat_interleave(lengths)
         self.records.append(Record(row, token, silent, silent, entropy, top, top_logp))
         batch.count = batch.begun = batch.count + lengths

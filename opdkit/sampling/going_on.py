@@ -5,6 +5,7 @@ read again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def fed(
     rows with texts of one length are fed together.
     """
     new = [[token, *text] for token, text in zip(batch.token.tolist(), texts, strict=True)]
-    layers = [layer for cache in batch.caches for layer in cache.layers]
+    layers: list[Any] = [layer for cache in batch.caches for layer in cache.layers]
     columns = all(keeps_columns(layer) for layer in layers)
     if columns and not any(layer.is_sliding for layer in layers):
         return [(batch, _feed(models, batch, new))]

@@ -24,7 +24,7 @@ from opdkit.objective.head import Head, Source
 from opdkit.objective.supply import Tensors
 from opdkit.teachers import protocol
 from opdkit.teachers.base import Remote, Scorer, in_order, source_of
-from opdkit.teachers.client_vllm_sglang import FAMILY, PROBE, PROBE_TOKENS
+from opdkit.teachers.client_vllm_sglang import FAMILY, probe_ids
 from opdkit.teachers.scored_facts import without_positions
 from opdkit.teachers.vllm_sglang import WHOLE, same_model
 from opdkit.types import Rollout
@@ -103,7 +103,7 @@ def _keeps_order(server: Numbers | HiddenStates, tokenizer: Any) -> None:
     """Its answers must be in the order of the request: what it says of the last tokens of a text is
     the same whether it is asked about all of them or about those alone.
     """
-    ids = tokenizer.encode(PROBE, add_special_tokens=False)[:PROBE_TOKENS]
+    ids = probe_ids(tokenizer)
     text = Rollout("the first request", ids[:1], ids[1:], [True] * (len(ids) - 1), [], [], "")
     layout = Layout([text], len(text.tokens))
     every, half = torch.arange(layout.width), torch.arange(layout.width // 2, layout.width)

@@ -174,7 +174,7 @@ def probe(
         ],
     )
     k = max((f.depth(model) for f in needs.of(model)), default=0)
-    tokens = tokenizer.encode(PROBE, add_special_tokens=False)[:PROBE_TOKENS]
+    tokens = probe_ids(tokenizer)
     # the largest id: a smaller vocabulary refuses it
     tokens += [tokenizer.eos_token_id or 0, served.tokens - 1]
     said: list[Probed] = []
@@ -247,3 +247,17 @@ def _same_texts(texts: Mapping[int, str], tokenizer: Any, url: str) -> None:
             "with the student's",
             file=sys.stderr,
         )
+
+
+def probe_ids(tokenizer: Any) -> list[int]:
+    """The ids of a text that servers are asked about first; of a tokenizer that cannot write it,
+    its first ordinary tokens.
+    """
+    try:
+        ids = tokenizer.encode(PROBE, add_special_tokens=False)
+    except Exception:  # such as a token that a vocabulary without an unknown one does not have
+        ids = []
+    if len(ids) < 2:
+        special = set(tokenizer.all_special_ids)
+        ids = [i for i in sorted(tokenizer.get_vocab().values()) if i not in special]
+    return list(ids[:PROBE_TOKENS])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from opdkit import UserError
+from opdkit.cli import main
 from opdkit.run.launch import execute
 from opdkit.run.settings import make_run
 from tests.end_to_end.conftest import Shop
@@ -69,3 +70,12 @@ def test_what_cannot_be_in_a_run_with_an_environment(shop: Shop, tmp_path: Path)
     without = settings(shop, tmp_path / "run", data="environment", environment=None)
     with pytest.raises(UserError, match="the run has no environment"):
         execute(make_run(without))
+
+
+def test_commands_act_too(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = ["--max-completion-length=60", "--samples=2"]
+    assert main(["eval", shop.student, "--environment", WORLD, "--limit=2", *limits]) == 0
+    assert "problems    2, 2 samples each" in capsys.readouterr().out
+    world = f"{{kind: '{WORLD}', turn_tokens: 5}}"
+    assert main(["sample", shop.student, "--environment", world, "--limit=1", *limits]) == 0
+    assert capsys.readouterr().out.count(", reward ") == 2

@@ -68,7 +68,15 @@ def test_a_command_of_the_guide_trains(world: Path, name: str) -> None:
         if any(URL in word for word in words):
             teacher = arithmetic.model("teacher", len(arithmetic.tokenizer()), 0)
             with serving(teacher, tokenizer=arithmetic.tokenizer()) as [server]:
-                assert main([word.replace(URL, server.url) for word in words]) == 0
+                assert (
+                    main(
+                        [
+                            word.replace(URL, f"http://127.0.0.1:{server.server_address[1]}")
+                            for word in words
+                        ]
+                    )
+                    == 0
+                )
         else:
             assert main(words) == 0
     if (output := re.search(r"--output (\S+)", PARTS[name])) is not None:

@@ -211,3 +211,16 @@ def test_one_name_for_two_companions_is_refused() -> None:
             join(close_to(Ema(0.01)), close_to(Ema(0.5)))
     with pytest.raises(UserError, match="'student', which is the run's own"):
         close_to(Ema(model="student"))
+
+
+def test_who_the_teacher_is_when_methods_are_combined() -> None:
+    """A sum has what either says; a weight leaves it to the method that it weighs; two that say
+    different things of one model cannot be added.
+    """
+    opsd, sdft, opd = (load(name) for name in ("opsd", "sdft", "opd"))
+    assert not opd.models
+    assert (opd + opsd).models == opsd.models == (opsd + opd).models
+    assert (opsd * load("iw_opd")).models == opsd.models
+    assert (load("iw_opd") * sdft).models == {}
+    with pytest.raises(UserError, match="the model 'teacher' of the first is"):
+        opsd + sdft

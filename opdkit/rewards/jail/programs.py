@@ -100,6 +100,9 @@ def judge(case: dict[str, Any], jail: Jail, parent: ProgramParent) -> dict[str, 
     if max(map(len, case["sources"])) > LARGEST:
         return {"passed": 0, "why": f"the program has more than {LARGEST} characters"}
     with jail:
+        if case.get("shows"):
+            said, why = _output(case, parent, "", OUTPUT)
+            return {"said": said.decode(errors="replace"), "why": why}
         passed, why = (_printed if "inputs" in case else _called)(case, jail, parent)
     return {"passed": passed, "why": why}
 
@@ -146,20 +149,8 @@ def _printed(case: dict[str, Any], jail: Jail, parent: ProgramParent) -> tuple[i
     for given, wanted in zip(case["inputs"], case["outputs"], strict=True):
         if len(given) > LARGEST:
             return passed, f"an input of the test has more than {LARGEST} characters"
-        channel, output = parent.start(prints=True)
-        try:
-            _send(channel, case, (), stdin=given)
-            begun(channel.fd)
-            end = time.monotonic() + WALL * case["seconds"]
-            said, why = read(output, OUTPUT + 2 * len(wanted.encode(errors="replace")), end)
-            if not why:
-                _, why = read(channel.fd, OUTPUT, end)  # it closes where the program ends
-        finally:
-            status = parent.end()
-            os.close(output)
-            os.close(channel.fd)
-        if not why and status:
-            why = f"the program failed{_reason(status)}"
+        most = OUTPUT + 2 * len(wanted.encode(errors="replace"))
+        said, why = _output(case, parent, given, most)
         printed = said.decode(errors="replace")
         if not why and not same(printed, wanted):
             why = f"it prints {printed[:100]!r} and not {wanted[:100]!r}"
@@ -169,6 +160,25 @@ def _printed(case: dict[str, Any], jail: Jail, parent: ProgramParent) -> tuple[i
             if not case["partial"]:
                 break
     return passed, first
+
+
+def _output(
+    case: dict[str, Any], parent: ProgramParent, given: str, most: int
+) -> tuple[bytes, str]:
+    """What the program prints for an input, up to `most` bytes, and what went wrong."""
+    channel, output = parent.start(prints=True)
+    try:
+        _send(channel, case, (), stdin=given)
+        begun(channel.fd)
+        end = time.monotonic() + WALL * case["seconds"]
+        said, why = read(output, most, end)
+        if not why:
+            _, why = read(channel.fd, OUTPUT, end)  # it closes where the program ends
+    finally:
+        status = parent.end()
+        os.close(output)
+        os.close(channel.fd)
+    return said, why or (f"the program failed{_reason(status)}" if status else "")
 
 
 def same(said: str, wanted: str) -> bool:
