@@ -21,7 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opdkit.environments.control import Control, ControlSettings, action_bins, tokenizer
 
-BINS, SEEN = 15, 64
+BINS, SEEN = 5, 64
 TASK = {
     "kind": "control",
     "task": "Pendulum-v1",
@@ -108,7 +108,7 @@ def cloned(width: int, episodes: int, noise: float, steps: int, words) -> Qwen3F
 def make(folder: Path) -> None:
     """Teacher, student and the run of both, in `folder`."""
     words = tokenizer(BINS, SEEN)
-    for name, plan in {"teacher": (64, 400, 0.25, 700), "student": (48, 200, 0.25, 250)}.items():
+    for name, plan in {"teacher": (64, 1000, 0.25, 400), "student": (48, 600, 0.25, 110)}.items():
         model = cloned(*plan, words)
         model.save_pretrained(folder / name)
         words.save_pretrained(folder / name)
@@ -119,11 +119,11 @@ def make(folder: Path) -> None:
         "environment": TASK,
         "method": f"vla_opd(bins={BINS})",
         "output": str(folder / "run"),
-        "steps": 100,
-        "prompts_per_step": 2,  # 8 episodes from each start
+        "steps": 30,
+        "prompts_per_step": 8,  # 8 episodes from each start
         "sampling": {"max_completion_length": LENGTH},
         "evaluate": {"data": "environment", "environment": held_out, "teacher": True},
-        "optim": {"learning_rate": 2e-3, "warmup_steps": 5, "schedule": "cosine"},
+        "optim": {"learning_rate": 4e-3, "warmup_steps": 2, "schedule": "cosine"},
     }
     (folder / "run.yaml").write_text(json.dumps(run, indent=2) + "\n")
 
