@@ -45,8 +45,8 @@ def controller(angle: float, speed: float) -> float:
 
 
 def recorded(settings: ControlSettings, start: int, noise: float, words) -> tuple[list, list]:
-    """An episode's token ids, and the label of each: the controller's action at actions, though
-    others are taken now and then; -100 at what is observed.
+    """An episode's token ids, and the label of each: the bin of the controller's action at actions,
+    though others are taken now and then; -100 at what is observed.
     """
     chance, world = random.Random(start), settings.make()
     taken = right = world.reset({"start": start}, 0)
@@ -57,7 +57,7 @@ def recorded(settings: ControlSettings, start: int, noise: float, words) -> tupl
         taken, right = taken + act + seen, right + best + seen
     world.close()
     first = len(words) - BINS  # id of the first action
-    labels = [i if i >= first else -100 for i in words(right).input_ids]
+    labels = [i - first if i >= first else -100 for i in words(right).input_ids]
     return words(taken).input_ids, labels
 
 
@@ -93,10 +93,8 @@ def cloned(width: int, episodes: int, noise: float, steps: int, words) -> Qwen3F
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for step in range(steps):
         some = torch.randint(len(ids), (16,))
-        logits = model(input_ids=ids[some, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[some, 1:].flatten(), ignore_index=-100
-        )
+        logits = model(input_ids=ids[some, :-1], use_cache=False).logits[..., -BINS:]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[some, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -121,11 +119,11 @@ def make(folder: Path) -> None:
         "environment": TASK,
         "method": f"vla_opd(bins={BINS})",
         "output": str(folder / "run"),
-        "steps": 20,
-        "prompts_per_step": 8,
+        "steps": 100,
+        "prompts_per_step": 2,  # 8 episodes from each start
         "sampling": {"max_completion_length": LENGTH},
         "evaluate": {"data": "environment", "environment": held_out, "teacher": True},
-        "optim": {"learning_rate": 2e-3, "warmup_steps": 2},
+        "optim": {"learning_rate": 2e-3, "warmup_steps": 5, "schedule": "cosine"},
     }
     (folder / "run.yaml").write_text(json.dumps(run, indent=2) + "\n")
 
