@@ -111,8 +111,8 @@ class Rollout:
             optimiser step; in general those of one question.
         policy_version: optimiser steps that the sampling policy had taken; `NEVER_FRESH`: it is
             another than the student under this prompt.
-        finish: "stop": it ended itself; "length": cut at max_completion_length; "given": read from
-            data.
+        finish: "stop": it ended itself; "length": cut at max_completion_length; "turns": an episode
+            that had all the turns that it may have; "given": read from data.
         text: the response, decoded.
         reward: what it is worth; None until it is scored.
         correct: whether it is right; None where no reward says so.

@@ -101,7 +101,7 @@ class Episode:
             self.finish = "stop"
             return None
         if self.limit is not None and self.turn + 1 >= self.limit:
-            self.finish = "length"
+            self.finish = "turns"
             return None
         return self.dialogue.reply(said, self.environment.tools, tokens, self.where)
 

@@ -38,6 +38,13 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
         _refuse_with_environment(run, method, reward)
     elif reward is None:
         _refuse_without_reward(run, method)
+    if run.environment is None and writer_of(method.curriculum).acts:
+        print(
+            f"opdkit: method {method.name or 'own'!r} lets the student act in ever more turns, and "
+            "without an environment every answer is one turn: nothing is stopped or replayed. Set "
+            "environment (textworld, scienceworld, calculator, file.py:Class ...).",
+            file=sys.stderr,
+        )
     _note_long_warm_up(run)
     refuse_models(run, method)
     unknown = needs.of("sampler") - {LogpFact("sampler")}

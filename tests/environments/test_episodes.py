@@ -119,7 +119,7 @@ def test_where_episodes_end() -> None:
         left = 100
 
     limits = {r.turns[-1] + 1: r.finish for r in lived(Endless, max_turns=2)}
-    assert limits == {2: "length"}
+    assert limits == {2: "turns"}
     asked = [Prompt("p0", [1], {"id": "p0", "n": 0}, most_turns=1)]
     [one, _] = lived(Endless, asked=asked, max_turns=4)
     assert set(one.turns) == {0} and "tool" not in one.marks and one.finish == "length"
