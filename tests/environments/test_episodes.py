@@ -122,7 +122,7 @@ def test_where_episodes_end() -> None:
     assert limits == {2: "turns"}
     asked = [Prompt("p0", [1], {"id": "p0", "n": 0}, most_turns=1)]
     [one, _] = lived(Endless, asked=asked, max_turns=4)
-    assert set(one.turns) == {0} and "tool" not in one.marks and one.finish == "length"
+    assert set(one.turns) == {0} and "tool" not in one.marks and one.finish == "turns"
     for inner in (HFSampler, Rounds):
         long = lived(Endless, sampling=replace(DRAWN, max_completion_length=60), inner=inner)
         assert all(len(r.tokens) <= 60 and r.finish == "length" for r in long)
