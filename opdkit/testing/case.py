@@ -264,9 +264,8 @@ def _columns(
     """Columns [B] and marks [B, T] as facts; `correct`, where it is not given, is reward > 0."""
     facts: dict[Fact, Tensor] = {}
     for name, values in columns.items():
-        facts[ColumnFact(name)] = torch.as_tensor(values).to(
-            {"group": torch.int64, "turn": torch.int64, "correct": torch.bool}.get(name, dtype)
-        )
+        kind = {"group": torch.int64, "turn": torch.int64, "correct": torch.bool}.get(name, dtype)
+        facts[ColumnFact(name)] = torch.as_tensor(values, dtype=kind)
     if "reward" in columns and "correct" not in columns:
         facts[ColumnFact("correct")] = facts[ColumnFact("reward")] > 0
     for name, values in marks.items():
