@@ -104,7 +104,7 @@ def test_columns_marks_and_schedules():
 
 def test_plain_numbers_keep_all_their_digits():
     """0.1 is that of float64, not of float32, which is 1.5e-9 more."""
-    for numbers in ([0.1], torch.tensor([0.1]).double()):
+    for numbers in ([0.1], torch.tensor([0.1], dtype=torch.float64)):
         for column, how in ((Reward(), {"reward": numbers}), (Row("x"), {"rows": {"x": numbers}})):
             out = evaluate(Objective(Likelihood() * column), S, tokens(0), **how)
             assert out.terms[0].weight.item() == 0.1
