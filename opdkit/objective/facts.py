@@ -199,12 +199,11 @@ class Fact:
     def missing(self, known: set[str]) -> str:
         """Why it is not there and what to do, where something is known of the models `known`."""
         if absent := sorted(set(self.models) - known):
-            name = absent[0]
-            setting = name if name in ("teacher", "reference") else f"models.{name}"
+            setting = absent[0] if absent[0] in ("teacher", "reference") else f"models.{absent[0]}"
             return (
                 f"the objective reads {self.words()}, but no scores of {', '.join(absent)} were "
                 f"gathered: give the run that model (for example {setting}: MODEL), or pass "
-                f"models={{{name!r}: logits}} to evaluate"
+                f"models={{{absent[0]!r}: logits}} to evaluate"
             )
         return (
             f"the objective reads {self.words()}, which its model cannot supply: use a model in "
@@ -405,8 +404,7 @@ class VocabularyFact(Fact):
 
 
 HOW_TO_SUPPLY = {
-    "reward": "give the run a reward (reward: math, or file.py:function), or pass reward=[B] to "
-    "evaluate",
+    "reward": "give the run a reward (math, or file.py:function), or pass reward=[B] to evaluate",
     "correct": "give the run a reward, or pass correct=[B] to evaluate",
     "group": "rollouts of a run carry their prompt as group; pass group=[B] to evaluate",
     "memory": "memory is kept by the method's curriculum; pass it in the batch's memory",
