@@ -18,7 +18,7 @@ from opdkit.objective.grammar import credit_of
 from opdkit.rewards import Reward
 from opdkit.run.prompts import evaluated_as, sampled_as
 from opdkit.run.settings import Run
-from opdkit.teachers.base import reads_of
+from opdkit.teachers.base import longest_of, reads_of
 from opdkit.train.track import BACKENDS
 from opdkit.types import Prompt, Sampling
 
@@ -59,13 +59,14 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
     local = run.teachers.opens_local_model
     if run.evaluate is not None and run.evaluate.teacher and not local:
         raise UserError(
-            "evaluate.teacher=true samples from the teacher, which must run in this process for "
-            "that: set it to false, and evaluate the teacher where it runs"
+            "evaluate.teacher=true samples answers to the plain questions from one model in this "
+            f"process, and the teacher is {_what_it_is(run)}: set it to false, and evaluate that "
+            "by itself (opdkit eval MODEL)"
         )
     if method.teacher_mix and not local:
         raise UserError(
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student: "
-            "the teacher must run in this process (teacher=MODEL)"
+            f"it must be one model in this process (teacher=MODEL), and is {_what_it_is(run)}"
         )
     if method.teacher_mix and not run.sampler_settings.on_student:
         raise UserError(
@@ -85,6 +86,15 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             "sampling/log_ratio. correct_sampling=true takes ratios to what was drawn from.",
             file=sys.stderr,
         )
+
+
+def _what_it_is(run: Run) -> str:
+    """A teacher from which nothing can be sampled here, in words."""
+    teacher = run.teachers
+    if teacher.views:
+        return f"one that reads the view {teacher.views[0]}"
+    own = teacher.starts_student or any(teacher.companions("teacher"))
+    return "the student itself" if own else f"of the kind {teacher.kind}"
 
 
 def _refuse_without_reward(run: Run, method: Method) -> None:
@@ -325,11 +335,8 @@ def _refuse_long_views(
 ) -> None:
     """Questions that a teacher reads with something beside them, and that are too long with it."""
     for name, scorer in others.items():
-        limit = reads_of(scorer)
-        if limit is None or not hasattr(scorer, "longest"):
-            continue
-        row, length = scorer.longest([prompt.row for prompt in prompts])
-        if length + sampling.max_completion_length > limit:
+        row, length, limit = longest_of(scorer, [prompt.row for prompt in prompts])
+        if limit is not None and length + sampling.max_completion_length > limit:
             raise UserError(
                 f"with what its view shows, the prompt of row {row!r} has {length} tokens for the "
                 f"{name}; with max_completion_length={sampling.max_completion_length} only "

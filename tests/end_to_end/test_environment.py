@@ -42,7 +42,9 @@ def test_a_run_learns_from_episodes_and_is_evaluated_in_them(shop: Shop, tmp_pat
     assert Path(done.model).is_dir()
 
 
-@pytest.mark.parametrize("method", ["grpo", {"name": "gkd", "arguments": {"lmbda": 1.0}}])
+@pytest.mark.parametrize(
+    "method", ["grpo", {"name": "gkd", "arguments": {"lmbda": 1.0}}, "skill_sd", "trace"]
+)
 def test_methods_of_other_kinds_train_on_episodes(shop: Shop, tmp_path: Path, method: Any) -> None:
     execute(make_run(settings(shop, tmp_path / "run", method=method, steps=1)))
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
