@@ -38,13 +38,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
         _refuse_with_environment(run, method, reward)
     elif reward is None:
         _refuse_without_reward(run, method)
-    if run.environment is None and writer_of(method.curriculum).acts:
-        print(
-            f"opdkit: method {method.name or 'own'!r} lets the student act in ever more turns, and "
-            "without an environment every answer is one turn: nothing is stopped or replayed. Set "
-            "environment (textworld, scienceworld, calculator, file.py:Class ...).",
-            file=sys.stderr,
-        )
+    _note_one_turn(run, method)
     _note_long_warm_up(run)
     refuse_models(run, method)
     unknown = needs.of("sampler") - {LogpFact("sampler")}
@@ -143,6 +137,17 @@ def _refuse_all_ids(run: Run, method: Method) -> None:
                 f"{what}, and a {model.kind} teacher answers over its whole vocabulary: use a "
                 f"model in this process ({name}=MODEL)"
             )
+
+
+def _note_one_turn(run: Run, method: Method) -> None:
+    """Says so where a curriculum of turns has none to count."""
+    if run.environment is None and writer_of(method.curriculum).acts:
+        print(
+            f"opdkit: method {method.name or 'own'!r} lets the student act in ever more turns, and "
+            "without an environment every answer is one turn: nothing is stopped or replayed. Set "
+            "environment (textworld, scienceworld, calculator, file.py:Class ...).",
+            file=sys.stderr,
+        )
 
 
 def _refuse_with_environment(run: Run, method: Method, reward: Reward | None) -> None:

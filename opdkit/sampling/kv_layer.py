@@ -44,9 +44,10 @@ class GrowingLayer(DynamicLayer):
         stop = start + key_states.shape[2]
         if stop > self.buffers[0].shape[2]:
             room = max(stop - start, ROOM)
-            self.buffers = tuple(
-                _stacked([states], start, room, len(buffer))
-                for states, buffer in zip((self.keys, self.values), self.buffers)
+            places = len(self.buffers[0])
+            self.buffers = (
+                _stacked([self.keys], start, room, places),
+                _stacked([self.values], start, room, places),
             )
         for buffer, states in zip(self.buffers, (key_states, value_states)):
             buffer[:rows, :, start:stop] = states
