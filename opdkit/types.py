@@ -167,6 +167,11 @@ class Rollout:
         return [not any(at) for at in zip(*others)] if others else [True] * len(self.tokens)
 
     @property
+    def length(self) -> int:
+        """Tokens of the response; of an episode those that the student drew."""
+        return sum(self.drawn) if "tool" in self.marks else len(self.tokens)
+
+    @property
     def unaided(self) -> bool:
         """Whether what it is worth is the student's own doing: no part of the answer was written
         for it.
