@@ -50,6 +50,24 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
         )
     for name in sorted(method.opened):
         run.model_named(name).refuse(method.name or "own", needs, name)
+    _refuse_unsampled(run, method)
+    _refuse_all_ids(run, method)
+    _refuse_undrawn(method)
+    _refuse_never_measured(run, method)
+    sampling = sampled_as(run, method)
+    _refuse_alone(run, method, sampling)
+    _refuse_idle_filters(run, sampling)
+    if not sampling.plain and not run.correct_sampling and "sampler" in needs.models:
+        print(
+            "opdkit: tokens are not drawn from the plain softmax (temperature, top_p, top_k or "
+            "min_p), so sampled-token estimators are biased by log(drawn/plain), logged as "
+            "sampling/log_ratio. correct_sampling=true takes ratios to what was drawn from.",
+            file=sys.stderr,
+        )
+
+
+def _refuse_unsampled(run: Run, method: Method) -> None:
+    """A teacher that is to write here, and cannot."""
     local = run.teachers.opens_local_model
     if run.evaluate is not None and run.evaluate.teacher and not local:
         raise UserError(
@@ -66,19 +84,6 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
         raise UserError(
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
             "token by token: set sampler=hf"
-        )
-    _refuse_all_ids(run, method)
-    _refuse_undrawn(method)
-    _refuse_never_measured(run, method)
-    sampling = sampled_as(run, method)
-    _refuse_alone(run, method, sampling)
-    _refuse_idle_filters(run, sampling)
-    if not sampling.plain and not run.correct_sampling and "sampler" in needs.models:
-        print(
-            "opdkit: tokens are not drawn from the plain softmax (temperature, top_p, top_k or "
-            "min_p), so sampled-token estimators are biased by log(drawn/plain), logged as "
-            "sampling/log_ratio. correct_sampling=true takes ratios to what was drawn from.",
-            file=sys.stderr,
         )
 
 

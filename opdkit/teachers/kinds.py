@@ -68,7 +68,8 @@ def one_teacher_of(value: Any, where: str = "teacher") -> Teacher:
 
 def takes_model(kind: Any) -> bool:
     """Whether teachers of a kind are one model that a setting names."""
-    return kind not in KINDS or "model" in {f.name for f in fields(KINDS[kind])}
+    known = fields(KINDS[kind]) if kind in KINDS else ()  # type: ignore[arg-type]
+    return kind not in KINDS or "model" in {f.name for f in known}
 
 
 def seen_through(view: Any, teacher: Teacher, where: str) -> Teacher:
