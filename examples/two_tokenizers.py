@@ -13,9 +13,6 @@ import json
 import sys
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
 import opdkit
 from opdkit.base.progress import progress
 from opdkit.recipes import arithmetic
@@ -38,29 +35,11 @@ SIDES = {
 }
 
 
-def tokenizer(words: list[str], pattern: str) -> PreTrainedTokenizerFast:
-    core = Tokenizer(
-        models.WordLevel(
-            {word: i for i, word in enumerate([*arithmetic.SPECIALS, *words])}, unk_token=None
-        )
-    )
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-    core.decoder = decoders.Fuse()
-    pad, bos, eos = arithmetic.SPECIALS
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def make(side: str, folder: Path) -> str:
     """A model trained from scratch, unless it is there."""
     if not folder.exists():
         words, pattern, steps, forget = SIDES[side]
-        start, own = arithmetic.SIZES[side], tokenizer(words, pattern)
+        start, own = arithmetic.SIZES[side], arithmetic.tokenizer(words, pattern)
         model = arithmetic.model(side, len(own), seed=0)
         rows = arithmetic.problems(steps * start.batch_size, 0, forget=forget)
         with progress(f"Training the {side}", total=steps, unit="steps") as tick:

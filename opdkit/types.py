@@ -111,8 +111,8 @@ class Rollout:
             optimiser step; in general those of one question.
         policy_version: optimiser steps that the sampling policy had taken; `NEVER_FRESH`: it is
             another than the student under this prompt.
-        finish: "stop": it ended itself; "length": cut at max_completion_length; "given": read from
-            data.
+        finish: "stop": it ended itself; "length": cut at max_completion_length; "turns": an episode
+            that had all the turns that it may have; "given": read from data.
         text: the response, decoded.
         reward: what it is worth; None until it is scored.
         correct: whether it is right; None where no reward says so.
@@ -165,6 +165,11 @@ class Rollout:
         """[T]: the tokens that the student drew."""
         others = [self.marks[mark] for mark in MARK_OF.values() if mark in self.marks]
         return [not any(at) for at in zip(*others)] if others else [True] * len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the response; of an episode those that the student drew."""
+        return sum(self.drawn) if "tool" in self.marks else len(self.tokens)
 
     @property
     def unaided(self) -> bool:

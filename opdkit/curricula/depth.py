@@ -50,6 +50,7 @@ class DepthWriter(Writer):
     direction: str
     eta: int
     start: int
+    acts: ClassVar[bool] = True
 
     def write(self, context: StepContext) -> list[Rollout]:
         turns = depth(context.step, self.start, self.eta)

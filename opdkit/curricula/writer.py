@@ -91,6 +91,8 @@ class Writer(ABC):
     own: ClassVar[bool] = False
     # whether every response is read from a cache: then the run opens one, and samples nothing
     stored: ClassVar[bool] = False
+    # whether it says how far episodes go, which nothing does without an environment
+    acts: ClassVar[bool] = False
     # whether it asks for the turns of trajectories: then data without any is left out
     asks_turns: ClassVar[bool] = False
     # whether every response ends at `sampling.max_completion_length`, which a curriculum may lower

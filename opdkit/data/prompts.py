@@ -174,7 +174,7 @@ class Prompts(Sequence[Prompt]):
         row = self.rows[index]
         if not (response := row.get("response")):
             return None
-        ids = self._known(self._encode(response, special=False), f"response of row {row['id']!r}")
+        ids = self._known(self.encode(response, special=False), f"response of row {row['id']!r}")
         return ids if self.end is None or ids[-1:] == [self.end] else [*ids, self.end]
 
     def tokens_of(self, row: DataRow) -> list[int]:
@@ -337,22 +337,23 @@ class Prompts(Sequence[Prompt]):
 
     def _plain(self, prompt: str) -> list[int]:
         """With the tokenizer's own start of sequence, without an end: the model is to go on."""
-        ids, bare = (self._encode(prompt, special=special) for special in (True, False))
+        ids, bare = (self.encode(prompt, special=special) for special in (True, False))
         if bare[:1] == [self.tokenizer.bos_token_id]:
             ids = self._one_start(ids)
         end = self.tokenizer.eos_token_id
         added = end is not None and ids[-1:] == [end] and bare[-1:] != [end]
         return ids[:-1] if added else ids
 
-    def _encode(self, written: str, *, special: bool) -> list[int]:
+    def encode(self, written: str, *, special: bool) -> list[int]:
+        """A text as it stands, as ids; special: with what the tokenizer adds around it."""
         try:
             return list(self.tokenizer(written, add_special_tokens=special)["input_ids"])
         # such as a token that a vocabulary without an unknown one does not have
         except Exception as error:
             raise UserError(
                 f"the tokenizer cannot read {shown(written)} ({type(error).__name__}: "
-                f"{str(error)[:300]}): take that text out of the data, or use a model whose "
-                "tokenizer covers it"
+                f"{str(error)[:300]}): take that text out of the data (or of what an "
+                "environment answers), or use a model whose tokenizer covers it"
             ) from error
 
     def _fill(self, prompt: str, row: DataRow) -> str:

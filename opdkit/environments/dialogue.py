@@ -206,7 +206,7 @@ class Dialogue:
         return text if text.endswith(ENDS) else text + "\n"
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self.prompts.encode(text, special=False)
 
 
 def _answering(messages: Sequence[Message], called: int) -> list[Message]:

@@ -4,6 +4,7 @@ so far.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -101,7 +102,7 @@ class Episode:
             self.finish = "stop"
             return None
         if self.limit is not None and self.turn + 1 >= self.limit:
-            self.finish = "length"
+            self.finish = "turns"
             return None
         return self.dialogue.reply(said, self.environment.tools, tokens, self.where)
 
@@ -126,7 +127,8 @@ class Episode:
     def _reset(self, seed: int) -> None:
         self.environment.calls = self.dialogue.calls
         with self._own("reset"):
-            given = self.environment.reset(self.prompt.row, seed)
+            # a copy: whatever it does with its row, the next episode of that row begins alike
+            given = self.environment.reset(copy.deepcopy(self.prompt.row), seed)
         messages = self._messages(given, "reset")
         asked = self.dialogue.asked(messages, self.environment.tools)
         self.row = {**self.prompt.row, **asked}
@@ -158,7 +160,7 @@ class Episode:
 
     def _done(self) -> bool:
         with self._own("done"):
-            done = self.environment.done
+            done = _item(self.environment.done)
         if callable(done) or not isinstance(done, bool | int):
             raise UserError(
                 f"{self.where}: its done is {shown(done)}, neither true nor false: make it a "
@@ -169,18 +171,31 @@ class Episode:
     def scored(self) -> Scored:
         """What it was worth."""
         with self._own("score"):
-            given = self.environment.score()
+            given = _item(self.environment.score())
         score: Any = Scored(float(given)) if isinstance(given, Real) else given
-        number = getattr(score, "reward", None)
+        number = _item(getattr(score, "reward", None))
         if not isinstance(number, Real) or not math.isfinite(number):
             raise UserError(
                 f"{self.where}: its score returned {shown(given)} ({type(given).__name__}), which "
                 "cannot be averaged or compared: return a finite float, 1.0 for right and 0.0 for "
                 "wrong, or Scored(reward, correct, feedback)"
             )
-        reward, right = float(number), score.correct
-        return Scored(reward, reward > 0 if right is None else bool(right), str(score.feedback))
+        right = _item(getattr(score, "correct", None))
+        said = getattr(score, "feedback", "")
+        if not isinstance(right, bool | int | None) or not isinstance(said, str | None):
+            raise UserError(
+                f"{self.where}: its score returned correct={shown(right)} and feedback="
+                f"{shown(said)}: `correct` is true or false (None: whether the reward is above 0), "
+                "and `feedback` the text that a teacher reads"
+            )
+        reward = float(number)
+        return Scored(reward, reward > 0 if right is None else bool(right), said or "")
 
     def close(self) -> None:
         with self._own("close"):
             self.environment.close()
+
+
+def _item(value: Any) -> Any:
+    """A number or truth of numpy or torch as Python's own."""
+    return value.item() if math.prod(getattr(value, "shape", (0,))) == 1 else value

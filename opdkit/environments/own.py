@@ -41,7 +41,8 @@ class OwnEnvironment(EnvironmentSettings):
     def make(self) -> Environment:
         with own_code(f"environment {self.name!r} cannot be made", self.path, CALL_SECONDS):
             made = self._class()(**self.arguments)
-        for part, before in (("tools", ()), ("thoughts", False)):  # of a class that is no subclass
+        # of a class that is no subclass
+        for part, before in (("tools", ()), ("thoughts", False), ("close", _nothing)):
             if not hasattr(made, part):
                 setattr(made, part, before)
         return made
@@ -69,3 +70,7 @@ class OwnEnvironment(EnvironmentSettings):
                 f"{', '.join(PARTS)}"
             )
         return found
+
+
+def _nothing() -> None:
+    """There is nothing to close."""

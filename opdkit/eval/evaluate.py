@@ -97,7 +97,7 @@ def evaluate_model(
     problems = _by_problem(prompts, rollouts, n)
     rewards = [r.reward for r in rollouts if r.reward is not None]
     means = problem_means(list(problems.values()))
-    lengths = [len(r.tokens) for r in rollouts]
+    lengths = [r.length for r in rollouts]
     return EvalResult(
         name=name,
         n_problems=len(problems),

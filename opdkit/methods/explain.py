@@ -73,6 +73,8 @@ def _written(spec: Any) -> str:
     """Nested values in one line of YAML."""
     if isinstance(spec, Mapping):
         return f"{{{', '.join(f'{k}: {_written(v)}' for k, v in spec.items())}}}"
+    if isinstance(spec, (list, tuple)):
+        return f"[{', '.join(map(_written, spec))}]"
     return str(spec).lower() if isinstance(spec, bool) else str(spec)
 
 
@@ -134,8 +136,7 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
     )
     beside = sorted({*needs.companions, *made.companions}, key=repr)
     lines += [f"state beside the student, saved with it: {c}" for c in beside]
-    lines += [f"{name}, unless a run says otherwise: {spec}" for name, spec in made.models.items()]
-    lines += [f"noted on its rollouts, {name}: {spec}" for name, spec in made.annotate.items()]
+    lines += [f"noted on its rollouts, {name}: {_written(x)}" for name, x in made.annotate.items()]
     if made.actions is not None:
         lines.append(f"models write bins of an action, not text: {made.actions}")
     if made.curriculum != Plain():

@@ -116,7 +116,11 @@ class EntropyWeighed(Kind):
 
 
 def pi_distill(
-    alpha: float = 0.5, beta: float = 0.25, offpolicy: str = "clip", view: str = "hint"
+    alpha: float = 0.5,
+    beta: float = 0.25,
+    offpolicy: str = "clip",
+    shaped: str = "teacher",
+    view: str = "hint",
 ) -> Method:
     """pi-Distill: the student with privileged information writes, and learns together with the
     student without it, which may never have found a right answer.
@@ -137,11 +141,8 @@ def pi_distill(
     Each response is two rows of the step, one behind each prompt (`curricula.TwoContexts`); k is
     read off them, so that no further model is asked.
 
-    Source: arXiv 2602.04942, objectives as its authors' post has them. Departures: a public
-    re-implementation has R - beta k in the student's part too, in the place of its KL; that drives
-    the student away from the teacher (on average its gradient raises KL(pi_S || pi_T)), here the
-    student has the definition's KL. The released "topr" does not detach the weight. Not offered:
-    scaled rewards, division by a standard deviation.
+    Source: arXiv 2602.04942, objectives as its authors' post has them. Departure: the released
+    "topr" does not detach the weight. Not offered: scaled rewards, division by a std.
 
     Arguments:
         alpha: share of the teacher's part, in [0, 1]; the student's has the rest. Default: the
@@ -150,11 +151,14 @@ def pi_distill(
             per nat. Default: a public re-implementation's.
         offpolicy: the student's part on tokens that it did not draw: "clip" or "topr". Default: the
             first of the two in the paper's code.
+        shaped: whose reward is R - beta k: that of the "teacher" alone, the student having the
+            definition's KL; or of "both", as a public re-implementation has it, without that KL: on
+            average its gradient drives the student away from the teacher. Default: the definition.
         view: how the privileged prompt is written: a view by name ("hint" shows the column of that
             name, "solution" a worked solution) or a template with {prompt} and columns in braces.
             Default: ours, for the paper's several forms of information.
     """
-    one_of(offpolicy=(offpolicy, ("clip", "topr")))
+    one_of(offpolicy=(offpolicy, ("clip", "topr")), shaped=(shaped, ("teacher", "both")))
     if not 0 <= alpha <= 1:
         raise ValueError(
             f"alpha={alpha} must lie in [0, 1]: the share of the teacher's part, the student has "
@@ -162,19 +166,25 @@ def pi_distill(
         )
     if beta < 0:
         raise ValueError(f"beta={beta} must be at least 0: it is the weight of a KL")
-    shaped = Reward() - Apart() * beta if beta else Reward()
-    privileged = Mark(PRIVILEGED)
     own = Tapered if offpolicy == "topr" else FromAnother
+    terms = _terms(alpha, beta, own, shaped == "both")
+    return Method(Objective(*(t.per("row_sums") for t in terms)), curriculum=TwoContexts(view))
+
+
+def _terms(alpha: float, beta: float, own: type[FromAnother], both: bool) -> list[Term]:
+    """The parts of teacher and student; `both`: the student's reward is less the KL too."""
+    less = Reward() - Apart() * beta if beta else Reward()
+    privileged = Mark(PRIVILEGED)
     teacher, student = 2 * alpha, 2 * (1 - alpha)  # each response is two rows of a mean over rows
     terms: list[Term] = []
     if alpha > 0:
-        terms += [Clipped(Advantage("mean", shaped), 0.2, 0.2) * (privileged * teacher)]
+        terms += [Clipped(Advantage("mean", less), 0.2, 0.2) * (privileged * teacher)]
     if alpha < 1:
-        terms += [own(Advantage("mean"), 0.2, 0.2) * (~privileged * student)]
-    if alpha < 1 and beta:
+        credit = Advantage("mean", less) if both else Advantage("mean")
+        terms += [own(credit, 0.2, 0.2) * (~privileged * student)]
+    if alpha < 1 and beta and not both:
         terms += [Pull() * (~privileged * (student * beta))]
-    every = (term.per("row_sums") for term in terms)
-    return Method(Objective(*every), curriculum=TwoContexts(view))
+    return terms
 
 
 def opsd_rl(beta: float = 0.25, entropy: float = 1.0) -> Method:

@@ -14,8 +14,8 @@ from opdkit.objective import (
     LogRatio,
     Mark,
     Objective,
-    PolicyGradient,
     RatioWeighted,
+    Reinforce,
     TokenLoss,
 )
 
@@ -91,7 +91,7 @@ def compared(alpha: float, k: int, rest: str, support: str) -> TokenLoss:
             f"support='sampled' with alpha={alpha}: the token that the student drew shows reverse "
             "KL alone. Use alpha=1, or another support"
         )
-    return PolicyGradient(LogRatio("teacher", "student"), base="live")
+    return Reinforce(LogRatio("teacher", "student"))
 
 
 def knowing(teacher: str, rate: float) -> dict[str, Any]:

@@ -2,28 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
-
 from opdkit.curricula import Several
 from opdkit.methods.method import Method
-from opdkit.objective import Actions, Live, LogRatio, Objective, Signal, TokenLoss, refuse_constant
-
-
-@dataclass(frozen=True)
-class Reinforce(TokenLoss):
-    """-credit * log pi_s of the token that was drawn: a policy gradient without a ratio."""
-
-    credit: Signal
-    name: ClassVar[str] = "policy_gradient"
-
-    def __post_init__(self) -> None:
-        refuse_constant(self.credit)
-
-    def value(self, live: Live) -> Tensor:  # [n]
-        return -live.pick(self.credit) * live.logp
+from opdkit.objective import Actions, LogRatio, Objective, Reinforce
 
 
 def vla_opd(bins: int = 256, group: int = 8, temperature: float = 1.0) -> Method:
@@ -53,6 +34,8 @@ def vla_opd(bins: int = 256, group: int = 8, temperature: float = 1.0) -> Method
             0. sampling.temperature then stays 1. Default: ours, the models themselves; RLinf has
             1.6.
     """
+    if group < 1:
+        raise ValueError(f"group={group} must be at least 1: it counts rollouts from each start")
     return Method(
         Objective(Reinforce(LogRatio("teacher", "student"))),
         curriculum=Several(group),

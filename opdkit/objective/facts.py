@@ -199,14 +199,15 @@ class Fact:
     def missing(self, known: set[str]) -> str:
         """Why it is not there and what to do, where something is known of the models `known`."""
         if absent := sorted(set(self.models) - known):
+            setting = absent[0] if absent[0] in ("teacher", "reference") else f"models.{absent[0]}"
             return (
-                f"the objective reads {self}, but no scores of {', '.join(absent)} were gathered: "
-                f"give the run that model (for example {absent[0]}: MODEL), or pass "
+                f"the objective reads {self.words()}, but no scores of {', '.join(absent)} were "
+                f"gathered: give the run that model (for example {setting}: MODEL), or pass "
                 f"models={{{absent[0]!r}: logits}} to evaluate"
             )
         return (
-            f"the objective reads {self}, which its model cannot supply: use a model in this "
-            "process, or another support"
+            f"the objective reads {self.words()}, which its model cannot supply: use a model in "
+            "this process, or another support"
         )
 
 
@@ -403,12 +404,11 @@ class VocabularyFact(Fact):
 
 
 HOW_TO_SUPPLY = {
-    "reward": "give the run a reward (reward: math, or file.py:function), or pass reward=[B] to "
-    "evaluate",
+    "reward": "give the run a reward (math, or file.py:function), or pass reward=[B] to evaluate",
     "correct": "give the run a reward, or pass correct=[B] to evaluate",
     "group": "rollouts of a run carry their prompt as group; pass group=[B] to evaluate",
     "memory": "memory is kept by the method's curriculum; pass it in the batch's memory",
-    "row": "the data set has no such column",
+    "row": "the data set has no such column; pass rows={column: [B]} to evaluate",
 }
 
 

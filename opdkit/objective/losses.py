@@ -55,6 +55,22 @@ class PolicyGradient(TokenLoss):
 
 
 @dataclass(frozen=True)
+class Reinforce(TokenLoss):
+    """-credit * log pi_s at the sampled token: a policy gradient without a ratio, whoever wrote the
+    token and however far the student has moved since.
+    """
+
+    credit: Signal
+    name: ClassVar[str] = "policy_gradient"
+
+    def __post_init__(self) -> None:
+        refuse_constant(self.credit)
+
+    def value(self, live: Live) -> Tensor:  # [n]
+        return -live.pick(self.credit) * live.logp
+
+
+@dataclass(frozen=True)
 class Bounds(Loss):
     """The settings of a clipped policy gradient; what it takes the ratio of is up to the loss.
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -114,17 +115,22 @@ def problems(n: int, seed: int, held: bool = False, forget: float = 0.0) -> list
 # ----------------------------------------------------------------------------- tokenizer and models
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character; other characters are dropped.
+def tokenizer(
+    words: Sequence[str] = CHARACTERS, pattern: str | None = None
+) -> PreTrainedTokenizerFast:
+    """One token per word, or per match of `pattern`, which matches words only; other characters are
+    dropped.
 
-    Nothing is added before or after a text.
+    Of words that begin alike the longest is taken. Nothing is added before or after a text.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {token: i for i, token in enumerate([*SPECIALS, *CHARACTERS])}
+    vocab = {token: i for i, token in enumerate([*SPECIALS, *words])}
     core = Tokenizer(models.WordLevel(vocab, unk_token=None))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    if pattern is None:
+        pattern = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
     core.decoder = decoders.Fuse()
     pad, bos, eos = SPECIALS
     return PreTrainedTokenizerFast(

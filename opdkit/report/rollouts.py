@@ -15,7 +15,12 @@ PROMPT_SHOWN = 4000  # characters
 FEEDBACK_SHOWN = 2000
 # how a rollout ended, where it did not end itself
 VERDICT = {"True": "right", "False": "wrong"}
-FINISH = {"stop": "", "length": "cut at the length limit", "given": "read from the data"}
+FINISH = {
+    "stop": "",
+    "length": "cut at the length limit",
+    "turns": "stopped at the limit of turns",
+    "given": "read from the data",
+}
 
 
 def sample_steps(run: RunData) -> dict[str, Any]:

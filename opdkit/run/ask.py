@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from opdkit.annotators import AnnotatorSettings
+from opdkit.base.address import load_address
 from opdkit.base.errors import UserError
 from opdkit.curricula import writer_of
 from opdkit.curricula.data import no_response
@@ -46,7 +47,10 @@ def ask(run: Run, given: Given) -> Asked:
     reward = given.reward or load_reward(run.reward)
     refuse(run, method, reward)
     annotated = annotations_of(run, method)
-    refuse_annotations(run, method, annotated, reward is not None)
+    scored = reward is not None or run.environment is not None
+    refuse_annotations(run, method, annotated, scored)
+    for address in (address for one in annotated.values() for address in one.code):
+        load_address(address)
     # a judge that is not there, a machine that cannot confine programs
     if reward is not None and hasattr(reward, "check"):
         reward.check()

@@ -18,7 +18,7 @@ from opdkit.objective.grammar import credit_of
 from opdkit.rewards import Reward
 from opdkit.run.prompts import evaluated_as, sampled_as
 from opdkit.run.settings import Run
-from opdkit.teachers.base import reads_of
+from opdkit.teachers.base import longest_of, reads_of
 from opdkit.train.track import BACKENDS
 from opdkit.types import Prompt, Sampling
 
@@ -38,6 +38,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
         _refuse_with_environment(run, method, reward)
     elif reward is None:
         _refuse_without_reward(run, method)
+    _note_one_turn(run, method)
     _note_long_warm_up(run)
     refuse_models(run, method)
     unknown = needs.of("sampler") - {LogpFact("sampler")}
@@ -49,22 +50,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
         )
     for name in sorted(method.opened):
         run.model_named(name).refuse(method.name or "own", needs, name)
-    local = run.teachers.opens_local_model
-    if run.evaluate is not None and run.evaluate.teacher and not local:
-        raise UserError(
-            "evaluate.teacher=true samples from the teacher, which must run in this process for "
-            "that: set it to false, and evaluate the teacher where it runs"
-        )
-    if method.teacher_mix and not local:
-        raise UserError(
-            f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student: "
-            "the teacher must run in this process (teacher=MODEL)"
-        )
-    if method.teacher_mix and not run.sampler_settings.on_student:
-        raise UserError(
-            f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
-            "token by token: set sampler=hf"
-        )
+    _refuse_unsampled(run, method)
     _refuse_all_ids(run, method)
     _refuse_undrawn(method)
     _refuse_never_measured(run, method)
@@ -78,6 +64,36 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
             "sampling/log_ratio. correct_sampling=true takes ratios to what was drawn from.",
             file=sys.stderr,
         )
+
+
+def _refuse_unsampled(run: Run, method: Method) -> None:
+    """A teacher that is to write here, and cannot."""
+    local = run.teachers.opens_local_model
+    if run.evaluate is not None and run.evaluate.teacher and not local:
+        raise UserError(
+            "evaluate.teacher=true samples answers to the plain questions from one model in this "
+            f"process, and the teacher is {_what_it_is(run)}: set it to false, and evaluate that "
+            "by itself (opdkit eval MODEL)"
+        )
+    if method.teacher_mix and not local:
+        raise UserError(
+            f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student: "
+            f"it must be one model in this process (teacher=MODEL), and is {_what_it_is(run)}"
+        )
+    if method.teacher_mix and not run.sampler_settings.on_student:
+        raise UserError(
+            f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
+            "token by token: set sampler=hf"
+        )
+
+
+def _what_it_is(run: Run) -> str:
+    """A teacher from which nothing can be sampled here, in words."""
+    teacher = run.teachers
+    if teacher.views:
+        return f"one that reads the view {teacher.views[0]}"
+    own = teacher.starts_student or any(teacher.companions("teacher"))
+    return "the student itself" if own else f"of the kind {teacher.kind}"
 
 
 def _refuse_without_reward(run: Run, method: Method) -> None:
@@ -126,6 +142,17 @@ def _refuse_all_ids(run: Run, method: Method) -> None:
                 f"{what}, and a {model.kind} teacher answers over its whole vocabulary: use a "
                 f"model in this process ({name}=MODEL)"
             )
+
+
+def _note_one_turn(run: Run, method: Method) -> None:
+    """Says so where a curriculum of turns has none to count."""
+    if run.environment is None and writer_of(method.curriculum).acts:
+        print(
+            f"opdkit: method {method.name or 'own'!r} lets the student act in ever more turns, and "
+            "without an environment every answer is one turn: nothing is stopped or replayed. Set "
+            "environment (textworld, scienceworld, calculator, file.py:Class ...).",
+            file=sys.stderr,
+        )
 
 
 def _refuse_with_environment(run: Run, method: Method, reward: Reward | None) -> None:
@@ -318,11 +345,8 @@ def _refuse_long_views(
 ) -> None:
     """Questions that a teacher reads with something beside them, and that are too long with it."""
     for name, scorer in others.items():
-        limit = reads_of(scorer)
-        if limit is None or not hasattr(scorer, "longest"):
-            continue
-        row, length = scorer.longest([prompt.row for prompt in prompts])
-        if length + sampling.max_completion_length > limit:
+        row, length, limit = longest_of(scorer, [prompt.row for prompt in prompts])
+        if limit is not None and length + sampling.max_completion_length > limit:
             raise UserError(
                 f"with what its view shows, the prompt of row {row!r} has {length} tokens for the "
                 f"{name}; with max_completion_length={sampling.max_completion_length} only "

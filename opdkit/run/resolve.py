@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from opdkit.annotators.kinds import KINDS as ANNOTATORS
 from opdkit.base.address import is_address
 from opdkit.base.config import build, plain
 from opdkit.base.errors import UserError
+from opdkit.environments.kinds import KINDS as ENVIRONMENTS
 from opdkit.methods.expression import ADDRESS
 from opdkit.methods.method import Method
 from opdkit.models.device import device_of
-from opdkit.run.setting_rules import AUTO
+from opdkit.rewards.score import FORMS
+from opdkit.run.setting_rules import AUTO, OWN_TASKS
 from opdkit.run.settings import Run
+from opdkit.sampling.kinds import KINDS as SAMPLERS
+from opdkit.teachers.kinds import KINDS as TEACHERS
 from opdkit.teachers.kinds import completed
 
-PREFIXED = re.compile(r"(cached|vllm|judge|verifiers):(.+)", re.DOTALL)
-# settings that may name files, and what of the method does
-NAMES = ("student", "teacher", "data", "reward", "reference", "models", "sampler", "environment")
+PREFIXED = re.compile(rf"(cached|vllm|judge|verifiers|soup|{'|'.join(ANNOTATORS)}):(.+)", re.DOTALL)
+MODELS = tuple(name for name, kind in TEACHERS.items() if kind.alone)
+# settings that may name files, and what of the method does; with the words that name something
+# else in them, even where a file of that name lies here
+NAMES: dict[str, tuple[str, ...]] = {
+    "student": (),
+    "teacher": MODELS,
+    "data": (OWN_TASKS,),
+    "reward": tuple(FORMS),
+    "reference": MODELS,
+    "models": MODELS,
+    "sampler": tuple(SAMPLERS),
+    "environment": tuple(ENVIRONMENTS),
+    "annotate": ("student", "teacher", "reference", "rules", "model", *ANNOTATORS),
+}
 
 
 def resolve(run: Run, resume: bool = False, method: Method | None = None) -> Run:
@@ -76,26 +93,30 @@ def _short(method: str) -> str:
 def in_full(run: Run) -> Run:
     """With the paths of everything that lies on this machine in full."""
     values = plain(run)
-    for name in NAMES:
-        values[name] = _full(values[name])
+    for name, words in NAMES.items():
+        known = (*words, *run.models) if name == "annotate" else words
+        values[name] = _full(values[name], known)
     if values["evaluate"] is not None:
         for name in ("data", "environment"):
-            values["evaluate"][name] = _full(values["evaluate"][name])
+            values["evaluate"][name] = _full(values["evaluate"][name], NAMES[name])
     values["method"] = _full_method(values["method"])
     values["output"] = str(run.folder.expanduser().absolute())
     return build(Run, values)
 
 
-def _full(value: Any) -> Any:
-    """A text that names a file here, with its path in full; texts in mappings and lists as well."""
+def _full(value: Any, words: Collection[str] = ()) -> Any:
+    """A text that names a file here, with its path in full, but for these words; texts in mappings
+    and lists as well.
+    """
     if isinstance(value, Mapping):
-        return {key: inner if key in _NOT_NAMES else _full(inner) for key, inner in value.items()}
+        return {k: inner if k in _NOT_NAMES else _full(inner, words) for k, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_full(inner) for inner in value]
-    if not isinstance(value, str):
+        return [_full(inner, words) for inner in value]
+    if not isinstance(value, str) or value in words:
         return value
     if found := PREFIXED.fullmatch(value):
-        return f"{found[1]}:{_full(found[2])}"
+        parts = found[2].split(",") if found[1] == "soup" else [found[2]]
+        return f"{found[1]}:{','.join(_full(part.strip(), words) for part in parts)}"
     if is_address(value):
         path, _, name = value.rpartition(":")
         return f"{_here(path)}:{name}"

@@ -31,6 +31,7 @@ from opdkit.run.annotate import models_by_name, writers_for
 from opdkit.run.ask import Asked
 from opdkit.run.open import Given
 from opdkit.run.settings import Data, Run
+from opdkit.teachers.views.privileged import behind
 from opdkit.train import checkpoint as checkpoints
 from opdkit.types import DataRow
 
@@ -129,7 +130,8 @@ def _teacher(run: Run, given: Given) -> dict[str, Any]:
             str(name): _model(one) if isinstance(one, str) else _model(str(name), one)
             for name, one in given.teacher.items()
         }
-    return _model(str(run.teacher), given.teacher)
+    loaded = Identity(str(run.teacher), object_digest(given.teacher))
+    return plain(behind(loaded, run.teachers.views))
 
 
 def _method(run: Run, given: Given, asked: Asked) -> Any:

@@ -24,7 +24,7 @@ from opdkit.run.setting_rules import AUTO, DATA, EVALUATE, OWN_TASKS, RUN
 from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.kinds import sampler_of
 from opdkit.sampling.settings import SamplerSettings
-from opdkit.teachers.kinds import one_teacher_of, teacher_of
+from opdkit.teachers.kinds import is_part, one_teacher_of, takes_model, teacher_of
 from opdkit.teachers.own import SelfTeacher
 from opdkit.teachers.teacher import Teacher
 from opdkit.train.settings import Checkpoint, Lora, Optim
@@ -276,12 +276,15 @@ def _partial(annotation: Any) -> bool:
     return isinstance(annotation, Mapping) and "kind" not in annotation
 
 
-# settings that are text or a group with `kind`
+# settings that are text or a group with `kind`; *: by names of one's own
 ENGINES: dict[str, Callable[[Any], Any]] = {
     "teacher": one_teacher_of,
+    "reference": one_teacher_of,
+    "models.*": one_teacher_of,
     "sampler": sampler_of,
     "curriculum": curriculum_of,
     "environment": environment_of,
+    "evaluate.environment": environment_of,
 }
 
 
@@ -331,43 +334,72 @@ def set_value(nested: dict[str, Any], key: str, value: Any) -> None:
     group, _, name = key.partition(".")
     if group == "view":  # of the teacher
         set_value(nested, f"teacher.{key}", value)
-    elif group in ENGINES and name.startswith("view."):
-        _set_view(nested, name.removeprefix("view."), value)
     elif group == "method" and name and name != "name":
         method = nested.get("method", "opd")
         nested["method"] = method if isinstance(method, dict) else {"name": method}
         nested["method"][name.removeprefix("arguments.")] = value
     elif key == "data" and isinstance(nested.get("data"), dict):
         nested["data"]["source"] = value  # another set, read the same way
-    elif (
-        name
-        and isinstance(engine := nested.get(group, "hf" if group == "sampler" else None), str)
-        and group in ENGINES
-    ):
-        # teacher.quantize=4bit after teacher=MODEL is a setting of its kind, teacher.math=MODEL a
-        # route
-        before = ENGINES[group](engine)
-        settings = [*(f.name for f in fields(before)), "view"]
-        if name == "kind":  # of another kind, settings do not carry over, but a model's name
-            nested[group] = {"kind": value} | (
-                {"model": before.model} if "model" in settings and group == "teacher" else {}
-            )
-        elif group == "teacher" and name not in settings:
-            nested[group] = {"default": engine, name: value}
-        else:
-            nested[group] = {"kind": before.kind, **plain(before), name: value}
+    elif engine := _engine_of(key):
+        *groups, last = key.split(".")[: engine.count(".") + 1]
+        words, inside = key.split(".")[engine.count(".") + 1 :], nested
+        for outer in groups:
+            if not isinstance(inside.get(outer), dict):
+                inside[outer] = {}
+            inside = inside[outer]
+        before = inside.get(last, "hf" if engine == "sampler" else None)
+        inside[last] = _with(before, words, value, ENGINES[engine], engine == "teacher")
     else:
         override(nested, Run, key, value)
 
 
-def _set_view(nested: dict[str, Any], name: str, value: Any) -> None:
-    """One setting of the teacher's view."""
-    teacher = nested.get("teacher")
-    before = teacher.get("view") if isinstance(teacher, dict) else None
-    known = before if isinstance(before, dict) else {}
-    # a template of one's own takes the place of a name
-    kept = {k: v for k, v in known.items() if name != "template" or k != "name"}
-    set_value(nested, "teacher.view", {**kept, name: value})
+def _engine_of(key: str) -> str | None:
+    """The entry of `ENGINES` of which a key names one setting."""
+    for engine in ENGINES:
+        pattern, words = engine.split("."), key.split(".")
+        same = all(p in (word, "*") for p, word in zip(pattern, words))
+        if same and len(words) > len(pattern):
+            return engine
+    return None
+
+
+def _with(
+    engine: Any, words: Sequence[str], value: Any, parse: Callable[[Any], Any], routed: bool = False
+) -> dict[str, Any]:
+    """A text or a group with one setting changed, whose name has these words.
+
+    teacher.quantize=4bit after teacher=MODEL is a setting of its kind, teacher.math=MODEL a route
+    (of those that are `routed`); teacher.math.view=hint is one of the route's own teacher,
+    teacher.of.a.view=hint of a mixture's member.
+    """
+    name, *inside = words
+    teaches = parse is one_teacher_of
+    if engine is None or isinstance(engine, Mapping):
+        group = dict(engine or {})
+        routed = routed and "kind" not in group and not is_part({name: value})
+    else:
+        before = parse(engine)
+        settings = [*(f.name for f in fields(before)), "view"]
+        if name == "kind":  # of another kind, settings do not carry over, but a model's name
+            keeps = teaches and "model" in settings and takes_model(value)
+            return {"kind": value} | ({"model": before.model} if keeps else {})
+        routed = routed and name not in settings
+        group = {"default": engine} if routed else {"kind": before.kind, **plain(before)}
+    old = group.get(name)
+    if not inside:
+        new = value
+    elif teaches and name == "view":
+        known = old if isinstance(old, dict) else {}
+        # a template of one's own takes the place of a name
+        new = {k: v for k, v in known.items() if inside != ["template"] or k != "name"}
+        new[".".join(inside)] = value
+    elif routed:
+        new = _with(old, inside, value, parse)
+    else:
+        new = dict(old) if isinstance(old, Mapping) else {}
+        member, *deeper = inside
+        new[member] = _with(new.get(member), deeper, value, parse) if deeper else value
+    return {**group, name: new}
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:

@@ -17,7 +17,8 @@ ROOM = 16  # free columns behind the last one of a fresh buffer
 class GrowingLayer(DynamicLayer):
     """Full attention.
 
-    `keys` and `values` [B, heads, C, width] are the filled columns of their buffers.
+    `keys` and `values` [B, heads, C, width] are the first rows and columns of their buffers. Rows
+    that leave stay in the buffers as free places, into which rows that join are written.
     """
 
     keys: Tensor
@@ -39,14 +40,18 @@ class GrowingLayer(DynamicLayer):
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.hold(key_states, value_states)
             return key_states, value_states
-        start = self.keys.shape[2]
+        rows, start = len(self.keys), self.keys.shape[2]
         stop = start + key_states.shape[2]
         if stop > self.buffers[0].shape[2]:
-            rows = torch.arange(len(self.keys), device=self.device)
-            self.take(rows, start, max(stop - start, ROOM))
+            room = max(stop - start, ROOM)
+            places = len(self.buffers[0])
+            self.buffers = (
+                _stacked([self.keys], start, room, places),
+                _stacked([self.values], start, room, places),
+            )
         for buffer, states in zip(self.buffers, (key_states, value_states)):
-            buffer[:, :, start:stop] = states
-        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
+            buffer[:rows, :, start:stop] = states
+        self._look(rows, stop)
         return self.keys, self.values
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
@@ -59,56 +64,74 @@ class GrowingLayer(DynamicLayer):
         """Appends the rows of others; the narrower ones are padded on the left."""
         every = [self, *others]
         columns = max(layer.keys.shape[2] for layer in every)
-        self.buffers = (
-            _stacked([layer.keys for layer in every], columns),
-            _stacked([layer.values for layer in every], columns),
-        )
-        self.keys, self.values = (buffer[:, :, :columns] for buffer in self.buffers)
+        rows = sum(len(layer.keys) for layer in every)
+        if columns == self.keys.shape[2] and rows <= len(self.buffers[0]):
+            at = len(self.keys)
+            for layer in others:
+                for buffer, states in zip(self.buffers, (layer.keys, layer.values)):
+                    _write(buffer[at : at + len(states)], states, columns)
+                at += len(layer.keys)
+        else:
+            self.buffers = (
+                _stacked([layer.keys for layer in every], columns),
+                _stacked([layer.values for layer in every], columns),
+            )
+        self._look(rows, columns)
 
     def shift(self, right: Sequence[int]) -> None:
         """Moves the columns of each row to the right by so many; what is behind the end is dropped,
         and zeros come first.
         """
-        columns = self.keys.shape[2]
-        moved = (_moved(self.keys, right), _moved(self.values, right))
-        self.buffers = moved
-        self.keys, self.values = (buffer[:, :, :columns] for buffer in moved)
+        rows, columns = len(self.keys), self.keys.shape[2]
+        self.buffers = (_moved(self.keys, right), _moved(self.values, right))
+        self._look(rows, columns)
 
     def narrow(self, rows: int) -> None:
         """Keeps the first rows; nothing is copied."""
-        self.keys, self.values = self.keys[:rows], self.values[:rows]
-        self.buffers = (self.buffers[0][:rows], self.buffers[1][:rows])
+        self._look(rows, self.keys.shape[2])
 
-    def take(self, index: Tensor, columns: int, room: int = ROOM) -> None:
+    def take(self, index: Tensor, columns: int) -> None:
         """Keeps (or repeats) rows `index` [b] and the last `columns` columns, in fresh buffers."""
         self.buffers = (
-            _gather(self.keys, index, columns, room),
-            _gather(self.values, index, columns, room),
+            _gather(self.keys, index, columns),
+            _gather(self.values, index, columns),
         )
-        self.keys, self.values = (buffer[:, :, :columns] for buffer in self.buffers)
+        self._look(len(index), columns)
+
+    def _look(self, rows: int, columns: int) -> None:
+        """Keys and values are these rows and columns of the buffers."""
+        self.keys, self.values = (buffer[:rows, :, :columns] for buffer in self.buffers)
 
 
-def _gather(states: Tensor, index: Tensor, columns: int, room: int) -> Tensor:
-    buffer = states.new_empty(len(index), states.shape[1], columns + room, states.shape[3])
+def _gather(states: Tensor, index: Tensor, columns: int) -> Tensor:
+    """[b, heads, columns + ROOM, width]: rows and last columns of states [B, heads, C, width]."""
+    buffer = states.new_empty(len(index), states.shape[1], columns + ROOM, states.shape[3])
     torch.index_select(
         states[:, :, states.shape[2] - columns :], 0, index, out=buffer[:, :, :columns]
     )
     return buffer
 
 
-def _stacked(parts: Sequence[Tensor], columns: int) -> Tensor:
-    """[rows of all, heads, columns + ROOM, width]: states [b, heads, c, width] one below another,
-    aligned on the right of the columns.
+def _stacked(parts: Sequence[Tensor], columns: int, room: int = ROOM, places: int = 0) -> Tensor:
+    """[rows of all, heads, columns + room, width]: states [b, heads, c, width] one below another,
+    aligned on the right of the columns; with `places` at least so many rows, free behind them.
     """
     rows, first = sum(len(part) for part in parts), parts[0]
-    buffer = first.new_empty(rows, first.shape[1], columns + ROOM, first.shape[3])
+    buffer = first.new_empty(max(rows, places), first.shape[1], columns + room, first.shape[3])
     start = 0
     for part in parts:
-        mine, padding = buffer[start : start + len(part)], columns - part.shape[2]
-        mine[:, :, :padding] = 0  # what is masked is read all the same, and must be numbers
-        mine[:, :, padding:columns] = part
+        _write(buffer[start : start + len(part)], part, columns)
         start += len(part)
     return buffer
+
+
+def _write(buffer: Tensor, states: Tensor, columns: int) -> None:
+    """Puts states [b, heads, c, width] on the right of the first `columns` of a buffer [b, heads,
+    C, width].
+    """
+    padding = columns - states.shape[2]
+    buffer[:, :, :padding] = 0  # what is masked is read all the same, and must be numbers
+    buffer[:, :, padding:columns] = states
 
 
 def _moved(states: Tensor, right: Sequence[int]) -> Tensor:

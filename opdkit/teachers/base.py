@@ -15,6 +15,7 @@ from opdkit.objective.batch import Batch
 from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.head import Head, Source
 from opdkit.objective.supply import Tensors, supply
+from opdkit.types import DataRow
 
 
 class Scorer(Protocol):
@@ -91,6 +92,22 @@ def reads_of(scorer: Any) -> int | None:
 def least_reads(scorers: Iterable[Any]) -> int | None:
     """The shortest of several."""
     return min((n for n in map(reads_of, scorers) if n is not None), default=None)
+
+
+# a row, the tokens of its prompt as a scorer reads it, and how many that scorer reads at most
+Longest = tuple[str, int, int | None]
+
+
+def longest_of(scorer: Any, rows: Sequence[DataRow]) -> Longest:
+    """The prompt of one of the rows that leaves the least room, of a scorer with a view."""
+    found: Longest = scorer.longest(rows) if hasattr(scorer, "longest") else ("", 0, None)
+    return found
+
+
+def tightest(found: Iterable[Longest]) -> Longest:
+    """The one that leaves the least room."""
+    bounded = [(row, length, limit) for row, length, limit in found if limit is not None]
+    return max(bounded, key=lambda one: one[1] - one[2], default=("", 0, None))
 
 
 def cut(scorer: Any, vocab: int | None) -> Any:

@@ -66,6 +66,12 @@ def one_teacher_of(value: Any, where: str = "teacher") -> Teacher:
     return _made(value, where).parsed(one_teacher_of, where)
 
 
+def takes_model(kind: Any) -> bool:
+    """Whether teachers of a kind are one model that a setting names."""
+    known = fields(KINDS[kind]) if kind in KINDS else ()  # type: ignore[arg-type]
+    return kind not in KINDS or "model" in {f.name for f in known}
+
+
 def seen_through(view: Any, teacher: Teacher, where: str) -> Teacher:
     """A teacher behind a view; None or "plain": behind none."""
     if view in (None, "plain"):

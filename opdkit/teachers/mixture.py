@@ -19,11 +19,11 @@ from opdkit.models.shapes import Shape
 from opdkit.objective.companion import Companion
 from opdkit.objective.facts import Fact
 from opdkit.objective.head import Head
-from opdkit.teachers.base import Scorer, cut, heads_of, least_reads
+from opdkit.teachers.base import Longest, Scorer, cut, heads_of, least_reads, longest_of, tightest
 from opdkit.teachers.context import TeacherContext
 from opdkit.teachers.teacher import Teacher, precisions
 from opdkit.teachers.views.translated import as_span_teacher
-from opdkit.types import Rollout
+from opdkit.types import DataRow, Rollout
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ class MixtureScorer:
     @property
     def reads(self) -> int | None:
         return least_reads(self.teachers.values())
+
+    def longest(self, rows: Sequence[DataRow]) -> Longest:
+        """As `Viewed.longest`: each of them reads every row."""
+        return tightest(longest_of(teacher, rows) for teacher in self.teachers.values())
 
     def cut(self, vocab: int | None) -> MixtureScorer:
         """The same teachers, their heads kept to the first rows."""

@@ -21,9 +21,19 @@ from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.head import Head
 from opdkit.objective.needs import Needs
 from opdkit.objective.supply import Tensors
-from opdkit.teachers.base import Remote, answers, cut, heads_of, least_reads
+from opdkit.teachers.base import (
+    Longest,
+    Remote,
+    answers,
+    cut,
+    heads_of,
+    least_reads,
+    longest_of,
+    tightest,
+)
 from opdkit.teachers.context import TeacherContext
 from opdkit.teachers.teacher import Teacher, precisions
+from opdkit.types import DataRow
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,15 @@ class _Several:
     @property
     def reads(self) -> int | None:
         return least_reads(self.teachers.values())
+
+    def longest(self, rows: Sequence[DataRow]) -> Longest:
+        """As `Viewed.longest`, each row with its own teacher."""
+        keys = list(self.teachers)
+        named = [(route(row.get("teacher"), keys, f"row {row['id']}"), row) for row in rows]
+        return tightest(
+            longest_of(teacher, [row for name, row in named if name == key])
+            for key, teacher in self.teachers.items()
+        )
 
     def cut(self, vocab: int | None) -> Self:
         """The same teachers, their heads kept to the first rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,9 +75,10 @@ def evaluate(
     correct defaults to reward > 0. marks: {"guided": [B, T]}; "guided" (a teacher), "given" (the
     data) and "tool" (the environment) say who wrote a token that the student did not draw: only
     terms that ask for such tokens look at them. turn [B, T]: of each token, from 0. rows: numbers
-    of the data [B] by column, {"utility": [B]}, or of lists in it, {"confidence[0]": [B]}. uniform
-    [B, T] replaces the keyed draws. Vocabularies of different size are cut to the smallest: what is
-    beyond only pads. Float64 in, float64 through.
+    of the data [B] by column, {"utility": [B]}; a column of lists, {"confidence": [[90, 60],
+    None]}, is one of each of their numbers, {"confidence[0]": [B]}, NaN where a row has none.
+    uniform [B, T] replaces the keyed draws. Vocabularies of different size are cut to the smallest:
+    what is beyond only pads. Float64 in, float64 through.
 
     A model with a tokenizer of its own has logits [B, U, V_t] at its own U tokens of the same text,
     and an `Alignment` under its name in `alignments`. Without one its tokens are the student's;
@@ -94,7 +96,7 @@ def evaluate(
             for k, v in (("group", group), ("reward", reward), ("correct", correct), ("turn", turn))
             if v is not None
         }
-        | {f"row:{name}": values for name, values in (rows or {}).items()},
+        | {f"row:{name}": values for name, values in _numbers(rows or {}).items()},
         marks=marks or {},
         settings={"step": step, "total_steps": total_steps, "uniform": uniform, "seed": seed},
         alignments=alignments or {},
@@ -242,15 +244,28 @@ def _by_number(wanted: Needs, model: str) -> bool:
     return {getattr(fact, "merge", None) for fact in wanted.of(model)} == {"index"}
 
 
+def _numbers(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of the data, [B] numbers each: `name[0]`, `name[1]` ... of one that holds lists."""
+    flat: dict[str, Any] = {}
+    for name, values in rows.items():
+        every = [x.tolist() if hasattr(x, "tolist") else x for x in values]
+        wide = max((len(x) for x in every if isinstance(x, Sequence)), default=0)
+        if not wide:
+            flat[name] = [math.nan if x is None else x for x in every]
+        for i in range(wide):
+            said = [x[i] if isinstance(x, Sequence) and i < len(x) else None for x in every]
+            flat[f"{name}[{i}]"] = [math.nan if x is None else x for x in said]
+    return flat
+
+
 def _columns(
     columns: Mapping[str, Any], marks: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[Fact, Tensor]:
     """Columns [B] and marks [B, T] as facts; `correct`, where it is not given, is reward > 0."""
     facts: dict[Fact, Tensor] = {}
     for name, values in columns.items():
-        facts[ColumnFact(name)] = torch.as_tensor(values).to(
-            {"group": torch.int64, "turn": torch.int64, "correct": torch.bool}.get(name, dtype)
-        )
+        kind = {"group": torch.int64, "turn": torch.int64, "correct": torch.bool}.get(name, dtype)
+        facts[ColumnFact(name)] = torch.as_tensor(values, dtype=kind)
     if "reward" in columns and "correct" not in columns:
         facts[ColumnFact("correct")] = facts[ColumnFact("reward")] > 0
     for name, values in marks.items():

@@ -287,7 +287,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Lengths, truncation, rewards, and how far the sampling distribution is from the plain
     softmax.
     """
-    lengths = [len(r.tokens) for r in rollouts]
+    lengths = [r.length for r in rollouts]
     out = {
         "completions/mean_length": sum(lengths) / max(len(lengths), 1),
         "completions/min_length": float(min(lengths, default=0)),

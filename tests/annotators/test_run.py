@@ -86,6 +86,8 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(shop: Shop, tmp_pa
     assert "reads the column 'step'" in told and "did you mean 'steps'" in told
     told = refused(values(shop, tmp_path / "a", annotate={"spans": {"by": "modle"}}))
     assert "did you mean 'model'" in told
+    told = refused(values(shop, tmp_path / "a", annotate={"spans": {"by": "gone.py:f"}}))
+    assert "gone.py" in told
     told = refused(
         values(shop, tmp_path / "a", annotate={"x": {"kind": "skills", "by": "cached:c"}})
     )

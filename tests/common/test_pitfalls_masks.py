@@ -1,4 +1,4 @@
-"""Faults of masks, alignment and reduction that other systems shipped (PITFALLS M2 to M5, M7, M9):
+"""Faults of masks, alignment and reduction that other systems shipped (PITFALLS M2 to M7, M9):
 named by their number.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from opdkit.methods import METHODS
 from opdkit.methods.grpo import SequenceClipped
 from opdkit.methods.method import load
 from opdkit.objective.facts import LogpFact
@@ -214,3 +215,33 @@ def test_M9_full_divergences_do_not_see_how_the_token_was_drawn():
         for y in range(4)
     ]
     assert all(torch.equal(g, grads[0]) for g in grads)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"vla_opd"}))  # acts in 256 bins
+def test_M6_what_models_say_at_tokens_of_an_environment_changes_nothing(name: str) -> None:
+    """Neither in prefix sums nor in means or variances: with other distributions there, of the
+    student and of every teacher, the gradient is the same at all tokens.
+    """
+    method, draw = load(name), torch.Generator().manual_seed(5)
+
+    def random() -> torch.Tensor:
+        return 2 * torch.randn(4, 12, 40, generator=draw, dtype=torch.float64)
+
+    tokens = torch.randint(3, 40, (4, 12), generator=draw)
+    own = torch.rand(4, 12, generator=draw) > 0.4
+    own[:, 0], own[:, 5] = True, False
+    more = {
+        "group": torch.tensor([0, 0, 1, 1]),
+        "reward": torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64),
+        "correct": torch.tensor([True, False, True, False]),
+        "turn": (torch.arange(12) // 4).expand(4, 12),
+    }
+    student = random()
+    others = {n: random() for n in method.needs.models if n not in ("student", "sampler")}
+    found = evaluate(method, student, tokens, own, others, **more).grad
+    student, *moved = (
+        torch.where(own[..., None], z, z + random()) for z in (student, *others.values())
+    )
+    again = evaluate(method, student, tokens, own, dict(zip(others, moved)), **more).grad
+    assert found[own].any() and not found[~own].any()
+    torch.testing.assert_close(again, found, rtol=0, atol=1e-12)

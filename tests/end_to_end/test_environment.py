@@ -38,11 +38,17 @@ def test_a_run_learns_from_episodes_and_is_evaluated_in_them(shop: Shop, tmp_pat
     assert len(metrics) == 2 and all("reward/mean" in m for m in metrics)
     evals = lines(tmp_path / "run" / "evals.jsonl")
     assert {(e["name"], e["step"]) for e in evals} >= {("student", 0), ("teacher", 0)}
+    # lengths are of what the student wrote
+    own = [line["completions/mean_length"] * 4 for line in lines(tmp_path / "run/metrics.jsonl")]
+    assert own == [line["tokens/trained"] for line in lines(tmp_path / "run/metrics.jsonl")]
+    assert all(0 < e["mean_length"] <= 3 * 12 for e in evals)
     assert all(e["n_problems"] == 8 and e["samples_per_problem"] == 2 for e in evals)
     assert Path(done.model).is_dir()
 
 
-@pytest.mark.parametrize("method", ["grpo", {"name": "gkd", "arguments": {"lmbda": 1.0}}])
+@pytest.mark.parametrize(
+    "method", ["grpo", {"name": "gkd", "arguments": {"lmbda": 1.0}}, "skill_sd", "trace"]
+)
 def test_methods_of_other_kinds_train_on_episodes(shop: Shop, tmp_path: Path, method: Any) -> None:
     execute(make_run(settings(shop, tmp_path / "run", method=method, steps=1)))
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1

@@ -260,7 +260,7 @@ def test_a_reward_and_an_evaluation_work_beside_it(shop: Shop, cache: Path, tmp_
         (["data.system=Think."], ["data.system writes prompts as text"]),
         (
             ["evaluate.data={data}", "--reward={reward}", "evaluate.teacher=true"],
-            ["must run in this process"],
+            ["the teacher is of the kind cached"],
         ),
     ],
     ids=lambda value: " ".join(value),

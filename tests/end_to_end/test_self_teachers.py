@@ -117,6 +117,21 @@ def test_a_moving_average_goes_on_exactly_after_a_kill(
         (("method=opsd", "teacher.view=solutoin"), "did you mean 'solution'"),
         (("method=opsd", "teacher.rate=0.5"), "weights=fixed has none"),
         (("method=opsd", "sampling.max_completion_length=4030"), "only 66 fit its context of 4096"),
+        (
+            (
+                "teacher={kind: mixture, of: {a: {kind: self, view: solution}, b: self}}",
+                "sampling.max_completion_length=4030",
+            ),
+            "only 66 fit its context of 4096",
+        ),
+        (
+            ("method=opsd", "reward=exact", "evaluate.data=unread", "evaluate.teacher=true"),
+            "the teacher is one that reads the view solution",
+        ),
+        (
+            ("teacher=self:ema", "reward=exact", "evaluate.data=unread", "evaluate.teacher=true"),
+            "the teacher is the student itself",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import ast
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
 from opdkit.base.errors import UserError
 from opdkit.environments import Dialogue, Environment, EpisodeSampler, Scored
 from opdkit.environments.episodes import seed_of
+from opdkit.environments.own import OwnEnvironment
 from opdkit.methods.method import load
 from opdkit.sampling import HFSampler
 from opdkit.testing import evaluate
@@ -119,10 +122,10 @@ def test_where_episodes_end() -> None:
         left = 100
 
     limits = {r.turns[-1] + 1: r.finish for r in lived(Endless, max_turns=2)}
-    assert limits == {2: "length"}
+    assert limits == {2: "turns"}
     asked = [Prompt("p0", [1], {"id": "p0", "n": 0}, most_turns=1)]
     [one, _] = lived(Endless, asked=asked, max_turns=4)
-    assert set(one.turns) == {0} and "tool" not in one.marks and one.finish == "length"
+    assert set(one.turns) == {0} and "tool" not in one.marks and one.finish == "turns"
     for inner in (HFSampler, Rounds):
         long = lived(Endless, sampling=replace(DRAWN, max_completion_length=60), inner=inner)
         assert all(len(r.tokens) <= 60 and r.finish == "length" for r in long)
@@ -229,12 +232,49 @@ def fault(part: str, result: Any) -> type[Counts]:
         ("done", True, "done before the student has written anything"),
         ("score", "good", "its score returned 'good'"),
         ("score", float("nan"), "its score returned nan"),
+        ("score", Scored(1.0, "no"), "correct='no'"),  # type: ignore[arg-type]
+        ("score", Scored(1.0, True, ["a"]), "feedback="),  # type: ignore[arg-type]
+        ("step", "\ud800", "cannot read"),
         ("close", OSError("gone"), "its close fails.*gone"),
     ],
 )
 def test_faults_of_an_environment_are_told_with_their_place(part, result, said) -> None:
     with pytest.raises(UserError, match=f"(?s)environment own, {said}|{said}"):
         lived(fault(part, result), prompts=1)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers_and_no_feedback_is_none() -> None:
+    class Foreign(Counts):
+        @property
+        def done(self):
+            return numpy.bool_(len(self.turns) >= self.left)
+
+        def score(self):
+            reward = torch.tensor(0.5, dtype=torch.float64)
+            return Scored(reward, numpy.bool_(False), None)  # type: ignore[arg-type]
+
+    for rollout in lived(Foreign, prompts=1):
+        assert (rollout.reward, rollout.correct, rollout.feedback) == (0.5, False, "")
+
+
+def test_what_an_environment_does_with_its_row_is_its_own() -> None:
+    class Takes(Counts):
+        def reset(self, row, seed):
+            row["inner"].append(row.pop("n"))
+            return super().reset({"n": row["inner"]}, seed)
+
+    row = {"id": "p0", "n": 7, "inner": []}
+    first, second = lived(Takes, asked=[Prompt("p0", [1], row)])
+    assert row == {"id": "p0", "n": 7, "inner": []} and first.prompt == second.prompt
+
+
+def test_a_class_of_ones_own_needs_four_parts_alone(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(
+        "class Plain:\n    done = False\n    def reset(self, row, seed): return 'hi'\n"
+        "    def step(self, action): return 'more'\n    def score(self): return 1\n"
+    )
+    make = OwnEnvironment(f"{tmp_path / 'plain.py'}:Plain", max_turns=2).make
+    assert [r.reward for r in lived(make, prompts=1, max_turns=2)] == [1.0, 1.0]
 
 
 def test_environments_are_closed_whatever_happens() -> None:

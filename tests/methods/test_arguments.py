@@ -100,11 +100,19 @@ def test_a_method_without_arguments():
     )
 
 
+def test_a_wrong_argument_of_a_method_without_any():
+    with pytest.raises(UserError, match="method 'sft' has no argument 'k'; known: none"):
+        load("sft", k=3)
+
+
 def test_pages_and_explain_show_the_models_that_a_method_brings():
     said = "teacher: {kind: self, weights: ema, rate: 0.001, first_copy: true, view: solution}"
     made = load("opsd", teacher="ema")
     assert f"Unless the run says otherwise, `{said}`." in render(made, "")
     assert f"unless the run says otherwise, {said}\n" in explain(made) + "\n"
+    assert explain(made).count("kind: self") == 1 and "'kind'" not in explain(made)
+    noted = "noted on its rollouts, debate: {kind: debate, rounds: 2, of: [teacher_1, teacher_2]}"
+    assert noted in explain("mad_opd").splitlines()
 
 
 def test_one_of():

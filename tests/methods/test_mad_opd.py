@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,6 +132,19 @@ def test_missing_and_equal_confidences_have_the_same_loss():
     equal = one(said={"confidence[0]": [70.0], "confidence[1]": [70.0]})
     for said in (None, {"confidence[0]": [NAN], "confidence[1]": [60.0]}):
         assert close(one(said=said).loss, equal.loss, 12)
+
+
+@pytest.mark.parametrize("made", [list, torch.tensor, np.array])
+def test_the_column_is_a_list_of_each_row(made):
+    """As data have it, 90 and 60 per cent; a row without it has equal weights."""
+    assert close(one(said={"confidence": made([[90, 60]])}).loss, 0.033808)
+    assert close(one(said={"confidence": [None]}).loss, one(said=None).loss, 12)
+    said = {"confidence": [[90, 60], [], [None, 60]]}
+    student, ids = torch.cat([logits(P_S)] * 3), torch.zeros(3, 1, dtype=torch.int64)
+    models = {name: torch.cat([z] * 3) for name, z in TWO.items()}
+    out = evaluate(load("mad_opd"), student, ids, models=models, rows=said)
+    shares = out.terms[0].weight[:, 0]
+    assert close(shares, [0.574443, 0.5, 0.5])
 
 
 @pytest.mark.parametrize("k", [None, 3])

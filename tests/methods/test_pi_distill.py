@@ -229,9 +229,10 @@ def test_the_pull_estimates():
 
 
 @pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("shaped", ["teacher", "both"])
 @pytest.mark.parametrize("offpolicy", ["clip", "topr"])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.25), (0.0, 0.7), (1.0, 0.7), (0.3, 0.0)])
-def test_it_is_the_naive_formula(alpha, beta, offpolicy, fresh):
+def test_it_is_the_naive_formula(alpha, beta, offpolicy, shaped, fresh):
     """Six responses in twelve rows, in any order."""
     case = step(11, fresh, ())
     order = torch.randperm(12, generator=torch.Generator().manual_seed(4))
@@ -262,7 +263,8 @@ def test_it_is_the_naive_formula(alpha, beta, offpolicy, fresh):
         k = torch.where(case.mask, drawn[:6] - old[6:], 0.0).sum(1)
         reward = case.columns["reward"]
         a_t = advantages(reward - beta * k, GROUPS)[:, None]
-        a_s = advantages(reward, GROUPS)[:, None]
+        both = shaped == "both"
+        a_s = a_t if both else advantages(reward, GROUPS)[:, None]
         teacher = ppo((live[:6] - old[:6]).exp(), a_t) * (old[:6] - drawn[:6]).exp()
         r = (live[6:] - drawn[6:]).exp()
         if offpolicy == "topr":
@@ -270,11 +272,12 @@ def test_it_is_the_naive_formula(alpha, beta, offpolicy, fresh):
             student = -w * a_s * live[6:]
         else:
             student = ppo(r, a_s)
-        student = student + beta * (r - 1 - r.log())
+        student = student + (0 if both else beta) * (r - 1 - r.log())
         each = alpha * teacher + (1 - alpha) * student
         return torch.where(case.mask, each, 0.0).sum() / 6
 
-    assert agrees(load("pi_distill", alpha=alpha, beta=beta, offpolicy=offpolicy), twice, reference)
+    given = {"alpha": alpha, "beta": beta, "offpolicy": offpolicy, "shaped": shaped}
+    assert agrees(load("pi_distill", **given), twice, reference)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +285,7 @@ def test_it_is_the_naive_formula(alpha, beta, offpolicy, fresh):
     [
         {},
         {"offpolicy": "topr"},
+        {"shaped": "both"},
         {"alpha": 0.0},
         {"alpha": 1.0},
         {"beta": 0.0},

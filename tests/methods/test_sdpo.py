@@ -204,14 +204,9 @@ def test_the_naive_form(alpha, support, off_policy):
 
 @pytest.mark.parametrize("off_policy", [False, True])
 def test_the_naive_form_at_the_sampled_token(off_policy):
-    """Its value counts minus the credit where the formula has credit * log pi_s: the gradients are
-    the same, so the formula is given that value.
-    """
-
     def formula(d: Dense):  # []
         credit = d.at(d.teacher) - d.at(d.before)
-        now = d.at(d.student)
-        return weighed(d, -credit * (1 + now - now.detach()))
+        return weighed(d, -credit * d.at(d.student))
 
     method = load("sdpo", alpha=1.0, support="sampled")
     assert_dense(method, formula, off_policy, "uninformed")

@@ -51,6 +51,15 @@ def test_the_naive_form(off_policy):
     assert_dense(load("sft"), formula, off_policy)
 
 
+def test_what_a_teacher_wrote_is_learnt_like_what_the_data_says():
+    """-log 0.5 and -log 0.3, whoever wrote the second."""
+    for mark in ("guided", "given"):
+        marks = {mark: torch.tensor([[False, True]])}
+        out = evaluate(load("sft"), logits(P_S, P_S), tokens(0, 1), marks=marks)
+        assert close(out.loss, -numbers(0.5, 0.3).log().mean().item(), 12), mark
+        assert (out.grad[0, 1] != 0).all()
+
+
 def test_a_tools_tokens_are_passed_over():
     mask = torch.tensor([[False, True]])
     out = evaluate(load("sft"), logits(P_S, P_S), tokens(0, 1), marks={"tool": mask})

@@ -129,6 +129,8 @@ def test_one_temperature_holds_for_all_models():
     """
     with pytest.raises(UserError, match="temperature=0"):
         load("vla_opd", temperature=0.0)
+    with pytest.raises(UserError, match="group=0 must be at least 1"):
+        load("vla_opd", group=0)
     with pytest.raises(UserError, match="cannot be combined"):
         load("vla_opd + vla_opd(temperature=1.6)")
     assert load("vla_opd + grpo").actions == load("grpo + vla_opd").actions == Actions(256)

@@ -85,11 +85,11 @@ def test_log_ratio_entropy_and_gaps():
 
 
 def test_an_absent_model_or_column_says_how_to_supply_it():
-    with pytest.raises(MissingFact, match=r"no scores of judge were gathered.*judge: MODEL"):
+    with pytest.raises(MissingFact, match=r"no scores of judge were.*models\.judge: MODEL"):
         LogRatio("judge", "x")(batch())
     for signal, words in (
         (Reward(), "give the run a reward"),
-        (Row("level"), "no such column"),
+        (Row("level"), r"no such column; pass rows=\{column"),
         (GroupMean(RowMean(SIGNAL)), "group"),
     ):
         with pytest.raises(MissingFact, match=words):

@@ -244,7 +244,7 @@ def test_an_infinite_logit_makes_no_nan():
         (Entropy("judge"), "no scores of judge"),
         (Reward(), "pass reward="),
         (Row("level"), "no such column"),
-        (Gap("reverse_kl", "student", 9), "the objective reads TopFact"),
+        (Gap("reverse_kl", "student", 9), "the objective reads student top-9 ids"),
     ],
 )
 def test_a_missing_fact_says_how_to_supply_it(signal, words):

@@ -139,6 +139,14 @@ def test_tokenizer_round_trips_and_survives_a_save(tmp_path):
     assert again.eos_token == "<eos>"
 
 
+def test_a_token_is_the_longest_word_that_matches_and_what_is_no_word_is_dropped():
+    plain = arithmetic.tokenizer()
+    assert plain.decode(plain("1 + a2=\n").input_ids) == "1+2=\n"
+    assert plain("?").input_ids == []
+    words = arithmetic.tokenizer(["it", "item", ".", "+"])
+    assert words.tokenize("item, it. items+") == ["item", "it", ".", "item", "+"]
+
+
 def test_labels_are_the_response_and_its_end():
     tokenizer = arithmetic.tokenizer()
     rows = [{"prompt": "1+2=", "response": "=3"}, {"prompt": "8+5=", "response": "=13"}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,43 @@ def test_paths_are_in_full_and_names_stay(tmp_path: Path, monkeypatch: pytest.Mo
     assert run.teacher == {"a": f"{here}/s", "b": "Qwen/Qwen3-4B", "c": f"cached:{here}/c"}
     assert (run.method, run.reward) == (f"{here}/mine.py:m * iw_opd", f"{here}/mine.py:r")
     assert run.prompts.columns == {"prompt": "prompt"}
+    assert in_full(run) == run
+
+
+def test_words_stay_where_files_of_their_names_lie_and_files_are_found_in_every_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path)
+    words = ("self", "math", "code", "hf", "environment", "calculator", "student", "rules", "t")
+    for name in (*words, "a", "b", "spans.py"):
+        (tmp_path / name).write_text("")
+    values: dict[str, Any] = {
+        "student": "student",
+        "teacher": "self",
+        "reference": "soup:a, b",
+        "models": {"t": {"kind": "mixture", "of": {"x": "self", "y": "soup:a,b"}}},
+        "data": "environment",
+        "reward": "math",
+        "sampler": "hf",
+        "environment": "calculator",
+        "annotate": {
+            "spans": {"by": "spans.py:f", "model": "a"},
+            "skills": "rules",
+            "debate": {"kind": "debate", "of": ["t", "b", "student"]},
+        },
+    }
+    run = in_full(make_run(values))
+    same = ("teacher", "data", "reward", "sampler", "environment")
+    assert {name: getattr(run, name) for name in same} == {name: values[name] for name in same}
+    assert run.student == f"{here}/student"
+    assert run.reference == f"soup:{here}/a,{here}/b"
+    assert run.models["t"]["of"] == {"x": "self", "y": f"soup:{here}/a,{here}/b"}
+    assert run.annotate == {
+        "spans": {"by": f"{here}/spans.py:f", "model": f"{here}/a"},
+        "skills": "rules",
+        "debate": {"kind": "debate", "of": ["t", f"{here}/b", "student"]},
+    }
     assert in_full(run) == run
 
 

@@ -4,10 +4,13 @@ anything is loaded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from opdkit import UserError, load
-from opdkit.run.settings import make_run
+from opdkit.base.config import parse_overrides
+from opdkit.run.settings import make_run, set_value
 from opdkit.sampling.hf_settings import HfSettings
 from opdkit.sampling.vllm import VllmSettings
 from opdkit.teachers.cached import CachedTeacher
@@ -115,3 +118,47 @@ def test_one_teacher_of_several_that_cannot_is_enough_to_refuse() -> None:
     teacher_of({"a": "x", "b": "y"}).refuse("gkd", needs)
     with pytest.raises(UserError, match="a vllm teacher cannot say"):
         teacher_of({"a": "x", "b": "vllm:y"}).refuse("gkd", needs)
+
+
+OVERRIDDEN = [  # what is said, and what it comes to
+    ("reference=m reference.view=hint", {"reference": {"kind": "local", "view": "hint"}}),
+    ("models.x=m models.x.view=hint", {"models": {"x": {"kind": "local", "view": "hint"}}}),
+    ("models.x=self:ema models.x.rate=0.5", {"models": {"x": {"weights": "ema", "rate": 0.5}}}),
+    ("teacher.a=m teacher.a.view=hint", {"teacher": {"a": {"kind": "local", "view": "hint"}}}),
+    ("teacher.a.weights=ema teacher.b=m", {"teacher": {"a": {"weights": "ema"}, "b": "m"}}),
+    (
+        "teacher.kind=mixture teacher.of.a=self teacher.of.a.weights=ema teacher.weights.a=0.3",
+        {"teacher": {"of": {"a": {"weights": "ema"}}, "weights": {"a": 0.3}}},
+    ),
+    (
+        "evaluate.environment=calculator evaluate.environment.max_turns=3",
+        {"evaluate": {"environment": {"kind": "calculator", "max_turns": 3}}},
+    ),
+    ("teacher=m teacher.kind=self", {"teacher": {"kind": "self"}}),
+]
+
+
+@pytest.mark.parametrize(("said", "meant"), OVERRIDDEN)
+def test_a_setting_of_any_teacher_or_engine_given_as_text(said: str, meant: Any) -> None:
+    nested: dict[str, Any] = {"evaluate": {"data": "d"}}
+    for key, value in parse_overrides(said.split()):
+        set_value(nested, key, value)
+
+    def holds(found: Any, wanted: Any) -> bool:
+        if isinstance(wanted, dict):
+            return all(holds(found[key], inner) for key, inner in wanted.items())
+        return bool(found == wanted)
+
+    assert holds(nested, meant), nested
+
+
+@pytest.mark.parametrize("where", ["teacher", "reference", "models.x", "teacher.a", "teacher.of.a"])
+def test_a_views_template_after_any_model_takes_the_place_of_its_name(where: str) -> None:
+    nested: dict[str, Any] = {"teacher": {"kind": "mixture"} if ".of." in where else {}}
+    template = "{prompt} K: {hint}"
+    words = {where: "m", f"{where}.view": "hint", f"{where}.view.name": "hint"}
+    for key, value in (words | {f"{where}.view.template": template}).items():
+        set_value(nested, key, value)
+    for word in where.split("."):
+        nested = nested[word]
+    assert nested["model"] == "m" and nested["view"] == {"template": template}

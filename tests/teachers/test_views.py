@@ -5,6 +5,7 @@ if that had been the rollout's prompt, at the same places (PITFALLS S1).
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +20,13 @@ from opdkit.objective.facts import EntropyFact, GapFact, LogpAtFact, LogpFact, T
 from opdkit.objective.maths import ForwardKL, ReverseKL
 from opdkit.objective.needs import Needs
 from opdkit.teachers import LocalModel
+from opdkit.teachers.kinds import teacher_of
+from opdkit.teachers.mixture import MixtureScorer
+from opdkit.teachers.routed import Routed
 from opdkit.teachers.views.privileged import Viewed, ViewedRemote
 from opdkit.train.gather import gather
 from opdkit.types import Rollout
-from tests.common.tiny import tiny_model, tiny_tokenizer
+from tests.common.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.teachers.test_mixture import Elsewhere
 
 FACTS = (
@@ -137,8 +141,29 @@ def test_a_context_that_does_not_fit_is_refused_and_never_cut(models: Any) -> No
     teacher = Viewed(LocalModel(short, head_of(short)), View("solution"), render)
     with pytest.raises(UserError, match=r"(?s)view solution .*0/0/0.*reads 60: nothing is cut"):
         facts(models, teacher, rollouts())
-    row, length = teacher.longest(ROWS)
-    assert row == "1" and length == len(render(View("solution").row(rollouts()[1])))
+    length = len(render(View("solution").row(rollouts()[1])))
+    assert teacher.longest(ROWS) == ("1", length, 60)
+    # also as one of several, where each has its own limit, and of a route its own rows count
+    wide = Viewed(models["teacher"], View("solution"), render)
+    assert MixtureScorer({"a": wide, "b": teacher}).longest(ROWS) == ("1", length, 60)
+    named = [{**row, "teacher": "ab"[n % 2]} for n, row in enumerate(ROWS)]
+    assert Routed({"a": wide, "b": teacher}).longest(named) == ("1", length, 60)
+    assert Routed({"a": teacher, "b": wide}).longest(named)[::2] == ("0", 60)
+    assert Viewed(Routed({"a": wide, "b": teacher}), View("question"), render).longest(named) == (
+        "1",
+        length,
+        60,
+    )
+
+
+def test_the_same_model_under_another_view_is_another_teacher(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "m")
+    plain, one, two, again = (
+        teacher_of({"kind": "local", "model": model, "view": view}).recorded()
+        for view in ("plain", "solution", "hint", "solution")
+    )
+    assert plain.digest and one.digest and one.same(again)
+    assert not one.same(two) and not one.same(plain)
 
 
 def test_only_rollouts_that_are_asked_about_are_written_anew(models: Any) -> None:

@@ -12,7 +12,17 @@ from opdkit.objective.facts import ColumnFact, LogpFact
 from opdkit.objective.formula import Signal
 from opdkit.objective.grammar import Objective, RolloutLoss, TokenLoss
 from opdkit.objective.losses import Divergence, Likelihood, PolicyGradient
-from opdkit.objective.signals import Correct, Draw, Entropy, Exp, LogRatio, Mark, Progress, Reward
+from opdkit.objective.signals import (
+    Correct,
+    Draw,
+    Entropy,
+    Exp,
+    LogRatio,
+    Mark,
+    Progress,
+    Reward,
+    Row,
+)
 from opdkit.testing import CheckFailed, check, evaluate, fabricate
 from tests.methods.toy import P_S, P_T, binary, close, logits, tokens
 
@@ -90,6 +100,14 @@ def test_columns_marks_and_schedules():
         evaluate(Likelihood() * Progress(), s, ids, step=1, total_steps=5).terms[0].weight.tolist()
         == [[0.25]] * 2
     )
+
+
+def test_plain_numbers_keep_all_their_digits():
+    """0.1 is that of float64, not of float32, which is 1.5e-9 more."""
+    for numbers in ([0.1], torch.tensor([0.1], dtype=torch.float64)):
+        for column, how in ((Reward(), {"reward": numbers}), (Row("x"), {"rows": {"x": numbers}})):
+            out = evaluate(Objective(Likelihood() * column), S, tokens(0), **how)
+            assert out.terms[0].weight.item() == 0.1
 
 
 def test_uniforms_and_seeds():

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any, Self
 
 from torch import Tensor
@@ -23,7 +24,16 @@ from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.head import Head
 from opdkit.objective.needs import Needs
 from opdkit.objective.supply import Tensors
-from opdkit.teachers.base import Remote, Scorer, cut, heads_of, reads_of
+from opdkit.teachers.base import (
+    Longest,
+    Remote,
+    Scorer,
+    cut,
+    heads_of,
+    longest_of,
+    reads_of,
+    tightest,
+)
 from opdkit.teachers.context import TeacherContext
 from opdkit.teachers.speech import VoiceElsewhere, VoiceHere
 from opdkit.teachers.teacher import Teacher
@@ -99,14 +109,15 @@ class Viewed:
             self.known[key] = self.render(row)
         return self.known[key]
 
-    def longest(self, rows: Sequence[DataRow]) -> tuple[str, int]:
+    def longest(self, rows: Sequence[DataRow]) -> Longest:
         """The row with the longest prompt as this teacher reads it, of those that can be known
-        before there are rollouts, and its tokens.
+        before there are rollouts, its tokens, and how many the teacher reads.
         """
         written = [row for row in map(self.view.row, map(of_row, rows)) if row is not None]
         written.sort(key=lambda row: -len(str(row["prompt"])))
         lengths = {row["id"]: len(self.tokens(row)) for row in written[:CLOSEST]}
-        return max(lengths.items(), key=lambda item: item[1], default=("", 0))
+        row, length = max(lengths.items(), key=lambda item: item[1], default=("", 0))
+        return tightest([(row, length, self.reads), longest_of(self.scorer, written)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,8 +218,7 @@ class ViewedTeacher(Teacher):
         return self._seen(self.of.recorded())
 
     def _seen(self, model: Identity) -> Identity:
-        template = " | ".join(self.view.templates)
-        return Identity(f"{model.name} that reads {template!r}", model.digest)
+        return behind(model, (self.view,))
 
     def precision(self, usual: str) -> str:
         return self.of.precision(usual)
@@ -216,3 +226,12 @@ class ViewedTeacher(Teacher):
     def lighter(self, dtype: str, decodes: bool) -> Iterator[tuple[str, Teacher]]:
         for setting, teacher in self.of.lighter(dtype, decodes):
             yield setting, replace(self, of=teacher)
+
+
+def behind(model: Identity, views: Sequence[View]) -> Identity:
+    """The identity of a model that reads questions under views: another one under others."""
+    for view in views:
+        template = " | ".join(view.templates)
+        digest = model.digest and sha256(f"{model.digest} {template}".encode()).hexdigest()
+        model = Identity(f"{model.name} that reads {template!r}", digest)
+    return model
