@@ -188,7 +188,7 @@ def main() -> None:
     given = argparse.ArgumentParser(description=__doc__)
     given.add_argument("--seed", type=int, default=0)
     given.add_argument("--steps", type=int, default=100)
-    given.add_argument("--made", type=int, default=600, help="steps that make the student")
+    given.add_argument("--made", type=int, default=1200, help="steps that make the student")
     given.add_argument("--out", type=Path, default=Path("runs/contextual_integrity"))
     given.add_argument("settings", nargs="*", help="further settings of the run, key=value")
     options = given.parse_args()
