@@ -1,5 +1,5 @@
-"""`examples/debate.py` and `examples/contextual_integrity.py`: what their models learn is what the
-run shows them, what they measure is what they say, and they run.
+"""`examples/debate.py`, `examples/contextual_integrity.py` and `examples/tool_skills.py`: what
+their models learn is what the run shows them, what they measure is what they say, and they run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -19,8 +19,11 @@ import pytest
 import opdkit
 from opdkit.annotators import AnnotateContext
 from opdkit.annotators.debate import Debate, DebateSettings
+from opdkit.annotators.skills import ByRules
 from opdkit.annotators.speaker import Question, Said
+from opdkit.annotators.text import Speller
 from opdkit.data.views import of_row, view_of
+from opdkit.environments import Dialogue
 from opdkit.recipes import arithmetic
 from opdkit.types import Rollout, Sampling
 
@@ -35,7 +38,7 @@ def example(name: str) -> ModuleType:
     return module
 
 
-debate, contexts = example("debate"), example("contextual_integrity")
+debate, contexts, skills = map(example, ("debate", "contextual_integrity", "tool_skills"))
 
 
 def run(
@@ -187,3 +190,60 @@ def test_two_contexts_raise_utility_and_integrity(
     before, after = map(json.loads, lines)
     assert after["utility"] > before["utility"] + 0.1
     assert after["integrity"] > before["integrity"] + 0.3
+
+
+# ----------------------------------------------------------------------------- skills of a tool
+
+
+def test_dialogues_with_a_calculator_letter_by_letter() -> None:
+    row = {"prompt": "What is 17*23?", "answer": "391"}
+    dialogue = Dialogue(arithmetic.tokenizer(skills.CHARACTERS))
+    asks, answers = skills.lessons(row, skills.called(row), dialogue)
+    hint = "To have a number worked out, write a line such as calc: (3 + 4) * 2 and end your turn."
+    assert asks == {"prompt": f"What is 17*23?\n{hint}\n", "response": "calc: 17*23"}
+    assert answers["prompt"] == asks["prompt"] + "calc: 17*23<eos>\n17*23 = 391\n"
+    assert answers["response"] == "391"
+    for lesson in (asks, answers):  # no character is lost on the student
+        ids = dialogue.tokenizer(lesson["prompt"]).input_ids
+        assert dialogue.tokenizer.decode(ids) == lesson["prompt"]
+    assert all(skills.guessed(row, random.Random(n)) != ["391"] for n in range(50))
+    assert not {r["prompt"] for r in skills.questions(400, 0)} & {
+        r["prompt"] for r in skills.questions(400, 0, held=True)
+    }
+
+
+def test_skills_of_lessons_are_those_that_the_rules_write() -> None:
+    """A right episode and two guesses, as the annotator summarises them."""
+    tokenizer = arithmetic.tokenizer(skills.CHARACTERS)
+    row = {"prompt": "What is 17*23?", "answer": "391"}
+    learnt = {shape(skills.skill(row, random.Random(n))) for n in range(40)}
+    episodes = []
+    for said, right in ((skills.called(row), True), (["1042"], False), (["104"], False)):
+        turn_of = [(n, token) for n, turn in enumerate(said) for token in tokenizer(turn).input_ids]
+        turns, tokens = map(list, zip(*turn_of))
+        silent = [0.0] * len(tokens)
+        written = Rollout("", [1], tokens, [True] * len(tokens), silent, silent, "q", turns=turns)
+        episodes.append(replace(written, correct=right))
+    told = ByRules(Speller(tokenizer))(episodes, AnnotateContext(0, 7))
+    assert learnt == set(map(shape, told))
+
+
+def test_skills_run_from_their_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(skills, "HELD_OUT", 8)
+    monkeypatch.setattr(skills, "BATCH", 4)
+    words = ("--out", str(tmp_path), "--steps", "1", "--made", "2", "prompts_per_step=2")
+    command, *_, last = run(skills, monkeypatch, capsys, *words)
+    assert command.startswith("opdkit train --method=skill_sd ")
+    assert list(json.loads(last)["accuracy"]) == ["0", "1"]
+    assert len((tmp_path / "0" / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_skills_raise_the_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = run(skills, monkeypatch, capsys, "--out", str(tmp_path))[-1]
+    before, after = json.loads(last)["accuracy"].values()
+    assert after > before + 0.15
