@@ -113,9 +113,9 @@ class Run:
     # its settings repeat others' names, so they are given in full
     full_names: ClassVar[tuple[str, ...]] = ("evaluate",)
     student: str
-    data: str | Data
     # null: the one that the method brings (such as the student itself), or none
-    teacher: str | dict[str, Any] | None = None
+    teacher: str | dict[str, Any] | None
+    data: str | Data
     method: str | MethodSpec = "opd"
     output: str = AUTO  # auto: runs/METHOD-NNN, the first number that is free
     reward: str | None = None
@@ -295,8 +295,9 @@ def make_run(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
         set_value(nested, key, value)
     if isinstance(nested.get("method"), dict):
         nested["method"] = _method(nested["method"])
+    nested.setdefault("teacher", None)
     # the prompts that a teacher has scored already
-    own = teacher_of(nested.get("teacher")).own_data
+    own = teacher_of(nested["teacher"]).own_data
     if own is not None:
         data = nested.setdefault("data", own)
         if isinstance(data, dict):

@@ -98,8 +98,13 @@ def test_a_setting_that_cannot_be(
 def test_a_missing_setting(shop: Shop, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(
         capsys,
+        train(f"--student={shop.student}", f"--teacher={shop.teacher}", f"--output={output}"),
+        "data is missing",
+    )
+    refused(
+        capsys,
         train(f"--student={shop.student}", f"--data={shop.data}", f"--output={output}"),
-        "teacher is missing",
+        "names none: say which with teacher=MODEL",
     )
 
 

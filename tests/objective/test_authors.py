@@ -92,6 +92,7 @@ def test_who_asks_for_what_others_wrote() -> None:
         "tropd": ["guide"],
         "distillm": ["data"],
         "gold": ["data"],
+        "sft": ["data", "guide"],
     }
     assert load("gkd(lmbda=0.5)").objective.terms[0].whose == ("student", "data")
 

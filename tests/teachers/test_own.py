@@ -13,6 +13,7 @@ import torch
 
 from opdkit import UserError
 from opdkit.data.views import View
+from opdkit.methods.method import load
 from opdkit.models.body import head_of
 from opdkit.models.layout import Layout
 from opdkit.objective.companion import Around, Companions, Stepped
@@ -210,8 +211,7 @@ def test_logits_half_way_are_the_geometric_mean(tmp_path: Path) -> None:
 def test_a_soup_has_the_mean_of_the_weights_and_takes_one_shape_only(tmp_path: Path) -> None:
     names = [save_tiny(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
     other = save_tiny(tmp_path / "other", hidden=64)
-    reader: Any = None
-    context = TeacherContext(reader, tiny_tokenizer(), by_ids=True)
+    context = TeacherContext(load("opd"), tiny_tokenizer(), by_ids=True)
     soup = teacher_of({"kind": "soup", "of": names, "weights": [3.0, 1.0]})
     made: Any = soup.open(context)
     models = [tiny_model(seed=seed) for seed in (1, 2)]
