@@ -3,7 +3,6 @@ to ask: rewards say which were right, and what was learnt is written down as ski
 itself reads as its teacher.
 
     python examples/tool_skills.py --seed 0
-    python examples/tool_skills.py --seed 0 method.lam=0      # GRPO alone, without skills' teacher
 
 A question is `What is 17*23?`. The student has learnt dialogues in the plain form of the
 environment `calculator`: half of them call it (`calc: 17*23`) and say what came back, half answer
@@ -157,7 +156,7 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--seed", type=int, default=0)
     asked.add_argument("--steps", type=int, default=20)
-    asked.add_argument("--made", type=int, default=400, help="steps that make the student")
+    asked.add_argument("--made", type=int, default=300, help="steps that make the student")
     asked.add_argument("--out", type=Path, default=Path("runs/tool_skills"))
     asked.add_argument("settings", nargs="*", help="further settings of the run, key=value")
     given = asked.parse_args()
