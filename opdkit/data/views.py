@@ -217,7 +217,9 @@ def rewritten(row: DataRow, write: Callable[[str], str]) -> DataRow:
     """A row whose question is written anew: the text, or the user's last message."""
     prompt = row["prompt"]
     if not is_messages(prompt):
-        return {**row, "prompt": write(prompt)}
+        asked = prompt.rstrip()
+        # what ends a plain prompt, such as the end of its line, ends the new one
+        return {**row, "prompt": write(asked) + prompt[len(asked) :]}
     messages = as_messages(prompt, f"row {row.get('id')!r}")
     asked = next((m for m in reversed(messages) if m["role"] == "user"), None)
     if asked is None:

@@ -48,6 +48,12 @@ def test_what_a_row_holds_is_never_read_as_a_template() -> None:
     assert asked is not None and asked["prompt"] == "{answer}|{prompt} {0} {missing}"
 
 
+def test_what_ends_a_plain_question_ends_it_with_what_is_shown_too() -> None:
+    row = {**ROW, "prompt": "2+2?\n"}
+    asked = view_of("{prompt} = {answer}").row(rollout(row=row))
+    assert asked is not None and asked["prompt"] == "2+2? = 4\n"
+
+
 def test_of_messages_the_users_last_one_is_written_anew() -> None:
     before = [
         {"role": "system", "content": "Be short."},
