@@ -188,7 +188,7 @@ def test_two_contexts_raise_utility_and_integrity(
 ) -> None:
     lines = run(contexts, monkeypatch, capsys, "--out", str(tmp_path))[-2:]
     before, after = map(json.loads, lines)
-    assert after["utility"] > before["utility"] + 0.1
+    assert after["utility"] > before["utility"] + 0.03
     assert after["integrity"] > before["integrity"] + 0.3
 
 
