@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from opdkit.base.clock import Clock
 from opdkit.cli import main
 from opdkit.run.build import prepare
 from opdkit.run.settings import load_run, make_run
+from opdkit.train.collect.collect import collect
 from opdkit.train.loop import train_step
 from tests.end_to_end.conftest import Shop, gsm8k_rows, write_rows
 from tests.end_to_end.crash import in_child
@@ -210,3 +212,21 @@ def test_the_data_alone(shop: Shop, tmp_path: Path) -> None:
     found = stepped(shop, tmp_path / "run", "sft", data=data)
     assert all(m["completions/student_written"] == 0 for m in found)
     assert found[-1]["loss"] < found[0]["loss"]
+
+
+def test_supervised_training_never_imitates_what_the_student_wrote(
+    shop: Shop, tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PITFALLS S3: every token of its steps is the data's, and a cache of the student's own
+    responses is refused.
+    """
+    job, _ = prepare(shop.run(tmp_path / "run", method="sft", data=data))
+    found = collect(
+        job.collector, job.student, Clock(job.student.device), step=0, total_steps=2, memory={}
+    )
+    assert found.rollouts and found.tokens == 0
+    assert all(r.finish == "given" and not any(r.drawn) for r in found.rollouts)
+    assert shop.cache(tmp_path / "cache") == 0
+    words = ("method=sft", f"teacher=cached:{tmp_path / 'cache'}", "rollouts=cache")
+    assert train(shop, tmp_path / "own", str(tmp_path / "cache"), *words) != 0
+    assert "cannot be combined: each brings its own curriculum" in capsys.readouterr().err
