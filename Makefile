@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-vllm install-agents quickstart test test-kernels test-slow test-hostile test-peer test-vllm test-agents bench lint clean
+.PHONY: install install-vllm install-agents quickstart test test-kernels test-slow test-hostile test-peer test-vllm test-agents test-verifiers bench lint clean
 
 install: .venv/installed
 
@@ -45,6 +45,15 @@ install-agents: .venv-agents/installed
 test-agents: install-agents
 	OMP_NUM_THREADS=1 .venv-agents/bin/python -m pytest -q -m agents tests/environments
 
+# The library verifiers wants other versions than the rest of the project, so it has an environment of its own too.
+.venv-verifiers/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-verifiers
+	.venv-verifiers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 pytest --editable '.[rewards,verifiers]'
+	touch $@
+
+test-verifiers: .venv-verifiers/installed
+	OMP_NUM_THREADS=1 .venv-verifiers/bin/python -m pytest -q -m verifiers tests/environments/test_verifiers.py
+
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
 
@@ -66,4 +75,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-vllm .venv-agents quickstart build dist *.egg-info
+	rm -rf .venv .venv-vllm .venv-agents .venv-verifiers quickstart build dist *.egg-info

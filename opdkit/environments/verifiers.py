@@ -154,7 +154,7 @@ class VerifiersSettings(EnvironmentSettings):
         if importlib.util.find_spec("verifiers") is None:
             raise UserError(
                 "environment verifiers needs the package verifiers, which is not installed: pip "
-                "install 'opdkit[agents]'"
+                "install 'opdkit[verifiers]'"
             )
         if not hasattr(self._world, "add_trajectory_step"):
             raise UserError(

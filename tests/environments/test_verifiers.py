@@ -14,7 +14,7 @@ from opdkit.types import Prompt, Sampling
 from tests.common.tiny import tiny_model
 from tests.environments.templates import QWEN3, chatting
 
-pytestmark = pytest.mark.agents
+pytestmark = pytest.mark.verifiers
 pytest.importorskip("verifiers")
 
 WORLDS = '''
