@@ -54,8 +54,11 @@ COMMAND = ("-m", "opdkit", "train")
 
 @pytest.fixture(autouse=True)
 def undecided() -> Iterator[None]:
-    """Both signals as a program finds them, whatever runs these tests."""
+    """All signals as a program finds them, whatever runs these tests: a shell that started them
+    behind itself has Ctrl-C ignored.
+    """
     before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
