@@ -20,7 +20,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from opdkit.base.files import write_whole
+from opdkit.base.files import write_rows
 from opdkit.base.progress import progress
 from opdkit.cli import main as opdkit
 from opdkit.data.views import of_row, view_of
@@ -137,19 +137,13 @@ fit.confined = False  # it compares words; a process for each answer would take 
 # ------------------------------------------------------------------------------------------ the run
 
 
-def written(path: Path, rows: list[DataRow]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def command(folder: Path, seed: int, steps: int, made: int) -> list[str]:
     """What a person would type behind `opdkit`."""
     return [
         "train",
         "--method=selfci",
         f"--student={student(folder / 'student', seed, made)}",
-        f"--data={written(folder / 'train.jsonl', rows_of(4096, seed + 2))}",
+        f"--data={write_rows(folder / 'train.jsonl', rows_of(4096, seed + 2))}",
         f"models.allowed.view={json.dumps(VIEWS['allowed'])}",
         f"models.disallowed.view={json.dumps(VIEWS['disallowed'])}",
         f"--reward={__file__}:fit",
@@ -163,7 +157,7 @@ def command(folder: Path, seed: int, steps: int, made: int) -> list[str]:
         "optim.schedule=cosine",
         "optim.warmup_steps=5",
         "optim.betas=[0.9, 0.95]",
-        f"evaluate.data={written(folder / 'test.jsonl', rows_of(HELD_OUT, seed, held=True))}",
+        f"evaluate.data={write_rows(folder / 'test.jsonl', rows_of(HELD_OUT, seed, held=True))}",
         "evaluate.sampling.max_completion_length=14",
         "checkpoint.every=0",
         f"seed={seed}",

@@ -19,7 +19,7 @@ import random
 import shlex
 from pathlib import Path
 
-from opdkit.base.files import write_whole
+from opdkit.base.files import write_rows
 from opdkit.base.progress import progress
 from opdkit.cli import main as opdkit
 from opdkit.recipes import arithmetic
@@ -129,12 +129,6 @@ def models(folder: Path, seed: int, made: int) -> dict[str, str]:
     return found
 
 
-def written(path: Path, rows: list[DataRow]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def command(folder: Path, seed: int, steps: int, made: int, tau: float) -> list[str]:
     """What a person would type behind `opdkit`."""
     who = models(folder, seed, made)
@@ -143,7 +137,7 @@ def command(folder: Path, seed: int, steps: int, made: int, tau: float) -> list[
         "train",
         "--method=mad_opd",
         f"--student={who['student']}",
-        f"--data={written(folder / 'train.jsonl', sums(4096, seed + 2))}",
+        f"--data={write_rows(folder / 'train.jsonl', sums(4096, seed + 2))}",
         r"--reward=regex:=(\d+)$",
         f"--output={folder / f'tau-{tau:g}'}",
         "--overwrite",
@@ -164,7 +158,7 @@ def command(folder: Path, seed: int, steps: int, made: int, tau: float) -> list[
         "optim.schedule=cosine",
         "optim.warmup_steps=5",
         "optim.betas=[0.9, 0.95]",
-        f"evaluate.data={written(folder / 'test.jsonl', sums(HELD_OUT, seed, held=True))}",
+        f"evaluate.data={write_rows(folder / 'test.jsonl', sums(HELD_OUT, seed, held=True))}",
         "evaluate.sampling.max_completion_length=20",
         "checkpoint.every=0",
         f"seed={seed}",

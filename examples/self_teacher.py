@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from opdkit.base.files import write_whole
+from opdkit.base.files import write_rows
 from opdkit.base.progress import progress
 from opdkit.data.views import of_row, view_of
 from opdkit.recipes import arithmetic
@@ -72,12 +72,6 @@ def student(folder: Path, seed: int) -> str:
     return str(folder)
 
 
-def written(path: Path, rows: list[DataRow]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--method", default="opsd")
@@ -91,12 +85,12 @@ def main() -> None:
         del row["response"]  # the student never learns from a text that it did not write
     values: dict[str, Any] = {
         "student": student(given.out / f"student-{given.seed}", given.seed),
-        "data": written(given.out / "train.jsonl", rows),
+        "data": write_rows(given.out / "train.jsonl", rows),
         "method": given.method,
         "teacher": {"view": VIEW},
         "output": str(given.out / f"{given.method}-{given.seed}"),
         "reward": REWARD,
-        "evaluate": {"data": written(given.out / "test.jsonl", tests), "sampling": GREEDY},
+        "evaluate": {"data": write_rows(given.out / "test.jsonl", tests), "sampling": GREEDY},
         "checkpoint": {"every": 0},
         "seed": given.seed,
         **OPD,

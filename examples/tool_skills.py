@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opdkit.annotators.skills import COLUMN, skill_text
-from opdkit.base.files import write_whole
+from opdkit.base.files import write_rows
 from opdkit.base.progress import progress
 from opdkit.cli import main as opdkit
 from opdkit.data.views import of_row, view_of
@@ -120,19 +120,13 @@ def student(folder: Path, seed: int, made: int) -> str:
     return str(folder)
 
 
-def written(path: Path, rows: list[DataRow]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def command(folder: Path, seed: int, steps: int, made: int) -> list[str]:
     """What a person would type behind `opdkit`."""
     return [
         "train",
         "--method=skill_sd",
         f"--student={student(folder / 'student', seed, made)}",
-        f"--data={written(folder / 'train.jsonl', questions(QUESTIONS, seed + 3))}",
+        f"--data={write_rows(folder / 'train.jsonl', questions(QUESTIONS, seed + 3))}",
         f"--output={folder / 'run'}",
         "--overwrite",
         "environment=calculator",
@@ -145,7 +139,7 @@ def command(folder: Path, seed: int, steps: int, made: int) -> list[str]:
         "optim.learning_rate=5e-4",
         "optim.schedule=cosine",
         "optim.betas=[0.9, 0.95]",
-        f"evaluate.data={written(folder / 'test.jsonl', questions(HELD_OUT, seed, held=True))}",
+        f"evaluate.data={write_rows(folder / 'test.jsonl', questions(HELD_OUT, seed, held=True))}",
         "evaluate.sampling.max_completion_length=48",
         "checkpoint.every=0",
         f"seed={seed}",

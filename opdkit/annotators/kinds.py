@@ -10,7 +10,8 @@ from opdkit.annotators.settings import AnnotatorSettings
 from opdkit.annotators.skills import SkillSettings
 from opdkit.annotators.spans import SpanSettings
 from opdkit.base.config import build
-from opdkit.base.errors import UserError, nearest
+from opdkit.base.errors import UserError
+from opdkit.base.kinds import known_kind
 
 KINDS: dict[str, type[AnnotatorSettings]] = {
     kind.kind: kind
@@ -29,7 +30,7 @@ def annotator_of(value: Any, where: str = "annotate", name: str = "") -> Annotat
     if isinstance(value, AnnotatorSettings):
         return value
     group = _group(value, where, name)
-    kind = _known(group.pop("kind", name), where)
+    kind = known_kind(group.pop("kind", name), KINDS, where, "annotator")
     return build(KINDS[kind], group, where + ".")
 
 
@@ -70,19 +71,10 @@ def _from_text(text: str, where: str, name: str) -> dict[str, Any]:
     kind, _, rest = text.partition(":")
     if kind not in KINDS and name in KINDS:
         kind, rest = name, text
-    main = KINDS[_known(kind, where)].main
+    main = KINDS[known_kind(kind, KINDS, where, "annotator")].main
     if rest and main is None:
         raise UserError(
             f"{where}={text}: nothing may follow the name of this kind, as its settings have names "
             f"of their own: {{kind: {kind}, NAME: VALUE}}"
         )
     return {"kind": kind, **({main: rest} if main and rest else {})}
-
-
-def _known(kind: Any, where: str) -> str:
-    if kind not in KINDS:
-        raise UserError(
-            f"{where}: {kind!r} is no kind of annotator{nearest(str(kind), list(KINDS))}: "
-            f"{', '.join(KINDS)}"
-        )
-    return str(kind)

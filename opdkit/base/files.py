@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,6 +46,15 @@ def write_whole(path: Path, text: str, errors: str = "replace") -> None:
     """
     with whole(path) as file:
         file.write(text.encode("utf-8", errors=errors))
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as JSON lines, whole or not at all, in a folder that is made where it is not there; the
+    file's name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def write_json(path: Path, value: Any) -> None:

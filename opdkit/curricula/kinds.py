@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from opdkit.base.config import build
-from opdkit.base.errors import UserError, nearest, shown
+from opdkit.base.errors import UserError, shown
+from opdkit.base.kinds import known_kind
 from opdkit.curricula.base import Plain
 from opdkit.curricula.depth import Depth
 from opdkit.curricula.entropy_length import EntropyLength
@@ -50,9 +51,4 @@ def curriculum_of(value: Any, where: str = "curriculum") -> Plain:
             f"{where} must be the name of a curriculum or a group with `kind`, not {shown(value)}: "
             f"{', '.join(KINDS)}"
         )
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise UserError(
-            f"{where}: {shown(kind)} is no kind of curriculum{nearest(str(kind), list(KINDS))}: "
-            f"{', '.join(KINDS)}"
-        )
-    return build(KINDS[kind], settings, where + ".")
+    return build(KINDS[known_kind(kind, KINDS, where, "curriculum")], settings, where + ".")

@@ -9,7 +9,8 @@ from typing import Any
 
 from opdkit.base.address import is_address
 from opdkit.base.config import build
-from opdkit.base.errors import UserError, nearest, shown
+from opdkit.base.errors import UserError, shown
+from opdkit.base.kinds import known_kind, of_text
 from opdkit.environments.calculator import CalculatorSettings
 from opdkit.environments.control import ControlSettings
 from opdkit.environments.own import OwnEnvironment
@@ -39,31 +40,19 @@ def environment_of(value: Any, where: str = "environment") -> EnvironmentSetting
     """
     if isinstance(value, EnvironmentSettings):
         return value
-    rest, settings = "", {}
+    what, own = "environment", ", or a class of your own by file.py:Class"
     if isinstance(value, Mapping):
         settings = {k: v for k, v in value.items() if k != "kind"}
         kind = value.get("kind", OwnEnvironment.kind)
         if is_address(str(kind)):
             settings, kind = {"name": kind, **settings}, OwnEnvironment.kind
-    elif isinstance(value, str):
-        kind, _, rest = value.partition(":")
-        if kind not in KINDS and is_address(value):
-            kind, rest = OwnEnvironment.kind, value
-    else:
+        return build(KINDS[known_kind(kind, KINDS, where, what, own)], settings, where + ".")
+    if not isinstance(value, str):
         raise UserError(
             f"{where} must be the name of a kind, file.py:Class or a group with `kind`, not "
             f"{shown(value)}"
         )
-    if kind not in KINDS:
-        raise UserError(
-            f"{where}: {kind!r} is no kind of environment{nearest(str(kind), list(KINDS))}: "
-            f"{', '.join(KINDS)}, or a class of your own by file.py:Class"
-        )
-    if rest:
-        settings = KINDS[kind].from_text(rest)
-        if not settings:
-            raise UserError(
-                f"{where}={value}: nothing may follow the name of this kind, as its settings have "
-                f"names of their own: {{kind: {kind}, NAME: VALUE}}"
-            )
-    return build(KINDS[kind], settings, where + ".")
+    kind, _, rest = value.partition(":")
+    if kind not in KINDS and is_address(value):
+        kind, rest = OwnEnvironment.kind, value
+    return of_text(KINDS, known_kind(kind, KINDS, where, what, own), rest, where, value)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opdkit.base.files import write_json, write_whole
+from opdkit.base.files import write_json, write_rows
 from opdkit.base.lock import locked
 from opdkit.base.progress import progress
 from opdkit.methods.method import as_method
@@ -20,7 +20,6 @@ from opdkit.report import write_report
 from opdkit.run.launch import execute
 from opdkit.run.settings import make_run
 from opdkit.train import checkpoint as checkpoints
-from opdkit.types import DataRow
 
 HELD_OUT = 512  # problems of the evaluation
 OPD: dict[str, Any] = {
@@ -52,8 +51,8 @@ def quickstart(out: Path, *, seed: int = 0, method: str = "opd") -> dict[str, An
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     asked = OPD["steps"] * OPD["prompts_per_step"]
-    train = _write(out / "data" / "train.jsonl", arithmetic.problems(asked, seed + 1))
-    test = _write(out / "data" / "test.jsonl", arithmetic.problems(HELD_OUT, seed, held=True))
+    train = write_rows(out / "data" / "train.jsonl", arithmetic.problems(asked, seed + 1))
+    test = write_rows(out / "data" / "test.jsonl", arithmetic.problems(HELD_OUT, seed, held=True))
     run = make_run(
         {
             "student": str(out / "models" / "student"),
@@ -111,8 +110,8 @@ def recipe(folder: Path = WORLD) -> dict[str, Any]:
 def make(folder: Path = WORLD) -> None:
     """What `recipe` refers to, unless it is there already."""
     tokenizer = arithmetic.tokenizer()
-    _write(folder / "data" / "train.jsonl", arithmetic.problems(8192, 1))
-    _write(folder / "data" / "test.jsonl", arithmetic.problems(256, 0, held=True))
+    write_rows(folder / "data" / "train.jsonl", arithmetic.problems(8192, 1))
+    write_rows(folder / "data" / "test.jsonl", arithmetic.problems(256, 0, held=True))
     for size in ("teacher", "student"):
         place = folder / "models" / size
         if not place.exists():
@@ -126,9 +125,3 @@ def _trained(size: str, tokenizer: Any, seed: int) -> Any:
     """A model trained from scratch, with its progress."""
     with progress(f"Training the {size}", total=arithmetic.SIZES[size].steps, unit="steps") as tick:
         return arithmetic.start(size, tokenizer, seed, lambda step, loss: tick(step))
-
-
-def _write(path: Path, rows: list[DataRow]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)

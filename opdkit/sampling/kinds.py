@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from opdkit.base.config import build
-from opdkit.base.errors import UserError, nearest
+from opdkit.base.errors import UserError
+from opdkit.base.kinds import known_kind, of_text
 from opdkit.sampling.hf_settings import HfSettings
 from opdkit.sampling.server import ServerSettings
 from opdkit.sampling.settings import SamplerSettings
@@ -24,27 +25,14 @@ KINDS: dict[str, type[SamplerSettings]] = {
 
 def sampler_of(value: Any, where: str = "sampler") -> SamplerSettings:
     """A sampler from what a run says: hf, vllm, server:URL[,URL], a URL, or a group with `kind`."""
-    rest = ""
     if isinstance(value, Mapping):
-        kind, settings = value.get("kind"), {k: v for k, v in value.items() if k != "kind"}
-    elif isinstance(value, str):
-        text = "server:" + value if value.startswith(("http://", "https://")) else value
-        kind, _, rest = text.partition(":")
-        settings = {}
-    else:
+        kind = known_kind(value.get("kind"), KINDS, where, "sampler")
+        settings = {k: v for k, v in value.items() if k != "kind"}
+        return build(KINDS[kind], settings, where + ".")
+    if not isinstance(value, str):
         raise UserError(
             f"{where} must be hf, vllm, server:URL or a group with `kind`, not {value!r}"
         )
-    if kind not in KINDS:
-        raise UserError(
-            f"{where}: {kind!r} is no kind of sampler{nearest(str(kind), list(KINDS))}: "
-            f"{', '.join(KINDS)}"
-        )
-    if rest:
-        settings = KINDS[kind].from_text(rest)
-        if not settings:
-            raise UserError(
-                f"{where}={value}: nothing may follow the name of this kind, as its settings have "
-                f"names of their own: {{kind: {kind}, NAME: VALUE}}"
-            )
-    return build(KINDS[kind], settings, where + ".")
+    text = "server:" + value if value.startswith(("http://", "https://")) else value
+    kind, _, rest = text.partition(":")
+    return of_text(KINDS, known_kind(kind, KINDS, where, "sampler"), rest, where, value)
