@@ -40,7 +40,6 @@ class SelfTeacher(Teacher):
     kind = "self"
     main = "weights"
     alone = True
-    reads_spans = False
     weights: str = "fixed"
     rate: float | None = None
     every: int | None = None

@@ -102,9 +102,9 @@ class Viewed:
 
     def tokens(self, row: DataRow) -> list[int]:
         """The ids of a prompt; those of what has been asked before are remembered."""
-        key = f"{row.get('id')} {row['prompt']!r}"
-        if self.view.late:
+        if self.view.late:  # another text each time
             return self.render(row)
+        key = f"{row.get('id')} {row['prompt']!r}"
         if key not in self.known:
             self.known[key] = self.render(row)
         return self.known[key]
