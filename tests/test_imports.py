@@ -27,6 +27,7 @@ LAYERS = {  # each room and the rooms that it may import, all of them above it h
     "objective": "base types",
     "curricula": "base types objective",
     "methods": "base objective curricula",
+    "neighbours": "base objective",
     "models": "base types objective",
     "rewards": "base types models",
     "data": "base types models rewards",
@@ -42,7 +43,7 @@ LAYERS = {  # each room and the rooms that it may import, all of them above it h
     "recipes": "base types methods report train run",
     "study": "base methods rewards eval report train run recipes",
     "testing": "base types objective methods",
-    "cli": "base types methods teachers environments report run recipes study testing",
+    "cli": "base types methods neighbours teachers environments report run recipes study testing",
     "__main__": "cli",
 }
 MATHEMATICS = ("types", "objective", "curricula", "methods", "testing")

@@ -17,6 +17,19 @@ from opdkit.objective.companion import (
 )
 from opdkit.objective.copies import Ema, StudentCopy
 from opdkit.objective.critic import Value, ValueFact, ValueHead, ValueLoss
+from opdkit.objective.divergences import (
+    JSD,
+    Alpha,
+    Chi2,
+    ForwardKL,
+    Hellinger2,
+    Kind,
+    ReverseChi2,
+    ReverseKL,
+    SkewForward,
+    SkewReverse,
+    TotalVariation,
+)
 from opdkit.objective.facts import (
     Chunk,
     ColumnFact,
@@ -36,6 +49,7 @@ from opdkit.objective.losses import (
     Bounds,
     Clipped,
     Divergence,
+    EntropyBonus,
     Estimator,
     Likelihood,
     Outer,
@@ -47,18 +61,6 @@ from opdkit.objective.losses import (
     natural_support,
     ratio,
     refuse_constant,
-)
-from opdkit.objective.maths import (
-    JSD,
-    Alpha,
-    Chi2,
-    ForwardKL,
-    Hellinger2,
-    Kind,
-    ReverseKL,
-    SkewForward,
-    SkewReverse,
-    TotalVariation,
 )
 from opdkit.objective.plan import PlannedTerm, StepPlan
 from opdkit.objective.ratio_layer import policy_gradient
@@ -77,6 +79,7 @@ from opdkit.objective.signals import (
     Logp,
     LogRatio,
     Mark,
+    Marked,
     MeanOne,
     PassRate,
     Progress,
@@ -115,6 +118,7 @@ __all__ = [
     "Early",
     "Ema",
     "Entropy",
+    "EntropyBonus",
     "EntropyFact",
     "Estimator",
     "Exp",
@@ -137,6 +141,7 @@ __all__ = [
     "LogpFact",
     "Loss",
     "Mark",
+    "Marked",
     "MeanOne",
     "MissingFact",
     "Noted",
@@ -152,6 +157,7 @@ __all__ = [
     "RankDistance",
     "RatioWeighted",
     "Reinforce",
+    "ReverseChi2",
     "ReverseKL",
     "Reward",
     "RolloutLoss",

@@ -270,7 +270,7 @@ class EntropyFact(Fact):
 class GapFact(Fact):
     """[B, T]: a divergence between two models over the whole vocabulary.
 
-    `kind` is a `maths.Kind`.
+    `kind` is a `Kind`.
     """
 
     kind: Hashable

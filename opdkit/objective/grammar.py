@@ -105,7 +105,8 @@ class RolloutLoss(Loss):
 
 # -------------------------------------------------------------------------------------------- terms
 
-DENOMINATORS = ("tokens", "own", "rows", "own_rows", "row_sums", "limit")
+DENOMINATORS = ("tokens", "own", "rows", "own_rows", "row_sums", "own_row_sums", "limit")
+OWN = ("own", "own_rows", "own_row_sums")  # those that count what the term selects
 LIMIT = Sampling.max_completion_length  # of "limit" where there is no run
 
 
@@ -117,13 +118,13 @@ class Term:
     by: what the whole objective is multiplied by from outside, such as another method's weight.
     denominator: "tokens" all of these tokens of the optimiser step; "own" those that `weight`
     selects; "rows" mean over each rollout's tokens, then over rollouts; "own_rows" the same over
-    those of them that `weight` selects; "row_sums" sum over tokens, mean over rollouts; a number L:
-    rollouts * L; "limit" the same with the run's max_completion_length (`algebra.within`). Default:
-    "tokens", of a loss over rollouts "row_sums".
-    authors: who wrote the tokens that the loss is about, and which are counted: "student",
-    "guide", "data", "environment". Default: the student, those whose marks ("guided", "given",
-    "tool") the weight names, and who else writes for the method that the term is in, as its
-    curriculum says.
+    those of them that `weight` selects; "row_sums" sum over tokens, mean over rollouts;
+    "own_row_sums" the same over the rollouts of which it selects a token; a number L: rollouts * L;
+    "limit" the same with the run's max_completion_length (`algebra.within`). Default: "tokens", of
+    a loss over rollouts "row_sums".
+    authors: who wrote the tokens that the loss is about, and which are counted: "student", "guide",
+    "data", "environment". Default: the student, those whose marks ("guided", "given", "tool") the
+    weight names, and who else writes for the method that the term is in, as its curriculum says.
     """
 
     loss: Loss
@@ -164,7 +165,7 @@ class Term:
 
     def times(self, weight: Signal) -> Term:
         """This term times a signal from outside, which it does not count as its selection."""
-        if self.denominator in ("own", "own_rows"):
+        if self.denominator in OWN:
             return replace(self, by=(*self.by, weight))
         return self * weight
 
@@ -211,6 +212,8 @@ class Term:
             count = (chosen != 0).sum(1, keepdim=True).clamp_min(1) * rows
         elif self.denominator == "row_sums":
             count = rows
+        elif self.denominator == "own_row_sums":
+            count = (chosen != 0).any(1).sum()
         else:
             count = rows * (LIMIT if self.denominator == "limit" else int(self.denominator))
         return count.clamp_min(1).to(chosen.dtype)

@@ -10,12 +10,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from opdkit.objective import kernels, maths
+from opdkit.objective import divergences, kernels, maths
 from opdkit.objective.batch import Batch, Live
+from opdkit.objective.divergences import (
+    ForwardKL,
+    Kind,
+    ReverseKL,
+    SkewForward,
+    SkewReverse,
+    kind_of,
+)
 from opdkit.objective.facts import LogpFact
 from opdkit.objective.formula import Const, Signal
 from opdkit.objective.grammar import Loss, TokenLoss, credit_of
-from opdkit.objective.maths import ForwardKL, Kind, ReverseKL, SkewForward, SkewReverse, kind_of
 from opdkit.objective.signals import depends_on_sample
 from opdkit.objective.support import Support
 
@@ -181,6 +188,18 @@ class Likelihood(TokenLoss):
 
 
 @dataclass(frozen=True)
+class EntropyBonus(TokenLoss):
+    """-H(pi_s) at the token's place, over the whole vocabulary, nats: weighed positively it keeps
+    the student undecided.
+    """
+
+    name: ClassVar[str] = "entropy_bonus"
+
+    def value(self, live: Live) -> Tensor:  # [n]
+        return -live.entropy
+
+
+@dataclass(frozen=True)
 class Estimator(TokenLoss):
     """A sampled-token estimator of KL(student || teacher), backpropagated; d = log pi_s - log pi_t.
 
@@ -272,7 +291,7 @@ class Divergence(TokenLoss):
     """A divergence between student and teacher, backpropagated through the student at a fixed
     prefix.
 
-    kind: a name or a `maths.Kind`. k and support: see `Support`; with k alone, the top k of the
+    kind: a name or a `Kind`. k and support: see `Support`; with k alone, the top k of the
     distribution the kind takes its expectation under (teacher for forward KL, student for reverse
     KL, else the union). rest: see `maths.restrict`. cap: upper bound of each vocabulary entry's
     contribution. temperature divides the logits of both, once.
@@ -310,7 +329,7 @@ class Divergence(TokenLoss):
     @property
     def name(self) -> str:  # type: ignore[override]
         kind = kind_of(self.kind)
-        return str(kind) if kind in maths.KINDS.values() else type(kind).__name__.lower()
+        return str(kind) if kind in divergences.KINDS.values() else type(kind).__name__.lower()
 
     def where(self) -> Support:
         return Support(self.support or "full", self.k, self.rest, teacher=self.teacher)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opdkit.objective.batch import Batch
+from opdkit.objective.divergences import Kind, kind_of
 from opdkit.objective.facts import (
     ColumnFact,
     EntropyFact,
@@ -22,12 +23,10 @@ from opdkit.objective.facts import (
 from opdkit.objective.formula import Signal
 from opdkit.objective.kernels import divergence_on_support
 from opdkit.objective.maths import (
-    Kind,
     group_index,
     group_means,
     group_softmax,
     keyed_uniform,
-    kind_of,
     masked_mean,
     masked_quantile,
     row_mean,
@@ -155,6 +154,20 @@ class Mark(Signal):
 
     def value(self, batch: Batch) -> Tensor:  # [B, T] bool
         return batch.mark(self.name)
+
+    @property
+    def marks(self) -> frozenset[str]:
+        return frozenset({self.name})
+
+
+@dataclass(frozen=True)
+class Marked(Signal):
+    """[B, 1] bool: the rollouts in which a token carries a mark, whoever wrote it."""
+
+    name: str
+
+    def value(self, batch: Batch) -> Tensor:  # [B, 1] bool
+        return batch.mark(self.name).any(1, keepdim=True)
 
     @property
     def marks(self) -> frozenset[str]:
@@ -389,7 +402,7 @@ def depends_on_sample(signal: Any) -> bool:
 
     One that does not carries no gradient on average as a credit.
     """
-    if isinstance(signal, (Logp, LogRatio, Reward, Correct, Mark, Row, Advantage)):
+    if isinstance(signal, (Logp, LogRatio, Reward, Correct, Mark, Marked, Row, Advantage)):
         return True
     if isinstance(signal, (Gap, Entropy, Progress)):
         return False

@@ -15,10 +15,10 @@ from torch import Tensor
 from opdkit.objective import kernels
 from opdkit.objective.alignment import LOG_FLOOR, MERGES, Pair, SpanFact, countdown, token_logp
 from opdkit.objective.batch import Batch, Live
+from opdkit.objective.divergences import JSD, Kind
 from opdkit.objective.grammar import TokenLoss
 from opdkit.objective.kernels import Vocabulary
 from opdkit.objective.kernels.paired import Match, by_rank, by_token, compare
-from opdkit.objective.maths import JSD, Kind
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from opdkit.objective.batch import Batch
+from opdkit.objective.divergences import ReverseKL
 from opdkit.objective.facts import EntropyFact, Fact, GapFact, LogpFact
 from opdkit.objective.formula import Const
-from opdkit.objective.maths import ReverseKL
 from opdkit.objective.plan import StepPlan
 
 QUANTILES = {"p01": 0.01, "p05": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99}

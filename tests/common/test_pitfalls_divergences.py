@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from opdkit.methods.method import load
+from opdkit.objective.divergences import JSD, KINDS, ForwardKL, ReverseKL, divergence
 from opdkit.objective.losses import Divergence
-from opdkit.objective.maths import JSD, KINDS, ForwardKL, ReverseKL, divergence
 from opdkit.testing import evaluate, fabricate
 from tests.common.toy import FORWARD, REVERSE, Z_S, Z_T, P, Q
 from tests.methods.toy import close, tokens

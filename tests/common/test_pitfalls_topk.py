@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from opdkit.objective.batch import Batch, Live
+from opdkit.objective.divergences import KINDS
 from opdkit.objective.facts import LogpAtFact, TopFact
 from opdkit.objective.grammar import Objective
 from opdkit.objective.losses import Divergence
-from opdkit.objective.maths import KINDS, left_over, restrict
+from opdkit.objective.maths import left_over, restrict
 from opdkit.objective.support import Support
 from opdkit.testing import Case, Evaluation, evaluate
 from tests.methods.toy import close, logits, numbers, tokens

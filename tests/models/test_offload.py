@@ -21,8 +21,8 @@ from opdkit.models.layout import Layout
 from opdkit.models.load import load_model
 from opdkit.models.offload import Offloaded
 from opdkit.models.quantize import tensor_slots
+from opdkit.objective.divergences import ReverseKL
 from opdkit.objective.facts import GapFact, LogpFact
-from opdkit.objective.maths import ReverseKL
 from opdkit.objective.needs import Needs
 from opdkit.run.launch import execute
 from opdkit.run.open import Given

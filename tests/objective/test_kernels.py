@@ -17,11 +17,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from opdkit.objective import kernels, maths
-from opdkit.objective.kernels import Vocabulary, vocabulary
-from opdkit.objective.kernels.formula import formula
-from opdkit.objective.losses import Divergence
-from opdkit.objective.maths import (
+from opdkit.objective import divergences, kernels
+from opdkit.objective.divergences import (
     JSD,
     Alpha,
     ForwardKL,
@@ -32,6 +29,9 @@ from opdkit.objective.maths import (
     SkewReverse,
     TotalVariation,
 )
+from opdkit.objective.kernels import Vocabulary, vocabulary
+from opdkit.objective.kernels.formula import formula
+from opdkit.objective.losses import Divergence
 from opdkit.testing import evaluate
 from tests.common.rounding import rounding
 
@@ -74,7 +74,7 @@ def logits(dtype, device="cpu"):
 
 def plain(kind, z, y, temperature=1.0, cap=None):
     """Autograd through everything."""
-    return maths.divergence(
+    return divergences.divergence(
         kind, (z / temperature).log_softmax(-1), (y / temperature).log_softmax(-1), cap
     )
 

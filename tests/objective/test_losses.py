@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from opdkit.objective import maths
+from opdkit.objective import divergences, maths
+from opdkit.objective.divergences import JSD, Alpha, Kind, SkewForward, SkewReverse
 from opdkit.objective.kernels import divergence_on_support
 from opdkit.objective.kernels.formula import formula
 from opdkit.objective.losses import (
@@ -21,7 +22,6 @@ from opdkit.objective.losses import (
     PolicyGradient,
     RatioWeighted,
 )
-from opdkit.objective.maths import JSD, Alpha, Kind, SkewForward, SkewReverse
 from opdkit.objective.signals import Gap, Logp, LogRatio
 from opdkit.objective.support import Support
 from opdkit.testing import evaluate
@@ -267,7 +267,12 @@ def test_models_that_agree_have_no_loss_and_no_gradient(support, rest, cap, dtyp
     z = 3 * torch.randn(2, 5, 60, generator=g)
     z[0, 0, 5], z[0, 1], z[1, 1, 7:40] = 30.0, 20 * z[0, 1], -torch.inf
     z, at = z.to(dtype), torch.randint(5, (2, 5), generator=g)
-    for kind in (*maths.KINDS.values(), JSD(0.1), JSD(0.3, normalised=True), SkewForward(0.5)):
+    for kind in (
+        *divergences.KINDS.values(),
+        JSD(0.1),
+        JSD(0.3, normalised=True),
+        SkewForward(0.5),
+    ):
         for temperature in (1.0, 2.0) if rest == "renormalise" or support == "full" else (1.0,):
             k = None if support == "full" else 4
             loss = Divergence(kind, k, support, rest, cap, temperature)
@@ -283,15 +288,20 @@ def test_models_that_agree_have_no_loss_and_no_gradient(support, rest, cap, dtyp
 @pytest.mark.parametrize("rest", ["raw", "renormalise", "target", "tail"])
 @pytest.mark.parametrize("cap", [None, 0.02])
 def test_a_divergence_on_a_support_is_its_definition(rest, cap):
-    """Value and gradient are those of autograd through `maths.divergence`, the plain definition."""
+    """Value and gradient are those of autograd through `divergences.divergence`, the definition."""
     g = torch.Generator().manual_seed(1)
     z, y = (2 * torch.randn(3, 9, generator=g, dtype=torch.float64) for _ in range(2))
     z[1, 2], y[2, 4] = -torch.inf, -torch.inf
     leaf, where = z.clone().requires_grad_(), Support("teacher", 9, rest)
     ls, lt = maths.restrict(leaf.log_softmax(-1)[:, :6], y.log_softmax(-1)[:, :6], rest)
-    for kind in (*maths.KINDS.values(), JSD(0.1), JSD(0.3, normalised=True), SkewForward(0.5)):
+    for kind in (
+        *divergences.KINDS.values(),
+        JSD(0.1),
+        JSD(0.3, normalised=True),
+        SkewForward(0.5),
+    ):
         ours = divergence_on_support(kind, ls, lt, cap, where.whole)
-        plain = maths.divergence(kind, ls, lt, cap)
+        plain = divergences.divergence(kind, ls, lt, cap)
         slopes = [
             torch.autograd.grad(x.sum(), leaf, retain_graph=True)[0].nan_to_num()
             for x in (ours, plain)

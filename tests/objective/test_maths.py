@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from opdkit.objective.maths import (
+from opdkit.objective.divergences import (
     JSD,
     KINDS,
     Alpha,
@@ -18,15 +18,17 @@ from opdkit.objective.maths import (
     ReverseKL,
     SkewForward,
     SkewReverse,
-    deviations,
     divergence,
+    kind_of,
+)
+from opdkit.objective.maths import (
+    deviations,
     group_means,
     group_softmax,
     k1,
     k2,
     k3,
     keyed_uniform,
-    kind_of,
     masked_mean,
     masked_quantile,
     normalise,

@@ -12,6 +12,7 @@ import torch
 
 from opdkit.methods.method import load
 from opdkit.objective.batch import Batch
+from opdkit.objective.divergences import ReverseKL
 from opdkit.objective.facts import (
     ColumnFact,
     EntropyFact,
@@ -26,7 +27,6 @@ from opdkit.objective.formula import Signal
 from opdkit.objective.grammar import Objective
 from opdkit.objective.head import Head, Source, flat_positions
 from opdkit.objective.losses import Divergence, Likelihood, PolicyGradient
-from opdkit.objective.maths import ReverseKL
 from opdkit.objective.needs import Needs, needs
 from opdkit.objective.signals import Entropy, Gap, LogRatio, Mark, Reward, Row
 from opdkit.objective.supply import supply

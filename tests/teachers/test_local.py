@@ -13,9 +13,9 @@ import torch
 from opdkit import UserError
 from opdkit.models.body import head_of
 from opdkit.models.layout import Layout
+from opdkit.objective.divergences import ReverseKL
 from opdkit.objective.facts import EntropyFact, Fact, GapFact, LogpFact, TopFact
 from opdkit.objective.head import flat_positions
-from opdkit.objective.maths import ReverseKL
 from opdkit.objective.needs import Needs
 from opdkit.teachers import LocalModel, Routed, route
 from opdkit.train.gather import collate, gather

@@ -30,6 +30,7 @@ from opdkit.models.engines import endpoint
 from opdkit.models.engines.endpoint import Endpoint, Refused
 from opdkit.models.layout import Layout
 from opdkit.models.tokenizers import real_vocabulary
+from opdkit.objective.divergences import JSD, ReverseKL
 from opdkit.objective.facts import (
     EntropyFact,
     Fact,
@@ -39,7 +40,6 @@ from opdkit.objective.facts import (
     TopFact,
     VocabularyFact,
 )
-from opdkit.objective.maths import JSD, ReverseKL
 from opdkit.objective.needs import Needs
 from opdkit.teachers import LocalModel, Routed, client_serve, protocol, service
 from opdkit.teachers.base import cut, heads_of

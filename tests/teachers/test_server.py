@@ -14,6 +14,7 @@ import torch
 from opdkit import UserError
 from opdkit.models.body import head_of
 from opdkit.models.layout import Layout
+from opdkit.objective.divergences import ReverseKL
 from opdkit.objective.facts import (
     EntropyFact,
     Fact,
@@ -24,7 +25,6 @@ from opdkit.objective.facts import (
     VocabularyFact,
 )
 from opdkit.objective.head import flat_positions
-from opdkit.objective.maths import ReverseKL
 from opdkit.objective.needs import Needs
 from opdkit.teachers import LocalModel, RoutedRemote, vllm_sglang
 from opdkit.teachers.context import TeacherContext

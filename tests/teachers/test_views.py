@@ -16,8 +16,8 @@ from opdkit.data import Prompts
 from opdkit.data.views import View, view_of
 from opdkit.models.body import head_of
 from opdkit.models.layout import Layout
+from opdkit.objective.divergences import ForwardKL, ReverseKL
 from opdkit.objective.facts import EntropyFact, GapFact, LogpAtFact, LogpFact, TopFact
-from opdkit.objective.maths import ForwardKL, ReverseKL
 from opdkit.objective.needs import Needs
 from opdkit.teachers import LocalModel
 from opdkit.teachers.kinds import teacher_of

@@ -13,10 +13,10 @@ import torch
 from opdkit.methods.method import load
 from opdkit.models.load import load_model, load_tokenizer
 from opdkit.objective.batch import Batch
+from opdkit.objective.divergences import ReverseKL
 from opdkit.objective.facts import ColumnFact, EntropyFact, GapFact, LogpAtFact, LogpFact, TopFact
 from opdkit.objective.grammar import Objective
 from opdkit.objective.head import flat_positions, learn
-from opdkit.objective.maths import ReverseKL
 from opdkit.run.launch import distill
 from opdkit.testing import fabricate
 from opdkit.train import diagnostics

@@ -15,10 +15,10 @@ from opdkit import UserError, load
 from opdkit.methods.method import Method
 from opdkit.models.body import head_of
 from opdkit.models.layout import Layout, grouped, pass_tokens
+from opdkit.objective.divergences import ReverseKL
 from opdkit.objective.facts import ColumnFact, EntropyFact, Fact, GapFact, LogpAtFact, LogpFact
 from opdkit.objective.grammar import Objective
 from opdkit.objective.head import flat_positions, learn
-from opdkit.objective.maths import ReverseKL
 from opdkit.objective.needs import Needs
 from opdkit.objective.signals import Entropy, Row
 from opdkit.teachers import LocalModel

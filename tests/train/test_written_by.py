@@ -111,8 +111,8 @@ def test_data_text_that_is_asked_for_is_as_if_drawn_and_leaves_others_as_they_ar
 
 def test_where_the_student_runs_anyway_it_says_all_of_it(student: Counting) -> None:
     """Numbers of one pass, not of two engines."""
+    from opdkit.objective.divergences import ReverseKL
     from opdkit.objective.facts import GapFact
-    from opdkit.objective.maths import ReverseKL
 
     rows = mixed()
     batch = facts(rows, student, [*READ, GapFact(ReverseKL(), "student", "teacher")])

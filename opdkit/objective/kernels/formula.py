@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdkit.objective import maths
-from opdkit.objective.maths import JSD, ForwardKL, Kind, ReverseKL, SkewForward, SkewReverse
+from opdkit.objective import divergences, maths
+from opdkit.objective.divergences import JSD, ForwardKL, Kind, ReverseKL, SkewForward, SkewReverse
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ def _to_mixture(
 def divergence_on_support(
     kind: Kind, ls: Tensor, lt: Tensor, cap: float | None = None, whole: bool = False
 ) -> Tensor:
-    """[...]: `maths.divergence` of log-probs ls, lt [..., K], gradient the student's.
+    """[...]: `divergences.divergence` of log-probs ls, lt [..., K], gradient the student's.
 
     `whole`: both sum to one over the last dimension, so that the slope may lack a multiple of p.
     Then models that agree have no gradient, to the bit.
     """
     form = formula(kind)
     if form is None:
-        return maths.divergence(kind, ls, lt, cap)
+        return divergences.divergence(kind, ls, lt, cap)
     return _OnSupport.apply(ls, lt, form, cap, whole).sum(-1)
 
 

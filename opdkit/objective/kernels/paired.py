@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from opdkit.objective.divergences import Kind
 from opdkit.objective.kernels.vocabulary import blocks
-from opdkit.objective.maths import Kind
 
 FLOOR = 1e-8  # least probability whose logarithm is taken
 # of the type's rounding error, relative to the larger: two probabilities closer than that are tied

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdkit.objective import maths
+from opdkit.objective import divergences
+from opdkit.objective.divergences import Kind
 from opdkit.objective.kernels.formula import Formula, derived, formula
-from opdkit.objective.maths import Kind
 
 BLOCK_ENTRIES = 1 << 17  # of one block on one CPU core: 512 KiB in float32
 # stands for -inf below the highest logit of a row: its exponential is zero, and zero times it is
@@ -73,7 +73,7 @@ def divergence(
     temperature: float = 1.0,
     cap: float | None = None,
 ) -> Tensor:
-    """[n]: `maths.divergence` of the log-probs of student and teacher, logits over `temperature`.
+    """[n]: `divergences.divergence` of student and teacher, logits over `temperature`.
 
     The gradient is the student's.
     """
@@ -224,7 +224,7 @@ def _taken(rule: Rule, ls: Tensor, lt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     autograd.
     """
     with torch.enable_grad():
-        value = maths.divergence(rule.kind, ls.requires_grad_(), lt, rule.cap)
+        value = divergences.divergence(rule.kind, ls.requires_grad_(), lt, rule.cap)
         slope = (
             torch.autograd.grad(value.sum(), ls)[0] if value.requires_grad else torch.zeros_like(ls)
         )
