@@ -105,6 +105,7 @@ FAMILIES: dict[str, Family] = {
         {
             "grpo": "opdkit.methods.grpo:grpo",
             "dgpo": "opdkit.methods.dgpo:dgpo",
+            "gtpo": "opdkit.methods.gtpo:gtpo",
         },
     ),
     "preferences": Family(
