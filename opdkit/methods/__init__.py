@@ -106,6 +106,7 @@ FAMILIES: dict[str, Family] = {
             "grpo": "opdkit.methods.grpo:grpo",
             "dgpo": "opdkit.methods.dgpo:dgpo",
             "gtpo": "opdkit.methods.gtpo:gtpo",
+            "dmpo": "opdkit.methods.dmpo:dmpo",
         },
     ),
     "preferences": Family(
