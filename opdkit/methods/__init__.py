@@ -107,6 +107,7 @@ FAMILIES: dict[str, Family] = {
             "dgpo": "opdkit.methods.dgpo:dgpo",
             "gtpo": "opdkit.methods.gtpo:gtpo",
             "dmpo": "opdkit.methods.dmpo:dmpo",
+            "rapo": "opdkit.methods.rapo:rapo",
         },
     ),
     "preferences": Family(
