@@ -108,6 +108,8 @@ FAMILIES: dict[str, Family] = {
             "gtpo": "opdkit.methods.gtpo:gtpo",
             "dmpo": "opdkit.methods.dmpo:dmpo",
             "rapo": "opdkit.methods.rapo:rapo",
+            "apo": "opdkit.methods.apo:apo",
+            "fg_expo": "opdkit.methods.fg_expo:fg_expo",
         },
     ),
     "preferences": Family(
