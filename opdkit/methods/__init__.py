@@ -104,6 +104,10 @@ FAMILIES: dict[str, Family] = {
         "Rewards alone, with a reference that the student stays near.",
         {
             "grpo": "opdkit.methods.grpo:grpo",
+            "dgpo": "opdkit.methods.dgpo:dgpo",
+            "gtpo": "opdkit.methods.gtpo:gtpo",
+            "dmpo": "opdkit.methods.dmpo:dmpo",
+            "rapo": "opdkit.methods.rapo:rapo",
         },
     ),
     "preferences": Family(

@@ -105,7 +105,16 @@ class RolloutLoss(Loss):
 
 # -------------------------------------------------------------------------------------------- terms
 
-DENOMINATORS = ("tokens", "own", "rows", "own_rows", "row_sums", "own_row_sums", "limit")
+DENOMINATORS = (
+    "tokens",
+    "own",
+    "rows",
+    "own_rows",
+    "row_means",
+    "row_sums",
+    "own_row_sums",
+    "limit",
+)
 OWN = ("own", "own_rows", "own_row_sums")  # those that count what the term selects
 LIMIT = Sampling.max_completion_length  # of "limit" where there is no run
 
@@ -118,7 +127,8 @@ class Term:
     by: what the whole objective is multiplied by from outside, such as another method's weight.
     denominator: "tokens" all of these tokens of the optimiser step; "own" those that `weight`
     selects; "rows" mean over each rollout's tokens, then over rollouts; "own_rows" the same over
-    those of them that `weight` selects; "row_sums" sum over tokens, mean over rollouts;
+    those of them that `weight` selects; "row_means" mean over each rollout's tokens, sum over
+    rollouts; "row_sums" sum over tokens, mean over rollouts;
     "own_row_sums" the same over the rollouts of which it selects a token; a number L: rollouts * L;
     "limit" the same with the run's max_completion_length (`algebra.within`). Default: "tokens", of
     a loss over rollouts "row_sums".
@@ -210,6 +220,8 @@ class Term:
             count = lengths.clamp_min(1) * rows
         elif self.denominator == "own_rows":
             count = (chosen != 0).sum(1, keepdim=True).clamp_min(1) * rows
+        elif self.denominator == "row_means":
+            count = lengths
         elif self.denominator == "row_sums":
             count = rows
         elif self.denominator == "own_row_sums":

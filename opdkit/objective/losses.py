@@ -113,7 +113,7 @@ class Bounds(Loss):
     @property
     def outer(self) -> Signal:
         """[B, T], or [B, 1] of a loss over rollouts."""
-        same = self.base == "student"
+        same = self.base in ("student", "live")
         return Const(1) if same else Outer(self.base, self.cap, self.over_rollouts)
 
 
