@@ -64,6 +64,7 @@ from opdkit.objective.losses import (
 )
 from opdkit.objective.plan import PlannedTerm, StepPlan
 from opdkit.objective.ratio_layer import policy_gradient
+from opdkit.objective.regions import DivergenceMask, Region, Smooth
 from opdkit.objective.signals import (
     Advantage,
     Ceiling,
@@ -114,6 +115,7 @@ __all__ = [
     "Const",
     "Correct",
     "Divergence",
+    "DivergenceMask",
     "Draw",
     "Early",
     "Ema",
@@ -156,6 +158,7 @@ __all__ = [
     "Quantile",
     "RankDistance",
     "RatioWeighted",
+    "Region",
     "Reinforce",
     "ReverseChi2",
     "ReverseKL",
@@ -167,6 +170,7 @@ __all__ = [
     "Signal",
     "SkewForward",
     "SkewReverse",
+    "Smooth",
     "SpanFact",
     "SpanLoss",
     "StepPlan",

@@ -115,6 +115,8 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
             dtype=torch.promote_types(torch.float32, student.parameters[0].dtype),
         )
     parts = _optimiser_steps(job, rollouts, step)
+    if len(parts) > 1:  # hidden states stay as they were found, and so must what they meet
+        batch.still([*student.parameters, *job.companions.tensors])
     student.expect(len(parts), step, job.length.expected_steps(replace(state, step=step + 1)))
     record = job.recorder.start(step, job.objective.names)
     with clock("learn"):
