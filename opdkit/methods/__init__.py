@@ -104,6 +104,8 @@ FAMILIES: dict[str, Family] = {
         "Rewards alone, with a reference that the student stays near.",
         {
             "grpo": "opdkit.methods.grpo:grpo",
+            "dph_rl": "opdkit.methods.dph_rl:dph_rl",
+            "remix": "opdkit.methods.remix:remix",
         },
     ),
     "preferences": Family(

@@ -15,7 +15,7 @@ from opdkit.objective.companion import (
     Stepped,
     Trained,
 )
-from opdkit.objective.copies import Ema, StudentCopy
+from opdkit.objective.copies import Ema, Previous, Snapshot, StudentCopy
 from opdkit.objective.critic import Value, ValueFact, ValueHead, ValueLoss
 from opdkit.objective.divergences import (
     JSD,
@@ -152,6 +152,7 @@ __all__ = [
     "PassRate",
     "PlannedTerm",
     "PolicyGradient",
+    "Previous",
     "Progress",
     "Quantile",
     "RankDistance",
@@ -167,6 +168,7 @@ __all__ = [
     "Signal",
     "SkewForward",
     "SkewReverse",
+    "Snapshot",
     "SpanFact",
     "SpanLoss",
     "StepPlan",
