@@ -108,6 +108,8 @@ FAMILIES: dict[str, Family] = {
             "gtpo": "opdkit.methods.gtpo:gtpo",
             "dmpo": "opdkit.methods.dmpo:dmpo",
             "rapo": "opdkit.methods.rapo:rapo",
+            "dph_rl": "opdkit.methods.dph_rl:dph_rl",
+            "remix": "opdkit.methods.remix:remix",
         },
     ),
     "preferences": Family(

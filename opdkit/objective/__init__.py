@@ -15,7 +15,7 @@ from opdkit.objective.companion import (
     Stepped,
     Trained,
 )
-from opdkit.objective.copies import Ema, StudentCopy
+from opdkit.objective.copies import Ema, Previous, Snapshot, StudentCopy
 from opdkit.objective.critic import Value, ValueFact, ValueHead, ValueLoss
 from opdkit.objective.divergences import (
     JSD,
@@ -154,6 +154,7 @@ __all__ = [
     "PassRate",
     "PlannedTerm",
     "PolicyGradient",
+    "Previous",
     "Progress",
     "Quantile",
     "RankDistance",
@@ -171,6 +172,7 @@ __all__ = [
     "SkewForward",
     "SkewReverse",
     "Smooth",
+    "Snapshot",
     "SpanFact",
     "SpanLoss",
     "StepPlan",

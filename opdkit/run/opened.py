@@ -56,7 +56,7 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
         base,
         run.optim,
         run.learning_rate,
-        run.steps * run.optim.passes * run.optim.minibatches,
+        run.updates(method),
         run.dtype == "bfloat16",
         head_dtype=dtype_of(run.head_dtype),
         disable_dropout=run.disable_dropout,

@@ -39,7 +39,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
     elif reward is None:
         _refuse_without_reward(run, method)
     _note_one_turn(run, method)
-    _note_long_warm_up(run)
+    _note_long_warm_up(run, method)
     refuse_models(run, method)
     unknown = needs.of("sampler") - {LogpFact("sampler")}
     if unknown:
@@ -281,9 +281,9 @@ def refuse_no_response(rows: Sequence[Any]) -> None:
         )
 
 
-def _note_long_warm_up(run: Run) -> None:
+def _note_long_warm_up(run: Run, method: Method) -> None:
     """Says so where the run ends before its learning rate is what was asked for."""
-    warm, most = run.optim.warmup_steps, run.steps * run.optim.passes * run.optim.minibatches
+    warm, most = run.optim.warmup_steps, run.updates(method)
     if warm > most:
         print(
             f"opdkit: warmup_steps={warm} is more than the {most} optimiser steps that the run "

@@ -15,6 +15,7 @@ from opdkit.teachers.cached import CachedTeacher
 from opdkit.teachers.local import LocalTeacher
 from opdkit.teachers.mixture import MixtureTeacher
 from opdkit.teachers.own import SelfTeacher
+from opdkit.teachers.recorded import RecordedTeacher
 from opdkit.teachers.routed import RoutedTeacher
 from opdkit.teachers.server import ServerTeacher
 from opdkit.teachers.soup import SoupTeacher
@@ -32,6 +33,7 @@ KINDS: dict[str, type[Teacher]] = {
         MixtureTeacher,
         SoupTeacher,
         SelfTeacher,
+        RecordedTeacher,
     )
 }
 OF_SELF = frozenset(f.name for f in fields(SelfTeacher()))

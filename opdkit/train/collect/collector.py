@@ -62,21 +62,23 @@ class Collector:
         longest = min(longest, self.sampling.max_completion_length)
         return replace(self.sampling, max_completion_length=longest)
 
-    def batches(self, step: int, memory: Memory) -> Iterator[list[int]]:
-        """The prompts of a step, by index: `prompts_per_step` of them, and as many again each time
-        that filters ask for more. What is chosen is chosen among those that the step has not asked
-        yet, and among all once none is left; in a run of equal steps the same.
+    def batches(self, step: int, memory: Memory, count: int) -> Iterator[list[int]]:
+        """The prompts of a step, by index: `count` of them, and as many again each time that
+        filters ask for more. What is chosen is chosen among those that the step has not asked yet,
+        and among all once none is left; in a run of equal steps the same.
         """
-        left: list[int] = []
+        asked = self.curriculum.asked(self.questions, memory)
+        every = list(range(len(self.questions))) if asked is None else list(asked)
+        open_, left = set(every), list[int]()
         while True:
             batch: list[int] = []
-            while (missing := self.prompts_per_step - len(batch)) > 0:
-                left = left or list(range(len(self.questions)))
+            while (missing := count - len(batch)) > 0:
+                left = left or every
                 mine = [self.questions[i] for i in left]
                 chosen = self.curriculum.choose(mine, missing, step, self.seed, memory)
                 if chosen is None:
-                    batch += self.stream.take(missing)
-                    break
+                    batch += [i for i in self.stream.take(missing) if i in open_]
+                    continue
                 gone = set(chosen)
                 if not gone or len(gone) < len(chosen) or not gone <= set(range(len(left))):
                     raise UserError(
