@@ -11,6 +11,7 @@ from opdkit.curricula.frontier import Frontier
 from opdkit.curricula.kinds import curriculum_of
 from opdkit.curricula.mixed import Mixed
 from opdkit.curricula.pass_rate import PassRates
+from opdkit.curricula.preference import Preference
 from opdkit.curricula.prefix import TeacherPrefix
 from opdkit.curricula.replay import Replay
 from opdkit.curricula.several import Several
@@ -28,6 +29,7 @@ __all__ = [
     "Mixed",
     "PassRates",
     "Plain",
+    "Preference",
     "Replay",
     "Several",
     "StepContext",

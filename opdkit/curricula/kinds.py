@@ -17,6 +17,7 @@ from opdkit.curricula.every_turn import EveryTurn
 from opdkit.curricula.frontier import Frontier
 from opdkit.curricula.mixed import Mixed
 from opdkit.curricula.pass_rate import PassRates
+from opdkit.curricula.preference import Preference
 from opdkit.curricula.prefix import TeacherPrefix
 from opdkit.curricula.replay import Replay
 
@@ -32,6 +33,7 @@ KINDS: dict[str, type[Plain]] = {
         Mixed,
         PassRates,
         EveryTurn,
+        Preference,
     )
 }
 

@@ -109,7 +109,9 @@ FAMILIES: dict[str, Family] = {
     "preferences": Family(
         "preferences",
         "Pairs of responses, of which one is preferred.",
-        {},
+        {
+            "f_dpo": "opdkit.methods.f_dpo:f_dpo",
+        },
     ),
     "distances": Family(
         "other distances to a teacher",

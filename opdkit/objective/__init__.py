@@ -62,6 +62,7 @@ from opdkit.objective.losses import (
     ratio,
     refuse_constant,
 )
+from opdkit.objective.pairs import LogU, PairLoss
 from opdkit.objective.plan import PlannedTerm, StepPlan
 from opdkit.objective.ratio_layer import policy_gradient
 from opdkit.objective.signals import (
@@ -136,6 +137,7 @@ __all__ = [
     "Likelihood",
     "Live",
     "LogRatio",
+    "LogU",
     "Logp",
     "LogpAtFact",
     "LogpFact",
@@ -149,6 +151,7 @@ __all__ = [
     "Objective",
     "Operation",
     "Outer",
+    "PairLoss",
     "PassRate",
     "PlannedTerm",
     "PolicyGradient",

@@ -98,7 +98,7 @@ def _what_it_is(run: Run) -> str:
 
 def _refuse_without_reward(run: Run, method: Method) -> None:
     """What a run that scores nothing cannot do."""
-    if method.needs.columns & {"reward", "correct"}:
+    if method.needs.columns & {"reward", "correct"} - writer_of(method.curriculum).judged:
         raise UserError(
             f"method {method.name or 'own'!r} reads whether a response is right, and the run has "
             "no reward: set reward to math, code, exact, reasoning_gym, regex:PATTERN, judge:URL "
@@ -193,8 +193,10 @@ def _refuse_undrawn(method: Method) -> None:
 
 def _refuse_alone(run: Run, method: Method, sampling: Sampling) -> None:
     """Rollouts that have none beside them, where the objective compares those of a prompt."""
-    beside = writer_of(method.curriculum).per_prompt(sampling)
-    if "group" not in method.needs.columns or (beside > 1 and sampling.temperature > 0):
+    writer = writer_of(method.curriculum)
+    beside, drawn = writer.per_prompt(sampling), writer.draws
+    differ = beside > 1 and (sampling.temperature > 0 or not drawn)
+    if "group" not in method.needs.columns or differ:
         return
     cached = reads_cache(method.curriculum)
     raise UserError(

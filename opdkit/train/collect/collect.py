@@ -81,6 +81,7 @@ def _questions(collector: Collector, taken: Sequence[int]) -> dict[str, Any]:
         "reference": lambda prompt: prompts.response_tokens(at[prompt.id]),
         "viewed": collector.viewed,
         "turns": lambda prompt: prompts.turns(at[prompt.id]),
+        "pair": lambda prompt: prompts.pair(at[prompt.id]),
         "stored": nothing_stored if collector.stored is None else collector.stored.rollouts,
     }
 

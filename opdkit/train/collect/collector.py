@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from opdkit.annotators import Annotator
 from opdkit.base.errors import UserError
 from opdkit.curricula import Curriculum, Memory
-from opdkit.curricula.writer import nothing_viewed
+from opdkit.curricula.writer import Answer, nothing_viewed
 from opdkit.rewards import Reward
 from opdkit.train.collect.filters import Filter
 from opdkit.types import Prompt, Rollout, Sampler, Sampling
@@ -23,6 +23,7 @@ class Questions(Protocol):
     def __getitem__(self, index: int) -> Prompt: ...
     def response_tokens(self, index: int) -> list[int] | None: ...
     def turns(self, index: int) -> list[Prompt]: ...
+    def pair(self, index: int) -> tuple[Answer, Answer]: ...
 
 
 class Stored(Protocol):
