@@ -10,6 +10,7 @@ from opdkit.curricula.every_turn import EveryTurn
 from opdkit.curricula.frontier import Frontier
 from opdkit.curricula.kinds import curriculum_of
 from opdkit.curricula.mixed import Mixed
+from opdkit.curricula.opponent import Opposed
 from opdkit.curricula.pass_rate import PassRates
 from opdkit.curricula.preference import Preference
 from opdkit.curricula.prefix import TeacherPrefix
@@ -27,6 +28,7 @@ __all__ = [
     "Frontier",
     "Memory",
     "Mixed",
+    "Opposed",
     "PassRates",
     "Plain",
     "Preference",

@@ -16,6 +16,7 @@ from opdkit.curricula.entropy_length import EntropyLength
 from opdkit.curricula.every_turn import EveryTurn
 from opdkit.curricula.frontier import Frontier
 from opdkit.curricula.mixed import Mixed
+from opdkit.curricula.opponent import Opposed
 from opdkit.curricula.pass_rate import PassRates
 from opdkit.curricula.preference import Preference
 from opdkit.curricula.prefix import TeacherPrefix
@@ -34,6 +35,7 @@ KINDS: dict[str, type[Plain]] = {
         PassRates,
         EveryTurn,
         Preference,
+        Opposed,
     )
 }
 

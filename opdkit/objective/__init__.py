@@ -65,6 +65,7 @@ from opdkit.objective.losses import (
 from opdkit.objective.pairs import LogU, PairLoss
 from opdkit.objective.plan import PlannedTerm, StepPlan
 from opdkit.objective.ratio_layer import policy_gradient
+from opdkit.objective.sequences import OfOthers, RowSum
 from opdkit.objective.signals import (
     Advantage,
     Ceiling,
@@ -149,6 +150,7 @@ __all__ = [
     "Noted",
     "Number",
     "Objective",
+    "OfOthers",
     "Operation",
     "Outer",
     "PairLoss",
@@ -166,6 +168,7 @@ __all__ = [
     "RolloutLoss",
     "Row",
     "RowMean",
+    "RowSum",
     "SharedDivergence",
     "Signal",
     "SkewForward",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -47,6 +47,8 @@ class Collector:
     filters: tuple[Filter, ...] = ()  # one after the other, once rollouts have their rewards
     annotators: tuple[Annotator, ...] = ()  # one after the other, on what the filters left
     stored: Stored | None = None  # where the writer reads its rollouts from a cache
+    # the copies of the student that write as well, by name
+    players: Mapping[str, Sampler] = field(default_factory=dict)
     # a prompt as a view of its row writes it
     viewed: Callable[[Prompt, str], Prompt] = nothing_viewed
 
