@@ -115,7 +115,12 @@ FAMILIES: dict[str, Family] = {
     "preferences": Family(
         "preferences",
         "Pairs of responses, of which one is preferred.",
-        {},
+        {
+            "f_dpo": "opdkit.methods.f_dpo:f_dpo",
+            "hypo": "opdkit.methods.hypo:hypo",
+            "salsa": "opdkit.methods.salsa:salsa",
+            "nash_mp": "opdkit.methods.nash_mp:nash_mp",
+        },
     ),
     "distances": Family(
         "other distances to a teacher",

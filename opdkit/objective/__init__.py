@@ -62,9 +62,11 @@ from opdkit.objective.losses import (
     ratio,
     refuse_constant,
 )
+from opdkit.objective.pairs import LogU, PairLoss
 from opdkit.objective.plan import PlannedTerm, StepPlan
 from opdkit.objective.ratio_layer import policy_gradient
 from opdkit.objective.regions import DivergenceMask, Region, Smooth
+from opdkit.objective.sequences import OfOthers, RowSum
 from opdkit.objective.signals import (
     Advantage,
     Ceiling,
@@ -138,6 +140,7 @@ __all__ = [
     "Likelihood",
     "Live",
     "LogRatio",
+    "LogU",
     "Logp",
     "LogpAtFact",
     "LogpFact",
@@ -149,8 +152,10 @@ __all__ = [
     "Noted",
     "Number",
     "Objective",
+    "OfOthers",
     "Operation",
     "Outer",
+    "PairLoss",
     "PassRate",
     "PlannedTerm",
     "PolicyGradient",
@@ -167,6 +172,7 @@ __all__ = [
     "RolloutLoss",
     "Row",
     "RowMean",
+    "RowSum",
     "SharedDivergence",
     "Signal",
     "SkewForward",

@@ -69,6 +69,12 @@ class Loss(ABC):
         """
         return None
 
+    def metrics(self, batch: Batch, mask: Tensor) -> dict[str, Tensor]:
+        """What is worth a curve besides its value, [] each, by name, over the tokens `mask` [B, T]
+        of a step.
+        """
+        return {}
+
     def __str__(self) -> str:
         return spell(self)
 

@@ -330,6 +330,7 @@ def _columns(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
     rewards = [r.reward for r in rollouts]
     if rewards and all(r is not None for r in rewards):
         facts[ColumnFact("reward")] = torch.tensor(rewards, dtype=batch.dtype, device=device)
+    if any(r is not None for r in rewards):  # of the others nobody says that they are right
         right = [
             bool(r.correct) if r.correct is not None else (r.reward or 0) > 0 for r in rollouts
         ]

@@ -128,11 +128,11 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
             mesh=job.mesh,
             dtype=torch.promote_types(torch.float32, student.parameters[0].dtype),
         )
-    total = job.length.expected_steps(replace(state, step=step + 1))
-    parts = _optimiser_steps(job, rollouts, step, job.passes(step, total))
+    ahead = job.length.expected_steps(replace(state, step=step + 1))
+    parts = _optimiser_steps(job, rollouts, step, job.passes(step, ahead))
     if len(parts) > 1:  # hidden states stay as they were found, and so must what they meet
         batch.still([*student.parameters, *job.companions.tensors])
-    student.expect(len(parts), step, total, lambda step: job.passes(step, total))
+    student.expect(len(parts), step, ahead, lambda step: job.passes(step, ahead))
     record = job.recorder.start(step, job.objective.names, collected.earlier)
     with clock("learn"):
         for number, rows in enumerate(parts):

@@ -78,7 +78,7 @@ def naive(objective: Objective, case: Case) -> tuple[Tensor, Tensor]:
             )
             loss = (
                 loss
-                + (scale * part.term.loss.value(logp[rows], batch.mask[rows], rows, batch)).sum()
+                + (scale * part.term.loss.value(logp[rows], part.mask[rows], rows, batch)).sum()
             )
         else:
             live = Live(batch, at, leaf.flatten(0, 1)[at])
