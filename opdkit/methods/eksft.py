@@ -1,4 +1,4 @@
-"""EKSFT: supervised fine-tuning but for the tokens that the model is unsure of or has drifted at."""
+"""EKSFT: supervised fine-tuning but for tokens that the model is unsure of or has drifted at."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from opdkit.objective import (
     Live,
     Objective,
     Signal,
+    Term,
     TopFact,
 )
 from opdkit.objective.maths import masked_mean
@@ -119,8 +120,8 @@ def eksft(
     Arguments:
         rho: share of the step's tokens in M_H, and in M_K, in [0, 1]; 0 is `sft`. Default: its
             README's.
-        entropy: weight of the entropy that is kept, at least 0; 0: it is not. Default: its README's;
-            the code's own is 1.0.
+        entropy: weight of the entropy that is kept, at least 0; 0: it is not. Default: its
+            README's; the code's own is 1.0.
         kl: weight of the KL to the reference, at least 0; 0: none. Default: its README's; the
             code's own is 0.5.
         entropy_target: H / log V below which its weight is raised, in [0, 1]. Default: the code's.
@@ -140,10 +141,22 @@ def eksft(
         )
     if rho == 0:
         return sft()
+    union = select == "union"
+    terms = _terms(rho, union, entropy, kl, entropy_target, kl_target)
+    return Method(
+        Objective(*(term.of(*AUTHORS).per("own") for term in terms)),
+        curriculum=Mixed(0.0),
+        models={"reference": {"kind": "self", "weights": "fixed"}},
+    )
+
+
+def _terms(
+    rho: float, union: bool, entropy: float, kl: float, entropy_target: float, kl_target: float
+) -> list[Term]:
+    """The imitation of what is not left out, and the two means that have a weight."""
     drift = Gap("reverse_kl", teacher="reference")
     unsure, drifted = Most(Evenness(), rho), Most(drift, rho)
-    left_out = unsure | drifted if select == "union" else unsure & drifted
-    terms = [Likelihood() * ~left_out]
+    terms = [Likelihood() * ~(unsure | drifted if union else unsure & drifted)]
     if entropy:
         low = MeanOf(Evenness(), unsure) < entropy_target
         terms.append(EvennessBonus() * unsure * (entropy * (0.95 + 0.1 * low)))
@@ -151,8 +164,4 @@ def eksft(
         far = MeanOf(drift, drifted) > kl_target
         distance = Divergence("reverse_kl", teacher="reference")
         terms.append(distance * drifted * (kl * (0.95 + 0.1 * far)))
-    return Method(
-        Objective(*(term.of(*AUTHORS).per("own") for term in terms)),
-        curriculum=Mixed(0.0),
-        models={"reference": {"kind": "self", "weights": "fixed"}},
-    )
+    return terms

@@ -81,7 +81,7 @@ def test_tokens_are_chosen_from_the_whole_step_and_of_equals_the_earlier():
     parts = planned(h, [0.0] * 6, rows=2, rho=0.5)
     assert chosen(parts[1]) == [2, 3, 4]  # one of the first rollout, two of the second
     assert chosen(parts[2]) == [0, 1, 2]  # all equal
-    assert chosen(planned([1.0] * 6, K + (0.0,), rows=2, rho=0.34)[1]) == [0, 1]
+    assert chosen(planned([1.0] * 6, (*K, 0.0), rows=2, rho=0.34)[1]) == [0, 1]
 
 
 @pytest.mark.parametrize(("rho", "count"), [(0.19, 0), (0.2, 1), (0.39, 1), (0.6, 3), (1.0, 5)])
@@ -91,7 +91,7 @@ def test_as_many_are_chosen_as_the_share_holds_whole(rho, count):
 
 
 def test_the_kl_of_the_card():
-    """Of (0.5, 0.3, 0.2) against (0.2, 0.5, 0.3), not the 1.633458 = sum p (p - log q) of the code."""
+    """Of (0.5, 0.3, 0.2) against (0.2, 0.5, 0.3); the code has sum p (p - log q)."""
     p, q = (0.5, 0.3, 0.2), (0.2, 0.5, 0.3)
     method = load("eksft", rho=1.0, entropy=0.0, kl=1.0)
     out = evaluate(method, logits(p), tokens(0), models={"reference": logits(q)})
