@@ -33,6 +33,7 @@ FAMILIES: dict[str, Family] = {
             "distillm": "opdkit.methods.distillm:distillm",
             "lightning_opd": "opdkit.methods.lightning_opd:lightning_opd",
             "sft": "opdkit.methods.sft:sft",
+            "eksft": "opdkit.methods.eksft:eksft",
         },
     ),
     "tokens": Family(
@@ -125,7 +126,11 @@ FAMILIES: dict[str, Family] = {
     "distances": Family(
         "other distances to a teacher",
         "Optimal transport, rankings, divergences of whole sequences.",
-        {},
+        {
+            "sinkd": "opdkit.methods.sinkd:sinkd",
+            "pld": "opdkit.methods.pld:pld",
+            "bd_kd": "opdkit.methods.bd_kd:bd_kd",
+        },
     ),
 }
 

@@ -75,6 +75,13 @@ class Loss(ABC):
         """
         return {}
 
+    def ready(self, weight: Tensor, batch: Batch) -> Loss:
+        """This loss for one optimiser step, asked for before any backward: one whose value at a
+        token depends on the step's other tokens finds here what it needs of them. `weight` [B, T]:
+        what each token is multiplied by, 0 where the term does not look.
+        """
+        return self
+
     def __str__(self) -> str:
         return spell(self)
 

@@ -87,11 +87,18 @@ def gather(
         drawn = torch.tensor([written(r) for r in rollouts], device=batch.device)[:, None]
         sampler, student = (batch.facts[LogpFact(m)] for m in ("sampler", "student"))
         batch.facts[LogpFact("sampler")] = torch.where(drawn, sampler, student)
-    # until the first optimiser step the live student is the student before it
-    for fact in needs.of("live"):
-        batch.facts[fact] = batch.facts[as_student(fact)]
+    _not_moved(batch, needs)
     batch.sources = {m: s for m, s in batch.sources.items() if needs.kept(m) or needs.spans(m)}
     return batch
+
+
+def _not_moved(batch: Batch, needs: Needs) -> None:
+    """Until the first optimiser step the live student is the student before it."""
+    for fact in needs.of("live"):
+        if fact.read_from == "loss":
+            batch.sources["live"] = batch.sources["student"]
+        else:
+            batch.facts[fact] = batch.facts[as_student(fact)]
 
 
 def written(rollout: Rollout) -> bool:
@@ -261,7 +268,7 @@ def as_student(fact: Fact) -> Fact:
     if before is None:
         raise UserError(
             f"the objective reads {fact.words()}: of the live student only log-probs and "
-            "entropies of tokens can be read"
+            "entropies of tokens can be read, or its whole vocabulary by a loss"
         )
     return before
 
@@ -275,11 +282,12 @@ def refresh(
     layout = Layout(rollouts, batch.shape[1])
     facts = needs.of("live")
     for fact in facts:
-        del batch.facts[fact]
+        batch.facts.pop(fact, None)
     batch.sources["live"] = scorers["live"].source(layout, positions)
     made = supply(batch, facts, positions)
     batch.facts |= {fact: _whole(batch, fact, values) for fact, values in made.items()}
-    del batch.sources["live"]
+    if not needs.kept("live"):
+        del batch.sources["live"]
     batch.signals.clear()
 
 
