@@ -104,6 +104,7 @@ FAMILIES: dict[str, Family] = {
         "Rewards alone, with a reference that the student stays near.",
         {
             "grpo": "opdkit.methods.grpo:grpo",
+            "alp": "opdkit.methods.alp:alp",
         },
     ),
     "preferences": Family(

@@ -62,6 +62,7 @@ from opdkit.objective.losses import (
     ratio,
     refuse_constant,
 )
+from opdkit.objective.noise import LayerNoise
 from opdkit.objective.plan import PlannedTerm, StepPlan
 from opdkit.objective.ratio_layer import policy_gradient
 from opdkit.objective.signals import (
@@ -133,6 +134,7 @@ __all__ = [
     "HiddenFact",
     "HybridDistance",
     "Kind",
+    "LayerNoise",
     "Likelihood",
     "Live",
     "LogRatio",
