@@ -111,6 +111,7 @@ FAMILIES: dict[str, Family] = {
             "rapo": "opdkit.methods.rapo:rapo",
             "dph_rl": "opdkit.methods.dph_rl:dph_rl",
             "remix": "opdkit.methods.remix:remix",
+            "alp": "opdkit.methods.alp:alp",
         },
     ),
     "preferences": Family(

@@ -62,6 +62,7 @@ from opdkit.objective.losses import (
     ratio,
     refuse_constant,
 )
+from opdkit.objective.noise import LayerNoise
 from opdkit.objective.pairs import LogU, PairLoss
 from opdkit.objective.plan import PlannedTerm, StepPlan
 from opdkit.objective.ratio_layer import policy_gradient
@@ -137,6 +138,7 @@ __all__ = [
     "HiddenFact",
     "HybridDistance",
     "Kind",
+    "LayerNoise",
     "Likelihood",
     "Live",
     "LogRatio",

@@ -88,7 +88,8 @@ class Batch:
         self.memory = dict(memory or {})
         self.drawn = drawn
         self.mine, self.whole = mine, whole
-        # whether the student may be another than before the step; until its first update it is not
+        # whether the student that learns may be another than the one before the step: until its
+        # first update it is not, unless something disturbs the passes in which it learns
         self.moved = True
         # whether what is being computed has read facts of this process's own tokens alone
         self.partial = False

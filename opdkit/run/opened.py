@@ -11,7 +11,7 @@ import torch
 
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
-from opdkit.models.body import head_of, kept_rows, shared_vocabulary
+from opdkit.models.body import head_of, kept_rows, layers_of, shared_vocabulary
 from opdkit.models.device import device_of
 from opdkit.models.load import dtype_of, load_tokenizer
 from opdkit.objective.companion import Around, Companion, Companions
@@ -113,5 +113,6 @@ def beside(
         run.seed,
         student.model,
         lambda model: LocalModel(model, head_of(model, student.vocab), run.micro_batch_tokens),
+        layers_of(student.model),
     )
     return Companions.build(wanted, around)

@@ -136,9 +136,9 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
     record = job.recorder.start(step, job.objective.names, collected.earlier)
     with clock("learn"):
         for number, rows in enumerate(parts):
-            if number and needs.of("live"):
-                refresh(batch, needs, job.scorers, rollouts)
-            batch.moved = number > 0
+            batch.moved = number > 0 or job.companions.disturb
+            if batch.moved and needs.of("live"):
+                refresh(batch, needs, job.scorers, rollouts, student.updates)
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record, moving)  # learn per micro-batch, step
     job.collector.sampler.sync(student.model, student.updates)  # sync
@@ -180,11 +180,12 @@ def _learn(
 ) -> None:
     """One optimiser step: gradients of every micro-batch, then AdamW, if they are finite."""
     student = job.student
-    layout, mine = Layout(rollouts, plan.batch.shape[1]), plan.batch.mine
+    mine = plan.batch.mine
     selected, scored = (
         flat_positions(x if mine is None else x & mine) for x in (plan.selected, plan.mask)
     )
-    with student.learning(job.seed):
+    with student.learning(job.seed), job.companions.disturbed(student.updates) as hear:
+        layout = Layout(rollouts, plan.batch.shape[1], hear)
         for positions, padded in layout.passes(selected, job.micro_batch_tokens, scored):
             states = layout.states(student.model, positions, padded)
             learned = learn(
