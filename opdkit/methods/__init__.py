@@ -112,6 +112,8 @@ FAMILIES: dict[str, Family] = {
             "dph_rl": "opdkit.methods.dph_rl:dph_rl",
             "remix": "opdkit.methods.remix:remix",
             "alp": "opdkit.methods.alp:alp",
+            "apo": "opdkit.methods.apo:apo",
+            "fg_expo": "opdkit.methods.fg_expo:fg_expo",
         },
     ),
     "preferences": Family(
