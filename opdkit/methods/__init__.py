@@ -104,6 +104,9 @@ FAMILIES: dict[str, Family] = {
         "Rewards alone, with a reference that the student stays near.",
         {
             "grpo": "opdkit.methods.grpo:grpo",
+            "clip_cov": "opdkit.methods.clip_cov:clip_cov",
+            "kl_cov": "opdkit.methods.clip_cov:kl_cov",
+            "mdpo": "opdkit.methods.mdpo:mdpo",
         },
     ),
     "preferences": Family(
@@ -114,7 +117,9 @@ FAMILIES: dict[str, Family] = {
     "distances": Family(
         "other distances to a teacher",
         "Optimal transport, rankings, divergences of whole sequences.",
-        {},
+        {
+            "f_dpg": "opdkit.methods.f_dpg:f_dpg",
+        },
     ),
 }
 
