@@ -114,6 +114,9 @@ FAMILIES: dict[str, Family] = {
             "alp": "opdkit.methods.alp:alp",
             "apo": "opdkit.methods.apo:apo",
             "fg_expo": "opdkit.methods.fg_expo:fg_expo",
+            "clip_cov": "opdkit.methods.clip_cov:clip_cov",
+            "kl_cov": "opdkit.methods.clip_cov:kl_cov",
+            "mdpo": "opdkit.methods.mdpo:mdpo",
         },
     ),
     "preferences": Family(
@@ -133,6 +136,7 @@ FAMILIES: dict[str, Family] = {
             "sinkd": "opdkit.methods.sinkd:sinkd",
             "pld": "opdkit.methods.pld:pld",
             "bd_kd": "opdkit.methods.bd_kd:bd_kd",
+            "f_dpg": "opdkit.methods.f_dpg:f_dpg",
         },
     ),
 }

@@ -66,6 +66,15 @@ RUNS: dict[str, dict[str, Any]] = {
         "method": "opd",
         "annotate": {"debate": {"of": ["teacher", "student"], "max_tokens": 4}},
     },
+    "a baseline over what was learnt from": {
+        "method": {"name": "f_dpg", "window": 5},
+        "optim": {"passes": 2, "minibatches": 2},
+    },
+    "steps near the student before them": {"method": "mdpo", "optim": {"passes": 2}},
+    "draws among tokens of high covariance": {
+        "method": {"name": "clip_cov", "lb": 0.1, "ratio": 0.2},
+        "optim": {"passes": 2},
+    },
     "adapters with dropout": {"method": "opd", "lora": {"r": 4, "dropout": 0.3}},
 }
 

@@ -48,7 +48,8 @@ FILES = sorted(
 )
 WITHOUT = {"gkd", "topk_opd", "kl_mixing", "tip", "paced", "distillm", "uld", "gold"}
 WITHOUT |= {"sft", "dagger", "opsd", "sdft", "sdpo", "selfci"}
-WITHOUT |= {"mad_opd", "opad", "vla_opd"}  # the last has a policy gradient without a ratio
+WITHOUT |= {"mad_opd", "opad", "vla_opd"}  # the last has a policy gradient without a ratio,
+WITHOUT |= {"f_dpg"}  # as well
 WITH = sorted(set(METHODS) - WITHOUT)
 
 # -------------------------------------------------------------------------------------- described
