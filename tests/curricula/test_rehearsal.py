@@ -178,7 +178,7 @@ def test_a_rollout_is_kept_whole_and_short():
 
 
 def test_beside_another_curriculum():
-    both = join(Rehearsal(), Frontier(), ("a", "b"))
+    both = join(PLAN, Frontier(), ("a", "b"))
     assert isinstance(both, Together) and both.recalls and both.marks == {"rehearsal"}
     memory = both.prepared(Ask(QUESTIONS, Student()), {})
     assert both.asked(QUESTIONS, memory) == [2, 3, 4, 5]
