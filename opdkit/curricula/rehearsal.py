@@ -112,10 +112,14 @@ class Rehearsal(Plain):
             )
 
     def asked(self, questions: Sequence[str], memory: Memory) -> list[int] | None:
+        if REHEARSAL not in memory:
+            return None
         explore = set(memory[REHEARSAL]["explore"])
         return [i for i, question in enumerate(questions) if question in explore]
 
     def recalled(self, count: int, step: int, seed: int, memory: Memory) -> Recalled:
+        if REHEARSAL not in memory:
+            return Recalled()
         pool = memory[REHEARSAL]["pool"]
         size = min(self.rehearsed or PER_PROMPT * count, len(pool))
         turn, part = divmod(step, parts := math.ceil(len(pool) / size))
@@ -130,12 +134,16 @@ class Rehearsal(Plain):
         """How many responses are rehearsed in turn, how many prompts are asked, and the tokens that
         finding these took.
         """
-        known = memory[REHEARSAL]
-        return {
-            "rehearsal_pool": float(len(known["pool"])),
-            "prompts_to_learn": float(len(known["explore"])),
-            "rehearsal_tokens": float(known["tokens"]),
-        }
+        known = memory.get(REHEARSAL)
+        return (
+            {}
+            if known is None
+            else {
+                "rehearsal_pool": float(len(known["pool"])),
+                "prompts_to_learn": float(len(known["explore"])),
+                "rehearsal_tokens": float(known["tokens"]),
+            }
+        )
 
 
 def _written(
