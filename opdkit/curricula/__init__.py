@@ -11,7 +11,9 @@ from opdkit.curricula.frontier import Frontier
 from opdkit.curricula.kinds import curriculum_of
 from opdkit.curricula.mix_policy import MixPolicy
 from opdkit.curricula.mixed import Mixed
+from opdkit.curricula.opponent import Opposed
 from opdkit.curricula.pass_rate import PassRates
+from opdkit.curricula.preference import Preference
 from opdkit.curricula.prefix import TeacherPrefix
 from opdkit.curricula.recall import Ask, Recalled
 from opdkit.curricula.rehearsal import Rehearsal
@@ -31,8 +33,10 @@ __all__ = [
     "Memory",
     "MixPolicy",
     "Mixed",
+    "Opposed",
     "PassRates",
     "Plain",
+    "Preference",
     "Recalled",
     "Rehearsal",
     "Replay",

@@ -17,7 +17,9 @@ from opdkit.curricula.every_turn import EveryTurn
 from opdkit.curricula.frontier import Frontier
 from opdkit.curricula.mix_policy import MixPolicy
 from opdkit.curricula.mixed import Mixed
+from opdkit.curricula.opponent import Opposed
 from opdkit.curricula.pass_rate import PassRates
+from opdkit.curricula.preference import Preference
 from opdkit.curricula.prefix import TeacherPrefix
 from opdkit.curricula.rehearsal import Rehearsal
 from opdkit.curricula.replay import Replay
@@ -36,6 +38,8 @@ KINDS: dict[str, type[Plain]] = {
         EveryTurn,
         Rehearsal,
         MixPolicy,
+        Preference,
+        Opposed,
     )
 }
 

@@ -11,7 +11,7 @@ import torch
 
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
-from opdkit.models.body import head_of, kept_rows, shared_vocabulary
+from opdkit.models.body import head_of, kept_rows, layers_of, shared_vocabulary
 from opdkit.models.device import device_of
 from opdkit.models.load import dtype_of, load_tokenizer
 from opdkit.objective.companion import Around, Companion, Companions
@@ -39,6 +39,17 @@ class Opened:
     def sampler(self, watch: Watch = Watch()) -> HFSampler:
         """The student's sampler in this process, for evaluations."""
         return HFSampler(self.student.model, self.tokenizer, head=self.student.head, watch=watch)
+
+    def player(self, name: str) -> HFSampler:
+        """What lets a copy of the student write, in this process."""
+        [copy] = [state for spec, state in self.companions.items() if spec.model == name]
+        model = getattr(copy, "model", None)
+        if model is None:
+            raise UserError(
+                f"{name!r} is to write responses, and it is no copy of the student but a "
+                f"{type(copy).__name__}: bring an Ema with that name"
+            )
+        return HFSampler(model, self.tokenizer, head=head_of(model, self.student.vocab))
 
 
 def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None) -> Opened:
@@ -102,5 +113,6 @@ def beside(
         run.seed,
         student.model,
         lambda model: LocalModel(model, head_of(model, student.vocab), run.micro_batch_tokens),
+        layers_of(student.model),
     )
     return Companions.build(wanted, around)

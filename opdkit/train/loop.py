@@ -128,15 +128,17 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
             mesh=job.mesh,
             dtype=torch.promote_types(torch.float32, student.parameters[0].dtype),
         )
-    total = job.length.expected_steps(replace(state, step=step + 1))
-    parts = _optimiser_steps(job, rollouts, step, job.passes(step, total))
-    student.expect(len(parts), step, total, lambda step: job.passes(step, total))
+    ahead = job.length.expected_steps(replace(state, step=step + 1))
+    parts = _optimiser_steps(job, rollouts, step, job.passes(step, ahead))
+    if len(parts) > 1:  # hidden states stay as they were found, and so must what they meet
+        batch.still([*student.parameters, *job.companions.tensors])
+    student.expect(len(parts), step, ahead, lambda step: job.passes(step, ahead))
     record = job.recorder.start(step, job.objective.names, collected.earlier)
     with clock("learn"):
         for number, rows in enumerate(parts):
-            if number and needs.of("live"):
-                refresh(batch, needs, job.scorers, rollouts)
-            batch.moved = number > 0
+            batch.moved = number > 0 or job.companions.disturb
+            if batch.moved and needs.of("live"):
+                refresh(batch, needs, job.scorers, rollouts, student.updates)
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record, moving)  # learn per micro-batch, step
     job.collector.sampler.sync(student.model, student.updates)  # sync
@@ -178,11 +180,12 @@ def _learn(
 ) -> None:
     """One optimiser step: gradients of every micro-batch, then AdamW, if they are finite."""
     student = job.student
-    layout, mine = Layout(rollouts, plan.batch.shape[1]), plan.batch.mine
+    mine = plan.batch.mine
     selected, scored = (
         flat_positions(x if mine is None else x & mine) for x in (plan.selected, plan.mask)
     )
-    with student.learning(job.seed):
+    with student.learning(job.seed), job.companions.disturbed(student.updates) as hear:
+        layout = Layout(rollouts, plan.batch.shape[1], hear)
         for positions, padded in layout.passes(selected, job.micro_batch_tokens, scored):
             states = layout.states(student.model, positions, padded)
             learned = learn(

@@ -149,6 +149,8 @@ class StepRecord:
         `opdkit.train.diagnostics`.
         """
         found = diagnostics.of_weights(self.plans[0])
+        for part in self.plans[0].parts:
+            found |= part.term.loss.metrics(batch, part.mask)
         found |= diagnostics.of_tokens(
             batch, self.spread(batch, self.entropy), self.spread(batch, self.gap)
         )

@@ -13,12 +13,12 @@ from opdkit.annotators import AnnotateContext, Annotator
 from opdkit.base.clock import Clock
 from opdkit.curricula import Ask, Memory, StepContext, writer_of
 from opdkit.curricula.recall import Tick
-from opdkit.curricula.writer import nothing_stored
+from opdkit.curricula.writer import nobody, nothing_stored
 from opdkit.rewards import score
 from opdkit.train.collect.collector import Collector
 from opdkit.train.collect.filters import Draw, Filter
 from opdkit.train.student import Student
-from opdkit.types import Prompt, Rollout, Sampling
+from opdkit.types import Prompt, Rollout, Sampler, Sampling
 
 
 @dataclass
@@ -76,6 +76,7 @@ def collect(
                 total_steps=total_steps,
                 seed=collector.seed,
                 sample=pen.sample,
+                sample_as=pen.sample_as,
                 memory=memory,
                 policy_version=student.updates,
                 **_questions(collector, taken),
@@ -106,6 +107,7 @@ def _questions(collector: Collector, taken: Sequence[int]) -> dict[str, Any]:
         "reference": lambda prompt: prompts.response_tokens(at[prompt.id]),
         "viewed": collector.viewed,
         "turns": lambda prompt: prompts.turns(at[prompt.id]),
+        "pair": lambda prompt: prompts.pair(at[prompt.id]),
         "stored": nothing_stored if collector.stored is None else collector.stored.rollouts,
     }
 
@@ -145,15 +147,25 @@ class _Pen:
     asked: Counter[str] = field(default_factory=Counter)  # responses to each prompt so far
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        made = self.collector.sampler.sample(
+        made = self._made(self.collector.sampler, prompts, sampling)
+        self.written.extend(made)
+        return made
+
+    def sample_as(self, model: str, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        if model not in self.collector.players:
+            return nobody(model, prompts, sampling)
+        return self._made(self.collector.players[model], prompts, sampling)
+
+    def _made(
+        self, sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> list[Rollout]:
+        return sampler.sample(
             [self._numbered(prompt, sampling.num_generations) for prompt in prompts],
             sampling,
             seed=self.collector.seed,
             step=self.step,
             policy_version=self.version,
         )
-        self.written.extend(made)
-        return made
 
     def _numbered(self, prompt: Prompt, count: int) -> Prompt:
         self.asked[prompt.id] += count

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 from opdkit.annotators import Annotator
 from opdkit.base.errors import UserError
 from opdkit.curricula import Curriculum, Memory
-from opdkit.curricula.writer import nothing_viewed
+from opdkit.curricula.writer import Answer, nothing_viewed
 from opdkit.rewards import Reward
 from opdkit.train.collect.filters import Filter
 from opdkit.types import Prompt, Rollout, Sampler, Sampling
@@ -23,6 +23,7 @@ class Questions(Protocol):
     def __getitem__(self, index: int) -> Prompt: ...
     def response_tokens(self, index: int) -> list[int] | None: ...
     def turns(self, index: int) -> list[Prompt]: ...
+    def pair(self, index: int) -> tuple[Answer, Answer]: ...
 
 
 class Stored(Protocol):
@@ -46,6 +47,8 @@ class Collector:
     filters: tuple[Filter, ...] = ()  # one after the other, once rollouts have their rewards
     annotators: tuple[Annotator, ...] = ()  # one after the other, on what the filters left
     stored: Stored | None = None  # where the writer reads its rollouts from a cache
+    # the copies of the student that write as well, by name
+    players: Mapping[str, Sampler] = field(default_factory=dict)
     # a prompt as a view of its row writes it
     viewed: Callable[[Prompt, str], Prompt] = nothing_viewed
 
