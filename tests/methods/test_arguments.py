@@ -40,7 +40,8 @@ FILES = sorted(
 )
 WITHOUT = {"gkd", "topk_opd", "kl_mixing", "tip", "paced", "distillm", "uld", "gold"}
 WITHOUT |= {"sft", "dagger", "opsd", "sdft", "sdpo", "selfci"}
-WITHOUT |= {"mad_opd", "opad", "vla_opd"}  # the last has a policy gradient without a ratio
+WITHOUT |= {"mad_opd", "opad", "f_dpo"}
+WITHOUT |= {"vla_opd", "hypo"}  # they have a policy gradient without a ratio
 WITH = sorted(set(METHODS) - WITHOUT)
 
 # -------------------------------------------------------------------------------------- described
