@@ -4,11 +4,14 @@ gradient of the exact one.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
+import opdkit
 from opdkit.base.errors import UserError
 from opdkit.curricula import Opposed
 from opdkit.methods.method import load
@@ -247,3 +250,15 @@ def test_who_plays_and_how_the_anchor_follows():
     ):
         with pytest.raises(UserError, match=said):
             load("nash_mp", **arguments)
+
+
+def test_the_example_shows_one_arrive_and_the_other_go_round():
+    file = Path(opdkit.__file__).parents[1] / "examples" / "nash_mirror_prox.py"
+    spec = importlib.util.spec_from_file_location("nash_mirror_prox", file)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    apart = example.distances(0.02)
+    assert apart["mirror prox"][-1] < 1e-12 and apart["mirror prox"][4] < 0.02
+    assert apart["mirror descent"][-1] == pytest.approx(0.426, abs=5e-4)
+    assert apart["mirror descent"] == sorted(apart["mirror descent"])
+    assert example.distances(0.2)["mirror descent"][-1] < 1e-6
