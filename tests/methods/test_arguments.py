@@ -40,6 +40,7 @@ FILES = sorted(
 )
 WITHOUT = {"gkd", "topk_opd", "kl_mixing", "tip", "paced", "distillm", "uld", "gold"}
 WITHOUT |= {"sft", "dagger", "opsd", "sdft", "sdpo", "selfci"}
+WITHOUT |= {"sinkd", "pld", "bd_kd", "eksft"}
 WITHOUT |= {"mad_opd", "opad", "vla_opd"}  # the last has a policy gradient without a ratio
 WITH = sorted(set(METHODS) - WITHOUT)
 
