@@ -128,10 +128,12 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
     if base is not None:
         added = [x for x in passes(made) if x not in passes(load(base))]
         lines.append(f"  new beside those of {base} alone: {'; '.join(added) or 'none'}")
-    if any(isinstance(t.loss, RolloutLoss) for t in made.objective.terms):
+    together = any(isinstance(t.loss, RolloutLoss) for t in made.objective.terms)
+    if together or needs.kept("live"):
+        over = "whole rollouts needs all their log-probs" if together else "a step needs all of it"
         lines.append(
             "  from the second optimiser step on its rollouts, the student once more without "
-            "gradient: a loss over whole rollouts needs all their log-probs first"
+            f"gradient: a loss over {over} first"
         )
     lines.append(
         "memory of the loss: one chunk of the vocabulary, about "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opdkit.methods.dgpo import Undecided
+from opdkit.methods.eksft import EvennessFact
 from opdkit.objective.batch import Live
 from opdkit.objective.facts import (
     ColumnFact,
@@ -46,6 +47,9 @@ def naive_fact(fact: Fact, logps: dict[str, Tensor], tokens: Tensor) -> Tensor:
         return logps[fact.model].argsort(-1, descending=True)[..., : fact.k]
     if isinstance(fact, LogpAtFact):
         return logps[fact.model].gather(-1, naive_fact(TopFact(fact.owner, fact.k), logps, tokens))
+    if isinstance(fact, EvennessFact):
+        entropy = naive_fact(EntropyFact(fact.model), logps, tokens)
+        return entropy / math.log(logps[fact.model].shape[-1])
     assert isinstance(fact, GapFact) and fact.temperature == 1
     return fact.kind.entries(logps[fact.student], logps[fact.teacher]).sum(-1)  # type: ignore[attr-defined]
 

@@ -76,6 +76,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "sampling": {"num_generations": 2, "stop": ["e", "a"]},
         "evaluate": None,
     },
+    "a transport over the step": {
+        "method": {"name": "sinkd", "items": 5},
+        "optim": {"passes": 2, "minibatches": 2},
+    },
+    "tokens chosen from the step": {"method": "eksft", "optim": {"passes": 2}},
     "teachers that debate": {
         "method": "opd",
         "annotate": {"debate": {"of": ["teacher", "student"], "max_tokens": 4}},

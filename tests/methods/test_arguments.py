@@ -48,7 +48,7 @@ FILES = sorted(
 )
 WITHOUT = {"gkd", "topk_opd", "kl_mixing", "tip", "paced", "distillm", "uld", "gold"}
 WITHOUT |= {"sft", "dagger", "opsd", "sdft", "sdpo", "selfci"}
-WITHOUT |= {"mad_opd", "opad", "f_dpo"}
+WITHOUT |= {"mad_opd", "opad", "f_dpo", "sinkd", "pld", "bd_kd", "eksft"}
 # those with a policy gradient without a ratio
 WITHOUT |= {"vla_opd", "hypo", "f_dpg"}
 WITH = sorted(set(METHODS) - WITHOUT)
