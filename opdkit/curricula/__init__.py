@@ -13,6 +13,7 @@ from opdkit.curricula.mixed import Mixed
 from opdkit.curricula.pass_rate import PassRates
 from opdkit.curricula.prefix import TeacherPrefix
 from opdkit.curricula.replay import Replay
+from opdkit.curricula.reward_means import RewardMeans
 from opdkit.curricula.several import Several
 from opdkit.curricula.two_contexts import TwoContexts
 from opdkit.curricula.writer import Memory, StepContext, Writer
@@ -29,6 +30,7 @@ __all__ = [
     "PassRates",
     "Plain",
     "Replay",
+    "RewardMeans",
     "Several",
     "StepContext",
     "TeacherPrefix",

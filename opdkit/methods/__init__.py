@@ -105,6 +105,8 @@ FAMILIES: dict[str, Family] = {
         {
             "grpo": "opdkit.methods.grpo:grpo",
             "alp": "opdkit.methods.alp:alp",
+            "recap": "opdkit.methods.recap:recap",
+            "safe": "opdkit.methods.safe:safe",
         },
     ),
     "preferences": Family(

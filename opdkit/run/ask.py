@@ -16,6 +16,7 @@ from opdkit.data.prompts import check_template
 from opdkit.data.views import nothing_to_show, of_row, view_of
 from opdkit.methods.method import Method
 from opdkit.rewards import Reward, load_reward
+from opdkit.rewards.named import refuse_idle
 from opdkit.rewards.rows import check_rows
 from opdkit.run.annotate import annotations_of, refuse_annotations, refuse_rows
 from opdkit.run.open import Given
@@ -44,7 +45,7 @@ class Asked:
 def ask(run: Run, given: Given) -> Asked:
     """Reads what the run names; refuses what can be refused without a model."""
     method = within(run, as_run(given.method or run.method_spec.load(), run))
-    reward = given.reward or load_reward(run.reward)
+    reward = load_reward(run.reward if given.reward is None else given.reward, run.reward_weights)
     refuse(run, method, reward)
     annotated = annotations_of(run, method)
     scored = reward is not None or run.environment is not None
@@ -110,6 +111,8 @@ def check_data(
     if data.template is not None:
         check_template(data.template, rows)
     check_rows(reward, rows)
+    if method is not None:
+        refuse_idle(reward, rows)
     if method is not None and writer_of(method.curriculum).reads_data:
         for row in rows:
             if not row.get("response"):
