@@ -65,6 +65,7 @@ def naive(objective: Objective, case: Case) -> tuple[Tensor, Tensor]:
     }
     logps = {name: lp.view(*case.tokens.shape, -1) for name, lp in logps.items()}
     batch.facts = {
+        # what a module says is not the formula's to say
         f: v if isinstance(f, ColumnFact) or f.companions else naive_fact(f, logps, case.tokens)
         for f, v in batch.facts.items()
     }
