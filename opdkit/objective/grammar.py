@@ -69,6 +69,19 @@ class Loss(ABC):
         """
         return None
 
+    def metrics(self, batch: Batch, mask: Tensor) -> dict[str, Tensor]:
+        """What is worth a curve besides its value, [] each, by name, over the tokens `mask` [B, T]
+        of a step.
+        """
+        return {}
+
+    def ready(self, weight: Tensor, batch: Batch) -> Loss:
+        """This loss for one optimiser step, asked for before any backward: one whose value at a
+        token depends on the step's other tokens finds here what it needs of them. `weight` [B, T]:
+        what each token is multiplied by, 0 where the term does not look.
+        """
+        return self
+
     def __str__(self) -> str:
         return spell(self)
 
