@@ -70,15 +70,39 @@ RUNS: dict[str, dict[str, Any]] = {
         "optim": {"passes": 2, "minibatches": 2},
         "lora": {"r": 4},
     },
+    "rewards that are weighed by how they went": {
+        "method": {"name": "recap", "window": 2, "temperature": 0.1},
+        "sampling": {"num_generations": 4},
+        "reward": {"form": "regex:(a)", "half": "OWN"},
+    },
+    "a controller and its critic": {
+        "method": {"name": "safe", "tau0": 0.01, "critic_learning_rate": 1e-3},
+        "sampling": {"num_generations": 4},
+        "optim": {"passes": 2, "minibatches": 2},
+    },
     "skills of its own trajectories": {
         "method": "skill_sd",
         "annotate": {"skills": {"by": "rules", "keep": 2}},
         "sampling": {"num_generations": 2, "stop": ["e", "a"]},
         "evaluate": None,
     },
+    "a transport over the step": {
+        "method": {"name": "sinkd", "items": 5},
+        "optim": {"passes": 2, "minibatches": 2},
+    },
+    "tokens chosen from the step": {"method": "eksft", "optim": {"passes": 2}},
     "teachers that debate": {
         "method": "opd",
         "annotate": {"debate": {"of": ["teacher", "student"], "max_tokens": 4}},
+    },
+    "a baseline over what was learnt from": {
+        "method": {"name": "f_dpg", "window": 5},
+        "optim": {"passes": 2, "minibatches": 2},
+    },
+    "steps near the student before them": {"method": "mdpo", "optim": {"passes": 2}},
+    "draws among tokens of high covariance": {
+        "method": {"name": "clip_cov", "lb": 0.1, "ratio": 0.2},
+        "optim": {"passes": 2},
     },
     "adapters with dropout": {"method": "opd", "lora": {"r": 4, "dropout": 0.3}},
 }
@@ -118,7 +142,9 @@ def test_killed_twice_at_random_moments_and_resumed_is_the_run_that_was_never_ki
     print(f"random moments from seed {seed}")
     rng = random.Random(seed)
     first, second = sorted(rng.randint(1, STEPS) for _ in range(2))
-    settings = RUNS[name]
+    settings = dict(RUNS[name])
+    if isinstance(named := settings.get("reward"), dict):
+        settings["reward"] = {k: v.replace("OWN", shop.reward) for k, v in named.items()}
     assert in_child(values(shop, tmp_path / "whole", **settings)) == 0
     for resume, step in ((False, first), (True, second)):
         moment = rng.choice(MOMENTS)
