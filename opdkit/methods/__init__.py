@@ -105,12 +105,29 @@ FAMILIES: dict[str, Family] = {
         "Rewards alone, with a reference that the student stays near.",
         {
             "grpo": "opdkit.methods.grpo:grpo",
+            "dgpo": "opdkit.methods.dgpo:dgpo",
+            "gtpo": "opdkit.methods.gtpo:gtpo",
+            "dmpo": "opdkit.methods.dmpo:dmpo",
+            "rapo": "opdkit.methods.rapo:rapo",
+            "dph_rl": "opdkit.methods.dph_rl:dph_rl",
+            "remix": "opdkit.methods.remix:remix",
+            "alp": "opdkit.methods.alp:alp",
+            "apo": "opdkit.methods.apo:apo",
+            "fg_expo": "opdkit.methods.fg_expo:fg_expo",
+            "clip_cov": "opdkit.methods.clip_cov:clip_cov",
+            "kl_cov": "opdkit.methods.clip_cov:kl_cov",
+            "mdpo": "opdkit.methods.mdpo:mdpo",
         },
     ),
     "preferences": Family(
         "preferences",
         "Pairs of responses, of which one is preferred.",
-        {},
+        {
+            "f_dpo": "opdkit.methods.f_dpo:f_dpo",
+            "hypo": "opdkit.methods.hypo:hypo",
+            "salsa": "opdkit.methods.salsa:salsa",
+            "nash_mp": "opdkit.methods.nash_mp:nash_mp",
+        },
     ),
     "distances": Family(
         "other distances to a teacher",
@@ -119,6 +136,7 @@ FAMILIES: dict[str, Family] = {
             "sinkd": "opdkit.methods.sinkd:sinkd",
             "pld": "opdkit.methods.pld:pld",
             "bd_kd": "opdkit.methods.bd_kd:bd_kd",
+            "f_dpg": "opdkit.methods.f_dpg:f_dpg",
         },
     ),
 }

@@ -50,6 +50,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "optim": {"passes": 2, "minibatches": 2},
     },
     "a moving average of one's own": {"method": f"{EXAMPLES / 'own_ema.py'}:steady"},
+    "noise on its layers": {
+        "method": {"name": "alp", "sigma": 0.1},
+        "sampling": {"num_generations": 4},
+        "optim": {"passes": 2, "minibatches": 2},
+        "lora": {"r": 4},
+    },
     "skills of its own trajectories": {
         "method": "skill_sd",
         "annotate": {"skills": {"by": "rules", "keep": 2}},
@@ -64,6 +70,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "teachers that debate": {
         "method": "opd",
         "annotate": {"debate": {"of": ["teacher", "student"], "max_tokens": 4}},
+    },
+    "a baseline over what was learnt from": {
+        "method": {"name": "f_dpg", "window": 5},
+        "optim": {"passes": 2, "minibatches": 2},
+    },
+    "steps near the student before them": {"method": "mdpo", "optim": {"passes": 2}},
+    "draws among tokens of high covariance": {
+        "method": {"name": "clip_cov", "lb": 0.1, "ratio": 0.2},
+        "optim": {"passes": 2},
     },
     "adapters with dropout": {"method": "opd", "lora": {"r": 4, "dropout": 0.3}},
 }

@@ -45,6 +45,7 @@ MULTIPLIERS = (
     "position_opd(part=last)",
     "scope",
     "reopold",
+    "gtpo",
 )
 
 
