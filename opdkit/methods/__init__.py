@@ -117,6 +117,8 @@ FAMILIES: dict[str, Family] = {
             "clip_cov": "opdkit.methods.clip_cov:clip_cov",
             "kl_cov": "opdkit.methods.clip_cov:kl_cov",
             "mdpo": "opdkit.methods.mdpo:mdpo",
+            "recap": "opdkit.methods.recap:recap",
+            "safe": "opdkit.methods.safe:safe",
         },
     ),
     "preferences": Family(

@@ -63,6 +63,11 @@ def passes(method: Method) -> list[str]:
             else whole
         )
         lines.append(f"{name}, without gradient{whole}")
+    if needs.of("live") and any(companion.disturbs for companion in method.companions):
+        lines.append(
+            "student, without gradient, at every optimiser step (it learns in other passes than "
+            "those in which it is scored, and the whole of a rollout is read in these)"
+        )
     lines.append("student, with gradient, at the positions that a term selects")
     return lines
 

@@ -65,7 +65,8 @@ def naive(objective: Objective, case: Case) -> tuple[Tensor, Tensor]:
     }
     logps = {name: lp.view(*case.tokens.shape, -1) for name, lp in logps.items()}
     batch.facts = {
-        f: v if isinstance(f, ColumnFact) else naive_fact(f, logps, case.tokens)
+        # what a module says is not the formula's to say
+        f: v if isinstance(f, ColumnFact) or f.companions else naive_fact(f, logps, case.tokens)
         for f, v in batch.facts.items()
     }
     leaf = case.student.clone().requires_grad_()
@@ -85,6 +86,7 @@ def naive(objective: Objective, case: Case) -> tuple[Tensor, Tensor]:
                 + (scale * part.term.loss.value(logp[rows], part.mask[rows], rows, batch)).sum()
             )
         else:
-            live = Live(batch, at, leaf.flatten(0, 1)[at])
+            own = leaf.flatten(0, 1)[at]
+            live = Live(batch, at, own, hidden=lambda own=own: own)  # type: ignore[misc]
             loss = loss + (part.scale.flatten()[at] * part.term.loss.value(live)).sum()  # type: ignore[attr-defined]
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]

@@ -48,9 +48,9 @@ FILES = sorted(
 )
 WITHOUT = {"gkd", "topk_opd", "kl_mixing", "tip", "paced", "distillm", "uld", "gold"}
 WITHOUT |= {"sft", "dagger", "opsd", "sdft", "sdpo", "selfci"}
-WITHOUT |= {"sinkd", "pld", "bd_kd", "eksft"}
-WITHOUT |= {"mad_opd", "opad", "vla_opd"}  # the last has a policy gradient without a ratio,
-WITHOUT |= {"f_dpg"}  # as well
+WITHOUT |= {"mad_opd", "opad", "f_dpo", "sinkd", "pld", "bd_kd", "eksft"}
+# those with a policy gradient without a ratio
+WITHOUT |= {"vla_opd", "hypo", "f_dpg"}
 WITH = sorted(set(METHODS) - WITHOUT)
 
 # -------------------------------------------------------------------------------------- described
