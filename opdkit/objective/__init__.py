@@ -15,7 +15,7 @@ from opdkit.objective.companion import (
     Stepped,
     Trained,
 )
-from opdkit.objective.copies import Ema, StudentCopy
+from opdkit.objective.copies import Ema, Previous, Snapshot, StudentCopy
 from opdkit.objective.critic import LastToken, Value, ValueFact, ValueHead, ValueLoss
 from opdkit.objective.divergences import (
     JSD,
@@ -63,8 +63,11 @@ from opdkit.objective.losses import (
     refuse_constant,
 )
 from opdkit.objective.noise import LayerNoise
+from opdkit.objective.pairs import LogU, PairLoss
 from opdkit.objective.plan import PlannedTerm, StepPlan
 from opdkit.objective.ratio_layer import policy_gradient
+from opdkit.objective.regions import DivergenceMask, Region, Smooth
+from opdkit.objective.sequences import OfOthers, RowSum
 from opdkit.objective.signals import (
     Advantage,
     Ceiling,
@@ -115,6 +118,7 @@ __all__ = [
     "Const",
     "Correct",
     "Divergence",
+    "DivergenceMask",
     "Draw",
     "Early",
     "Ema",
@@ -139,6 +143,7 @@ __all__ = [
     "Likelihood",
     "Live",
     "LogRatio",
+    "LogU",
     "Logp",
     "LogpAtFact",
     "LogpFact",
@@ -150,15 +155,19 @@ __all__ = [
     "Noted",
     "Number",
     "Objective",
+    "OfOthers",
     "Operation",
     "Outer",
+    "PairLoss",
     "PassRate",
     "PlannedTerm",
     "PolicyGradient",
+    "Previous",
     "Progress",
     "Quantile",
     "RankDistance",
     "RatioWeighted",
+    "Region",
     "Reinforce",
     "ReverseChi2",
     "ReverseKL",
@@ -166,10 +175,13 @@ __all__ = [
     "RolloutLoss",
     "Row",
     "RowMean",
+    "RowSum",
     "SharedDivergence",
     "Signal",
     "SkewForward",
     "SkewReverse",
+    "Smooth",
+    "Snapshot",
     "SpanFact",
     "SpanLoss",
     "StepPlan",

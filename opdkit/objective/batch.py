@@ -7,7 +7,7 @@ the right), V vocabulary entries. Log-probabilities, entropies and divergences a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any
@@ -200,6 +200,15 @@ class Batch:
         if model not in self.sources:
             raise self.missing(fact or VocabularyFact(model))
         return self.sources[model]
+
+    def still(self, moving: Iterable[Tensor]) -> None:
+        """Keeps the vocabularies of models as they are when the tensors `moving` [...], of which
+        some are their heads, are moved by an optimiser step. A source of one's own that has no
+        `still` is left as it is.
+        """
+        where = {tensor.data_ptr() for tensor in moving}
+        for name, source in self.sources.items():
+            self.sources[name] = source.still(where) if hasattr(source, "still") else source
 
     def companion(self, companion: Companion) -> Any:
         """The state of a companion."""

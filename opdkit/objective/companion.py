@@ -195,6 +195,13 @@ class Companions(Mapping[Companion, CompanionState]):
         return [p for state in self.values() for p in state.parameters() if p.requires_grad]
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All [...] that their states hold, and that may move from one optimiser step to the
+        next.
+        """
+        return _tensors([state.state_dict() for state in self.values()])
+
+    @property
     def scorers(self) -> dict[str, Any]:
         """Those that are models, by name."""
         found = {spec.model: (spec, state) for spec, state in self.items() if spec.model}
@@ -280,6 +287,15 @@ def _refuse_strange(companion: str, value: Any) -> None:
             f"the state of {companion} holds a {type(value).__name__}, which checkpoints do not: "
             "state_dict() is made of tensors, numbers, texts, and lists and dicts of these"
         )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Those [...] in a nested state."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value
+    nested = isinstance(value, (Mapping, list, tuple))
+    return [tensor for part in parts for tensor in _tensors(part)] if nested else []
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -196,7 +196,7 @@ def group_softmax(logits: Tensor, among: Tensor, group: Tensor) -> Tensor:
     index, n = group_index(group)
     open_ = torch.where(among, logits, -math.inf)
     highest = torch.full((n,), -math.inf, dtype=logits.dtype, device=logits.device).scatter_reduce(
-        0, index, open_, "amax"
+        0, index, open_.detach(), "amax"
     )
     size = torch.where(among, (open_ - highest[index]).exp(), 0.0)
     total = torch.zeros(n, dtype=logits.dtype, device=logits.device).index_add(0, index, size)

@@ -107,8 +107,12 @@ def score(rollouts: Sequence[Rollout], reward: Reward, *, workers: int = 0) -> l
     their weighted sum, and `correct` what the first of them says.
 
     What a reward says besides its number becomes the rollout's `feedback`: it may return (number,
-    text), {"reward": number, "feedback": text}, or an object with these two.
+    text), {"reward": number, "feedback": text}, or an object with these two. Responses that the
+    data has judged already keep what it says of them.
     """
+    if any(map(_by_data, rollouts)):
+        rest = iter(score([r for r in rollouts if not _by_data(r)], reward, workers=workers))
+        return [r if _by_data(r) else next(rest) for r in rollouts]
     if isinstance(reward, Named):
         return _together(rollouts, reward, workers)
     values = _values(rollouts, reward, workers)
@@ -155,6 +159,11 @@ def _values(rollouts: Sequence[Rollout], reward: Reward, workers: int) -> list[A
         return [_value(r, reward) for r in rollouts]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda r: _value(r, reward), rollouts))
+
+
+def _by_data(rollout: Rollout) -> bool:
+    """Whether the data that a response was read from says what it is worth."""
+    return rollout.finish == "given" and rollout.reward is not None
 
 
 def _name(reward: Reward) -> str:

@@ -87,11 +87,19 @@ def gather(
         drawn = torch.tensor([written(r) for r in rollouts], device=batch.device)[:, None]
         sampler, student = (batch.facts[LogpFact(m)] for m in ("sampler", "student"))
         batch.facts[LogpFact("sampler")] = torch.where(drawn, sampler, student)
-    # until the first optimiser step it is the student before it, or else it is still to be read
-    for fact in () if batch.companions.disturb else needs.of("live"):
-        batch.facts[fact] = batch.facts[as_student(fact)]
+    if not batch.companions.disturb:  # else it is still to be read: see `refresh`
+        _not_moved(batch, needs)
     batch.sources = {m: s for m, s in batch.sources.items() if needs.kept(m) or needs.spans(m)}
     return batch
+
+
+def _not_moved(batch: Batch, needs: Needs) -> None:
+    """Until the first optimiser step the live student is the student before it."""
+    for fact in needs.of("live"):
+        if fact.read_from == "loss":
+            batch.sources["live"] = batch.sources["student"]
+        else:
+            batch.facts[fact] = batch.facts[as_student(fact)]
 
 
 def written(rollout: Rollout) -> bool:
@@ -262,7 +270,7 @@ def as_student(fact: Fact) -> Fact:
     if before is None:
         raise UserError(
             f"the objective reads {fact.words()}: of the live student only log-probs and "
-            "entropies of tokens can be read"
+            "entropies of tokens can be read, or its whole vocabulary by a loss"
         )
     return before
 
@@ -287,7 +295,8 @@ def refresh(
         batch.sources["live"] = scorers["live"].source(layout, positions)
     made = supply(batch, facts, positions)
     batch.facts |= {fact: _whole(batch, fact, values) for fact, values in made.items()}
-    del batch.sources["live"]
+    if not needs.kept("live"):
+        del batch.sources["live"]
     batch.signals.clear()
 
 
@@ -338,6 +347,7 @@ def _columns(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
     rewards = [r.reward for r in rollouts]
     if rewards and all(r is not None for r in rewards):
         facts[ColumnFact("reward")] = torch.tensor(rewards, dtype=batch.dtype, device=device)
+    if any(r is not None for r in rewards):  # of the others nobody says that they are right
         right = [
             bool(r.correct) if r.correct is not None else (r.reward or 0) > 0 for r in rollouts
         ]

@@ -117,18 +117,12 @@ def learned(objective: Objective, mesh: Any, rollouts: list[Rollout], logits: An
     wanted = needs(objective)
     scorers = {m: Known(x, m == "teacher" and wanted.spans(m)) for m, x in logits.items()}
     with SEEDED:  # the random state is of all threads
-        around = Around(lambda model: V, torch.device("cpu"), torch.float64)
+        around = Around(lambda model: logits[model].shape[-1], torch.device("cpu"), torch.float64)
         beside = Companions.build(wanted.companions, around)
     batch = gather(
-        rollouts,
-        wanted,
-        scorers,
-        step=3,
-        total_steps=10,
+        rollouts, wanted, scorers, step=3, total_steps=10, dtype=torch.float64, mesh=mesh,
         companions=beside,
-        dtype=torch.float64,
-        mesh=mesh,
-    )
+    )  # fmt: skip
     plan = objective.plan(batch)
     leaf = logits["student"].flatten(0, 1).clone().requires_grad_()
     at = flat_positions(plan.selected if batch.mine is None else plan.selected & batch.mine)
