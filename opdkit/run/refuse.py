@@ -131,7 +131,7 @@ def _refuse_without_reward(run: Run, method: Method) -> None:
 
 def _refuse_unnamed(method: Method, reward: Reward | None) -> None:
     """A reward that a method reads by a name which the run does not give."""
-    known = list(reward.rewards) if isinstance(reward, Named) else []
+    known: list[str] = list(reward.rewards) if isinstance(reward, Named) else []
     for name in sorted(method.needs.columns):
         if name.startswith("reward:") and name.partition(":")[2] not in known:
             raise UserError(

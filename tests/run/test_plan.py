@@ -687,7 +687,7 @@ def test_what_the_run_would_refuse_is_refused() -> None:
 
 
 def test_a_reward_that_is_not_installed_here_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(reward: Any) -> None:
+    def missing(reward: Any, weights: Any) -> None:
         raise UserError("math_verify is not installed")
 
     monkeypatch.setattr("opdkit.run.plan.estimate.load_reward", missing)
