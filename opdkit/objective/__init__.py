@@ -15,8 +15,8 @@ from opdkit.objective.companion import (
     Stepped,
     Trained,
 )
-from opdkit.objective.copies import Ema, StudentCopy
-from opdkit.objective.critic import Value, ValueFact, ValueHead, ValueLoss
+from opdkit.objective.copies import Ema, Previous, Snapshot, StudentCopy
+from opdkit.objective.critic import LastToken, Value, ValueFact, ValueHead, ValueLoss
 from opdkit.objective.divergences import (
     JSD,
     Alpha,
@@ -62,9 +62,12 @@ from opdkit.objective.losses import (
     ratio,
     refuse_constant,
 )
+from opdkit.objective.noise import LayerNoise
+from opdkit.objective.pairs import LogU, PairLoss
 from opdkit.objective.plan import PlannedTerm, StepPlan
 from opdkit.objective.ratio_layer import policy_gradient
 from opdkit.objective.regions import DivergenceMask, Region, Smooth
+from opdkit.objective.sequences import OfOthers, RowSum
 from opdkit.objective.signals import (
     Advantage,
     Ceiling,
@@ -135,9 +138,12 @@ __all__ = [
     "HiddenFact",
     "HybridDistance",
     "Kind",
+    "LastToken",
+    "LayerNoise",
     "Likelihood",
     "Live",
     "LogRatio",
+    "LogU",
     "Logp",
     "LogpAtFact",
     "LogpFact",
@@ -149,11 +155,14 @@ __all__ = [
     "Noted",
     "Number",
     "Objective",
+    "OfOthers",
     "Operation",
     "Outer",
+    "PairLoss",
     "PassRate",
     "PlannedTerm",
     "PolicyGradient",
+    "Previous",
     "Progress",
     "Quantile",
     "RankDistance",
@@ -166,11 +175,13 @@ __all__ = [
     "RolloutLoss",
     "Row",
     "RowMean",
+    "RowSum",
     "SharedDivergence",
     "Signal",
     "SkewForward",
     "SkewReverse",
     "Smooth",
+    "Snapshot",
     "SpanFact",
     "SpanLoss",
     "StepPlan",

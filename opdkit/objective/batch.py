@@ -88,7 +88,8 @@ class Batch:
         self.memory = dict(memory or {})
         self.drawn = drawn
         self.mine, self.whole = mine, whole
-        # whether the student may be another than before the step; until its first update it is not
+        # whether the student that learns may be another than the one before the step: until its
+        # first update it is not, unless something disturbs the passes in which it learns
         self.moved = True
         # whether what is being computed has read facts of this process's own tokens alone
         self.partial = False
@@ -151,6 +152,15 @@ class Batch:
     def reward(self) -> Tensor:
         """[B] float."""
         return self.read(ColumnFact("reward"))
+
+    @property
+    def rewards(self) -> dict[str, Tensor]:
+        """[B] float each: the rewards that have names, NaN for rollouts that one does not apply
+        to.
+        """
+        columns = {fact.words(): x for fact, x in self.facts.items()}
+        names = sorted(name for name in columns if name.startswith("reward:"))
+        return {name.partition(":")[2]: columns[name] for name in names}
 
     @property
     def correct(self) -> Tensor:

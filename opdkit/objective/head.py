@@ -63,6 +63,17 @@ class Source:
         }
         return replace(self, head=replace(head, **copies)) if copies else self
 
+    def everywhere(self, whole: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Source:
+        """The same at the positions of all processes, of whose tensors [...] `whole` makes the sum;
+        sent as numbers of `dtype`.
+        """
+        own = self.index >= 0
+        known = whole(own.to(dtype)) > 0
+        index = torch.where(known, known.cumsum(0) - 1, -1)
+        hidden = self.hidden.new_zeros(int(known.sum()), self.hidden.shape[1], dtype=dtype)
+        hidden[index[own]] = self.hidden[self.index[own]].detach().to(dtype)
+        return replace(self, hidden=whole(hidden), index=index)
+
 
 def chunk_rows(vocabulary: int, device: torch.device | None = None) -> int:
     """Positions in one chunk: a GPU takes as many as a part of its free memory holds, since small

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -166,7 +166,7 @@ class Bounds(Loss):
     @property
     def outer(self) -> Signal:
         """[B, T], or [B, 1] of a loss over rollouts."""
-        same = self.base == "student"
+        same = self.base in ("student", "live")
         return Const(1) if same else Outer(self.base, self.cap, self.over_rollouts)
 
 
@@ -227,6 +227,10 @@ class RatioWeighted(TokenLoss):
 
     def joined(self, batch: Batch) -> Tensor | None:  # [B, T] bool
         return self.loss.joined(batch)
+
+    def ready(self, weight: Tensor, batch: Batch) -> RatioWeighted:  # weight [B, T]
+        loss: Any = self.loss.ready(weight, batch)
+        return replace(self, loss=loss)
 
     def value(self, live: Live) -> Tensor:  # [n]
         return ratio(live, self.base).detach().clamp_max(self.most) * self.loss.value(live)

@@ -108,7 +108,9 @@ def _apply(term: Term, settings: dict[str, Any]) -> Term:
         loss = _bounded(loss, _pair(wanted["clip"]), wanted["dual_clip"], _region(wanted))
     assert isinstance(loss, (PolicyGradient, Bounds))
     if cap != loss.cap:  # a cap is on what the sampler says, also where the ratio is not
-        loss = replace(loss, cap=cap, base="sampler" if loss.base == "student" else loss.base)
+        loss = replace(
+            loss, cap=cap, base="sampler" if loss.base in ("student", "live") else loss.base
+        )
     return replace(term, loss=loss)
 
 
