@@ -18,6 +18,7 @@ from opdkit import cli
 from opdkit.base.interrupt import Stopped
 from opdkit.cli import main
 from opdkit.cli.doctor import DOCTOR
+from opdkit.methods import FAMILIES
 from opdkit.run.settings import Data
 from tests.common.tiny import save_tiny
 
@@ -78,6 +79,16 @@ def test_methods_lists_each_with_its_source(
     for name in opdkit.methods():
         assert re.search(rf"^ *{name} ", out, re.M), name
     assert re.search(r"^ *iw_opd .*2606\.22600", out, re.M)
+
+
+def test_methods_of_one_family(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    out = said(capsys, "methods", "--family", "rewards")
+    shown = {name for name in opdkit.methods() if re.search(rf"^ *{name} ", out, re.M)}
+    assert shown == set(FAMILIES["rewards"].methods) and "scope" in shown
+    assert "did you mean 'agents'" in said(capsys, "methods", "--family", "agent", code=2)
 
 
 def test_explain_prints_the_formula_and_what_it_reads(capsys: pytest.CaptureFixture[str]) -> None:

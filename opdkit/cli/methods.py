@@ -5,13 +5,25 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from opdkit.base.errors import UserError, nearest
 from opdkit.cli.command import Command, as_arguments
+from opdkit.methods import FAMILIES
 
 NAMED = "a name, file.py:function, or an expression in quotes: 'tropd * iw_opd(gamma=1)'"
+
+COLUMNS = ("method", "idea", "source", "needs", "passes")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("method", help=NAMED)
+
+
+def which(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--family",
+        metavar="NAME",
+        help=f"only these: {', '.join(FAMILIES)}",
+    )
 
 
 def list_methods(options: Any) -> None:
@@ -20,17 +32,29 @@ def list_methods(options: Any) -> None:
 
     from opdkit.methods.explain import table
 
-    shown = Table(box=None, pad_edge=False)
-    for column in ("method", "idea", "source", "needs", "passes"):
-        shown.add_column(column, no_wrap=column in ("method", "source"))
-    for row in table():
-        shown.add_row(*row.values())
+    wanted = options.family
+    if wanted is not None and wanted not in FAMILIES:
+        raise UserError(
+            f"there is no family of methods {wanted!r}{nearest(wanted, list(FAMILIES))} (there are "
+            f"{', '.join(FAMILIES)})"
+        )
+    rows = {row["method"]: row for row in table()}
     console = Console(soft_wrap=False)
     with console.capture() as text:  # rich would exit by itself where the reader has gone
-        console.print(shown)
+        for name, family in FAMILIES.items():
+            if wanted not in (None, name):
+                continue
+            console.print(f"{name}: {family.about}\n")
+            shown = Table(box=None, pad_edge=False)
+            for column in COLUMNS:
+                shown.add_column(column, no_wrap=column in ("method", "source"))
+            for method in family.methods:
+                shown.add_row(*(rows[method][column] for column in COLUMNS))
+            console.print(shown)
+            console.print()
     print(text.get(), end="")
     print(
-        "\npasses: forward passes of a step besides sampling. opdkit explain METHOD prints the "
+        "passes: forward passes of a step besides sampling. opdkit explain METHOD prints the "
         "formula."
     )
 
@@ -54,7 +78,10 @@ def check_method(options: Any) -> int:
 
 
 METHODS = Command(
-    "methods", "list every method with its source, what it needs and its cost", list_methods
+    "methods",
+    "list every method, by family, with its source, what it needs and its cost",
+    list_methods,
+    which,
 )
 EXPLAIN = Command(
     "explain",

@@ -9,10 +9,12 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from opdkit.base.errors import UserError
 from opdkit.curricula import Plain
+from opdkit.methods import FAMILIES
 from opdkit.methods.arguments import described
 from opdkit.methods.explain import SHARED, Shown, arguments_of, brought, passes, table
 from opdkit.methods.method import Method, function_of, load, methods
@@ -66,17 +68,37 @@ def between(file: Path, marks: tuple[str, str], text: str) -> str:
 
 
 def listing(folder: str, full: bool) -> str:
-    """The table of all methods, linked to their pages; `full` adds what they need."""
-    columns = (
-        ["method", "idea", "needs", "passes", "source"] if full else ["method", "idea", "source"]
-    )
+    """The tables of all methods, a family each, linked to their pages; `full` adds what they need.
+    In the README they are folded.
+    """
+    rows = {row["method"]: row for row in table()}
+    parts = []
+    for name, family in FAMILIES.items():
+        shown = _rows([rows[m] for m in family.methods], folder, full)
+        if full:
+            parts.append(
+                f"### {family.title[0].upper()}{family.title[1:]}\n\n{family.about}\n\n{shown}"
+            )
+        else:
+            listed = ", ".join(family.methods)
+            title = f"<b>{family.title}</b> ({name}): {listed}"
+            parts.append(
+                f"<details><summary>{title}</summary>\n\n{family.about}\n\n{shown}\n\n</details>"
+            )
+    return "\n\n".join(parts)
+
+
+def _rows(rows: Sequence[Mapping[str, str]], folder: str, full: bool) -> str:
+    """A table of methods."""
+    columns = ("method", "idea", *(("needs", "passes") if full else ()), "source")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in table():
-        cells = row | {
+    for row in rows:
+        cells = {
+            **row,
             "method": f"[{row['method']}]({folder}{row['method']}.md)",
             "source": arxiv(row["source"]),
+            "idea": escape(row["idea"]),
         }
-        cells["idea"] = escape(cells["idea"])
         lines.append("| " + " | ".join(cells[c].replace("|", "\\|") for c in columns) + " |")
     return "\n".join(lines)
 

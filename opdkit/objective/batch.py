@@ -7,7 +7,7 @@ the right), V vocabulary entries. Log-probabilities, entropies and divergences a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,8 @@ class Batch:
         self.memory = dict(memory or {})
         self.drawn = drawn
         self.mine, self.whole = mine, whole
-        # whether the student may be another than before the step; until its first update it is not
+        # whether the student that learns may be another than the one before the step: until its
+        # first update it is not, unless something disturbs the passes in which it learns
         self.moved = True
         # whether what is being computed has read facts of this process's own tokens alone
         self.partial = False
@@ -153,6 +154,15 @@ class Batch:
         return self.read(ColumnFact("reward"))
 
     @property
+    def rewards(self) -> dict[str, Tensor]:
+        """[B] float each: the rewards that have names, NaN for rollouts that one does not apply
+        to.
+        """
+        columns = {fact.words(): x for fact, x in self.facts.items()}
+        names = sorted(name for name in columns if name.startswith("reward:"))
+        return {name.partition(":")[2]: columns[name] for name in names}
+
+    @property
     def correct(self) -> Tensor:
         """[B] bool."""
         return self.read(ColumnFact("correct"))
@@ -190,6 +200,16 @@ class Batch:
         if model not in self.sources:
             raise self.missing(fact or VocabularyFact(model))
         return self.sources[model]
+
+    def still(self, moving: Iterable[Tensor]) -> None:
+        """Keeps the vocabularies of models as they are when the tensors `moving` [...], of which
+        some are their heads, are moved by an optimiser step; the live student is read anew then. A
+        source of one's own that has no `still` is left as it is.
+        """
+        where = {tensor.data_ptr() for tensor in moving}
+        for name, source in self.sources.items():
+            if name != "live" and hasattr(source, "still"):
+                self.sources[name] = source.still(where)
 
     def companion(self, companion: Companion) -> Any:
         """The state of a companion."""

@@ -7,12 +7,14 @@ student. No other file asks which companions there are.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from types import NoneType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ class Around:
     model: Any = None  # the student; None where a formula runs on plain logits
     # a model of the student's kind as one that scores rollouts, as the run would score with it
     scorer: Callable[[Any], Any] | None = None
+    layers: Sequence[nn.Module] = ()  # of the student, in their order; none on plain logits
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class Stepped:
     model: Any = None  # the student after it; None where a formula runs on plain logits
 
 
+# is told of whom the rows of the student's next pass are
+Hear = Callable[[Sequence[Rollout]], object]
+
+
 class CompanionState(ABC):
     """What a companion is in a run. An `nn.Module` may be one: `class Mine(nn.Module,
     CompanionState)`.
@@ -53,6 +60,16 @@ class CompanionState(ABC):
     With a method `source(layout, positions)` it is a model that scores rollouts (see
     `teachers.base`), under its companion's name.
     """
+
+    @contextmanager
+    def disturbed(self, updates: int) -> Iterator[Hear]:
+        """Of a companion that `disturbs`: while it is open the student's passes are those that it
+        learns in, in the optimiser step number `updates` (from 0), not those in which it writes or
+        is scored.
+
+        What is called with the rollouts of a pass before each says whose rows these are.
+        """
+        yield lambda rollouts: None
 
     def parameters(self) -> Iterable[Tensor]:
         """Those that a loss computes with and that learn, of any shape [...].
@@ -65,6 +82,10 @@ class CompanionState(ABC):
     def after_step(self, stepped: Stepped) -> None:
         """Called once after each optimiser step of the student."""
         return
+
+    def metrics(self) -> dict[str, float]:
+        """Where it stands, by name: for the run's curves."""
+        return {}
 
     @abstractmethod
     def state_dict(self) -> Mapping[str, Any]:
@@ -82,6 +103,9 @@ class Companion(ABC):
 
     # The name under which a formula reads it, where it is a model: LogRatio("ema", "student").
     model = ""
+    # Whether the student learns in other passes than those in which it writes and is scored: see
+    # `CompanionState.disturbed`.
+    disturbs: ClassVar[bool] = False
 
     @property
     def copies(self) -> int:
@@ -98,11 +122,14 @@ class Companion(ABC):
 class Trained(CompanionState):
     """A module with an AdamW of its own, which steps when the student's has; call it as the module.
 
-    It computes in its own dtype, whatever the student's products are in.
+    It computes in its own dtype, whatever the student's products are in. A gradient whose norm is
+    above `max_norm` is cut to it.
     """
 
-    def __init__(self, module: nn.Module, learning_rate: float, **optim: Any):
-        self.module = module
+    def __init__(
+        self, module: nn.Module, learning_rate: float, max_norm: float = math.inf, **optim: Any
+    ):
+        self.module, self.max_norm = module, max_norm
         self.optimiser = torch.optim.AdamW(
             module.parameters(), lr=learning_rate, **{"weight_decay": 0.0, **optim}
         )
@@ -117,6 +144,7 @@ class Trained(CompanionState):
         return self.module.parameters()
 
     def after_step(self, stepped: Stepped) -> None:
+        nn.utils.clip_grad_norm_(self.module.parameters(), self.max_norm)
         self.optimiser.step()
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -167,6 +195,13 @@ class Companions(Mapping[Companion, CompanionState]):
         return [p for state in self.values() for p in state.parameters() if p.requires_grad]
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All [...] that their states hold, and that may move from one optimiser step to the
+        next.
+        """
+        return _tensors([state.state_dict() for state in self.values()])
+
+    @property
     def scorers(self) -> dict[str, Any]:
         """Those that are models, by name."""
         found = {spec.model: (spec, state) for spec, state in self.items() if spec.model}
@@ -178,6 +213,22 @@ class Companions(Mapping[Companion, CompanionState]):
                     "through: around.scorer(model).source is one"
                 )
         return {name: state for name, (_, state) in found.items()}
+
+    @property
+    def disturb(self) -> bool:
+        """Whether the student learns in other passes than those in which it is scored."""
+        return any(spec.disturbs for spec in self)
+
+    @contextmanager
+    def disturbed(self, updates: int) -> Iterator[Hear]:
+        """The student's passes as those that it learns in: see `CompanionState.disturbed`."""
+        with ExitStack() as stack:
+            every = [
+                stack.enter_context(state.disturbed(updates))
+                for spec, state in self.items()
+                if spec.disturbs
+            ]
+            yield lambda rollouts: [hear(rollouts) for hear in every]
 
     def refuse_broken(self) -> None:
         """The error where a gradient is not finite, before anything is moved."""
@@ -195,6 +246,10 @@ class Companions(Mapping[Companion, CompanionState]):
             state.after_step(stepped)
         for parameter in self.parameters:
             parameter.grad = None
+
+    def metrics(self) -> dict[str, float]:
+        """Where they stand, by name; of two that use one name, the last's."""
+        return {name: value for state in self.values() for name, value in state.metrics().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Of each, by how it is written."""
@@ -232,6 +287,15 @@ def _refuse_strange(companion: str, value: Any) -> None:
             f"the state of {companion} holds a {type(value).__name__}, which checkpoints do not: "
             "state_dict() is made of tensors, numbers, texts, and lists and dicts of these"
         )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Those [...] in a nested state."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value
+    nested = isinstance(value, (Mapping, list, tuple))
+    return [tensor for part in parts for tensor in _tensors(part)] if nested else []
 
 
 def _listed(names: Iterable[str]) -> str:

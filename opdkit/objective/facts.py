@@ -83,6 +83,8 @@ class Fact:
     whole_vocabulary: ClassVar[bool] = True
     # Whether its model may have a tokenizer of its own; else it is about the student's token ids.
     own_tokenizer: ClassVar[bool] = False
+    # Whether it can be read of the live student too, as it moves from update to update.
+    of_live: ClassVar[bool] = False
     dtype: ClassVar[torch.dtype] = torch.float32  # int64: token ids
     # what its numbers are, by which one from elsewhere is checked: "logp", "entropy", "ids", ""
     number: ClassVar[str] = ""
@@ -186,7 +188,7 @@ class Fact:
         """A fact of the live student as one of the student before the step; None: it cannot be
         read of the live student.
         """
-        return None
+        return replace(self, model="student") if self.of_live else None  # type: ignore[call-arg]
 
     # -------------------------------------------------------------------------- what is said of it
 
@@ -220,6 +222,7 @@ class LogpFact(Fact):
 
     model: str
     whole_vocabulary: ClassVar[bool] = False
+    of_live: ClassVar[bool] = True
     number: ClassVar[str] = "logp"
 
     def words(self) -> str:
@@ -234,9 +237,6 @@ class LogpFact(Fact):
     def of_notes(self, noted: Any) -> Any:
         return noted.logp
 
-    def as_student(self) -> Fact | None:
-        return replace(self, model="student")
-
 
 @dataclass(frozen=True)
 class EntropyFact(Fact):
@@ -245,6 +245,7 @@ class EntropyFact(Fact):
     model: str
     # a number that a server can compute
     whole_vocabulary: ClassVar[bool] = False
+    of_live: ClassVar[bool] = True
     number: ClassVar[str] = "entropy"
 
     def words(self) -> str:
@@ -262,16 +263,10 @@ class EntropyFact(Fact):
     def of_notes(self, noted: Any) -> Any:
         return noted.entropy
 
-    def as_student(self) -> Fact | None:
-        return replace(self, model="student")
-
 
 @dataclass(frozen=True)
 class GapFact(Fact):
-    """[B, T]: a divergence between two models over the whole vocabulary.
-
-    `kind` is a `Kind`.
-    """
+    """[B, T]: a divergence, a `Kind`, between two models over the whole vocabulary."""
 
     kind: Hashable
     student: str
@@ -394,6 +389,7 @@ class VocabularyFact(Fact):
     """The model's whole vocabulary at any position, chunk by chunk: a model in this process."""
 
     model: str
+    of_live: ClassVar[bool] = True
 
     def words(self) -> str:
         return f"{self.model} over the whole vocabulary"
@@ -404,6 +400,7 @@ class VocabularyFact(Fact):
 
 
 HOW_TO_SUPPLY = {
+    "reward:": "name it in the run, reward: {NAME: math}, or pass rewards={NAME: [B]} to evaluate",
     "reward": "give the run a reward (math, or file.py:function), or pass reward=[B] to evaluate",
     "correct": "give the run a reward, or pass correct=[B] to evaluate",
     "group": "rollouts of a run carry their prompt as group; pass group=[B] to evaluate",
@@ -414,8 +411,8 @@ HOW_TO_SUPPLY = {
 
 @dataclass(frozen=True)
 class ColumnFact(Fact):
-    """[B] (a mark: [B, T]): something of the rollouts themselves: "reward", "correct", "group",
-    "question", "mark:NAME", "row:NAME", "memory:NAME".
+    """[B] (a mark: [B, T]): something of the rollouts themselves: "reward", "reward:NAME",
+    "correct", "group", "question", "mark:NAME", "row:NAME", "memory:NAME".
     """
 
     name: str
@@ -442,7 +439,7 @@ class ColumnFact(Fact):
         return values > 0 if self.name == "correct" else values
 
     def missing(self, known: set[str]) -> str:
-        how = HOW_TO_SUPPLY.get(self.name.partition(":")[0], "supply it")
+        how = next((h for k, h in HOW_TO_SUPPLY.items() if self.name.startswith(k)), "supply it")
         return f"the objective reads {self.name!r}, which this batch does not have: {how}"
 
 

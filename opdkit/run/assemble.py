@@ -19,6 +19,7 @@ from opdkit.environments import EpisodeSampler
 from opdkit.models.identity import identify
 from opdkit.models.layout import batch_tokens
 from opdkit.objective.needs import Needs, watched
+from opdkit.rewards.against import opposed
 from opdkit.run.annotate import open_annotators
 from opdkit.run.ask import Asked
 from opdkit.run.episodes import episodic, openings
@@ -122,7 +123,8 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
     method, stored, student = asked.method, asked.stored, opened.student
     mix = guide(opened.scorers, method.teacher_mix) if method.teacher_mix else None
     prompts = make_prompts(run.prompts, asked.rows, opened.tokenizer)
-    if writer_of(method.curriculum).asks_turns and (note := prompts.drop_unanswered()):
+    writer, players = writer_of(method.curriculum), writer_of(method.curriculum).players
+    if writer.asks_turns and (note := prompts.drop_unanswered()):
         print(f"opdkit: {note}", file=sys.stderr)
     prompts.refuse_unknown(opened.vocabulary)
     plain = episodic(run.world, opened.sampler(), prompts, student.model)
@@ -139,7 +141,8 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
         sampling=run.sampling,
         prompts_per_step=run.prompts_per_step,
         seed=run.seed,
-        reward=asked.reward,
+        reward=opposed(asked.reward, bool(players)),
+        players={name: opened.player(name) for name in players},
         filters=make_filters(run, method.needs, opened.tokenizer, len(prompts)),
         annotators=open_annotators(run, method, asked.annotated, opened, sampler),
         stored=stored,

@@ -11,7 +11,7 @@ import torch
 
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
-from opdkit.models.body import head_of, kept_rows, shared_vocabulary
+from opdkit.models.body import head_of, kept_rows, layers_of, shared_vocabulary
 from opdkit.models.device import device_of
 from opdkit.models.load import dtype_of, load_tokenizer
 from opdkit.objective.companion import Around, Companion, Companions
@@ -40,6 +40,17 @@ class Opened:
         """The student's sampler in this process, for evaluations."""
         return HFSampler(self.student.model, self.tokenizer, head=self.student.head, watch=watch)
 
+    def player(self, name: str) -> HFSampler:
+        """What lets a copy of the student write, in this process."""
+        [copy] = [state for spec, state in self.companions.items() if spec.model == name]
+        model = getattr(copy, "model", None)
+        if model is None:
+            raise UserError(
+                f"{name!r} is to write responses, and it is no copy of the student but a "
+                f"{type(copy).__name__}: bring an Ema with that name"
+            )
+        return HFSampler(model, self.tokenizer, head=head_of(model, self.student.vocab))
+
 
 def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None) -> Opened:
     """Opens every model that a method reads; the student as it is in the checkpoint, if any."""
@@ -56,7 +67,7 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
         base,
         run.optim,
         run.learning_rate,
-        run.steps * run.optim.passes * run.optim.minibatches,
+        run.updates(method),
         run.dtype == "bfloat16",
         head_dtype=dtype_of(run.head_dtype),
         disable_dropout=run.disable_dropout,
@@ -102,5 +113,6 @@ def beside(
         run.seed,
         student.model,
         lambda model: LocalModel(model, head_of(model, student.vocab), run.micro_batch_tokens),
+        layers_of(student.model),
     )
     return Companions.build(wanted, around)

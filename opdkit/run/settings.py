@@ -118,7 +118,11 @@ class Run:
     data: str | Data
     method: str | MethodSpec = "opd"
     output: str = AUTO  # auto: runs/METHOD-NNN, the first number that is free
-    reward: str | None = None
+    # one, or several by name, {accuracy: math, format: regex:...}, whose sum is the reward and of
+    # which the first says what is correct
+    reward: str | dict[str, str] | None = None
+    # what each of several counts in their sum; 1 where nothing is said
+    reward_weights: dict[str, float] = field(default_factory=dict)
     # a model, as `teacher`; null: the student's initial weights
     reference: str | dict[str, Any] | None = None
     # further models that the method names, each as `teacher`
@@ -229,6 +233,11 @@ class Run:
         """The copies of the student that follow it as one of these."""
         opened = self.opened_by(method)
         return {copy for name in opened for copy in self.model_named(name).companions(name)}
+
+    def updates(self, method: Method) -> int:
+        """Optimiser steps that it takes at most."""
+        said = (method.curriculum.passes(step, self.steps) for step in range(self.steps))
+        return self.optim.minibatches * sum(number or self.optim.passes for number in said)
 
     @property
     def sampler_settings(self) -> SamplerSettings:

@@ -36,9 +36,12 @@ class Work(Split):
         """[True, a list of values], or [False or None, why there is none]."""
         # of our own making: rollouts, whose texts are texts
         given, many, seconds = pickle.loads(bytes.fromhex(line))
-        rollouts = [_rollout(fields) for fields in given]
+        two = many == "two"  # answers to compare: (row, a, b) each
+        rollouts = [] if two else [_rollout(fields) for fields in given]
 
         def work() -> list[Any]:
+            if two:
+                return [_told(self.reward(*arguments)) for arguments in given]
             if many:
                 return list(map(_told, self.reward.score_many(rollouts)))
             return [_told(self.reward(rollout)) for rollout in rollouts]
@@ -62,9 +65,13 @@ def _likeness(names: tuple[str, ...]) -> Any:
 _made: dict[tuple[str, ...], type] = {}
 
 
-def _told(value: Any) -> float | dict[str, Any] | list[str]:
-    """A number, with the words that came with it; or what it is instead: its look and its type."""
+def _told(value: Any) -> float | dict[str, Any] | list[str] | None:
+    """A number, with the words that came with it; None, where the reward does not apply; or what it
+    is instead: its look and its type.
+    """
     number, words = split(value)
+    if number is None:
+        return None
     try:
         if isinstance(number, numbers.Real) and math.isfinite(number):
             told = float(number)
