@@ -268,9 +268,7 @@ def bandit(s: Settings) -> Task:
         "chance that the worse arm pays",
         "mean reward",
         s.luck,
-        Futures(
-            (1, 2, 2), torch.zeros_like(arm), arm, pay, torch.ones_like(arm), pay[..., 0].float()
-        ),
+        Futures((1, 2, 2), *seen),
         lambda policy: (policy[:, 0] * pays).sum(-1),
         [2 * luck * (1 - luck) for luck in s.luck],
         [max(luck, 1 - luck) for luck in s.luck],
