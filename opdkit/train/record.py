@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 
@@ -151,8 +153,9 @@ class StepRecord:
         `opdkit.train.diagnostics`.
         """
         found = diagnostics.of_weights(self.plans[0])
-        for part in self.plans[0].parts:
-            found |= part.term.loss.metrics(batch, part.mask)
+        for parts in zip(*(plan.parts for plan in self.plans)):  # of a term, by optimiser step
+            mask = reduce(operator.or_, (part.mask for part in parts))
+            found |= parts[0].term.loss.metrics(batch, mask)
         found |= diagnostics.of_tokens(
             batch, self.spread(batch, self.entropy), self.spread(batch, self.gap)
         )
