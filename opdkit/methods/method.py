@@ -157,6 +157,10 @@ COMPOSED = (
 )
 
 
+# what is left to do where two methods contradict each other
+ALONE = "Run one of them, or give them arguments with which they agree"
+
+
 def _composed(
     base: Method, other: Method, name: str, doc: str, objective: Objective, as_weight: bool
 ) -> Method:
@@ -171,7 +175,7 @@ def _composed(
         if mine != theirs and not (as_weight and theirs == part.default):
             raise UserError(
                 f"{name}: {names[0]} has {part.name}={mine}, {names[1]} {part.name}={theirs}, "
-                "and only one can hold"
+                f"and only one can hold. {ALONE}"
             )
     # who teaches is for the method that is weighed to say
     mine = base.needs.models if as_weight else frozenset()
@@ -198,7 +202,7 @@ def _refuse_another(bringing: Method, reading: Method, names: tuple[str, str]) -
         raise UserError(
             f"{names[0]} and {names[1]} cannot be combined: the model {name!r} of the first is "
             f"{bringing.models[name]}, that of the second the run's own, by default the student as "
-            "it began, and only one can hold"
+            f"it began, and only one can hold. {ALONE}"
         )
 
 
@@ -212,7 +216,8 @@ def _both(
         if mine[name] != theirs[name]:
             raise UserError(
                 f"{names[0]} and {names[1]} cannot be combined: the {what} {name!r} of the first "
-                f"is {mine[name]}, that of the second {theirs[name]}, and only one can hold"
+                f"is {mine[name]}, that of the second {theirs[name]}, and only one can hold. "
+                f"{ALONE}"
             )
     return {**mine, **theirs}
 

@@ -75,7 +75,16 @@ def files(folder: Path) -> list[str]:
                 "set reward to math",
             ],
         ),
+        (
+            ["--method=grpo", "num_generations=2"],
+            ["method 'grpo' reads what a response is worth, and the run has no reward"],
+        ),
         (["--reward=maths"], ["there is no reward 'maths'"]),
+        (["reward={a: exact, b: 3}"], ["reward.b must be str, not 3"]),
+        (
+            ["--method=f_dpo + opd"],
+            ["reads every response from the data", "hypo in the place of f_dpo"],
+        ),
         (["evaluate.data=x.jsonl"], ["evaluates on held-out problems and has no reward"]),
         (["trackers=[tensorbored]"], ["tensorbored", "did you mean 'tensorboard'"]),
         (["device=abacus"], ["device='abacus' cannot be used here"]),
