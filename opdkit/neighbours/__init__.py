@@ -13,4 +13,7 @@ Its mathematics is plain functions over tensors; what needs a library of its fie
 `run`.
 """
 
-NEIGHBOURS: dict[str, str] = {}
+NEIGHBOURS: dict[str, str] = {
+    "props": "opdkit.neighbours.props",
+    "hnpg": "opdkit.neighbours.hnpg",
+}
