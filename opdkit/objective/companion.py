@@ -33,6 +33,8 @@ class Around:
     model: Any = None  # the student; None where a formula runs on plain logits
     # a model of the student's kind as one that scores rollouts, as the run would score with it
     scorer: Callable[[Any], Any] | None = None
+    # a copy of the student as the run holds it: spread over the processes, where there are several
+    placed: Callable[[Any], Any] = lambda model: model
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from opdkit.base.errors import UserError
 from opdkit.objective.companion import Around, Companion, CompanionState, Stepped
+from opdkit.objective.parts import like, whole
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class StudentCopy(CompanionState):
         assert around.scorer is not None
         self.ema = ema
         shared = {id(p): p for p in around.model.parameters() if not p.requires_grad}
-        self.model = copy.deepcopy(around.model, shared).eval()
+        self.model = around.placed(copy.deepcopy(around.model, shared).eval())
         self.weights = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.model.requires_grad_(False)
         self.source = around.scorer(self.model).source
@@ -72,11 +73,11 @@ class StudentCopy(CompanionState):
             weight.lerp_(student[name], 1.0 if first else self.ema.rate)
 
     def state_dict(self) -> Mapping[str, Any]:
-        return {name: weight.detach() for name, weight in self.weights.items()}
+        return {name: whole(weight.detach()) for name, weight in self.weights.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Any) -> None:
         if set(state) != set(self.weights):
             raise ValueError("its weights have other names than the student's")
         for name, weight in self.weights.items():
-            weight.copy_(state[name])
+            weight.copy_(like(weight, state[name]))

@@ -51,7 +51,6 @@ def claimed(run: Run, *, resume: bool = False, overwrite: bool = False) -> Itera
 
     A run that ends before its first step leaves it as it was.
     """
-    refuse_several()
     folder = run.folder
     with locked(folder):
         _recover(folder)

@@ -14,6 +14,7 @@ from opdkit.methods.method import Method
 from opdkit.models.body import head_of, kept_rows, shared_vocabulary
 from opdkit.models.device import device_of
 from opdkit.models.load import dtype_of, load_tokenizer
+from opdkit.models.sharding import shard
 from opdkit.objective.companion import Around, Companion, Companions
 from opdkit.run.open import Given, Models
 from opdkit.run.settings import Run
@@ -38,11 +39,16 @@ class Opened:
 
     def sampler(self, watch: Watch = Watch()) -> HFSampler:
         """The student's sampler in this process, for evaluations."""
-        return HFSampler(self.student.model, self.tokenizer, head=self.student.head, watch=watch)
+        student = self.student
+        return HFSampler(student.model, self.tokenizer, head=lambda: student.head, watch=watch)
 
 
-def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None) -> Opened:
-    """Opens every model that a method reads; the student as it is in the checkpoint, if any."""
+def open_models(
+    run: Run, given: Given, method: Method, checkpoint: Path | None, devices: Any = None
+) -> Opened:
+    """Opens every model that a method reads; the student as it is in the checkpoint, if any, and
+    spread over a mesh of `devices`, if there are several processes.
+    """
     tokenizer = (
         given.tokenizer
         if given.tokenizer is not None
@@ -61,18 +67,20 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
         head_dtype=dtype_of(run.head_dtype),
         disable_dropout=run.disable_dropout,
     )
-    copies = beside(run.copies_for(method), student, {}, run)
+    copies = beside(run.copies_for(method), student, {}, run, devices)
+    student.spread(devices)
     others = models.others(base, copies)
     heads = [student.head, *(head for scorer in others.values() for head in heads_of(scorer))]
     vocabulary = shared_vocabulary(heads, tokenizer)
     student.vocab = vocab = kept_rows(heads, vocabulary)
     scorers: dict[str, Scorer | Remote] = {
-        "student": LocalModel(base, student.head, run.micro_batch_tokens),
-        "live": LocalModel(base, student.head, run.micro_batch_tokens),
+        name: LocalModel(base, head_of(base, vocab), run.micro_batch_tokens)
+        for name in ("student", "live")
     }
     scorers |= {name: cut(scorer, vocab) for name, scorer in others.items()}
     wanted = {*method.needs.companions, *method.companions}
-    companions = Companions(copies.built | beside(wanted, student, scorers, run).built)
+    others_beside = beside(wanted, student, scorers, run, devices)
+    companions = Companions(copies.built | others_beside.built)
     # a copy that a teacher reads through a view is behind it
     everyone = companions.scorers | scorers
     return Opened(models, tokenizer, student, everyone, vocabulary, companions)
@@ -83,6 +91,7 @@ def beside(
     student: Student,
     scorers: Mapping[str, Scorer | Remote],
     run: Run,
+    devices: Any = None,
 ) -> Companions:
     """What stands beside the student at the start of a run."""
 
@@ -102,5 +111,6 @@ def beside(
         run.seed,
         student.model,
         lambda model: LocalModel(model, head_of(model, student.vocab), run.micro_batch_tokens),
+        lambda model: shard(model, devices),
     )
     return Companions.build(wanted, around)

@@ -15,6 +15,7 @@ from opdkit.base.clock import Clock
 from opdkit.base.errors import UserError
 from opdkit.base.interrupt import held
 from opdkit.models.layout import Layout
+from opdkit.models.sharding import level
 from opdkit.objective.batch import Batch
 from opdkit.objective.companion import Stepped
 from opdkit.objective.head import flat_positions, learn
@@ -49,7 +50,7 @@ def train(job: Job, state: State) -> State:
         )
         if due and state.step and state != saved:
             with held():
-                checkpoints.save(job.folder, state, job.student, job.tokenizer, job.companions)
+                _save(job, state)
                 checkpoints.prune(job.folder, job.checkpoint.keep, state.best_step)
         if last:
             return state
@@ -69,11 +70,17 @@ def _kept(job: Job, state: State) -> Iterator[None]:
         good = state if state.step > before.step else before
         there = (job.folder / f"checkpoint-{good.step}").exists()
         unmoved = job.student.updates == updates
-        if (unmoved or good is state) and good.step > 0 and not there:
+        # what several processes have learnt, one of them cannot save
+        if (unmoved or good is state) and good.step > 0 and not there and job.mesh.size == 1:
             job.student.optimiser.zero_grad(set_to_none=True)
             with held():
-                checkpoints.save(job.folder, good, job.student, job.tokenizer, job.companions)
+                _save(job, good)
         raise
+
+
+def _save(job: Job, state: State) -> None:
+    student, rank = job.student, job.mesh.rank
+    checkpoints.save(job.folder, state, student, job.tokenizer, job.companions, rank)
 
 
 def train_step(job: Job, state: State) -> None:
@@ -166,7 +173,8 @@ def _learn(
         flat_positions(x if mine is None else x & mine) for x in (plan.selected, plan.mask)
     )
     with student.learning(job.seed):
-        for positions, padded in layout.passes(selected, job.micro_batch_tokens, scored):
+        passes = layout.passes(selected, job.micro_batch_tokens, scored)
+        for positions, padded in level(student.model, passes, (selected[:0], 1)):
             states = layout.states(student.model, positions, padded)
             learned = learn(
                 plan, positions, states, student.head, term_gradients=record.term_gradients
@@ -175,6 +183,10 @@ def _learn(
                 raise UserError(_not_finite(plan, positions, rollouts, learned.parts))
             learned.loss.backward()
             record.add(learned, positions)
+    for parameter in job.companions.parameters if job.mesh.size > 1 else ():
+        parameter.grad = job.mesh.total(
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        )
     norm = student.gradient_norm()
     if not bool(norm.isfinite()):
         raise UserError(
@@ -230,7 +242,7 @@ def _evaluate(job: Job, state: State) -> None:
     if not due or state.evaluated == state.step:
         return
     if held_out.measure is not None:
-        measured = held_out.measure(state.step)
+        measured = job.mesh.same(held_out.measure(state.step))
         state.memory = job.curriculum.validated(measured, state.memory)
         score = measured.get("score")
         if score is not None and state.step and (state.best is None or score > state.best):
