@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-vllm install-agents quickstart test test-kernels test-slow test-hostile test-peer test-vllm test-agents test-verifiers bench lint clean
+.PHONY: install install-vllm install-agents install-neighbours quickstart test test-kernels test-slow test-hostile test-peer test-vllm test-agents test-neighbours test-verifiers bench lint clean
 
 install: .venv/installed
 
@@ -45,6 +45,17 @@ install-agents: .venv-agents/installed
 test-agents: install-agents
 	OMP_NUM_THREADS=1 .venv-agents/bin/python -m pytest -q -m agents tests/environments
 
+# Tasks of gymnasium with MuJoCo, and stable-baselines3, in an environment of their own.
+install-neighbours: .venv-neighbours/installed
+
+.venv-neighbours/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-neighbours
+	.venv-neighbours/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,neighbours]'
+	touch $@
+
+test-neighbours: install-neighbours
+	OMP_NUM_THREADS=1 .venv-neighbours/bin/python -m pytest -q -m neighbours tests/neighbours
+
 # The library verifiers wants other versions than the rest of the project, so it has an environment of its own too.
 .venv-verifiers/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-verifiers
@@ -75,4 +86,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-vllm .venv-agents .venv-verifiers quickstart build dist *.egg-info
+	rm -rf .venv .venv-vllm .venv-agents .venv-neighbours .venv-verifiers quickstart build dist *.egg-info

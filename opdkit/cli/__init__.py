@@ -16,6 +16,7 @@ from opdkit.cli.command import interrupted
 from opdkit.cli.compare import COMPARE
 from opdkit.cli.doctor import DOCTOR
 from opdkit.cli.methods import CHECK, EXPLAIN, METHODS
+from opdkit.cli.neighbours import NEIGHBOURS
 from opdkit.cli.quickstart import QUICKSTART
 from opdkit.cli.report import REPORT
 from opdkit.cli.serve_teacher import SERVE_TEACHER
@@ -34,6 +35,7 @@ COMMANDS = (
     METHODS,
     EXPLAIN,
     CHECK,
+    NEIGHBOURS,
     DOCTOR,
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,24 @@ def interrupted(stop: KeyboardInterrupt, then: str) -> int:
     with suppress(OSError):  # SIGHUP: the terminal is gone
         print(f"opdkit: interrupted; {then}", file=sys.stderr)
     return status(stop)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], whole: Sequence[str] = ()) -> None:
+    """Rows of columns by name, the same in each; columns in `whole` are never broken."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False)
+    for column in rows[0] if rows else ():
+        shown.add_column(column, no_wrap=column in whole)
+    for row in rows:
+        texts = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+        shown.add_row(*map(escape, texts))
+    console = Console(soft_wrap=False)
+    with console.capture() as text:  # rich would exit by itself where the reader has gone
+        console.print(shown)
+    print(text.get(), end="")
 
 
 def trust_flag(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,17 @@ from opdkit.cli.command import Command, described_run
 if TYPE_CHECKING:
     from opdkit.run.settings import Run
 
-NAMED = ("student", "teacher", "sampler", "method", "data", "output", "reward", "environment")
+NAMED = (
+    "student",
+    "teacher",
+    "reference",
+    "sampler",
+    "method",
+    "data",
+    "output",
+    "reward",
+    "environment",
+)
 # flags of a dry run
 DRY = (
     "device",

@@ -9,15 +9,21 @@ from opdkit.curricula.entropy_length import EntropyLength
 from opdkit.curricula.every_turn import EveryTurn
 from opdkit.curricula.frontier import Frontier
 from opdkit.curricula.kinds import curriculum_of
+from opdkit.curricula.mix_policy import MixPolicy
 from opdkit.curricula.mixed import Mixed
+from opdkit.curricula.opponent import Opposed
 from opdkit.curricula.pass_rate import PassRates
+from opdkit.curricula.preference import Preference
 from opdkit.curricula.prefix import TeacherPrefix
+from opdkit.curricula.recall import Ask, Recalled
+from opdkit.curricula.rehearsal import Rehearsal
 from opdkit.curricula.replay import Replay
 from opdkit.curricula.several import Several
 from opdkit.curricula.two_contexts import TwoContexts
 from opdkit.curricula.writer import Memory, StepContext, Writer
 
 __all__ = [
+    "Ask",
     "Cached",
     "Curriculum",
     "Depth",
@@ -25,9 +31,14 @@ __all__ = [
     "EveryTurn",
     "Frontier",
     "Memory",
+    "MixPolicy",
     "Mixed",
+    "Opposed",
     "PassRates",
     "Plain",
+    "Preference",
+    "Recalled",
+    "Rehearsal",
     "Replay",
     "Several",
     "StepContext",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self
 
+from opdkit.curricula.recall import Ask, Recalled
 from opdkit.curricula.student import StudentWriter
 from opdkit.curricula.writer import Memory, Writer
 from opdkit.types import Rollout
@@ -40,6 +41,22 @@ class Curriculum(Protocol):
         """Who writes; None: a curriculum that only remembers leaves it to the student."""
         ...
 
+    @property
+    def recalls(self) -> bool:
+        """Whether a step may have rollouts that were written earlier: see `recalled`."""
+        ...
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """The marks of its own that it sets on rollouts, its writer's apart."""
+        ...
+
+    def prepared(self, ask: Ask, memory: Memory) -> Memory:
+        """Memory before the first step: what it has to know of the student that begins. It is asked
+        of a resumed run too, where `memory` has it already.
+        """
+        ...
+
     def within(self, limit: int) -> Self:
         """The same for a run whose responses have at most `limit` tokens; refuses what cannot be
         kept within.
@@ -55,6 +72,20 @@ class Curriculum(Protocol):
     ) -> list[int] | None:
         """Which `count` of the run's questions the step asks, by index; None: the next in the
         stream. Where a step asks again, `questions` are those that it has not asked yet.
+        """
+        ...
+
+    def asked(self, questions: Sequence[str], memory: Memory) -> Sequence[int] | None:
+        """Which of the run's questions are asked at all, by index; None: all."""
+        ...
+
+    def recalled(self, count: int, step: int, seed: int, memory: Memory) -> Recalled:
+        """What a step of `count` prompts has again of rollouts that were written earlier."""
+        ...
+
+    def passes(self, step: int, total_steps: int) -> int | None:
+        """How often step number `step` (from 0) goes through its rollouts; None: as often as the
+        run says (`optim.passes`).
         """
         ...
 
@@ -96,6 +127,17 @@ class Plain:
     def writer(self) -> Writer | None:
         return None
 
+    @property
+    def recalls(self) -> bool:
+        return False
+
+    @property
+    def marks(self) -> frozenset[str]:
+        return frozenset()
+
+    def prepared(self, ask: Ask, memory: Memory) -> Memory:
+        return memory
+
     def within(self, limit: int) -> Self:
         return self
 
@@ -105,6 +147,15 @@ class Plain:
     def choose(
         self, questions: Sequence[str], count: int, step: int, seed: int, memory: Memory
     ) -> list[int] | None:
+        return None
+
+    def asked(self, questions: Sequence[str], memory: Memory) -> Sequence[int] | None:
+        return None
+
+    def recalled(self, count: int, step: int, seed: int, memory: Memory) -> Recalled:
+        return Recalled()
+
+    def passes(self, step: int, total_steps: int) -> int | None:
         return None
 
     def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:

@@ -38,9 +38,11 @@ def no_response(row: str) -> UserError:
     )
 
 
-def given(prompt: Prompt, response: list[int] | None, longest: int, id: str) -> Rollout:
+def given(
+    prompt: Prompt, response: list[int] | None, longest: int, id: str, text: str | None = None
+) -> Rollout:
     """A response of the data, its first `longest` tokens, as a rollout: nobody's log-probs are
-    known.
+    known. text: of a response that is not the row's `response`.
     """
     if not response:
         raise no_response(prompt.id)
@@ -54,7 +56,7 @@ def given(prompt: Prompt, response: list[int] | None, longest: int, id: str) -> 
         [],
         prompt.group,
         finish="given",
-        text=str(prompt.row.get("response") or ""),
+        text=str(prompt.row.get("response") or "") if text is None else text,
         marks={"given": [True] * len(tokens)},
         row=prompt.row,
         question=prompt.question,

@@ -15,9 +15,13 @@ from opdkit.curricula.depth import Depth
 from opdkit.curricula.entropy_length import EntropyLength
 from opdkit.curricula.every_turn import EveryTurn
 from opdkit.curricula.frontier import Frontier
+from opdkit.curricula.mix_policy import MixPolicy
 from opdkit.curricula.mixed import Mixed
+from opdkit.curricula.opponent import Opposed
 from opdkit.curricula.pass_rate import PassRates
+from opdkit.curricula.preference import Preference
 from opdkit.curricula.prefix import TeacherPrefix
+from opdkit.curricula.rehearsal import Rehearsal
 from opdkit.curricula.replay import Replay
 
 KINDS: dict[str, type[Plain]] = {
@@ -32,6 +36,10 @@ KINDS: dict[str, type[Plain]] = {
         Mixed,
         PassRates,
         EveryTurn,
+        Rehearsal,
+        MixPolicy,
+        Preference,
+        Opposed,
     )
 }
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from opdkit.base.rules import Rules, at_least, follow
 from opdkit.curricula.base import Plain
 from opdkit.curricula.data import DataWriter
+from opdkit.curricula.recall import kept
 from opdkit.curricula.store import StoreWriter
 from opdkit.curricula.student import StudentWriter
 from opdkit.curricula.writer import Memory, StepContext, Writer
@@ -118,11 +119,7 @@ class Replay(Plain):
         """
         store = memory.get("store", [])
         known = {row["id"] for row in store}
-        new = [
-            asdict(replace(r, notes=None))
-            for r in rollouts
-            if r.finish != "given" and r.id not in known
-        ]
+        new = [kept(r) for r in rollouts if r.finish != "given" and r.id not in known]
         return {**memory, "store": [*store, *new][-self.capacity :]}
 
     def validated(self, measured: Mapping[str, float], memory: Memory) -> Memory:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from opdkit.base.errors import UserError
+from opdkit.curricula.recall import again
 from opdkit.curricula.writer import StepContext, Writer
 from opdkit.objective.maths import keyed_uniform
 from opdkit.types import Rollout
@@ -30,4 +31,4 @@ class StoreWriter(Writer):
             )
         keys = torch.arange(len(store))
         draws = keyed_uniform(context.seed, context.step, "replay", keys, 1, torch.float64)
-        return [Rollout(**store[i]) for i in draws[:, 0].argsort()[:count].tolist()]
+        return [again(store[i]) for i in draws[:, 0].argsort()[:count].tolist()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -10,6 +11,7 @@ from typing import Self, cast
 from opdkit.base.errors import UserError
 from opdkit.curricula.base import Curriculum, Plain, writer_of
 from opdkit.curricula.mixed import Mixed
+from opdkit.curricula.recall import Ask, Recalled
 from opdkit.curricula.writer import Memory, Writer
 from opdkit.types import Rollout
 
@@ -38,6 +40,17 @@ class Together:
     def writer(self) -> Writer | None:
         return next((part.writer for part in self.parts if part.writer is not None), None)
 
+    @property
+    def recalls(self) -> bool:
+        return any(part.recalls for part in self.parts)
+
+    @property
+    def marks(self) -> frozenset[str]:
+        return frozenset(mark for part in self.parts for mark in part.marks)
+
+    def prepared(self, ask: Ask, memory: Memory) -> Memory:
+        return reduce(lambda known, part: part.prepared(ask, known), self.parts, memory)
+
     def within(self, limit: int) -> Self:
         return replace(self, parts=tuple(part.within(limit) for part in self.parts))
 
@@ -52,6 +65,21 @@ class Together:
         """What the first part that chooses says."""
         chosen = (part.choose(questions, count, step, seed, memory) for part in self.parts)
         return next((found for found in chosen if found is not None), None)
+
+    def asked(self, questions: Sequence[str], memory: Memory) -> Sequence[int] | None:
+        """Those that no part leaves out."""
+        said = [part.asked(questions, memory) for part in self.parts]
+        known = [set(some) for some in said if some is not None]
+        return sorted(set.intersection(*known)) if known else None
+
+    def recalled(self, count: int, step: int, seed: int, memory: Memory) -> Recalled:
+        every = (part.recalled(count, step, seed, memory) for part in self.parts)
+        return reduce(operator.add, every, Recalled())
+
+    def passes(self, step: int, total_steps: int) -> int | None:
+        """What the first part that says it says."""
+        said = (part.passes(step, total_steps) for part in self.parts)
+        return next((number for number in said if number is not None), None)
 
     def observe(self, rollouts: Sequence[Rollout], memory: Memory) -> Memory:
         return reduce(lambda known, part: part.observe(rollouts, known), self.parts, memory)
@@ -84,6 +112,12 @@ def join(a: Curriculum, b: Curriculum, names: tuple[str, str]) -> Curriculum:
             f"student now solves them, and with {other} not every response is the student's own of "
             "this step. Let the student write every batch (lmbda=1, schedule=None)"
         )
+    if other is not None and any(part.recalls for part in parts):
+        raise UserError(
+            f"{names[0]} and {names[1]} cannot be combined: one has rollouts again that the "
+            f"student wrote earlier, beside those that it writes now, and {other} says otherwise "
+            "who writes a step. Let the student write every batch (lmbda=1, schedule=None)"
+        )
     whole = next((part for part in writing if not writer_of(part).cuts), None)
     if whole is not None and any(part.longest({}) is not None for part in parts):
         raise UserError(
@@ -99,7 +133,7 @@ def keeper(curriculum: Curriculum, name: str) -> Curriculum:
     """What a weight brings along: memory, but not a decision about who writes, which is that of the
     method it multiplies.
     """
-    if curriculum.writer is not None:
+    if curriculum.writer is not None or curriculum.recalls:
         raise UserError(
             f"{name} as a weight would also bring its curriculum {curriculum}, which decides who "
             "writes the responses; that is for the method on the left to say. Use it there, or as "

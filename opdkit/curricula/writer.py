@@ -32,6 +32,26 @@ def nothing_viewed(prompt: Prompt, view: str) -> Prompt:
     )
 
 
+# a response of the data: its token ids, and its text
+Answer = tuple[list[int], str]
+
+
+def no_pair(prompt: Prompt) -> tuple[Answer, Answer]:
+    """What a step that knows no pairs has."""
+    raise UserError(
+        f"the pair of prompt {prompt.id} is asked for, and this step reads no rows: pairs are "
+        "known where a run trains"
+    )
+
+
+def nobody(model: str, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    """What a step in which only the student writes has of another model."""
+    raise UserError(
+        f"the model {model!r} is to write responses, and this step has none that writes beside the "
+        "student: copies of the student write where a run trains with a method that brings them"
+    )
+
+
 def as_it_is(prompt: Prompt) -> list[Prompt]:
     """The turns of a prompt that is no trajectory."""
     return [prompt]
@@ -55,6 +75,10 @@ class StepContext:
     # token ids of the reference response to a prompt of the step, None where the data has none
     reference: Callable[[Prompt], list[int] | None]
     stored: Callable[[Prompt], list[Rollout]] = nothing_stored  # its rollouts in the run's cache
+    # what the data prefers of two responses to a prompt of the step, and what it does not
+    pair: Callable[[Prompt], tuple[Answer, Answer]] = no_pair
+    # as `sample`, but written by a copy of the student that the method brings, by its name
+    sample_as: Callable[[str, Sequence[Prompt], Sampling], list[Rollout]] = nobody
     # a prompt of the step as a view of its row writes it (see `data.views`): another prompt of the
     # same question and group
     viewed: Callable[[Prompt, str], Prompt] = nothing_viewed
@@ -103,6 +127,23 @@ class Writer(ABC):
     def reads_data(self) -> bool:
         """Whether it reads the reference responses of the data: then every row needs one."""
         return False
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether it reads pairs of responses of the data: then every row needs one."""
+        return False
+
+    @property
+    def judged(self) -> frozenset[str]:
+        """What its responses say of themselves, "reward" or "correct": a run that reads no more
+        than that needs no reward.
+        """
+        return frozenset()
+
+    @property
+    def players(self) -> tuple[str, ...]:
+        """The copies of the student that write as well, by name."""
+        return ()
 
     @property
     def views(self) -> tuple[str, ...]:

@@ -9,10 +9,11 @@ from typing import Any
 
 from opdkit.base.errors import UserError, nearest, shown
 from opdkit.data.messages import Message, as_messages, is_messages, stringified, text
+from opdkit.data.pairs import EMPTY, PAIR, with_prompt
 from opdkit.rewards.extract import boxed
 from opdkit.types import DataRow
 
-CANONICAL = ("prompt", "answer", "response", "teacher", "id")
+CANONICAL = ("prompt", "answer", "response", *PAIR, "teacher", "id")
 # the first one that a row has
 PROMPTS = ("prompt", "messages", "question", "problem", "query", "instruction")
 # then a short "solution"
@@ -42,8 +43,9 @@ def normalise(rows: Iterable[DataRow], columns: Mapping[str, str] | None = None)
 
     prompt: text, or messages without the assistant's last turn. answer: the ground truth as text.
     response: a reference response. teacher: the key that routes the row to a teacher. These three
-    are None where a row has none. id: unique. `columns` names the column that each is read from,
-    such as {"prompt": "task.text"}.
+    are None where a row has none. id: unique. A row may also have a pair of responses, `chosen` and
+    `rejected` (see `pairs`). `columns` names the column that each is read from, such as {"prompt":
+    "task.text"}.
     """
     columns = dict(columns or {})
     for key in columns:
@@ -58,6 +60,7 @@ def normalise(rows: Iterable[DataRow], columns: Mapping[str, str] | None = None)
 
 def _normalise(row: DataRow, index: int, columns: dict[str, str], seen: set[str]) -> DataRow:
     named = {key: _named(row, key, column, index) for key, column in columns.items()}
+    row = _paired(row, named, index)
     prompt, last = _prompt(row, named, index)
     said = None if last is None else _said([last])
     refuse_surrogates(prompt, f"the prompt of row {index}")
@@ -79,6 +82,24 @@ def _normalise(row: DataRow, index: int, columns: dict[str, str], seen: set[str]
         "teacher": None if teacher in (None, "") else str(teacher),
         "id": unique(str(index if id is None else id), seen),
     }
+
+
+def _paired(row: DataRow, named: DataRow, index: int) -> DataRow:
+    """The row with `chosen` and `rejected` where it has such columns, and with the prompt that
+    these hold.
+    """
+    found = {c: stringified(named.get(c, row.get(c, row.get(f"{c}_response")))) for c in PAIR}
+    found = {column: value for column, value in found.items() if value not in EMPTY}
+    for column, value in found.items():
+        refuse_surrogates(value, f"{column} of row {index}")
+    row = {**row, **found}
+    if len(found) < len(PAIR):
+        return row
+    own = named.get("prompt", _first(row, PROMPTS))
+    made = with_prompt(row, None if own in EMPTY else stringified(own), f"row {index}")
+    if "prompt" in named and made.get("prompt") is not row.get("prompt"):
+        named["prompt"] = made["prompt"]
+    return made
 
 
 def refuse_surrogates(value: Any, where: str) -> None:
@@ -162,7 +183,8 @@ def _prompt(row: DataRow, named: DataRow, index: int) -> tuple[str | list[Messag
                 if empty
                 else f"none of its columns ({', '.join(row)}) is a prompt"
             )
-            + f". A prompt is read from {', '.join(PROMPTS)}. "
+            + f". A prompt is read from {', '.join(PROMPTS)}, or from what chosen and rejected "
+            "begin with. "
             + (
                 "Remove the row, or fill it."
                 if empty

@@ -22,6 +22,7 @@ from opdkit.data.messages import (
     tools_of,
     turns_of,
 )
+from opdkit.data.pairs import PAIR, pair_of
 from opdkit.models.chat import (
     has_template,
     parts,
@@ -174,7 +175,22 @@ class Prompts(Sequence[Prompt]):
         row = self.rows[index]
         if not (response := row.get("response")):
             return None
-        ids = self._known(self.encode(response, special=False), f"response of row {row['id']!r}")
+        return self._answer(response, f"response of row {row['id']!r}")
+
+    def pair(self, index: int) -> tuple[tuple[list[int], str], tuple[list[int], str]]:
+        """What the row prefers and what it does not, each as the student would have written it: its
+        ids, and its text.
+        """
+        row = self.rows[index]
+        chosen, rejected = (
+            (self._answer(said, f"{column} response of row {row['id']!r}"), said)
+            for column, said in zip(PAIR, pair_of(row))
+        )
+        return chosen, rejected
+
+    def _answer(self, said: str, what: str) -> list[int]:
+        """The ids of a response, and what ends an answer."""
+        ids = self._known(self.encode(said, special=False), what)
         return ids if self.end is None or ids[-1:] == [self.end] else [*ids, self.end]
 
     def tokens_of(self, row: DataRow) -> list[int]:

@@ -33,6 +33,7 @@ FAMILIES: dict[str, Family] = {
             "distillm": "opdkit.methods.distillm:distillm",
             "lightning_opd": "opdkit.methods.lightning_opd:lightning_opd",
             "sft": "opdkit.methods.sft:sft",
+            "eksft": "opdkit.methods.eksft:eksft",
         },
     ),
     "tokens": Family(
@@ -104,17 +105,33 @@ FAMILIES: dict[str, Family] = {
         "Rewards alone, with a reference that the student stays near.",
         {
             "grpo": "opdkit.methods.grpo:grpo",
+            "dgpo": "opdkit.methods.dgpo:dgpo",
+            "gtpo": "opdkit.methods.gtpo:gtpo",
+            "dmpo": "opdkit.methods.dmpo:dmpo",
+            "rapo": "opdkit.methods.rapo:rapo",
+            "dph_rl": "opdkit.methods.dph_rl:dph_rl",
+            "remix": "opdkit.methods.remix:remix",
+            "alp": "opdkit.methods.alp:alp",
         },
     ),
     "preferences": Family(
         "preferences",
         "Pairs of responses, of which one is preferred.",
-        {},
+        {
+            "f_dpo": "opdkit.methods.f_dpo:f_dpo",
+            "hypo": "opdkit.methods.hypo:hypo",
+            "salsa": "opdkit.methods.salsa:salsa",
+            "nash_mp": "opdkit.methods.nash_mp:nash_mp",
+        },
     ),
     "distances": Family(
         "other distances to a teacher",
         "Optimal transport, rankings, divergences of whole sequences.",
-        {},
+        {
+            "sinkd": "opdkit.methods.sinkd:sinkd",
+            "pld": "opdkit.methods.pld:pld",
+            "bd_kd": "opdkit.methods.bd_kd:bd_kd",
+        },
     ),
 }
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from opdkit.objective import (
     Outer,
     Signal,
     TokenLoss,
-    clipped,
     ratio,
 )
 
@@ -33,9 +33,14 @@ class TrustRegion(Bounds, TokenLoss):
     `Clipped`'s does.
     """
 
+    takes_region: ClassVar[bool] = True
+
+    @property
+    def around(self) -> str | Signal:
+        return self.base if self.cap is None else "student"
+
     def value(self, live: Live) -> Tensor:  # [n]
-        r = ratio(live, self.base if self.cap is None else "student")
-        return clipped(r, live.pick(self.credit), self.low, self.high, self.dual)
+        return self.bounded_at(live, ratio(live, self.around), live.pick(self.credit))
 
     @property
     def outer(self) -> Signal:

@@ -41,6 +41,7 @@ def idea(method: Method) -> str:
 def passes(method: Method) -> list[str]:
     """The forward passes of one step, besides sampling."""
     lines, needs, stored = [], method.needs, reads_cache(method.curriculum)
+    recorded = {m for m, spec in method.models.items() if spec.get("kind") == "recorded"}
     if reads_student(needs):
         lines.append(
             "student, without gradient, before the step (it reads more than the sampler notes)"
@@ -50,8 +51,10 @@ def passes(method: Method) -> list[str]:
             "student, without gradient, before the step (it did not write all of these rollouts as "
             "it is now and behind these prompts)"
         )
-    # its numbers are stored with the rollouts
-    elsewhere = {"student", "sampler", "live"} | ({"teacher"} if stored else set())
+    elif method.curriculum.recalls and needs.of("student"):
+        lines.append("student, without gradient, before the step, on what it wrote earlier")
+    # their numbers are stored with the rollouts
+    elsewhere = {"student", "sampler", "live"} | ({"teacher"} if stored else set()) | recorded
     for name in sorted(needs.models - elsewhere):
         whole = " (its whole vocabulary: in this process)" if needs.whole(name) else ""
         whole = (

@@ -19,7 +19,6 @@ from opdkit.objective import (
     Objective,
     RolloutLoss,
     TokenLoss,
-    clipped,
     ratio,
 )
 from opdkit.objective.losses import MOST_APART
@@ -30,13 +29,17 @@ from opdkit.objective.maths import row_mean
 class SequenceClipped(Bounds, RolloutLoss):
     """GSPO, [R]: PPO's clipped loss of one ratio per rollout, the geometric mean of its tokens'.
 
-    The credit is one number per rollout.
+    The credit is one number per rollout; a region sees the geometric mean of its tokens'
+    probabilities.
     """
 
+    takes_region: ClassVar[bool] = True
+
     def value(self, logp: Tensor, mask: Tensor, rows: Tensor, batch: Batch) -> Tensor:  # [R]
-        moved = row_mean(logp - batch.read(LogpFact("student"))[rows], mask)
-        r = moved.clamp(-MOST_APART, MOST_APART).exp()
-        return clipped(r, self.credit(batch)[rows], self.low, self.high, self.dual)[:, 0]
+        before = batch.read(LogpFact("student"))[rows]
+        r = row_mean(logp - before, mask).clamp(-MOST_APART, MOST_APART).exp()
+        means = row_mean(logp, mask), row_mean(before, mask)
+        return self.bounded(r, self.credit(batch)[rows], *means)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,13 @@ class ClippedWeight(Bounds, TokenLoss):
     """
 
     takes_dual: ClassVar[bool] = False
+    takes_region: ClassVar[bool] = True
 
     def value(self, live: Live) -> Tensor:  # [n]
-        weight = ratio(live, "student").detach().clamp(1 - self.low, 1 + self.high)
-        return -weight * live.pick(self.credit) * live.logp
+        r, credit = ratio(live, "student"), live.pick(self.credit)
+        if self.region is not None:  # of which the gradient is that of a ratio times log pi_s
+            return self.bounded_at(live, r, credit)
+        return -r.detach().clamp(1 - self.low, 1 + self.high) * credit * live.logp
 
 
 def grpo(

@@ -176,6 +176,9 @@ def _composed(
     # who teaches is for the method that is weighed to say
     mine = base.needs.models if as_weight else frozenset()
     brought_models = {name: spec for name, spec in other.models.items() if name not in mine}
+    if not as_weight:
+        _refuse_another(base, other, names)
+        _refuse_another(other, base, names[::-1])
     made = replace(
         base,
         objective=objective,
@@ -186,6 +189,17 @@ def _composed(
         actions=_one(base.actions, other.actions, names),
     )
     return _called(made, "own" if "own" in names else name, doc)
+
+
+def _refuse_another(bringing: Method, reading: Method, names: tuple[str, str]) -> None:
+    """The error where one method says who the reference is, and another means the run's own."""
+    name = "reference"
+    if name in bringing.models and name not in reading.models and name in reading.needs.models:
+        raise UserError(
+            f"{names[0]} and {names[1]} cannot be combined: the model {name!r} of the first is "
+            f"{bringing.models[name]}, that of the second the run's own, by default the student as "
+            "it began, and only one can hold"
+        )
 
 
 def _both(

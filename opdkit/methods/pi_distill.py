@@ -31,7 +31,6 @@ from opdkit.objective import (
     Signal,
     Term,
     TokenLoss,
-    clipped,
     log_ratio,
     maths,
     ratio,
@@ -65,12 +64,18 @@ class FromAnother(Bounds, TokenLoss):
     than the student: what it disagrees about with that one is inside the clip, and at most `cap`.
     """
 
+    takes_region: ClassVar[bool] = True
+
     @property
     def outer(self) -> Signal:
         return Const(1)  # [1, 1]: the ratio is all in the loss
 
+    @property
+    def around(self) -> str | Signal:
+        return self.base
+
     def value(self, live: Live) -> Tensor:  # [n]
-        return clipped(self.moved(live), live.pick(self.credit), self.low, self.high, self.dual)
+        return self.bounded_at(live, self.moved(live), live.pick(self.credit))
 
     def moved(self, live: Live) -> Tensor:
         """[n]: the ratio, with gradient."""
@@ -84,6 +89,7 @@ class Tapered(FromAnother):
     """
 
     takes_dual: ClassVar[bool] = False
+    takes_region: ClassVar[bool] = False
 
     def value(self, live: Live) -> Tensor:  # [n]
         credit, r = live.pick(self.credit), self.moved(live).detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from opdkit.objective import (
     LogpFact,
     Objective,
     TokenLoss,
-    clipped,
     log_ratio,
 )
 
@@ -28,17 +28,13 @@ class TrustRatio(Bounds, TokenLoss):
 
     a: float = 0.5
     clamp: float = 1.0
+    takes_region: ClassVar[bool] = True
 
     def value(self, live: Live) -> Tensor:  # [n]
         moved = log_ratio(live, "student")
         ahead = (live.logp - live.read(LogpFact("teacher"))).clamp(-self.clamp, self.clamp)
-        return clipped(
-            (self.a * moved + (1 - self.a) * ahead).exp(),
-            live.pick(self.credit),
-            self.low,
-            self.high,
-            self.dual,
-        )
+        r = (self.a * moved + (1 - self.a) * ahead).exp()
+        return self.bounded_at(live, r, live.pick(self.credit))
 
 
 def rlad(

@@ -62,7 +62,8 @@ class Highest(Signal):
     """[B, T] bool: the share of each rollout's trained tokens, or of the whole step's, where a
     signal is highest; earlier first on ties.
 
-    They are looked for `among` some of the tokens; where these are fewer, they are all of them.
+    They are looked for `among` some of the tokens; where these are fewer, they are all of them. The
+    tokens are those that `authors` wrote (see `types.AUTHORS`).
     """
 
     of: Signal
@@ -70,12 +71,13 @@ class Highest(Signal):
     among: Signal
     least: int = 0
     whole: bool = False
+    authors: tuple[str, ...] = ("student",)
 
     def value(self, batch: Batch) -> Tensor:  # [B, T] bool
-        pool = (1, -1) if self.whole else batch.shape
-        among = (batch.mask & self.among(batch).bool()).reshape(pool)
+        pool, mask = (1, -1) if self.whole else batch.shape, batch.by(self.authors)
+        among = (mask & self.among(batch).bool()).reshape(pool)
         values = torch.where(among, self.of(batch).reshape(pool), -math.inf)
-        count = batch.mask.reshape(pool).sum(1, keepdim=True).double()
+        count = mask.reshape(pool).sum(1, keepdim=True).double()
         # 0.29 * 100 is a little less than 29
         keep = (self.share * count + 1e-9).floor().clamp_min(self.least)
         rank = values.argsort(dim=1, descending=True, stable=True).argsort(1)

@@ -35,6 +35,12 @@ def decoder_of(model: CausalLM) -> Any:
     return base.model if decoder is base else decoder  # Llama 4 calls itself its decoder
 
 
+def layers_of(model: CausalLM) -> list[nn.Module]:
+    """The layers of its decoder, in the order in which hidden states pass through them."""
+    stacks = [part for part in decoder_of(model).children() if isinstance(part, nn.ModuleList)]
+    return list(max(stacks, key=len, default=()))
+
+
 def hidden_states(
     model: CausalLM,
     input_ids: Tensor,  # [B, T]

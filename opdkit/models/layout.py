@@ -4,7 +4,7 @@ are padded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -74,6 +74,8 @@ class Layout:
 
     rollouts: Sequence[Rollout]
     width: int  # T
+    # is called with the rollouts of a pass before it, in the order of its rows
+    hear: Callable[[Sequence[Rollout]], object] | None = None
 
     def lengths(self, positions: Tensor) -> Tensor:
         """[B]: input tokens that each rollout's positions need; 0 where it has none.
@@ -149,6 +151,8 @@ class Layout:
             inputs, padded = [torch.zeros(1, dtype=torch.int64)], None
         ids = pad_sequence(inputs, batch_first=True)
         spare = 0 if padded is None else padded - ids.shape[1]
+        if self.hear is not None:
+            self.hear([self.rollouts[b] for b in rows.tolist()])
         hidden = hidden_states(model, pad(ids, (0, spare)).to(device), None)
         place = torch.zeros(len(self.rollouts), dtype=torch.int64, device=positions.device)
         place[rows] = torch.arange(len(rows), device=positions.device)

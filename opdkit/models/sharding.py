@@ -80,12 +80,18 @@ def unsharded(model: Any) -> Iterator[None]:
     from torch.distributed.fsdp import FSDPModule
 
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
+    if tied:
+        spread, head.weight = head.weight, embedding.weight
     try:
         yield
     finally:
+        if tied:
+            head.weight = spread
         for part in parts:
             part.set_reshard_after_forward(True, recurse=False)
             part.reshard()

@@ -15,7 +15,7 @@ from opdkit.objective.companion import (
     Stepped,
     Trained,
 )
-from opdkit.objective.copies import Ema, StudentCopy
+from opdkit.objective.copies import Ema, Previous, Snapshot, StudentCopy
 from opdkit.objective.critic import Value, ValueFact, ValueHead, ValueLoss
 from opdkit.objective.divergences import (
     JSD,
@@ -62,8 +62,12 @@ from opdkit.objective.losses import (
     ratio,
     refuse_constant,
 )
+from opdkit.objective.noise import LayerNoise
+from opdkit.objective.pairs import LogU, PairLoss
 from opdkit.objective.plan import PlannedTerm, StepPlan
 from opdkit.objective.ratio_layer import policy_gradient
+from opdkit.objective.regions import DivergenceMask, Region, Smooth
+from opdkit.objective.sequences import OfOthers, RowSum
 from opdkit.objective.signals import (
     Advantage,
     Ceiling,
@@ -114,6 +118,7 @@ __all__ = [
     "Const",
     "Correct",
     "Divergence",
+    "DivergenceMask",
     "Draw",
     "Early",
     "Ema",
@@ -133,9 +138,11 @@ __all__ = [
     "HiddenFact",
     "HybridDistance",
     "Kind",
+    "LayerNoise",
     "Likelihood",
     "Live",
     "LogRatio",
+    "LogU",
     "Logp",
     "LogpAtFact",
     "LogpFact",
@@ -147,15 +154,19 @@ __all__ = [
     "Noted",
     "Number",
     "Objective",
+    "OfOthers",
     "Operation",
     "Outer",
+    "PairLoss",
     "PassRate",
     "PlannedTerm",
     "PolicyGradient",
+    "Previous",
     "Progress",
     "Quantile",
     "RankDistance",
     "RatioWeighted",
+    "Region",
     "Reinforce",
     "ReverseChi2",
     "ReverseKL",
@@ -163,10 +174,13 @@ __all__ = [
     "RolloutLoss",
     "Row",
     "RowMean",
+    "RowSum",
     "SharedDivergence",
     "Signal",
     "SkewForward",
     "SkewReverse",
+    "Smooth",
+    "Snapshot",
     "SpanFact",
     "SpanLoss",
     "StepPlan",

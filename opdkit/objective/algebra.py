@@ -51,8 +51,9 @@ def weight(objective: Objective, name: str) -> Signal:
         )
     if any(isinstance(t.loss, Clipped) or getattr(t.loss, "cap", None) for t in terms):
         raise UserError(
-            f"{name} gives clip, dual_clip or rollout_cap, which belong to its own loss, and only "
-            "its weight is taken: give them to the method on the left, or leave them out"
+            f"{name} gives bounds of a ratio (clip, rollout_cap, divergence_mask ...), which "
+            "belong to its own loss, and only its weight is taken: give them to the method on the "
+            "left, or leave them out"
         )
     return found
 

@@ -9,6 +9,7 @@ have one token there, these are the two models' next-token distributions.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -215,6 +216,10 @@ class AlignedSource:
                 "use a model with the student's"
             )
         return self.source.hidden_at(positions)
+
+    def still(self, moving: Collection[int]) -> AlignedSource:
+        """See `Source.still`."""
+        return AlignedSource(self.source.still(moving), self.alignment)
 
     def pairs(self, positions: Tensor, fact: SpanFact, vocabulary: int) -> list[Pair]:
         """Its distributions [m, V_t] for the spans that end at flat positions [n]; without a merge

@@ -7,7 +7,7 @@ the right), V vocabulary entries. Log-probabilities, entropies and divergences a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,8 @@ class Batch:
         self.memory = dict(memory or {})
         self.drawn = drawn
         self.mine, self.whole = mine, whole
-        # whether the student may be another than before the step; until its first update it is not
+        # whether the student that learns may be another than the one before the step: until its
+        # first update it is not, unless something disturbs the passes in which it learns
         self.moved = True
         # whether what is being computed has read facts of this process's own tokens alone
         self.partial = False
@@ -190,6 +191,15 @@ class Batch:
         if model not in self.sources:
             raise self.missing(fact or VocabularyFact(model))
         return self.sources[model]
+
+    def still(self, moving: Iterable[Tensor]) -> None:
+        """Keeps the vocabularies of models as they are when the tensors `moving` [...], of which
+        some are their heads, are moved by an optimiser step. A source of one's own that has no
+        `still` is left as it is.
+        """
+        where = {tensor.data_ptr() for tensor in moving}
+        for name, source in self.sources.items():
+            self.sources[name] = source.still(where) if hasattr(source, "still") else source
 
     def companion(self, companion: Companion) -> Any:
         """The state of a companion."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from types import NoneType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class Around:
     model: Any = None  # the student; None where a formula runs on plain logits
     # a model of the student's kind as one that scores rollouts, as the run would score with it
     scorer: Callable[[Any], Any] | None = None
+    layers: Sequence[nn.Module] = ()  # of the student, in their order; none on plain logits
     # a copy of the student as the run holds it: spread over the processes, where there are several
     placed: Callable[[Any], Any] = lambda model: model
 
@@ -48,6 +50,10 @@ class Stepped:
     model: Any = None  # the student after it; None where a formula runs on plain logits
 
 
+# is told of whom the rows of the student's next pass are
+Hear = Callable[[Sequence[Rollout]], object]
+
+
 class CompanionState(ABC):
     """What a companion is in a run. An `nn.Module` may be one: `class Mine(nn.Module,
     CompanionState)`.
@@ -55,6 +61,18 @@ class CompanionState(ABC):
     With a method `source(layout, positions)` it is a model that scores rollouts (see
     `teachers.base`), under its companion's name.
     """
+
+    # whether it changes the pass in which the student learns: see `disturbed`
+    disturbs: ClassVar[bool] = False
+
+    @contextmanager
+    def disturbed(self, updates: int) -> Iterator[Hear]:
+        """While it is open the student's passes are those that it learns in, in the optimiser step
+        number `updates` (from 0), not those in which it writes or is scored.
+
+        What is called with the rollouts of a pass before each says whose rows these are.
+        """
+        yield lambda rollouts: None
 
     def parameters(self) -> Iterable[Tensor]:
         """Those that a loss computes with and that learn, of any shape [...].
@@ -169,6 +187,13 @@ class Companions(Mapping[Companion, CompanionState]):
         return [p for state in self.values() for p in state.parameters() if p.requires_grad]
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All [...] that their states hold, and that may move from one optimiser step to the
+        next.
+        """
+        return _tensors([state.state_dict() for state in self.values()])
+
+    @property
     def scorers(self) -> dict[str, Any]:
         """Those that are models, by name."""
         found = {spec.model: (spec, state) for spec, state in self.items() if spec.model}
@@ -180,6 +205,22 @@ class Companions(Mapping[Companion, CompanionState]):
                     "through: around.scorer(model).source is one"
                 )
         return {name: state for name, (_, state) in found.items()}
+
+    @property
+    def disturb(self) -> bool:
+        """Whether the student learns in other passes than those in which it is scored."""
+        return any(state.disturbs for state in self.values())
+
+    @contextmanager
+    def disturbed(self, updates: int) -> Iterator[Hear]:
+        """The student's passes as those that it learns in: see `CompanionState.disturbed`."""
+        with ExitStack() as stack:
+            every = [
+                stack.enter_context(state.disturbed(updates))
+                for state in self.values()
+                if state.disturbs
+            ]
+            yield lambda rollouts: [hear(rollouts) for hear in every]
 
     def refuse_broken(self) -> None:
         """The error where a gradient is not finite, before anything is moved."""
@@ -234,6 +275,15 @@ def _refuse_strange(companion: str, value: Any) -> None:
             f"the state of {companion} holds a {type(value).__name__}, which checkpoints do not: "
             "state_dict() is made of tensors, numbers, texts, and lists and dicts of these"
         )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Those [...] in a nested state."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value
+    nested = isinstance(value, (Mapping, list, tuple))
+    return [tensor for part in parts for tensor in _tensors(part)] if nested else []
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -83,6 +83,8 @@ class Fact:
     whole_vocabulary: ClassVar[bool] = True
     # Whether its model may have a tokenizer of its own; else it is about the student's token ids.
     own_tokenizer: ClassVar[bool] = False
+    # Whether it can be read of the live student too, as it moves from update to update.
+    of_live: ClassVar[bool] = False
     dtype: ClassVar[torch.dtype] = torch.float32  # int64: token ids
     # what its numbers are, by which one from elsewhere is checked: "logp", "entropy", "ids", ""
     number: ClassVar[str] = ""
@@ -186,7 +188,7 @@ class Fact:
         """A fact of the live student as one of the student before the step; None: it cannot be
         read of the live student.
         """
-        return None
+        return replace(self, model="student") if self.of_live else None  # type: ignore[call-arg]
 
     # -------------------------------------------------------------------------- what is said of it
 
@@ -220,6 +222,7 @@ class LogpFact(Fact):
 
     model: str
     whole_vocabulary: ClassVar[bool] = False
+    of_live: ClassVar[bool] = True
     number: ClassVar[str] = "logp"
 
     def words(self) -> str:
@@ -234,9 +237,6 @@ class LogpFact(Fact):
     def of_notes(self, noted: Any) -> Any:
         return noted.logp
 
-    def as_student(self) -> Fact | None:
-        return replace(self, model="student")
-
 
 @dataclass(frozen=True)
 class EntropyFact(Fact):
@@ -245,6 +245,7 @@ class EntropyFact(Fact):
     model: str
     # a number that a server can compute
     whole_vocabulary: ClassVar[bool] = False
+    of_live: ClassVar[bool] = True
     number: ClassVar[str] = "entropy"
 
     def words(self) -> str:
@@ -261,9 +262,6 @@ class EntropyFact(Fact):
 
     def of_notes(self, noted: Any) -> Any:
         return noted.entropy
-
-    def as_student(self) -> Fact | None:
-        return replace(self, model="student")
 
 
 @dataclass(frozen=True)
@@ -394,6 +392,7 @@ class VocabularyFact(Fact):
     """The model's whole vocabulary at any position, chunk by chunk: a model in this process."""
 
     model: str
+    of_live: ClassVar[bool] = True
 
     def words(self) -> str:
         return f"{self.model} over the whole vocabulary"

@@ -69,6 +69,19 @@ class Loss(ABC):
         """
         return None
 
+    def metrics(self, batch: Batch, mask: Tensor) -> dict[str, Tensor]:
+        """What is worth a curve besides its value, [] each, by name, over the tokens `mask` [B, T]
+        of a step.
+        """
+        return {}
+
+    def ready(self, weight: Tensor, batch: Batch) -> Loss:
+        """This loss for one optimiser step, asked for before any backward: one whose value at a
+        token depends on the step's other tokens finds here what it needs of them. `weight` [B, T]:
+        what each token is multiplied by, 0 where the term does not look.
+        """
+        return self
+
     def __str__(self) -> str:
         return spell(self)
 
@@ -105,7 +118,16 @@ class RolloutLoss(Loss):
 
 # -------------------------------------------------------------------------------------------- terms
 
-DENOMINATORS = ("tokens", "own", "rows", "own_rows", "row_sums", "own_row_sums", "limit")
+DENOMINATORS = (
+    "tokens",
+    "own",
+    "rows",
+    "own_rows",
+    "row_means",
+    "row_sums",
+    "own_row_sums",
+    "limit",
+)
 OWN = ("own", "own_rows", "own_row_sums")  # those that count what the term selects
 LIMIT = Sampling.max_completion_length  # of "limit" where there is no run
 
@@ -118,7 +140,8 @@ class Term:
     by: what the whole objective is multiplied by from outside, such as another method's weight.
     denominator: "tokens" all of these tokens of the optimiser step; "own" those that `weight`
     selects; "rows" mean over each rollout's tokens, then over rollouts; "own_rows" the same over
-    those of them that `weight` selects; "row_sums" sum over tokens, mean over rollouts;
+    those of them that `weight` selects; "row_means" mean over each rollout's tokens, sum over
+    rollouts; "row_sums" sum over tokens, mean over rollouts;
     "own_row_sums" the same over the rollouts of which it selects a token; a number L: rollouts * L;
     "limit" the same with the run's max_completion_length (`algebra.within`). Default: "tokens", of
     a loss over rollouts "row_sums".
@@ -210,6 +233,8 @@ class Term:
             count = lengths.clamp_min(1) * rows
         elif self.denominator == "own_rows":
             count = (chosen != 0).sum(1, keepdim=True).clamp_min(1) * rows
+        elif self.denominator == "row_means":
+            count = lengths
         elif self.denominator == "row_sums":
             count = rows
         elif self.denominator == "own_row_sums":

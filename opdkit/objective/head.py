@@ -8,8 +8,8 @@ logits are dropped: nothing is projected twice.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,30 @@ class Source:
     def hidden_at(self, positions: Tensor) -> Tensor:
         """[n, H] at flat positions [n]; no gradient."""
         return self.head.states(self.hidden[self.index[positions]].detach())
+
+    def still(self, moving: Collection[int]) -> Source:
+        """As it is now, also when the tensors at the addresses `moving` have moved: with a copy of
+        the head, where that is one of them.
+        """
+        head = self.head
+        parts = {name: getattr(head, name) for name in ("weight", "bias")}
+        copies = {
+            name: x.detach().clone()
+            for name, x in parts.items()
+            if x is not None and x.data_ptr() in moving
+        }
+        return replace(self, head=replace(head, **copies)) if copies else self
+
+    def everywhere(self, whole: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Source:
+        """The same at the positions of all processes, of whose tensors [...] `whole` makes the sum;
+        sent as numbers of `dtype`.
+        """
+        own = self.index >= 0
+        known = whole(own.to(dtype)) > 0
+        index = torch.where(known, known.cumsum(0) - 1, -1)
+        hidden = self.hidden.new_zeros(int(known.sum()), self.hidden.shape[1], dtype=dtype)
+        hidden[index[own]] = self.hidden[self.index[own]].detach().to(dtype)
+        return replace(self, hidden=whole(hidden), index=index)
 
 
 def chunk_rows(vocabulary: int, device: torch.device | None = None) -> int:

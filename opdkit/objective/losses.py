@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,14 +23,12 @@ from opdkit.objective.divergences import (
 from opdkit.objective.facts import LogpFact
 from opdkit.objective.formula import Const, Signal
 from opdkit.objective.grammar import Loss, TokenLoss, credit_of
+from opdkit.objective.regions import MOST_APART as MOST_APART
+from opdkit.objective.regions import Region
 from opdkit.objective.signals import depends_on_sample
 from opdkit.objective.support import Support
 
 # ----------------------------------------------------------------------------------- sampled tokens
-
-
-# a log-ratio beyond it, in nats, has no gradient: its exponential would be no number
-MOST_APART = 20.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,8 @@ class Bounds(Loss):
     instead (another engine's rounding, a temperature, an earlier student) is a weight: `Outer`.
 
     low, high: the ratio is clipped to 1 - low .. 1 + high, infinite where it is not; dual: see
-    `clipped`; base: what the tokens were drawn from, a model or its log-prob; cap: see `Outer`.
+    `clipped`; base: what the tokens were drawn from, a model or its log-prob; cap: see `Outer`;
+    region: what the ratio is held by in the place of a clip.
     """
 
     credit: Signal
@@ -95,11 +94,15 @@ class Bounds(Loss):
     dual: float | None = None
     base: str | Signal = "sampler"
     cap: float | None = None
+    region: Region | None = None
     name: ClassVar[str] = "policy_gradient"
     takes_dual: ClassVar[bool] = True  # a loss that clips the ratio alone has no such bound
+    takes_region: ClassVar[bool] = False  # whether its value is what `bounded` says
 
     def __post_init__(self) -> None:
         refuse_constant(self.credit)
+        if self.region is not None:
+            self._refuse_region(self.region)
         if self.dual is not None and not self.takes_dual:
             raise ValueError(
                 "dual_clip bounds PPO's clipped loss; this form bounds the ratio itself: use clip"
@@ -110,10 +113,60 @@ class Bounds(Loss):
                 "negative credit"
             )
 
+    def _refuse_region(self, region: Region) -> None:
+        if self.dual is not None or math.isfinite(self.low) or math.isfinite(self.high):
+            raise ValueError(
+                "clip, divergence_mask and smooth each hold the ratio in another way, and "
+                "dual_clip belongs to the first: give one of the three"
+            )
+        if not self.takes_region:
+            raise ValueError(
+                f"{type(self).__name__} bounds its ratio in a way of its own, which no "
+                "divergence_mask or smooth can stand in for: use clip"
+            )
+        if region.reads is not None and (self.over_rollouts or self.around != "student"):
+            raise ValueError(
+                "a mask over the whole vocabulary compares, token by token, the student with "
+                "itself before the step; this loss takes its ratio of "
+                + ("whole rollouts" if self.over_rollouts else f"tokens of {self.around}")
+                + ": use mask_kind 'tv' or 'kl'"
+            )
+
+    @property
+    def around(self) -> str | Signal:
+        """The policy that the region lies around: a model, or its log-prob."""
+        return "student"
+
+    def bounded(
+        self,
+        r: Tensor,
+        credit: Tensor,
+        now: Tensor,
+        before: Tensor,
+        apart: Tensor | None = None,
+    ) -> Tensor:
+        """[...]: the loss of ratios with gradient and credits under these bounds; see
+        `Region.loss`.
+        """
+        if self.region is None:
+            return clipped(r, credit, self.low, self.high, self.dual)
+        return self.region.loss(r, credit, now, before, apart)
+
+    def bounded_at(self, live: Live, r: Tensor, credit: Tensor) -> Tensor:
+        """[n]: the loss of tokens with ratios [n] with gradient and credits [n] under these
+        bounds.
+        """
+        apart = None
+        if self.region is not None and self.region.reads is not None:
+            with torch.no_grad():
+                before = live.vocabulary("student")
+                apart = kernels.divergence(self.region.reads, live.own, before)
+        return self.bounded(r, credit, live.logp, base_logp(live, self.around), apart)
+
     @property
     def outer(self) -> Signal:
         """[B, T], or [B, 1] of a loss over rollouts."""
-        same = self.base == "student"
+        same = self.base in ("student", "live")
         return Const(1) if same else Outer(self.base, self.cap, self.over_rollouts)
 
 
@@ -137,12 +190,14 @@ class Outer(Signal):
 @dataclass(frozen=True)
 class Clipped(Bounds, TokenLoss):
     """PPO's clipped policy gradient: max(-A r, -A clip(r, 1 - low, 1 + high)), r = pi_s / pi_s
-    before the step; with `dual`, at most -A dual where A < 0.
+    before the step; with `dual`, at most -A dual where A < 0; with a `region`, what that makes of
+    A and r.
     """
 
+    takes_region: ClassVar[bool] = True
+
     def value(self, live: Live) -> Tensor:  # [n]
-        r, credit = ratio(live, "student"), live.pick(self.credit)
-        return clipped(r, credit, self.low, self.high, self.dual)
+        return self.bounded_at(live, ratio(live, "student"), live.pick(self.credit))
 
 
 @dataclass(frozen=True)
@@ -172,6 +227,10 @@ class RatioWeighted(TokenLoss):
 
     def joined(self, batch: Batch) -> Tensor | None:  # [B, T] bool
         return self.loss.joined(batch)
+
+    def ready(self, weight: Tensor, batch: Batch) -> RatioWeighted:  # weight [B, T]
+        loss: Any = self.loss.ready(weight, batch)
+        return replace(self, loss=loss)
 
     def value(self, live: Live) -> Tensor:  # [n]
         return ratio(live, self.base).detach().clamp_max(self.most) * self.loss.value(live)

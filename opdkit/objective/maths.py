@@ -196,7 +196,7 @@ def group_softmax(logits: Tensor, among: Tensor, group: Tensor) -> Tensor:
     index, n = group_index(group)
     open_ = torch.where(among, logits, -math.inf)
     highest = torch.full((n,), -math.inf, dtype=logits.dtype, device=logits.device).scatter_reduce(
-        0, index, open_, "amax"
+        0, index, open_.detach(), "amax"
     )
     size = torch.where(among, (open_ - highest[index]).exp(), 0.0)
     total = torch.zeros(n, dtype=logits.dtype, device=logits.device).index_add(0, index, size)
@@ -217,6 +217,30 @@ def keyed_uniform(
 
     Padding, row order, micro-batches, ranks and resumed runs therefore see the same draw.
     """
+    cells = _keyed(seed, step, salt, keys, length)
+    return (
+        (splitmix.shifted(cells, 11).to(torch.float64) * 2.0**-53)
+        .to(dtype)
+        .clamp_max(1 - torch.finfo(dtype).eps)
+    )
+
+
+def keyed_normal(seed: int, step: int, salt: str, keys: Tensor, length: int, units: int) -> Tensor:
+    """[B, length, units] float32 draws from the standard normal distribution, a pure function of
+    (seed, step, salt, rollout key, position, unit): Box-Muller, two units from one hash.
+    """
+    pairs = torch.arange(1, (units + 1) // 2 + 1, device=keys.device)
+    cells = splitmix.mix(_keyed(seed, step, salt, keys, length)[..., None] + pairs * splitmix.STEP)
+    # in (0, 1] and [0, 1), 32 bits each; the function's own rounding is below that of float32
+    first = (splitmix.shifted(cells, 32) + 1).to(torch.float64) * 2.0**-32
+    angle = (cells & 0xFFFFFFFF).to(torch.float64) * (2 * math.pi * 2.0**-32)
+    radius = (-2 * first.log()).sqrt()
+    both = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
+    return both.flatten(-2)[..., :units].float()
+
+
+def _keyed(seed: int, step: int, salt: str, keys: Tensor, length: int) -> Tensor:
+    """[B, length] int64: a hash of (seed, step, salt, rollout key [B], position)."""
     start = torch.tensor(
         [seed, step, zlib.crc32(salt.encode())], dtype=torch.int64, device=keys.device
     )
@@ -225,9 +249,4 @@ def keyed_uniform(
         state = splitmix.mix(state * splitmix.STEP + part + splitmix.STEP)
     rows = splitmix.mix(state ^ splitmix.mix(keys + splitmix.STEP))[:, None]
     places = torch.arange(1, length + 1, device=keys.device)
-    cells = splitmix.mix(rows + places * splitmix.STEP)
-    return (
-        (splitmix.shifted(cells, 11).to(torch.float64) * 2.0**-53)
-        .to(dtype)
-        .clamp_max(1 - torch.finfo(dtype).eps)
-    )
+    return splitmix.mix(rows + places * splitmix.STEP)

@@ -74,7 +74,9 @@ def reads_student(needs: Needs) -> bool:
     """Whether a pass of the student before the step is needed: more is read of it than its sampler
     notes.
     """
-    return any(fact.watch("student") is None for fact in needs.of("student"))
+    return any(
+        fact.watch(model) is None for model in ("student", "live") for fact in needs.of(model)
+    )
 
 
 def watched(needs: Needs) -> Watch:

@@ -18,10 +18,10 @@ def whole(tensor: Any) -> Any:
 
 
 def like(weight: Any, values: Tensor) -> Any:
-    """[...]: values of the shape of a weight [...], spread as it is; as they are where they have
-    another shape, or it is whole.
+    """[...]: values of the shape of a weight [...], spread as it is; as they are where they are
+    spread already or have another shape, or where it is whole.
     """
-    if not is_part(weight) or values.shape != weight.shape:
+    if not is_part(weight) or is_part(values) or values.shape != weight.shape:
         return values
     from torch.distributed.tensor import distribute_tensor
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,7 @@ def _planned(name: str, term: Term, batch: Batch, inside: Tensor) -> PlannedTerm
     mask = batch.by(term.whose) & inside
     chosen = torch.where(mask, term.chosen(batch), 0.0)
     weight = term.weighed(batch, chosen)
+    term = replace(term, loss=term.loss.ready(weight, batch))
     made = PlannedTerm(name, term, mask, weight, term.count(mask, chosen))
     return _with_slope(made, batch) if term.loss.over_rollouts else made
 

@@ -12,18 +12,22 @@ from typing import Any
 from opdkit.objective.formula import Signal
 from opdkit.objective.grammar import Loss, Objective, Term
 from opdkit.objective.losses import Bounds, Clipped, PolicyGradient
+from opdkit.objective.regions import DivergenceMask, Region, Smooth
 
-SETTINGS = ("clip", "dual_clip", "rollout_cap")
+REGIONS = ("clip", "divergence_mask", "smooth")  # at most one of them holds the ratio
+OF = {"dual_clip": "clip", "mask_kind": "divergence_mask"}  # what belongs to one of them
+SETTINGS = ("clip", "dual_clip", "rollout_cap", "divergence_mask", "mask_kind", "smooth")
 NO_RATIO = (
-    "clip, dual_clip and rollout_cap belong to the sampled policy gradient, not to a "
-    "backpropagated divergence: no term of this objective takes a ratio that they could bound. "
+    f"{', '.join(SETTINGS[:-1])} and {SETTINGS[-1]} belong to the sampled policy gradient, not to "
+    "a backpropagated divergence: no term of this objective takes a ratio that they could bound. "
     "Leave them out, or choose a form that is a policy gradient"
 )
 
 
 def apply_layer(objective: Objective, **settings: Any) -> Objective:
     """An objective with the ratio layer's settings in every policy gradient; settings that are not
-    given stay as the objective has them.
+    given stay as the objective has them. `clip`, `divergence_mask` and `smooth` are three ways to
+    hold the ratio: one that is given takes the place of another that the objective has.
 
     Arguments:
         clip: PPO's range of the ratio to the student before the step, (low, high) or one number
@@ -35,6 +39,18 @@ def apply_layer(objective: Objective, **settings: Any) -> Objective:
         rollout_cap: largest weight min(pi_student / pi_sampler, cap) of a token, for a sampler that
             is not exactly the trainer (another engine, other precision, a temperature). Above 0.
             None: the weight has no bound. Default: off; G-OPD's code has 5.
+        divergence_mask: DPPO's trust region (arXiv 2602.04879) in the place of a clip: a token has
+            no gradient where the student is at least this far from itself before the step and its
+            credit pushes it further away; a step back is never blocked. At least 0, a probability
+            or nats by `mask_kind`; at the first update on rollouts nothing is blocked, as the two
+            are the same. Blocked tokens are counted. None: no mask. Default: off; public
+            recipes have 0.1 to 0.2 for "tv", 0.05 for "kl".
+        mask_kind: how the mask measures: "tv" |pi - pi_before| of the token, "kl" KL(pi_before ||
+            pi) of the token against all others together, "full_tv" and "full_kl" the same over the
+            whole vocabulary (one more pass of the student). None: "tv". Default: DPPO's simplest.
+        smooth: DRPO's eps, above 0, in the place of a clip: -A r + |A| pi_before (r - 1)^2 / (2
+            eps), so that a token's weight falls as 1 - sign(A (r - 1)) |pi - pi_before| / eps,
+            beyond eps to less than nothing. None: off. Default: off; its recipe has 12.5.
     """
     if not any(map(takes_layer, objective.terms)):
         if any(value is not None for value in settings.values()):
@@ -64,32 +80,67 @@ def settings_of(objective: Objective) -> dict[str, Any]:
 
 def _settings(term: Term) -> dict[str, Any]:
     """The layer's settings as they stand in one term."""
-    loss, clip, dual = term.loss, None, None
+    loss, found = term.loss, dict.fromkeys(SETTINGS)
     assert isinstance(loss, (PolicyGradient, Bounds))
+    found["rollout_cap"] = loss.cap
     if isinstance(loss, Bounds):
         free = type(loss) is not Clipped and math.isinf(loss.low) and math.isinf(loss.high)
-        clip, dual = None if free else (loss.low, loss.high), loss.dual
-    return {"clip": clip, "dual_clip": dual, "rollout_cap": loss.cap}
+        if loss.region is None:
+            found |= {"clip": None if free else (loss.low, loss.high), "dual_clip": loss.dual}
+        if isinstance(loss.region, DivergenceMask):
+            found |= {"divergence_mask": loss.region.delta, "mask_kind": loss.region.kind}
+        if isinstance(loss.region, Smooth):
+            found["smooth"] = loss.region.eps
+    return found
 
 
 def _apply(term: Term, settings: dict[str, Any]) -> Term:
     """A term that takes the layer, with these settings in the place of its own."""
     now = _settings(term)
-    wanted = now | settings
-    if "clip" in settings and settings["clip"] is None and "dual_clip" not in settings:
-        wanted["dual_clip"] = None  # it bounds what is clipped no more
+    wanted = _joined(now, settings)
     loss, cap = term.loss, wanted["rollout_cap"]
     if cap is not None and not cap > 0:
         raise ValueError(
             f"rollout_cap={cap!r} must be positive: it is the largest weight of a token, and at 0 "
             "nothing is learnt"
         )
-    if wanted["clip"] != now["clip"] or wanted["dual_clip"] != now["dual_clip"]:
-        loss = _clipped(loss, _pair(wanted["clip"]), wanted["dual_clip"])
+    if any(wanted[name] != now[name] for name in (*REGIONS, *OF)):
+        loss = _bounded(loss, _pair(wanted["clip"]), wanted["dual_clip"], _region(wanted))
     assert isinstance(loss, (PolicyGradient, Bounds))
     if cap != loss.cap:  # a cap is on what the sampler says, also where the ratio is not
-        loss = replace(loss, cap=cap, base="sampler" if loss.base == "student" else loss.base)
+        loss = replace(
+            loss, cap=cap, base="sampler" if loss.base in ("student", "live") else loss.base
+        )
     return replace(term, loss=loss)
+
+
+def _joined(now: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """A term's settings and others that take their place: one way to hold the ratio drives out the
+    one that the term has, and what belongs to a way goes with it.
+    """
+    given = [name for name in REGIONS if settings.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"{' and '.join(given)} are {len(given)} ways to hold the same ratio, and what one "
+            "lets pass the other would block: give one of them"
+        )
+    wanted = now | (dict.fromkeys(REGIONS) if given else {}) | settings
+    for name, of in OF.items():
+        if wanted[of] is None and wanted[name] is not None:
+            if settings.get(name) is not None:
+                raise ValueError(
+                    f"{name} belongs to {of}, and there is none: give {of}= as well"
+                    + (f" (clip=(low, high)), or leave {name} out" if of == "clip" else "")
+                )
+            wanted[name] = None  # it bounds what is there no more
+    return wanted
+
+
+def _region(wanted: dict[str, Any]) -> Region | None:
+    """What holds the ratio in the place of a clip."""
+    if wanted["divergence_mask"] is not None:
+        return DivergenceMask(wanted["divergence_mask"], wanted["mask_kind"] or "tv")
+    return None if wanted["smooth"] is None else Smooth(wanted["smooth"])
 
 
 def _pair(clip: Any) -> tuple[float, float] | None:
@@ -109,17 +160,17 @@ def _pair(clip: Any) -> tuple[float, float] | None:
     )
 
 
-def _clipped(loss: Loss, clip: tuple[float, float] | None, dual: float | None) -> Loss:
+def _bounded(
+    loss: Loss, clip: tuple[float, float] | None, dual: float | None, region: Region | None
+) -> Loss:
     """The loss with these bounds in the place of its own."""
     assert isinstance(loss, (PolicyGradient, Bounds))
-    if isinstance(loss, Bounds) and (clip is not None or type(loss) is not Clipped):
-        low, high = clip or (math.inf, math.inf)
-        return replace(loss, low=low, high=high, dual=dual)
-    if clip is not None:
-        return Clipped(loss.credit, *clip, dual, loss.base, loss.cap)
-    if dual is not None:
-        raise ValueError("dual_clip bounds a clipped loss: give clip=(low, high) as well")
-    return PolicyGradient(loss.credit, loss.base, loss.cap)
+    low, high = clip or (math.inf, math.inf)
+    bounds: dict[str, Any] = {"low": low, "high": high, "dual": dual, "region": region}
+    if isinstance(loss, Bounds) and type(loss) is not Clipped:
+        return replace(loss, **bounds)
+    made = {"credit": loss.credit, "base": loss.base, "cap": loss.cap}
+    return PolicyGradient(**made) if clip is region is None else Clipped(**made, **bounds)
 
 
 def policy_gradient(
@@ -128,10 +179,11 @@ def policy_gradient(
     dual_clip: float | None = None,
     rollout_cap: float | None = None,
     base: str | Signal | None = None,
+    **settings: Any,
 ) -> Term:
     """The policy gradient of a credit with the ratio layer's settings (see `apply_layer`), its
     ratio to `base` where that is given.
     """
     loss = PolicyGradient(credit) if base is None else PolicyGradient(credit, base)
-    settings = {"clip": clip, "dual_clip": dual_clip, "rollout_cap": rollout_cap}
+    settings |= {"clip": clip, "dual_clip": dual_clip, "rollout_cap": rollout_cap}
     return _apply(Term(loss), settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import pickle
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from opdkit.rewards.workers import ConfinedWork, cores
 from opdkit.types import Rollout
 
 SECONDS = 30.0  # of a processor, for one response
+# the column of a row that holds the response with which one is compared: its text, tokens, finish
+OPPONENT = "opponent"
 FIELDS = [f.name for f in fields(Rollout) if f.name != "notes"]
 
 
@@ -31,9 +34,10 @@ def load_own(address: str) -> Any:
         )
     if not getattr(reward, "confined", True):
         return reward
+    pairwise = not many and takes_two(reward)
     least = getattr(reward, "correct_from", None)
     path, _, name = address.rpartition(":")
-    own = Own(str(Path(path).expanduser().resolve()), name, many, least, reward)
+    own = Own(str(Path(path).expanduser().resolve()), name, many, least, reward, pairwise)
     own.check()
     return own
 
@@ -44,6 +48,7 @@ class Own:
     processes and no environment, and each call begins with the file as it was read.
 
     many: it takes a whole batch. correct_from: the reward's own. reward: as this process read it.
+    pairwise: it takes (row, a, b) and says how probably answer a is better than b (see `against`).
     """
 
     path: str
@@ -51,6 +56,7 @@ class Own:
     many: bool
     correct_from: float | None
     reward: Any
+    pairwise: bool = False
 
     @property
     def __name__(self) -> str:
@@ -95,8 +101,12 @@ class Own:
             return [value for [value] in pool.map(lambda r: self._ask([r]), rollouts)]
 
     def _ask(self, rollouts: Sequence[Rollout]) -> list[Any]:
-        told = [{name: getattr(r, name) for name in FIELDS} for r in rollouts]
-        message = pickle.dumps((told, self.many, SECONDS * len(rollouts))).hex()
+        told = [
+            two_of(r) if self.pairwise else {name: getattr(r, name) for name in FIELDS}
+            for r in rollouts
+        ]
+        how = "two" if self.pairwise else self.many
+        message = pickle.dumps((told, how, SECONDS * len(rollouts))).hex()
         good, values = self.jail.ask(message)
         name = f"rollout {rollouts[0].id!r}" + (
             f" and {len(rollouts) - 1} more" if len(rollouts) > 1 else ""
@@ -117,6 +127,22 @@ class Own:
                 "0.0 for wrong"
             )
         return values
+
+
+def takes_two(reward: Any) -> bool:
+    """Whether a function takes three arguments that it has no defaults for: (row, a, b)."""
+    try:
+        parameters = inspect.signature(reward).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.default is p.empty and p.kind in places for p in parameters) == 3
+
+
+def two_of(rollout: Rollout) -> tuple[dict[str, Any], str, str]:
+    """The row, the answer, and the one beside it: what a judge of two is told."""
+    row = {name: value for name, value in rollout.row.items() if name != OPPONENT}
+    return row, rollout.text, rollout.row[OPPONENT]["text"]
 
 
 def _absolute(entry: str) -> str:

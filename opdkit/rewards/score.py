@@ -91,8 +91,12 @@ def score(rollouts: Sequence[Rollout], reward: Reward, *, workers: int = 0) -> l
     it says of each response.
 
     What a reward says besides its number becomes the rollout's `feedback`: it may return (number,
-    text), {"reward": number, "feedback": text}, or an object with these two.
+    text), {"reward": number, "feedback": text}, or an object with these two. Responses that the
+    data has judged already keep what it says of them.
     """
+    if any(map(_judged, rollouts)):
+        rest = iter(score([r for r in rollouts if not _judged(r)], reward, workers=workers))
+        return [r if _judged(r) else next(rest) for r in rollouts]
     many = getattr(reward, "told_many", None) or getattr(reward, "score_many", None)
     if many is not None:
         values = _many(many, rollouts, reward)
@@ -107,6 +111,11 @@ def score(rollouts: Sequence[Rollout], reward: Reward, *, workers: int = 0) -> l
         return [_scored(r, reward) for r in rollouts]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda r: _scored(r, reward), rollouts))
+
+
+def _judged(rollout: Rollout) -> bool:
+    """Whether the data that a response was read from says what it is worth."""
+    return rollout.finish == "given" and rollout.reward is not None
 
 
 def _name(reward: Reward) -> str:

@@ -91,7 +91,7 @@ def _refuse_unmarked(method: Method, annotated: Mapping[str, AnnotatorSettings])
     # one's own writer may set any marks
     if _is_own(writer):
         return
-    for mark in sorted(read - written - writer.marks - OWN_MARKS):
+    for mark in sorted(read - written - writer.marks - method.curriculum.marks - OWN_MARKS):
         kinds = [kind for kind, settings in KINDS.items() if mark in settings.marks]
         known = sorted({m for settings in KINDS.values() for m in settings.marks} | OWN_MARKS)
         how = (

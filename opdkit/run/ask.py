@@ -12,6 +12,7 @@ from opdkit.base.errors import UserError
 from opdkit.curricula import writer_of
 from opdkit.curricula.data import no_response
 from opdkit.data.cache import Cache, is_cache
+from opdkit.data.pairs import pair_of
 from opdkit.data.prompts import check_template
 from opdkit.data.views import nothing_to_show, of_row, view_of
 from opdkit.methods.method import Method
@@ -110,7 +111,9 @@ def check_data(
     if data.template is not None:
         check_template(data.template, rows)
     check_rows(reward, rows)
-    if method is not None and writer_of(method.curriculum).reads_data:
-        for row in rows:
-            if not row.get("response"):
-                raise no_response(row["id"])
+    writer = None if method is None else writer_of(method.curriculum)
+    for row in rows if writer is not None and writer.reads_data else ():
+        if not row.get("response"):
+            raise no_response(row["id"])
+    for row in rows if writer is not None and writer.reads_pairs else ():
+        pair_of(row)

@@ -20,6 +20,7 @@ from opdkit.environments import EpisodeSampler
 from opdkit.models.identity import identify
 from opdkit.models.layout import batch_tokens
 from opdkit.objective.needs import Needs, watched
+from opdkit.rewards.against import Beats
 from opdkit.run.annotate import open_annotators
 from opdkit.run.ask import Asked
 from opdkit.run.episodes import episodic, openings
@@ -129,7 +130,8 @@ def make_collector(run: Run, asked: Asked, opened: Opened, mesh: Mesh = ALONE) -
     method, stored, student = asked.method, asked.stored, opened.student
     mix = guide(opened.scorers, method.teacher_mix) if method.teacher_mix else None
     prompts = make_prompts(run.prompts, asked.rows, opened.tokenizer)
-    if writer_of(method.curriculum).asks_turns and (note := prompts.drop_unanswered()):
+    writer, players = writer_of(method.curriculum), writer_of(method.curriculum).players
+    if writer.asks_turns and (note := prompts.drop_unanswered()):
         print(f"opdkit: {note}", file=sys.stderr)
     prompts.refuse_unknown(opened.vocabulary)
     plain = episodic(run.world, opened.sampler(), prompts, student.model)
@@ -140,13 +142,14 @@ def make_collector(run: Run, asked: Asked, opened: Opened, mesh: Mesh = ALONE) -
         sampler = opened.models.sampler(student, watched(method.needs), mix, longest)
     return Collector(
         curriculum=method.curriculum,
-        sampler=divided(episodic(run.world, sampler, prompts, student.model), mesh, student),
+        sampler=divided(episodic(run.world, sampler, prompts, student.model), mesh, student.model),
         prompts=prompts,
         stream=PromptStream(len(prompts), seed=run.seed),
         sampling=run.sampling,
         prompts_per_step=run.prompts_per_step,
         seed=run.seed,
-        reward=asked.reward,
+        reward=Beats(asked.reward) if players and asked.reward is not None else asked.reward,
+        players={n: opened.player(n, mesh) for n in players},
         filters=make_filters(run, method.needs, opened.tokenizer, len(prompts)),
         annotators=open_annotators(run, method, asked.annotated, opened, sampler),
         stored=stored,
@@ -204,7 +207,9 @@ def make_evaluator(
         sampler = sampler.inner
     if world is not None and isinstance(sampler, EpisodeSampler):
         sampler = sampler.inner
-    sampler = divided(episodic(world, sampler, prompts, opened.student.model), mesh, opened.student)
+    sampler = divided(
+        episodic(world, sampler, prompts, opened.student.model), mesh, opened.student.model
+    )
     return Evaluator(run, sampler, prompts, asked.reward, opened.tokenizer)
 
 

@@ -142,7 +142,7 @@ def execute(
 
 
 def _execute(run: Run, given: Given, job: Job, state: State, claim: Claim) -> Result:
-    job.recorder.show = _after(claim.begin, job.recorder.show)
+    job.begun, job.recorder.show = claim.begin, _after(claim.begin, job.recorder.show)
     if given.student is None and given.teacher is None and given.method is None:
         job.recorder.use = _estimated(run)
         job.micro_batch_tokens = fitting(run) or job.micro_batch_tokens

@@ -11,7 +11,7 @@ import torch
 
 from opdkit.base.errors import UserError
 from opdkit.methods.method import Method
-from opdkit.models.body import head_of, kept_rows, shared_vocabulary
+from opdkit.models.body import head_of, kept_rows, layers_of, shared_vocabulary
 from opdkit.models.device import device_of
 from opdkit.models.load import dtype_of, load_tokenizer
 from opdkit.models.sharding import shard
@@ -21,8 +21,10 @@ from opdkit.run.settings import Run
 from opdkit.sampling import HFSampler
 from opdkit.teachers import LocalModel, Remote, Scorer
 from opdkit.teachers.base import cut, heads_of
+from opdkit.train.divided import divided
+from opdkit.train.mesh import ALONE, Mesh
 from opdkit.train.student import Student
-from opdkit.types import Watch
+from opdkit.types import Sampler, Watch
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,19 @@ class Opened:
         """The student's sampler in this process, for evaluations."""
         student = self.student
         return HFSampler(student.model, self.tokenizer, head=lambda: student.head, watch=watch)
+
+    def player(self, name: str, mesh: Mesh = ALONE) -> Sampler:
+        """What lets a copy of the student write, in this process."""
+        [copy] = [state for spec, state in self.companions.items() if spec.model == name]
+        model = getattr(copy, "model", None)
+        if model is None:
+            raise UserError(
+                f"{name!r} is to write responses, and it is no copy of the student but a "
+                f"{type(copy).__name__}: bring an Ema with that name"
+            )
+        vocab = self.student.vocab
+        alone = HFSampler(model, self.tokenizer, head=lambda: head_of(model, vocab))
+        return divided(alone, mesh, model)
 
 
 def open_models(
@@ -62,7 +77,7 @@ def open_models(
         base,
         run.optim,
         run.learning_rate,
-        run.steps * run.optim.passes * run.optim.minibatches,
+        run.updates(method),
         run.dtype == "bfloat16",
         head_dtype=dtype_of(run.head_dtype),
         disable_dropout=run.disable_dropout,
@@ -111,6 +126,7 @@ def beside(
         run.seed,
         student.model,
         lambda model: LocalModel(model, head_of(model, student.vocab), run.micro_batch_tokens),
+        layers_of(student.model),
         lambda model: shard(model, devices),
     )
     return Companions.build(wanted, around)

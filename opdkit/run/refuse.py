@@ -16,6 +16,7 @@ from opdkit.models.limits import context_limit
 from opdkit.objective.facts import LogpFact
 from opdkit.objective.grammar import credit_of
 from opdkit.rewards import Reward
+from opdkit.rewards.against import compares
 from opdkit.run.prompts import evaluated_as, sampled_as
 from opdkit.run.settings import Run
 from opdkit.teachers.base import longest_of, reads_of
@@ -39,7 +40,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
     elif reward is None:
         _refuse_without_reward(run, method)
     _note_one_turn(run, method)
-    _note_long_warm_up(run)
+    _note_long_warm_up(run, method)
     refuse_models(run, method)
     unknown = needs.of("sampler") - {LogpFact("sampler")}
     if unknown:
@@ -53,6 +54,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
     _refuse_unsampled(run, method)
     _refuse_all_ids(run, method)
     _refuse_undrawn(method)
+    _refuse_comparison(run, method, reward)
     _refuse_never_measured(run, method)
     sampling = sampled_as(run, method)
     _refuse_alone(run, method, sampling)
@@ -98,7 +100,7 @@ def _what_it_is(run: Run) -> str:
 
 def _refuse_without_reward(run: Run, method: Method) -> None:
     """What a run that scores nothing cannot do."""
-    if method.needs.columns & {"reward", "correct"}:
+    if method.needs.columns & {"reward", "correct"} - writer_of(method.curriculum).judged:
         raise UserError(
             f"method {method.name or 'own'!r} reads whether a response is right, and the run has "
             "no reward: set reward to math, code, exact, reasoning_gym, regex:PATTERN, judge:URL "
@@ -191,10 +193,44 @@ def _refuse_undrawn(method: Method) -> None:
         )
 
 
+def _refuse_comparison(run: Run, method: Method, reward: Reward | None) -> None:
+    """Opponents that nobody brings or that cannot act, and judges of two answers where there is
+    one.
+    """
+    who, players = f"method {method.name or 'own'!r}", writer_of(method.curriculum).players
+    if players and run.environment is not None:
+        raise UserError(
+            f"{who} compares answers with those of an opponent, which gives single ones, and the "
+            "run has an environment: leave environment out"
+        )
+    here = method.brought | {copy.model for copy in run.copies_for(method)}
+    if absent := [name for name in players if name not in here]:
+        raise UserError(
+            f"{who} has its answers compared with those of {absent[0]!r}, and brings no copy of "
+            "the student by that name: use nash_mp, or a method of your own with "
+            f"companions=(Ema(model={absent[0]!r}),)"
+        )
+    if reward is None or not compares(reward):
+        return
+    what = "the reward is a function of (row, a, b), which says which of two answers is better"
+    if not players:
+        raise UserError(
+            f"{what}, and {who} has no opponent to compare with: give a function of one rollout, "
+            "or use nash_mp"
+        )
+    if run.evaluate is not None:
+        raise UserError(
+            f"{what}, and held-out problems are answered once: leave evaluate out, or give a "
+            "reward of one rollout, of which the higher wins"
+        )
+
+
 def _refuse_alone(run: Run, method: Method, sampling: Sampling) -> None:
     """Rollouts that have none beside them, where the objective compares those of a prompt."""
-    beside = writer_of(method.curriculum).per_prompt(sampling)
-    if "group" not in method.needs.columns or (beside > 1 and sampling.temperature > 0):
+    writer = writer_of(method.curriculum)
+    beside, drawn = writer.per_prompt(sampling), writer.draws
+    differ = beside > 1 and (sampling.temperature > 0 or not drawn)
+    if "group" not in method.needs.columns or differ:
         return
     cached = reads_cache(method.curriculum)
     raise UserError(
@@ -281,9 +317,9 @@ def refuse_no_response(rows: Sequence[Any]) -> None:
         )
 
 
-def _note_long_warm_up(run: Run) -> None:
+def _note_long_warm_up(run: Run, method: Method) -> None:
     """Says so where the run ends before its learning rate is what was asked for."""
-    warm, most = run.optim.warmup_steps, run.steps * run.optim.passes * run.optim.minibatches
+    warm, most = run.optim.warmup_steps, run.updates(method)
     if warm > most:
         print(
             f"opdkit: warmup_steps={warm} is more than the {most} optimiser steps that the run "

@@ -63,7 +63,8 @@ def with_models(run: Run, method: Method) -> Run:
     """With the models that a method brings in words of a run, where the run names no others."""
     said = {"teacher": run.teacher, "reference": run.reference, **run.models}
     usual = {name: dict(spec) for name, spec in method.models.items()}
-    found = {name: completed(said.get(name), usual.get(name)) for name in {*said, *usual}}
+    who = f"method {method.name or 'own'!r}"
+    found = {n: completed(said.get(n), usual.get(n), n, who) for n in {*said, *usual}}
     models = {n: m for n, m in found.items() if m is not None and n not in ("teacher", "reference")}
     return replace(run, teacher=found["teacher"], reference=found["reference"], models=models)
 

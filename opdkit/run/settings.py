@@ -230,6 +230,11 @@ class Run:
         opened = self.opened_by(method)
         return {copy for name in opened for copy in self.model_named(name).companions(name)}
 
+    def updates(self, method: Method) -> int:
+        """Optimiser steps that it takes at most."""
+        said = (method.curriculum.passes(step, self.steps) for step in range(self.steps))
+        return self.optim.minibatches * sum(number or self.optim.passes for number in said)
+
     @property
     def sampler_settings(self) -> SamplerSettings:
         return sampler_of(self.sampler)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from opdkit.base.config import build
@@ -15,6 +15,7 @@ from opdkit.teachers.cached import CachedTeacher
 from opdkit.teachers.local import LocalTeacher
 from opdkit.teachers.mixture import MixtureTeacher
 from opdkit.teachers.own import SelfTeacher
+from opdkit.teachers.recorded import RecordedTeacher
 from opdkit.teachers.routed import RoutedTeacher
 from opdkit.teachers.server import ServerTeacher
 from opdkit.teachers.soup import SoupTeacher
@@ -32,6 +33,7 @@ KINDS: dict[str, type[Teacher]] = {
         MixtureTeacher,
         SoupTeacher,
         SelfTeacher,
+        RecordedTeacher,
     )
 }
 OF_SELF = frozenset(f.name for f in fields(SelfTeacher()))
@@ -79,12 +81,15 @@ def seen_through(view: Any, teacher: Teacher, where: str) -> Teacher:
     return ViewedTeacher(teacher, view_of(view, f"{where}.view"))
 
 
-def completed(value: Any, usual: Any) -> Any:
+def completed(value: Any, usual: Any, name: str = "teacher", who: str = "the method") -> Any:
     """What a run says of a model, with what its method says of it where the run does not.
 
     A run that names another model keeps the method's view of it, unless it names a view too: `view:
-    plain` is none.
+    plain` is none. Where the method says of which kind it is and leaves to the run what of, the run
+    names one of that kind. name: what the objective calls it; who: the method, in errors.
     """
+    if usual is not None and open_kind(usual):
+        return _of_kind(value, usual, name, who)
     if value is None:
         return usual if "kind" in (usual or {}) else None
     if usual is None:
@@ -94,6 +99,31 @@ def completed(value: Any, usual: Any) -> Any:
         return {**{name: usual[name] for name in kept & set(usual)}, **value}
     named = dict(value) if isinstance(value, Mapping) else one_teacher_of(value).said()
     return {**({"view": usual["view"]} if "view" in usual else {}), **named}
+
+
+def open_kind(usual: Mapping[str, Any]) -> bool:
+    """Whether words of a method name a kind of teacher and not what it is made of, such as {kind:
+    soup}.
+    """
+    kind = KINDS.get(usual.get("kind", ""))
+    main = {} if kind is None else {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    return kind is not None and kind.main not in usual and main[kind.main].default is MISSING
+
+
+def _of_kind(value: Any, usual: Mapping[str, Any], name: str, who: str) -> dict[str, Any]:
+    """A teacher of the kind that a method says, with the method's settings where the run has none
+    of its own.
+    """
+    kind = usual["kind"]
+    setting = name if name in ("teacher", "reference") else f"models.{name}"
+    said = {} if value is None else one_teacher_of(value, name).said()
+    if said.get("kind") != kind:
+        other = "names none" if value is None else f"names one of the kind {said.get('kind')}"
+        raise UserError(
+            f"{who} has a {name} of the kind {kind}, and the run {other}: give the run what it is "
+            f"made of, {setting}={kind}:A,B with your own A and B (see docs/teachers.md)"
+        )
+    return {**usual, **{k: v for k, v in said.items() if v is not None}}
 
 
 def _made(value: Any, where: str) -> Teacher:

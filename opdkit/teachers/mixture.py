@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,10 @@ class MixedSource:
             total = logps if total is None else torch.logaddexp(total, logps)
         assert total is not None
         return total
+
+    def still(self, moving: Collection[int]) -> MixedSource:
+        """See `Source.still`."""
+        return replace(self, sources=[source.still(moving) for source in self.sources])
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,10 @@ class RoutedSource:
         logits = torch.cat(kept)
         return torch.empty_like(logits).index_copy_(0, order, logits)
 
+    def still(self, moving: Collection[int]) -> RoutedSource:
+        """See `Source.still`."""
+        return replace(self, sources=[source.still(moving) for source in self.sources])
+
     def read(self, fact: SpanFact, mask: Tensor) -> Tensor:
         """[B, T]: a fact of each row's own source."""
         parts = torch.stack([source.read(fact, mask).expand(mask.shape) for source in self.sources])

@@ -29,7 +29,9 @@ class SoupTeacher(Teacher):
     kind = "soup"
     main = "of"
     of: tuple[str, ...]  # folders or hub names, of one architecture and shape
-    weights: tuple[float, ...] | None = None  # in their order; null: equal
+    weights: tuple[float, ...] | None = None  # in their order; null: as `others` says
+    # the share of all but the first, in equal parts; null: all have equal ones
+    others: float | None = None
     dtype: str | None = None  # null: the run's teacher_dtype
 
     @classmethod
@@ -49,6 +51,12 @@ class SoupTeacher(Teacher):
                 "checkpoints, none negative and not all zero"
             )
 
+        if self.others is not None and not 0 <= self.others <= 1:
+            raise ValueError(
+                f"others={self.others} must lie in [0, 1]: it is the share of all checkpoints but "
+                "the first"
+            )
+
     @property
     def opens_local_model(self) -> bool:
         return True
@@ -56,11 +64,14 @@ class SoupTeacher(Teacher):
     @property
     def shares(self) -> tuple[float, ...]:
         """Their weights, summing to 1."""
+        if self.weights is None and self.others is not None:
+            rest = len(self.of) - 1
+            return (1 - self.others, *(self.others / rest,) * rest)
         given = self.weights or (1.0,) * len(self.of)
         return tuple(w / sum(given) for w in given)
 
-    def _member(self, number: int) -> Any:
-        return LocalTeacher(self.of[number], self.dtype)
+    def _member(self, number: int, dtype: str | None = None) -> Any:
+        return LocalTeacher(self.of[number], dtype or self.dtype)
 
     def says(self, fact: Fact, model: str) -> bool:
         return True
@@ -77,23 +88,29 @@ class SoupTeacher(Teacher):
 
     @torch.no_grad()
     def _open(self, context: TeacherContext) -> LocalModel:
-        """The first checkpoint, in which the weighted mean of all is put together in float32."""
-        inside = replace(context, by_ids=True, opened={})  # of its own: its weights are changed
-        local = self._member(0).load(inside)
-        total = {n: self.shares[0] * w.float() for n, w in local.model.state_dict().items()}
-        for number in range(1, len(self.of)):
-            other = self._member(number).load(replace(inside, opened={}))
-            self._add(total, number, other.model.state_dict())
+        """The first checkpoint, in which the weighted mean of all is put, that is taken in float32;
+        what is no floating-point number in it stays.
+        """
+        inside = replace(context, by_ids=True)
+        total: dict[str, Any] = {}
+        for number in range(len(self.of)):
+            single = replace(inside, device="cpu", opened={})  # of its own: the next is not beside
+            member = self._member(number, "float32").load(single).model
+            self._add(total, number, member.state_dict())
+        local = self._member(0).load(replace(inside, opened={}))
         for name, weight in local.model.state_dict().items():
-            weight.copy_(total[name])
+            if weight.is_floating_point():
+                weight.copy_(total[name])
         return self._member(0).cut_to_student(local, context)
 
     def _add(self, total: dict[str, Any], number: int, weights: Any) -> None:
-        """Adds a checkpoint's share to the weights [...] by name, which it must have all of."""
+        """Adds a checkpoint's share to the weights [...] by name, of which all must have the same,
+        in shape too.
+        """
         name, share = self.of[number], self.shares[number]
         shapes = {n: tuple(w.shape) for n, w in total.items()}
         theirs = {n: tuple(w.shape) for n, w in weights.items()}
-        if shapes != theirs:
+        if total and shapes != theirs:
             other = sorted(
                 n for n in shapes.keys() | theirs.keys() if shapes.get(n) != theirs.get(n)
             )
@@ -103,7 +120,8 @@ class SoupTeacher(Teacher):
                 "here. Only weights of one architecture can be averaged"
             )
         for n, weight in weights.items():
-            total[n] += share * weight.float()
+            part = share * weight.float()
+            total[n] = total[n].add_(part) if n in total else part
 
     def held(self, role: str, dtype: str, shape_of: Callable[[str], Shape]) -> list[Held]:
         return [

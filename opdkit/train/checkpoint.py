@@ -80,7 +80,9 @@ def whole_weights(model: Any) -> dict[str, Any] | None:
     """
     if not is_spread(model):
         return None
-    return {name: whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+    named = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(named.items())}  # tied ones count once
+    return {n: whole(x.detach()).cpu() for n, x in named.items() if first[id(x)] == n}
 
 
 def whole_optimiser(student: Student) -> dict[str, Any]:

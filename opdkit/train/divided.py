@@ -11,7 +11,6 @@ from typing import Any
 
 from opdkit.models.sharding import is_spread, unsharded
 from opdkit.train.mesh import Mesh
-from opdkit.train.student import Student
 from opdkit.types import Prompt, Rollout, Sampler, Sampling
 
 
@@ -20,12 +19,12 @@ class DividedSampler:
     """A sampler of which each process asks for the responses to some of the prompts.
 
     A rollout does not depend on the others in its batch, so that together they are what one process
-    would have sampled. A student that is spread over the processes is whole on each meanwhile.
+    would have sampled. A model that is spread over the processes is whole on each meanwhile.
     """
 
     inner: Sampler
     mesh: Mesh
-    student: Student
+    model: Any  # that writes
 
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, **settings: Any
@@ -35,9 +34,7 @@ class DividedSampler:
             made = self.inner.sample(mine, sampling, **settings)
             return [made[i : i + each] for i in range(0, len(made), each)]
 
-        _ = self.student.head  # put together on all of them, whoever will ask for it
-        model = self.student.model
-        with unsharded(model) if is_spread(model) else nullcontext():
+        with unsharded(self.model) if is_spread(self.model) else nullcontext():
             of_prompts = self.mesh.divided(prompts, written)
         return [rollout for rollouts in of_prompts for rollout in rollouts]
 
@@ -45,6 +42,6 @@ class DividedSampler:
         self.inner.sync(model, version)
 
 
-def divided(sampler: Sampler, mesh: Mesh, student: Student) -> Sampler:
+def divided(sampler: Sampler, mesh: Mesh, model: Any) -> Sampler:
     """A sampler that the processes share; as it is where there is one."""
-    return sampler if mesh.size == 1 else DividedSampler(sampler, mesh, student)
+    return sampler if mesh.size == 1 else DividedSampler(sampler, mesh, model)

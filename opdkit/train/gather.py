@@ -87,11 +87,19 @@ def gather(
         drawn = torch.tensor([written(r) for r in rollouts], device=batch.device)[:, None]
         sampler, student = (batch.facts[LogpFact(m)] for m in ("sampler", "student"))
         batch.facts[LogpFact("sampler")] = torch.where(drawn, sampler, student)
-    # until the first optimiser step the live student is the student before it
-    for fact in needs.of("live"):
-        batch.facts[fact] = batch.facts[as_student(fact)]
+    if not batch.companions.disturb:  # it learns in passes of another kind: see `refresh`
+        _not_moved(batch, needs)
     batch.sources = {m: s for m, s in batch.sources.items() if needs.kept(m) or needs.spans(m)}
     return batch
+
+
+def _not_moved(batch: Batch, needs: Needs) -> None:
+    """Until the first optimiser step the live student is the student before it."""
+    for fact in needs.of("live"):
+        if fact.read_from == "loss":
+            batch.sources["live"] = batch.sources["student"]
+        else:
+            batch.facts[fact] = batch.facts[as_student(fact)]
 
 
 def written(rollout: Rollout) -> bool:
@@ -101,7 +109,8 @@ def written(rollout: Rollout) -> bool:
 
 def _wanted(batch: Batch, rollouts: Sequence[Rollout], needs: Needs, where: Tensor) -> set[Fact]:
     """The facts that models are to be asked for at the positions `where` [B, T]."""
-    read = needs.facts - needs.of("live") | {as_student(fact) for fact in needs.of("live")}
+    live = {as_student(fact) for fact in needs.of("live")}
+    read = needs.facts - needs.of("live") | (set() if batch.companions.disturb else live)
     wanted: set[Fact] = {f for f in read if f not in batch.facts and f.read_from != "rollouts"}
     unwritten = torch.tensor([not written(r) for r in rollouts], device=batch.device)[:, None]
     if LogpFact("sampler") in needs.facts and bool((where & unwritten).any()):
@@ -264,25 +273,33 @@ def as_student(fact: Fact) -> Fact:
     if before is None:
         raise UserError(
             f"the objective reads {fact.words()}: of the live student only log-probs and "
-            "entropies of tokens can be read"
+            "entropies of tokens can be read, or its whole vocabulary by a loss"
         )
     return before
 
 
 def refresh(
-    batch: Batch, needs: Needs, scorers: Mapping[str, Any], rollouts: Sequence[Rollout]
+    batch: Batch,
+    needs: Needs,
+    scorers: Mapping[str, Any],
+    rollouts: Sequence[Rollout],
+    updates: int = 0,
 ) -> None:
-    """Facts of the live student anew, after it has moved; the signals are computed again."""
+    """Facts of the live student anew, after it has moved, from passes as it learns in in the
+    optimiser step number `updates` (from 0); the signals are computed again.
+    """
     where = batch.by(needs.authors)
     positions = flat_positions(where if batch.mine is None else where & batch.mine)
-    layout = Layout(rollouts, batch.shape[1])
     facts = needs.of("live")
     for fact in facts:
-        del batch.facts[fact]
-    batch.sources["live"] = scorers["live"].source(layout, positions)
+        batch.facts.pop(fact, None)
+    with batch.companions.disturbed(updates) as hear:
+        layout = Layout(rollouts, batch.shape[1], hear)
+        batch.sources["live"] = scorers["live"].source(layout, positions)
     made = supply(batch, facts, positions)
     batch.facts |= {fact: _whole(batch, fact, values) for fact, values in made.items()}
-    del batch.sources["live"]
+    if not needs.kept("live"):
+        del batch.sources["live"]
     batch.signals.clear()
 
 
@@ -333,6 +350,7 @@ def _columns(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
     rewards = [r.reward for r in rollouts]
     if rewards and all(r is not None for r in rewards):
         facts[ColumnFact("reward")] = torch.tensor(rewards, dtype=batch.dtype, device=device)
+    if any(r is not None for r in rewards):  # of the others nobody says that they are right
         right = [
             bool(r.correct) if r.correct is not None else (r.reward or 0) > 0 for r in rollouts
         ]

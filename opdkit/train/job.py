@@ -88,11 +88,17 @@ class Job:
     held_out: HeldOut = HeldOut()
     mesh: Mesh = ALONE  # the processes that share the run
     seed: int = 0
+    # is told that there is something to continue from, though no step is done yet
+    begun: Callable[[], object] = lambda: None
 
     @property
     def curriculum(self) -> Curriculum:
         """What is remembered of rollouts and evaluations."""
         return self.collector.curriculum
+
+    def passes(self, step: int, total_steps: int) -> int:
+        """How often step number `step` (from 0) of `total_steps` goes through its rollouts."""
+        return self.curriculum.passes(step, total_steps) or self.student.optim.passes
 
     @cached_property
     def needs(self) -> Needs:

@@ -23,7 +23,7 @@ from opdkit.objective.maths import keyed_uniform
 from opdkit.objective.plan import StepPlan
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
-from opdkit.train.collect.collect import collect
+from opdkit.train.collect.collect import collect, prepare
 from opdkit.train.gather import gather, refresh
 from opdkit.train.job import Job
 from opdkit.train.record import StepRecord
@@ -39,6 +39,7 @@ def train(job: Job, state: State) -> State:
     stream.load(state.stream or stream.state())
     # as it was loaded: a new run has nothing to save yet, a resumed one only what it adds
     saved = replace(state)
+    _prepare(job, state)
     while True:
         with _kept(job, state):
             _evaluate(job, state)
@@ -56,6 +57,19 @@ def train(job: Job, state: State) -> State:
             return state
         with _kept(job, state):
             train_step(job, state)
+
+
+def _prepare(job: Job, state: State) -> None:
+    """What the curriculum has to know before the first step, found once: saved with the student as
+    it is, so that a run which ends before its next checkpoint has it still.
+    """
+    memory = prepare(job.collector, job.student, state.memory)
+    if memory is state.memory:
+        return
+    with held():
+        state.memory = memory
+        checkpoints.save(job.folder, state, job.student, job.tokenizer, job.companions)
+        job.begun()
 
 
 @contextmanager
@@ -121,14 +135,17 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
             mesh=job.mesh,
             dtype=torch.promote_types(torch.float32, student.parameters[0].dtype),
         )
-    parts = _optimiser_steps(job, rollouts, step)
-    student.expect(len(parts), step, job.length.expected_steps(replace(state, step=step + 1)))
-    record = job.recorder.start(step, job.objective.names)
+    ahead = job.length.expected_steps(replace(state, step=step + 1))
+    parts = _optimiser_steps(job, rollouts, step, job.passes(step, ahead))
+    if len(parts) > 1:  # hidden states stay as they were found, and so must what they meet
+        batch.still([*student.parameters, *job.companions.tensors])
+    student.expect(len(parts), step, ahead, lambda step: job.passes(step, ahead))
+    record = job.recorder.start(step, job.objective.names, collected.earlier)
     with clock("learn"):
         for number, rows in enumerate(parts):
-            if number and needs.of("live"):
-                refresh(batch, needs, job.scorers, rollouts)
-            batch.moved = number > 0
+            batch.moved = number > 0 or job.companions.disturb
+            if batch.moved and needs.of("live"):
+                refresh(batch, needs, job.scorers, rollouts, student.updates)
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record, moving)  # learn per micro-batch, step
     job.collector.sampler.sync(student.model, student.updates)  # sync
@@ -142,16 +159,18 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
     state.step += 1
 
 
-def _optimiser_steps(job: Job, rollouts: Sequence[Rollout], step: int) -> list[Tensor | None]:
+def _optimiser_steps(
+    job: Job, rollouts: Sequence[Rollout], step: int, passes: int
+) -> list[Tensor | None]:
     """Rows [R] of each optimiser step, None for all: `passes` times through the rollouts in
     `minibatches` parts, or as many as there are groups; a prompt's rollouts stay together.
     """
     optim, device = job.student.optim, job.student.device
     groups = list(dict.fromkeys(r.group for r in rollouts))
     if min(optim.minibatches, len(groups)) <= 1:
-        return [None] * optim.passes
+        return [None] * passes
     steps: list[Tensor | None] = []
-    for number in range(optim.passes):
+    for number in range(passes):
         keys = torch.arange(len(groups))
         order = keyed_uniform(job.seed, step, f"pass {number}", keys, 1, torch.float64)[
             :, 0
@@ -168,11 +187,12 @@ def _learn(
 ) -> None:
     """One optimiser step: gradients of every micro-batch, then AdamW, if they are finite."""
     student = job.student
-    layout, mine = Layout(rollouts, plan.batch.shape[1]), plan.batch.mine
+    mine = plan.batch.mine
     selected, scored = (
         flat_positions(x if mine is None else x & mine) for x in (plan.selected, plan.mask)
     )
-    with student.learning(job.seed):
+    with student.learning(job.seed), job.companions.disturbed(student.updates) as hear:
+        layout = Layout(rollouts, plan.batch.shape[1], hear)
         passes = layout.passes(selected, job.micro_batch_tokens, scored)
         for positions, padded in level(student.model, passes, (selected[:0], 1)):
             states = layout.states(student.model, positions, padded)

@@ -48,6 +48,7 @@ class StepRecord:
     rate: float = 0.0
     plans: list[StepPlan] = field(default_factory=list)
     curriculum: Mapping[str, float] = field(default_factory=dict)  # where it stood, by name
+    earlier: frozenset[str] = frozenset()  # ids of rollouts that were written at earlier steps
 
     def add(self, learned: Learned, positions: Tensor) -> None:
         """A micro-batch at flat positions [N]."""
@@ -148,6 +149,8 @@ class StepRecord:
         `opdkit.train.diagnostics`.
         """
         found = diagnostics.of_weights(self.plans[0])
+        for part in self.plans[0].parts:
+            found |= part.term.loss.metrics(batch, part.mask)
         found |= diagnostics.of_tokens(
             batch, self.spread(batch, self.entropy), self.spread(batch, self.gap)
         )
@@ -191,10 +194,14 @@ class Recorder:
     # of the device's arithmetic, by phase
     use: Callable[[Sequence[Rollout], Mapping[str, float]], dict[str, float]] | None = None
 
-    def start(self, step: int, names: tuple[str, ...]) -> StepRecord:
-        """An empty record of step number `step` (from 0) of an objective with terms `names`."""
+    def start(
+        self, step: int, names: tuple[str, ...], earlier: frozenset[str] = frozenset()
+    ) -> StepRecord:
+        """An empty record of step number `step` (from 0) of an objective with terms `names`;
+        `earlier`: the ids of rollouts that were not written in it.
+        """
         every = self.term_gradients_every
-        return StepRecord(names, bool(every) and step % every == 0)
+        return StepRecord(names, bool(every) and step % every == 0, earlier=earlier)
 
     def step(
         self,
@@ -207,11 +214,17 @@ class Recorder:
         student: Student,
     ) -> None:
         """Record step number `step` (from 1)."""
+        now = [r for r in rollouts if r.id not in record.earlier]
         metrics = (
             record.metrics(batch)
-            | rollout_metrics(rollouts)
-            | speed(rollouts, record.positions, seconds)
+            | rollout_metrics(now)
+            | speed(rollouts, record.positions, seconds, now)
         )
+        if record.earlier:
+            metrics["tokens/trained"] = float(sum(sum(r.trained) for r in rollouts))
+            metrics["tokens/of_earlier_steps"] = metrics["tokens/trained"] - float(
+                sum(sum(r.trained) for r in now)
+            )
         if self.route is not None:
             metrics |= teacher_metrics(batch, [self.route(r) for r in rollouts])
         if self.use is not None:
@@ -339,13 +352,18 @@ def teacher_metrics(batch: Batch, names: Sequence[str]) -> dict[str, float]:
 
 
 def speed(
-    rollouts: Sequence[Rollout], positions: int, seconds: Mapping[str, float]
+    rollouts: Sequence[Rollout],
+    positions: int,
+    seconds: Mapping[str, float],
+    written: Sequence[Rollout],
 ) -> dict[str, float]:
-    """Seconds and tokens per second of each phase; response tokens only."""
-    tokens = sum(len(r.tokens) for r in rollouts)
+    """Seconds and tokens per second of each phase; response tokens only, in "sample" those of the
+    rollouts that were written now.
+    """
+    tokens, sampled = (sum(len(r.tokens) for r in some) for some in (rollouts, written))
     total = sum(seconds.values())
     out = {f"seconds/{phase}": value for phase, value in seconds.items()} | {"seconds/step": total}
-    for phase, amount in (("sample", tokens), ("score", tokens), ("learn", positions)):
+    for phase, amount in (("sample", sampled), ("score", tokens), ("learn", positions)):
         if seconds.get(phase, 0.0) > 0:
             out[f"tokens_per_second/{phase}"] = amount / seconds[phase]
     out["tokens_per_second/step"] = tokens / max(total, 1e-9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,12 +100,20 @@ class Student:
             self.model.train()
             yield
 
-    def expect(self, now: int, step: int, total_steps: int) -> None:
+    def expect(
+        self,
+        now: int,
+        step: int,
+        total_steps: int,
+        passes: Callable[[int], int] = lambda step: 1,
+    ) -> None:
         """Lays the schedule out anew: step number `step` (from 0) of `total_steps` takes `now`
-        optimiser steps, and those after it as many as a step took so far.
+        optimiser steps, and those after it as many as a pass took so far for each of theirs;
+        `passes`: how often a step goes through its rollouts.
         """
-        taken = self.updates + now
-        self.total_updates = taken + (total_steps - step - 1) * taken / (step + 1)
+        taken, done = self.updates + now, sum(map(passes, range(step + 1)))
+        ahead = sum(map(passes, range(step + 1, total_steps)))
+        self.total_updates = taken + ahead * taken / done
 
     def rate(self, update: int) -> float:
         """Learning rate of the optimiser step number `update`, from 0: linear warm-up, then the

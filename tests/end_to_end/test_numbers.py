@@ -180,6 +180,7 @@ def test_a_schedule_that_does_not_adapt_needs_no_evaluation(
 # what they compare the responses to a prompt for: baselines, pass rates, shares, margins
 COMPARE = {"scope", "paced", "kdrl", "rlad", "uni_opd", "grpo", "pi_distill", "opsd_rl", "trace"}
 COMPARE |= {"skill_sd", "cord"}
+COMPARE |= {"dgpo", "gtpo", "dmpo", "rapo", "apo", "fg_expo"}
 
 
 @pytest.mark.parametrize("name", methods())

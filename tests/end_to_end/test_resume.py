@@ -50,6 +50,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "optim": {"passes": 2, "minibatches": 2},
     },
     "a moving average of one's own": {"method": f"{EXAMPLES / 'own_ema.py'}:steady"},
+    "noise on its layers": {
+        "method": {"name": "alp", "sigma": 0.1},
+        "sampling": {"num_generations": 4},
+        "optim": {"passes": 2, "minibatches": 2},
+        "lora": {"r": 4},
+    },
     "skills of its own trajectories": {
         "method": "skill_sd",
         "annotate": {"skills": {"by": "rules", "keep": 2}},

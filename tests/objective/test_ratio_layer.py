@@ -22,17 +22,17 @@ from opdkit.objective import (
     policy_gradient,
 )
 from opdkit.objective.losses import Outer
-from opdkit.objective.ratio_layer import NO_RATIO, apply_layer, settings_of
+from opdkit.objective.ratio_layer import NO_RATIO, SETTINGS, apply_layer, settings_of
 
 CREDIT = LogRatio("teacher", "student")
 PLAIN = Objective(PolicyGradient(CREDIT))
-OFF = {"clip": None, "dual_clip": None, "rollout_cap": None}
+OFF = dict.fromkeys(SETTINGS)
 
 
 def test_a_policy_gradient_gets_bounds_and_gives_them_back():
     made = apply_layer(PLAIN, clip=(0.1, 0.2), dual_clip=3.0)
     assert made == Objective(Clipped(CREDIT, 0.1, 0.2, 3.0))
-    assert settings_of(made) == {"clip": (0.1, 0.2), "dual_clip": 3.0, "rollout_cap": None}
+    assert settings_of(made) == OFF | {"clip": (0.1, 0.2), "dual_clip": 3.0}
     assert apply_layer(made, clip=None) == PLAIN == apply_layer(PLAIN) and settings_of(PLAIN) == OFF
     assert apply_layer(made, dual_clip=2.0) == Objective(Clipped(CREDIT, 0.1, 0.2, 2.0))
     assert apply_layer(PLAIN, clip=0.2) == apply_layer(PLAIN, clip=(0.2, 0.2))
@@ -106,7 +106,7 @@ def test_losses_of_ones_own_are_bounded_only_where_they_have_bounds():
 
 def test_settings_in_which_terms_differ_are_no_settings_of_the_whole():
     both = PLAIN + Objective(Clipped(CREDIT, 0.1, 0.1))
-    assert settings_of(both) == {"dual_clip": None, "rollout_cap": None}
+    assert settings_of(both) == {name: None for name in SETTINGS if name != "clip"}
     assert settings_of(apply_layer(both, clip=(0.3, 0.3)))["clip"] == (0.3, 0.3)
 
 

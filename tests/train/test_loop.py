@@ -12,10 +12,10 @@ from opdkit.train.settings import Optim
 from opdkit.types import Rollout
 
 
-def job(passes: int, minibatches: int) -> Any:
+def job(minibatches: int) -> Any:
     return SimpleNamespace(
         seed=0,
-        student=SimpleNamespace(device="cpu", optim=Optim(passes=passes, minibatches=minibatches)),
+        student=SimpleNamespace(device="cpu", optim=Optim(minibatches=minibatches)),
     )
 
 
@@ -30,7 +30,7 @@ def rollouts(prompts: int, generations: int) -> list[Rollout]:
 @pytest.mark.parametrize("minibatches", [2, 3, 5, 9])
 def test_every_pass_takes_every_rollout_once_and_keeps_a_prompts_together(minibatches: int) -> None:
     rows = rollouts(5, 4)
-    steps = [part.tolist() for part in _optimiser_steps(job(2, minibatches), rows, step=3)]  # type: ignore[union-attr]
+    steps = [part.tolist() for part in _optimiser_steps(job(minibatches), rows, 3, 2)]  # type: ignore[union-attr]
     count = min(minibatches, 5)
     assert len(steps) == 2 * count
     for number in range(2):
@@ -45,13 +45,13 @@ def test_every_pass_takes_every_rollout_once_and_keeps_a_prompts_together(miniba
 def test_the_order_is_the_same_in_a_resumed_run_and_another_at_another_step() -> None:
     rows = rollouts(6, 1)
     parts = [
-        [part.tolist() for part in _optimiser_steps(job(1, 3), rows, step)] for step in (4, 4, 5)
+        [part.tolist() for part in _optimiser_steps(job(3), rows, step, 1)] for step in (4, 4, 5)
     ]  # type: ignore[union-attr]
     assert parts[0] == parts[1] != parts[2]
 
 
 def test_one_minibatch_is_the_whole_batch() -> None:
     """Also where there is one group only, which is not divided, or none."""
-    assert _optimiser_steps(job(3, 1), rollouts(2, 2), step=0) == [None, None, None]
-    assert _optimiser_steps(job(1, 2), rollouts(1, 2), step=0) == [None]
-    assert _optimiser_steps(job(2, 4), [], step=0) == [None, None]
+    assert _optimiser_steps(job(1), rollouts(2, 2), 0, 3) == [None, None, None]
+    assert _optimiser_steps(job(2), rollouts(1, 2), 0, 1) == [None]
+    assert _optimiser_steps(job(4), [], 0, 2) == [None, None]

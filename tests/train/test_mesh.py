@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from opdkit.methods.method import load, methods
-from opdkit.objective import Batch, LogpAtFact, Objective, PolicyGradient, Signal, TopFact
+from opdkit.objective import (
+    Around,
+    Batch,
+    Companions,
+    LogpAtFact,
+    Objective,
+    PolicyGradient,
+    Signal,
+    TopFact,
+)
 from opdkit.objective.alignment import AlignedSource, Alignment
 from opdkit.objective.head import Head, Source, flat_positions, learn
 from opdkit.objective.needs import needs
@@ -106,9 +115,11 @@ def learned(objective: Objective, mesh: Any, rollouts: list[Rollout], logits: An
     """What one process finds: the gradient [B * T, V] of its tokens, the facts, whom it asked."""
     wanted = needs(objective)
     scorers = {m: Known(x, m == "teacher" and wanted.spans(m)) for m, x in logits.items()}
+    around = Around(lambda model: logits[model].shape[-1], torch.device("cpu"), torch.float64)
     batch = gather(
-        rollouts, wanted, scorers, step=3, total_steps=10, dtype=torch.float64, mesh=mesh
-    )
+        rollouts, wanted, scorers, step=3, total_steps=10, dtype=torch.float64, mesh=mesh,
+        companions=Companions.build(wanted.companions, around),
+    )  # fmt: skip
     plan = objective.plan(batch)
     leaf = logits["student"].flatten(0, 1).clone().requires_grad_()
     at = flat_positions(plan.selected if batch.mine is None else plan.selected & batch.mine)

@@ -236,15 +236,13 @@ def scaled(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits / temperature
 
 
-def blocks(x: Tensor) -> Iterator[slice]:
+def blocks(x: Tensor, elsewhere: int | None = None) -> Iterator[slice]:
     """Rows of [n, V], block by block; where launching a kernel costs more than the memory, one
-    block.
+    block, or those of so many entries.
     """
-    size = (
-        max(1, BLOCK_ENTRIES * torch.get_num_threads() // x.shape[-1])
-        if x.device.type == "cpu"
-        else max(1, len(x))
-    )
+    cpu = x.device.type == "cpu"
+    entries = BLOCK_ENTRIES * torch.get_num_threads() if cpu else elsewhere or x.numel()
+    size = max(1, entries // x.shape[-1])
     for start in range(0, len(x), size):
         yield slice(start, min(len(x), start + size))
 

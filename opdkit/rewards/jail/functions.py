@@ -36,9 +36,12 @@ class Work(Split):
         """[True, a list of values], or [False or None, why there is none]."""
         # of our own making: rollouts, whose texts are texts
         given, many, seconds = pickle.loads(bytes.fromhex(line))
-        rollouts = [_rollout(fields) for fields in given]
+        two = many == "two"  # answers to compare: (row, a, b) each
+        rollouts = [] if two else [_rollout(fields) for fields in given]
 
         def work() -> list[Any]:
+            if two:
+                return [_told(self.reward(*arguments)) for arguments in given]
             if many:
                 return list(map(_told, self.reward.score_many(rollouts)))
             return [_told(self.reward(rollout)) for rollout in rollouts]

@@ -267,7 +267,9 @@ def _scoring(out: Memory, needs: Needs, read: Sequence[Held], run: Run, step: St
         (held.kind, held.share * at_once * held.shaped.hidden * kept_width(run, held))
         for held in read
     ]
-    kept = sum(size for kind, size in states if needs.kept(kind))
+    loss_reads = {m for m in needs.models if needs.kept(m)}
+    loss_reads |= {"student"} if "live" in loss_reads else set()
+    kept = sum(size for kind, size in states if kind in loss_reads)
     out.add("hidden states that the loss reads", kept, ("score", "learn"))
     out.add("hidden states of scored tokens", sum(size for _, size in states) - kept, ("score",))
     out.add(

@@ -231,22 +231,18 @@ def learning(
         for held in models[1:]
         if _whole(method.needs, held)
     )
-    fast = run.optim.passes * (body(run, shape, load.tokens, load.pairs) + products + whole)
-    slow = run.optim.passes * own
-    moved = (
-        run.optim.passes
-        * run.optim.minibatches
-        * OPTIMISER
-        * trained(shape, run.lora)
-        * trained_width(run)
-    )
+    updates = run.updates(method) / run.steps  # of a step on average, where they differ
+    passes = updates / run.optim.minibatches
+    fast = passes * (body(run, shape, load.tokens, load.pairs) + products + whole)
+    slow = passes * own
+    moved = updates * OPTIMISER * trained(shape, run.lora) * trained_width(run)
     seconds = over(fast, peak(device, student.product_width(run.dtype)) * rates.learn)
     seconds += over(slow, peak(device, 4) * rates.wide) + over(
         moved, 1e12 * device.bandwidth * rates.read
     )
     layers = "layers computed twice" if run.gradient_checkpointing else "no checkpointing"
-    updates = run.optim.passes * run.optim.minibatches
-    says = f"forwards and backwards, {layers}, {updates} update{'s' if updates > 1 else ''}"
+    many = f"{updates:.3g} update{'s' if updates > 1 else ''}" + " on average" * (updates % 1 > 0)
+    says = f"forwards and backwards, {layers}, {many}"
     return Phase("learn", seconds, fast + slow, says)
 
 

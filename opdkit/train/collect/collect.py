@@ -13,14 +13,15 @@ from typing import Any
 
 from opdkit.annotators import AnnotateContext, Annotator
 from opdkit.base.clock import Clock
-from opdkit.curricula import Memory, StepContext, writer_of
-from opdkit.curricula.writer import nothing_stored
+from opdkit.curricula import Ask, Memory, StepContext, writer_of
+from opdkit.curricula.recall import Tick
+from opdkit.curricula.writer import nobody, nothing_stored
 from opdkit.rewards import Reward, score
 from opdkit.train.collect.collector import Collector
 from opdkit.train.collect.filters import Draw, Filter
 from opdkit.train.mesh import Mesh
 from opdkit.train.student import Student
-from opdkit.types import Prompt, Rollout, Sampling
+from opdkit.types import Prompt, Rollout, Sampler, Sampling
 
 
 @dataclass
@@ -31,6 +32,24 @@ class Collected:
     scored: list[Rollout]  # those that filters dropped too, as they were before any filter
     tokens: int  # that the student wrote for them, and for rollouts that filters dropped
     memory: dict[str, Any] = field(default_factory=dict)  # what annotators add to the run's
+    earlier: frozenset[str] = frozenset()  # the ids of those that were written at earlier steps
+
+
+def prepare(collector: Collector, student: Student, memory: Memory) -> Memory:
+    """Memory before the first step, once the curriculum has asked what it has to know."""
+
+    def sample(which: Sequence[int], each: int, first: int, tick: Tick) -> list[Rollout]:
+        rollouts = collector.sampler.sample(
+            [replace(collector.prompts[i], number=first) for i in which],
+            replace(collector.sampling, num_generations=each),
+            seed=collector.seed,
+            step=None,
+            policy_version=student.updates,
+            progress=tick,
+        )
+        return rollouts if collector.reward is None else score(rollouts, collector.reward)
+
+    return collector.curriculum.prepared(Ask(collector.questions, sample), memory)
 
 
 def collect(
@@ -45,7 +64,10 @@ def collect(
     """The rollouts of step number `step` (from 0) of `total_steps`."""
     pen = _Pen(collector, step, student.updates)
     every: list[Rollout] = []
-    batches, sampling = collector.batches(step, memory), collector.cut(memory)
+    count, sampling = collector.prompts_per_step, collector.cut(memory)
+    recalled = collector.curriculum.recalled(count, step, collector.seed, memory)
+    again = list(recalled.instead)  # until the first drawing, of which they are a part
+    batches = collector.batches(step, memory, count - len({r.group for r in again}))
 
     def scored() -> list[Rollout]:
         """Rollouts of the next prompts, with rewards."""
@@ -57,6 +79,7 @@ def collect(
                 total_steps=total_steps,
                 seed=collector.seed,
                 sample=pen.sample,
+                sample_as=pen.sample_as,
                 memory=memory,
                 policy_version=student.updates,
                 **_questions(collector, taken),
@@ -66,14 +89,17 @@ def collect(
             if collector.reward is not None:
                 rollouts = _rewarded(rollouts, collector.reward, collector.mesh)
         every.extend(rollouts)
+        rollouts, again[:] = rollouts + again, []
         return rollouts
 
-    rollouts = _filtered(collector.filters, scored)
+    rollouts = [*_filtered(collector.filters, scored), *recalled.beside]
     told = AnnotateContext(step, collector.seed, student.updates, memory)
     with clock("annotate"):
         noted = partial(_annotated, collector.annotators, rollouts, told)
         rollouts, added = collector.mesh.same(noted()) if collector.annotators else noted()
-    return Collected(rollouts, every, sum(sum(r.drawn) for r in pen.written), added)
+    tokens = sum(sum(r.drawn) for r in pen.written)
+    earlier = frozenset(r.id for r in (*recalled.instead, *recalled.beside))
+    return Collected(rollouts, every, tokens, added, earlier)
 
 
 def _rewarded(rollouts: Sequence[Rollout], reward: Reward, mesh: Mesh) -> list[Rollout]:
@@ -96,6 +122,7 @@ def _questions(collector: Collector, taken: Sequence[int]) -> dict[str, Any]:
         "reference": lambda prompt: prompts.response_tokens(at[prompt.id]),
         "viewed": collector.viewed,
         "turns": lambda prompt: prompts.turns(at[prompt.id]),
+        "pair": lambda prompt: prompts.pair(at[prompt.id]),
         "stored": nothing_stored if collector.stored is None else collector.stored.rollouts,
     }
 
@@ -135,15 +162,25 @@ class _Pen:
     asked: Counter[str] = field(default_factory=Counter)  # responses to each prompt so far
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        made = self.collector.sampler.sample(
+        made = self._made(self.collector.sampler, prompts, sampling)
+        self.written.extend(made)
+        return made
+
+    def sample_as(self, model: str, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        if model not in self.collector.players:
+            return nobody(model, prompts, sampling)
+        return self._made(self.collector.players[model], prompts, sampling)
+
+    def _made(
+        self, sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> list[Rollout]:
+        return sampler.sample(
             [self._numbered(prompt, sampling.num_generations) for prompt in prompts],
             sampling,
             seed=self.collector.seed,
             step=self.step,
             policy_version=self.version,
         )
-        self.written.extend(made)
-        return made
 
     def _numbered(self, prompt: Prompt, count: int) -> Prompt:
         self.asked[prompt.id] += count

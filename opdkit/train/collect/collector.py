@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 from opdkit.annotators import Annotator
 from opdkit.base.errors import UserError
 from opdkit.curricula import Curriculum, Memory
-from opdkit.curricula.writer import nothing_viewed
+from opdkit.curricula.writer import Answer, nothing_viewed
 from opdkit.rewards import Reward
 from opdkit.train.collect.filters import Filter
 from opdkit.train.mesh import ALONE, Mesh
@@ -24,6 +24,7 @@ class Questions(Protocol):
     def __getitem__(self, index: int) -> Prompt: ...
     def response_tokens(self, index: int) -> list[int] | None: ...
     def turns(self, index: int) -> list[Prompt]: ...
+    def pair(self, index: int) -> tuple[Answer, Answer]: ...
 
 
 class Stored(Protocol):
@@ -48,6 +49,8 @@ class Collector:
     annotators: tuple[Annotator, ...] = ()  # one after the other, on what the filters left
     stored: Stored | None = None  # where the writer reads its rollouts from a cache
     mesh: Mesh = ALONE  # the processes that share the run
+    # the copies of the student that write as well, by name
+    players: Mapping[str, Sampler] = field(default_factory=dict)
     # a prompt as a view of its row writes it
     viewed: Callable[[Prompt, str], Prompt] = nothing_viewed
 
@@ -64,21 +67,23 @@ class Collector:
         longest = min(longest, self.sampling.max_completion_length)
         return replace(self.sampling, max_completion_length=longest)
 
-    def batches(self, step: int, memory: Memory) -> Iterator[list[int]]:
-        """The prompts of a step, by index: `prompts_per_step` of them, and as many again each time
-        that filters ask for more. What is chosen is chosen among those that the step has not asked
-        yet, and among all once none is left; in a run of equal steps the same.
+    def batches(self, step: int, memory: Memory, count: int) -> Iterator[list[int]]:
+        """The prompts of a step, by index: `count` of them, and as many again each time that
+        filters ask for more. What is chosen is chosen among those that the step has not asked yet,
+        and among all once none is left; in a run of equal steps the same.
         """
-        left: list[int] = []
+        asked = self.curriculum.asked(self.questions, memory)
+        every = list(range(len(self.questions))) if asked is None else list(asked)
+        open_, left = set(every), list[int]()
         while True:
             batch: list[int] = []
-            while (missing := self.prompts_per_step - len(batch)) > 0:
-                left = left or list(range(len(self.questions)))
+            while (missing := count - len(batch)) > 0:
+                left = left or every
                 mine = [self.questions[i] for i in left]
                 chosen = self.curriculum.choose(mine, missing, step, self.seed, memory)
                 if chosen is None:
-                    batch += self.stream.take(missing)
-                    break
+                    batch += [i for i in self.stream.take(missing) if i in open_]
+                    continue
                 gone = set(chosen)
                 if not gone or len(gone) < len(chosen) or not gone <= set(range(len(left))):
                     raise UserError(

@@ -1,0 +1,88 @@
+"""Noise on what the layers of the student that learns are given, its width learnt with the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from opdkit.base.errors import UserError
+from opdkit.objective.companion import Around, Companion, CompanionState, Hear, Trained
+from opdkit.objective.maths import keyed_normal
+from opdkit.types import Rollout, row_keys
+
+
+@dataclass(frozen=True)
+class LayerNoise(Companion):
+    """Normal noise of width sigma_l on the input of each decoder layer l, only while the student
+    learns: it writes, is scored and is evaluated without.
+
+    log sigma_l is learnt, from the gradient that reaches the noise, by an AdamW of its own.
+    """
+
+    sigma: float = 0.01  # at the start
+    layers: tuple[int, int] | None = None  # the first, from 0, and the one behind the last
+    learning_rate: float = 5e-4  # of log sigma; 0: the widths stay
+
+    def build(self, around: Around) -> CompanionState:
+        start, end = self.layers or (0, len(around.layers))
+        if not 0 <= start < end <= len(around.layers):
+            raise UserError(
+                f"{self} puts noise on layers {start} to {end - 1}, and the student has "
+                f"{len(around.layers)} (none on plain logits): layers=(start, end) count from 0, "
+                "and the one at `end` has none"
+            )
+        return Noisy(self, around, start, end)
+
+
+class Noisy(Trained):
+    """The widths of layers `start` to `end` - 1, and the noise."""
+
+    disturbs: ClassVar[bool] = True
+
+    def __init__(self, noise: LayerNoise, around: Around, start: int, end: int):
+        widths = nn.Module()
+        c = torch.full((end - start,), math.log(noise.sigma), dtype=around.dtype)
+        widths.log_sigma = nn.Parameter(c.to(around.device))
+        super().__init__(widths, noise.learning_rate)
+        self.layers, self.start, self.seed = around.layers[start:end], start, around.seed
+
+    @property
+    def log_sigma(self) -> Tensor:
+        """[layers with noise]."""
+        return self.module.log_sigma  # type: ignore[return-value]
+
+    @contextmanager
+    def disturbed(self, updates: int) -> Iterator[Hear]:
+        """The noise is there; a layer that is computed again in backward is given the same."""
+        keys = torch.zeros(0, dtype=torch.int64)  # [R] of the rows of the pass
+
+        def hear(rollouts: Sequence[Rollout]) -> None:
+            nonlocal keys
+            keys = row_keys([r.id for r in rollouts])
+
+        def add(number: int, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            hidden = args[0] if args else named["hidden_states"]  # [R, S, H]
+            salt = f"noise before layer {self.start + number}"
+            xi = keyed_normal(self.seed, updates, salt, keys.to(hidden.device), *hidden.shape[1:])
+            noise = self.log_sigma[number].exp().to(hidden.device) * xi
+            hidden = hidden + noise.to(hidden.dtype)
+            return (
+                ((hidden, *args[1:]), named) if args else (args, named | {"hidden_states": hidden})
+            )
+
+        hooks = [
+            layer.register_forward_pre_hook(partial(add, number), with_kwargs=True)
+            for number, layer in enumerate(self.layers)
+        ]
+        try:
+            yield hear
+        finally:
+            for hook in hooks:
+                hook.remove()
