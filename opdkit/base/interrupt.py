@@ -26,6 +26,10 @@ class Stopped(SystemExit, KeyboardInterrupt):
         self.number = number
 
 
+class EndedElsewhere(SystemExit):
+    """Another process of the same work has ended it and said why: this one ends in silence."""
+
+
 def status(stop: KeyboardInterrupt) -> int:
     """The exit status of a program that was stopped: 130 for Ctrl-C, 143 for SIGTERM, 129 for
     SIGHUP.

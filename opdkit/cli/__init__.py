@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from opdkit.base.errors import UserError
-from opdkit.base.interrupt import stoppable
+from opdkit.base.interrupt import EndedElsewhere, stoppable
 from opdkit.cli.answers import EVAL, SAMPLE
 from opdkit.cli.cache_teacher import CACHE_TEACHER
 from opdkit.cli.command import interrupted
@@ -78,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"opdkit: error: {error}", file=sys.stderr)
         return 2
+    except EndedElsewhere as end:
+        return int(str(end.code))
     except KeyboardInterrupt as stop:
         return interrupted(stop, "continue with --resume")
     except BaseException as error:

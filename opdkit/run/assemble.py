@@ -207,9 +207,8 @@ def make_evaluator(
         sampler = sampler.inner
     if world is not None and isinstance(sampler, EpisodeSampler):
         sampler = sampler.inner
-    sampler = divided(
-        episodic(world, sampler, prompts, opened.student.model), mesh, opened.student.model
-    )
+    model = opened.student.model
+    sampler = divided(episodic(world, sampler, prompts, model), mesh, model)
     return Evaluator(run, sampler, prompts, asked.reward, opened.tokenizer)
 
 

@@ -16,7 +16,6 @@ from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
 from opdkit.train.job import Job
 from opdkit.train.mesh import ALONE, Mesh
-from opdkit.train.rehearse import rehearse
 
 
 def prepare(
@@ -37,5 +36,4 @@ def prepare(
     checkpoint = mesh.first(lambda: checkpoints.newest(run.folder)) if resume else None
     record = agreed(run, record_of(run, given, asked), checkpoint, allow_changes)
     opened = open_models(run, given, asked.method, checkpoint, mesh.devices)
-    rehearse(opened.student.model, opened.tokenizer)
     return assemble(run, given, asked, opened, checkpoint, record, mesh)

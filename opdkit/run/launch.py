@@ -19,6 +19,7 @@ from opdkit.methods.method import as_method
 from opdkit.models.adapters import has_adapters
 from opdkit.models.device import device_of
 from opdkit.models.quantize import merged
+from opdkit.models.sharding import is_spread, unsharded
 from opdkit.report import write_report
 from opdkit.run.build import prepare
 from opdkit.run.folder import Claim, claimed
@@ -152,15 +153,17 @@ def _execute(run: Run, given: Given, job: Job, state: State, claim: Claim) -> Re
     claim.begin()
     final = run.folder / "model"
     trained = job.student.model
-    model = merged(trained) if has_adapters(trained) else trained
-    weights = checkpoints.whole_weights(model)
-    if job.mesh.rank:  # the first writes
+    adapted = has_adapters(trained)
+    with unsharded(trained) if adapted and is_spread(trained) else nullcontext():
+        model = merged(trained) if adapted else trained
+        weights = checkpoints.whole_weights(model) if is_spread(trained) else None
+        if job.mesh.rank == 0:  # the first writes
+            checkpoints.put(
+                final, lambda part: checkpoints.write_model(part, model, job.tokenizer, weights)
+            )
         job.mesh.every(None)
+    if job.mesh.rank:
         return Result(final, run.folder, [], [], run.folder / "report.html")
-    checkpoints.put(
-        final, lambda partial: checkpoints.write_model(partial, model, job.tokenizer, weights)
-    )
-    job.mesh.every(None)
     done = {
         "method": str(run.method_spec),
         "objective": str(job.objective),

@@ -23,6 +23,7 @@ from opdkit.teachers import LocalModel, Remote, Scorer
 from opdkit.teachers.base import cut, heads_of
 from opdkit.train.divided import divided
 from opdkit.train.mesh import ALONE, Mesh
+from opdkit.train.rehearse import rehearse
 from opdkit.train.student import Student
 from opdkit.types import Sampler, Watch
 
@@ -83,6 +84,7 @@ def open_models(
         disable_dropout=run.disable_dropout,
     )
     copies = beside(run.copies_for(method), student, {}, run, devices)
+    rehearse(base, tokenizer)
     student.spread(devices)
     others = models.others(base, copies)
     heads = [student.head, *(head for scorer in others.values() for head in heads_of(scorer))]

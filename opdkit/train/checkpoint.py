@@ -17,6 +17,7 @@ import torch
 from opdkit.base import exact
 from opdkit.base.errors import UserError
 from opdkit.base.files import remove_folder, tidy, write_folder, write_json, write_whole
+from opdkit.models.adapters import has_adapters
 from opdkit.models.sharding import is_spread
 from opdkit.objective.companion import Companions
 from opdkit.objective.parts import whole
@@ -54,7 +55,8 @@ def save(
     """Write `checkpoint-N`. Where a model is spread over several processes, all of them put it
     together, and the one of rank 0 writes.
     """
-    weights, optimiser = whole_weights(student.model), whole_optimiser(student)
+    weights = whole_weights(student.model) if is_spread(student.model) else None
+    optimiser = whole_optimiser(student)
     beside = companions.state_dict() if companions else {}
 
     def write(partial: Path) -> None:
@@ -74,13 +76,11 @@ def save(
     return final
 
 
-def whole_weights(model: Any) -> dict[str, Any] | None:
-    """The weights of a model that is spread over processes, put together on all of them; None: it
-    is whole.
-    """
-    if not is_spread(model):
-        return None
+def whole_weights(model: Any) -> dict[str, Any]:
+    """The weights of a model that is spread over processes, put together on all of them."""
     named = model.state_dict(keep_vars=True)
+    if has_adapters(model):  # what learns is all that is saved
+        named = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
     first = {id(tensor): name for name, tensor in reversed(named.items())}  # tied ones count once
     return {n: whole(x.detach()).cpu() for n, x in named.items() if first[id(x)] == n}
 

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from opdkit.base.interrupt import EndedElsewhere
 from opdkit.types import Rollout
 
 Thing = TypeVar("Thing")
@@ -107,10 +108,6 @@ class Alone(Mesh):
 ALONE = Alone()
 
 
-class PeerLost(SystemExit):
-    """Another process of the run has ended, and has said why: this one ends in silence."""
-
-
 class Ranks(Mesh):
     """The processes of one run, one per device, as torchrun or `opdkit train --nproc` starts them:
     a group of torch.distributed.
@@ -181,7 +178,7 @@ def joined(device: str) -> Iterator[Mesh]:
             raise
         except BaseException as error:
             if _lost(error) or not mesh.tells():
-                raise PeerLost(1) from error
+                raise EndedElsewhere(1) from error
             raise
         finally:
             _leave()
