@@ -78,11 +78,14 @@ def save(
 
 def whole_weights(model: Any) -> dict[str, Any]:
     """The weights of a model that is spread over processes, put together on all of them."""
-    named = model.state_dict(keep_vars=True)
+    # not `state_dict`, for which a model takes its parts up again where it is whole meanwhile
+    named = dict(model.named_parameters())  # tied ones once
+    for path, module in model.named_modules():
+        kept = set(module._buffers) - module._non_persistent_buffers_set
+        named |= {f"{path}.{name}".lstrip("."): module._buffers[name] for name in sorted(kept)}
     if has_adapters(model):  # what learns is all that is saved
         named = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
-    first = {id(tensor): name for name, tensor in reversed(named.items())}  # tied ones count once
-    return {n: whole(x.detach()).cpu() for n, x in named.items() if first[id(x)] == n}
+    return {name: whole(x.detach()).cpu() for name, x in named.items() if x is not None}
 
 
 def whole_optimiser(student: Student) -> dict[str, Any]:
