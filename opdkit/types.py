@@ -126,6 +126,8 @@ class Rollout:
         turns: the turn of each token, from 0; empty: all are of one.
         feedback: what was said of the response besides its reward, such as the message of a test
             that it fails.
+        rewards: where a run has several rewards by name, each that applies to it; `reward` is their
+            weighted sum.
 
     >>> r = Rollout(
     ...     id="0/row7/0", prompt=[5, 6], tokens=[8, 9, 2], trained=[True] * 3,
@@ -156,6 +158,7 @@ class Rollout:
     question: str = ""
     turns: list[int] = field(default_factory=list)
     feedback: str = ""
+    rewards: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "question", self.question or self.group)
@@ -267,3 +270,12 @@ def row_keys(ids: Iterable[str], device: torch.device | str = "cpu") -> Tensor:
         dtype=torch.int64,
         device=device,
     )
+
+
+def reward_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The mean of each reward that has a name, over the rollouts that it applies to."""
+    given = {
+        name: [r.rewards[name] for r in rollouts if name in r.rewards]
+        for name in sorted({name for r in rollouts for name in r.rewards})
+    }
+    return {name: sum(values) / len(values) for name, values in given.items()}

@@ -18,6 +18,7 @@ from opdkit.curricula.prefix import TeacherPrefix
 from opdkit.curricula.recall import Ask, Recalled
 from opdkit.curricula.rehearsal import Rehearsal
 from opdkit.curricula.replay import Replay
+from opdkit.curricula.reward_means import RewardMeans
 from opdkit.curricula.several import Several
 from opdkit.curricula.two_contexts import TwoContexts
 from opdkit.curricula.writer import Memory, StepContext, Writer
@@ -40,6 +41,7 @@ __all__ = [
     "Recalled",
     "Rehearsal",
     "Replay",
+    "RewardMeans",
     "Several",
     "StepContext",
     "TeacherPrefix",

@@ -4,6 +4,7 @@ again a little at a time while it learns the rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -38,9 +39,10 @@ class Rehearsal(Plain):
     Before the first step the student writes `samples` responses to every prompt. Of those with at
     least `enough` right ones it writes one more: where that is right too, it is stored with its
     log-probs. All other prompts are asked in training, those without any right response not if
-    `drop_unsolved`. A step has, beside its prompts, a slice of `rehearsed` stored responses (None:
-    two per prompt of the step), marked "rehearsal", each a group of its own: the store is shuffled
-    anew each time it has been gone through, keyed by the seed. No filter sees them, and what is
+    `drop_unsolved`. A step has, beside its prompts, a slice of at most `rehearsed` stored responses
+    (None: two per prompt of the step), marked "rehearsal", each a group of its own: the store is
+    gone through in slices of one size, give or take one, and shuffled anew behind the last, keyed
+    by the seed. No filter sees them, and what is
     remembered of prompts does not count them.
 
     Memory is plain JSON: rehearsal, with pool (rollouts as dicts), explore (the questions that are
@@ -98,9 +100,9 @@ class Rehearsal(Plain):
             raise UserError(
                 f"no prompt is mastered by the student as it begins: {mastered} have {self.enough} "
                 f"right responses of {self.samples} (the best has {best}), and none of these a "
-                "right one after them, which would be stored, so that there is nothing to rehearse. "
-                "Lower enough (method.enough, or curriculum.enough), add easier prompts, see that "
-                "the reward knows right answers, or train without rehearsal (grpo)"
+                "right one after them, which would be stored: there is nothing to rehearse. Lower "
+                "enough (method.enough, or curriculum.enough), add easier prompts, see that the "
+                "reward knows right answers, or train without rehearsal (grpo)"
             )
         if not explore:
             raise UserError(
@@ -110,20 +112,20 @@ class Rehearsal(Plain):
             )
 
     def asked(self, questions: Sequence[str], memory: Memory) -> list[int] | None:
+        if REHEARSAL not in memory:
+            return None
         explore = set(memory[REHEARSAL]["explore"])
         return [i for i, question in enumerate(questions) if question in explore]
 
     def recalled(self, count: int, step: int, seed: int, memory: Memory) -> Recalled:
+        if REHEARSAL not in memory:
+            return Recalled()
         pool = memory[REHEARSAL]["pool"]
         size = min(self.rehearsed or PER_PROMPT * count, len(pool))
+        turn, part = divmod(step, parts := math.ceil(len(pool) / size))
         keys = row_keys([row["id"] for row in pool])
-        chosen: dict[int, None] = {}  # one that ends a round and begins the next comes once
-        for place in range(step * size, (step + 1) * size):
-            turn, at = divmod(place, len(pool))
-            if at == 0 or not chosen:
-                draws = keyed_uniform(seed, turn, REHEARSAL, keys, 1, torch.float64)
-                order = draws[:, 0].argsort().tolist()
-            chosen[order[at]] = None
+        draws = keyed_uniform(seed, turn, REHEARSAL, keys, 1, torch.float64)[:, 0]
+        chosen = draws.argsort().tensor_split(parts)[part].tolist()
         return Recalled(beside=[again(pool[i]) for i in chosen])
 
     def metrics(
@@ -132,12 +134,16 @@ class Rehearsal(Plain):
         """How many responses are rehearsed in turn, how many prompts are asked, and the tokens that
         finding these took.
         """
-        known = memory[REHEARSAL]
-        return {
-            "rehearsal_pool": float(len(known["pool"])),
-            "prompts_to_learn": float(len(known["explore"])),
-            "rehearsal_tokens": float(known["tokens"]),
-        }
+        known = memory.get(REHEARSAL)
+        return (
+            {}
+            if known is None
+            else {
+                "rehearsal_pool": float(len(known["pool"])),
+                "prompts_to_learn": float(len(known["explore"])),
+                "rehearsal_tokens": float(known["tokens"]),
+            }
+        )
 
 
 def _written(

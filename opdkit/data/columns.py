@@ -13,7 +13,7 @@ from opdkit.data.pairs import EMPTY, PAIR, with_prompt
 from opdkit.rewards.extract import boxed
 from opdkit.types import DataRow
 
-CANONICAL = ("prompt", "answer", "response", *PAIR, "teacher", "id")
+CANONICAL = ("prompt", "answer", "response", "teacher", "id")
 # the first one that a row has
 PROMPTS = ("prompt", "messages", "question", "problem", "query", "instruction")
 # then a short "solution"
@@ -49,10 +49,10 @@ def normalise(rows: Iterable[DataRow], columns: Mapping[str, str] | None = None)
     """
     columns = dict(columns or {})
     for key in columns:
-        if key not in CANONICAL:
+        if key not in (*CANONICAL, *PAIR):
             raise UserError(
                 f"columns={{{key!r}: ...}} is not something a row "
-                f"has{nearest(key, list(CANONICAL))}"
+                f"has{nearest(key, [*CANONICAL, *PAIR])}"
             )
     seen: set[str] = set()
     return [_normalise(row, index, columns, seen) for index, row in enumerate(rows)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,8 @@ class EvalResult:
     tokens: int  # sampled in all
     # share correct by problem id: lets two results be compared problem by problem
     per_problem: dict[str, float]
+    # mean of each reward that has a name, over the samples that it applies to
+    reward_means: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: an estimate is {"value", "low", "high"}."""
@@ -82,6 +84,7 @@ def evaluate_model(
     sampler.
     """
     from opdkit.rewards import score
+    from opdkit.types import reward_means
 
     n = sampling.num_generations
     _check(prompts, n, ks)
@@ -111,6 +114,7 @@ def evaluate_model(
         step=step,
         tokens=sum(lengths),
         per_problem=dict(zip(problems, means, strict=True)),
+        reward_means=reward_means(rollouts),
     )
 
 
@@ -195,6 +199,7 @@ def write_samples(path: Path, rollouts: Sequence[Rollout]) -> None:
             "text": r.text,
             "answer": r.row.get("answer"),
             "reward": r.reward,
+            **({"rewards": r.rewards} if r.rewards else {}),
             "correct": r.correct,
             "finish": r.finish,
             "n_tokens": len(r.tokens),

@@ -112,6 +112,13 @@ FAMILIES: dict[str, Family] = {
             "dph_rl": "opdkit.methods.dph_rl:dph_rl",
             "remix": "opdkit.methods.remix:remix",
             "alp": "opdkit.methods.alp:alp",
+            "apo": "opdkit.methods.apo:apo",
+            "fg_expo": "opdkit.methods.fg_expo:fg_expo",
+            "clip_cov": "opdkit.methods.clip_cov:clip_cov",
+            "kl_cov": "opdkit.methods.clip_cov:kl_cov",
+            "mdpo": "opdkit.methods.mdpo:mdpo",
+            "recap": "opdkit.methods.recap:recap",
+            "safe": "opdkit.methods.safe:safe",
         },
     ),
     "preferences": Family(
@@ -131,6 +138,7 @@ FAMILIES: dict[str, Family] = {
             "sinkd": "opdkit.methods.sinkd:sinkd",
             "pld": "opdkit.methods.pld:pld",
             "bd_kd": "opdkit.methods.bd_kd:bd_kd",
+            "f_dpg": "opdkit.methods.f_dpg:f_dpg",
         },
     ),
 }

@@ -71,6 +71,13 @@ def positive(**given: tuple[float, str]) -> None:
             raise ValueError(f"{name}={value} must be positive: {meaning}")
 
 
+def not_negative(**given: tuple[float, str]) -> None:
+    """Refuses an argument below 0, with what it means; infinity is not."""
+    for name, (value, meaning) in given.items():
+        if not value >= 0:
+            raise ValueError(f"{name}={value} must be at least 0: {meaning}")
+
+
 def itself(view: str, weights: str, **average: Any) -> dict[str, Any]:
     """The student under another context as its own teacher, in the words of a run's `teacher`:
     what it reads there, which of its weights score, and where these are an average its settings.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdkit.methods.arguments import positive
+from opdkit.methods.arguments import not_negative, positive
 from opdkit.objective import (
     Advantage,
     Batch,
@@ -89,8 +89,7 @@ def dgpo(kappa: float = 1.0, tau: float = 0.5, k: int | None = None) -> Objectiv
             stands for its vocabulary: a lower bound of d, for a reference on a server; None: the
             whole vocabulary. Default: the paper's.
     """
-    if not kappa >= 0:
-        raise ValueError(f"kappa={kappa} must be at least 0: it is the power of the entropy")
+    not_negative(kappa=(kappa, "it is the power of the entropy"))
     positive(tau=(tau, "it is the temperature of the weights of a response's tokens"))
     support, rest = ("full", "raw") if k is None else ("teacher", "tail")
     distance = Gap("hellinger2", support, k, rest, teacher="reference")

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from opdkit.methods.arguments import one_of, positive
+from opdkit.methods.arguments import not_negative, one_of, positive
 from opdkit.objective import (
     Advantage,
     Batch,
@@ -79,8 +79,7 @@ def dmpo(
     """
     one_of(score=(score, ("reward", "teacher")))
     positive(alpha=(alpha, "it is the temperature of the target distribution"))
-    if not lam >= 0:
-        raise ValueError(f"lam={lam} must be at least 0: it is the weight of the second term")
+    not_negative(lam=(lam, "it is the weight of the second term"))
     of: Signal = Reward()
     if score == "teacher":
         of = RowMean(LogRatio("teacher", "reference") if reference else Logp("teacher"))

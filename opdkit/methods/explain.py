@@ -63,6 +63,11 @@ def passes(method: Method) -> list[str]:
             else whole
         )
         lines.append(f"{name}, without gradient{whole}")
+    if needs.of("live") and any(companion.disturbs for companion in method.companions):
+        lines.append(
+            "student, without gradient, at every optimiser step (it learns in other passes than "
+            "those in which it is scored, and the whole of a rollout is read in these)"
+        )
     lines.append("student, with gradient, at the positions that a term selects")
     return lines
 
@@ -128,10 +133,12 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
     if base is not None:
         added = [x for x in passes(made) if x not in passes(load(base))]
         lines.append(f"  new beside those of {base} alone: {'; '.join(added) or 'none'}")
-    if any(isinstance(t.loss, RolloutLoss) for t in made.objective.terms):
+    together = any(isinstance(t.loss, RolloutLoss) for t in made.objective.terms)
+    if together or needs.kept("live"):
+        over = "whole rollouts needs all their log-probs" if together else "a step needs all of it"
         lines.append(
             "  from the second optimiser step on its rollouts, the student once more without "
-            "gradient: a loss over whole rollouts needs all their log-probs first"
+            f"gradient: a loss over {over} first"
         )
     lines.append(
         "memory of the loss: one chunk of the vocabulary, about "

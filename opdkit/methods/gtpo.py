@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opdkit.methods.arguments import not_negative
 from opdkit.objective import (
     Advantage,
     Around,
@@ -158,10 +159,11 @@ def gtpo(
         official_code: whether rollouts are divided by their tokens in runs and summed, as in the
             released code. Default: off, the paper's formula.
     """
-    if not (weight >= 0 and gamma >= 0):
-        raise ValueError(f"weight={weight}, gamma={gamma} must be at least 0: a factor and a price")
-    if math.isnan(threshold):
-        raise ValueError("threshold=nan must be a number of nats: the largest mean entropy")
+    not_negative(
+        weight=(weight, "it is a factor of what right answers share with wrong ones"),
+        gamma=(gamma, "it is the price of a nat of entropy"),
+        threshold=(threshold, "it is the largest mean entropy of what is learnt from"),
+    )
     advantage, entropy = Advantage("mean"), RowMean(Entropy("student"))
     alike, credit = Alike(advantage), advantage - gamma * entropy if gamma else advantage
     spared: Signal = Spared(alike, advantage, weight)

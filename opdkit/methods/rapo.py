@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from opdkit.methods.arguments import one_of, shares
+from opdkit.methods.arguments import not_negative, one_of, shares
 from opdkit.methods.grpo import grpo
 from opdkit.objective import (
     Ceiling,
@@ -91,8 +91,7 @@ def rapo(
     """
     one_of(kl_grad=(kl_grad, ("autograd", "score")))
     shares(phi_min=(phi_min, "it is the power of the reference where the reward is 0"))
-    if not (alpha >= 0 and beta >= 0):
-        raise ValueError(f"alpha={alpha}, beta={beta} must be at least 0: they are weights")
+    not_negative(alpha=(alpha, "it weighs the penalty"), beta=(beta, "it weighs the entropy"))
     objective = grpo()
     if alpha:
         power = phi_min + (1 - phi_min) * Floor(Ceiling(Reward(), 1), 0)

@@ -184,9 +184,9 @@ def sinkd(
     over i is SD, between 0 and 2 N. Nothing in it ties a student's token to the teacher's at the
     same place (the teacher's rows in another order give the same), so that KL has to. The gradient
     goes through W and through every iteration of P; `detach` holds P, the gradient of SD less eps
-    times the entropy of P. It is exact for the whole step, whatever its parts, and takes N V
-    operations for each of its N tokens: the student's distributions are read once before each
-    optimiser step.
+    times the entropy of P. It is exact for the whole step, whatever its parts, and
+    costs `items` V operations for each token; the student is read once before each optimiser
+    step.
 
     Source: arXiv 2402.17110 and its code (classes of a batch); tokens in the place of samples, SD
     over N, and sets are ours. Weights: KL 1, no labels (the code has .8 to 1 and the rest on

@@ -16,7 +16,7 @@ from opdkit.objective.companion import (
     Trained,
 )
 from opdkit.objective.copies import Ema, Previous, Snapshot, StudentCopy
-from opdkit.objective.critic import Value, ValueFact, ValueHead, ValueLoss
+from opdkit.objective.critic import LastToken, Value, ValueFact, ValueHead, ValueLoss
 from opdkit.objective.divergences import (
     JSD,
     Alpha,
@@ -138,6 +138,7 @@ __all__ = [
     "HiddenFact",
     "HybridDistance",
     "Kind",
+    "LastToken",
     "LayerNoise",
     "Likelihood",
     "Live",

@@ -154,6 +154,15 @@ class Batch:
         return self.read(ColumnFact("reward"))
 
     @property
+    def rewards(self) -> dict[str, Tensor]:
+        """[B] float each: the rewards that have names, NaN for rollouts that one does not apply
+        to.
+        """
+        columns = {fact.words(): x for fact, x in self.facts.items()}
+        names = sorted(name for name in columns if name.startswith("reward:"))
+        return {name.partition(":")[2]: columns[name] for name in names}
+
+    @property
     def correct(self) -> Tensor:
         """[B] bool."""
         return self.read(ColumnFact("correct"))

@@ -7,6 +7,7 @@ student. No other file asks which companions there are.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -62,13 +63,11 @@ class CompanionState(ABC):
     `teachers.base`), under its companion's name.
     """
 
-    # whether it changes the pass in which the student learns: see `disturbed`
-    disturbs: ClassVar[bool] = False
-
     @contextmanager
     def disturbed(self, updates: int) -> Iterator[Hear]:
-        """While it is open the student's passes are those that it learns in, in the optimiser step
-        number `updates` (from 0), not those in which it writes or is scored.
+        """Of a companion that `disturbs`: while it is open the student's passes are those that it
+        learns in, in the optimiser step number `updates` (from 0), not those in which it writes or
+        is scored.
 
         What is called with the rollouts of a pass before each says whose rows these are.
         """
@@ -86,6 +85,10 @@ class CompanionState(ABC):
         """Called once after each optimiser step of the student."""
         return
 
+    def metrics(self) -> dict[str, float]:
+        """Where it stands, by name: for the run's curves."""
+        return {}
+
     @abstractmethod
     def state_dict(self) -> Mapping[str, Any]:
         """All that changes in a run: tensors, numbers, texts, and lists and dicts of these."""
@@ -102,6 +105,9 @@ class Companion(ABC):
 
     # The name under which a formula reads it, where it is a model: LogRatio("ema", "student").
     model = ""
+    # Whether the student learns in other passes than those in which it writes and is scored: see
+    # `CompanionState.disturbed`.
+    disturbs: ClassVar[bool] = False
 
     @property
     def copies(self) -> int:
@@ -118,11 +124,14 @@ class Companion(ABC):
 class Trained(CompanionState):
     """A module with an AdamW of its own, which steps when the student's has; call it as the module.
 
-    It computes in its own dtype, whatever the student's products are in.
+    It computes in its own dtype, whatever the student's products are in. A gradient whose norm is
+    above `max_norm` is cut to it.
     """
 
-    def __init__(self, module: nn.Module, learning_rate: float, **optim: Any):
-        self.module = module
+    def __init__(
+        self, module: nn.Module, learning_rate: float, max_norm: float = math.inf, **optim: Any
+    ):
+        self.module, self.max_norm = module, max_norm
         self.optimiser = torch.optim.AdamW(
             module.parameters(), lr=learning_rate, **{"weight_decay": 0.0, **optim}
         )
@@ -137,6 +146,7 @@ class Trained(CompanionState):
         return self.module.parameters()
 
     def after_step(self, stepped: Stepped) -> None:
+        nn.utils.clip_grad_norm_(self.module.parameters(), self.max_norm)
         self.optimiser.step()
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -209,7 +219,7 @@ class Companions(Mapping[Companion, CompanionState]):
     @property
     def disturb(self) -> bool:
         """Whether the student learns in other passes than those in which it is scored."""
-        return any(state.disturbs for state in self.values())
+        return any(spec.disturbs for spec in self)
 
     @contextmanager
     def disturbed(self, updates: int) -> Iterator[Hear]:
@@ -217,8 +227,8 @@ class Companions(Mapping[Companion, CompanionState]):
         with ExitStack() as stack:
             every = [
                 stack.enter_context(state.disturbed(updates))
-                for state in self.values()
-                if state.disturbs
+                for spec, state in self.items()
+                if spec.disturbs
             ]
             yield lambda rollouts: [hear(rollouts) for hear in every]
 
@@ -238,6 +248,10 @@ class Companions(Mapping[Companion, CompanionState]):
             state.after_step(stepped)
         for parameter in self.parameters:
             parameter.grad = None
+
+    def metrics(self) -> dict[str, float]:
+        """Where they stand, by name; of two that use one name, the last's."""
+        return {name: value for state in self.values() for name, value in state.metrics().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Of each, by how it is written."""

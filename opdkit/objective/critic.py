@@ -76,3 +76,15 @@ class ValueLoss(TokenLoss):
         hidden = live.hidden if self.into_student else live.hidden.detach()
         value = live.companion(self.head)(hidden)[:, 0]
         return (value - live.pick(self.target)).square() / 2
+
+
+@dataclass(frozen=True)
+class LastToken(Signal):
+    """[B, T] bool: the last token of each rollout that the student drew and learns from.
+
+    RowMean(Value(head), among=LastToken()) is a value of the whole rollout.
+    """
+
+    def value(self, batch: Batch) -> Tensor:  # [B, T] bool
+        counted = batch.mask.cumsum(1)
+        return batch.mask & (counted == counted[:, -1:])

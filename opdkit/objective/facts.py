@@ -266,10 +266,7 @@ class EntropyFact(Fact):
 
 @dataclass(frozen=True)
 class GapFact(Fact):
-    """[B, T]: a divergence between two models over the whole vocabulary.
-
-    `kind` is a `Kind`.
-    """
+    """[B, T]: a divergence, a `Kind`, between two models over the whole vocabulary."""
 
     kind: Hashable
     student: str
@@ -403,6 +400,7 @@ class VocabularyFact(Fact):
 
 
 HOW_TO_SUPPLY = {
+    "reward:": "name it in the run, reward: {NAME: math}, or pass rewards={NAME: [B]} to evaluate",
     "reward": "give the run a reward (math, or file.py:function), or pass reward=[B] to evaluate",
     "correct": "give the run a reward, or pass correct=[B] to evaluate",
     "group": "rollouts of a run carry their prompt as group; pass group=[B] to evaluate",
@@ -413,8 +411,8 @@ HOW_TO_SUPPLY = {
 
 @dataclass(frozen=True)
 class ColumnFact(Fact):
-    """[B] (a mark: [B, T]): something of the rollouts themselves: "reward", "correct", "group",
-    "question", "mark:NAME", "row:NAME", "memory:NAME".
+    """[B] (a mark: [B, T]): something of the rollouts themselves: "reward", "reward:NAME",
+    "correct", "group", "question", "mark:NAME", "row:NAME", "memory:NAME".
     """
 
     name: str
@@ -441,7 +439,7 @@ class ColumnFact(Fact):
         return values > 0 if self.name == "correct" else values
 
     def missing(self, known: set[str]) -> str:
-        how = HOW_TO_SUPPLY.get(self.name.partition(":")[0], "supply it")
+        how = next((h for k, h in HOW_TO_SUPPLY.items() if self.name.startswith(k)), "supply it")
         return f"the objective reads {self.name!r}, which this batch does not have: {how}"
 
 

@@ -26,6 +26,7 @@ class LayerNoise(Companion):
     log sigma_l is learnt, from the gradient that reaches the noise, by an AdamW of its own.
     """
 
+    disturbs: ClassVar[bool] = True
     sigma: float = 0.01  # at the start
     layers: tuple[int, int] | None = None  # the first, from 0, and the one behind the last
     learning_rate: float = 5e-4  # of log sigma; 0: the widths stay
@@ -44,8 +45,6 @@ class LayerNoise(Companion):
 class Noisy(Trained):
     """The widths of layers `start` to `end` - 1, and the noise."""
 
-    disturbs: ClassVar[bool] = True
-
     def __init__(self, noise: LayerNoise, around: Around, start: int, end: int):
         widths = nn.Module()
         c = torch.full((end - start,), math.log(noise.sigma), dtype=around.dtype)
@@ -57,6 +56,12 @@ class Noisy(Trained):
     def log_sigma(self) -> Tensor:
         """[layers with noise]."""
         return self.module.log_sigma  # type: ignore[return-value]
+
+    def metrics(self) -> dict[str, float]:
+        """The widths of the layers: their mean, and the least and the greatest."""
+        sigma = self.log_sigma.detach().exp()
+        ends = sigma.min().item(), sigma.max().item()
+        return {"sigma": sigma.mean().item(), "sigma_min": ends[0], "sigma_max": ends[1]}
 
     @contextmanager
     def disturbed(self, updates: int) -> Iterator[Hear]:

@@ -113,10 +113,15 @@ class Gap(Signal):
 
 @dataclass(frozen=True)
 class Reward(Signal):
-    """[B, 1]."""
+    """[B, 1]: what a rollout is worth; with `name` that one of several rewards, NaN where it does
+    not apply.
+    """
+
+    name: str = ""
 
     def value(self, batch: Batch) -> Tensor:  # [B, 1]
-        return batch.reward.to(batch.dtype)[:, None]
+        named = batch.read(ColumnFact(f"reward:{self.name}")) if self.name else batch.reward
+        return named.to(batch.dtype)[:, None]
 
 
 @dataclass(frozen=True)

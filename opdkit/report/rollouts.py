@@ -52,6 +52,7 @@ def _rollout(row: dict[str, Any], full: float) -> dict[str, Any]:
         "text": "" if pieces else clean(str(row.get("text") or "")),
         "length": len(pieces),
         "reward": None if row.get("reward") is None else number(row["reward"]),
+        "rewards": [(clean(str(n)), number(x)) for n, x in (row.get("rewards") or {}).items()],
         "verdict": VERDICT.get(str(row.get("correct")), ""),
         "feedback": framed(str(row.get("feedback") or "")[:FEEDBACK_SHOWN]),
         "credit": number(sum(credits) / len(credits)) if credits else None,

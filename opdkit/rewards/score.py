@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from numbers import Real
@@ -17,6 +17,7 @@ from opdkit.rewards.exact import Exact
 from opdkit.rewards.gym import ReasoningGym
 from opdkit.rewards.jail.feedback import split
 from opdkit.rewards.math import Math
+from opdkit.rewards.named import Named, applies
 from opdkit.rewards.own import load_own
 from opdkit.rewards.pattern import Pattern
 from opdkit.types import Rollout
@@ -25,13 +26,24 @@ from opdkit.types import Rollout
 # beside it (see `jail.feedback.split`)
 Reward = Callable[[Rollout], Any]
 
+# the number, whether it is one of a right response, and what was said beside it
+Judged = tuple[float, bool, str]
+
 FORMS = ["math", "exact", "regex:PATTERN", "reasoning_gym", "code", "judge:URL", "file.py:function"]
 
 
-def load_reward(spec: str | Reward | None) -> Reward | None:
+def load_reward(spec: Any, weights: Mapping[str, float] | None = None) -> Any:
     """`math`, `exact`, `regex:PATTERN`, `reasoning_gym`, `code`, `judge:URL`, `file.py:function`; a
-    function is itself, None no reward.
+    function is itself, None no reward; a mapping of these several, by name, which `weights` may
+    weigh.
     """
+    if isinstance(spec, Mapping):
+        return Named({str(n): load_reward(one) for n, one in spec.items()}, dict(weights or {}))
+    if weights:
+        raise UserError(
+            f"reward_weights weighs rewards by name ({', '.join(weights)}), and the run has none "
+            "with names: write reward: {accuracy: math, format: ...}, or leave reward_weights out"
+        )
     if spec is None or callable(spec):
         return spec
     if not isinstance(spec, str):
@@ -90,13 +102,49 @@ def score(rollouts: Sequence[Rollout], reward: Reward, *, workers: int = 0) -> l
     threads; so is one with `told_many(rollouts) -> list[tuple[float, str]]`, whose texts are what
     it says of each response.
 
+    Of several rewards by name (`Named`) `rewards` is filled in too: each is a number for those
+    rollouts that it applies to (it has nothing against the row, and does not give None), `reward`
+    their weighted sum, and `correct` what the first of them says.
+
     What a reward says besides its number becomes the rollout's `feedback`: it may return (number,
     text), {"reward": number, "feedback": text}, or an object with these two. Responses that the
     data has judged already keep what it says of them.
     """
-    if any(map(_judged, rollouts)):
-        rest = iter(score([r for r in rollouts if not _judged(r)], reward, workers=workers))
-        return [r if _judged(r) else next(rest) for r in rollouts]
+    if any(map(_by_data, rollouts)):
+        rest = iter(score([r for r in rollouts if not _by_data(r)], reward, workers=workers))
+        return [r if _by_data(r) else next(rest) for r in rollouts]
+    if isinstance(reward, Named):
+        return _together(rollouts, reward, workers)
+    values = _values(rollouts, reward, workers)
+    return [_filled(r, *_judged(r, reward, value)) for r, value in zip(rollouts, values)]
+
+
+def _together(rollouts: Sequence[Rollout], named: Named, workers: int) -> list[Rollout]:
+    """Rollouts with each of several rewards that applies to them, and their weighted sum."""
+    said: list[dict[str, Judged]] = [{} for _ in rollouts]
+    for name, reward in named.rewards.items():
+        mine = [i for i, r in enumerate(rollouts) if applies(reward, r.row)]
+        for i, value in zip(mine, _values([rollouts[i] for i in mine], reward, workers)):
+            if split(value)[0] is not None:
+                said[i][name] = _judged(rollouts[i], reward, value)
+    return [_summed(r, named, judged) for r, judged in zip(rollouts, said)]
+
+
+def _summed(rollout: Rollout, named: Named, judged: dict[str, Judged]) -> Rollout:
+    if not judged:
+        raise UserError(
+            f"none of the rewards {', '.join(named.rewards)} gave rollout {rollout.id!r} a number: "
+            "None means that a reward does not apply, and to every rollout one has to"
+        )
+    worth = {name: number for name, (number, _, _) in judged.items()}
+    total = sum(named.weights.get(name, 1.0) * number for name, number in worth.items())
+    correct = next(right for _, right, _ in judged.values())
+    words = "\n".join(text for _, _, text in judged.values() if text)
+    return replace(_filled(rollout, total, correct, words), rewards=worth)
+
+
+def _values(rollouts: Sequence[Rollout], reward: Reward, workers: int) -> list[Any]:
+    """What the reward gives for each."""
     many = getattr(reward, "told_many", None) or getattr(reward, "score_many", None)
     if many is not None:
         values = _many(many, rollouts, reward)
@@ -105,15 +153,15 @@ def score(rollouts: Sequence[Rollout], reward: Reward, *, workers: int = 0) -> l
                 f"the reward {_name(reward)} gave {len(values)} values for {len(rollouts)} "
                 "rollouts: give one for each"
             )
-        return [_filled(r, reward, value) for r, value in zip(rollouts, values)]
+        return values
     workers = min(workers or getattr(reward, "workers", 0), len(rollouts))
     if workers <= 1:
-        return [_scored(r, reward) for r in rollouts]
+        return [_value(r, reward) for r in rollouts]
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda r: _scored(r, reward), rollouts))
+        return list(pool.map(lambda r: _value(r, reward), rollouts))
 
 
-def _judged(rollout: Rollout) -> bool:
+def _by_data(rollout: Rollout) -> bool:
     """Whether the data that a response was read from says what it is worth."""
     return rollout.finish == "given" and rollout.reward is not None
 
@@ -144,9 +192,9 @@ def _through(error: BaseException) -> None:
         raise error
 
 
-def _scored(rollout: Rollout, reward: Reward) -> Rollout:
+def _value(rollout: Rollout, reward: Reward) -> Any:
     try:
-        value = reward(rollout)
+        return reward(rollout)
     except UserError as error:
         raise UserError(f"rollout {rollout.id!r}: {error}") from error
     except (Exception, SystemExit) as error:
@@ -156,10 +204,10 @@ def _scored(rollout: Rollout, reward: Reward) -> Rollout:
             f"{type(error).__name__}: {error}. A reward must give every response a number, also "
             f"empty and cut ones; this one ends {rollout.text[-80:]!r}"
         ) from error
-    return _filled(rollout, reward, value)
 
 
-def _filled(rollout: Rollout, reward: Reward, value: Any) -> Rollout:
+def _judged(rollout: Rollout, reward: Reward, value: Any) -> Judged:
+    """What a reward gave, taken apart."""
     number, words = split(value)
     if not isinstance(number, Real) or not _finite(number):
         raise UserError(
@@ -168,9 +216,11 @@ def _filled(rollout: Rollout, reward: Reward, value: Any) -> Rollout:
             "1.0 for right and 0.0 for wrong; or that and a text of feedback, (0.0, 'too short')"
         )
     worth, least = float(number), getattr(reward, "correct_from", None)
-    correct = bool(worth > 0 if least is None else worth >= least)
-    feedback = words or rollout.feedback
-    return replace(rollout, reward=worth, correct=correct, feedback=feedback)
+    return worth, bool(worth > 0 if least is None else worth >= least), words
+
+
+def _filled(rollout: Rollout, worth: float, correct: bool, words: str) -> Rollout:
+    return replace(rollout, reward=worth, correct=correct, feedback=words or rollout.feedback)
 
 
 def _finite(value: Any) -> bool:

@@ -17,6 +17,7 @@ from opdkit.data.prompts import check_template
 from opdkit.data.views import nothing_to_show, of_row, view_of
 from opdkit.methods.method import Method
 from opdkit.rewards import Reward, load_reward
+from opdkit.rewards.named import refuse_idle
 from opdkit.rewards.rows import check_rows
 from opdkit.run.annotate import annotations_of, refuse_annotations, refuse_rows
 from opdkit.run.open import Given
@@ -45,7 +46,7 @@ class Asked:
 def ask(run: Run, given: Given) -> Asked:
     """Reads what the run names; refuses what can be refused without a model."""
     method = within(run, as_run(given.method or run.method_spec.load(), run))
-    reward = given.reward or load_reward(run.reward)
+    reward = load_reward(run.reward if given.reward is None else given.reward, run.reward_weights)
     refuse(run, method, reward)
     annotated = annotations_of(run, method)
     scored = reward is not None or run.environment is not None
@@ -111,6 +112,8 @@ def check_data(
     if data.template is not None:
         check_template(data.template, rows)
     check_rows(reward, rows)
+    if method is not None:
+        refuse_idle(reward, rows)
     writer = None if method is None else writer_of(method.curriculum)
     for row in rows if writer is not None and writer.reads_data else ():
         if not row.get("response"):

@@ -92,7 +92,8 @@ def distill(
     }
     if eval_prompts is not None:
         values["evaluate"] = {"data": {"source": _source(eval_prompts)}}
-    if isinstance(reward, str):
+    texts = reward.values() if isinstance(reward, Mapping) else [reward]
+    if plain := reward is not None and all(isinstance(text, str) for text in texts):
         values["reward"] = reward
     for key, value in settings.items():
         set_value(values, key.replace("__", "."), path_text(value))
@@ -103,7 +104,7 @@ def distill(
         None if isinstance(prompts, str) else as_rows(prompts),
         None if eval_prompts is None or isinstance(eval_prompts, str) else as_rows(eval_prompts),
         None if isinstance(method, str) else as_method(method),
-        reward if callable(reward) else None,
+        None if plain else reward,
         teacher_tokenizer=teacher_tokenizer,
     )
     return execute(

@@ -15,7 +15,7 @@ from opdkit.methods.method import Method
 from opdkit.models.limits import context_limit
 from opdkit.objective.facts import LogpFact
 from opdkit.objective.grammar import credit_of
-from opdkit.rewards import Reward
+from opdkit.rewards import Named, Reward
 from opdkit.rewards.against import compares
 from opdkit.run.prompts import evaluated_as, sampled_as
 from opdkit.run.settings import Run
@@ -39,6 +39,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
         _refuse_with_environment(run, method, reward)
     elif reward is None:
         _refuse_without_reward(run, method)
+    _refuse_unnamed(method, reward)
     _note_one_turn(run, method)
     _note_long_warm_up(run, method)
     refuse_models(run, method)
@@ -125,6 +126,17 @@ def _refuse_without_reward(run: Run, method: Method) -> None:
             raise UserError(
                 f"{name} goes by the rewards of rollouts, and the run has none: set reward, or "
                 f"leave {name} out"
+            )
+
+
+def _refuse_unnamed(method: Method, reward: Reward | None) -> None:
+    """A reward that a method reads by a name which the run does not give."""
+    known = list(reward.rewards) if isinstance(reward, Named) else []
+    for name in sorted(method.needs.columns):
+        if name.startswith("reward:") and name.partition(":")[2] not in known:
+            raise UserError(
+                f"method {method.name or 'own'!r} reads the {name}, and the run has "
+                f"{', '.join(known) or 'no rewards by name'}: set reward.{name.partition(':')[2]}"
             )
 
 

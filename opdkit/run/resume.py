@@ -80,7 +80,7 @@ def record_of(run: Run, given: Given, asked: Asked) -> dict[str, Any]:
         else plain(run.model_named("reference").recorded()),
         "models": {name: plain(run.model_named(name).recorded()) for name in run.models},
         "method": _method(run, given, asked),
-        "reward": "own" if given.reward is not None else _code(run.reward, [run.reward]),
+        "reward": "own" if given.reward is not None else _rewards(run.reward),
         "environment": _world(run.environment),
         "sampler": _sampler(run),
         "annotate": {name: _annotator(run, name, one) for name, one in asked.annotated.items()},
@@ -151,6 +151,13 @@ def _code(name: str | None, addresses: list[str] | list[str | None]) -> Any:
     return _digested(
         str(name), repr([short, *(Path(file).expanduser().read_bytes() for file in files)])
     )
+
+
+def _rewards(given: Any) -> Any:
+    """A reward, or several by name, with digests of the files of one's own."""
+    if isinstance(given, Mapping):
+        return {name: _rewards(one) for name, one in given.items()}
+    return _code(given, [given])
 
 
 def _world(given: Any) -> Any:

@@ -118,7 +118,11 @@ class Run:
     data: str | Data
     method: str | MethodSpec = "opd"
     output: str = AUTO  # auto: runs/METHOD-NNN, the first number that is free
-    reward: str | None = None
+    # one, or several by name, {accuracy: math, format: regex:...}, whose sum is the reward and of
+    # which the first says what is correct
+    reward: str | dict[str, str] | None = None
+    # what each of several counts in their sum; 1 where nothing is said
+    reward_weights: dict[str, float] = field(default_factory=dict)
     # a model, as `teacher`; null: the student's initial weights
     reference: str | dict[str, Any] | None = None
     # further models that the method names, each as `teacher`

@@ -307,7 +307,7 @@ def _plan(
             "a comparison is decided on held-out problems, and this run evaluates on none: set "
             "evaluate.data=FILE (and reward=...)"
         )
-    reward = load_reward(base.reward)
+    reward = load_reward(base.reward, base.reward_weights)
     for c in contenders:
         refuse(base, c.method, reward)
     try:

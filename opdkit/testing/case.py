@@ -66,6 +66,8 @@ def evaluate(
     alignments: Mapping[str, Alignment] | None = None,
     turn: Tensor | None = None,
     rows: Mapping[str, Any] | None = None,
+    rewards: Mapping[str, Any] | None = None,
+    memory: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Loss, gradient and terms of an objective, from logits [B, T, V] and sampled tokens [B, T].
 
@@ -77,6 +79,8 @@ def evaluate(
     terms that ask for such tokens look at them. turn [B, T]: of each token, from 0. rows: numbers
     of the data [B] by column, {"utility": [B]}; a column of lists, {"confidence": [[90, 60],
     None]}, is one of each of their numbers, {"confidence[0]": [B]}, NaN where a row has none.
+    rewards: [B] of each of several rewards by name, None where one does not apply; `reward`
+    defaults to their sum. memory: what the method's curriculum remembers.
     uniform [B, T] replaces the keyed draws. Vocabularies of different size are cut to the smallest:
     what is beyond only pads. Float64 in, float64 through.
 
@@ -91,14 +95,13 @@ def evaluate(
         models={name: logits.detach() for name, logits in (models or {}).items()},
         before=before_logits,
         sampler=sampler_logits,
-        columns={
-            k: v
-            for k, v in (("group", group), ("reward", reward), ("correct", correct), ("turn", turn))
-            if v is not None
-        }
-        | {f"row:{name}": values for name, values in _numbers(rows or {}).items()},
+        columns=_given(group=group, reward=reward, correct=correct, turn=turn)
+        | _numbers(rows or {}, "row")
+        | _numbers(rewards or {}, "reward"),
         marks=marks or {},
-        settings={"step": step, "total_steps": total_steps, "uniform": uniform, "seed": seed},
+        settings=_given(
+            step=step, total_steps=total_steps, uniform=uniform, seed=seed, memory=memory
+        ),
         alignments=alignments or {},
     )
     method = as_method(method_or_objective)
@@ -244,8 +247,13 @@ def _by_number(wanted: Needs, model: str) -> bool:
     return {getattr(fact, "merge", None) for fact in wanted.of(model)} == {"index"}
 
 
-def _numbers(rows: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns of the data, [B] numbers each: `name[0]`, `name[1]` ... of one that holds lists."""
+def _given(**values: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _numbers(rows: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Columns of a kind, [B] numbers each: `name[0]`, `name[1]` ... of one that holds lists."""
     flat: dict[str, Any] = {}
     for name, values in rows.items():
         every = [x.tolist() if hasattr(x, "tolist") else x for x in values]
@@ -255,7 +263,7 @@ def _numbers(rows: Mapping[str, Any]) -> dict[str, Any]:
         for i in range(wide):
             said = [x[i] if isinstance(x, Sequence) and i < len(x) else None for x in every]
             flat[f"{name}[{i}]"] = [math.nan if x is None else x for x in said]
-    return flat
+    return {f"{kind}:{name}": values for name, values in flat.items()}
 
 
 def _columns(
@@ -266,7 +274,10 @@ def _columns(
     for name, values in columns.items():
         kind = {"group": torch.int64, "turn": torch.int64, "correct": torch.bool}.get(name, dtype)
         facts[ColumnFact(name)] = torch.as_tensor(values, dtype=kind)
-    if "reward" in columns and "correct" not in columns:
+    named = [x for fact, x in facts.items() if fact.words().startswith("reward:")]
+    if named and "reward" not in columns:
+        facts[ColumnFact("reward")] = torch.stack(named).nansum(0)
+    if ColumnFact("reward") in facts and "correct" not in columns:
         facts[ColumnFact("correct")] = facts[ColumnFact("reward")] > 0
     for name, values in marks.items():
         facts[ColumnFact(f"mark:{name}")] = torch.as_tensor(values).bool()

@@ -77,7 +77,7 @@ def fabricate(
 
 def _columns(wanted: Needs, rows: int, g: torch.Generator) -> dict[str, Any]:
     """What is known of so many rollouts [rows] of two prompts: rewards, and numbers of the data."""
-    named = sorted(name for name in wanted.columns if name.startswith("row:"))
+    named = sorted(name for name in wanted.columns if name.startswith(("row:", "reward:")))
     return {
         "group": [0, 0, 0, 1, 1, 1],
         "reward": [1.0, 0.0, 1.0, 0.0, 0.0, 1.0],

@@ -87,7 +87,7 @@ def gather(
         drawn = torch.tensor([written(r) for r in rollouts], device=batch.device)[:, None]
         sampler, student = (batch.facts[LogpFact(m)] for m in ("sampler", "student"))
         batch.facts[LogpFact("sampler")] = torch.where(drawn, sampler, student)
-    if not batch.companions.disturb:  # it learns in passes of another kind: see `refresh`
+    if not batch.companions.disturb:  # else it is still to be read: see `refresh`
         _not_moved(batch, needs)
     batch.sources = {m: s for m, s in batch.sources.items() if needs.kept(m) or needs.spans(m)}
     return batch
@@ -355,6 +355,10 @@ def _columns(batch: Batch, rollouts: Sequence[Rollout], needs: Needs) -> None:
             bool(r.correct) if r.correct is not None else (r.reward or 0) > 0 for r in rollouts
         ]
         facts[ColumnFact("correct")] = torch.tensor(right, device=device)
+    for name in sorted({name for r in rollouts for name in r.rewards}):
+        facts[ColumnFact(f"reward:{name}")] = torch.tensor(
+            [r.rewards.get(name, math.nan) for r in rollouts], dtype=batch.dtype, device=device
+        )
     for column in sorted(needs.columns):
         kind, _, name = column.partition(":")
         if kind == "memory":

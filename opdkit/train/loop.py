@@ -151,6 +151,7 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
     job.collector.sampler.sync(student.model, student.updates)  # sync
 
     record.curriculum = job.curriculum.metrics(collected.scored, step, total, state.memory)
+    record.beside = job.companions.metrics()
     state.memory = job.curriculum.observe(collected.scored, state.memory)  # observe
     state.stream = job.collector.stream.state()
     record.join(job.mesh)

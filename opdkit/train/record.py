@@ -27,7 +27,7 @@ from opdkit.train.gather import mean_gap
 from opdkit.train.mesh import Mesh
 from opdkit.train.student import Student
 from opdkit.train.track import Trackers
-from opdkit.types import MARK_OF, Rollout
+from opdkit.types import MARK_OF, Rollout, reward_means
 
 
 @dataclass
@@ -49,6 +49,7 @@ class StepRecord:
     plans: list[StepPlan] = field(default_factory=list)
     curriculum: Mapping[str, float] = field(default_factory=dict)  # where it stood, by name
     earlier: frozenset[str] = frozenset()  # ids of rollouts that were written at earlier steps
+    beside: Mapping[str, float] = field(default_factory=dict)  # so what stands beside the student
 
     def add(self, learned: Learned, positions: Tensor) -> None:
         """A micro-batch at flat positions [N]."""
@@ -105,6 +106,7 @@ class StepRecord:
         out |= self.distributions(batch)
         out["grad_norm"] = torch.stack(self.norms).mean().item()
         out["learning_rate"] = self.rate
+        out |= {f"beside/{name}": value for name, value in self.beside.items()}
         return out | {f"curriculum/{name}": value for name, value in self.curriculum.items()}
 
     def by_turn(self, batch: Batch) -> dict[str, float]:
@@ -266,6 +268,7 @@ class Recorder:
                     "logp": r.logp if r.logp else _numbers(None, b, n),
                     "teacher_logp": _numbers(teacher, b, n),
                     "reward": r.reward,
+                    **({"rewards": r.rewards} if r.rewards else {}),
                     "correct": r.correct,
                     "feedback": r.feedback,
                     "finish": r.finish,
@@ -317,6 +320,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         out["reward/mean"] = mean
         out["reward/std"] = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
         out["correct/mean"] = sum(bool(r.correct) for r in rollouts) / len(rollouts)
+    out |= {f"rewards/{name}": mean for name, mean in reward_means(rollouts).items()}
     moved = [
         d - p
         for r in rollouts

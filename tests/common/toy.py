@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opdkit.methods.dgpo import Undecided
+from opdkit.methods.eksft import EvennessFact
 from opdkit.objective.batch import Live
 from opdkit.objective.facts import (
     ColumnFact,
@@ -46,6 +47,9 @@ def naive_fact(fact: Fact, logps: dict[str, Tensor], tokens: Tensor) -> Tensor:
         return logps[fact.model].argsort(-1, descending=True)[..., : fact.k]
     if isinstance(fact, LogpAtFact):
         return logps[fact.model].gather(-1, naive_fact(TopFact(fact.owner, fact.k), logps, tokens))
+    if isinstance(fact, EvennessFact):
+        entropy = naive_fact(EntropyFact(fact.model), logps, tokens)
+        return entropy / math.log(logps[fact.model].shape[-1])
     assert isinstance(fact, GapFact) and fact.temperature == 1
     return fact.kind.entries(logps[fact.student], logps[fact.teacher]).sum(-1)  # type: ignore[attr-defined]
 
@@ -61,7 +65,8 @@ def naive(objective: Objective, case: Case) -> tuple[Tensor, Tensor]:
     }
     logps = {name: lp.view(*case.tokens.shape, -1) for name, lp in logps.items()}
     batch.facts = {
-        f: v if isinstance(f, ColumnFact) else naive_fact(f, logps, case.tokens)
+        # what a module says is not the formula's to say
+        f: v if isinstance(f, ColumnFact) or f.companions else naive_fact(f, logps, case.tokens)
         for f, v in batch.facts.items()
     }
     leaf = case.student.clone().requires_grad_()
@@ -81,6 +86,7 @@ def naive(objective: Objective, case: Case) -> tuple[Tensor, Tensor]:
                 + (scale * part.term.loss.value(logp[rows], part.mask[rows], rows, batch)).sum()
             )
         else:
-            live = Live(batch, at, leaf.flatten(0, 1)[at])
+            own = leaf.flatten(0, 1)[at]
+            live = Live(batch, at, own, hidden=lambda own=own: own)  # type: ignore[misc]
             loss = loss + (part.scale.flatten()[at] * part.term.loss.value(live)).sum()  # type: ignore[attr-defined]
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]

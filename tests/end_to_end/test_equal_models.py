@@ -32,6 +32,7 @@ DIVERGENCES = (  # each built-in kind; one micro-batch and several
     "topk_opd",
     "uld",
     "gold",
+    "bd_kd",
 )
 WEIGHTS = ("tip", "iw_opd", "position_opd", "paced", "scope", "drift_gating")
 CREDITS = ("opd", "vopd", "exopd", "iw_opd", "reopold", "gae_opd", "position_opd")

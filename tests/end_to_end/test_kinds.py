@@ -54,8 +54,11 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def data(shop: Shop) -> str:
-    """Rows with everything a method may read: a route, a reference response, what views show."""
+    """Rows with everything a method may read: a route, a reference response, a pair, what views
+    show.
+    """
     shown = {"hint": "add them", "allowed": ["numbers"], "disallowed": ["names"]}
+    shown |= {"chosen": " They are added.", "rejected": " Perhaps."}
     rows = [
         {**row, **shown, "teacher": "ab"[i % 2], "response": f" {i + 1}"}
         for i, row in enumerate(gsm8k_rows(2))
@@ -149,6 +152,12 @@ def outcome(
             "annotate": {"debate": {"of": [shop.teacher, shop.llama], "max_tokens": 4}}
             if "debate" in load(method).annotate
             else {},
+            # a reference whose kind the method says, and the run of what
+            **(
+                {"reference": f"soup:{shop.student},{shop.teacher}"}
+                if "kind" in load(method).models.get("reference", {})
+                else {}
+            ),
             "output": str(folder),
             **SMALL,
             # a schedule that adapts to it needs an evaluation between the ends

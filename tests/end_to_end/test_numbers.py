@@ -116,6 +116,8 @@ WITH_RESPONSES = [
         "hint": f"it is {i}",
         "allowed": ["numbers"],
         "disallowed": ["names"],
+        "chosen": f" It is {i}.",
+        "rejected": " Who knows?",
     }
     for i in range(4)
 ]
@@ -179,7 +181,8 @@ def test_a_schedule_that_does_not_adapt_needs_no_evaluation(
 
 # what they compare the responses to a prompt for: baselines, pass rates, shares, margins
 COMPARE = {"scope", "paced", "kdrl", "rlad", "uni_opd", "grpo", "pi_distill", "opsd_rl", "trace"}
-COMPARE |= {"skill_sd", "cord"}
+COMPARE |= {"dph_rl", "remix"}
+COMPARE |= {"skill_sd", "cord", "alp", "recap"}
 COMPARE |= {"dgpo", "gtpo", "dmpo", "rapo", "apo", "fg_expo"}
 
 
@@ -197,6 +200,8 @@ def test_with_one_generation_a_method_trains_or_is_refused(
     if name == "lightning_opd":
         assert shop.cache(tmp_path / "cache", "--num-generations=1") == 0
         more |= {"teacher": f"cached:{tmp_path / 'cache'}", "data": str(tmp_path / "cache")}
+    if name == "salsa":
+        more |= {"reference": f"soup:{shop.student},{shop.teacher}"}
     if name in ("mad_opd", "opad"):
         more |= {"models": {"teacher_1": shop.teacher, "teacher_2": shop.llama}}
         more |= {"annotate": {"debate": {"max_tokens": 4}}}

@@ -13,6 +13,7 @@ import opdkit
 from opdkit import UserError, distill
 from opdkit.base.files import read_lines
 from opdkit.train import checkpoint as checkpoints
+from opdkit.train import loop
 from tests.end_to_end.conftest import Shop
 from tests.end_to_end.crash import MOMENTS, assert_same, in_child
 
@@ -27,6 +28,19 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "curriculum with memory": {"method": "paced", "sampling": {"num_generations": 4}},
     "replay": {"method": {"name": "distillm", "threshold": 0.7}},
+    "rehearsal of what it could do": {
+        "method": "dph_rl(samples=4, enough=2, rehearsed=2, eta=0.5)",
+        "optim": {"passes": 2, "minibatches": 2},
+    },
+    "replayed groups and an anchor that is moved": {
+        "method": {"name": "remix", "p": 0.5, "reincarnate": 3, "beta": 0.3},
+        "prompts_per_step": 3,
+        "optim": {"schedule": "linear"},
+    },
+    "the same with adapters": {
+        "method": {"name": "remix", "p": 0.5, "reincarnate": 2, "beta": 0.3},
+        "lora": {"r": 4},
+    },
     "prompts of the frontier": {
         "method": "opd",
         "curriculum": {"kind": "frontier", "smoothing": 0.5, "sigma": 0.1},
@@ -56,15 +70,39 @@ RUNS: dict[str, dict[str, Any]] = {
         "optim": {"passes": 2, "minibatches": 2},
         "lora": {"r": 4},
     },
+    "rewards that are weighed by how they went": {
+        "method": {"name": "recap", "window": 2, "temperature": 0.1},
+        "sampling": {"num_generations": 4},
+        "reward": {"form": "regex:(a)", "half": "OWN"},
+    },
+    "a controller and its critic": {
+        "method": {"name": "safe", "tau0": 0.01, "critic_learning_rate": 1e-3},
+        "sampling": {"num_generations": 4},
+        "optim": {"passes": 2, "minibatches": 2},
+    },
     "skills of its own trajectories": {
         "method": "skill_sd",
         "annotate": {"skills": {"by": "rules", "keep": 2}},
         "sampling": {"num_generations": 2, "stop": ["e", "a"]},
         "evaluate": None,
     },
+    "a transport over the step": {
+        "method": {"name": "sinkd", "items": 5},
+        "optim": {"passes": 2, "minibatches": 2},
+    },
+    "tokens chosen from the step": {"method": "eksft", "optim": {"passes": 2}},
     "teachers that debate": {
         "method": "opd",
         "annotate": {"debate": {"of": ["teacher", "student"], "max_tokens": 4}},
+    },
+    "a baseline over what was learnt from": {
+        "method": {"name": "f_dpg", "window": 5},
+        "optim": {"passes": 2, "minibatches": 2},
+    },
+    "steps near the student before them": {"method": "mdpo", "optim": {"passes": 2}},
+    "draws among tokens of high covariance": {
+        "method": {"name": "clip_cov", "lb": 0.1, "ratio": 0.2},
+        "optim": {"passes": 2},
     },
     "adapters with dropout": {"method": "opd", "lora": {"r": 4, "dropout": 0.3}},
 }
@@ -104,7 +142,9 @@ def test_killed_twice_at_random_moments_and_resumed_is_the_run_that_was_never_ki
     print(f"random moments from seed {seed}")
     rng = random.Random(seed)
     first, second = sorted(rng.randint(1, STEPS) for _ in range(2))
-    settings = RUNS[name]
+    settings = dict(RUNS[name])
+    if isinstance(named := settings.get("reward"), dict):
+        settings["reward"] = {k: v.replace("OWN", shop.reward) for k, v in named.items()}
     assert in_child(values(shop, tmp_path / "whole", **settings)) == 0
     for resume, step in ((False, first), (True, second)):
         moment = rng.choice(MOMENTS)
@@ -209,6 +249,38 @@ def test_an_error_in_a_step_saves_the_step_before_it(
     assert json.loads((newest / "trainer_state.json").read_text())["step"] == 5
     train(shop, tmp_path / "run", even, resume=True)
     assert_same(tmp_path / "run", whole)
+
+
+def test_what_was_found_out_before_the_first_step_is_not_found_out_again(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool of a run that failed in its first step is there, saved as a checkpoint of no step;
+    rollouts that made it have no step in their names.
+    """
+    settings = RUNS["rehearsal of what it could do"]
+    train(shop, tmp_path / "whole", even, **settings)
+    asked: list[str] = []
+
+    def reward(rollout: Any) -> float:
+        asked.append(rollout.id)
+        return even(rollout)
+
+    def away(*job_and_state: Any) -> None:
+        raise UserError("the first step fails")
+
+    with monkeypatch.context() as first, pytest.raises(UserError, match="the first step fails"):
+        first.setattr(loop, "train_step", away)
+        train(shop, tmp_path / "run", reward, **settings)
+    newest = checkpoints.newest(tmp_path / "run")
+    assert newest is not None and newest.name == "checkpoint-0"
+    assert len([name for name in asked if name.count("/") == 1]) >= 6 * 4
+    asked.clear()
+    train(shop, tmp_path / "run", reward, resume=True, **settings)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert asked and all(name.count("/") == 2 for name in asked)
+    state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
+    rehearsed = state["memory"]["rehearsal"]
+    assert rehearsed["pool"] and len(rehearsed["pool"]) + len(rehearsed["explore"]) == 6
 
 
 def test_an_error_in_an_evaluation_saves_its_step_and_evaluates_again(

@@ -213,7 +213,7 @@ def test_without_clipping_the_norm_is_still_recorded(shop: Shop, tmp_path: Path)
 # ----------------------------------------------------------------------------- what must not matter
 
 
-@pytest.mark.parametrize("method", ["opd", "gkd", "iw_opd", "scope"])
+@pytest.mark.parametrize("method", ["opd", "gkd", "iw_opd", "scope", "sinkd(items=9)", "eksft"])
 def test_micro_batches_change_memory_and_nothing_else(
     shop: Shop, tmp_path: Path, method: str
 ) -> None:

@@ -16,7 +16,15 @@ import opdkit
 from opdkit.base.errors import UserError
 from opdkit.cli import main
 from opdkit.methods import METHODS
-from opdkit.methods.arguments import Argument, described, itself, one_of, positive, shares
+from opdkit.methods.arguments import (
+    Argument,
+    described,
+    itself,
+    not_negative,
+    one_of,
+    positive,
+    shares,
+)
 from opdkit.methods.explain import explain
 from opdkit.methods.method import function_of, load, spelled
 from opdkit.methods.pages import render
@@ -40,7 +48,9 @@ FILES = sorted(
 )
 WITHOUT = {"gkd", "topk_opd", "kl_mixing", "tip", "paced", "distillm", "uld", "gold"}
 WITHOUT |= {"sft", "dagger", "opsd", "sdft", "sdpo", "selfci"}
-WITHOUT |= {"mad_opd", "opad", "vla_opd"}  # the last has a policy gradient without a ratio
+WITHOUT |= {"mad_opd", "opad", "f_dpo", "sinkd", "pld", "bd_kd", "eksft"}
+# those with a policy gradient without a ratio
+WITHOUT |= {"vla_opd", "hypo", "f_dpg"}
 WITH = sorted(set(METHODS) - WITHOUT)
 
 # -------------------------------------------------------------------------------------- described
@@ -127,6 +137,10 @@ def test_shares_and_positive_numbers():
     for value in (-1e-9, 1.1, float("nan")):
         with pytest.raises(ValueError, match=rf"mix={value} must lie in \[0, 1\]: it is a part"):
             shares(mix=(value, "it is a part"))
+    not_negative(a=(0.0, ""), b=(float("inf"), ""))
+    for value in (-1e-9, float("nan")):
+        with pytest.raises(ValueError, match=f"a={value} must be at least 0: it is a weight"):
+            not_negative(a=(value, "it is a weight"))
     for value in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"cap={value} must be positive: it is a bound"):
             positive(cap=(value, "it is a bound"))

@@ -196,7 +196,7 @@ def test_a_uniform_reference_at_power_zero_is_a_kind_of_entropy_bonus():
 
 def test_bad_arguments_are_explained():
     for arguments, words in (
-        ({"alpha": -0.1}, "alpha=-0.1, beta=0.001 must be at least 0"),
+        ({"alpha": -0.1}, "alpha=-0.1 must be at least 0: it weighs"),
         ({"beta": math.nan}, "beta=nan"),
         ({"phi_min": 1.5}, r"phi_min=1.5 must lie in \[0, 1\]"),
         ({"kl_grad": "both"}, "kl_grad='both' must be one of autograd, score"),

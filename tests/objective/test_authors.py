@@ -45,6 +45,7 @@ MULTIPLIERS = (
     "position_opd(part=last)",
     "scope",
     "reopold",
+    "gtpo",
 )
 
 
@@ -93,6 +94,7 @@ def test_who_asks_for_what_others_wrote() -> None:
         "distillm": ["data"],
         "gold": ["data"],
         "sft": ["data", "guide"],
+        "eksft": ["data", "guide"],
     }
     assert load("gkd(lmbda=0.5)").objective.terms[0].whose == ("student", "data")
 

@@ -12,7 +12,19 @@ import torch
 from opdkit import UserError
 from opdkit.models.body import head_of
 from opdkit.models.layout import Layout
-from opdkit.objective import Around, Companions, Ema, Likelihood, LogpFact, LogRatio, Stepped
+from opdkit.objective import (
+    Around,
+    Batch,
+    Companion,
+    Companions,
+    Ema,
+    Likelihood,
+    LogpFact,
+    LogRatio,
+    Previous,
+    Snapshot,
+    Stepped,
+)
 from opdkit.objective.head import flat_positions
 from opdkit.objective.needs import Needs
 from opdkit.teachers import LocalModel
@@ -26,7 +38,7 @@ from tests.train.rows import rollouts
 MASK = torch.ones(1, 1, dtype=torch.bool)
 
 
-def build(model: Any, *specs: Ema) -> Companions:
+def build(model: Any, *specs: Companion) -> Companions:
     around = Around(
         lambda name: 32,
         torch.device("cpu"),
@@ -177,3 +189,73 @@ def test_on_plain_logits_it_is_a_model_by_name() -> None:
     assert out.terms[0].weight.tolist() == [[pytest.approx(0.826679), pytest.approx(0.826679)]]
     with pytest.raises(UserError, match=r"bring it with the method, Method\(objective, companions"):
         Companions.build([Ema()], Around(lambda name: 8, torch.device("cpu"), torch.float32))
+
+
+Weights = dict[str, torch.Tensor]
+UPDATES = [2, 1, 3, 1, 2]  # optimiser steps of each step of a run
+
+
+def follow(
+    model: Any, companions: Companions, steps: range
+) -> tuple[list[Weights], list[list[Weights]]]:
+    """The student, and what its copies are, before each of these steps of a run and after the last;
+    how the student moves is a matter of the step alone.
+    """
+
+    def weights(of: Any) -> Weights:
+        return {n: p.detach().clone() for n, p in of.items()}
+
+    students, copies = [], []
+    for step in [*steps, None]:
+        students.append(weights(learning(model)))
+        states: list[Any] = list(companions.values())
+        copies.append([weights(state.weights) for state in states])
+        for number in range(0 if step is None else UPDATES[step]):
+            g = torch.Generator().manual_seed(10 * (step or 0) + number)
+            with torch.no_grad():
+                for p in learning(model).values():
+                    p += 0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype)
+            batch = Batch(MASK.long(), MASK, step=step or 0)
+            companions.after_step(Stepped(batch, MASK, model=model))
+    return students, copies
+
+
+def same(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_previous_student_is_that_of_the_step_before_however_many_updates_it_took() -> None:
+    model = tiny_model(layers=1)
+    students, copies = follow(model, build(model, Previous()), range(5))
+    before = [students[0], *students[:-1]]
+    assert all(same(now, expected) for (now,), expected in zip(copies, before, strict=True))
+    assert not same(students[0], students[1])
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 5, 9])
+def test_a_snapshot_is_the_student_at_the_start_of_its_step(at: int) -> None:
+    """From there on, and before it the student as it began; at 0 and after the end always that."""
+    model = tiny_model(layers=1)
+    students, copies = follow(model, build(model, Snapshot(at)), range(5))
+    for step, (copy,) in enumerate(copies):
+        assert same(copy, students[at if 0 < at <= step else 0])
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_both_continue_where_they_were_saved(cut: int, tmp_path: Any) -> None:
+    """Killed between two steps, on either side of the one at which the anchor moves."""
+    specs = (Snapshot(2), Previous())
+    whole, broken = (with_adapters(tiny_model(), Lora(r=4)) for _ in range(2))
+    _, expected = follow(whole, build(whole, *specs), range(5))
+    companions = build(broken, *specs)
+    follow(broken, companions, range(cut))
+    torch.save(companions.state_dict(), tmp_path / "file")
+    again = build(broken, *specs)  # copies of the student as it is now, until they are loaded
+    again.load_state_dict(torch.load(tmp_path / "file", weights_only=True))
+    _, found = follow(broken, again, range(cut, 5))
+    for mine, theirs in zip(found, expected[cut:], strict=True):
+        assert all(same(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_how_many_copies_they_are() -> None:
+    assert (Snapshot().copies, Previous().copies, Ema().copies) == (1, 2, 1)

@@ -23,6 +23,7 @@ from opdkit.objective.needs import Needs
 from opdkit.teachers import LocalModel
 from opdkit.teachers.context import TeacherContext
 from opdkit.teachers.kinds import completed, is_part, teacher_of
+from opdkit.teachers.local import LocalTeacher
 from opdkit.teachers.own import SelfTeacher
 from opdkit.teachers.soup import SoupTeacher
 from opdkit.train.gather import gather
@@ -225,6 +226,79 @@ def test_a_soup_has_the_mean_of_the_weights_and_takes_one_shape_only(tmp_path: P
         SoupTeacher((names[0], other)).open(replace(context, opened={}))
     with pytest.raises(UserError, match="at least two checkpoints"):
         teacher_of(f"soup:{names[0]}")
+
+
+def soup_of(names: list[str], **settings: Any) -> dict[str, torch.Tensor]:
+    context = TeacherContext(load("opd"), tiny_tokenizer(), by_ids=True)
+    made: Any = teacher_of({"kind": "soup", "of": names, **settings}).open(context)
+    return made.model.state_dict()
+
+
+def test_a_share_of_all_but_the_first(tmp_path: Path) -> None:
+    """None of them is the first itself, to the bit, all of it the other; half is the same from both
+    sides; of three, two divide it.
+    """
+    names = [save_tiny(tmp_path / str(seed), seed=seed) for seed in (1, 2, 3)]
+    first, second, third = (tiny_model(seed=seed).state_dict() for seed in (1, 2, 3))
+    for others, expected in ((0.0, first), (1.0, second)):
+        made = soup_of(names[:2], others=others)
+        assert made.keys() == expected.keys()
+        assert all(
+            torch.equal(made[n], w) and made[n].dtype == w.dtype for n, w in expected.items()
+        )
+    there, back = (soup_of(two, others=0.5) for two in (names[:2], names[1::-1]))
+    assert all(torch.equal(there[n], back[n]) for n in there)
+    same = soup_of([names[0]] * 2, others=0.3)
+    assert all(torch.allclose(same[n], w, rtol=1e-6, atol=1e-8) for n, w in first.items())
+    whole = soup_of(names, others=0.5)
+    for n, weight in whole.items():
+        by_steps = torch.lerp(first[n], (second[n] + third[n]) / 2, 0.5)
+        assert torch.allclose(weight, by_steps, rtol=1e-5, atol=1e-7)
+    weighed = soup_of(names[:2], weights=[1.0, 0.0], others=0.5)  # a run's own weights come first
+    assert all(torch.equal(weighed[n], first[n]) for n in first)
+    with pytest.raises(UserError, match=r"others=1.5 must lie in"):
+        teacher_of({"kind": "soup", "of": names, "others": 1.5})
+
+
+def test_a_soup_is_taken_in_float32_and_leaves_counts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 the mean is rounded once, not each weight before; a buffer of whole numbers is
+    the first's, though 0.3 * 7 + 0.7 * 7 is a little less than 7 in float32.
+    """
+    names = [save_tiny(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    loaded = LocalTeacher.load
+
+    def with_count(self: LocalTeacher, context: TeacherContext) -> Any:
+        local = loaded(self, context)
+        local.model.register_buffer("count", torch.tensor([7, 3]))
+        return local
+
+    monkeypatch.setattr(LocalTeacher, "load", with_count)
+    made = soup_of(names, weights=[0.3, 0.7], dtype="bfloat16")
+    first, second = (tiny_model(seed=seed).state_dict() for seed in (1, 2))
+    for n, weight in made.items():
+        if n == "count":
+            assert torch.equal(weight, torch.tensor([7, 3]))
+            continue
+        shares = torch.tensor([0.3, 0.7])
+        mean = shares[0] * first[n].float() + shares[1] * second[n].float()
+        assert torch.equal(weight, mean.to(weight.dtype))
+    assert made["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_a_method_may_say_the_kind_and_leave_the_rest_to_the_run() -> None:
+    """SALSA's words: the run's own settings come first, and a recorded run stays as it is."""
+    usual = {"kind": "soup", "others": 0.25}
+    found = completed("soup:a,b", usual, "reference")
+    assert found == {"kind": "soup", "others": 0.25, "of": ["a", "b"]}
+    assert completed(found, usual, "reference") == found
+    own = completed({"kind": "soup", "of": ["a", "b"], "weights": [1, 3]}, usual, "reference")
+    assert teacher_of(own).shares == (0.25, 0.75)  # type: ignore[attr-defined]
+    assert teacher_of(found).shares == (0.75, 0.25)  # type: ignore[attr-defined]
+    for value, said in ((None, "names none"), ("big", "kind local"), ("self", "kind self")):
+        with pytest.raises(UserError, match=rf"'m' has a reference of the kind soup.*{said}"):
+            completed(value, usual, "reference", "method 'm'")
 
 
 def test_positions_of_a_copy_are_those_of_the_student() -> None:

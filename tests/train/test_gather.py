@@ -16,13 +16,21 @@ from opdkit.methods.method import Method
 from opdkit.models.body import head_of
 from opdkit.models.layout import Layout, grouped, pass_tokens
 from opdkit.objective.divergences import ReverseKL
-from opdkit.objective.facts import ColumnFact, EntropyFact, Fact, GapFact, LogpAtFact, LogpFact
+from opdkit.objective.facts import (
+    ColumnFact,
+    EntropyFact,
+    Fact,
+    GapFact,
+    LogpAtFact,
+    LogpFact,
+    VocabularyFact,
+)
 from opdkit.objective.grammar import Objective
 from opdkit.objective.head import flat_positions, learn
 from opdkit.objective.needs import Needs
 from opdkit.objective.signals import Entropy, Row
 from opdkit.teachers import LocalModel
-from opdkit.train.gather import collate, gather
+from opdkit.train.gather import collate, gather, refresh
 from opdkit.train.record import rollout_metrics
 from opdkit.types import Rollout
 from tests.common.rounding import rounding
@@ -303,6 +311,22 @@ def test_a_live_fact_begins_as_the_student_before_the_step(models: dict[str, Any
     batch = gather(rows, method.needs, scorers(models), dtype=torch.float64)
     entropy = facts(models, rows, [EntropyFact("student")])["student"].entropy
     assert torch.equal(batch["live"].entropy, entropy)
+
+
+def test_a_live_vocabulary_is_that_of_the_student_as_it_is(models: dict[str, Any]) -> None:
+    """At each optimiser step, for a loss that reads it before any backward."""
+    rows = rollouts()
+    needs = Needs(frozenset({VocabularyFact("live"), VocabularyFact("teacher")}))
+    at = torch.tensor([0, 4, 9])  # of the first two rollouts, of 5 and 2 tokens
+    batch = gather(rows, needs, scorers(models), dtype=torch.float64)
+    for seed in (1, 7):  # before the first update; after it, another model
+        student = tiny_model("qwen3", seed=seed).double()
+        if seed != 1:
+            refresh(batch, needs, scorers({"live": student}), rows)
+        said = torch.cat([naive_logps(student, row)[:n] for row, n in zip(rows, (5, 2))])
+        logits = batch.source("live").logits(at)
+        torch.testing.assert_close(logits.log_softmax(-1), said[[0, 4, 6]], rtol=0, atol=1e-12)
+    assert set(batch.sources) == {"live", "teacher"}
 
 
 def test_a_column_that_is_no_number_is_named(models: dict[str, Any]) -> None:

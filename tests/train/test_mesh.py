@@ -34,6 +34,7 @@ from opdkit.types import Rollout
 
 B, T, V = 6, 7, 131
 LENGTHS = (7, 4, 1, 6, 7, 3)
+SEEDED = threading.Lock()
 
 
 class Together:
@@ -115,10 +116,12 @@ def learned(objective: Objective, mesh: Any, rollouts: list[Rollout], logits: An
     """What one process finds: the gradient [B * T, V] of its tokens, the facts, whom it asked."""
     wanted = needs(objective)
     scorers = {m: Known(x, m == "teacher" and wanted.spans(m)) for m, x in logits.items()}
-    around = Around(lambda model: logits[model].shape[-1], torch.device("cpu"), torch.float64)
+    with SEEDED:  # the random state is of all threads
+        around = Around(lambda model: logits[model].shape[-1], torch.device("cpu"), torch.float64)
+        beside = Companions.build(wanted.companions, around)
     batch = gather(
         rollouts, wanted, scorers, step=3, total_steps=10, dtype=torch.float64, mesh=mesh,
-        companions=Companions.build(wanted.companions, around),
+        companions=beside,
     )  # fmt: skip
     plan = objective.plan(batch)
     leaf = logits["student"].flatten(0, 1).clone().requires_grad_()

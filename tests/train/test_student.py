@@ -71,6 +71,23 @@ def test_the_length_of_the_schedule_is_what_steps_have_taken_so_far(model: Any) 
     assert student.total_updates == 25 and student.rate(24) == pytest.approx(1 / 25)
 
 
+def test_steps_that_go_through_their_rollouts_more_often_count_as_often(model: Any) -> None:
+    """Two passes in each of the first three of ten steps, then one: 13 passes of one update."""
+    student = Student(model, Optim(schedule="linear"), 1.0, total_updates=99)
+
+    def passes(step: int) -> int:
+        return 2 if step < 3 else 1
+
+    for step in range(10):
+        student.expect(passes(step), step, 10, passes)
+        assert student.total_updates == 13
+        student.updates += passes(step)
+    assert student.rate(12) == pytest.approx(1 / 13)
+    student.updates = 0
+    student.expect(6, 0, 10, passes)  # three minibatches
+    assert student.total_updates == 39
+
+
 def test_only_matrices_are_decayed() -> None:
     """With zero gradients the decayed weights shrink by rate * decay, and norms stay."""
     student = Student(tiny_model(), Optim(weight_decay=0.1), learning_rate=0.5, total_updates=1)

@@ -65,9 +65,13 @@ def _likeness(names: tuple[str, ...]) -> Any:
 _made: dict[tuple[str, ...], type] = {}
 
 
-def _told(value: Any) -> float | dict[str, Any] | list[str]:
-    """A number, with the words that came with it; or what it is instead: its look and its type."""
+def _told(value: Any) -> float | dict[str, Any] | list[str] | None:
+    """A number, with the words that came with it; None, where the reward does not apply; or what it
+    is instead: its look and its type.
+    """
     number, words = split(value)
+    if number is None:
+        return None
     try:
         if isinstance(number, numbers.Real) and math.isfinite(number):
             told = float(number)

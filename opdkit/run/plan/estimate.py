@@ -80,9 +80,10 @@ def _reward(run: Run) -> tuple[Reward | None, tuple[str, ...]]:
     One that needs what is not installed here gets a note: the run may be meant for another machine.
     """
     try:
-        return load_reward(run.reward), ()
+        return load_reward(run.reward, run.reward_weights), ()
     except UserError as error:
-        if run.reward not in INSTALLED:
+        named = run.reward.values() if isinstance(run.reward, dict) else [run.reward]
+        if not set(named) & set(INSTALLED):
             raise
         return lambda rollout: 0.0, (f"the reward cannot be used on this machine: {error}",)
 

@@ -12,14 +12,14 @@ import torch
 
 from opdkit.base.clock import Clock
 from opdkit.base.errors import UserError
-from opdkit.curricula import Curriculum, Frontier, Memory, Plain, Writer
+from opdkit.curricula import Ask, Curriculum, Frontier, Memory, Plain, Recalled, Writer
 from opdkit.curricula.cached import CacheWriter
 from opdkit.curricula.data import DataWriter
 from opdkit.curricula.prefix import GuidedWriter
 from opdkit.curricula.student import StudentWriter
 from opdkit.data import PromptStream
 from opdkit.sampling import HFSampler
-from opdkit.train.collect.collect import collect
+from opdkit.train.collect.collect import Collected, collect, prepare
 from opdkit.train.collect.collector import Collector
 from opdkit.train.collect.filters import DynamicSampling, Filter
 from opdkit.train.settings import Optim
@@ -79,10 +79,35 @@ def step_of(
     memory: Memory | None = None,
 ) -> list[Rollout]:
     """The rollouts of a step that takes `per_step` prompts of `size`, `skipped` into an epoch."""
+    collector = collector_of(student, size, per_step, writer, skipped, filters, reward, curriculum)
+    before = collector.stream.state()
+    clock = Clock(torch.device("cpu"))
+    made = collect(collector, student, clock, step=3, total_steps=9, memory=memory or {})
+    assert curriculum is None or collector.stream.state() == before  # what is chosen is not taken
+    assert {r.id for r in made.rollouts} <= {r.id for r in made.scored}
+    return made.rollouts
+
+
+def collected(student: Student, size: int, per_step: int, **settings: Any) -> Collected:
+    """A step with all that is known of it."""
+    collector = collector_of(student, size, per_step, **settings)
+    clock = Clock(torch.device("cpu"))
+    return collect(collector, student, clock, step=3, total_steps=9, memory={})
+
+
+def collector_of(
+    student: Student,
+    size: int,
+    per_step: int,
+    writer: Writer = STUDENT,
+    skipped: int = 0,
+    filters: Sequence[Filter] = (),
+    reward: Any = None,
+    curriculum: Curriculum | None = None,
+) -> Collector:
     stream = PromptStream(size)
     stream.take(skipped)
-    before = stream.state()
-    collector = Collector(
+    return Collector(
         curriculum=curriculum or Written(writer),
         sampler=HFSampler(student.model, tiny_tokenizer()),
         prompts=Asked(Prompt(f"p{i}", [5 + i, 6]) for i in range(size)),
@@ -93,11 +118,6 @@ def step_of(
         filters=tuple(filters),
         stored=Stored(),
     )
-    clock = Clock(torch.device("cpu"))
-    made = collect(collector, student, clock, step=3, total_steps=9, memory=memory or {})
-    assert curriculum is None or stream.state() == before  # what is chosen is not taken
-    assert {r.id for r in made.rollouts} <= {r.id for r in made.scored}
-    return made.rollouts
 
 
 def test_every_drawing_has_responses_of_its_own(student: Student) -> None:
@@ -216,3 +236,71 @@ def test_a_curriculum_cuts_what_is_written_now_and_never_beyond_the_run(student:
     assert (lengths({"longest": 2}), lengths({"longest": 5}), lengths({})) == (2, 5, 6)
     data = step_of(student, 2, 2, DataWriter())
     assert {len(r.tokens) for r in data} == {4}
+
+
+# ------------------------------------------------------------- rollouts that were written earlier
+
+
+def earlier(name: str, question: str, **fields: Any) -> Rollout:
+    return Rollout(
+        name, [5], [6, 7], [True] * 2, [-1.0] * 2, [-1.0] * 2, name, question=question, **fields
+    )
+
+
+@dataclass(frozen=True)
+class Again(Plain):
+    """A group in the place of a prompt and one beside them; of all prompts some are asked."""
+
+    def asked(self, questions: Sequence[str], memory: Memory) -> list[int]:
+        return [1, 4, 5]
+
+    def recalled(self, count: int, step: int, seed: int, memory: Memory) -> Recalled:
+        right = earlier("a", "p0", reward=1.0, correct=True)
+        wrong = replace(right, id="b", reward=0.0, correct=False)
+        return Recalled([right, wrong], [earlier("c", "p2", reward=1.0, correct=True)])
+
+
+def test_some_take_the_place_of_a_prompt_and_some_stand_beside_them(student: Student) -> None:
+    for skipped in range(6):
+        made = collected(student, 6, 3, curriculum=Again(), skipped=skipped)
+        written = [r for r in made.rollouts if r.id not in ("a", "b", "c")]
+        assert len(written) == 2 * GENERATIONS
+        assert {r.question for r in written} <= {"p1", "p4", "p5"}
+        assert [r.id for r in made.rollouts[len(written) :]] == ["a", "b", "c"]
+        assert made.earlier == {"a", "b", "c"} and made.scored == written
+        assert made.tokens == sum(len(r.tokens) for r in written)
+
+
+def test_filters_see_what_takes_the_place_of_a_prompt_and_not_what_is_beside(
+    student: Student,
+) -> None:
+    """Dynamic sampling keeps the mixed group as one of its prompts, draws until there are two more,
+    and does not drop the right answer that stands alone; rewards are not given anew.
+    """
+
+    def rewarded(rollout: Rollout) -> float:
+        assert rollout.id not in ("a", "b", "c")
+        return float(rollout.id.endswith("0") and rollout.question != "p1")
+
+    made = collected(
+        student, 6, 3, curriculum=Again(), filters=[DynamicSampling(3)], reward=rewarded
+    )
+    assert [r.id for r in made.rollouts if r.id in "abc"] == ["a", "b", "c"]
+    assert {r.question for r in made.rollouts} == {"p0", "p2", "p4", "p5"}
+
+
+def test_before_the_first_step_prompts_are_asked_by_number_and_rewarded(student: Student) -> None:
+    """Responses are numbered on, so that those of a later question are others."""
+
+    @dataclass(frozen=True)
+    class Asks(Plain):
+        def prepared(self, ask: Ask, memory: Memory) -> Memory:
+            ticks: list[int] = []
+            first = ask.sample([2, 0], 2, 0, ticks.append)
+            more = ask.sample([2], 1, 2, ticks.append)
+            assert ticks and list(ask.questions) == ["p0", "p1", "p2"]
+            return {**memory, "told": [(r.id, r.reward) for r in (*first, *more)]}
+
+    collector = collector_of(student, 3, 2, curriculum=Asks(), reward=lambda r: float(r.id[-1]))
+    told = [("p2/0", 0.0), ("p2/1", 1.0), ("p0/0", 0.0), ("p0/1", 1.0), ("p2/2", 2.0)]
+    assert prepare(collector, student, {"x": 1}) == {"x": 1, "told": told}
