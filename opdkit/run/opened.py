@@ -84,8 +84,6 @@ def open_models(
         disable_dropout=run.disable_dropout,
     )
     copies = beside(run.copies_for(method), student, {}, run, devices)
-    rehearse(base, tokenizer)
-    student.spread(devices)
     others = models.others(base, copies)
     heads = [student.head, *(head for scorer in others.values() for head in heads_of(scorer))]
     vocabulary = shared_vocabulary(heads, tokenizer)
@@ -98,6 +96,8 @@ def open_models(
     wanted = {*method.needs.companions, *method.companions}
     others_beside = beside(wanted, student, scorers, run, devices)
     companions = Companions(copies.built | others_beside.built)
+    rehearse(base, tokenizer)
+    student.spread(devices)  # last: copies are made of the whole
     # a copy that a teacher reads through a view is behind it
     everyone = companions.scorers | scorers
     return Opened(models, tokenizer, student, everyone, vocabulary, companions)
