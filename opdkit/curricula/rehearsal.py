@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from opdkit.base.progress import progress
 from opdkit.base.rules import Rules, at_least, follow
 from opdkit.curricula.base import Plain
 from opdkit.curricula.pass_rate import outcomes
-from opdkit.curricula.recall import Ask, Recalled, again, kept
+from opdkit.curricula.recall import Ask, Recalled, Tick, again, kept
 from opdkit.curricula.writer import Memory
 from opdkit.objective.maths import keyed_uniform
 from opdkit.types import Rollout, row_keys
@@ -153,9 +154,12 @@ def _written(
     with progress(what, total=len(prompts) * each, unit="responses") as tick:
         for start in range(0, len(prompts), AT_ONCE):
             part = prompts[start : start + AT_ONCE]
-            done = start * each
-            yield part, ask.sample(part, each, first, lambda n, done=done: tick(done + n))
-            tick(done + len(part) * each)
+            yield part, ask.sample(part, each, first, partial(_tell, tick, start * each))
+
+
+def _tell(tick: Tick, before: int, now: int) -> None:
+    """How many responses are written, those of earlier prompts too."""
+    tick(before + now)
 
 
 def _rehearsed(rollout: Rollout) -> Rollout:

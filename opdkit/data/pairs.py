@@ -16,7 +16,7 @@ from opdkit.data.messages import Message, as_messages, is_messages, stringified,
 from opdkit.types import DataRow
 
 PAIR = ("chosen", "rejected")
-EMPTY = (None, "", [], ())
+EMPTY: tuple[Any, ...] = (None, "", [], ())
 ANSWERS_HERE = "\n\nAssistant:"  # after which an answer begins in a dialogue that is one text (HH)
 
 

@@ -4,7 +4,9 @@ ratios to whatever sampled.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,10 +25,9 @@ from opdkit.objective import (
     Objective,
     Signal,
     TokenLoss,
-    clipped,
     log_ratio,
 )
-from opdkit.objective.losses import MOST_APART
+from opdkit.objective.losses import MOST_APART, base_logp
 from opdkit.objective.maths import row_mean, side_by_side
 
 
@@ -50,31 +51,28 @@ class Reach(Signal):
 @dataclass(frozen=True)
 class OneRatio(Bounds, TokenLoss):
     """PPO's clipped loss, [n], of one ratio: of the student as it learns now to the sampler itself,
-    not to the student before the step. With `reach` its logarithm is that number, and its gradient
-    that of the token's own log-prob.
+    not to the student before the step; `cap` bounds it too. With `reach` its logarithm is that
+    number, and its gradient that of the token's own log-prob.
     """
 
     reach: Signal | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.cap is not None:
-            raise ValueError(
-                "rollout_cap bounds a weight student / sampler beside the ratio; here the ratio is "
-                "to the sampler itself and there is no such weight: use clip"
-            )
+    takes_region: ClassVar[bool] = True
 
     @property
     def outer(self) -> Signal:
         return Const(1)
+
+    @property
+    def around(self) -> str | Signal:
+        return self.base
 
     def value(self, live: Live) -> Tensor:  # [n]
         if self.reach is None:
             log_r = log_ratio(live, self.base)
         else:
             log_r = live.pick(self.reach) + (live.logp - live.logp.detach())
-        r = log_r.clamp(-MOST_APART, MOST_APART).exp()
-        return clipped(r, live.pick(self.credit), self.low, self.high, self.dual)
+        r = log_r.clamp(-MOST_APART, MOST_APART).exp().clamp_max(self.cap or math.inf)
+        return self.bounded(r, live.pick(self.credit), live.logp, base_logp(live, self.base))
 
 
 def alp(
@@ -117,7 +115,7 @@ def alp(
         layers: (start, end), the decoder layers with noise, counted from 0, that at `end` without;
             None: all. Default: the paper's.
         c: bound on the loss of tokens with negative advantage, as a multiple of |A|; above 1, None:
-            no bound; `dual_clip` by its name in the paper. Default: the paper's.
+            no bound. Default: the paper's.
         geometric: whether mode "sequence" takes the mean over tokens in the place of the sum.
             Default: off, as in the paper.
         learning_rate: of log sigma_l, at least 0; 0: the widths stay. Default: the paper's.

@@ -5,7 +5,6 @@ unsure.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,32 +14,12 @@ from opdkit.methods.arguments import not_negative, positive
 from opdkit.objective import (
     Advantage,
     Batch,
-    Chunk,
     Clipped,
-    Fact,
+    Evenness,
     Gap,
     Objective,
     Signal,
-    TopFact,
 )
-
-
-@dataclass(frozen=True)
-class Undecided(Fact):
-    """[B, T] in [0, 1]: entropy of pi_model over its largest possible value, log V."""
-
-    model: str
-
-    def words(self) -> str:
-        return f"{self.model} entropy over log V"
-
-    def read(self, here: Chunk, first: Mapping[TopFact, Tensor]) -> Tensor:  # [n]
-        vocabulary = here.vocabulary(self.model)
-        most = math.log(max(vocabulary.logits.shape[-1], 2))
-        return vocabulary.statistics()[1].clamp_min(0) / most
-
-    def made_up(self, rows: int, length: int, vocabulary: int) -> Tensor:  # [B, T]
-        return torch.ones(rows, length)
 
 
 @dataclass(frozen=True)
@@ -56,7 +35,7 @@ class Deviating(Signal):
     def value(self, batch: Batch) -> Tensor:  # [B, T]
         score = self.distance(batch)
         if self.kappa:
-            score = score * batch.read(Undecided("student")) ** self.kappa
+            score = score * Evenness("student")(batch) ** self.kappa
         mask, score = batch.mask, torch.where(batch.mask, score / self.tau, -math.inf)
         size = torch.where(mask, (score - score.amax(1, keepdim=True)).exp(), 0.0)
         # where all are equal it is 1 to the bit: the credit is the advantage itself

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,44 +15,20 @@ from opdkit.methods.sft import sft
 from opdkit.methods.tip import Highest
 from opdkit.objective import (
     Batch,
-    Chunk,
     Const,
     Divergence,
     EntropyBonus,
-    Fact,
+    Evenness,
     Gap,
     Likelihood,
     Live,
     Objective,
     Signal,
     Term,
-    TopFact,
 )
 from opdkit.objective.maths import masked_mean
 
 AUTHORS = ("student", "guide", "data")
-
-
-@dataclass(frozen=True)
-class EvennessFact(Fact):
-    """[B, T] in [0, 1]: the entropy of a model over that of a uniform choice, log V."""
-
-    model: str
-
-    def words(self) -> str:
-        return f"{self.model} entropy over log V"
-
-    def read(self, here: Chunk, first: Mapping[TopFact, Tensor]) -> Tensor:  # [n]
-        vocabulary = here.vocabulary(self.model)
-        return vocabulary.statistics()[1] / math.log(vocabulary.logits.shape[-1])
-
-
-@dataclass(frozen=True)
-class Evenness(Signal):
-    """[B, T]: see `EvennessFact`; of the student before the step."""
-
-    def value(self, batch: Batch) -> Tensor:  # [B, T]
-        return batch.read(EvennessFact("student"))
 
 
 @dataclass(frozen=True)

@@ -105,11 +105,12 @@ class AtFirst(Signal, Companion):
 
 class _AtFirst(CompanionState):
     def __init__(self, what: AtFirst):
-        self.what, self.first = what, None
+        self.what = what
+        self.first: float | None = None
 
     def after_step(self, stepped: Stepped) -> None:
         if self.first is None and bool(stepped.batch.mask.any()):
-            self.first = masked_mean(self.what.of(stepped.batch), stepped.batch.mask).item()
+            self.first = float(masked_mean(self.what.of(stepped.batch), stepped.batch.mask))
 
     def state_dict(self) -> Mapping[str, Any]:
         return {"first": self.first}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,6 @@ from opdkit.objective import (
     Signal,
     Snapshot,
     TokenLoss,
-    clipped,
     ratio,
 )
 from opdkit.objective.losses import Outer
@@ -35,8 +35,11 @@ from opdkit.objective.losses import Outer
 class Recentred(Bounds, TokenLoss):
     """Generalised PPO, [n]: max(-A r, -A clip(r, c - low, c + high)), r = pi_s / pi_base with
     gradient, c = pi_s before the step / pi_base (at most `cap`): the window is around where the
-    step begins, whatever the tokens were drawn from. Where c is 1 it is `Clipped`, to the bit.
+    step begins, whatever the tokens were drawn from. Where c is 1 it is `Clipped`, to the bit. A
+    region in the place of the clip lies around the step's beginning as it is: c is then a weight.
     """
+
+    takes_region: ClassVar[bool] = True
 
     @property
     def outer(self) -> Signal:
@@ -44,9 +47,11 @@ class Recentred(Bounds, TokenLoss):
 
     def value(self, live: Live) -> Tensor:  # [n]
         c, credit = live.pick(Outer(self.base, self.cap)), live.pick(self.credit)
+        moved = ratio(live, "student")
+        if self.region is not None:
+            return c * self.bounded_at(live, moved, credit)
         off = c - 1  # clip(r, c - low, c + high) = clip(r - off, 1 - low, 1 + high) + off
-        r = ratio(live, "student") * c - off
-        return clipped(r, credit, self.low, self.high, self.dual) - credit * off
+        return self.bounded_at(live, moved * c - off, credit) - credit * off
 
 
 @dataclass(frozen=True)

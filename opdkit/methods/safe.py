@@ -77,19 +77,19 @@ class TwinHead(Companion):
 
 @dataclass(frozen=True)
 class TwinLoss(TokenLoss):
-    """(Huber(V, target) + Huber(V_old + clip(V - V_old, +-clip), target)) / 2, [n], V_old the
+    """(Huber(V, target) + Huber(V_old + clip(V - V_old, +-most), target)) / 2, [n], V_old the
     value before the step; learnt by the critic alone.
     """
 
     target: Signal
     head: Companion
     delta: float = 0.5
-    clip: float = 0.2
+    most: float = 0.2
     name: ClassVar[str] = "value"
 
     def value(self, live: Live) -> Tensor:  # [n]
         v, old = live.companion(self.head)(live.hidden.detach())[:, 0], live.pick(Value(self.head))
-        near, target = old + (v - old).clamp(-self.clip, self.clip), live.pick(self.target)
+        near, target = old + (v - old).clamp(-self.most, self.most), live.pick(self.target)
         both = (huber_loss(x, target, reduction="none", delta=self.delta) for x in (v, near))
         return sum(both, torch.zeros_like(v)) / 2
 
@@ -262,10 +262,9 @@ def safe(
     Source: arXiv 2602.04651 and its code. Departures: in the released trainers the KL enters P as a
     plain number, so that P has no gradient and does nothing; here its derivative is the coefficient
     of k, whose value is a mean log-ratio and whose gradient is that of KL(student || reference).
-    There the value loss also reaches the model that writes; here it moves the heads alone. V is
-    read at the state that predicts the last token, not behind it. The paper trains critic and
-    policy at 1e-5, two passes (`optim.passes`), and cuts the heads' gradient at 0.5. Not offered:
-    the preview of a step's KL and the averaged critic, neither of which is used there.
+    There the value loss also reaches the student; here it moves the heads alone. V is read at the
+    state that predicts the last token, not behind it. The paper trains both at 1e-5, in two passes
+    (`optim.passes`). Not offered: the preview of a step's KL and the averaged critic, unused there.
 
     Arguments:
         tau0: KL at which the penalty opens before the controller moves it, nats per token; above 0.

@@ -30,6 +30,7 @@ from opdkit.objective.divergences import (
     SkewReverse,
     TotalVariation,
 )
+from opdkit.objective.evenness import Evenness, EvennessFact
 from opdkit.objective.facts import (
     Chunk,
     ColumnFact,
@@ -126,6 +127,8 @@ __all__ = [
     "EntropyBonus",
     "EntropyFact",
     "Estimator",
+    "Evenness",
+    "EvennessFact",
     "Exp",
     "Fact",
     "Floor",

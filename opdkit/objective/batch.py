@@ -203,12 +203,13 @@ class Batch:
 
     def still(self, moving: Iterable[Tensor]) -> None:
         """Keeps the vocabularies of models as they are when the tensors `moving` [...], of which
-        some are their heads, are moved by an optimiser step. A source of one's own that has no
-        `still` is left as it is.
+        some are their heads, are moved by an optimiser step; the live student is read anew then. A
+        source of one's own that has no `still` is left as it is.
         """
         where = {tensor.data_ptr() for tensor in moving}
         for name, source in self.sources.items():
-            self.sources[name] = source.still(where) if hasattr(source, "still") else source
+            if name != "live" and hasattr(source, "still"):
+                self.sources[name] = source.still(where)
 
     def companion(self, companion: Companion) -> Any:
         """The state of a companion."""

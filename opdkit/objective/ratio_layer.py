@@ -169,8 +169,9 @@ def _bounded(
     bounds: dict[str, Any] = {"low": low, "high": high, "dual": dual, "region": region}
     if isinstance(loss, Bounds) and type(loss) is not Clipped:
         return replace(loss, **bounds)
-    made = {"credit": loss.credit, "base": loss.base, "cap": loss.cap}
-    return PolicyGradient(**made) if clip is region is None else Clipped(**made, **bounds)
+    if clip is region is None:
+        return PolicyGradient(loss.credit, loss.base, loss.cap)
+    return Clipped(loss.credit, low, high, dual, loss.base, loss.cap, region)
 
 
 def policy_gradient(

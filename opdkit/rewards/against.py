@@ -51,7 +51,8 @@ class Beats:
         if hasattr(self.reward, "score_many"):
             values = list(self.reward.score_many(rollouts))
         else:
-            values = [self.reward(*two_of(r)) for r in rollouts]  # type: ignore[call-arg]
+            judge: Any = self.reward
+            values = [judge(*two_of(r)) for r in rollouts]
         for rollout, value in zip(rollouts, values):
             said = split(value)[0]
             if isinstance(said, (int, float)) and not 0 <= said <= 1:
@@ -61,6 +62,11 @@ class Beats:
                     "where neither is"
                 )
         return values
+
+
+def opposed(reward: Reward | None, plays: bool) -> Any:
+    """A run's reward: where an opponent plays, by comparison with its responses."""
+    return Beats(reward) if plays and reward is not None else reward
 
 
 def _higher(mine: float | None, theirs: float | None) -> float:

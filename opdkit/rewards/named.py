@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from opdkit.base.errors import UserError, nearest
 from opdkit.types import DataRow
@@ -20,6 +20,7 @@ class Named:
 
     rewards: Mapping[str, Any]
     weights: Mapping[str, float]
+    pairwise: ClassVar[bool] = False  # each response has a number of its own (see `against`)
 
     def __post_init__(self) -> None:
         if not self.rewards or not all(self.rewards.values()):

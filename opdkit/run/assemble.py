@@ -20,7 +20,7 @@ from opdkit.environments import EpisodeSampler
 from opdkit.models.identity import identify
 from opdkit.models.layout import batch_tokens
 from opdkit.objective.needs import Needs, watched
-from opdkit.rewards.against import Beats
+from opdkit.rewards.against import opposed
 from opdkit.run.annotate import open_annotators
 from opdkit.run.ask import Asked
 from opdkit.run.episodes import episodic, openings
@@ -148,8 +148,8 @@ def make_collector(run: Run, asked: Asked, opened: Opened, mesh: Mesh = ALONE) -
         sampling=run.sampling,
         prompts_per_step=run.prompts_per_step,
         seed=run.seed,
-        reward=Beats(asked.reward) if players and asked.reward is not None else asked.reward,
-        players={n: opened.player(n, mesh) for n in players},
+        reward=opposed(asked.reward, bool(players)),
+        players={name: opened.player(name, mesh) for name in players},
         filters=make_filters(run, method.needs, opened.tokenizer, len(prompts)),
         annotators=open_annotators(run, method, asked.annotated, opened, sampler),
         stored=stored,

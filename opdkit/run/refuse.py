@@ -131,7 +131,7 @@ def _refuse_without_reward(run: Run, method: Method) -> None:
 
 def _refuse_unnamed(method: Method, reward: Reward | None) -> None:
     """A reward that a method reads by a name which the run does not give."""
-    known = list(reward.rewards) if isinstance(reward, Named) else []
+    known: list[str] = list(reward.rewards) if isinstance(reward, Named) else []
     for name in sorted(method.needs.columns):
         if name.startswith("reward:") and name.partition(":")[2] not in known:
             raise UserError(
@@ -222,8 +222,14 @@ def _refuse_comparison(run: Run, method: Method, reward: Reward | None) -> None:
             "the student by that name: use nash_mp, or a method of your own with "
             f"companions=(Ema(model={absent[0]!r}),)"
         )
-    if reward is None or not compares(reward):
+    several = isinstance(reward, Named) and any(map(compares, reward.rewards.values()))
+    if reward is None or not (several or compares(reward)):
         return
+    if several:
+        raise UserError(
+            "one of the rewards by name is a function of (row, a, b), which says which of two "
+            "answers is better and cannot be added to others: give it alone (reward=file.py:name)"
+        )
     what = "the reward is a function of (row, a, b), which says which of two answers is better"
     if not players:
         raise UserError(

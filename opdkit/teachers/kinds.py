@@ -106,8 +106,9 @@ def open_kind(usual: Mapping[str, Any]) -> bool:
     soup}.
     """
     kind = KINDS.get(usual.get("kind", ""))
-    main = {} if kind is None else {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    return kind is not None and kind.main not in usual and main[kind.main].default is MISSING
+    settings = () if kind is None else fields(kind)  # type: ignore[arg-type]
+    needed = {f.name for f in settings if f.default is MISSING}
+    return kind is not None and kind.main in needed - set(usual)
 
 
 def _of_kind(value: Any, usual: Mapping[str, Any], name: str, who: str) -> dict[str, Any]:

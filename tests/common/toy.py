@@ -9,9 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from opdkit.methods.dgpo import Undecided
-from opdkit.methods.eksft import EvennessFact
 from opdkit.objective.batch import Live
+from opdkit.objective.evenness import EvennessFact
 from opdkit.objective.facts import (
     ColumnFact,
     EntropyFact,
@@ -40,9 +39,8 @@ def naive_fact(fact: Fact, logps: dict[str, Tensor], tokens: Tensor) -> Tensor:
     """A fact straight from whole log-probs [B, T, V] by model."""
     if isinstance(fact, LogpFact):
         return logps[fact.model].gather(-1, tokens[..., None])[..., 0]
-    if isinstance(fact, (EntropyFact, Undecided)):
-        h = torch.distributions.Categorical(logits=logps[fact.model]).entropy()
-        return h if isinstance(fact, EntropyFact) else h / math.log(logps[fact.model].shape[-1])
+    if isinstance(fact, EntropyFact):
+        return torch.distributions.Categorical(logits=logps[fact.model]).entropy()
     if isinstance(fact, TopFact):
         return logps[fact.model].argsort(-1, descending=True)[..., : fact.k]
     if isinstance(fact, LogpAtFact):

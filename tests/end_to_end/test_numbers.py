@@ -184,6 +184,7 @@ COMPARE = {"scope", "paced", "kdrl", "rlad", "uni_opd", "grpo", "pi_distill", "o
 COMPARE |= {"dph_rl", "remix"}
 COMPARE |= {"skill_sd", "cord", "alp", "recap"}
 COMPARE |= {"dgpo", "gtpo", "dmpo", "rapo", "apo", "fg_expo"}
+COMPARE |= {"clip_cov", "kl_cov", "mdpo"}
 
 
 @pytest.mark.parametrize("name", methods())

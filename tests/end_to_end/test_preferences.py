@@ -5,6 +5,8 @@ in the middle they go on as if they had not been; what cannot work is refused wi
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +256,31 @@ def test_judges_and_opponents_that_do_not_fit(shop: Shop, tmp_path: Path, prefs:
     ):
         with pytest.raises(UserError, match=said):
             prepare(shop.run(tmp_path / "run", data=prefs, **settings))
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "preferences.md"
+COMMANDS = re.findall(r"^    (opdkit train .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_page_trains(
+    shop: Shop, tmp_path: Path, prefs: str, command: str
+) -> None:
+    said = {
+        "MODEL": shop.student,
+        "OTHER": shop.teacher,
+        "A": shop.student,
+        "soup:A,B": f"soup:{shop.student},{shop.teacher}",
+        "prefs.jsonl": prefs,
+        "prompts.jsonl": prefs,
+        "judge.py:better": f"{shop.folder / 'judge.py'}:shorter",
+        "judge:URL": shop.reward,
+        "math": shop.reward,
+    }
+    _, _, *words = (said.get(word, word) for word in shlex.split(command, comments=True))
+    quick = ["steps=1", "prompts_per_step=2", "max_completion_length=6", "device=cpu"]
+    assert main(["train", *words, f"--output={tmp_path / 'run'}", *quick]) == 0
+
+
+def test_the_page_has_commands() -> None:
+    assert len(COMMANDS) == 6

@@ -86,6 +86,17 @@ def test_the_loss_of_what_is_blamed_is_at_most_c() -> None:
     assert out.loss.item() == pytest.approx(math.exp(20), rel=1e-12) and (out.grad == 0).all()
 
 
+def test_a_cap_bounds_the_ratio_and_a_mask_may_hold_it_in_the_place_of_the_clip() -> None:
+    """exp(1.9) capped at 5; a token 0.2 likelier than to the sampler, 0.15 and 0.3 allowed."""
+    loss, slope = card(-1.0, rollout_cap=5.0)
+    assert loss == 5.0 and slope == [0.0] * 4
+    given = {"sampler": [[math.log(0.5)]], "reward": [1.0], "group": [0]}
+    for delta, alive in ((0.15, False), (0.3, True)):
+        out = on(load("alp", divergence_mask=delta), [[math.log(0.7)]], **given)
+        assert out.loss.item() == pytest.approx(-1.4 if alive else 0.0, rel=1e-12)
+        assert bool((out.grad != 0).any()) == alive
+
+
 @pytest.mark.parametrize("arguments", MODES, ids=str)
 def test_what_was_just_sampled_has_the_ratio_one(arguments: dict[str, Any]) -> None:
     """To the bit: the gradient is that of a plain policy gradient."""
@@ -150,7 +161,7 @@ def test_what_it_says() -> None:
         ({"mode": "row"}, "mode='row' must be one of"),
         ({"mode": "token", "geometric": True}, "geometric is of mode='sequence'"),
         ({"sigma": -1.0}, "must be at least 0"),
-        ({"rollout_cap": 2.0}, "ratio is to the sampler itself"),
+        ({"divergence_mask": 0.1, "mask_kind": "full_tv"}, "ratio of tokens of sampler"),
     ):
         with pytest.raises(Exception, match=said):
             load("alp", **wrong)

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError
 from opdkit.curricula import writer_of
-from opdkit.methods.eksft import EvennessFact
 from opdkit.methods.method import load
-from opdkit.objective import Batch, GapFact, ReverseKL
+from opdkit.objective import Batch, EvennessFact, GapFact, ReverseKL
 from opdkit.testing import check, evaluate
 from tests.methods.made_up import MadeUp, assert_dense
 from tests.methods.toy import at_distance, close, logits, numbers, tokens, with_entropy

@@ -66,6 +66,11 @@ def test_what_a_page_holds():
     assert "\n\nNone: its loss is not multiplied by any signal.\n" in render(load("gkd"), "")
 
 
+def test_the_guide_leads_to_every_method():
+    guide = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").partition(TABLE[0])[0]
+    assert [name for name in methods() if not re.search(rf"\b{name}\b", guide)] == []
+
+
 def test_sources_and_departures_are_set_apart():
     lines = prose(load("gkd")).splitlines()
     assert [line.split(":**")[0] for line in lines if line.startswith("- **")] == [

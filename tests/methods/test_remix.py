@@ -218,3 +218,19 @@ def test_what_is_refused(arguments, said):
 
 def test_the_window_of_a_plain_clip_would_be_another():
     assert window(1.0, loss=Clipped)[0] == pytest.approx(-1.8)  # 1.5 min(4/3, 1.2)
+
+
+@pytest.mark.parametrize("region", [{"divergence_mask": 0.1}, {"smooth": 0.3}])
+def test_other_trust_regions_lie_around_the_steps_beginning_already(region):
+    """So that replayed rollouts are as they are in grpo: weighed by c."""
+    case = made_step(6, fresh=False)
+    facts = {"reward": REWARD, "group": GROUP, "before_logits": case.before}
+    a, b = (
+        evaluate(method, case.student, case.tokens, case.mask, sampler_logits=case.sampler, **facts)
+        for method in (
+            load("remix", beta=0.0, clip=None, **region),
+            load("grpo", clip=None, **region),
+        )
+    )
+    torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-14)
+    assert a.grad.norm() > 0.01

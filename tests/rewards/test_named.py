@@ -14,6 +14,7 @@ from opdkit.base.errors import UserError
 from opdkit.objective import Batch, ColumnFact, Likelihood, Objective, Reward
 from opdkit.objective.needs import Needs, needs
 from opdkit.rewards import load_reward, score
+from opdkit.rewards.against import Beats
 from opdkit.rewards.named import refuse_idle
 from opdkit.rewards.rows import check_rows
 from opdkit.testing import evaluate
@@ -77,6 +78,12 @@ def test_rows_that_none_can_score_and_rewards_that_score_no_row_are_refused() ->
         refuse_idle(both, [{"id": "b"}])
     with pytest.raises(UserError, match="none of the rewards short gave rollout 'r' a number"):
         score([rollout()], load_reward({"short": shortness}))
+
+
+def test_their_sum_decides_which_of_two_responses_is_better() -> None:
+    other = {"tokens": [2], "text": "abcd", "finish": "stop"}
+    (scored,) = score([rollout("abc", opponent=other, most=3)], Beats(load_reward(NAMED)))
+    assert (scored.reward, scored.correct) == (0.5, False)  # 1 + 3 and 0 + 4
 
 
 def test_alone_a_reward_may_not_be_silent() -> None:

@@ -508,6 +508,20 @@ def test_seconds_by_hand() -> None:
     assert made.seconds == pytest.approx(100 * sum(p.seconds for p in made.phases))
 
 
+def test_updates_of_steps_that_differ_count_on_average() -> None:
+    """Two passes in 50 of 100 steps, one in the others: half as much again as one in each."""
+    one, more, always = (
+        plan(qwen_run(method=method, reward="math", sampling={"num_generations": 4}), H100).phases[
+            -1
+        ]
+        for method in ("remix(utd=1)", "remix", "remix(reincarnate=100)")
+    )
+    assert more.seconds == pytest.approx(1.5 * one.seconds)
+    assert always.seconds == pytest.approx(2 * one.seconds)
+    assert one.says.endswith("1 update") and always.says.endswith("2 updates")
+    assert more.says.endswith("1.5 updates on average")
+
+
 def test_evaluations_count_where_the_number_of_problems_is_known() -> None:
     evaluate = {"data": {"source": "e", "limit": 30}, "every": 25}
     known = plan(qwen_run(reward="exact", evaluate=evaluate), H100)
@@ -673,7 +687,7 @@ def test_what_the_run_would_refuse_is_refused() -> None:
 
 
 def test_a_reward_that_is_not_installed_here_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(reward: Any) -> None:
+    def missing(reward: Any, weights: Any) -> None:
         raise UserError("math_verify is not installed")
 
     monkeypatch.setattr("opdkit.run.plan.estimate.load_reward", missing)
