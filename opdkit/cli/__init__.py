@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(options, "run"):
         made.print_help()
         return 0
+    options.typed = list(sys.argv[1:] if arguments is None else arguments)
     _environment()
     try:
         with stoppable():

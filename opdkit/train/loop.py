@@ -5,7 +5,7 @@ record. It knows no method.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opdkit.base.clock import Clock
 from opdkit.base.errors import UserError
-from opdkit.base.interrupt import held
+from opdkit.base.interrupt import held, stop, waiting
 from opdkit.models.layout import Layout
 from opdkit.models.sharding import level
 from opdkit.objective.batch import Batch
@@ -33,8 +33,15 @@ from opdkit.types import Rollout
 def train(job: Job, state: State) -> State:
     """From `state` to the last step.
 
-    An error before the weights move leaves the step before it saved: only its own step is lost.
+    An error before the weights move leaves the step before it saved: only its own step is lost. Of
+    several processes one cannot save without the others: they are where the last checkpoint is. A
+    signal ends them together, at the end of a step.
     """
+    with held() if job.mesh.size > 1 else nullcontext():
+        return _train(job, state)
+
+
+def _train(job: Job, state: State) -> State:
     stream = job.collector.stream
     stream.load(state.stream or stream.state())
     # as it was loaded: a new run has nothing to save yet, a resumed one only what it adds
@@ -55,6 +62,10 @@ def train(job: Job, state: State) -> State:
                 checkpoints.prune(job.folder, job.checkpoint.keep, state.best_step)
         if last:
             return state
+        if job.mesh.size > 1 and (number := job.mesh.most(waiting())):
+            if state.step and state != saved and not due:
+                _save(job, state)
+            raise stop(number)
         with _kept(job, state):
             train_step(job, state)
 

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from opdkit.base.interrupt import EndedElsewhere
+from opdkit.base.interrupt import EndedElsewhere, status
+from opdkit.base.launched import processes
 from opdkit.types import Rollout
 
 Thing = TypeVar("Thing")
@@ -150,12 +151,6 @@ class Ranks(Mesh):
             return False
 
 
-def processes() -> int:
-    """How many processes share the run, as whoever started them says."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    return int(count) if count.isdigit() else 1
-
-
 @contextmanager
 def joined(device: str) -> Iterator[Mesh]:
     """The mesh of this process, and at its end its leave-taking.
@@ -174,7 +169,9 @@ def joined(device: str) -> Iterator[Mesh]:
             stack.enter_context(redirect_stderr(silence))
         try:
             yield mesh
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if mesh.rank:
+                raise EndedElsewhere(status(stop)) from stop
             raise
         except BaseException as error:
             if _lost(error) or not mesh.tells():

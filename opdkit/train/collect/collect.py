@@ -47,7 +47,9 @@ def prepare(collector: Collector, student: Student, memory: Memory) -> Memory:
             policy_version=student.updates,
             progress=tick,
         )
-        return rollouts if collector.reward is None else score(rollouts, collector.reward)
+        if collector.reward is None:
+            return rollouts
+        return _rewarded(rollouts, collector.reward, collector.mesh)
 
     return collector.curriculum.prepared(Ask(collector.questions, sample), memory)
 
