@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from opdkit.base.errors import UserError
 from opdkit.base.interrupt import EndedElsewhere, stoppable
+from opdkit.base.launched import speaks
 from opdkit.cli.answers import EVAL, SAMPLE
 from opdkit.cli.cache_teacher import CACHE_TEACHER
 from opdkit.cli.command import interrupted
@@ -77,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return status
     except UserError as error:
-        print(f"opdkit: error: {error}", file=sys.stderr)
+        if speaks():
+            print(f"opdkit: error: {error}", file=sys.stderr)
         return 2
     except EndedElsewhere as end:
         return int(str(end.code))
@@ -86,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and _unread():
             return 0
+        if not speaks():
+            return 1
         name = next(command.name for command in COMMANDS if command.run is options.run)
         return tell(error, name)
 

@@ -86,9 +86,9 @@ def _watched(running: Sequence[subprocess.Popen[bytes]]) -> int:
                 if process.poll() is None:
                     process.kill()
         time.sleep(EVERY)
-    codes = [process.returncode for process in running]
-    told = [code for code in codes if code > 1] or [code for code in codes if code]
-    return 0 if not told else told[0] if told[0] > 0 else 128 - told[0]
+    # one that was ended by a signal or says why it failed, before those that only lost it
+    codes = sorted((process.returncode for process in running), key=lambda c: (c >= 0, -c))
+    return codes[0] if codes[0] >= 0 else 128 - codes[0]
 
 
 def _tell(rank: int, number: int) -> None:

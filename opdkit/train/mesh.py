@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from opdkit.base.interrupt import EndedElsewhere, status
-from opdkit.base.launched import processes
+from opdkit.base.launched import processes, tell
 from opdkit.types import Rollout
 
 Thing = TypeVar("Thing")
@@ -176,6 +176,7 @@ def joined(device: str) -> Iterator[Mesh]:
         except BaseException as error:
             if _lost(error) or not mesh.tells():
                 raise EndedElsewhere(1) from error
+            tell()
             raise
         finally:
             _leave()
