@@ -362,6 +362,12 @@ def _divided(
         known = list(inspect.signature(function).parameters)
     own = {k: _typed(function, k, v, name) for k, v in given.items() if k in known}
     layer = {k: v for k, v in given.items() if k not in known}
+    for argument, value in given.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(
+                f"method {name!r}: {argument}=nan is no number, and what is computed with it would "
+                "be none: give one"
+            )
     for argument in layer:
         if argument not in ratio_layer.SETTINGS:
             every = list(dict.fromkeys([*known, *_layer_of(function)]))
@@ -374,14 +380,15 @@ def _divided(
 def _typed(function: Callable[..., Any], argument: str, value: Any, name: str) -> Any:
     """An argument as its function declares it, where that is a plain type; else as it is.
 
-    Infinity is a number here: some arguments have it for "off".
+    Infinity is a number where fractions are: some arguments have it for "off".
     """
     try:
         hint = get_type_hints(function).get(argument)
     except Exception:  # annotations of one's own that mean nothing here
         return value
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if not set(kinds) <= {int, float, str, bool, NoneType} or value in (math.inf, -math.inf):
+    plain = set(kinds) <= {int, float, str, bool, NoneType}
+    if not plain or (float in kinds and value in (math.inf, -math.inf)):
         return value
     made = convert(hint, value, f"method {name!r}: {argument}")
     return value if made == value else made  # 1 stays 1 where 1.0 would do
