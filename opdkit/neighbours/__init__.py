@@ -13,4 +13,9 @@ Its mathematics is plain functions over tensors; what needs a library of its fie
 `run`.
 """
 
-NEIGHBOURS: dict[str, str] = {}
+NEIGHBOURS: dict[str, str] = {
+    "doc": "opdkit.neighbours.doc",
+    "trirl": "opdkit.neighbours.trirl",
+    "flow_dppo": "opdkit.neighbours.flow_dppo",
+    "f_distill": "opdkit.neighbours.f_distill",
+}

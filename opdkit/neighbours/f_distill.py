@@ -106,10 +106,10 @@ def levelled(r: Tensor, s: Tensor, usual: Tensor, ema: float) -> tuple[Tensor, T
     return r / usual[bins], usual
 
 
-def weights(kind: str, r: Tensor, normalise: bool = True) -> Tensor:
-    """[n] h(r), of mean 1 where it is normalised; r [n]."""
+def weights(kind: str, r: Tensor) -> Tensor:
+    """[n] h(r) over its mean; r [n]."""
     h = WEIGHTS[kind](r)
-    return h / h.mean() if normalise else h
+    return h / h.mean()
 
 
 def matching_loss(x: Tensor, toward: Tensor, weight: Tensor) -> Tensor:

@@ -100,9 +100,3 @@ def fitted(
         adam.step()
         slower.step()
     return net
-
-
-def score(velocity: Tensor, x: Tensor, s: Tensor) -> Tensor:
-    """[n, D] grad log p_s(x) = -E[noise | x] / s, from velocity and x [n, D] at levels s [n]."""
-    s = s[..., None]
-    return -(x + (1 - s) * velocity) / s

@@ -25,7 +25,7 @@ from opdkit.neighbours.flow_dppo import (
     train,
     when,
 )
-from opdkit.neighbours.flows import Net, score
+from opdkit.neighbours.flows import Net
 
 F64 = torch.float64
 
@@ -99,6 +99,19 @@ def test_advantages_share_one_deviation() -> None:
     got = advantages(torch.tensor([[0.0, 2.0], [2.0, 6.0]], dtype=F64))
     expected = torch.tensor([[-1, 1], [-2, 2]], dtype=F64) / (math.sqrt(10 / 3) + 1e-6)
     assert torch.allclose(got, expected)
+
+
+def score(v: torch.Tensor, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """[n, D] grad log p_s(x) = -E[noise | x] / s."""
+    return -(x + (1 - s[:, None]) * v) / s[:, None]
+
+
+def test_the_score_of_gaussian_data_is_known() -> None:
+    """x_0 ~ N(0, 4): x_s ~ N(0, (1 - s)^2 4 + s^2); E[noise - x_0 | x] is linear in x."""
+    s, x = torch.tensor([0.2, 0.5, 0.9]), torch.tensor([[1.0], [-2.0], [0.3]])
+    variance = 4 * (1 - s) ** 2 + s**2
+    velocity = ((s - 4 * (1 - s)) / variance)[:, None] * x
+    assert torch.allclose(score(velocity, x, s), -x / variance[:, None])
 
 
 def test_a_step_without_noise_is_the_flows_and_noise_follows_the_score() -> None:

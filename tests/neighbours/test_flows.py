@@ -5,21 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkit.neighbours.flows import Net, around, fitted, flow_loss, noised, ring, score
+from opdkit.neighbours.flows import Net, around, fitted, flow_loss, noised, ring
 
 
 def test_levels_join_data_and_noise() -> None:
     x, noise = torch.tensor([[1.0, 2.0]] * 3), torch.tensor([[5.0, -2.0]] * 3)
     got = noised(x, torch.tensor([0.0, 0.25, 1.0]), noise)
     assert got.tolist() == [[1, 2], [2, 1], [5, -2]]
-
-
-def test_the_score_of_gaussian_data_is_known() -> None:
-    """x_0 ~ N(0, 4): x_s ~ N(0, (1 - s)^2 4 + s^2); E[noise - x_0 | x] is linear in x."""
-    s, x = torch.tensor([0.2, 0.5, 0.9]), torch.tensor([[1.0], [-2.0], [0.3]])
-    variance = 4 * (1 - s) ** 2 + s**2
-    velocity = ((s - 4 * (1 - s)) / variance)[:, None] * x
-    assert torch.allclose(score(velocity, x, s), -x / variance[:, None])
 
 
 def test_a_ring_and_points_around_it() -> None:
