@@ -45,6 +45,12 @@ class PairWriter(Writer):
     def per_prompt(self, sampling: Sampling) -> int:
         return 2
 
+    def sampled(self, sampling: Sampling) -> float:
+        return StudentWriter(self.online).per_prompt(sampling) if self.online else 0
+
+    def rollouts(self, sampling: Sampling) -> int:
+        return 2 + int(self.sampled(sampling))
+
     def write(self, context: StepContext) -> list[Rollout]:
         pairs = [rollout for prompt in context.once for rollout in self._pair(prompt, context)]
         if not self.online:

@@ -117,24 +117,34 @@ class Futures:
     what was earned from the first on, `earned` [M, N].
     """
 
+    sizes: tuple[int, int, int]  # how many states, actions, nexts
     states: Tensor
     actions: Tensor
     after: Tensor
     real: Tensor
     earned: Tensor
-    sizes: tuple[int, int, int]  # how many states, actions, nexts
 
     def some(self, n: int, generator: torch.Generator) -> Futures:
         """`n` of each run's, drawn evenly."""
         at = torch.randint(self.earned.shape[1], (len(self.earned), n), generator=generator)
         run = torch.arange(len(at))[:, None]
-        fields = (self.states, self.actions, self.after, self.real, self.earned)
-        return Futures(*(field[run, at] for field in fields), self.sizes)
+        return Futures(self.sizes, *(column[run, at] for column in self.columns))
+
+    @staticmethod
+    def beside(runs: Sequence[Futures]) -> Futures:
+        """Runs side by side, each as long as the shortest."""
+        least = min(run.earned.shape[1] for run in runs)
+        columns = [[column[:, :least] for column in run.columns] for run in runs]
+        return Futures(runs[0].sizes, *map(torch.cat, zip(*columns)))
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """All five, [M, N, ...] each."""
+        return self.states, self.actions, self.after, self.real, self.earned
 
     def seen(self) -> Tensor:
         """[M, N, F]: all of a future side by side, zeros where there is none."""
-        columns = (self.states, self.actions, self.after)
-        steps = torch.cat([one_hot(c, k) for c, k in zip(columns, self.sizes)], -1)
+        steps = torch.cat([one_hot(c, k) for c, k in zip(self.columns, self.sizes)], -1)
         return (steps * self.real[..., None]).flatten(2).float()
 
 
@@ -251,6 +261,7 @@ def bandit(s: Settings) -> Task:
         chance = torch.tensor([luck, 1 - luck])[arms[-1]]
         paid.append((torch.rand(s.pulls, 1, generator=draw) < chance).long())
     arm, pay = torch.stack(arms), torch.stack(paid)
+    seen = torch.zeros_like(arm), arm, pay, torch.ones_like(arm), pay[..., 0].float()
     pays = torch.tensor([[luck, 1 - luck] for luck in s.luck]).repeat_interleave(s.seeds, 0)
     return Task(
         "bandit",
@@ -258,7 +269,7 @@ def bandit(s: Settings) -> Task:
         "mean reward",
         s.luck,
         Futures(
-            torch.zeros_like(arm), arm, pay, torch.ones_like(arm), pay[..., 0].float(), (1, 2, 2)
+            (1, 2, 2), torch.zeros_like(arm), arm, pay, torch.ones_like(arm), pay[..., 0].float()
         ),
         lambda policy: (policy[:, 0] * pays).sum(-1),
         [2 * luck * (1 - luck) for luck in s.luck],
@@ -330,7 +341,7 @@ class Lake:
             earned += [float(steps[-1][3])] * len(steps)
         states, actions, after, real = torch.tensor(rows).permute(2, 0, 1)[:, None]
         sizes = (*self.pays.shape, 2 * len(self.over))
-        return Futures(states, actions, after, real, torch.tensor(earned)[None], sizes)
+        return Futures(sizes, states, actions, after, real, torch.tensor(earned)[None])
 
 
 def lake(s: Settings) -> Task:
@@ -341,18 +352,13 @@ def lake(s: Settings) -> Task:
         world.futures(world.episodes(skill, seed, s.episodes), s.window)
         for skill, seed in itertools.product(s.skill, range(s.seeds))
     ]
-    least = min(run.earned.shape[1] for run in runs)  # runs lie side by side
-    columns = [
-        torch.cat([getattr(run, name)[:, :least] for run in runs])
-        for name in ("states", "actions", "after", "real", "earned")
-    ]
     mixed = torch.stack([skill * best + (1 - skill) / best.shape[1] for skill in s.skill])
     return Task(
         "FrozenLake",
         "share of optimal actions in the data",
         "chance of reaching the goal",
         s.skill,
-        Futures(*columns, runs[0].sizes),
+        Futures.beside(runs),
         world.success,
         world.success(mixed).tolist(),
         world.success(best[None]).tolist() * len(s.skill),
@@ -385,10 +391,8 @@ def run(settings: Settings, progress: Progress) -> Outcome:
             ahead = differences(means["DoC"], means["imitation"])
             holds = holds and ahead.low > 0
             found.append(f"{task.title}: {ahead} more than return-conditioned imitation")
-            table += [
-                {"task": task.title, "at": point}
-                | {name: str(mean_of(worth[at].tolist())) for name, worth in earned.items()}
-                | {"data": task.data[at], "optimal": task.best[at]}
-                for at, point in enumerate(task.points)
-            ]
+            for at, point in enumerate(task.points):
+                row: dict[str, str | float] = {"task": task.title, "at": point}
+                row |= {name: str(mean_of(worth[at].tolist())) for name, worth in earned.items()}
+                table.append(row | {"data": task.data[at], "optimal": task.best[at]})
     return Outcome(CLAIM, "; ".join(found) + ".", panels, table, holds)

@@ -289,6 +289,7 @@ def run(settings: Settings, progress: Progress) -> Outcome:
     ways: dict[str, Surrogate] = {mask: lambda r, a, apart: masked(r, a, apart, s.delta)}
     for clip in s.clips:
         ways[f"clip {clip:g}"] = lambda r, a, apart, clip=clip: ppo(r, a, clip)  # type: ignore[misc]
+    clips = list(ways)[1:]
     panels: list[Curves] = []
     table: list[dict[str, str | float]] = []
     found, holds, done = [], True, itertools.count(1)
@@ -304,12 +305,11 @@ def run(settings: Settings, progress: Progress) -> Outcome:
             more, at_level = compared(name, records)
             panels += more
             pace = {way: area([r.reward for r in seeds]) for way, seeds in records.items()}
-            rival = min(
-                list(ways)[1:], key=lambda way: abs(differences(pace[way], pace[mask]).mean)
-            )
+            rival = min(clips, key=lambda way: abs(differences(pace[way], pace[mask]).mean))
             less = differences(at_level[mask], at_level[rival])
             holds = holds and less.high < 0
-            found.append(f"{name}: {less} nats against the {rival}, whose pace is nearest")
+            against = [f"{differences(at_level[mask], at_level[way])} with {way}" for way in clips]
+            found.append(f"{name}: " + ", ".join(against) + f"; the pace of {rival} is nearest")
             table += [
                 {
                     "task": name,
@@ -321,4 +321,5 @@ def run(settings: Settings, progress: Progress) -> Outcome:
                 }
                 for way, seeds in records.items()
             ]
-    return Outcome(CLAIM, "; ".join(found) + ".", panels, table, holds)
+    text = "KL at equal reward, the mask's less the clip's, nats: " + ". ".join(found) + "."
+    return Outcome(CLAIM, text, panels, table, holds)

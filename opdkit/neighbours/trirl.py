@@ -252,8 +252,13 @@ def run(settings: Settings, progress: Progress) -> Outcome:
     favourite = world.solved(world.true).argmax(-1)
     expert = world.earned(one_hot(favourite, 4).to(world.true.dtype)).tolist()
     table: list[dict[str, str | float]] = [
-        {"reward from": "none: the expert's favourite actions", "beta": "", "KL": "0", "rank": ""}
-        | {"earned elsewhere": str(mean_of(expert))}
+        {
+            "reward from": "none: the expert's favourite actions",
+            "beta": "",
+            "KL": "0",
+            "rank": "",
+            "earned elsewhere": str(mean_of(expert)),
+        }
     ]
     apart, order, earned = {}, {}, {}
     with progress("Learning rewards", total=len(jobs) * settings.rounds, unit="rounds") as tick:

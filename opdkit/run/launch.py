@@ -36,7 +36,7 @@ from opdkit.train.mesh import joined
 from opdkit.types import Rollout
 
 Show = Callable[[int, Mapping[str, float]], None]
-Use = Callable[[Sequence[Rollout], Mapping[str, float]], dict[str, float]]
+Use = Callable[[Sequence[Rollout], int, Mapping[str, float]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -207,9 +207,11 @@ def _estimated(run: Run) -> Use | None:
     if use is None:
         return None
 
-    def used(rollouts: Sequence[Rollout], seconds: Mapping[str, float]) -> dict[str, float]:
+    def used(
+        rollouts: Sequence[Rollout], sampled: int, seconds: Mapping[str, float]
+    ) -> dict[str, float]:
         try:
-            return use(rollouts, seconds)
+            return use(rollouts, sampled, seconds)
         except Exception as error:
             return unknown(error)
 

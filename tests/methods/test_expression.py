@@ -406,7 +406,8 @@ def test_together_is_a_whole_curriculum():
     asked = {name for name in (*vars(Curriculum), *Curriculum.__annotations__) if name[0] != "_"}
     assert asked == {
         *("writer", "within", "longest", "choose", "observe", "validated", "metrics"),
-        *("measures", "needs_own", "authors"),
+        *("measures", "needs_own", "authors", "marks", "asked"),
+        *("recalls", "recalled", "prepared", "passes"),
     }
     assert asked <= set(vars(together.Together))
 

@@ -97,7 +97,7 @@ def futures(window: int = 2) -> Futures:
     states, actions, after = (torch.randint(k, shape, generator=draw) for k in (3, 2, 4))
     real = torch.ones(shape, dtype=torch.long)
     real[:, 0, 1:] = 0
-    return Futures(states, actions, after, real, torch.rand(2, 6, generator=draw), (3, 2, 4))
+    return Futures((3, 2, 4), states, actions, after, real, torch.rand(2, 6, generator=draw))
 
 
 def model() -> Doc:
@@ -154,7 +154,7 @@ def test_padding_changes_nothing() -> None:
         torch.where(hidden, torch.full_like(c, k - 1), c)
         for c, k in zip((f.states, f.actions, f.after), f.sizes)
     )
-    other = Futures(states, actions, after, f.real, f.earned, f.sizes)
+    other = Futures(f.sizes, states, actions, after, f.real, f.earned)
     assert torch.allclose(made.loss(other, 0.3, 1.0), before)
 
 
