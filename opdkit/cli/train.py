@@ -71,6 +71,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the resolved run with its memory and time, load nothing, and stop",
     )
+    _of_a_dry_run(parser)
+    parser.epilog = (
+        "further settings as key=value: optim.learning_rate=1e-5, num_generations=4, method.k=64"
+    )
+
+
+def _of_a_dry_run(parser: argparse.ArgumentParser) -> None:
     dry = parser.add_argument_group(
         "of a dry run", "what it is reckoned for; by default the device at hand"
     )
@@ -97,9 +104,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="mean tokens of a response (default: half of the limit)",
     )
     dry.add_argument("--json", action="store_true", help="print it as JSON")
-    parser.epilog = (
-        "further settings as key=value: optim.learning_rate=1e-5, num_generations=4, method.k=64"
-    )
 
 
 def train(options: Any) -> int | None:

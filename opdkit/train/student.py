@@ -82,7 +82,7 @@ class Student:
         kept until the next optimiser step.
         """
         head = head_of(self.model, self.vocab)
-        if not is_part(head.weight):
+        if head.weight is None or not is_part(head.weight):
             return head
         return replace(head, weight=self._whole.of(head.weight, self.updates))
 
