@@ -119,14 +119,19 @@ def _number(value: float | str, where: str) -> float:
 
 def _first_that_fits(options: Sequence[Any], value: Any, where: str) -> Any:
     told: list[str] = []
+    inside: UserError | None = None  # what a mapping or list that was meant as one is told
     # "1e-5" is text first where both are allowed
     for option in sorted(options, key=lambda o: o is float):
         try:
             return convert(option, value, where)
-        except UserError:
+        except UserError as error:
             if is_dataclass(option) and isinstance(value, Mapping):
                 raise  # it was meant as that group: its own message says more
+            if (get_origin(option), type(value)) in ((dict, dict), (tuple, list)):
+                inside = error
             told.append(getattr(option, "__name__", str(option)).replace("NoneType", "null"))
+    if inside is not None:
+        raise inside
     example = EXAMPLES.get(told[0], "") if len(told) <= 2 else ""
     raise UserError(f"{where} must be {' or '.join(told)}, not {shown(value)}{example}")
 

@@ -83,6 +83,15 @@ class Curriculum(Protocol):
         """What a step of `count` prompts has again of rollouts that were written earlier."""
         ...
 
+    def beside(self, count: int) -> int:
+        """How many of these a step of `count` prompts has besides its own, at most."""
+        ...
+
+    @property
+    def before(self) -> str:
+        """What `prepared` has written before the first step, in words; "" for nothing."""
+        ...
+
     def passes(self, step: int, total_steps: int) -> int | None:
         """How often step number `step` (from 0) goes through its rollouts; None: as often as the
         run says (`optim.passes`).
@@ -154,6 +163,13 @@ class Plain:
 
     def recalled(self, count: int, step: int, seed: int, memory: Memory) -> Recalled:
         return Recalled()
+
+    def beside(self, count: int) -> int:
+        return 0
+
+    @property
+    def before(self) -> str:
+        return ""
 
     def passes(self, step: int, total_steps: int) -> int | None:
         return None

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from opdkit.curricula.base import Curriculum, Plain, writer_of
 from opdkit.curricula.writer import StepContext, Writer
-from opdkit.types import Rollout
+from opdkit.types import Rollout, Sampling
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,9 @@ class CacheWriter(Writer):
 
     stored: ClassVar[bool] = True
     cuts: ClassVar[bool] = False
+
+    def sampled(self, sampling: Sampling) -> float:
+        return 0
 
     def write(self, context: StepContext) -> list[Rollout]:
         return [rollout for prompt in context.once for rollout in context.stored(prompt)]

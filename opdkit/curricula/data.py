@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from opdkit.base.errors import UserError
 from opdkit.curricula.writer import StepContext, Writer
-from opdkit.types import Prompt, Rollout
+from opdkit.types import Prompt, Rollout, Sampling
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,12 @@ class DataWriter(Writer):
     @property
     def draws(self) -> bool:
         return False
+
+    def sampled(self, sampling: Sampling) -> float:
+        return 0
+
+    def rollouts(self, sampling: Sampling) -> int:
+        return 1
 
     def write(self, context: StepContext) -> list[Rollout]:
         longest = context.sampling.max_completion_length

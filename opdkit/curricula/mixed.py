@@ -9,7 +9,7 @@ from opdkit.curricula.base import Plain
 from opdkit.curricula.data import DataWriter
 from opdkit.curricula.student import StudentWriter
 from opdkit.curricula.writer import StepContext, Writer
-from opdkit.types import Rollout
+from opdkit.types import Rollout, Sampling
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,12 @@ class MixedWriter(Writer):
     @property
     def draws(self) -> bool:
         return self.student_share > 0
+
+    def sampled(self, sampling: Sampling) -> float:
+        return self.student_share * sampling.num_generations
+
+    def rollouts(self, sampling: Sampling) -> int:
+        return sampling.num_generations if self.student_share else 1
 
     def choose(self, coin: float) -> Writer:
         """Who writes the step for a draw in [0, 1)."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 from opdkit.curricula.base import Plain
 from opdkit.curricula.student import StudentWriter
 from opdkit.curricula.writer import StepContext, Writer
-from opdkit.types import Rollout
+from opdkit.types import Rollout, Sampling
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class OpposedWriter(Writer):
     @property
     def players(self) -> tuple[str, ...]:
         return (self.model,)
+
+    def sampled(self, sampling: Sampling) -> float:
+        return 2 * sampling.num_generations
 
     def write(self, context: StepContext) -> list[Rollout]:
         own = StudentWriter().write(context)

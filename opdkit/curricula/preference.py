@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from opdkit.curricula.base import Plain
 from opdkit.curricula.data import given
 from opdkit.curricula.student import StudentWriter
-from opdkit.curricula.writer import StepContext, Writer
+from opdkit.curricula.writer import Memory, StepContext, Writer
 from opdkit.types import Prompt, Rollout, Sampling
 
 ONLINE = "online"  # the mark of what the student writes beside pairs of the data
@@ -17,8 +18,10 @@ ONLINE = "online"  # the mark of what the student writes beside pairs of the dat
 @dataclass(frozen=True)
 class PairWriter(Writer):
     """Two responses per prompt, those of its data row: what was preferred is right and has reward
-    1, the other is wrong and has 0. With `online` the student writes as many more as that, or
-    `sampling.num_generations` where this is above 1, to the same prompt and in the same group.
+    1, the other is wrong and has 0. Where both are the same tokens, once they are cut at the run's
+    limit or as the tokenizer writes them, neither is preferred, and both are wrong. With `online`
+    the student writes as many more as that, or `sampling.num_generations` where this is above 1, to
+    the same prompt and in the same group.
     """
 
     online: int = 0
@@ -42,6 +45,12 @@ class PairWriter(Writer):
     def per_prompt(self, sampling: Sampling) -> int:
         return 2
 
+    def sampled(self, sampling: Sampling) -> float:
+        return StudentWriter(self.online).per_prompt(sampling) if self.online else 0
+
+    def rollouts(self, sampling: Sampling) -> int:
+        return 2 + int(self.sampled(sampling))
+
     def write(self, context: StepContext) -> list[Rollout]:
         pairs = [rollout for prompt in context.once for rollout in self._pair(prompt, context)]
         if not self.online:
@@ -52,15 +61,14 @@ class PairWriter(Writer):
 
     def _pair(self, prompt: Prompt, context: StepContext) -> list[Rollout]:
         longest, name = context.sampling.max_completion_length, f"{context.step}/{prompt.id}"
+        chosen, rejected = (
+            given(prompt, tokens, longest, f"{name}/{column}", text)
+            for column, (tokens, text) in zip(("chosen", "rejected"), context.pair(prompt))
+        )
+        right = chosen.tokens != rejected.tokens
         return [
-            replace(
-                given(prompt, tokens, longest, f"{name}/{column}", text),
-                reward=float(right),
-                correct=right,
-            )
-            for column, right, (tokens, text) in zip(
-                ("chosen", "rejected"), (True, False), context.pair(prompt)
-            )
+            replace(chosen, reward=float(right), correct=right),
+            replace(rejected, reward=0.0, correct=False),
         ]
 
 
@@ -88,3 +96,10 @@ class Preference(Plain):
     @property
     def writer(self) -> Writer:
         return PairWriter(self.online)
+
+    def metrics(
+        self, rollouts: Sequence[Rollout], step: int, total_steps: int, memory: Memory
+    ) -> dict[str, float]:
+        """The share of pairs of which neither response is preferred."""
+        chosen = [r.correct for r in rollouts if "given" in r.marks and r.id.endswith("/chosen")]
+        return {"alike": 1 - sum(map(bool, chosen)) / len(chosen)} if chosen else {}

@@ -12,7 +12,7 @@ from typing import ClassVar
 from opdkit.base.rules import Rules, at_least, follow
 from opdkit.curricula.base import Plain
 from opdkit.curricula.writer import Memory, StepContext, Writer
-from opdkit.types import Prompt, Rollout
+from opdkit.types import Prompt, Rollout, Sampling
 
 PREFIX: Rules = {"extra": at_least(1, "it is the number of guided rollouts of each prompt")}
 
@@ -25,6 +25,12 @@ class GuidedWriter(Writer):
 
     extra: int
     own: ClassVar[bool] = True
+
+    def sampled(self, sampling: Sampling) -> float:
+        return self.rollouts(sampling)
+
+    def rollouts(self, sampling: Sampling) -> int:
+        return sampling.num_generations + self.extra
 
     def write(self, context: StepContext) -> list[Rollout]:
         rollouts = context.sample(context.prompts, context.sampling)

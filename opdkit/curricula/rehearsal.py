@@ -122,12 +122,19 @@ class Rehearsal(Plain):
         if REHEARSAL not in memory:
             return Recalled()
         pool = memory[REHEARSAL]["pool"]
-        size = min(self.rehearsed or PER_PROMPT * count, len(pool))
+        size = min(self.beside(count), len(pool))
         turn, part = divmod(step, parts := math.ceil(len(pool) / size))
         keys = row_keys([row["id"] for row in pool])
         draws = keyed_uniform(seed, turn, REHEARSAL, keys, 1, torch.float64)[:, 0]
         chosen = draws.argsort().tensor_split(parts)[part].tolist()
         return Recalled(beside=[again(pool[i]) for i in chosen])
+
+    def beside(self, count: int) -> int:
+        return self.rehearsed or PER_PROMPT * count
+
+    @property
+    def before(self) -> str:
+        return f"{self.samples} responses to every prompt and one more to each that is mastered"
 
     def metrics(
         self, rollouts: Sequence[Rollout], step: int, total_steps: int, memory: Memory

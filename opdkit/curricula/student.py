@@ -21,6 +21,12 @@ class StudentWriter(Writer):
     def per_prompt(self, sampling: Sampling) -> int:
         return sampling.num_generations if sampling.num_generations > 1 else self.usual
 
+    def sampled(self, sampling: Sampling) -> float:
+        return self.per_prompt(sampling)
+
+    def rollouts(self, sampling: Sampling) -> int:
+        return self.per_prompt(sampling)
+
     def write(self, context: StepContext) -> list[Rollout]:
         count = self.per_prompt(context.sampling)
         return context.sample(context.prompts, replace(context.sampling, num_generations=count))

@@ -76,6 +76,13 @@ class Together:
         every = (part.recalled(count, step, seed, memory) for part in self.parts)
         return reduce(operator.add, every, Recalled())
 
+    def beside(self, count: int) -> int:
+        return sum(part.beside(count) for part in self.parts)
+
+    @property
+    def before(self) -> str:
+        return ", ".join(part.before for part in self.parts if part.before)
+
     def passes(self, step: int, total_steps: int) -> int | None:
         """What the first part that says it says."""
         said = (part.passes(step, total_steps) for part in self.parts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from opdkit.curricula.base import Plain
 from opdkit.curricula.writer import StepContext, Writer
-from opdkit.types import NEVER_FRESH, Rollout
+from opdkit.types import NEVER_FRESH, Rollout, Sampling
 
 PRIVILEGED = "privileged"  # the mark of what stands behind the privileged prompt
 
@@ -33,6 +33,9 @@ class BothContexts(Writer):
     @property
     def marks(self) -> frozenset[str]:
         return frozenset({PRIVILEGED})
+
+    def rollouts(self, sampling: Sampling) -> int:
+        return 2 * sampling.num_generations
 
     def write(self, context: StepContext) -> list[Rollout]:
         shown = [context.viewed(prompt, self.view) for prompt in context.prompts]

@@ -166,6 +166,16 @@ class Writer(ABC):
         """
         return sampling.num_generations
 
+    def sampled(self, sampling: Sampling) -> float:
+        """How many responses to a prompt are written in a step, on average over steps: what a step
+        will take is reckoned from it.
+        """
+        return sampling.num_generations
+
+    def rollouts(self, sampling: Sampling) -> int:
+        """How many rollouts a step has of each of its prompts, at most."""
+        return sampling.num_generations
+
     @abstractmethod
     def write(self, context: StepContext) -> list[Rollout]:
         """The step's rollouts, with `group` and `question` of their prompts; what the student did

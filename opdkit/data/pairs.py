@@ -26,14 +26,15 @@ def with_prompt(row: DataRow, prompt: Any, who: str) -> DataRow:
     otherwise.
     """
     chosen, rejected = (row[column] for column in PAIR)
-    if is_messages(chosen) and is_messages(rejected):
-        before = [as_messages(value, who)[:-1] for value in (chosen, rejected)]
-        if prompt is None and (before[0] != before[1] or not before[0]):
+    before = [_before(row, column, who) for column in PAIR]
+    if prompt is None and is_messages(chosen) and is_messages(rejected):
+        if before[0] != before[1] or not before[0]:
             raise UserError(_no_prompt(before, who))
-        same = before[0] == before[1] and bool(before[0])
-        if same and (prompt is None or _asks(before[0], prompt, who)):
-            return {**row, "prompt": before[0]}
-    elif prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
+        return {**row, "prompt": before[0]}
+    said = [messages for messages in before if messages]
+    if prompt is not None and said and all(messages == said[0] for messages in said):
+        return {**row, "prompt": said[0]} if _asks(said[0], prompt, who) else row
+    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
         at = _where_answers_begin(chosen, rejected)
         if not chosen[:at].strip():
             raise UserError(
@@ -52,11 +53,22 @@ def _no_prompt(before: Sequence[list[Message]], who: str) -> str:
             f"{who} has no prompt: chosen and rejected are one message each, and nothing says what "
             "they answer. Add a column `prompt`, or the messages before them"
         )
+    return _differ(before, who)
+
+
+def _differ(before: Sequence[list[Message]], who: str) -> str:
+    """Why two conversations are no answers to one prompt."""
     return (
         f"the prompts of {who} differ: what stands before the last message of chosen is not what "
         f"stands before that of rejected ({len(before[0])} and {len(before[1])} messages). A pair "
         "is two answers to one prompt: correct the row, or take it out"
     )
+
+
+def _before(row: DataRow, column: str, who: str) -> list[Message]:
+    """The messages before the answer that a column holds; none where it is a text."""
+    value = stringified(row[column])
+    return as_messages(value, who)[:-1] if is_messages(value) else []
 
 
 def _asks(before: list[Message], prompt: Any, who: str) -> bool:
@@ -96,6 +108,9 @@ def pair_of(row: DataRow) -> tuple[str, str]:
             "out"
         )
     chosen, rejected = (_response(row, column, who) for column in PAIR)
+    before = [_before(row, column, who) for column in PAIR]
+    if all(before) and before[0] != before[1]:
+        raise UserError(_differ(before, who))
     if chosen == rejected:
         raise UserError(
             f"chosen and rejected of {who} are the same text ({shown(chosen)}): neither is "

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from opdkit.methods.arguments import one_of
+from opdkit.methods.arguments import not_negative, one_of
 from opdkit.methods.method import Method
 from opdkit.objective import (
     Advantage,
@@ -125,8 +125,8 @@ def alp(
     one_of(mode=(mode, ("token", "sequence", "cumulative")))
     if geometric and mode != "sequence":
         raise ValueError(f"geometric is of mode='sequence': mode={mode!r} takes no mean")
-    if not (sigma >= 0 and learning_rate >= 0):
-        raise ValueError(f"sigma={sigma} and learning_rate={learning_rate} must be at least 0")
+    not_negative(sigma=(sigma, "it is a width"), learning_rate=(learning_rate, "0: widths stay"))
+    not_negative(reference_kl=(reference_kl, "it is the weight of the penalty"))
     reach = None if mode == "token" else Reach("geometric" if geometric else mode)
     objective = Objective(OneRatio(Advantage(), 0.5, 3.0, c, reach=reach))
     if reference_kl:

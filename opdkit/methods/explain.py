@@ -38,21 +38,28 @@ def idea(method: Method) -> str:
     return rest if rest and len(name.split()) <= 3 else method.summary
 
 
+def scored_before(method: Method) -> str:
+    """Why a step makes a pass of the student before it moves, over some rollouts at least; "" where
+    what the sampler noted of them is enough.
+    """
+    needs = method.needs
+    # the live student is, at first, the one before the step
+    of_student = needs.of("student") | needs.of("live")
+    if reads_student(needs):
+        return "(it reads more than the sampler notes)"
+    if not of_student:
+        return ""
+    if not writer_of(method.curriculum).own:
+        return "(it did not write all of these rollouts as it is now and behind these prompts)"
+    return "(some of these rollouts were written earlier)" if method.curriculum.recalls else ""
+
+
 def passes(method: Method) -> list[str]:
     """The forward passes of one step, besides sampling."""
-    lines, needs, stored = [], method.needs, reads_cache(method.curriculum)
+    needs, stored = method.needs, reads_cache(method.curriculum)
     recorded = {m for m, spec in method.models.items() if spec.get("kind") == "recorded"}
-    if reads_student(needs):
-        lines.append(
-            "student, without gradient, before the step (it reads more than the sampler notes)"
-        )
-    elif not writer_of(method.curriculum).own and needs.of("student"):
-        lines.append(
-            "student, without gradient, before the step (it did not write all of these rollouts as "
-            "it is now and behind these prompts)"
-        )
-    elif method.curriculum.recalls and needs.of("student"):
-        lines.append("student, without gradient, before the step, on what it wrote earlier")
+    first = scored_before(method)
+    lines = [f"student, without gradient, before the step {first}"] if first else []
     # their numbers are stored with the rollouts
     elsewhere = {"student", "sampler", "live"} | ({"teacher"} if stored else set()) | recorded
     for name in sorted(needs.models - elsewhere):
@@ -151,6 +158,8 @@ def explain(method: str | Method | Any, **arguments: Any) -> str:
         lines.append(f"models write bins of an action, not text: {made.actions}")
     if made.curriculum != Plain():
         lines.append(f"curriculum: {made.curriculum}")
+    if made.curriculum.before:
+        lines.append(f"before the first step the student writes {made.curriculum.before}")
     return "\n".join(lines)
 
 

@@ -157,6 +157,10 @@ COMPOSED = (
 )
 
 
+# what is left to do where two methods contradict each other
+ALONE = "Run one of them, or give them arguments with which they agree"
+
+
 def _composed(
     base: Method, other: Method, name: str, doc: str, objective: Objective, as_weight: bool
 ) -> Method:
@@ -171,7 +175,7 @@ def _composed(
         if mine != theirs and not (as_weight and theirs == part.default):
             raise UserError(
                 f"{name}: {names[0]} has {part.name}={mine}, {names[1]} {part.name}={theirs}, "
-                "and only one can hold"
+                f"and only one can hold. {ALONE}"
             )
     # who teaches is for the method that is weighed to say
     mine = base.needs.models if as_weight else frozenset()
@@ -198,7 +202,7 @@ def _refuse_another(bringing: Method, reading: Method, names: tuple[str, str]) -
         raise UserError(
             f"{names[0]} and {names[1]} cannot be combined: the model {name!r} of the first is "
             f"{bringing.models[name]}, that of the second the run's own, by default the student as "
-            "it began, and only one can hold"
+            f"it began, and only one can hold. {ALONE}"
         )
 
 
@@ -212,7 +216,8 @@ def _both(
         if mine[name] != theirs[name]:
             raise UserError(
                 f"{names[0]} and {names[1]} cannot be combined: the {what} {name!r} of the first "
-                f"is {mine[name]}, that of the second {theirs[name]}, and only one can hold"
+                f"is {mine[name]}, that of the second {theirs[name]}, and only one can hold. "
+                f"{ALONE}"
             )
     return {**mine, **theirs}
 
@@ -362,6 +367,12 @@ def _divided(
         known = list(inspect.signature(function).parameters)
     own = {k: _typed(function, k, v, name) for k, v in given.items() if k in known}
     layer = {k: v for k, v in given.items() if k not in known}
+    for argument, value in given.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(
+                f"method {name!r}: {argument}=nan is no number, and what is computed with it would "
+                "be none: give one"
+            )
     for argument in layer:
         if argument not in ratio_layer.SETTINGS:
             every = list(dict.fromkeys([*known, *_layer_of(function)]))
@@ -374,14 +385,15 @@ def _divided(
 def _typed(function: Callable[..., Any], argument: str, value: Any, name: str) -> Any:
     """An argument as its function declares it, where that is a plain type; else as it is.
 
-    Infinity is a number here: some arguments have it for "off".
+    Infinity is a number where fractions are: some arguments have it for "off".
     """
     try:
         hint = get_type_hints(function).get(argument)
     except Exception:  # annotations of one's own that mean nothing here
         return value
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if not set(kinds) <= {int, float, str, bool, NoneType} or value in (math.inf, -math.inf):
+    plain = set(kinds) <= {int, float, str, bool, NoneType}
+    if not plain or (float in kinds and value in (math.inf, -math.inf)):
         return value
     made = convert(hint, value, f"method {name!r}: {argument}")
     return value if made == value else made  # 1 stays 1 where 1.0 would do

@@ -84,8 +84,8 @@ def nash_mp(
         every: optimiser steps from one move of the anchor to the next, at least 1. Default: a
             moving average.
         baseline: what is taken from U: "half", 1/2, or "leave_one_out", the mean U of the
-            student's other responses to the prompt. Default: ours, both are unbiased; for several
-            responses to a prompt the other is less noisy.
+            student's other responses to the prompt, 0 where there is none. Default: ours, both are
+            unbiased; for several responses to a prompt the other is less noisy.
     """
     positive(
         beta=(beta, "it is the price of a nat"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,19 +22,23 @@ from opdkit.objective import (
     ToGo,
 )
 from opdkit.objective.divergences import kind_of
+from opdkit.objective.losses import MOST_APART
 
 
 @dataclass(frozen=True)
 class SlopeCredit(Signal):
     """[B, T]: f'(1) - f'(pi_s/pi_t) of the sampled token before the step, for a divergence
-    E_t[f(pi_s/pi_t)] at each prefix: nothing where the two agree.
+    E_t[f(pi_s/pi_t)] at each prefix: nothing where the two agree. At most e^20 in size, but where
+    the teacher rules the token out: what f' says then.
     """
 
     kind: Kind
 
     def value(self, batch: Batch) -> Tensor:  # [B, T]
         apart = LogRatio("student", "teacher")(batch)
-        return self.kind.slope(torch.zeros_like(apart)) - self.kind.slope(apart)
+        credit = self.kind.slope(torch.zeros_like(apart)) - self.kind.slope(apart)
+        most = math.exp(MOST_APART)
+        return torch.where(apart.isinf(), credit, credit.clamp(-most, most))
 
 
 def opd(
@@ -58,7 +63,8 @@ def opd(
     full vocabulary unless a support is named, or the drawn token with `as_credit`: its credit is
     f'(1) - f'(pi_s/pi_t), of a divergence E_t[f(pi_s/pi_t)] whose gradient is the expected one.
     That of reverse KL is r_t, of forward KL pi_t/pi_s - 1, of "jsd" log((1 + pi_t/pi_s) / 2) / 2,
-    half of what the papers call JS: never below -log(2)/2 for a token that the teacher rejects.
+    half of what the papers call JS: never below -log(2)/2 for a token that the teacher rejects. No
+    credit but r_t is more than e^20.
 
     Source: GKD, arXiv 2306.13649; Thinking Machines Lab, "On-Policy Distillation" (2025); top-k
     forms arXiv 2603.25562; other credits arXiv 2302.08215, 2502.15681. Departures: token-mean, not

@@ -43,10 +43,12 @@ class Ranking(TokenLoss):
         if self.labelled:  # in the place of the last where it is not among them
             there = ids == tokens[:, None]
             there[:, -1] |= ~there.any(1)
-            first = there.long().argmax(1)
             ids = torch.where(there, tokens[:, None], ids)
             lt = torch.where(there, live.read(LogpFact("teacher"))[:, None], lt)
-        ls, lt = where.pair(live.at(ids), lt)
+        ids, by_id = ids.sort(-1)  # of equals the lower comes first, as in the whole vocabulary
+        if self.labelled:
+            first = (ids == tokens[:, None]).long().argmax(1)
+        ls, lt = where.pair(live.at(ids), lt.gather(-1, by_id))
         return listwise(ls, lt, first, tail=True)
 
 
@@ -58,11 +60,12 @@ def pld(label: float = 0.0, k: int | None = None) -> Objective:
         q = pi_t,   s the student's logits,   r the vocabulary by decreasing q, the first term
         is the cross-entropy with the teacher's first choice times its probability
 
-    Of tokens that are equal to the teacher the lower id comes first. With `label` a share of the
-    loss of rollouts that are correct ranks the token they have before all others, the verified one;
-    the other rollouts, which hold no label, keep the teacher's own order. With `k` the teacher's k
-    most probable tokens are ranked, the verified one among them; the others stay in every
-    denominator as what is left to choose from. k of the whole vocabulary is k=None.
+    Of tokens that are equal to the teacher the lower id comes first; which of them are still among
+    its top k, the teacher says. With `label` a share of the loss of rollouts that are correct ranks
+    the token they have before all others, the verified one; the other rollouts, which hold no
+    label, keep the teacher's own order. With `k` the teacher's k most probable tokens are ranked,
+    the verified one among them; the others stay in every denominator as what is left to choose
+    from. k of the whole vocabulary is k=None.
 
     Order alone does not fix probabilities: the loss has no minimum at pi_s = pi_t, its infimum 0
     lies where the student has lost all entropy. Add a loss that matches values, as in `pld + gkd`.

@@ -181,8 +181,12 @@ class Controller(Companion):
         return strength * over**2, 2 * strength * over
 
     def reads(self, batch: Batch, standing: Standing) -> tuple[Standing, float]:
-        """Where it stands once it has seen the step's rollouts, and their mean entropy."""
+        """Where it stands once it has seen the step's rollouts, and their mean entropy; where it
+        stood if none of them trains.
+        """
         rows = batch.mask.any(1, keepdim=True)
+        if not bool(rows.any()):
+            return standing, 0.0
         kl = masked_mean(LogRatio("live", "reference")(batch), batch.mask).item()
         entropy = masked_mean(Entropy("live")(batch), batch.mask).item()
         reward = masked_mean(Reward()(batch), rows).item()

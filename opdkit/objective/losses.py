@@ -107,7 +107,7 @@ class Bounds(Loss):
             raise ValueError(
                 "dual_clip bounds PPO's clipped loss; this form bounds the ratio itself: use clip"
             )
-        if self.dual is not None and self.dual <= 1:
+        if self.dual is not None and not self.dual > 1:
             raise ValueError(
                 f"dual_clip={self.dual} must be greater than 1: it bounds the loss of tokens with "
                 "negative credit"

@@ -117,7 +117,8 @@ class _Probe(Batch):
         self.asked.add(fact)
         for companion in fact.companions:
             self.companion(companion)
-        return fact.made_up(self.ROWS, self.LENGTH, self.VOCABULARY)
+        made = fact.made_up(self.ROWS, self.LENGTH, self.VOCABULARY)
+        return made.to(self.dtype) if made.is_floating_point() else made
 
     def mark(self, name: str) -> Tensor:
         """[ROWS, LENGTH] bool."""
@@ -133,15 +134,17 @@ class _Probe(Batch):
     def hidden(self) -> Tensor:
         """[ROWS * LENGTH, VOCABULARY]: the live student's hidden states."""
         self.hidden_asked = True
-        return torch.zeros(self.tokens.numel(), self.VOCABULARY)
+        return self.logits(self.tokens.numel())
+
+    def logits(self, count: int) -> Tensor:
+        """[count, VOCABULARY], whatever numbers torch makes by default."""
+        return torch.zeros(count, self.VOCABULARY, dtype=self.dtype)
 
     def source(self, model: str, fact: Fact | None = None) -> AlignedSource:
         self.asked.add(fact or VocabularyFact(model))
         cells, ends = self.tokens.numel(), torch.arange(self.LENGTH).expand(self.ROWS, -1)
         own = Alignment(self.tokens, ends, ends, torch.arange(self.VOCABULARY), shared=True)
-        return AlignedSource(
-            Source(torch.zeros(cells, self.VOCABULARY), torch.arange(cells), Head()), own
-        )
+        return AlignedSource(Source(self.logits(cells), torch.arange(cells), Head()), own)
 
 
 def per_rollout(signal: Signal) -> bool:
@@ -186,7 +189,7 @@ def needs(objective: Objective, idle: frozenset[int] = frozenset()) -> Needs:
                 continue
             if isinstance(loss, TokenLoss):
                 # one of its own: what another term has read is not read again
-                logits = torch.zeros(len(positions), probe.VOCABULARY)
+                logits = probe.logits(len(positions))
                 loss.value(Live(probe, positions, logits, hidden=probe.hidden))
             elif isinstance(loss, RolloutLoss):
                 rows = torch.arange(probe.ROWS)

@@ -31,8 +31,20 @@ class LayerNoise(Companion):
     layers: tuple[int, int] | None = None  # the first, from 0, and the one behind the last
     learning_rate: float = 5e-4  # of log sigma; 0: the widths stay
 
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma < math.inf or not 0 <= self.learning_rate < math.inf:
+            raise ValueError(
+                f"sigma={self.sigma} must be positive and learning_rate={self.learning_rate} at "
+                "least 0, both finite: they are a width and a step size"
+            )
+        if self.layers is not None and not _is_range(self.layers):
+            raise ValueError(
+                f"layers={self.layers!r} must be (start, end), two integers with 0 <= start < end: "
+                "the layers with noise are start to end - 1, counted from 0"
+            )
+
     def build(self, around: Around) -> CompanionState:
-        start, end = self.layers or (0, len(around.layers))
+        start, end = (0, len(around.layers)) if self.layers is None else self.layers
         if not 0 <= start < end <= len(around.layers):
             raise UserError(
                 f"{self} puts noise on layers {start} to {end - 1}, and the student has "
@@ -40,6 +52,12 @@ class LayerNoise(Companion):
                 "and the one at `end` has none"
             )
         return Noisy(self, around, start, end)
+
+
+def _is_range(layers: object) -> bool:
+    """Whether it is a pair of integers, of which the first is at least 0 and the lower."""
+    pair = isinstance(layers, tuple) and [type(x) for x in layers] == [int, int]
+    return pair and 0 <= layers[0] < layers[1]  # type: ignore[index]
 
 
 class Noisy(Trained):

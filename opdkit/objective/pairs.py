@@ -86,9 +86,9 @@ class PairLoss(RolloutLoss):
 
     def metrics(self, batch: Batch, mask: Tensor) -> dict[str, Tensor]:
         """Mean implicit rewards of both sides, their difference, and how often it has the right
-        sign, [] each.
+        sign, [] each, over pairs of which both have tokens in `mask`.
         """
-        rows = self.defined(batch)[:, 0].nonzero()[:, 0]
+        rows = (self.defined(batch)[:, 0] & mask.any(1)).nonzero()[:, 0]
         mask = mask[rows]
         worth = self.beta * self.worth(batch.read(LogpFact("live"))[rows], mask, rows, batch)
         better = self.better(batch)[rows][:, rows]

@@ -99,7 +99,7 @@ def _apply(term: Term, settings: dict[str, Any]) -> Term:
     now = _settings(term)
     wanted = _joined(now, settings)
     loss, cap = term.loss, wanted["rollout_cap"]
-    if cap is not None and not cap > 0:
+    if cap is not None and (isinstance(cap, bool) or not cap > 0):
         raise ValueError(
             f"rollout_cap={cap!r} must be positive: it is the largest weight of a token, and at 0 "
             "nothing is learnt"

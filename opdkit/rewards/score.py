@@ -38,7 +38,8 @@ def load_reward(spec: Any, weights: Mapping[str, float] | None = None) -> Any:
     weigh.
     """
     if isinstance(spec, Mapping):
-        return Named({str(n): load_reward(one) for n, one in spec.items()}, dict(weights or {}))
+        named = {str(name): _named(str(name), one) for name, one in spec.items()}
+        return Named(named, dict(weights or {}))
     if weights:
         raise UserError(
             f"reward_weights weighs rewards by name ({', '.join(weights)}), and the run has none "
@@ -69,9 +70,15 @@ def load_reward(spec: Any, weights: Mapping[str, float] | None = None) -> Any:
         return Pattern(spec.removeprefix("regex:"))
     if is_address(spec):
         return load_own(spec)
-    raise UserError(
-        f"there is no reward {spec!r}{nearest(spec, FORMS)}. A reward is one of {', '.join(FORMS)}"
-    )
+    raise UserError(f"there is no reward {spec!r}{nearest(spec, FORMS)}")
+
+
+def _named(name: str, spec: Any) -> Any:
+    """One of several: what is wrong with it says which."""
+    try:
+        return load_reward(spec)
+    except UserError as error:
+        raise UserError(f"reward.{name}: {error}") from error
 
 
 Confined = TypeVar("Confined", Code, Math, ReasoningGym)

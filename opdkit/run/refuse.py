@@ -101,10 +101,12 @@ def _what_it_is(run: Run) -> str:
 
 def _refuse_without_reward(run: Run, method: Method) -> None:
     """What a run that scores nothing cannot do."""
-    if method.needs.columns & {"reward", "correct"} - writer_of(method.curriculum).judged:
+    read = method.needs.columns & {"reward", "correct"} - writer_of(method.curriculum).judged
+    if read:
+        what = "whether a response is right" if "correct" in read else "what a response is worth"
         raise UserError(
-            f"method {method.name or 'own'!r} reads whether a response is right, and the run has "
-            "no reward: set reward to math, code, exact, reasoning_gym, regex:PATTERN, judge:URL "
+            f"method {method.name or 'own'!r} reads {what}, and the run has no reward: set reward "
+            "to math, code, exact, reasoning_gym, regex:PATTERN, judge:URL "
             "or file.py:function, or an environment, which scores its episodes"
         )
     if method.curriculum.needs_own:
@@ -196,12 +198,19 @@ def _refuse_with_environment(run: Run, method: Method, reward: Reward | None) ->
 def _refuse_undrawn(method: Method) -> None:
     """Policy gradients where the student never writes."""
     credited = [term for term in method.objective.terms if credit_of(term.loss) is not None]
-    if credited and not writer_of(method.curriculum).draws:
+    writer = writer_of(method.curriculum)
+    if credited and not writer.draws:
+        way = (
+            "write beside the pairs (hypo in the place of f_dpo, curriculum.online above 0) or "
+            "pairs be of what it writes (f_dpo(pairs=rollouts))"
+            if writer.reads_pairs
+            else "write some of the batches (lmbda above 0)"
+        )
         raise UserError(
             f"method {method.name or 'own'!r} reads every response from the data, and its term "
             f"{credited[0]} is a policy gradient: of tokens that the student did not draw there is "
-            "none, so that the term would teach nothing. Let the student write some of the batches "
-            "(lmbda above 0), or leave the term out"
+            "none, so that the term would teach nothing. Let the student "
+            f"{way}, or leave the term out"
         )
 
 

@@ -39,8 +39,11 @@ class SoupTeacher(Teacher):
         return {"of": [name.strip() for name in text.split(",")]}
 
     def __post_init__(self) -> None:
-        if len(self.of) < 2:
-            raise ValueError(f"of={list(self.of)} must name at least two checkpoints to average")
+        if len(set(self.of)) < 2:
+            raise ValueError(
+                f"of={list(self.of)} must name at least two checkpoints to average: of one the "
+                "mean is itself, and that is named without soup"
+            )
         if self.weights is not None and (
             len(self.weights) != len(self.of)
             or any(w < 0 for w in self.weights)

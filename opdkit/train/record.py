@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 
@@ -151,8 +153,9 @@ class StepRecord:
         `opdkit.train.diagnostics`.
         """
         found = diagnostics.of_weights(self.plans[0])
-        for part in self.plans[0].parts:
-            found |= part.term.loss.metrics(batch, part.mask)
+        for parts in zip(*(plan.parts for plan in self.plans)):  # of a term, by optimiser step
+            mask = reduce(operator.or_, (part.mask for part in parts))
+            found |= parts[0].term.loss.metrics(batch, mask)
         found |= diagnostics.of_tokens(
             batch, self.spread(batch, self.entropy), self.spread(batch, self.gap)
         )
@@ -194,7 +197,7 @@ class Recorder:
     # says so where nothing is learnt
     idle: Callable[[Mapping[str, float]], object] | None = None
     # of the device's arithmetic, by phase
-    use: Callable[[Sequence[Rollout], Mapping[str, float]], dict[str, float]] | None = None
+    use: Callable[[Sequence[Rollout], int, Mapping[str, float]], dict[str, float]] | None = None
 
     def start(
         self, step: int, names: tuple[str, ...], earlier: frozenset[str] = frozenset()
@@ -230,7 +233,7 @@ class Recorder:
         if self.route is not None:
             metrics |= teacher_metrics(batch, [self.route(r) for r in rollouts])
         if self.use is not None:
-            metrics |= self.use(rollouts, seconds)
+            metrics |= self.use(rollouts, sum(any(r.drawn) for r in now), seconds)
         metrics["tokens/sampled_so_far"] = tokens
         metrics["memory/peak_gib"] = peak_memory(student.device)
         self.trackers.log(step, metrics)
@@ -361,14 +364,15 @@ def speed(
     seconds: Mapping[str, float],
     written: Sequence[Rollout],
 ) -> dict[str, float]:
-    """Seconds and tokens per second of each phase; response tokens only, in "sample" those of the
-    rollouts that were written now.
+    """Seconds and tokens per second of each phase; response tokens only, in "sample" those that the
+    student drew of rollouts that are of now.
     """
-    tokens, sampled = (sum(len(r.tokens) for r in some) for some in (rollouts, written))
+    tokens = sum(len(r.tokens) for r in rollouts)
+    sampled = sum(sum(r.drawn) for r in written)
     total = sum(seconds.values())
     out = {f"seconds/{phase}": value for phase, value in seconds.items()} | {"seconds/step": total}
     for phase, amount in (("sample", sampled), ("score", tokens), ("learn", positions)):
-        if seconds.get(phase, 0.0) > 0:
+        if amount and seconds.get(phase, 0.0) > 0:
             out[f"tokens_per_second/{phase}"] = amount / seconds[phase]
     out["tokens_per_second/step"] = tokens / max(total, 1e-9)
     return out

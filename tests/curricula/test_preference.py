@@ -50,6 +50,23 @@ def test_they_are_cut_at_the_runs_limit_and_asked_once() -> None:
     assert len(twice) == 4
 
 
+def test_of_two_that_are_the_same_once_cut_neither_is_preferred() -> None:
+    """Their gradients cancel but for rounding, which AdamW would make as large as any other."""
+
+    def alike(prompt: Prompt) -> Any:
+        return ([8, 9, 2], "yes"), ([8, 9, 4] if prompt.id == "a" else [8, 3], "no")
+
+    rollouts = Preference(1).writer.write(
+        context(PROMPTS, pair=alike, sampling=Sampling(max_completion_length=2))
+    )
+    assert [r.tokens for r in rollouts[:4]] == [[8, 9], [8, 9], [8, 9], [8, 3]]
+    assert [r.correct for r in rollouts[:4]] == [False, False, True, False]
+    assert [r.reward for r in rollouts[:4]] == [0.0, 0.0, 1.0, 0.0]
+    assert all(all(r.trained) for r in rollouts)  # another loss may learn from their text
+    told = Preference(1).metrics(rollouts, 0, 1, {})
+    assert told == {"alike": 0.5} and Preference().metrics(written(), 0, 1, {}) == {"alike": 0.0}
+
+
 def test_a_reward_leaves_them_as_they_are_and_scores_the_others() -> None:
     """Whatever it says, and in their order; those of the data that nobody judged are scored."""
     own = Rollout("0/a/0", [5], [1], [True], [-1.0], [-1.0], "a")

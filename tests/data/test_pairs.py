@@ -56,6 +56,16 @@ def read(row: dict[str, Any], **options: Any) -> tuple[Any, tuple[str, str]]:
             ANSWERS,
         ),
         ({"prompt": [USER], "chosen": [USER, BLUE], "rejected": [GREEN]}, [USER], ANSWERS),
+        (
+            {"prompt": SKY, "chosen": [SYSTEM, USER, BLUE], "rejected": ANSWERS[1]},
+            [SYSTEM, USER],
+            ANSWERS,
+        ),
+        (
+            {"prompt": SKY, "chosen": [BLUE], "rejected": [SYSTEM, USER, GREEN]},
+            [SYSTEM, USER],
+            ANSWERS,
+        ),
         # texts that begin alike, to the last space before they part
         (
             {"chosen": "The sky is blue.", "rejected": "The sky is black."},
@@ -113,6 +123,10 @@ def test_named_columns() -> None:
         (
             {"prompt": "Other?", "chosen": [USER, BLUE], "rejected": [USER, GREEN]},
             "the prompts of row '0' differ: chosen holds 1 messages before its answer",
+        ),
+        (
+            {"prompt": SKY, "chosen": [SYSTEM, USER, BLUE], "rejected": [USER, GREEN]},
+            r"the prompts of row '0' differ: .* \(2 and 1 messages\)",
         ),
         (
             {"prompt": SKY, "chosen": [BLUE], "rejected": [SYSTEM, GREEN]},

@@ -75,7 +75,16 @@ def files(folder: Path) -> list[str]:
                 "set reward to math",
             ],
         ),
+        (
+            ["--method=grpo", "num_generations=2"],
+            ["method 'grpo' reads what a response is worth, and the run has no reward"],
+        ),
         (["--reward=maths"], ["there is no reward 'maths'"]),
+        (["reward={a: exact, b: 3}"], ["reward.b must be str, not 3"]),
+        (
+            ["--method=f_dpo + opd"],
+            ["reads every response from the data", "hypo in the place of f_dpo"],
+        ),
         (["evaluate.data=x.jsonl"], ["evaluates on held-out problems and has no reward"]),
         (["trackers=[tensorbored]"], ["tensorbored", "did you mean 'tensorboard'"]),
         (["device=abacus"], ["device='abacus' cannot be used here"]),
@@ -408,10 +417,10 @@ def test_a_disk_that_is_full_keeps_the_checkpoint_before_and_resumes(
     """
     real, soft, hard = checkpoints.write_model, *resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def write(folder: Path, model: Any, tokenizer: Any) -> None:
+    def write(folder: Path, *more: Any) -> None:
         if folder.name.endswith("-2"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        real(folder, model, tokenizer)
+        real(folder, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "write_model", write)

@@ -123,6 +123,24 @@ def test_what_is_preferred_becomes_likelier(shop: Shop, tmp_path: Path, prefs: s
     assert lines[-1]["loss"] < 0.5 and lines[-1]["tokens/sampled_so_far"] == 0
 
 
+def test_curves_of_pairs_are_of_all_pairs_of_the_step(
+    shop: Shop, tmp_path: Path, prefs: str
+) -> None:
+    """Learnt in one optimiser step or in two, of which each has a pair; hardly anything moves."""
+    settings = {"steps": 1, "prompts_per_step": 2, "optim": {"learning_rate": 1e-12}}
+    told = []
+    for number in (1, 2):
+        run = values(shop, tmp_path / str(number), "f_dpo", prefs, **settings)
+        run["reference"] = shop.teacher
+        run["optim"]["minibatches"] = number
+        job, state = prepare(build_run(run))
+        with job.recorder.trackers:
+            train_step(job, state)
+        [line] = read_lines(tmp_path / str(number) / "metrics.jsonl")
+        told.append([line[f"pairs/{name}"] for name in ("chosen", "rejected", "margin")])
+    assert told[0] == pytest.approx(told[1], rel=1e-4) and all(told[0])
+
+
 def test_the_students_own_responses_stand_beside_the_pairs(
     shop: Shop, tmp_path: Path, prefs: str
 ) -> None:

@@ -99,6 +99,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "method": {"name": "f_dpg", "window": 5},
         "optim": {"passes": 2, "minibatches": 2},
     },
+    "how undecided it was as it began": {
+        "method": {"name": "gtpo", "threshold": 1.5},
+        "sampling": {"num_generations": 4},
+        "optim": {"passes": 2, "minibatches": 2},
+    },
     "steps near the student before them": {"method": "mdpo", "optim": {"passes": 2}},
     "draws among tokens of high covariance": {
         "method": {"name": "clip_cov", "lb": 0.1, "ratio": 0.2},

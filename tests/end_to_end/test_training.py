@@ -588,7 +588,7 @@ def test_utilisation_is_operations_over_what_the_device_could_do(
         Rollout(f"{i}", [1] * 10, [2] * 8, [True] * 8, [], [], str(i // 2)) for i in range(4)
     ]
     shape = use.models[0].shaped
-    learned = use(rollouts, {"learn": 2.0})["mfu/learn"] * 2.0 * use.device.tflops32 * 1e12
+    learned = use(rollouts, 4, {"learn": 2.0})["mfu/learn"] * 2.0 * use.device.tflops32 * 1e12
     tokens, matrices = 4 * 18, 6 * shape.active
     attention = 12 * shape.layers * shape.queries * 4 * 18**2 / 2
     assert learned == pytest.approx(

@@ -161,6 +161,12 @@ def test_what_it_says() -> None:
         ({"mode": "row"}, "mode='row' must be one of"),
         ({"mode": "token", "geometric": True}, "geometric is of mode='sequence'"),
         ({"sigma": -1.0}, "must be at least 0"),
+        ({"sigma": math.inf}, "both finite"),
+        ({"learning_rate": -1e-3}, "0: widths stay"),
+        ({"reference_kl": -0.1}, "must be at least 0: it is the weight of the penalty"),
+        ({"layers": (3, 1)}, r"must be \(start, end\), two integers"),
+        ({"layers": 0}, r"must be \(start, end\), two integers"),
+        ({"layers": (0.5, 2)}, r"must be \(start, end\), two integers"),
         ({"divergence_mask": 0.1, "mask_kind": "full_tv"}, "ratio of tokens of sampler"),
     ):
         with pytest.raises(Exception, match=said):

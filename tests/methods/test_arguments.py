@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
 from collections import Counter
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -144,6 +146,27 @@ def test_shares_and_positive_numbers():
     for value in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"cap={value} must be positive: it is a bound"):
             positive(cap=(value, "it is a bound"))
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_what_is_no_number_is_no_argument(name):
+    """nan is nowhere one, infinity not where a whole number or a choice is asked for."""
+    for argument, hint in get_type_hints(function_of(name)).items():
+        kinds = set(get_args(hint)) or {hint}
+        if argument != "return" and kinds & {int, float}:
+            with pytest.raises(UserError, match=f"method '{name}': {argument}"):
+                load(name, **{argument: math.nan})
+        if kinds <= {int, bool, str, type(None)}:
+            with pytest.raises(UserError):
+                load(name, **{argument: math.inf})
+
+
+def test_no_number_in_the_ratio_layer():
+    for argument in ("rollout_cap", "divergence_mask", "smooth", "clip"):
+        with pytest.raises(UserError, match=f"method 'opd': {argument}=nan is no number"):
+            load("opd", **{argument: math.nan})
+    with pytest.raises(ValueError, match="must be greater than 1"):
+        Clipped(LogRatio("teacher", "student"), 0.2, 0.2, math.nan)
 
 
 def test_the_student_as_its_own_teacher():

@@ -285,7 +285,9 @@ def test_explain_says_when_a_weight_costs_no_forward_pass():
         ("distillm * paced", "student now solves"),
         ("tropd + gkd(lmbda=0.5)", "only one can decide"),
         ("opd * drift_gating(base=tropd)", "decides who writes"),
-        ("minillm(teacher_mix=0.2) + opd", "only one can hold"),
+        ("minillm(teacher_mix=0.2) + opd", "only one can hold. Run one of them"),
+        ("dph_rl + salsa", "only one can hold. Run one of them"),
+        ("salsa + grpo(reference_kl=0.1)", "only one can hold. Run one of them"),
         ("0 * opd", "positive number"),
         ("opd + 1", "number is added"),
         ("2 * 3", "is a number"),
@@ -406,7 +408,8 @@ def test_together_is_a_whole_curriculum():
     asked = {name for name in (*vars(Curriculum), *Curriculum.__annotations__) if name[0] != "_"}
     assert asked == {
         *("writer", "within", "longest", "choose", "observe", "validated", "metrics"),
-        *("measures", "needs_own", "authors"),
+        *("measures", "needs_own", "authors", "marks", "asked"),
+        *("recalls", "recalled", "prepared", "passes"),
     }
     assert asked <= set(vars(together.Together))
 

@@ -168,3 +168,20 @@ def test_a_beta_says_the_kind():
         load("opd", kind=JSD(0.3), as_credit=True).objective
     )
     assert kind_of("jsd") == JSD()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, Softened()], ids=str)
+def test_models_far_apart_have_a_finite_credit_in_float32(kind):
+    """A token e^150 times as probable to one model as to the other: float32 ends at e^88."""
+    method, far, flat = (
+        load("opd", kind=kind, as_credit=True),
+        numbers(-150, 0, 0.3),
+        numbers(0, 0, 0),
+    )
+    for student, teacher in ((far, flat), (flat, far)):
+        wide, narrow = (
+            evaluate(method, s[None, None], tokens(0), models={"teacher": t[None, None]})
+            for s, t in ((student, teacher), (student.float(), teacher.float()))
+        )
+        assert narrow.loss.abs() < 1.001 * math.exp(20)
+        assert torch.allclose(narrow.grad.double(), wide.grad, rtol=1e-4, atol=1e-6)

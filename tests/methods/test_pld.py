@@ -107,6 +107,18 @@ def test_equal_tokens_of_the_teacher_are_ranked_by_id():
     assert descending_ids(x).tolist() == descending_ids(x.double()).tolist() == expected
 
 
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_equal_tokens_among_the_top_k_are_ranked_by_id_too(label):
+    """In whatever order the top k names them; a model in bfloat16 has many equals."""
+    t = torch.tensor([0.5, 1.0, 0.5, 2.0, 1.0, 0.5, 2.0, -3.0, -4.0, 1.0]).double()
+    z = torch.randn(len(t), generator=torch.Generator().manual_seed(3)).double()
+    q, y = t.softmax(-1), 9
+    order = [3, 6, 1, 4, 9, 0, 2, 5]
+    order = [y, *(v for v in order if v != y)] if label else order
+    out = on(z.tolist(), t.tolist(), y, load("pld", label=label, k=8), correct=[True])
+    assert close(out.loss, naive(z, q, order, z[[7, 8]].exp().sum()), 12)
+
+
 def test_float32_is_ranked_as_float64_is():
     x = torch.randn(50, 300, generator=torch.Generator().manual_seed(1))
     assert torch.equal(descending_ids(x), descending_ids(x.double()))

@@ -185,6 +185,18 @@ def test_it_moves_once_for_each_optimiser_step_and_is_saved() -> None:
     assert again.standing == control.standing and again.metrics() == control.metrics()
 
 
+def test_a_step_in_which_nothing_trains_tells_it_nothing() -> None:
+    """No reward was 0 there, and no KL."""
+    case = step(0, False, ("reference",))
+    empty = replace(case, mask=torch.zeros_like(case.tokens, dtype=torch.bool))
+    batch = empty.batch(load("safe").objective)
+    control = batch.companions[PID]
+    assert isinstance(control, Control)
+    control.standing = seen(Standing(), 0.5, 0.6, kl=0.4)
+    control.after_step(Stepped(batch, batch.mask, updates=3))
+    assert control.standing == seen(Standing(), 0.5, 0.6, kl=0.4)
+
+
 # ---------------------------------------------------------------------------------- the coefficient
 
 

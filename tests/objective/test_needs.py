@@ -97,3 +97,16 @@ def test_trace_makes_no_pass_of_its_teacher_after_the_hand_over(step: int, passe
     grpo, pull = objective.plan(batch).parts
     assert torch.equal(grpo.weight, batch.mask.double())  # no token is marked
     assert not bool(pull.weight.any())
+
+
+@pytest.mark.parametrize("usual", [torch.float64, torch.bfloat16], ids=str)
+def test_it_reads_the_same_whatever_numbers_torch_makes_by_default(usual: torch.dtype) -> None:
+    """A script that loads its models in bfloat16 may have set that for all of torch."""
+    names = ("gkd", "gold", "dmpo", "f_dpo", "safe", "salsa", "sinkd")
+    every = [opdkit.load(name).objective for name in names]
+    expected = [needs(objective) for objective in every]
+    torch.set_default_dtype(usual)
+    try:
+        assert [needs.__wrapped__(objective) for objective in every] == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -195,9 +195,11 @@ def test_only_the_layers_that_are_named_have_noise_and_a_width() -> None:
     with companions.disturbed(0):
         assert [len(layer._forward_pre_hooks) for layer in layers] == [0, 1, 0]
     assert not any(layer._forward_pre_hooks for layer in layers)
-    for wrong in ((0, 4), (2, 2), (-1, 2)):
-        with pytest.raises(UserError, match=r"the student has 3 .*layers=\(start, end\) count"):
-            opened(noise=LayerNoise(0.3, wrong))
+    with pytest.raises(UserError, match=r"the student has 3 .*layers=\(start, end\) count"):
+        opened(noise=LayerNoise(0.3, (0, 4)))
+    for wrong in ((2, 2), (-1, 2), (), 1):
+        with pytest.raises(ValueError, match="two integers with 0 <= start < end"):
+            LayerNoise(0.3, wrong)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="none on plain logits"):
         Companions.build([NOISE], Around(lambda name: 3, CPU, torch.float64))
 

@@ -137,6 +137,10 @@ def test_what_it_reports() -> None:
     assert told["pairs/rejected"].item() == pytest.approx(rejected, abs=1e-12)
     assert told["pairs/margin"].item() == pytest.approx(chosen - rejected, abs=1e-12)
     assert told["pairs/accuracy"].item() == pytest.approx(1 / 3)
+    some = torch.tensor([1, 1, 1, 0, 0])[:, None].bool()  # another optimiser step learns the rest
+    told = PairLoss(LogU(), 0.5).metrics(batch, some)
+    margin = sum(0.5 * (L[w] - L[l]) for w, l in pairs[:2]) / 2
+    assert told["pairs/margin"].item() == pytest.approx(margin, abs=1e-12)
     batch.facts[ColumnFact("correct")] = torch.zeros(5).bool()
     assert PairLoss().metrics(batch, batch.trained) == {}
 

@@ -46,7 +46,7 @@ def test_a_cap_is_the_losss_own_and_its_weight_the_trainer_over_the_sampler():
     assert apply_layer(made, rollout_cap=2) == Objective(PolicyGradient(CREDIT, cap=2) * a * 2)
     assert apply_layer(made, rollout_cap=None) == Objective(PolicyGradient(CREDIT) * a * 2)
     assert apply_layer(PLAIN, rollout_cap=5, clip=0.2) == Objective(Clipped(CREDIT, cap=5))
-    for bad in (0, -1.0):
+    for bad in (0, -1.0, True):
         with pytest.raises(ValueError, match="must be positive"):
             apply_layer(PLAIN, rollout_cap=bad)
 

@@ -105,6 +105,7 @@ def test_one_of_ones_own_file_may_be_silent_in_its_own_process(tmp_path: Path) -
         (NAMED, {"shrot": 1.0}, r"reward_weights.shrot weighs no reward.*did you mean 'short'"),
         (NAMED, {"short": float("nan")}, "must be a finite number"),
         ("exact", {"exact": 1.0}, "weighs rewards by name .* has none with names"),
+        ({"a": "exact", "b": "maths"}, {}, "reward.b: there is no reward 'maths'; did you mean"),
         ({}, {}, "must each say what they are"),
         ({"a": None}, {}, "must each say what they are"),
         ({"a": "mth"}, {}, "no reward 'mth'.*did you mean 'math'"),

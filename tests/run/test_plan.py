@@ -304,7 +304,7 @@ def test_the_peak_of_a_learning_pass_is_below_the_estimate_and_near_it(
         Held("teacher", "t", HERE, shape, run.dtype),
     ]
     method = run.method_spec.load()
-    memory = memory_of(run, method, models, step_of(run, cpu()), cpu())
+    memory = memory_of(run, method, models, step_of(run, method.curriculum, cpu()), cpu())
     student = Student(model, run.optim, 1e-3, 10, run.dtype == "bfloat16")
     rows = rollouts(lengths=((prompt, response),) * count, vocabulary=64)
     batch = gather(
@@ -520,6 +520,29 @@ def test_updates_of_steps_that_differ_count_on_average() -> None:
     assert always.seconds == pytest.approx(2 * one.seconds)
     assert one.says.endswith("1 update") and always.says.endswith("2 updates")
     assert more.says.endswith("1.5 updates on average")
+
+
+def test_what_is_not_sampled_is_not_counted_and_what_stands_beside_is() -> None:
+    """Pairs are read, an opponent's answers are written beside, rehearsed ones were before."""
+    four = {"data": "d", "reward": "exact", "prompts_per_step": 4}
+
+    def planned(method: str, **more: Any) -> RunPlan:
+        return plan(qwen_run(**four | {"method": method, "teacher": None} | more), H100)
+
+    pairs = planned("f_dpo")
+    assert (pairs.step.rollouts, pairs.load.written) == (8, 0)
+    assert [p.name for p in pairs.phases] == ["score", "learn"]
+    assert pairs.phases[0].says == "one pass of student, reference"
+    two = {"sampling": {"num_generations": 2}}
+    assert (planned("hypo", **two).step.rollouts, planned("hypo", **two).step.sampled) == (16, 8)
+    played = planned("nash_mp", **two)
+    assert (played.step.rollouts, played.step.sampled) == (8, 16)
+    kept = planned("dph_rl", **two)
+    assert (kept.step.rollouts, kept.step.sampled) == (16, 8)
+    assert "8 responses to every prompt" in str(kept) and "is not counted" in str(kept)
+    evaluate = {"data": {"source": "d", "limit": 10}, "every": 0}
+    of_pairs, of_own = (planned(m, evaluate=evaluate, **two) for m in ("f_dpo", "grpo"))
+    assert of_pairs.evaluations == pytest.approx(of_own.evaluations)  # answers are sampled there
 
 
 def test_evaluations_count_where_the_number_of_problems_is_known() -> None:

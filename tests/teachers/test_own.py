@@ -226,6 +226,8 @@ def test_a_soup_has_the_mean_of_the_weights_and_takes_one_shape_only(tmp_path: P
         SoupTeacher((names[0], other)).open(replace(context, opened={}))
     with pytest.raises(UserError, match="at least two checkpoints"):
         teacher_of(f"soup:{names[0]}")
+    with pytest.raises(UserError, match="of one the mean is itself"):
+        teacher_of(f"soup:{names[0]},{names[0]}")
 
 
 def soup_of(names: list[str], **settings: Any) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 from opdkit.base.config import plain
 from opdkit.base.errors import UserError
 from opdkit.base.progress import duration
+from opdkit.curricula import Plain
 from opdkit.methods.explain import passes
 from opdkit.methods.method import Method
 from opdkit.models.held import ELSEWHERE, Held
@@ -58,7 +59,7 @@ def sized(run: Run, method: Method, device: Device) -> Run:
     models = models_of(run, method)
     for tokens in MICRO:
         tried = replace(run, micro_batch_tokens=tokens)
-        if memory_of(tried, method, models, step_of(tried, device), device).fits:
+        if memory_of(tried, method, models, step_of(tried, method.curriculum, device), device).fits:
             return tried
     return run
 
@@ -105,16 +106,15 @@ class RunPlan:
 
     @cached_property
     def step(self) -> Step:
-        return step_of(self.run, self.device)
+        return step_of(self.run, self.method.curriculum, self.device)
 
     @cached_property
     def memory(self) -> Memory:
         return self._memory(self.run)
 
     def _memory(self, run: Run) -> Memory:
-        return memory_of(
-            run, self.method, models_of(run, self.method), step_of(run, self.device), self.device
-        )
+        step = step_of(run, self.method.curriculum, self.device)
+        return memory_of(run, self.method, models_of(run, self.method), step, self.device)
 
     @cached_property
     def changes(self) -> list[Change]:
@@ -158,7 +158,8 @@ class RunPlan:
         asked = replace(
             run, data=settings.prompts, prompts_per_step=problems, sampling=drawn, sampler="hf"
         )
-        step, rows = step_of(asked, self.device), self._memory(asked).rows
+        alone = replace(self, run=asked, method=replace(self.method, curriculum=Plain()))
+        step, rows = alone.step, alone.memory.rows
         load = load_of(step, self.rates, self.response)
         return count, sampling(
             asked, self.models[0], load, step.response, rows, self.device, self.rates
@@ -189,6 +190,8 @@ class RunPlan:
             "forward passes of a step, besides sampling",
             *(f"  {i}. {x}" for i, x in enumerate(passes(self.method), 1)),
         ]
+        before = self.method.curriculum.before
+        lines += [f"before the first step the student writes {before}"] if before else []
         lines += ["", "models"]
         for held in self.models:
             words = [f"{held.role:<12} {held.name}"]
@@ -255,6 +258,8 @@ class RunPlan:
             f"time: about {_time(self.seconds)} for {self.run.steps} steps, rewards and "
             "checkpoints not counted"
         )
+        if self.method.curriculum.before:
+            lines.append("  what is written before the first step is not counted")
         if math.isinf(self.seconds):
             lines.append(
                 "  the rates of this device are not known: give --device-tflops and "

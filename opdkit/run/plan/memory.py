@@ -8,16 +8,18 @@ gated decoders keep about as much.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from opdkit.curricula import reads_cache
+from opdkit.curricula import Curriculum, reads_cache, writer_of
+from opdkit.methods.explain import scored_before
 from opdkit.methods.method import Method
 from opdkit.models.held import HERE, WIDTH, Held
 from opdkit.models.layout import HELD
 from opdkit.models.shapes import Shape
 from opdkit.objective.head import CHUNK_BYTES, CHUNK_ENTRIES, CHUNK_MOST, CHUNK_PART
-from opdkit.objective.needs import Needs, reads_student
+from opdkit.objective.needs import Needs
 from opdkit.run.plan.devices import GIB, Device
 from opdkit.run.plan.models import products_of
 from opdkit.run.settings import Run
@@ -39,6 +41,7 @@ class Step:
     prompt: int  # tokens
     response: int
     micro: int  # padded tokens of the largest forward pass
+    sampled: float  # responses that are written in it, on average
 
     @property
     def longest(self) -> int:
@@ -49,13 +52,15 @@ class Step:
         return self.rollouts * self.response
 
 
-def step_of(run: Run, device: Device) -> Step:
+def step_of(run: Run, curriculum: Curriculum, device: Device) -> Step:
     prompt = run.prompts.max_prompt_length or LONGEST_PROMPT
     response = run.sampling.max_completion_length
-    rollouts = run.prompts_per_step * run.sampling.num_generations
+    writer, prompts = writer_of(curriculum), run.prompts_per_step
+    rollouts = prompts * writer.rollouts(run.sampling) + curriculum.beside(prompts)
     budget = run.micro_batch_tokens or (16384 if device.gpu else 1024)
     micro = min(max(budget, prompt + response), rollouts * (prompt + response))
-    return Step(run.prompts_per_step, rollouts, prompt, response, micro)
+    sampled = prompts * writer.sampled(run.sampling)
+    return Step(prompts, rollouts, prompt, response, micro, sampled)
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def memory_of(
     _scoring(out, needs, read, run, step)
     _learning(out, run, shape, step)
     guide = next(held for held in models if held.role == "teacher") if method.teacher_mix else None
-    if not reads_cache(method.curriculum):
+    if step.sampled:
         _sampling(out, run, models[0], guide, step)
     sampled = out.rows if run.sampler_settings.on_student else 0
     # positions that are projected, at most
@@ -250,7 +255,7 @@ def scored(run: Run, method: Method, models: Sequence[Held]) -> list[Held]:
     needs = method.needs
     # nothing noted can be used
     again = run.recomputes_student or run.correct_sampling or reads_cache(method.curriculum)
-    student = models[:1] if reads_student(needs) or (again and needs.of("student")) else []
+    student = models[:1] if scored_before(method) or (again and needs.of("student")) else []
     return [
         *student,
         *(held for held in models[1:] if held.where == HERE and held.kind in needs.models),
@@ -308,7 +313,7 @@ def _sampling(out: Memory, run: Run, student: Held, guide: Held | None, step: St
             student,
             guide,
             run.dtype,
-            step.rollouts,
+            min(math.ceil(step.sampled), step.rollouts),
             step.longest,
             device.memory,
             out.free("sample"),

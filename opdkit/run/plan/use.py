@@ -33,15 +33,19 @@ class Use:
     device: Device
 
     def __call__(
-        self, rollouts: Sequence[Rollout], seconds: Mapping[str, float]
+        self, rollouts: Sequence[Rollout], sampled: int, seconds: Mapping[str, float]
     ) -> dict[str, float]:
-        """mfu/sample, mfu/score, mfu/learn, and mfu/step of all that was timed."""
+        """mfu/sample, mfu/score, mfu/learn, and mfu/step of all that was timed.
+
+        sampled: how many of the rollouts were written in the step.
+        """
         n = max(len(rollouts), 1)
         prompt, response = (
             sum(map(len, texts)) / n
             for texts in ([r.prompt for r in rollouts], [r.tokens for r in rollouts])
         )
-        load = Load(len({r.question for r in rollouts}), len(rollouts), prompt, response)
+        prompts = len({r.question for r in rollouts})
+        load = Load(prompts, len(rollouts), sampled, prompt, response)
         longest = max((len(r.tokens) for r in rollouts), default=1)
         per_second = peak(self.device, self.models[0].product_width(self.run.dtype))
         found = phases(self.run, self.method, self.models, load, longest, n, self.device, USUAL)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opdkit.base.errors import UserError
-from opdkit.curricula import reads_cache
 from opdkit.methods.method import Method
 from opdkit.models.held import ENGINE, Held
 from opdkit.models.shapes import Shape
@@ -67,6 +66,7 @@ class Load:
 
     prompts: int
     rollouts: int
+    sampled: float  # of these, and of others that it only compares them with, are written in it
     prompt: float
     response: float
 
@@ -76,8 +76,14 @@ class Load:
         return self.rollouts * (self.prompt + self.response)
 
     @property
-    def written(self) -> float:
+    def responses(self) -> float:
+        """Tokens of all responses."""
         return self.rollouts * self.response
+
+    @property
+    def written(self) -> float:
+        """Tokens that are sampled."""
+        return self.sampled * self.response
 
     @property
     def pairs(self) -> float:
@@ -88,7 +94,11 @@ class Load:
 def load_of(step: Step, rates: Rates, response: float | None = None) -> Load:
     mean = response if response is not None else rates.response * step.response
     return Load(
-        step.prompts, step.rollouts, min(MEAN_PROMPT, step.prompt), min(mean, step.response)
+        step.prompts,
+        step.rollouts,
+        step.sampled,
+        min(MEAN_PROMPT, step.prompt),
+        min(mean, step.response),
     )
 
 
@@ -153,11 +163,7 @@ def phases(
     rates: Rates,
 ) -> list[Phase]:
     """The phases of one step."""
-    out = (
-        []
-        if reads_cache(method.curriculum)
-        else [sampling(run, models[0], load, longest, rows, device, rates)]
-    )
+    out = [sampling(run, models[0], load, longest, rows, device, rates)] if load.sampled else []
     out.append(scoring(run, method, models, load, device, rates))
     return [*out, learning(run, method, models, load, device, rates)]
 
@@ -171,7 +177,7 @@ def sampling(
     shape = student.shaped
     prompts = forward(shape, load.prompts * load.prompt, load.prompts * load.prompt**2 / 2)
     # tokens attended to, in all
-    context = load.rollouts * (load.prompt * load.response + load.response**2 / 2)
+    context = load.sampled * (load.prompt * load.response + load.response**2 / 2)
     decoding = forward(shape, load.written, context) + 2 * shape.head * load.written
     pace = run.sampler_settings.pace(student, run.dtype, rates.launch, rates.graph)
     if pace is None:
@@ -206,7 +212,7 @@ def scoring(
         reads_numbers = any(fact.read_from != "loss" for fact in needs.of(held.kind))
         work = (
             forward(held.shaped, load.tokens, load.pairs)
-            + 2 * held.shaped.head * load.written * reads_numbers
+            + 2 * held.shaped.head * load.responses * reads_numbers
         )
         operations += held.share * work
         seconds += over(
@@ -225,9 +231,9 @@ def learning(
     """The student's passes with gradient, and the optimiser."""
     student = models[0]
     shape = student.shaped
-    products, own = head(run, shape, load.written)
+    products, own = head(run, shape, load.responses)
     whole = sum(
-        held.share * 2 * held.shaped.head * load.written
+        held.share * 2 * held.shaped.head * load.responses
         for held in models[1:]
         if _whole(method.needs, held)
     )
