@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-vllm install-agents install-neighbours quickstart test test-kernels test-slow test-hostile test-peer test-vllm test-agents test-neighbours test-verifiers bench lint clean
+.PHONY: install install-vllm install-agents install-neighbours quickstart test test-kernels test-slow test-hostile test-peer test-vllm test-agents test-neighbours test-ranks test-verifiers bench lint clean
 
 install: .venv/installed
 
@@ -55,6 +55,10 @@ install-neighbours: .venv-neighbours/installed
 
 test-neighbours: install-neighbours
 	OMP_NUM_THREADS=1 .venv-neighbours/bin/python -m pytest -q -m neighbours tests/neighbours
+
+# Every method on two and three processes of this machine.
+test-ranks: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ranks tests/end_to_end/test_ranks.py
 
 # The library verifiers wants other versions than the rest of the project, so it has an environment of its own too.
 .venv-verifiers/installed: pyproject.toml

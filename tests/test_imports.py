@@ -57,6 +57,8 @@ HEAVY = (
     "ray",
     "triton",
     "matplotlib",
+    "gymnasium",
+    "stable_baselines3",
     "math_verify",
     "reasoning_gym",
     "pyarrow",

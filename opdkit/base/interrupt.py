@@ -26,11 +26,15 @@ class Stopped(SystemExit, KeyboardInterrupt):
         self.number = number
 
 
-def status(stop: KeyboardInterrupt) -> int:
+class EndedElsewhere(SystemExit):
+    """Another process of the same work has ended it and said why: this one ends in silence."""
+
+
+def status(stopped: KeyboardInterrupt) -> int:
     """The exit status of a program that was stopped: 130 for Ctrl-C, 143 for SIGTERM, 129 for
     SIGHUP.
     """
-    return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+    return 128 + (stopped.number if isinstance(stopped, Stopped) else signal.SIGINT)
 
 
 class _Guard:
@@ -51,11 +55,7 @@ class _Guard:
         elif self.holding and not (number == self.late == signal.SIGINT):
             self.late = number
         else:
-            raise _stop(number)
-
-
-def _stop(number: int) -> KeyboardInterrupt:
-    return KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
+            raise stop(number)
 
 
 _guard: _Guard | None = None
@@ -88,6 +88,16 @@ def stoppable() -> Iterator[None]:
         _guard = before
 
 
+def waiting() -> int:
+    """The number of a signal that waits for the end of what is `held`; 0: there is none."""
+    return 0 if _guard is None or _guard.late is None else _guard.late
+
+
+def stop(number: int) -> KeyboardInterrupt:
+    """What a signal raises."""
+    return KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
+
+
 @contextmanager
 def held() -> Iterator[None]:
     """What has to be done whole: a SIGTERM or SIGHUP that comes meanwhile, such as a scheduler's
@@ -108,4 +118,4 @@ def held() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if not guard.holding and guard.late is not None:
             number, guard.late = guard.late, None
-            raise _stop(number)
+            raise stop(number)

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from opdkit.base.errors import UserError
-from opdkit.base.interrupt import stoppable
+from opdkit.base.interrupt import EndedElsewhere, stoppable
+from opdkit.base.launched import speaks
 from opdkit.cli.answers import EVAL, SAMPLE
 from opdkit.cli.cache_teacher import CACHE_TEACHER
 from opdkit.cli.command import interrupted
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(options, "run"):
         made.print_help()
         return 0
+    options.typed = list(sys.argv[1:] if arguments is None else arguments)
     _environment()
     try:
         with stoppable():
@@ -76,13 +78,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return status
     except UserError as error:
-        print(f"opdkit: error: {error}", file=sys.stderr)
+        if speaks():
+            print(f"opdkit: error: {error}", file=sys.stderr)
         return 2
+    except EndedElsewhere as end:
+        return int(str(end.code))
     except KeyboardInterrupt as stop:
         return interrupted(stop, "continue with --resume")
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and _unread():
             return 0
+        if not speaks():
+            return 1
         name = next(command.name for command in COMMANDS if command.run is options.run)
         return tell(error, name)
 

@@ -26,7 +26,7 @@ def run(options: Any) -> int:
         return interrupted(stop, "the same command starts anew")
     print_table(outcome.table)
     print(f"\nclaim    {outcome.claim}\nfound    {outcome.found}")
-    print(f"seen     {'yes' if outcome.holds else 'no'}")
+    print(f"seen     {'yes' if outcome.holds else 'not with 95 %'}")
     print(f"figure   {folder / 'figure.png'}\nnumbers  {folder / 'outcome.json'}")
     return 0
 

@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from opdkit.base.errors import UserError
+from opdkit.base.launched import rank
 from opdkit.cli.command import Command, described_run
 
 if TYPE_CHECKING:
@@ -52,6 +53,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     parser.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="train in N processes of this machine, one per GPU; several machines: torchrun",
+    )
+    parser.add_argument(
         "--allow-changes",
         action="store_true",
         help="with --resume: go on with other settings or data than the checkpoint's",
@@ -64,6 +71,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the resolved run with its memory and time, load nothing, and stop",
     )
+    _of_a_dry_run(parser)
+    parser.epilog = (
+        "further settings as key=value: optim.learning_rate=1e-5, num_generations=4, method.k=64"
+    )
+
+
+def _of_a_dry_run(parser: argparse.ArgumentParser) -> None:
     dry = parser.add_argument_group(
         "of a dry run", "what it is reckoned for; by default the device at hand"
     )
@@ -90,20 +104,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="mean tokens of a response (default: half of the limit)",
     )
     dry.add_argument("--json", action="store_true", help="print it as JSON")
-    parser.epilog = (
-        "further settings as key=value: optim.learning_rate=1e-5, num_generations=4, method.k=64"
-    )
 
 
-def train(options: Any) -> None:
+def train(options: Any) -> int | None:
     from opdkit.run.launch import execute
 
+    if options.nproc is not None and not options.dry_run:
+        return _several(options)
     flags = [f"method.times={json.dumps(options.times)}"] if options.times else []
     flags += [f"lora.r={options.lora}"] if options.lora is not None else []
     run = described_run(options, NAMED, flags)
     if options.dry_run:
         dry_run(options, run)
-        return
+        return None
     for name in DRY:
         if getattr(options, name):
             raise UserError(
@@ -115,7 +128,19 @@ def train(options: Any) -> None:
         overwrite=options.overwrite,
         allow_changes=options.allow_changes,
     )
-    print(f"model   {result.model}\nreport  {result.report}")
+    if rank() == 0:
+        print(f"model   {result.model}\nreport  {result.report}")
+    return None
+
+
+def _several(options: Any) -> int:
+    """The same command, without --nproc, in several processes."""
+    from opdkit.run.processes import on_several
+
+    given = options.typed
+    at = next(i for i, text in enumerate(given) if text.partition("=")[0] == "--nproc")
+    rest = given[:at] + given[at + (1 if "=" in given[at] else 2) :]
+    return on_several(options.nproc, rest)
 
 
 def dry_run(options: Any, run: Run) -> None:

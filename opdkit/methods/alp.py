@@ -125,11 +125,8 @@ def alp(
     one_of(mode=(mode, ("token", "sequence", "cumulative")))
     if geometric and mode != "sequence":
         raise ValueError(f"geometric is of mode='sequence': mode={mode!r} takes no mean")
-    not_negative(
-        sigma=(sigma, "it is the width of the noise"),
-        learning_rate=(learning_rate, "at 0 the widths stay"),
-        reference_kl=(reference_kl, "it is the weight of the penalty"),
-    )
+    not_negative(sigma=(sigma, "it is a width"), learning_rate=(learning_rate, "0: widths stay"))
+    not_negative(reference_kl=(reference_kl, "it is the weight of the penalty"))
     reach = None if mode == "token" else Reach("geometric" if geometric else mode)
     objective = Objective(OneRatio(Advantage(), 0.5, 3.0, c, reach=reach))
     if reference_kl:

@@ -147,6 +147,8 @@ class Layout:
         for b in rows.tolist():
             rollout = self.rollouts[b]
             inputs.append(torch.tensor((rollout.prompt + rollout.tokens)[: int(lengths[b])]))
+        if not inputs:  # a pass that others make, and in which this process has nothing to read
+            inputs, padded = [torch.zeros(1, dtype=torch.int64)], None
         ids = pad_sequence(inputs, batch_first=True)
         spare = 0 if padded is None else padded - ids.shape[1]
         if self.hear is not None:

@@ -18,4 +18,6 @@ NEIGHBOURS: dict[str, str] = {
     "trirl": "opdkit.neighbours.trirl",
     "flow_dppo": "opdkit.neighbours.flow_dppo",
     "f_distill": "opdkit.neighbours.f_distill",
+    "props": "opdkit.neighbours.props",
+    "hnpg": "opdkit.neighbours.hnpg",
 }

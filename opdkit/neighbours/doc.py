@@ -261,7 +261,6 @@ def bandit(s: Settings) -> Task:
         chance = torch.tensor([luck, 1 - luck])[arms[-1]]
         paid.append((torch.rand(s.pulls, 1, generator=draw) < chance).long())
     arm, pay = torch.stack(arms), torch.stack(paid)
-    seen = torch.zeros_like(arm), arm, pay, torch.ones_like(arm), pay[..., 0].float()
     pays = torch.tensor([[luck, 1 - luck] for luck in s.luck]).repeat_interleave(s.seeds, 0)
     return Task(
         "bandit",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,14 @@ from opdkit.neighbours.outcome import Outcome
 
 # `with progress("Learning", total=20, unit="runs") as tick: tick(done)`
 Progress = Callable[..., AbstractContextManager[Callable[[int], None]]]
+
+
+@contextmanager
+def counted(progress: Progress, what: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
+    """`with counted(progress, "Learning", 20, "runs") as tick: tick()` after each of them."""
+    done = count(1)
+    with progress(what, total=total, unit=unit) as report:
+        yield lambda: report(next(done))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class Curves:
     y_label: str
     x: Sequence[float]
     lines: Mapping[str, Sequence[Sequence[float]]]
+    log: bool = False  # both axes
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ class Around:
     # a model of the student's kind as one that scores rollouts, as the run would score with it
     scorer: Callable[[Any], Any] | None = None
     layers: Sequence[nn.Module] = ()  # of the student, in their order; none on plain logits
+    # a copy of the student as the run holds it: spread over the processes, where there are several
+    placed: Callable[[Any], Any] = lambda model: model
 
 
 @dataclass(frozen=True)

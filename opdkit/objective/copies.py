@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError
 from opdkit.objective.companion import Around, Companion, CompanionState, Stepped
+from opdkit.objective.parts import like, whole
 
 
 class CopyOfStudent(Companion):
@@ -98,13 +99,13 @@ class StudentCopy(CompanionState):
     def __init__(self, around: Around):
         assert around.scorer is not None
         shared = {id(p): p for p in around.model.parameters() if not p.requires_grad}
-        self.model = copy.deepcopy(around.model, shared).eval()
+        self.model = around.placed(copy.deepcopy(around.model, shared).eval())
         self.weights = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.model.requires_grad_(False)
         self.source = around.scorer(self.model).source
 
     def state_dict(self) -> Mapping[str, Any]:
-        return {name: weight.detach() for name, weight in self.weights.items()}
+        return wholes(self.weights)
 
     def load_state_dict(self, state: Any) -> None:
         follow(self.weights, state, 1.0)
@@ -155,12 +156,17 @@ class PreviousCopy(StudentCopy):
         follow(self.now, learning(stepped.model), 1.0)
 
     def state_dict(self) -> Mapping[str, Any]:
-        return {"step": self.step, "before": dict(super().state_dict()), "now": self.now}
+        return {"step": self.step, "before": dict(super().state_dict()), "now": wholes(self.now)}
 
     def load_state_dict(self, state: Any) -> None:
         super().load_state_dict(state["before"])
         follow(self.now, state["now"], 1.0)
         self.step = state["step"]
+
+
+def wholes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of any shape [...] by name, put together."""
+    return {name: whole(weight.detach()) for name, weight in weights.items()}
 
 
 def learning(model: Any) -> dict[str, Tensor]:
@@ -176,7 +182,8 @@ def follow(weights: Mapping[str, Tensor], others: Mapping[str, Tensor], rate: fl
     if set(others) != set(weights):
         raise ValueError("its weights have other names than the student's")
     for name, weight in weights.items():
+        other = like(weight, others[name])
         if rate == 1:
-            weight.copy_(others[name])
+            weight.copy_(other)
         else:
-            weight.lerp_(others[name], rate)
+            weight.lerp_(other, rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,10 @@ from opdkit.train.collect.filters import (
     OverlongPenalty,
     newlines,
 )
+from opdkit.train.divided import DividedSampler, divided
 from opdkit.train.idle import Idle
 from opdkit.train.job import HeldOut, Job, Length, Scoring
+from opdkit.train.mesh import ALONE, Mesh
 from opdkit.train.record import Recorder
 from opdkit.train.track import open_trackers
 from opdkit.types import Sampler, Watch
@@ -58,24 +61,27 @@ def assemble(
     opened: Opened,
     checkpoint: Path | None,
     record: dict[str, Any],
+    mesh: Mesh = ALONE,
 ) -> tuple[Job, State]:
     """The job, and the state in which it starts: that of the checkpoint, where there is one.
 
-    `record`: what run it is, for its own checkpoints (see `run.resume`).
+    `record`: what run it is, for its own checkpoints (see `run.resume`). `mesh`: the processes that
+    share it, of which the first writes its files.
     """
     method, student = asked.method, opened.student
-    collector = make_collector(run, asked, opened)
+    collector = make_collector(run, asked, opened, mesh)
     if asked.stored is not None and given.student is None:
         for note in student_notes(asked.stored, identify(run.student)):
             print(f"opdkit: {note}", file=sys.stderr)
     state = State() if checkpoint is None else continued(run, checkpoint, opened, record)
     state.record = record
+    run = replace(run, output=str(mesh.folder(run.folder)))
     run.folder.mkdir(parents=True, exist_ok=True)
     write_whole(run.folder / "run.yaml", run_yaml(run, record["changes"]))  # first of its files
     truncate_metrics(run.folder / "metrics.jsonl", state.step)
     truncate_metrics(run.folder / "evals.jsonl", state.evaluated)
     recorder = make_recorder(run, given, asked, opened, state)
-    evaluator = make_evaluator(run, asked, opened, collector.sampler)
+    evaluator = make_evaluator(run, asked, opened, collector.sampler, mesh)
     job = Job(
         objective=method.objective,
         collector=collector,
@@ -91,6 +97,7 @@ def assemble(
         scoring=Scoring(run.recomputes_student, run.correct_sampling),
         held_out=make_held_out(run, asked, opened, evaluator),
         seed=run.seed,
+        mesh=mesh,
     )
     if evaluator is not None and state.evaluated < 0:
         score_teachers(evaluator, opened.scorers, asked.eval_rows or [])
@@ -118,7 +125,7 @@ def continued(run: Run, checkpoint: Path, opened: Opened, record: dict[str, Any]
     return state
 
 
-def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
+def make_collector(run: Run, asked: Asked, opened: Opened, mesh: Mesh = ALONE) -> Collector:
     """Where rollouts come from: the method's curriculum, the run's prompts and sampler."""
     method, stored, student = asked.method, asked.stored, opened.student
     mix = guide(opened.scorers, method.teacher_mix) if method.teacher_mix else None
@@ -135,17 +142,18 @@ def make_collector(run: Run, asked: Asked, opened: Opened) -> Collector:
         sampler = opened.models.sampler(student, watched(method.needs), mix, longest)
     return Collector(
         curriculum=method.curriculum,
-        sampler=episodic(run.world, sampler, prompts, student.model),
+        sampler=divided(episodic(run.world, sampler, prompts, student.model), mesh, student.model),
         prompts=prompts,
         stream=PromptStream(len(prompts), seed=run.seed),
         sampling=run.sampling,
         prompts_per_step=run.prompts_per_step,
         seed=run.seed,
         reward=opposed(asked.reward, bool(players)),
-        players={name: opened.player(name) for name in players},
+        players={name: opened.player(name, mesh) for name in players},
         filters=make_filters(run, method.needs, opened.tokenizer, len(prompts)),
         annotators=open_annotators(run, method, asked.annotated, opened, sampler),
         stored=stored,
+        mesh=mesh,
         viewed=partial(seen, prompts),
     )
 
@@ -179,7 +187,11 @@ def make_recorder(run: Run, given: Given, asked: Asked, opened: Opened, state: S
 
 
 def make_evaluator(
-    run: Run, asked: Asked, opened: Opened, writer: Sampler | None = None
+    run: Run,
+    asked: Asked,
+    opened: Opened,
+    writer: Sampler | None = None,
+    mesh: Mesh = ALONE,
 ) -> Evaluator | None:
     """Scores models on the run's held-out problems, in this process, or with the sampler that
     writes (`writer`) where this process cannot sample the student; None where there are none.
@@ -191,9 +203,12 @@ def make_evaluator(
     if writer is not None and odd_layers(opened.student.model):
         sampler = writer
     world = run.held_out_world
+    if isinstance(sampler, DividedSampler):
+        sampler = sampler.inner
     if world is not None and isinstance(sampler, EpisodeSampler):
         sampler = sampler.inner
-    sampler = episodic(world, sampler, prompts, opened.student.model)
+    model = opened.student.model
+    sampler = divided(episodic(world, sampler, prompts, model), mesh, model)
     return Evaluator(run, sampler, prompts, asked.reward, opened.tokenizer)
 
 

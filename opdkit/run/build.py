@@ -15,20 +15,25 @@ from opdkit.run.settings import Run
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
 from opdkit.train.job import Job
-from opdkit.train.rehearse import rehearse
+from opdkit.train.mesh import ALONE, Mesh
 
 
 def prepare(
-    run: Run, given: Given = Given(), *, resume: bool = False, allow_changes: bool = False
+    run: Run,
+    given: Given = Given(),
+    *,
+    resume: bool = False,
+    allow_changes: bool = False,
+    mesh: Mesh = ALONE,
 ) -> tuple[Job, State]:
     """A run checked and built, and where it starts: at its newest checkpoint with `resume`, which
-    must be of the same settings and data unless `allow_changes`.
+    must be of the same settings and data unless `allow_changes`. `mesh`: the processes that share
+    it.
     """
     run = on_device(run, device_of(run.device).startswith("cuda"))
     run = with_models(run, given.method or run.method_spec.load())
     asked = ask(run, given)
-    checkpoint = checkpoints.newest(run.folder) if resume else None
+    checkpoint = mesh.first(lambda: checkpoints.newest(run.folder)) if resume else None
     record = agreed(run, record_of(run, given, asked), checkpoint, allow_changes)
-    opened = open_models(run, given, asked.method, checkpoint)
-    rehearse(opened.student.model, opened.tokenizer)
-    return assemble(run, given, asked, opened, checkpoint, record)
+    opened = open_models(run, given, asked.method, checkpoint, mesh.devices)
+    return assemble(run, given, asked, opened, checkpoint, record, mesh)

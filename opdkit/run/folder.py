@@ -16,6 +16,7 @@ from typing import Any
 from opdkit.base.config import plain
 from opdkit.base.errors import UserError
 from opdkit.base.files import tidy
+from opdkit.base.launched import processes, rank
 from opdkit.base.lock import locked
 from opdkit.run.settings import Run
 from opdkit.train.checkpoint import checkpoints
@@ -51,7 +52,6 @@ def claimed(run: Run, *, resume: bool = False, overwrite: bool = False) -> Itera
 
     A run that ends before its first step leaves it as it was.
     """
-    refuse_several()
     folder = run.folder
     with locked(folder):
         _recover(folder)
@@ -77,13 +77,12 @@ def claimed(run: Run, *, resume: bool = False, overwrite: bool = False) -> Itera
 
 def refuse_several() -> None:
     """Started once for each of several devices, as by torchrun: the same run so many times."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count.isdigit() and int(count) > 1:
-        rank = os.environ.get("RANK", "unknown")
+    if processes() > 1:
         raise UserError(
-            f"this was started as one of {count} processes (WORLD_SIZE={count}, RANK={rank}), as "
-            "torchrun does, and a run is one process: it would be done so many times over, into "
-            "one folder. Start it without torchrun, or unset WORLD_SIZE"
+            f"this was started as one of {processes()} processes (WORLD_SIZE={processes()}, "
+            f"RANK={rank()}), as torchrun does, and only `opdkit train` is work for several: it "
+            "would be done so many times over, into one folder. Start it without torchrun, or "
+            "unset WORLD_SIZE"
         )
 
 

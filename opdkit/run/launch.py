@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from opdkit.data.memory import as_rows
 from opdkit.eval import EvalResult
 from opdkit.methods.method import as_method
 from opdkit.models.adapters import has_adapters
+from opdkit.models.device import device_of
 from opdkit.models.quantize import merged
+from opdkit.models.sharding import is_spread, unsharded
 from opdkit.report import write_report
 from opdkit.run.build import prepare
 from opdkit.run.folder import Claim, claimed
@@ -28,6 +32,7 @@ from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
 from opdkit.train.job import Job
 from opdkit.train.loop import train
+from opdkit.train.mesh import joined
 from opdkit.types import Rollout
 
 Show = Callable[[int, Mapping[str, float]], None]
@@ -129,10 +134,13 @@ def execute(
             "allow_changes is about settings that a resumed run changes: add resume, or leave it "
             "out"
         )
-    run = resolve(run, resume, given.method)
-    with stoppable(), claimed(run, resume=resume, overwrite=overwrite) as claim:
-        job, state = prepare(run, given, resume=resume, allow_changes=allow_changes)
-        return _execute(run, given, job, state, claim)
+    with stoppable(), joined(device_of(run.device)) as mesh:
+        run = mesh.first(lambda: resolve(run, resume, given.method))
+        claim = partial(claimed, run, resume=resume, overwrite=overwrite)
+        with claim() if mesh.rank == 0 else nullcontext(Claim(run.folder, True)) as claimed_:
+            mesh.every(None)  # the folder is claimed
+            job, state = prepare(run, given, resume=resume, allow_changes=allow_changes, mesh=mesh)
+            return _execute(run, given, job, state, claimed_)
 
 
 def _execute(run: Run, given: Given, job: Job, state: State, claim: Claim) -> Result:
@@ -146,8 +154,17 @@ def _execute(run: Run, given: Given, job: Job, state: State, claim: Claim) -> Re
     claim.begin()
     final = run.folder / "model"
     trained = job.student.model
-    model = merged(trained) if has_adapters(trained) else trained
-    checkpoints.put(final, lambda partial: checkpoints.write_model(partial, model, job.tokenizer))
+    adapted = has_adapters(trained)
+    with unsharded(trained) if adapted and is_spread(trained) else nullcontext():
+        model = merged(trained) if adapted else trained
+        weights = checkpoints.whole_weights(model) if is_spread(trained) else None
+        if job.mesh.rank == 0:  # the first writes
+            checkpoints.put(
+                final, lambda part: checkpoints.write_model(part, model, job.tokenizer, weights)
+            )
+        job.mesh.every(None)
+    if job.mesh.rank:
+        return Result(final, run.folder, [], [], run.folder / "report.html")
     done = {
         "method": str(run.method_spec),
         "objective": str(job.objective),

@@ -195,7 +195,7 @@ class Models:
             SamplerContext(
                 student.model,
                 self.tokenizer,
-                student.head,
+                lambda: student.head,
                 self.run.dtype,
                 longest,
                 guide,

@@ -14,14 +14,18 @@ from opdkit.methods.method import Method
 from opdkit.models.body import head_of, kept_rows, layers_of, shared_vocabulary
 from opdkit.models.device import device_of
 from opdkit.models.load import dtype_of, load_tokenizer
+from opdkit.models.sharding import shard
 from opdkit.objective.companion import Around, Companion, Companions
 from opdkit.run.open import Given, Models
 from opdkit.run.settings import Run
 from opdkit.sampling import HFSampler
 from opdkit.teachers import LocalModel, Remote, Scorer
 from opdkit.teachers.base import cut, heads_of
+from opdkit.train.divided import divided
+from opdkit.train.mesh import ALONE, Mesh
+from opdkit.train.rehearse import rehearse
 from opdkit.train.student import Student
-from opdkit.types import Watch
+from opdkit.types import Sampler, Watch
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,10 @@ class Opened:
 
     def sampler(self, watch: Watch = Watch()) -> HFSampler:
         """The student's sampler in this process, for evaluations."""
-        return HFSampler(self.student.model, self.tokenizer, head=self.student.head, watch=watch)
+        student = self.student
+        return HFSampler(student.model, self.tokenizer, head=lambda: student.head, watch=watch)
 
-    def player(self, name: str) -> HFSampler:
+    def player(self, name: str, mesh: Mesh = ALONE) -> Sampler:
         """What lets a copy of the student write, in this process."""
         [copy] = [state for spec, state in self.companions.items() if spec.model == name]
         model = getattr(copy, "model", None)
@@ -49,11 +54,17 @@ class Opened:
                 f"{name!r} is to write responses, and it is no copy of the student but a "
                 f"{type(copy).__name__}: bring an Ema with that name"
             )
-        return HFSampler(model, self.tokenizer, head=head_of(model, self.student.vocab))
+        vocab = self.student.vocab
+        alone = HFSampler(model, self.tokenizer, head=lambda: head_of(model, vocab))
+        return divided(alone, mesh, model)
 
 
-def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None) -> Opened:
-    """Opens every model that a method reads; the student as it is in the checkpoint, if any."""
+def open_models(
+    run: Run, given: Given, method: Method, checkpoint: Path | None, devices: Any = None
+) -> Opened:
+    """Opens every model that a method reads; the student as it is in the checkpoint, if any, and
+    spread over a mesh of `devices`, if there are several processes.
+    """
     tokenizer = (
         given.tokenizer
         if given.tokenizer is not None
@@ -72,18 +83,21 @@ def open_models(run: Run, given: Given, method: Method, checkpoint: Path | None)
         head_dtype=dtype_of(run.head_dtype),
         disable_dropout=run.disable_dropout,
     )
-    copies = beside(run.copies_for(method), student, {}, run)
+    copies = beside(run.copies_for(method), student, {}, run, devices)
     others = models.others(base, copies)
     heads = [student.head, *(head for scorer in others.values() for head in heads_of(scorer))]
     vocabulary = shared_vocabulary(heads, tokenizer)
     student.vocab = vocab = kept_rows(heads, vocabulary)
     scorers: dict[str, Scorer | Remote] = {
-        "student": LocalModel(base, student.head, run.micro_batch_tokens),
-        "live": LocalModel(base, student.head, run.micro_batch_tokens),
+        name: LocalModel(base, head_of(base, vocab), run.micro_batch_tokens)
+        for name in ("student", "live")
     }
     scorers |= {name: cut(scorer, vocab) for name, scorer in others.items()}
     wanted = {*method.needs.companions, *method.companions}
-    companions = Companions(copies.built | beside(wanted, student, scorers, run).built)
+    others_beside = beside(wanted, student, scorers, run, devices)
+    companions = Companions(copies.built | others_beside.built)
+    rehearse(base, tokenizer)
+    student.spread(devices)  # last: copies are made of the whole
     # a copy that a teacher reads through a view is behind it
     everyone = companions.scorers | scorers
     return Opened(models, tokenizer, student, everyone, vocabulary, companions)
@@ -94,6 +108,7 @@ def beside(
     student: Student,
     scorers: Mapping[str, Scorer | Remote],
     run: Run,
+    devices: Any = None,
 ) -> Companions:
     """What stands beside the student at the start of a run."""
 
@@ -114,5 +129,6 @@ def beside(
         student.model,
         lambda model: LocalModel(model, head_of(model, student.vocab), run.micro_batch_tokens),
         layers_of(student.model),
+        lambda model: shard(model, devices),
     )
     return Companions.build(wanted, around)

@@ -4,7 +4,7 @@ leave as they finish.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -35,11 +35,11 @@ class HFSampler:
     """Samples from a causal LM in this process.
 
     `head` defaults to the model's own, cut to the tokenizer's real tokens, and no id beyond the cut
-    is ever drawn. `max_batch_tokens` bounds the cache (rows x longest possible row); by default it
-    fills half of the accelerator's free memory, or 2 GiB of a CPU's. With a `guide`, tokens are
-    drawn from its mixture with the model; `logp` stays the model's own, as does what is noted by
-    `watch`. Draws are keyed by seed, rollout id and position: a rollout depends neither on the
-    other prompts nor on the batch it was sampled in.
+    is ever drawn; a function is asked for it anew each time. `max_batch_tokens` bounds the cache
+    (rows x longest possible row); by default it fills half of the accelerator's free memory, or 2
+    GiB of a CPU's. With a `guide`, tokens are drawn from its mixture with the model; `logp` stays
+    the model's own, as does what is noted by `watch`. Draws are keyed by seed, rollout id and
+    position: a rollout depends neither on the other prompts nor on the batch it was sampled in.
     """
 
     continues = True  # it takes `replies`
@@ -49,7 +49,7 @@ class HFSampler:
         model: CausalLM,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        head: Head | None = None,
+        head: Head | Callable[[], Head] | None = None,
         max_batch_tokens: int | None = None,
         guide: Guide | None = None,
         watch: Watch = Watch(),
@@ -108,7 +108,8 @@ class HFSampler:
         check_sampling(sampling)
         if not prompts:
             return []
-        head = self.head or head_of(self.model, real_vocabulary(self.tokenizer))
+        head = self.head() if callable(self.head) else self.head
+        head = head or head_of(self.model, real_vocabulary(self.tokenizer))
         longest = check_prompts(prompts, sampling, self.model, head)
         budget = self._budget(longest, sampling)
         ids = rollout_ids(prompts, sampling, step)

@@ -38,7 +38,7 @@ class HfSettings(SamplerSettings):
         return HFSampler(
             context.model,
             context.tokenizer,
-            head=context.head,
+            head=context.head_now,
             max_batch_tokens=self.max_batch_tokens,
             guide=context.guide,
             watch=context.watch,

@@ -5,7 +5,7 @@ depends on the kind.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,12 +23,17 @@ class SamplerContext:
 
     model: Any  # the student: a Hugging Face model that trains in this process
     tokenizer: Any
-    head: Head  # the student's, cut to the vocabulary that all models of the run share
+    # the student's, cut to the vocabulary that all models of the run share, as it is now
+    head_now: Callable[[], Head]
     products: str = "float32"  # the dtype of the student's matrix products, whatever its weights'
     longest: int = 0  # tokens of the longest rollout there can be, prompt and response
     guide: Guide | None = None  # takes part in decoding, where the kind is `on_student`
     watch: Watch = Watch()  # what is to be noted at each token, where the kind is `on_student`
     trust_remote_code: bool = False
+
+    @property
+    def head(self) -> Head:
+        return self.head_now()
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ class SamplerSettings(ABC):
             on_student = True
 
             def open(self, context: SamplerContext) -> Sampler:
-                return LoudSampler(HFSampler(context.model, context.tokenizer, head=context.head))
+                return LoudSampler(HFSampler(context.model, context.tokenizer,
+                head=context.head_now))
 
             def room(self, sizes: Sizes) -> Room:
                 return HfSettings().room(sizes)

@@ -23,6 +23,7 @@ from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE, Offloaded, eno
 from opdkit.models.precision import compute_in
 from opdkit.models.quantize import check_quantize, require
 from opdkit.models.shapes import Shape
+from opdkit.models.sharding import is_spread, level, whole_head
 from opdkit.models.tokenizers import refuse_other_tokenizer, same_tokenizer, shared_ids
 from opdkit.objective.facts import Fact
 from opdkit.objective.head import Head, Source
@@ -63,9 +64,8 @@ class LocalModel:
         """Hidden states at flat positions [N]; the model's mode, gradients and random state are
         left as they were.
         """
-        parts = layout.micro_batches(
-            positions, self.micro_batch_tokens or batch_tokens(positions.device)
-        )
+        budget = self.micro_batch_tokens or batch_tokens(positions.device)
+        parts = level(self.model, layout.micro_batches(positions, budget), positions[:0])
         advice = (
             STUDENT_ADVICE
             if any(p.requires_grad for p in self.model.parameters())
@@ -79,7 +79,10 @@ class LocalModel:
             hidden = [self.head.kept(layout.states(self.model, part)) for part in parts]
         for part, states in zip(parts, hidden):
             self._refuse_broken(layout, part, states)
-        return source_of(self.head.ready(), layout, parts, hidden, positions.device)
+        head = self.head
+        if is_spread(self.model):  # it may have learnt, and is in parts
+            head = whole_head(head_of(self.model, head.vocab))
+        return source_of(head.ready(), layout, parts, hidden, positions.device)
 
     def _refuse_broken(self, layout: Layout, positions: Tensor, states: Tensor) -> None:
         """Hidden states that are not numbers would spread into every weight of the student."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ import torch
 from opdkit.base import exact
 from opdkit.base.errors import UserError
 from opdkit.base.files import remove_folder, tidy, write_folder, write_json, write_whole
+from opdkit.models.adapters import has_adapters
+from opdkit.models.sharding import is_spread
 from opdkit.objective.companion import Companions
+from opdkit.objective.parts import whole
 from opdkit.train.restored import load_optimiser, read_state, read_tensors
 from opdkit.train.student import Student
 
@@ -47,23 +50,54 @@ def save(
     student: Student,
     tokenizer: Any,
     companions: Companions | None = None,
+    rank: int = 0,
 ) -> Path:
-    """Write `checkpoint-N`."""
+    """Write `checkpoint-N`. Where a model is spread over several processes, all of them put it
+    together, and the one of rank 0 writes.
+    """
+    weights = whole_weights(student.model) if is_spread(student.model) else None
+    optimiser = whole_optimiser(student)
+    beside = companions.state_dict() if companions else {}
 
     def write(partial: Path) -> None:
-        write_model(partial, student.model, tokenizer)
+        write_model(partial, student.model, tokenizer, weights)
         state.updates = student.updates
         values = asdict(state)
         write_whole(partial / RECORD, exact.dumps(values.pop("record"), indent=1) + "\n")
         write_whole(partial / STATE, exact.dumps(values, indent=1) + "\n")
-        torch.save(student.optimiser.state_dict(), partial / OPTIMISER)
-        if companions:
-            torch.save(companions.state_dict(), partial / COMPANIONS)
+        torch.save(optimiser, partial / OPTIMISER)
+        if beside:
+            torch.save(beside, partial / COMPANIONS)
         _finish(partial)
 
     final = folder / f"checkpoint-{state.step}"
-    put(final, write)
+    if rank == 0:
+        put(final, write)
     return final
+
+
+def whole_weights(model: Any) -> dict[str, Any]:
+    """The weights of a model that is spread over processes, put together on all of them."""
+    # not `state_dict`, for which a model takes its parts up again where it is whole meanwhile
+    named = dict(model.named_parameters())  # tied ones once
+    for path, module in model.named_modules():
+        kept = set(module._buffers) - module._non_persistent_buffers_set
+        named |= {f"{path}.{name}".lstrip("."): module._buffers[name] for name in sorted(kept)}
+    if has_adapters(model):  # what learns is all that is saved
+        named = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+    return {name: whole(x.detach()).cpu() for name, x in named.items() if x is not None}
+
+
+def whole_optimiser(student: Student) -> dict[str, Any]:
+    """The state of the optimiser, as one process has it."""
+    held = student.optimiser.state_dict()
+    if not is_spread(student.model):
+        return held
+    state = {
+        number: {name: whole(value) for name, value in moments.items()}
+        for number, moments in held["state"].items()
+    }
+    return {**held, "state": state}
 
 
 def put(final: Path, write: Callable[[Path], None]) -> None:
@@ -79,11 +113,14 @@ def put(final: Path, write: Callable[[Path], None]) -> None:
         ) from error
 
 
-def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
+def write_model(
+    folder: Path, model: Any, tokenizer: Any, weights: Mapping[str, Any] | None = None
+) -> None:
     """Weights as safetensors (adapters alone, with LoRA), configuration and tokenizer: loads with
-    plain from_pretrained.
+    plain from_pretrained. `weights`: those of a model that is not whole here.
     """
-    model.save_pretrained(folder, safe_serialization=True)
+    given = {} if weights is None else {"state_dict": weights}
+    model.save_pretrained(folder, safe_serialization=True, **given)
     tokenizer.save_pretrained(folder)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opdkit.objective.batch import Batch
 from opdkit.objective.divergences import ReverseKL
-from opdkit.objective.facts import EntropyFact, Fact, GapFact, LogpFact
+from opdkit.objective.facts import EntropyFact, GapFact, LogpFact
 from opdkit.objective.formula import Const
 from opdkit.objective.plan import StepPlan
 
@@ -83,13 +83,20 @@ def by_position(values: Tensor, mask: Tensor) -> list[Tensor]:
     return list(total / count)
 
 
-def of_facts(facts: dict[Fact, Tensor], mask: Tensor) -> dict[str, Tensor]:
-    """What each fact [B, T] or [B, T, k] has to say of the tokens of `mask` [B, T]: see
-    `Fact.metrics`.
+def of_facts(batch: Batch) -> dict[str, Tensor]:
+    """What each fact [B, T] or [B, T, k] has to say of the tokens that the student drew: see
+    `Fact.metrics`. Of those that each process has of its own tokens, the mean over all.
     """
-    out: dict[str, Tensor] = {}
+    facts, out = batch.facts, dict[str, Tensor]()
+    mine = batch.mask if batch.mine is None else batch.mask & batch.mine
     for fact in facts:
-        out |= fact.metrics(facts, mask)
+        if batch.whole is None or not fact.shape:
+            out |= fact.metrics(facts, batch.mask)
+            continue
+        count = mine.sum().to(batch.dtype)
+        for name, mean in fact.metrics(facts, mine).items():
+            held = torch.where(count > 0, mean.to(batch.dtype), 0.0) * count
+            out[name] = batch.whole(held) / batch.whole(count)
     return out
 
 
@@ -122,7 +129,7 @@ def of_tokens(batch: Batch, entropy: Tensor, gap: Tensor) -> dict[str, Tensor]:
             f"quadrants/{name}": value
             for name, value in quadrants(unsure[known], apart[known]).items()
         }
-    return out | of_facts(facts, own)
+    return out | of_facts(batch)
 
 
 def of_weights(plan: StepPlan) -> dict[str, Tensor]:

@@ -76,9 +76,9 @@ def gather(
         for fact, values in _told(batch, rollouts, fresh, needs).items()
     }
     if not all(fresh):
-        told = _completed(batch, told, fresh, wanted, scorers, layout, where)
+        told = _completed(batch, told, fresh, wanted, scorers, layout, where, mesh)
     batch.facts |= told
-    made = _ask(batch, wanted, scorers, layout, flat_positions(where))
+    made = _ask(batch, wanted, scorers, layout, flat_positions(where), mesh)
     for fact, values in (told | made).items():
         _refuse_nan(fact, values, where, rollouts)
     batch.facts |= {fact: _whole(batch, fact, values) for fact, values in made.items()}
@@ -126,6 +126,7 @@ def _completed(
     scorers: Mapping[str, Scorer | Remote],
     layout: Layout,
     where: Tensor,
+    mesh: Mesh,
 ) -> Tensors:
     """What was told of `fresh` rollouts, with what the student says of the others at positions
     `where` [B, T]; nothing where a pass of the student over all of them is made anyway.
@@ -135,7 +136,7 @@ def _completed(
         return {}
     told = {fact: values for fact, values in told.items() if fact in with_ids(wanted)}
     stale = torch.tensor([not x for x in fresh], device=batch.device)[:, None]
-    made = _ask(batch, set(told), scorers, layout, flat_positions(where & stale))
+    made = _ask(batch, set(told), scorers, layout, flat_positions(where & stale), mesh)
     batch.sources.clear()
     whole = {fact: _whole(batch, fact, made[fact]) for fact in told}
     return {f: torch.where(_like(stale, v), whole[f], v) for f, v in told.items()}
@@ -168,6 +169,7 @@ def _ask(
     scorers: Mapping[str, Scorer | Remote],
     layout: Layout,
     positions: Tensor,
+    mesh: Mesh,
 ) -> Tensors:
     """The wanted facts [B, T] or [B, T, k]: one pass over the models whose vocabulary is at hand,
     numbers from those elsewhere.
@@ -196,7 +198,8 @@ def _ask(
     for model in sorted(remote):
         ask(model, [f for f in asked[model] if not f.others_first])
     whole = any(f.whole_step for f in wanted)
-    for part in [positions] if whole else layout.portions(positions, HELD) or [positions]:
+    parts = [positions] if whole else layout.portions(positions, HELD) or [positions]
+    for part in mesh.level(parts, positions[:0]):
         for model in sorted(models - set(remote)):
             scorer: Any = scorers[model]
             batch.sources[model] = scorer.source(layout, part)

@@ -5,7 +5,7 @@ record. It knows no method.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from opdkit.base.clock import Clock
 from opdkit.base.errors import UserError
-from opdkit.base.interrupt import held
+from opdkit.base.interrupt import held, stop, waiting
 from opdkit.models.layout import Layout
+from opdkit.models.sharding import level
 from opdkit.objective.batch import Batch
 from opdkit.objective.companion import Stepped
 from opdkit.objective.head import flat_positions, learn
@@ -32,8 +33,15 @@ from opdkit.types import Rollout
 def train(job: Job, state: State) -> State:
     """From `state` to the last step.
 
-    An error before the weights move leaves the step before it saved: only its own step is lost.
+    An error before the weights move leaves the step before it saved: only its own step is lost. Of
+    several processes one cannot save without the others: they are where the last checkpoint is. A
+    signal ends them together, at the end of a step.
     """
+    with held() if job.mesh.size > 1 else nullcontext():
+        return _train(job, state)
+
+
+def _train(job: Job, state: State) -> State:
     stream = job.collector.stream
     stream.load(state.stream or stream.state())
     # as it was loaded: a new run has nothing to save yet, a resumed one only what it adds
@@ -50,10 +58,14 @@ def train(job: Job, state: State) -> State:
         )
         if due and state.step and state != saved:
             with held():
-                checkpoints.save(job.folder, state, job.student, job.tokenizer, job.companions)
+                _save(job, state)
                 checkpoints.prune(job.folder, job.checkpoint.keep, state.best_step)
         if last:
             return state
+        if job.mesh.size > 1 and (number := job.mesh.most(waiting())):
+            if state.step and state != saved and not due:
+                _save(job, state)
+            raise stop(number)
         with _kept(job, state):
             train_step(job, state)
 
@@ -83,11 +95,17 @@ def _kept(job: Job, state: State) -> Iterator[None]:
         good = state if state.step > before.step else before
         there = (job.folder / f"checkpoint-{good.step}").exists()
         unmoved = job.student.updates == updates
-        if (unmoved or good is state) and good.step > 0 and not there:
+        # what several processes have learnt, one of them cannot save
+        if (unmoved or good is state) and good.step > 0 and not there and job.mesh.size == 1:
             job.student.optimiser.zero_grad(set_to_none=True)
             with held():
-                checkpoints.save(job.folder, good, job.student, job.tokenizer, job.companions)
+                _save(job, good)
         raise
+
+
+def _save(job: Job, state: State) -> None:
+    student, rank = job.student, job.mesh.rank
+    checkpoints.save(job.folder, state, student, job.tokenizer, job.companions, rank)
 
 
 def train_step(job: Job, state: State) -> None:
@@ -187,7 +205,8 @@ def _learn(
     )
     with student.learning(job.seed), job.companions.disturbed(student.updates) as hear:
         layout = Layout(rollouts, plan.batch.shape[1], hear)
-        for positions, padded in layout.passes(selected, job.micro_batch_tokens, scored):
+        passes = layout.passes(selected, job.micro_batch_tokens, scored)
+        for positions, padded in level(student.model, passes, (selected[:0], 1)):
             states = layout.states(student.model, positions, padded)
             learned = learn(
                 plan, positions, states, student.head, term_gradients=record.term_gradients
@@ -196,6 +215,10 @@ def _learn(
                 raise UserError(_not_finite(plan, positions, rollouts, learned.parts))
             learned.loss.backward()
             record.add(learned, positions)
+    for parameter in job.companions.parameters if job.mesh.size > 1 else ():
+        parameter.grad = job.mesh.total(
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        )
     norm = student.gradient_norm()
     if not bool(norm.isfinite()):
         raise UserError(
@@ -251,7 +274,7 @@ def _evaluate(job: Job, state: State) -> None:
     if not due or state.evaluated == state.step:
         return
     if held_out.measure is not None:
-        measured = held_out.measure(state.step)
+        measured = job.mesh.same(held_out.measure(state.step))
         state.memory = job.curriculum.validated(measured, state.memory)
         score = measured.get("score")
         if score is not None and state.step and (state.best is None or score > state.best):

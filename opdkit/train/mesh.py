@@ -8,45 +8,96 @@ statistics are computed from whole tensors and are the same everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+import atexit
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from datetime import timedelta
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from opdkit.base.interrupt import EndedElsewhere, status
+from opdkit.base.launched import processes, tell
 from opdkit.types import Rollout
 
 Thing = TypeVar("Thing")
+Made = TypeVar("Made")
+
+PATIENCE = 60  # minutes that a process waits for the others, which may be sampling
+# in the words of gloo and NCCL: the process at the other end has ended
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process")
 
 
-class Mesh(Protocol):
+class Mesh(ABC):
     """What the loop asks of the processes that share a run."""
 
     rank: int  # of this one, from 0
     size: int  # how many there are
+    devices: Any = None  # over which models may be spread: a DeviceMesh, one device per process
+
+    @abstractmethod
+    def total(self, values: Tensor) -> Tensor:
+        """[...]: the sum over all processes, of values [...] of one shape everywhere."""
+
+    @abstractmethod
+    def every(self, thing: Thing) -> list[Thing]:
+        """What each process has, in the order of their ranks: a small object."""
 
     def mine(self, rollouts: Sequence[Rollout], width: int) -> Tensor:
         """[B, width] bool: the tokens that this process scores and learns; of every token that is
         one process.
         """
-        ...
+        owner = torch.tensor(by_length(rollouts, self.size), dtype=torch.int64)
+        return (owner == self.rank)[:, None].expand(-1, width)
 
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes, of one shape everywhere."""
-        ...
+    def most(self, number: int) -> int:
+        """The largest of what the processes have."""
+        return max(self.every(number))
 
-    def every(self, thing: Thing) -> list[Thing]:
-        """What each process has, in the order of their ranks: a small object."""
-        ...
+    def level(self, parts: Sequence[Thing], idle: Thing) -> list[Thing]:
+        """Parts of work, as many everywhere as the most that one has; those added are `idle`."""
+        return [*parts, *[idle] * (self.most(len(parts)) - len(parts))]
+
+    def first(self, make: Callable[[], Made]) -> Made:
+        """What the first process makes, for all."""
+        made: Any = self.same(make() if self.rank == 0 else None)
+        return made
+
+    def same(self, thing: Thing) -> Thing:
+        """What the first process has, where what each has might differ."""
+        return self.every(thing)[0]
+
+    def folder(self, first: Path) -> Path:
+        """Where this process writes: the run's folder, of which the first is the only writer, or
+        one of its own that nobody reads.
+        """
+        if self.rank == 0:
+            return first
+        made = Path(mkdtemp(prefix=f"opdkit-rank{self.rank}-"))
+        atexit.register(rmtree, made, ignore_errors=True)
+        return made
+
+    def divided(
+        self, things: Sequence[Thing], work: Callable[[Sequence[Thing]], Sequence[Made]]
+    ) -> list[Made]:
+        """What `work` makes of each thing, for all: each process works on every `size`-th."""
+        if self.size == 1:
+            return list(work(things))
+        mine = list(things[self.rank :: self.size])
+        parts = self.every(list(work(mine)) if mine else [])
+        return [parts[i % self.size][i // self.size] for i in range(len(things))]
 
 
-class Alone:
+class Alone(Mesh):
     """One process: all is its own, and what it has is the whole."""
 
     rank, size = 0, 1
-
-    def mine(self, rollouts: Sequence[Rollout], width: int) -> Tensor:  # [B, width] bool
-        return torch.ones(len(rollouts), width, dtype=torch.bool)
 
     def total(self, values: Tensor) -> Tensor:  # as `values`
         return values
@@ -56,6 +107,94 @@ class Alone:
 
 
 ALONE = Alone()
+
+
+class Ranks(Mesh):
+    """The processes of one run, one per device, as torchrun or `opdkit train --nproc` starts them:
+    a group of torch.distributed.
+    """
+
+    def __init__(self, device: str):
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.rendezvous import rendezvous
+
+        kind, patience = torch.device(device).type, timedelta(minutes=PATIENCE)
+        # numbers of a GPU by NCCL, small objects by gloo
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        self.store, self.rank, self.size = next(rendezvous("env://", timeout=patience))
+        dist.init_process_group(
+            backend, store=self.store, rank=self.rank, world_size=self.size, timeout=patience
+        )
+        self.devices = init_device_mesh(kind, (self.size,))
+        self.small = dist.new_group(backend="gloo") if kind == "cuda" else None
+
+    def total(self, values: Tensor) -> Tensor:  # as `values`
+        import torch.distributed as dist
+
+        summed = values.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed
+
+    def every(self, thing: Any) -> list[Any]:
+        import torch.distributed as dist
+
+        things: list[Any] = [None] * self.size
+        dist.all_gather_object(things, thing, group=self.small)
+        return things
+
+    def tells(self) -> bool:
+        """Whether this process is the first to fail, and so the one that says why."""
+        try:
+            return int(self.store.add("opdkit/failed", 1)) == 1
+        except Exception:  # the process that holds the store is gone
+            return False
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Mesh]:
+    """The mesh of this process, and at its end its leave-taking.
+
+    Of several processes only the first speaks; of an error the one that met it first, and the
+    others end in silence.
+    """
+    if processes() == 1:
+        yield ALONE
+        return
+    mesh = Ranks(device)
+    with ExitStack() as stack:
+        if mesh.rank:
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(silence))
+            stack.enter_context(redirect_stderr(silence))
+        try:
+            yield mesh
+        except KeyboardInterrupt as stop:
+            if mesh.rank:
+                raise EndedElsewhere(status(stop)) from stop
+            raise
+        except BaseException as error:
+            if _lost(error) or not mesh.tells():
+                raise EndedElsewhere(1) from error
+            tell()
+            raise
+        finally:
+            _leave()
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether an error says no more than that another process is gone."""
+    import torch.distributed as dist
+
+    said = str(error)
+    return isinstance(error, (dist.DistError, RuntimeError)) and any(w in said for w in GONE)
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    with suppress(Exception):  # where others are gone, there is nobody to take leave of
+        dist.destroy_process_group()
 
 
 def by_length(rollouts: Sequence[Rollout], size: int) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from opdkit.base import exact
 from opdkit.base.config import build
 from opdkit.base.errors import UserError, shown
+from opdkit.objective.parts import like
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each weight that has moved
 
@@ -50,6 +51,10 @@ def load_optimiser(path: Path, optimiser: torch.optim.Optimizer) -> None:
     saved = read_tensors(path)
     try:
         _check(saved, optimiser)
+        weights = [w for group in optimiser.param_groups for w in group["params"]]
+        for number, moments in saved["state"].items():
+            for name in MOMENTS:
+                moments[name] = like(weights[number], moments[name])
         optimiser.load_state_dict(saved)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise unusable(path, shown(str(error))) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor
 from opdkit.base.errors import UserError
 from opdkit.models.body import head_of
 from opdkit.models.precision import compute_in
+from opdkit.models.sharding import WholeHead, shard
 from opdkit.objective.head import Head
+from opdkit.objective.parts import is_part, whole
 from opdkit.train.settings import Lora, Optim
 from opdkit.types import row_keys
 
@@ -45,6 +47,18 @@ class Student:
 
     def __post_init__(self) -> None:
         compute_in(self.model, torch.bfloat16 if self.bfloat16 else None, self.head_dtype)
+        self._optimise()
+
+    def spread(self, devices: Any) -> None:
+        """Spreads the model over a mesh of devices, before its first optimiser step; None: nothing
+        to do.
+        """
+        if devices is not None:
+            shard(self.model, devices)
+            self._optimise()
+
+    def _optimise(self) -> None:
+        """An optimiser of the weights that learn, and nothing learnt yet."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         decayed = [p for p in parameters if p.dim() >= 2]
         plain = [p for p in parameters if p.dim() < 2]  # norms and biases are not decayed
@@ -52,6 +66,7 @@ class Student:
             {"params": decayed, "weight_decay": self.optim.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
+        self._whole = WholeHead()
         self.optimiser = torch.optim.AdamW(
             groups, lr=self.learning_rate, betas=self.optim.betas, eps=self.optim.eps, fused=True
         )
@@ -63,7 +78,13 @@ class Student:
 
     @property
     def head(self) -> Head:
-        return head_of(self.model, self.vocab)
+        """Of a model that is spread over processes it is put together, on all of them at once, and
+        kept until the next optimiser step.
+        """
+        head = head_of(self.model, self.vocab)
+        if head.weight is None or not is_part(head.weight):
+            return head
+        return replace(head, weight=self._whole.of(head.weight, self.updates))
 
     @contextmanager
     def learning(self, seed: int) -> Iterator[None]:
@@ -113,9 +134,13 @@ class Student:
         """[]: norm of all gradients before clipping; clips them to `max_grad_norm`, where there is
         one.
         """
+        head = head_of(self.model)
+        if is_part(head.weight):
+            self._whole.give_back(head.weight)
         # by which gradients are multiplied by 1: the same bits
         limit = self.optim.max_grad_norm or math.inf
-        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm: Tensor = whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        return norm
 
     def step(self) -> None:
         """One optimiser step, gradients cleared."""

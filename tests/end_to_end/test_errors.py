@@ -417,10 +417,10 @@ def test_a_disk_that_is_full_keeps_the_checkpoint_before_and_resumes(
     """
     real, soft, hard = checkpoints.write_model, *resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def write(folder: Path, model: Any, tokenizer: Any) -> None:
+    def write(folder: Path, *more: Any) -> None:
         if folder.name.endswith("-2"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        real(folder, model, tokenizer)
+        real(folder, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "write_model", write)

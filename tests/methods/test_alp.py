@@ -162,7 +162,7 @@ def test_what_it_says() -> None:
         ({"mode": "token", "geometric": True}, "geometric is of mode='sequence'"),
         ({"sigma": -1.0}, "must be at least 0"),
         ({"sigma": math.inf}, "both finite"),
-        ({"learning_rate": -1e-3}, "at 0 the widths stay"),
+        ({"learning_rate": -1e-3}, "0: widths stay"),
         ({"reference_kl": -0.1}, "must be at least 0: it is the weight of the penalty"),
         ({"layers": (3, 1)}, r"must be \(start, end\), two integers"),
         ({"layers": 0}, r"must be \(start, end\), two integers"),

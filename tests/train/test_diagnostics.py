@@ -130,11 +130,26 @@ def test_mass_and_overlap_of_the_top_k():
         ).log(),
         LogpAtFact("reference", "teacher", 2): torch.zeros(1, 3, 2),
     }
-    assert {k: round(v.item(), 6) for k, v in diagnostics.of_facts(facts, mask).items()} == {
+    batch = Batch(torch.zeros(1, 3, dtype=torch.int64), mask, facts)
+    expected = {
         "overlap/top_2": 0.75,  # one of two, two of two
         "mass/teacher_on_teacher_top_2": 0.7,
         "mass/student_on_teacher_top_2": 0.6,
     }
+    found = {k: round(v.item(), 6) for k, v in diagnostics.of_facts(batch).items()}
+    assert found == expected
+    # of three processes one has the first token, one the second, and one has none
+    parts = []
+    for mine in ([True, False, False], [False, True, False], [False] * 3):
+        batch.mine = torch.tensor([mine])
+        sums: list[torch.Tensor] = []
+        batch.whole = lambda value, sums=sums: sums.append(value) or value  # type: ignore[misc]
+        diagnostics.of_facts(batch)
+        parts.append(sums)
+    wholes = iter([sum(values) for values in zip(*parts)])
+    batch.whole = lambda value: next(wholes)
+    again = {k: round(v.item(), 6) for k, v in diagnostics.of_facts(batch).items()}
+    assert again == expected
 
 
 # ---------------------------------------------------------------------------------------- of a step

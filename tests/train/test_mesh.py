@@ -29,7 +29,7 @@ from opdkit.objective.head import Head, Source, flat_positions, learn
 from opdkit.objective.needs import needs
 from opdkit.testing import fabricate
 from opdkit.train.gather import gather
-from opdkit.train.mesh import ALONE, by_length
+from opdkit.train.mesh import ALONE, Mesh, by_length
 from opdkit.types import Rollout
 
 B, T, V = 6, 7, 131
@@ -50,15 +50,11 @@ class Together:
         return list(self.held)
 
 
-class Thread:
+class Thread(Mesh):
     """A mesh whose processes are threads."""
 
     def __init__(self, rank: int, common: Together):
         self.rank, self.size, self.common = rank, common.size, common
-
-    def mine(self, rollouts: list[Rollout], width: int) -> Tensor:
-        owner = torch.tensor(by_length(rollouts, self.size))
-        return (owner == self.rank)[:, None].expand(-1, width)
 
     def total(self, values: Tensor) -> Tensor:
         return sum(self.common.every(self.rank, values))  # type: ignore[return-value]

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 from opdkit.annotators import AnnotateContext, Annotator
@@ -14,9 +16,10 @@ from opdkit.base.clock import Clock
 from opdkit.curricula import Ask, Memory, StepContext, writer_of
 from opdkit.curricula.recall import Tick
 from opdkit.curricula.writer import nobody, nothing_stored
-from opdkit.rewards import score
+from opdkit.rewards import Reward, score
 from opdkit.train.collect.collector import Collector
 from opdkit.train.collect.filters import Draw, Filter
+from opdkit.train.mesh import Mesh
 from opdkit.train.student import Student
 from opdkit.types import Prompt, Rollout, Sampler, Sampling
 
@@ -44,7 +47,9 @@ def prepare(collector: Collector, student: Student, memory: Memory) -> Memory:
             policy_version=student.updates,
             progress=tick,
         )
-        return rollouts if collector.reward is None else score(rollouts, collector.reward)
+        if collector.reward is None:
+            return rollouts
+        return _rewarded(rollouts, collector.reward, collector.mesh)
 
     return collector.curriculum.prepared(Ask(collector.questions, sample), memory)
 
@@ -84,7 +89,7 @@ def collect(
             rollouts = writer_of(collector.curriculum).write(context)
         with clock("reward"):
             if collector.reward is not None:
-                rollouts = score(rollouts, collector.reward)
+                rollouts = _rewarded(rollouts, collector.reward, collector.mesh)
         every.extend(rollouts)
         rollouts, again[:] = rollouts + again, []
         return rollouts
@@ -92,10 +97,22 @@ def collect(
     rollouts = [*_filtered(collector.filters, scored), *recalled.beside]
     told = AnnotateContext(step, collector.seed, student.updates, memory)
     with clock("annotate"):
-        rollouts, added = _annotated(collector.annotators, rollouts, told)
+        noted = partial(_annotated, collector.annotators, rollouts, told)
+        rollouts, added = collector.mesh.same(noted()) if collector.annotators else noted()
     tokens = sum(sum(r.drawn) for r in pen.written)
     earlier = frozenset(r.id for r in (*recalled.instead, *recalled.beside))
     return Collected(rollouts, every, tokens, added, earlier)
+
+
+def _rewarded(rollouts: Sequence[Rollout], reward: Reward, mesh: Mesh) -> list[Rollout]:
+    """Rollouts with rewards, those of a group found by one process."""
+    groups = [list(of) for _, of in groupby(rollouts, key=lambda rollout: rollout.group)]
+
+    def found(mine: Sequence[list[Rollout]]) -> list[list[Rollout]]:
+        scored = iter(score([rollout for group in mine for rollout in group], reward))
+        return [[next(scored) for _ in group] for group in mine]
+
+    return [rollout for group in mesh.divided(groups, found) for rollout in group]
 
 
 def _questions(collector: Collector, taken: Sequence[int]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from opdkit.curricula import Curriculum, Memory
 from opdkit.curricula.writer import Answer, nothing_viewed
 from opdkit.rewards import Reward
 from opdkit.train.collect.filters import Filter
+from opdkit.train.mesh import ALONE, Mesh
 from opdkit.types import Prompt, Rollout, Sampler, Sampling
 
 
@@ -47,6 +48,7 @@ class Collector:
     filters: tuple[Filter, ...] = ()  # one after the other, once rollouts have their rewards
     annotators: tuple[Annotator, ...] = ()  # one after the other, on what the filters left
     stored: Stored | None = None  # where the writer reads its rollouts from a cache
+    mesh: Mesh = ALONE  # the processes that share the run
     # the copies of the student that write as well, by name
     players: Mapping[str, Sampler] = field(default_factory=dict)
     # a prompt as a view of its row writes it

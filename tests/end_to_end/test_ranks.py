@@ -1,0 +1,151 @@
+"""Two and three processes, by gloo, find what one finds: gradients, metrics and weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opdkit.methods.method import load, methods
+from tests.common.tiny import save_tiny
+from tests.end_to_end.conftest import Shop, gsm8k_rows, write_rows
+from tests.end_to_end.ranks import main
+
+ROOT = Path(__file__).parents[2]
+NOISE = ("seconds/", "memory/", "tokens_per_second/", "mfu/", "sampling/mismatch")
+SEEN = {"timeout": 900, "capture_output": True, "text": True, "cwd": ROOT}
+
+
+@pytest.fixture(scope="session")
+def data(shop: Shop) -> str:
+    """Rows with everything a method may read, some of them much longer than others."""
+    shown = {"hint": "add them", "allowed": ["numbers"], "disallowed": ["names"]}
+    shown |= {"chosen": " They are added.", "rejected": " Perhaps."}
+    rows = [
+        {**row, **shown, "response": f" {i + 1}" * (i % 3 + 1)}
+        for i, row in enumerate(gsm8k_rows(6))
+    ]
+    rows[1]["question"] *= 4
+    return write_rows(shop.folder / "ranks.jsonl", rows)
+
+
+def values(shop: Shop, data: str, folder: Path, method: str, **settings: Any) -> dict[str, Any]:
+    """Two steps of a run in float64."""
+    made = load(method)
+    unnamed = [name for name, said in made.models.items() if set(said) <= {"view"}]
+    soup = "kind" in made.models.get("reference", {})
+    out: dict[str, Any] = {
+        "student": shop.student,
+        "teacher": shop.teacher,
+        "data": data,
+        "method": method,
+        "reward": shop.reward,
+        "output": str(folder),
+        "dtype": "float64",
+        "device": "cpu",
+        "steps": 2,
+        "prompts_per_step": 3,
+        "keep_samples": 0,
+        "sampling": {"num_generations": 2, "max_completion_length": 6},
+        "optim": {"learning_rate": 1e-3},
+    }
+    out["models"] = dict.fromkeys(unnamed, shop.teacher)
+    if soup:
+        out["reference"] = f"soup:{shop.student},{shop.teacher}"
+    if "debate" in made.annotate:
+        out["annotate"] = {"debate": {"of": [shop.teacher, shop.llama], "max_tokens": 4}}
+    if made.curriculum.measures:
+        out["evaluate"] = {"data": data, "every": 1}
+    return out | settings
+
+
+def on(count: int, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """What these runs come to in so many processes."""
+    here = folder / str(count)
+    here.mkdir()
+    mine = {n: {**v, "output": str(here / f"run{i}")} for i, (n, v) in enumerate(cases.items())}
+    (here / "cases.json").write_text(json.dumps(mine))
+    arguments = [str(here / "cases.json"), str(here / "found.pt")]
+    if count == 1:
+        main(*map(Path, arguments))
+    else:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*launch, f"--nproc-per-node={count}", "-m", "tests.end_to_end.ranks", *arguments]
+        done = subprocess.run(command, **SEEN)  # type: ignore[call-overload]
+        assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(here / "found.pt")
+
+
+def differences(one: dict[str, Any], several: dict[str, Any]) -> dict[str, float]:
+    """The largest relative difference of each kind of number."""
+    out = {}
+    for kind in ("gradients", "weights"):
+        assert set(one[kind]) == set(several[kind])
+        size = max(float(x.norm()) for x in one[kind].values())
+        apart = (float((x - several[kind][n]).norm()) for n, x in one[kind].items())
+        out[kind] = max(apart) / max(size, 1e-300)
+    assert len(one["metrics"]) == len(several["metrics"])
+    out["metrics"] = 0.0
+    for a, b in zip(one["metrics"], several["metrics"]):
+        assert set(a) == set(b)
+        for name, value in a.items():
+            if not name.startswith(NOISE) and not math.isnan(value):
+                apart_by = abs(value - b[name]) / max(1.0, abs(value))
+                out["metrics"] = max(out["metrics"], apart_by)
+    return out
+
+
+def compare(cases: dict[str, dict[str, Any]], folder: Path, counts: tuple[int, ...]) -> None:
+    one, wrong = on(1, cases, folder), {}
+    for count in counts:
+        several = on(count, cases, folder)
+        for name in cases:
+            assert one[name]["names"] == several[name]["names"], "the saved model's weights"
+            found = differences(one[name], several[name])
+            if max(found.values()) > 1e-12:
+                wrong[name, count] = found
+    assert wrong == {}
+
+
+def test_two_processes_find_what_one_finds(shop: Shop, data: str, tmp_path: Path) -> None:
+    """Sampled tokens, the whole vocabulary, a top k, groups over several updates, adapters."""
+    several = {"learning_rate": 1e-3, "passes": 2, "minibatches": 2}
+    asked = {
+        "opd": {},
+        "gkd": {"gradient_checkpointing": True},
+        "topk_opd": {},
+        "grpo": {"optim": several},
+        "tip": {"lora": {"r": 4}},
+    }
+    cases = {m: values(shop, data, tmp_path, m, **more) for m, more in asked.items()}
+    compare(cases, tmp_path, (2,))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("part", range(4))
+def test_every_method_on_two_and_three(part: int, shop: Shop, data: str, tmp_path: Path) -> None:
+    stored = {"lightning_opd"}  # it reads what others wrote: see the tests of caches
+    every = [m for m in methods() if m not in stored][part::4]
+    cases = {m: values(shop, data, tmp_path, m) for m in every}
+    compare(cases, tmp_path, (2, 3))
+
+
+@pytest.mark.ranks
+def test_models_of_every_kind(shop: Shop, data: str, tmp_path: Path) -> None:
+    """Tied heads, a mixture of experts' place is elsewhere; very unequal lengths; one rollout."""
+    tied = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    one = {"prompts_per_step": 1, "sampling": {"num_generations": 1, "max_completion_length": 6}}
+    cases = {
+        "tied": values(shop, data, tmp_path, "opd", student=tied),
+        "tied, adapters": values(shop, data, tmp_path, "opd", student=tied, lora={"r": 4}),
+        "llama": values(shop, data, tmp_path, "opd", student=shop.llama, teacher=shop.llama),
+        "one rollout": values(shop, data, tmp_path, "opd", **one),
+        "one rollout, gkd": values(shop, data, tmp_path, "gkd", **one),
+    }
+    compare(cases, tmp_path, (2, 3))
