@@ -261,15 +261,14 @@ def bandit(s: Settings) -> Task:
         chance = torch.tensor([luck, 1 - luck])[arms[-1]]
         paid.append((torch.rand(s.pulls, 1, generator=draw) < chance).long())
     arm, pay = torch.stack(arms), torch.stack(paid)
+    seen = torch.zeros_like(arm), arm, pay, torch.ones_like(arm), pay[..., 0].float()
     pays = torch.tensor([[luck, 1 - luck] for luck in s.luck]).repeat_interleave(s.seeds, 0)
     return Task(
         "bandit",
         "chance that the worse arm pays",
         "mean reward",
         s.luck,
-        Futures(
-            (1, 2, 2), torch.zeros_like(arm), arm, pay, torch.ones_like(arm), pay[..., 0].float()
-        ),
+        Futures((1, 2, 2), *seen),
         lambda policy: (policy[:, 0] * pays).sum(-1),
         [2 * luck * (1 - luck) for luck in s.luck],
         [max(luck, 1 - luck) for luck in s.luck],
