@@ -64,6 +64,13 @@ def shares(**given: tuple[float, str]) -> None:
             raise ValueError(f"{name}={value} must lie in [0, 1]: {meaning}")
 
 
+def inside(**given: tuple[float, str]) -> None:
+    """Refuses an argument that is not strictly between 0 and 1, with what it means."""
+    for name, (value, meaning) in given.items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name}={value} must lie strictly between 0 and 1: {meaning}")
+
+
 def positive(**given: tuple[float, str]) -> None:
     """Refuses an argument that is not above 0, with what it means; infinity is."""
     for name, (value, meaning) in given.items():

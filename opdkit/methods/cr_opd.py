@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from opdkit.methods.arguments import inside
 from opdkit.objective import (
     Batch,
     Live,
@@ -80,11 +81,7 @@ def cr_opd(
         eps: probability below which the student cannot reach a token, in (0, 1). Default: ours; the
             survey states none.
     """
-    if not 0 < eps < 1:
-        raise ValueError(
-            f"eps={eps} must lie strictly between 0 and 1: a probability below which a destination "
-            "is out of reach"
-        )
+    inside(eps=(eps, "it is a probability below which a destination is out of reach"))
     credit = LogRatio("teacher", "student")
     routed = (credit < 0) & Reachable(k, eps)
     return PolicyGradient(credit) * ~routed + Route(k, eps) * abs(credit) * routed

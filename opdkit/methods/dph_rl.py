@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opdkit.curricula import Rehearsal
 from opdkit.curricula.rehearsal import REHEARSAL
-from opdkit.methods.arguments import one_of
+from opdkit.methods.arguments import inside, not_negative, one_of
 from opdkit.methods.method import Method
 from opdkit.objective import (
     JSD,
@@ -93,10 +93,10 @@ def dph_rl(
         drop_unsolved: whether prompts without any right response are never asked. Default: ours;
             the paper leaves it open.
     """
+    inside(alpha=(alpha, "it lies between reverse KL (0) and forward KL (1)"))
     kinds = {"forward_kl": ForwardKL(), "js": JSD(), "alpha": Alpha(alpha)}
     one_of(kind=(kind, kinds))
-    if eta < 0:
-        raise ValueError(f"eta={eta} must be at least 0: it is the weight of a divergence")
+    not_negative(eta=(eta, "it is the weight of a divergence"))
     rehearsal = Mark(REHEARSAL)
     learnt = (Clipped(Advantage(), 0.2, 0.28) * ~rehearsal).per("own")
     if eta == 0:

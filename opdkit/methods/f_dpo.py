@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from opdkit.curricula import Plain, Preference
-from opdkit.methods.arguments import one_of, positive
+from opdkit.methods.arguments import inside, one_of, positive
 from opdkit.methods.method import Method
 from opdkit.objective import JSD, Alpha, ForwardKL, LogU, Objective, PairLoss
 
@@ -52,5 +52,6 @@ def f_dpo(
         "js": PairLoss(JSD(0.5), 2 * beta),
     }
     one_of(kind=(kind, (*losses, "alpha")))
+    inside(alpha=(alpha, "it lies between reverse KL (0) and forward KL (1)"))
     loss = losses.get(kind) or PairLoss(Alpha(alpha), beta, -STEEPEST / alpha)
     return Method(Objective(loss), curriculum=Preference() if pairs == "data" else Plain())

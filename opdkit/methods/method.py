@@ -365,9 +365,10 @@ def _divided(
     """The arguments that are the function's own, and those of the ratio layer."""
     with own_code(f"method {name!r} cannot be used", path_of(name)):
         known = list(inspect.signature(function).parameters)
-    own = {k: _typed(function, k, v, name) for k, v in given.items() if k in known}
-    layer = {k: v for k, v in given.items() if k not in known}
-    for argument, value in given.items():
+    own = {k: _typed(_hint(function, k), k, v, name) for k, v in given.items() if k in known}
+    numbers = dict.fromkeys(ratio_layer.NUMBERS, float | None)
+    layer = {k: _typed(numbers.get(k), k, v, name) for k, v in given.items() if k not in known}
+    for argument, value in (own | layer).items():
         if isinstance(value, float) and math.isnan(value):
             raise UserError(
                 f"method {name!r}: {argument}=nan is no number, and what is computed with it would "
@@ -382,15 +383,19 @@ def _divided(
     return own, layer
 
 
-def _typed(function: Callable[..., Any], argument: str, value: Any, name: str) -> Any:
-    """An argument as its function declares it, where that is a plain type; else as it is.
+def _hint(function: Callable[..., Any], argument: str) -> Any:
+    """What a function declares an argument to be; None where it does not say."""
+    try:
+        return get_type_hints(function).get(argument)
+    except Exception:  # annotations of one's own that mean nothing here
+        return None
+
+
+def _typed(hint: Any, argument: str, value: Any, name: str) -> Any:
+    """An argument as it is declared, where that is a plain type; else as it is.
 
     Infinity is a number where fractions are: some arguments have it for "off".
     """
-    try:
-        hint = get_type_hints(function).get(argument)
-    except Exception:  # annotations of one's own that mean nothing here
-        return value
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     plain = set(kinds) <= {int, float, str, bool, NoneType}
     if not plain or (float in kinds and value in (math.inf, -math.inf)):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opdkit.curricula import MixPolicy
+from opdkit.methods.arguments import not_negative
 from opdkit.methods.method import Method
 from opdkit.objective import (
     Advantage,
@@ -105,11 +106,13 @@ def remix(
         beta: weight of both KLs, at least 0; 0 keeps no copies. Default: ours.
         entropy: weight of the entropy bonus, per nat, at least 0. Default: ours, off.
     """
-    if beta < 0 or entropy < 0:
-        raise ValueError(
-            f"beta={beta}, entropy={entropy} must be at least 0: they are weights of a KL and of "
-            "an entropy bonus"
-        )
+    not_negative(
+        beta=(beta, "it is the weight of both KLs"),
+        entropy=(entropy, "it is the weight of an entropy bonus"),
+        reincarnate=(reincarnate, "it is the step from which nothing is replayed"),
+    )
+    if not 0 <= p < 1:
+        raise ValueError(f"p={p} must lie in [0, 1): it is the share of groups that are replayed")
     objective = Objective(Recentred(Advantage(), 0.2, 0.2).per("rows"))
     if beta:
         share = AnchorShare()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from opdkit.methods.arguments import inside
 from opdkit.objective import Early, Entropy, Floor, LogRatio, Objective, PolicyGradient, Quantile
 
 
@@ -34,11 +35,7 @@ def reopold(
         switch: share of the run after which the second phase begins, in [0, 1]. Default: the
             paper's, half of the run.
     """
-    if not 0 < lam < 1:
-        raise ValueError(
-            f"lam={lam} must lie strictly between 0 and 1: it is the student's share of the "
-            "mixture that sets the floor"
-        )
+    inside(lam=(lam, "it is the student's share of the mixture that sets the floor"))
     if not 0 <= keep <= 1:
         raise ValueError(
             f"keep={keep} must lie in [0, 1]: it is the share of tokens trained in the second phase"

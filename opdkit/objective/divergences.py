@@ -222,8 +222,8 @@ def kind_of(kind: str | Kind) -> Kind:
     """
     if isinstance(kind, Kind):
         return kind
-    if kind not in KINDS:
-        raise ValueError(f"unknown divergence {kind!r}{nearest(kind, list(KINDS))}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"kind: unknown divergence {kind!r}{nearest(str(kind), list(KINDS))}")
     return KINDS[kind]
 
 

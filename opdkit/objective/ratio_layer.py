@@ -16,6 +16,7 @@ from opdkit.objective.regions import DivergenceMask, Region, Smooth
 
 REGIONS = ("clip", "divergence_mask", "smooth")  # at most one of them holds the ratio
 OF = {"dual_clip": "clip", "mask_kind": "divergence_mask"}  # what belongs to one of them
+NUMBERS = ("dual_clip", "rollout_cap", "divergence_mask", "smooth")  # each of them, or None
 SETTINGS = ("clip", "dual_clip", "rollout_cap", "divergence_mask", "mask_kind", "smooth")
 NO_RATIO = (
     f"{', '.join(SETTINGS[:-1])} and {SETTINGS[-1]} belong to the sampled policy gradient, not to "

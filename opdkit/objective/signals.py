@@ -217,7 +217,10 @@ class Advantage(Signal):
 
     def __post_init__(self) -> None:
         if self.normalise not in ("std", "mean", "rloo"):
-            raise ValueError(f"normalise={self.normalise!r} must be one of std, mean, rloo")
+            raise ValueError(
+                f"normalise={self.normalise!r} must be one of std, mean, rloo: it is how a reward "
+                "becomes an advantage"
+            )
 
     def value(self, batch: Batch) -> Tensor:  # [B, 1]
         reward = self.of(batch).to(batch.dtype).expand(len(batch.tokens), 1)[:, 0]

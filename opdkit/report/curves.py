@@ -111,7 +111,7 @@ def _warning(run: RunData, names: list[str]) -> str:
 
 
 def _matches(name: str, key: str) -> bool:
-    return name.startswith(key[:-1]) if key.endswith("/*") else name == key
+    return name.startswith(key[:-1]) if key.endswith("*") else name == key
 
 
 def _lines(found: dict[str, Values]) -> list[Line]:

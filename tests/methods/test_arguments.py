@@ -161,6 +161,26 @@ def test_what_is_no_number_is_no_argument(name):
                 load(name, **{argument: math.inf})
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_refused_number_is_called_as_it_was_given(name):
+    """Also where it goes on to a part that has another name for it, and where it came as text; no
+    error is one of Python's own.
+    """
+    for argument, value in load(name).arguments:
+        if isinstance(value, str) and value in METHODS:
+            continue  # another method
+        for bad in (-1, math.inf, "nan", "x", [], [1, 2, 3], {"a": 1}):
+            try:
+                load(name, **{argument: bad})
+            except UserError as error:
+                said = str(error).partition(": ")[2]
+                # alp's c is the layer's dual_clip, which settings call so too
+                assert re.search(rf"\b({argument}|dual_clip)\b", said), said
+                assert " object " not in said and "not supported" not in said, said
+            else:
+                assert bad != "nan" or isinstance(value, (str, tuple)), argument
+
+
 def test_no_number_in_the_ratio_layer():
     for argument in ("rollout_cap", "divergence_mask", "smooth", "clip"):
         with pytest.raises(UserError, match=f"method 'opd': {argument}=nan is no number"):

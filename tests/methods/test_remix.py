@@ -204,10 +204,10 @@ def test_every_variant_passes_the_checks(variant):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"p": 1.0}, "share=1.0 must be at least 0 and below 1"),
+        ({"p": 1.0}, r"p=1.0 must lie in \[0, 1\)"),
         ({"utd": 0}, "utd=0 must be at least 1"),
         ({"window": 0}, "window=0 must be at least 1"),
-        ({"reincarnate": -1}, "until=-1 must be at least 0"),
+        ({"reincarnate": -1}, "reincarnate=-1 must be at least 0"),
         ({"beta": -1.0}, "must be at least 0"),
     ],
 )

@@ -237,6 +237,20 @@ def test_what_a_curriculum_says_has_a_chart_and_what_nobody_foresaw_its_own(tmp_
     assert [c["title"] for c in sections["More metrics"]] == ["curriculum/own"]
 
 
+def test_pairs_rewards_that_are_weighed_and_what_is_had_again_have_charts(tmp_path: Path) -> None:
+    names = [f"pairs/{name}" for name in ("chosen", "rejected", "margin", "accuracy")]
+    rest = ("weight_format", "weight_accuracy", "rehearsal_pool", "groups_to_replay")
+    names += [f"curriculum/{name}" for name in rest]
+    for step in (1, 2):
+        add_line(tmp_path / "metrics.jsonl", step=step, **dict.fromkeys(names, step))
+    sections = dict(chart_sections(read_run(tmp_path)))
+    assert set(sections) == {"Learning", "Curriculum"}
+    drawn = {c["title"]: [k["name"] for k in c["curves"]] for c in sections["Curriculum"]}
+    assert drawn["Weights of rewards"] == ["weight accuracy", "weight format"]
+    assert {"Learnt and rehearsed", "Groups to replay"} <= set(drawn)
+    assert {c["title"] for c in sections["Learning"]} == {"Worth of pairs", "Pairs in order"}
+
+
 def test_pages_are_whole(tmp_path: Path) -> None:
     """Every element that is opened is closed in its place."""
     shown(tmp_path)

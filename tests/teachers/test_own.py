@@ -250,7 +250,8 @@ def test_a_share_of_all_but_the_first(tmp_path: Path) -> None:
         )
     there, back = (soup_of(two, others=0.5) for two in (names[:2], names[1::-1]))
     assert all(torch.equal(there[n], back[n]) for n in there)
-    same = soup_of([names[0]] * 2, others=0.3)
+    twice = str(save_tiny(tmp_path / "twice", seed=1))
+    same = soup_of([names[0], twice], others=0.3)
     assert all(torch.allclose(same[n], w, rtol=1e-6, atol=1e-8) for n, w in first.items())
     whole = soup_of(names, others=0.5)
     for n, weight in whole.items():
