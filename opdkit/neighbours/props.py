@@ -68,7 +68,7 @@ class Settings(Experiment):
         lam: price of that divergence.
     """
 
-    env: tuple[str, ...] | str = ("FrozenLake-v1", "CartPole-v1")
+    env: tuple[str, ...] | str = ("FrozenLake-v1", "FrozenLake8x8-v1", "CartPole-v1")
     steps: int = 3072
     frozen: int = 1024
     batch: int = 256
