@@ -173,7 +173,7 @@ def test_bad_arguments_are_explained():
     for arguments, words in (
         ({"alpha": 0.0}, "alpha=0.0 must be positive: it is the temperature"),
         ({"lam": -1.0}, "lam=-1.0 must be at least 0"),
-        ({"lam": math.nan}, "lam=nan must be at least 0"),
+        ({"lam": math.nan}, "lam=nan is no number"),
         ({"score": "judge"}, "score='judge' must be one of reward, teacher"),
     ):
         with pytest.raises(UserError, match=words):

@@ -95,6 +95,8 @@ def test_who_asks_for_what_others_wrote() -> None:
         "gold": ["data"],
         "sft": ["data", "guide"],
         "eksft": ["data", "guide"],
+        "f_dpo": ["data"],
+        "hypo": ["data"],
     }
     assert load("gkd(lmbda=0.5)").objective.terms[0].whose == ("student", "data")
 

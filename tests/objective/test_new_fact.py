@@ -221,7 +221,7 @@ def test_a_ladder_is_seen(line: str) -> None:
 
 def test_no_file_but_that_of_the_facts_asks_which_kind_one_is() -> None:
     names = kinds()
-    assert {LogpFact.__name__, SpanFact.__name__} <= names and len(names) == 10
+    assert {LogpFact.__name__, SpanFact.__name__} <= names and len(names) == 11
     ladders = {
         f"{path.relative_to(ROOT)}: {line}"
         for path in sorted(ROOT.rglob("*.py"))
