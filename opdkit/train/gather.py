@@ -81,7 +81,7 @@ def gather(
     made = _ask(batch, wanted, scorers, layout, flat_positions(where), mesh)
     for fact, values in (told | made).items():
         _refuse_nan(fact, values, where, rollouts)
-    batch.facts |= {fact: _whole(batch, fact, values) for fact, values in made.items()}
+    batch.facts |= _wholes(batch, made)
     if LogpFact("sampler") in needs.facts and LogpFact("student") in batch.facts:
         # what nobody drew, the student might as well have: ratio 1
         drawn = torch.tensor([written(r) for r in rollouts], device=batch.device)[:, None]
@@ -138,8 +138,13 @@ def _completed(
     stale = torch.tensor([not x for x in fresh], device=batch.device)[:, None]
     made = _ask(batch, set(told), scorers, layout, flat_positions(where & stale), mesh)
     batch.sources.clear()
-    whole = {fact: _whole(batch, fact, made[fact]) for fact in told}
+    whole = _wholes(batch, {fact: made[fact] for fact in told})
     return {f: torch.where(_like(stale, v), whole[f], v) for f, v in told.items()}
+
+
+def _wholes(batch: Batch, made: Tensors) -> Tensors:
+    """Facts as `_whole` has them: one after the other, in the same order on every process."""
+    return {fact: _whole(batch, fact, made[fact]) for fact in sorted(made, key=repr)}
 
 
 def _whole(batch: Batch, fact: Fact, values: Tensor) -> Tensor:
@@ -297,7 +302,7 @@ def refresh(
         layout = Layout(rollouts, batch.shape[1], hear)
         batch.sources["live"] = scorers["live"].source(layout, positions)
     made = supply(batch, facts, positions)
-    batch.facts |= {fact: _whole(batch, fact, values) for fact, values in made.items()}
+    batch.facts |= _wholes(batch, made)
     if not needs.kept("live"):
         del batch.sources["live"]
     batch.signals.clear()
