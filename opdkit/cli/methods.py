@@ -6,12 +6,10 @@ import argparse
 from typing import Any
 
 from opdkit.base.errors import UserError, nearest
-from opdkit.cli.command import Command, as_arguments
+from opdkit.cli.command import Command, as_arguments, print_table
 from opdkit.methods import FAMILIES
 
 NAMED = "a name, file.py:function, or an expression in quotes: 'tropd * iw_opd(gamma=1)'"
-
-COLUMNS = ("method", "idea", "source", "needs", "passes")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +25,6 @@ def which(parser: argparse.ArgumentParser) -> None:
 
 
 def list_methods(options: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from opdkit.methods.explain import table
 
     wanted = options.family
@@ -39,20 +34,11 @@ def list_methods(options: Any) -> None:
             f"{', '.join(FAMILIES)})"
         )
     rows = {row["method"]: row for row in table()}
-    console = Console(soft_wrap=False)
-    with console.capture() as text:  # rich would exit by itself where the reader has gone
-        for name, family in FAMILIES.items():
-            if wanted not in (None, name):
-                continue
-            console.print(f"{name}: {family.about}\n")
-            shown = Table(box=None, pad_edge=False)
-            for column in COLUMNS:
-                shown.add_column(column, no_wrap=column in ("method", "source"))
-            for method in family.methods:
-                shown.add_row(*(rows[method][column] for column in COLUMNS))
-            console.print(shown)
-            console.print()
-    print(text.get(), end="")
+    for name, family in FAMILIES.items():
+        if wanted in (None, name):
+            print(f"{name}: {family.about}\n")
+            print_table([rows[method] for method in family.methods], whole=("method", "source"))
+            print()
     print(
         "passes: forward passes of a step besides sampling. opdkit explain METHOD prints the "
         "formula."

@@ -15,7 +15,6 @@ from opdkit.base.clock import Clock
 from opdkit.base.errors import UserError
 from opdkit.base.interrupt import held, stop, waiting
 from opdkit.models.layout import Layout
-from opdkit.models.sharding import level
 from opdkit.objective.batch import Batch
 from opdkit.objective.companion import Stepped
 from opdkit.objective.head import flat_positions, learn
@@ -206,7 +205,7 @@ def _learn(
     with student.learning(job.seed), job.companions.disturbed(student.updates) as hear:
         layout = Layout(rollouts, plan.batch.shape[1], hear)
         passes = layout.passes(selected, job.micro_batch_tokens, scored)
-        for positions, padded in level(student.model, passes, (selected[:0], 1)):
+        for positions, padded in job.mesh.level(passes, (selected[:0], 1)):
             states = layout.states(student.model, positions, padded)
             learned = learn(
                 plan, positions, states, student.head, term_gradients=record.term_gradients

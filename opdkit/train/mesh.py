@@ -1,5 +1,5 @@
 """Several processes that train one student: who works on what, and how what each found becomes the
-whole. No other file of the loop knows that there may be several.
+whole. Other files of the loop ask a `Mesh`, whether there is one process or several.
 
 Every process holds all rollouts of a step. It scores and learns its own part of their tokens; facts
 [B, T] are then summed over the processes, after which signals, counts, means, quantiles and group

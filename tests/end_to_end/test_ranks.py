@@ -144,7 +144,7 @@ def test_every_method_on_two_and_three(part: int, shop: Shop, data: str, tmp_pat
 
 @pytest.mark.ranks
 def test_models_of_every_kind(shop: Shop, data: str, tmp_path: Path) -> None:
-    """Tied heads, a mixture of experts' place is elsewhere; very unequal lengths; one rollout."""
+    """Tied heads, another architecture, one rollout for all processes."""
     tied = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
     one = {"prompts_per_step": 1, "sampling": {"num_generations": 1, "max_completion_length": 6}}
     cases = {
