@@ -150,7 +150,7 @@ def test_models_of_every_kind(shop: Shop, data: str, tmp_path: Path) -> None:
     cases = {
         "tied": values(shop, data, tmp_path, "opd", student=tied),
         "tied, adapters": values(shop, data, tmp_path, "opd", student=tied, lora={"r": 4}),
-        "llama": values(shop, data, tmp_path, "opd", student=shop.llama, teacher=shop.llama),
+        "llama": values(shop, data, tmp_path, "opd", student=shop.llama),
         "one rollout": values(shop, data, tmp_path, "opd", **one),
         "one rollout, gkd": values(shop, data, tmp_path, "gkd", **one),
     }
