@@ -73,6 +73,7 @@ class ServerSettings(SamplerSettings):
     """
 
     kind = "server"
+    elsewhere = True
     urls: tuple[str, ...]
     model: str | None = None  # the name it is served under; null: the only one there
     # that trainer and servers see under the same path; null: a temporary one of this machine

@@ -103,6 +103,9 @@ class SamplerSettings(ABC):
     # whether the very model that trains writes: its log-probs are the trainer's own arithmetic, its
     # weights need not be sent, and another model can take part in decoding
     on_student: ClassVar[bool] = False
+    # whether it is another process's work, which can go on while the trainer learns: its sampler
+    # has `staged(model, version)`, the half of `sync` that needs the model, which returns the rest
+    elsewhere: ClassVar[bool] = False
 
     @classmethod
     def from_text(cls, text: str) -> dict[str, Any]:

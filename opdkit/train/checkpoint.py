@@ -21,11 +21,12 @@ from opdkit.models.adapters import has_adapters
 from opdkit.models.sharding import is_spread
 from opdkit.objective.companion import Companions
 from opdkit.objective.parts import whole
-from opdkit.train.restored import load_optimiser, read_state, read_tensors
+from opdkit.train.restored import load_optimiser, read_queue, read_state, read_tensors
 from opdkit.train.student import Student
 
 MANIFEST, STATE, OPTIMISER = "manifest.json", "trainer_state.json", "optimizer.pt"
 COMPANIONS = "companions.pt"
+QUEUE = "queue.json"
 RECORD = "run.json"  # what the run was that wrote it: see `run.resume`
 
 
@@ -41,7 +42,10 @@ class State:
     best_step: int | None = None
     evaluated: int = -1  # step of the last evaluation, -1 before the first
     tokens: int = 0  # that the student has written so far
-    record: dict[str, Any] = field(default_factory=dict)  # what run this is, in a file of its own
+    # what run this is, in a file of its own
+    record: dict[str, Any] = field(default_factory=dict)
+    # rollouts asked for ahead and not yet learnt from (see `collect.ahead`), in a file of their own
+    queue: list[dict[str, Any]] = field(default_factory=list)
 
 
 def save(
@@ -64,6 +68,8 @@ def save(
         state.updates = student.updates
         values = asdict(state)
         write_whole(partial / RECORD, exact.dumps(values.pop("record"), indent=1) + "\n")
+        if queue := values.pop("queue"):
+            write_whole(partial / QUEUE, exact.dumps(queue) + "\n")
         write_whole(partial / STATE, exact.dumps(values, indent=1) + "\n")
         torch.save(optimiser, partial / OPTIMISER)
         if beside:
@@ -197,6 +203,7 @@ def restore(checkpoint: Path, student: Student, companions: Companions | None = 
         group.update(settings)
     state: State = read_state(checkpoint / STATE, State)
     state.record = recorded(checkpoint)
+    state.queue = read_queue(checkpoint / QUEUE)
     student.updates = state.updates
     path = checkpoint / COMPANIONS
     try:

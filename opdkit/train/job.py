@@ -14,6 +14,7 @@ from opdkit.objective.grammar import Objective
 from opdkit.objective.needs import Needs, idle, needs
 from opdkit.teachers import Remote, Scorer
 from opdkit.train.checkpoint import State
+from opdkit.train.collect.ahead import Queue
 from opdkit.train.collect.collector import Collector
 from opdkit.train.mesh import ALONE, Mesh
 from opdkit.train.record import Recorder
@@ -66,6 +67,7 @@ class HeldOut:
     # of the student at a step: "score", of which the best is kept, and what the curriculum adapts
     # to, "loss" and "entropy"; None where there is no such data
     measure: Callable[[int], Mapping[str, float]] | None = None
+    by_writer: bool = False  # whether the sampler of the run answers, which is then to be at rest
 
 
 @dataclass
@@ -73,7 +75,7 @@ class Job:
     """A run with everything built: what `run.build.prepare` hands to `train`."""
 
     objective: Objective
-    collector: Collector  # where rollouts come from
+    queue: Queue  # where rollouts come from
     student: Student
     # "student" as it is now, and every model the objective reads
     scorers: Mapping[str, Scorer | Remote]
@@ -90,6 +92,11 @@ class Job:
     seed: int = 0
     # is told that there is something to continue from, though no step is done yet
     begun: Callable[[], object] = lambda: None
+
+    @property
+    def collector(self) -> Collector:
+        """What writes rollouts."""
+        return self.queue.collector
 
     @property
     def curriculum(self) -> Curriculum:

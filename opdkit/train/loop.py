@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from opdkit.annotators import AnnotateContext
 from opdkit.base.clock import Clock
 from opdkit.base.errors import UserError
 from opdkit.base.interrupt import held, stop, waiting
@@ -22,7 +23,7 @@ from opdkit.objective.maths import keyed_uniform
 from opdkit.objective.plan import StepPlan
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
-from opdkit.train.collect.collect import collect, prepare
+from opdkit.train.collect.collect import annotate
 from opdkit.train.gather import gather, refresh
 from opdkit.train.job import Job
 from opdkit.train.record import StepRecord
@@ -43,6 +44,7 @@ def train(job: Job, state: State) -> State:
 def _train(job: Job, state: State) -> State:
     stream = job.collector.stream
     stream.load(state.stream or stream.state())
+    job.queue.load(state.queue)
     # as it was loaded: a new run has nothing to save yet, a resumed one only what it adds
     saved = replace(state)
     _prepare(job, state)
@@ -73,7 +75,7 @@ def _prepare(job: Job, state: State) -> None:
     """What the curriculum has to know before the first step, found once: saved with the student as
     it is, so that a run which ends before its next checkpoint has it still.
     """
-    memory = prepare(job.collector, job.student, state.memory)
+    memory = job.queue.prepared(job.student, state.memory)
     if memory is state.memory:
         return
     with held():
@@ -104,6 +106,9 @@ def _kept(job: Job, state: State) -> Iterator[None]:
 
 def _save(job: Job, state: State) -> None:
     student, rank = job.student, job.mesh.rank
+    state.queue = job.queue.state(state.step)
+    if state.queue:
+        state.stream = state.queue[-1]["stream"]
     checkpoints.save(job.folder, state, student, job.tokenizer, job.companions, rank)
 
 
@@ -122,11 +127,20 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
     student, step = job.student, state.step
 
     total = job.length.expected_steps(state)
-    collected = collect(  # sample, reward
-        job.collector, student, clock, step=step, total_steps=total, memory=state.memory
+    written = job.queue.next(  # sample, reward
+        student,
+        clock,
+        step=step,
+        steps=job.length.steps,
+        total_steps=total,
+        memory=state.memory,
     )
-    rollouts, state.tokens = collected.rollouts, state.tokens + collected.tokens
-    state.memory = {**state.memory, **collected.memory}
+    collected = written.collected
+    with clock("annotate") if job.collector.annotators else nullcontext():
+        told = AnnotateContext(step, job.seed, student.updates, state.memory)
+        rollouts, added = annotate(job.collector, collected.rollouts, told)
+    state.memory = {**state.memory, **added}
+    state.tokens += collected.tokens
     needs = job.needs_at(step, total)
     with clock("score"):  # gather facts
         batch = gather(
@@ -151,6 +165,7 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
         batch.still([*student.parameters, *job.companions.tensors])
     student.expect(len(parts), step, ahead, lambda step: job.passes(step, ahead))
     record = job.recorder.start(step, job.objective.names, collected.earlier)
+    record.lag = step - written.since, student.updates - collected.version
     with clock("learn"):
         for number, rows in enumerate(parts):
             batch.moved = number > 0 or job.companions.disturb
@@ -158,16 +173,17 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
                 refresh(batch, needs, job.scorers, rollouts, student.updates)
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record, moving)  # learn per micro-batch, step
-    job.collector.sampler.sync(student.model, student.updates)  # sync
+    job.queue.moved(student)  # sync
 
     record.curriculum = job.curriculum.metrics(collected.scored, step, total, state.memory)
     record.beside = job.companions.metrics()
     state.memory = job.curriculum.observe(collected.scored, state.memory)  # observe
-    state.stream = job.collector.stream.state()
+    state.stream = collected.stream
     record.join(job.mesh)
     # record
-    job.recorder.step(step + 1, state.tokens, rollouts, batch, record, clock.seconds, student)
+    job.recorder.step(step + 1, state.tokens, rollouts, batch, record, clock, student, written)
     state.step += 1
+    job.queue.learnt(step)
 
 
 def _optimiser_steps(
@@ -273,6 +289,8 @@ def _evaluate(job: Job, state: State) -> None:
     if not due or state.evaluated == state.step:
         return
     if held_out.measure is not None:
+        if held_out.by_writer:
+            job.queue.rest(job.student)
         measured = job.mesh.same(held_out.measure(state.step))
         state.memory = job.curriculum.validated(measured, state.memory)
         score = measured.get("score")

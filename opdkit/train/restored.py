@@ -38,6 +38,17 @@ def read_state(path: Path, kind: type) -> Any:
     return made
 
 
+def read_queue(path: Path) -> list[dict[str, Any]]:
+    """Rollouts that were asked for ahead; none where there is no such file."""
+    if not path.exists():
+        return []
+    try:
+        rows: list[dict[str, Any]] = exact.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise unusable(path, shown(str(error))) from error
+    return rows
+
+
 def read_tensors(path: Path) -> Any:
     """What `torch.save` wrote, tensors and plain values alone."""
     try:
