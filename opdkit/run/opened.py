@@ -70,7 +70,7 @@ def open_models(
         if given.tokenizer is not None
         else load_tokenizer(run.student, trust_remote_code=run.trust_remote_code)
     )
-    models = Models(run, method, device_of(run.device), given, tokenizer)
+    models = Models(run, method, device_of(run.device), given, tokenizer, devices)
     models.check_models()
     start = run.student if checkpoint is None else str(checkpoint)
     base = models.student(start, checkpoint is not None)

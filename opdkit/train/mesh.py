@@ -23,15 +23,14 @@ import torch
 from torch import Tensor
 
 from opdkit.base.interrupt import EndedElsewhere, status
-from opdkit.base.launched import processes, tell
+from opdkit.base.launched import GRACE, processes, tell
+from opdkit.train.ending import Watch, end_within, lost
 from opdkit.types import Rollout
 
 Thing = TypeVar("Thing")
 Made = TypeVar("Made")
 
 PATIENCE = 60  # minutes that a process waits for the others, which may be sampling
-# in the words of gloo and NCCL: the process at the other end has ended
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process")
 
 
 class Mesh(ABC):
@@ -143,13 +142,6 @@ class Ranks(Mesh):
         dist.all_gather_object(things, thing, group=self.small)
         return things
 
-    def tells(self) -> bool:
-        """Whether this process is the first to fail, and so the one that says why."""
-        try:
-            return int(self.store.add("opdkit/failed", 1)) == 1
-        except Exception:  # the process that holds the store is gone
-            return False
-
 
 @contextmanager
 def joined(device: str) -> Iterator[Mesh]:
@@ -162,6 +154,8 @@ def joined(device: str) -> Iterator[Mesh]:
         yield ALONE
         return
     mesh = Ranks(device)
+    watch = Watch(mesh.store)
+    watch.start()
     with ExitStack() as stack:
         if mesh.rank:
             silence = stack.enter_context(open(os.devnull, "w"))
@@ -169,28 +163,24 @@ def joined(device: str) -> Iterator[Mesh]:
             stack.enter_context(redirect_stderr(silence))
         try:
             yield mesh
+            watch.over.set()
+            mesh.every(None)  # none leaves before all have done what they had to
         except KeyboardInterrupt as stop:
+            watch.over.set()
             if mesh.rank:
                 raise EndedElsewhere(status(stop)) from stop
             raise
         except BaseException as error:
-            if _lost(error) or not mesh.tells():
+            end_within(GRACE)
+            if lost(error) or not watch.fail():
                 raise EndedElsewhere(1) from error
             tell()
             raise
-        finally:
-            _leave()
-
-
-def _lost(error: BaseException) -> bool:
-    """Whether an error says no more than that another process is gone."""
-    import torch.distributed as dist
-
-    said = str(error)
-    return isinstance(error, (dist.DistError, RuntimeError)) and any(w in said for w in GONE)
+    _leave()
 
 
 def _leave() -> None:
+    """Without an error only: who has failed may not wait for the others."""
     import torch.distributed as dist
 
     with suppress(Exception):  # where others are gone, there is nobody to take leave of
