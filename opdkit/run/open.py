@@ -57,9 +57,18 @@ class Given:
 class Models:
     """Loads each checkpoint once."""
 
-    def __init__(self, run: Run, method: Method, device: str, given: Given, tokenizer: Any):
+    def __init__(
+        self,
+        run: Run,
+        method: Method,
+        device: str,
+        given: Given,
+        tokenizer: Any,
+        at_first: str | None = None,  # where the student is put before it is spread
+    ):
         self.run, self.method, self.device = run, method, device
         self.given, self.tokenizer = given, tokenizer
+        self.at_first = at_first or device
         self.context = TeacherContext(
             method,
             tokenizer,
@@ -102,13 +111,18 @@ class Models:
         }
 
     def load(
-        self, name: str, dtype: str, quantize: str | None = None, advice: str = STUDENT_ADVICE
+        self,
+        name: str,
+        dtype: str,
+        device: str,
+        quantize: str | None = None,
+        advice: str = STUDENT_ADVICE,
     ) -> Any:
         """A model by name."""
         return load_advised(
             name,
             dtype,
-            self.device,
+            device,
             advice,
             trust_remote_code=self.run.trust_remote_code,
             attn_implementation=self.run.attn_implementation,
@@ -164,19 +178,19 @@ class Models:
         dtype = "float32" if dtype == "bfloat16" else dtype
         if given is not None and has_adapters(given):
             mine = own_adapters(given, start if resumed else None)
-            return take_loaded(mine, self.device, dtype=dtype)
+            return take_loaded(mine, self.at_first, dtype=dtype)
         if given is not None and not resumed:
-            return take_loaded(given, self.device, dtype=dtype)
-        return self.load(start, dtype)
+            return take_loaded(given, self.at_first, dtype=dtype)
+        return self.load(start, dtype, self.at_first)
 
     def _adapted(self, start: str, resumed: bool) -> Any:
         """A student with adapters: new ones, or those of a checkpoint."""
         run, lora = self.run, self.run.lora
         assert lora is not None
         if self.given.student is not None:
-            model = take_loaded(self.given.student, self.device, lora.quantize, run.dtype)
+            model = take_loaded(self.given.student, self.at_first, lora.quantize, run.dtype)
         else:
-            model = self.load(run.student, run.dtype, lora.quantize)
+            model = self.load(run.student, run.dtype, self.at_first, lora.quantize)
         if has_adapters(model):
             raise UserError(
                 f"the student {run.student} has adapters already, and `lora` would put others on "
@@ -242,7 +256,8 @@ class Models:
             model, products = copy.deepcopy(self.given.student), None
         else:
             dtype = run.teacher_dtype or run.dtype
-            model, products = self.load(run.student, dtype, advice=TEACHER_ADVICE), DTYPES[dtype]
+            model = self.load(run.student, dtype, self.device, advice=TEACHER_ADVICE)
+            products = DTYPES[dtype]
         compute_in(model, products, dtype_of(run.head_dtype))
         model = model.eval().requires_grad_(False)
         act_in(model, self.method.actions)

@@ -20,7 +20,6 @@ from opdkit.objective.companion import Stepped
 from opdkit.objective.head import flat_positions, learn
 from opdkit.objective.maths import keyed_uniform
 from opdkit.objective.plan import StepPlan
-from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
 from opdkit.train.collect.collect import collect, prepare
 from opdkit.train.gather import gather, refresh
@@ -36,7 +35,7 @@ def train(job: Job, state: State) -> State:
     several processes one cannot save without the others: they are where the last checkpoint is. A
     signal ends them together, at the end of a step.
     """
-    with held() if job.mesh.size > 1 else nullcontext():
+    with held() if job.mesh.size > 1 else nullcontext(), job.saver:
         return _train(job, state)
 
 
@@ -57,13 +56,12 @@ def _train(job: Job, state: State) -> State:
         )
         if due and state.step and state != saved:
             with held():
-                _save(job, state)
-                checkpoints.prune(job.folder, job.checkpoint.keep, state.best_step)
+                job.saver.save(state)
         if last:
             return state
         if job.mesh.size > 1 and (number := job.mesh.most(waiting())):
             if state.step and state != saved and not due:
-                _save(job, state)
+                job.saver.save(state)
             raise stop(number)
         with _kept(job, state):
             train_step(job, state)
@@ -78,7 +76,7 @@ def _prepare(job: Job, state: State) -> None:
         return
     with held():
         state.memory = memory
-        checkpoints.save(job.folder, state, job.student, job.tokenizer, job.companions)
+        job.saver.save(state)
         job.begun()
 
 
@@ -98,13 +96,8 @@ def _kept(job: Job, state: State) -> Iterator[None]:
         if (unmoved or good is state) and good.step > 0 and not there and job.mesh.size == 1:
             job.student.optimiser.zero_grad(set_to_none=True)
             with held():
-                _save(job, good)
+                job.saver.save(good)
         raise
-
-
-def _save(job: Job, state: State) -> None:
-    student, rank = job.student, job.mesh.rank
-    checkpoints.save(job.folder, state, student, job.tokenizer, job.companions, rank)
 
 
 def train_step(job: Job, state: State) -> None:
