@@ -71,6 +71,7 @@ class Models:
     ):
         self.run, self.method, self.device = run, method, device
         self.given, self.tokenizer = given, tokenizer
+        self.at_first = "cpu" if devices else device  # where the student is until it is spread
         self.context = TeacherContext(
             method,
             tokenizer,
@@ -118,15 +119,15 @@ class Models:
         self,
         name: str,
         dtype: str,
+        device: str,
         quantize: str | None = None,
         advice: str = STUDENT_ADVICE,
-        devices: Any = None,
     ) -> Any:
-        """A model by name; on the CPU one that is going to be spread over devices."""
+        """A model by name; on the CPU one that is going to be spread."""
         return load_advised(
             name,
             dtype,
-            self.device if devices is None else "cpu",
+            device,
             advice,
             trust_remote_code=self.run.trust_remote_code,
             attn_implementation=self.run.attn_implementation,
@@ -182,19 +183,19 @@ class Models:
         dtype = "float32" if dtype == "bfloat16" else dtype
         if given is not None and has_adapters(given):
             mine = own_adapters(given, start if resumed else None)
-            return take_loaded(mine, self.device, dtype=dtype)
+            return take_loaded(mine, self.at_first, dtype=dtype)
         if given is not None and not resumed:
-            return take_loaded(given, self.device, dtype=dtype)
-        return self.load(start, dtype)
+            return take_loaded(given, self.at_first, dtype=dtype)
+        return self.load(start, dtype, self.at_first)
 
     def _adapted(self, start: str, resumed: bool) -> Any:
         """A student with adapters: new ones, or those of a checkpoint."""
         run, lora = self.run, self.run.lora
         assert lora is not None
         if self.given.student is not None:
-            model = take_loaded(self.given.student, self.device, lora.quantize, run.dtype)
+            model = take_loaded(self.given.student, self.at_first, lora.quantize, run.dtype)
         else:
-            model = self.load(run.student, run.dtype, lora.quantize)
+            model = self.load(run.student, run.dtype, self.at_first, lora.quantize)
         if has_adapters(model):
             raise UserError(
                 f"the student {run.student} has adapters already, and `lora` would put others on "
@@ -260,7 +261,8 @@ class Models:
             model, products = copy.deepcopy(self.given.student), None
         else:
             dtype = run.teacher_dtype or run.dtype
-            model = self.load(run.student, dtype, advice=TEACHER_ADVICE, devices=devices)
+            device = self.device if devices is None else "cpu"
+            model = self.load(run.student, dtype, device, advice=TEACHER_ADVICE)
             products = DTYPES[dtype]
         compute_in(model, products, dtype_of(run.head_dtype))
         model = model.eval().requires_grad_(False)
