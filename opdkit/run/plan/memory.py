@@ -27,6 +27,7 @@ from opdkit.sampling.settings import Sizes
 from opdkit.train.settings import Lora
 
 PHASES = ("sample", "score", "learn")
+PASS = 16384  # padded tokens of a GPU's forward pass, where nobody says
 LONGEST_PROMPT = 1024  # tokens, where data.max_prompt_length does not say
 CONTEXT = GIB  # of a GPU: its context, kernels, and what the allocator cannot use
 USABLE = 0.95  # of a device
@@ -58,7 +59,7 @@ def step_of(run: Run, curriculum: Curriculum, device: Device) -> Step:
     response = run.sampling.max_completion_length
     writer, prompts = writer_of(curriculum), run.prompts_per_step
     rollouts = prompts * writer.rollouts(run.sampling) + curriculum.beside(prompts)
-    budget = run.micro_batch_tokens or (16384 if device.gpu else 1024)
+    budget = run.micro_batch_tokens or (PASS if device.gpu else 1024)
     micro = min(max(budget, prompt + response), rollouts * (prompt + response))
     sampled = prompts * writer.sampled(run.sampling)
     return Step(prompts, rollouts, prompt, response, micro, sampled)
@@ -347,7 +348,7 @@ def _scoring(out: Memory, needs: Needs, read: Sequence[Held], run: Run, step: St
     )
     out.add(
         "a pass without gradient",
-        step.micro * max((_pass_bytes(held, run) for held in read), default=0),
+        step.micro * max((pass_bytes(held, run) for held in read), default=0),
         ("score",),
     )
 
@@ -358,7 +359,7 @@ def kept_width(run: Run, held: Held) -> int:
     return products if run.head_dtype is None else max(WIDTH["float32"], products)
 
 
-def _pass_bytes(held: Held, run: Run) -> int:
+def pass_bytes(held: Held, run: Run) -> int:
     """Bytes per token of the tensors of one layer that are alive at once, no gradient."""
     inner = held.product_width(products_of(run, held))
     outer = max(WIDTH["float32"], inner)

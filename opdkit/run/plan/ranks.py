@@ -48,7 +48,7 @@ def _sizes(
     """Phase, what, bytes of the whole, and whether it travels behind the computing."""
     student, needs = models[0], method.needs
     if divided(student) and step.sampled:
-        yield "sample", "the student, to be whole as it samples", _bytes(student), False
+        yield "sample", "the student, whole as it samples, or to be sent", _bytes(student), False
     for held in filter(divided, scored(run, method, models)):
         passes = _passes(held.share * load.tokens, mine)
         yield "score", f"{held.role}'s layers, {passes} passes", passes * _layers(held), True
