@@ -132,10 +132,15 @@ def memory_of(
             else 0
         )
         spread = ranks if divided(held) else 1
+        # the head of a frozen model stays whole
+        whole = held.shaped.head * WIDTH[held.dtype] if spread > 1 and _frozen(held) else 0
         part = f", 1/{spread} of them" if spread > 1 else ""
         out.part(
             f"{held.role} weights, {held.numbers}{part}",
-            {p: (held.weights - (waits if p != "score" else 0)) / spread for p in PHASES},
+            {
+                p: (held.weights - whole - (waits if p != "score" else 0)) / spread + whole
+                for p in PHASES
+            },
         )
         out.add(f"{held.role}'s vLLM engine", held.engine * device.memory)
     read = scored(run, method, models)
@@ -280,6 +285,11 @@ def divided(held: Held) -> bool:
     return held.where == HERE and held.quantize is None and not held.offload
 
 
+def _frozen(held: Held) -> bool:
+    """Whether it is a model of its own that does not learn."""
+    return held.role != "student" and held.weights > 0
+
+
 def _wholes(out: Memory, run: Run, student: Held, read: Sequence[Held], guide: Held | None) -> None:
     """What a process has whole of models that are spread: layers as they compute, the embedding
     from a pass's beginning to its end, the head for a step, all of what samples in it.
@@ -301,10 +311,14 @@ def _wholes(out: Memory, run: Run, student: Held, read: Sequence[Held], guide: H
     layers["score"] = AT_ONCE * max((_layer(held, run) for held in spread), default=0)
     out.part("layers whole, as they compute", layers)
     ends = {"learn": shape.head * wide * divided(student)}
-    ends["score"] = max(
-        (h.shaped.head * WIDTH[h.dtype] * (1 if h is student else 2) for h in spread), default=0
-    )
-    out.part("embedding whole, and the head of what is read", ends)
+    ends["score"] = max((_embedding(held) for held in spread), default=0)
+    out.part("embedding whole, during a pass", ends)
+
+
+def _embedding(held: Held) -> int:
+    """Bytes of one that is gathered for a pass: not of one that is a head which is whole anyway."""
+    there = _frozen(held) and held.shaped.tied
+    return 0 if there else held.shaped.head * WIDTH[held.dtype]
 
 
 def _layer(held: Held, run: Run) -> float:
