@@ -17,6 +17,7 @@ from opdkit.data import PromptStream
 from opdkit.data.cache import student_notes
 from opdkit.data.views import seen
 from opdkit.environments import EpisodeSampler
+from opdkit.methods.method import Method
 from opdkit.models.identity import identify
 from opdkit.models.layout import batch_tokens
 from opdkit.objective.needs import Needs, watched
@@ -37,6 +38,7 @@ from opdkit.sampling.kv_cache import odd_layers
 from opdkit.teachers import LocalModel, Remote, Scorer, route
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
+from opdkit.train.collect.ahead import Queue
 from opdkit.train.collect.collector import Collector
 from opdkit.train.collect.filters import (
     DynamicSampling,
@@ -45,11 +47,11 @@ from opdkit.train.collect.filters import (
     OverlongPenalty,
     newlines,
 )
-from opdkit.train.divided import DividedSampler, divided
+from opdkit.train.divided import divided, undivided
 from opdkit.train.idle import Idle
 from opdkit.train.job import HeldOut, Job, Length, Scoring
 from opdkit.train.mesh import ALONE, Mesh
-from opdkit.train.record import Recorder
+from opdkit.train.record import TIMELINE, Recorder
 from opdkit.train.track import open_trackers
 from opdkit.types import Sampler, Watch
 
@@ -69,7 +71,9 @@ def assemble(
     share it, of which the first writes its files.
     """
     method, student = asked.method, opened.student
-    collector = make_collector(run, asked, opened, mesh)
+    beside = writes_beside(run, method)
+    # of several processes the first lets rollouts be written while the others learn with it
+    collector = make_collector(run, asked, opened, ALONE if beside else mesh)
     if asked.stored is not None and given.student is None:
         for note in student_notes(asked.stored, identify(run.student)):
             print(f"opdkit: {note}", file=sys.stderr)
@@ -79,12 +83,13 @@ def assemble(
     run.folder.mkdir(parents=True, exist_ok=True)
     write_whole(run.folder / "run.yaml", run_yaml(run, record["changes"]))  # first of its files
     truncate_metrics(run.folder / "metrics.jsonl", state.step)
+    truncate_metrics(run.folder / TIMELINE, state.step)
     truncate_metrics(run.folder / "evals.jsonl", state.evaluated)
     recorder = make_recorder(run, given, asked, opened, state)
     evaluator = make_evaluator(run, asked, opened, collector.sampler, mesh)
     job = Job(
         objective=method.objective,
-        collector=collector,
+        queue=Queue(collector, run.ahead, beside, mesh),
         student=student,
         scorers=opened.scorers,
         recorder=recorder,
@@ -102,6 +107,14 @@ def assemble(
     if evaluator is not None and state.evaluated < 0:
         score_teachers(evaluator, opened.scorers, asked.eval_rows or [])
     return job, state
+
+
+def writes_beside(run: Run, method: Method) -> bool:
+    """Whether rollouts are written while the trainer learns: a copy of the student that writes too
+    would move meanwhile.
+    """
+    elsewhere = run.sampler_settings.elsewhere
+    return run.ahead > 0 and elsewhere and not writer_of(method.curriculum).players
 
 
 def continued(run: Run, checkpoint: Path, opened: Opened, record: dict[str, Any]) -> State:
@@ -203,8 +216,7 @@ def make_evaluator(
     if writer is not None and odd_layers(opened.student.model):
         sampler = writer
     world = run.held_out_world
-    if isinstance(sampler, DividedSampler):
-        sampler = sampler.inner
+    sampler = undivided(sampler)
     if world is not None and isinstance(sampler, EpisodeSampler):
         sampler = sampler.inner
     model = opened.student.model
@@ -223,7 +235,8 @@ def make_held_out(run: Run, asked: Asked, opened: Opened, evaluator: Evaluator |
         longest = run.sampling.max_completion_length
         validator = Validator(opened.student, opened.scorers["student"], evaluator.prompts, longest)
     heard = Heard(evaluator.sampler) if "entropy" in measures else None
-    return HeldOut(run.evaluate.every, Measurer(evaluator, heard, validator))
+    by_writer = bool(odd_layers(opened.student.model))
+    return HeldOut(run.evaluate.every, Measurer(evaluator, heard, validator), by_writer)
 
 
 def guide(scorers: Mapping[str, Scorer | Remote], share: float) -> Guide:

@@ -49,6 +49,9 @@ RUN: Rules = {
     "steps": at_least(1, "without a step nothing is learnt"),
     "max_tokens": at_least(1, "the run ends once the student has written so many", null="no limit"),
     "prompts_per_step": at_least(1, "without a prompt nothing is learnt"),
+    "ahead": at_least(
+        0, "it is the steps by which rollouts are asked for before they are learnt from; 0 for none"
+    ),
     "micro_batch_tokens": at_least(
         1, "it is the tokens of one forward pass", null="what the device has room for"
     ),

@@ -140,6 +140,9 @@ class Run:
     # end at the first step by which the student has written so many, if `steps` do not end it first
     max_tokens: int | None = None
     prompts_per_step: int = 32
+    # steps by which rollouts are asked for before they are learnt from: with 1 or more a sampler
+    # elsewhere writes while the trainer learns, by weights that are so many steps old
+    ahead: int = 0
     # who writes them: student, anew at each step; or cache, all read from a folder of `opdkit
     # cache-teacher`
     rollouts: str = "student"
@@ -158,6 +161,9 @@ class Run:
     # a GPU
     dtype: str = AUTO
     teacher_dtype: str | None = None  # null: as the student
+    # of several processes each holds a part of every plain teacher and reference; false: the whole
+    # of each, which scores faster and wants the memory
+    shard_teachers: bool = True
     # float32: hidden states and head are multiplied as they are, whatever the other products are
     # in (null: as these)
     head_dtype: str | None = None

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from opdkit.base.clock import Clock, Span
 from opdkit.base.files import write_whole
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import ColumnFact, LogpFact
@@ -25,11 +26,14 @@ from opdkit.objective.grammar import credit_of
 from opdkit.objective.head import Learned
 from opdkit.objective.plan import StepPlan
 from opdkit.train import diagnostics
+from opdkit.train.collect.ahead import Written
 from opdkit.train.gather import mean_gap
 from opdkit.train.mesh import Mesh
 from opdkit.train.student import Student
 from opdkit.train.track import Trackers
 from opdkit.types import MARK_OF, Rollout, reward_means
+
+TIMELINE = "timeline.jsonl"
 
 
 @dataclass
@@ -52,6 +56,8 @@ class StepRecord:
     curriculum: Mapping[str, float] = field(default_factory=dict)  # where it stood, by name
     earlier: frozenset[str] = frozenset()  # ids of rollouts that were written at earlier steps
     beside: Mapping[str, float] = field(default_factory=dict)  # so what stands beside the student
+    # steps and optimiser steps that the student has taken since the rollouts were asked for
+    lag: tuple[int, int] = (0, 0)
 
     def add(self, learned: Learned, positions: Tensor) -> None:
         """A micro-batch at flat positions [N]."""
@@ -215,16 +221,20 @@ class Recorder:
         rollouts: Sequence[Rollout],
         batch: Batch,
         record: StepRecord,
-        seconds: Mapping[str, float],
+        clock: Clock,
         student: Student,
+        written: Written,
     ) -> None:
-        """Record step number `step` (from 1)."""
+        """Record step number `step` (from 1), the phases of which `clock` has measured."""
+        seconds = clock.seconds
         now = [r for r in rollouts if r.id not in record.earlier]
         metrics = (
             record.metrics(batch)
             | rollout_metrics(now)
-            | speed(rollouts, record.positions, seconds, now)
+            | speed(rollouts, record.positions, seconds, now, written.seconds)
         )
+        if any(record.lag):
+            metrics |= {"lag/steps": float(record.lag[0]), "lag/updates": float(record.lag[1])}
         if record.earlier:
             metrics["tokens/trained"] = float(sum(sum(r.trained) for r in rollouts))
             metrics["tokens/of_earlier_steps"] = metrics["tokens/trained"] - float(
@@ -237,12 +247,19 @@ class Recorder:
         metrics["tokens/sampled_so_far"] = tokens
         metrics["memory/peak_gib"] = peak_memory(student.device)
         self.trackers.log(step, metrics)
+        self.timeline(step, {"trainer": clock.spans, "sampler": written.spans})
         if self.idle is not None:
             self.idle(metrics)
         if self.keep_samples and self.sample_every and (step == 1 or step % self.sample_every == 0):
             self.samples(step, rollouts[: self.keep_samples], batch, record.plans[0])
         if self.show is not None:
             self.show(step, metrics)
+
+    def timeline(self, step: int, parts: Mapping[str, Sequence[Span]]) -> None:
+        """When each part of the run did what for a step, for the report."""
+        spans = [[part, *span] for part, found in parts.items() for span in found]
+        with (self.folder / TIMELINE).open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": step, "spans": spans}) + "\n")
 
     def samples(self, step: int, rollouts: Sequence[Rollout], batch: Batch, plan: StepPlan) -> None:
         """A few rollouts with what each token was credited with, for the report."""
@@ -363,13 +380,16 @@ def speed(
     positions: int,
     seconds: Mapping[str, float],
     written: Sequence[Rollout],
+    aside: Mapping[str, float] = {},
 ) -> dict[str, float]:
     """Seconds and tokens per second of each phase; response tokens only, in "sample" those that the
-    student drew of rollouts that are of now.
+    student drew of rollouts that are of now. What was done `aside`, while the trainer did something
+    else, is no part of the step's seconds.
     """
     tokens = sum(len(r.tokens) for r in rollouts)
     sampled = sum(sum(r.drawn) for r in written)
     total = sum(seconds.values())
+    seconds = {**seconds, **aside}
     out = {f"seconds/{phase}": value for phase, value in seconds.items()} | {"seconds/step": total}
     for phase, amount in (("sample", sampled), ("score", tokens), ("learn", positions)):
         if amount and seconds.get(phase, 0.0) > 0:
