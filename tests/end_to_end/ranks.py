@@ -20,9 +20,9 @@ from opdkit.models.adapters import has_adapters
 from opdkit.objective.parts import whole
 from opdkit.run.build import prepare
 from opdkit.run.settings import make_run
-from opdkit.train.checkpoint import whole_weights
 from opdkit.train.loop import train
 from opdkit.train.mesh import Mesh, joined
+from opdkit.train.shards import whole_weights
 
 
 def found(values: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
