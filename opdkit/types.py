@@ -262,6 +262,19 @@ class Sampler(Protocol):
         ...
 
 
+class Elsewhere(Sampler, Protocol):
+    """A sampler that can write while the student learns; `sync` is `staged(model, version)()`."""
+
+    def staged(self, model: Any, version: int) -> Callable[[], None]:
+        """The first half of `sync`: all that needs the model. Of a model that is spread over
+        processes all of them take part, in one order.
+
+        What it returns sends the weights as they were: in any thread, once, before the next
+        `sample`, and also while the model moves on. Of several processes the first one's is called.
+        """
+        ...
+
+
 def row_keys(ids: Iterable[str], device: torch.device | str = "cpu") -> Tensor:
     """[B] int64: a hash of each rollout's id, the same on every machine."""
     digests = [hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids]

@@ -93,7 +93,7 @@ class ModelSpeaker:
         if self.model is None:
             made = self.sampler.sample(fits, sampling, seed=seed, step=None)
         else:
-            with self.model.around():
+            with self.model.writing():
                 made = self.sampler.sample(fits, sampling, seed=seed, step=None)
         said = {prompt.id: _answer(r.text) for prompt, r in zip(fits, made, strict=True)}
         long = (

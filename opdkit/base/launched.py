@@ -1,10 +1,14 @@
 """Whether this process is one of several that do the same work, as whoever started them says
-(torchrun, `opdkit train --nproc`).
+(torchrun, `opdkit train --nproc`), and which of them says why they end.
 """
 
 from __future__ import annotations
 
 import os
+
+# names a file, for the processes that `--nproc` starts: who makes it is the first that failed
+CLAIM = "OPDKIT_FAILED"
+GRACE = 4.0  # seconds in which the others end by themselves, once one has failed
 
 
 def processes() -> int:
@@ -21,10 +25,27 @@ _told = False  # whether this process is the one that says why all of them end
 
 
 def speaks() -> bool:
-    """Whether this process says on the screen what there is to say: the first does, and of a
-    failure the one that met it.
+    """Whether this process, which has failed, says why: of several the first that did, or the one
+    of rank 0 where they cannot tell.
     """
-    return _told or rank() == 0
+    if processes() == 1 or _told:
+        return True
+    claimed = claims()
+    return rank() == 0 if claimed is None else claimed
+
+
+def claims() -> bool | None:
+    """Whether this process is the first to ask; None where the processes have no file to tell
+    by.
+    """
+    path = os.environ.get(CLAIM)
+    if not path:
+        return None
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except OSError:  # it is there
+        return False
+    return True
 
 
 def tell() -> None:

@@ -16,6 +16,7 @@ from opdkit.cli.cache_teacher import CACHE_TEACHER
 from opdkit.cli.command import interrupted
 from opdkit.cli.compare import COMPARE
 from opdkit.cli.doctor import DOCTOR
+from opdkit.cli.export import EXPORT
 from opdkit.cli.methods import CHECK, EXPLAIN, METHODS
 from opdkit.cli.neighbours import NEIGHBOURS
 from opdkit.cli.quickstart import QUICKSTART
@@ -33,6 +34,7 @@ COMMANDS = (
     SAMPLE,
     COMPARE,
     REPORT,
+    EXPORT,
     METHODS,
     EXPLAIN,
     CHECK,

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from opdkit.models.body import decoder_of
+from opdkit.models.body import decoder_of, layers_of
 from opdkit.objective.head import Head
 from opdkit.objective.parts import whole
 
@@ -32,11 +32,10 @@ def shard(model: Any, devices: Any) -> Any:
         return model
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    body, head = decoder_of(model), model.get_output_embeddings()
+    head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
-    for layer in body.layers:
-        fully_shard(layer, mesh=devices)
-    fully_shard(body, mesh=devices)
+    for module in (*layers_of(model), decoder_of(model)):
+        fully_shard(module, mesh=devices, reshard_after_forward=True)
     if tied:  # the body has another weight now, and the head still its former one
         head.weight = model.get_input_embeddings().weight
     else:
@@ -46,6 +45,22 @@ def shard(model: Any, devices: Any) -> Any:
             # both, and of every module: otherwise gradients are a mean over the processes
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    setattr(model, SHARDED, devices)
+    return model
+
+
+def shard_frozen(model: Any, devices: Any) -> Any:
+    """A model that does not learn, spread in place as `shard` does it; but its head, and an
+    embedding that is tied to it, are whole on each process, which reads whole vocabularies with it.
+    """
+    if devices is None:
+        return model
+    from torch.distributed.fsdp import fully_shard
+
+    head = model.get_output_embeddings().to(devices.device_type)
+    for module in (*layers_of(model), decoder_of(model)):
+        kept = set(head.parameters())
+        fully_shard(module, mesh=devices, reshard_after_forward=True, ignored_params=kept)
     setattr(model, SHARDED, devices)
     return model
 
@@ -76,7 +91,12 @@ def whole_head(head: Head) -> Head:
 
 @contextmanager
 def unsharded(model: Any) -> Iterator[None]:
-    """Within it every process has the whole model, and its passes ask the others for nothing."""
+    """Within it every process has the whole model, and its passes ask the others for nothing; all
+    of them enter it at once. A model that is not spread is whole already.
+    """
+    if not is_spread(model):
+        yield
+        return
     from torch.distributed.fsdp import FSDPModule
 
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -115,12 +135,21 @@ class WholeHead:
 
     def give_back(self, weight: Any) -> None:
         """Adds what the processes have learnt of the whole to the gradient of a part."""
-        if self.leaf is None or not weight.requires_grad:
+        # without a gradient there was no pass, on any of them: the weight stays as it is
+        if self.leaf is None or self.leaf.grad is None:
             return
         from torch.distributed.tensor import DTensor, Partial
 
-        learnt = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
-        summed = DTensor.from_local(learnt, weight.device_mesh, [Partial()])
+        summed = DTensor.from_local(self.leaf.grad, weight.device_mesh, [Partial()])
         part = summed.redistribute(placements=weight.placements)
         weight.grad = part if weight.grad is None else weight.grad + part
         self.leaf.grad = None
+
+
+def reshard(model: Any) -> None:
+    """Every process holds its parts alone, as after a backward pass."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

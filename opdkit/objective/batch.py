@@ -286,6 +286,7 @@ class Live:
             logits, None if parent is None else (parent[0].own, parent[1])
         )
         self.others: dict[str, Vocabulary] = {}
+        self.looked: dict[str, Tensor] = {}  # [n] bool by model: where a term read its vocabulary
 
     @property
     def logits(self) -> Tensor:
@@ -333,6 +334,11 @@ class Live:
         """The whole vocabulary of another model in this process, no gradient; shared by all terms
         of a chunk. `fact`: see `Batch.source`.
         """
+        self._look(model)
+        return self._vocabulary(model, fact)
+
+    def _vocabulary(self, model: str, fact: Fact | None) -> Vocabulary:
+        """[n, V], as `vocabulary` has it; of a selection, some rows of its whole chunk's."""
         if model not in self.others:
             if self.parent is None:
                 self.others[model] = Vocabulary(
@@ -340,8 +346,18 @@ class Live:
                 )
             else:
                 parent, index = self.parent
-                self.others[model] = parent.vocabulary(model, fact).select(index)
+                self.others[model] = parent._vocabulary(model, fact).select(index)
         return self.others[model]
+
+    def _look(self, model: str) -> None:
+        """Notes in the chunk at which of its positions a model is read."""
+        chunk, at = self, torch.arange(len(self.positions), device=self.positions.device)
+        while chunk.parent is not None:
+            chunk, index = chunk.parent
+            at = index[at]
+        if model not in chunk.looked:
+            chunk.looked[model] = torch.zeros_like(chunk.positions, dtype=torch.bool)
+        chunk.looked[model][at] = True
 
     def hidden_of(self, model: str) -> Tensor:
         """[n, H]: last hidden states of another model in this process, or of the student before

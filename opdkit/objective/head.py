@@ -115,7 +115,7 @@ class Learned:
     parts: Tensor  # [number of terms]: each term's share of the loss
     entropy: Tensor  # [N]: the student's entropies, nats
     logp: Tensor  # [N]: log pi_s of the sampled tokens
-    # [N]: log pi_s - log pi_t at the sampled tokens, where a term read the teacher's whole
+    # [N]: log pi_s - log pi_t at the sampled tokens at which a term read the teacher's whole
     # vocabulary; else NaN
     gap: Tensor
     # [number of terms]: squared norm of each term's gradient in the logits, where asked for; else 0
@@ -234,13 +234,16 @@ class LearningPass:
         return 0.0 if slope is None else slope.square().sum()
 
     def _note(self, at: slice, live: Live) -> None:
-        """What the student says of a chunk's tokens, and the teacher if a term has read it."""
+        """What the student says of a chunk's tokens, and the teacher of those at which a term has
+        read it: not of others, which a larger chunk would have had beside them.
+        """
         with torch.no_grad():
             self.entropy[at] = live.own.statistics()[1]
             self.logp[at] = live.logp
             if "teacher" in live.others:
                 other = live.others["teacher"].at(live.tokens[:, None])[:, 0]
-                self.gap[at] = self.logp[at] - other
+                gap = self.logp[at] - other
+                self.gap[at] = torch.where(live.looked["teacher"], gap, torch.nan)
 
 
 def _weighted(loss: TokenLoss, live: Live, scale: Tensor) -> Tensor:

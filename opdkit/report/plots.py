@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+WAITED = "Who waited for whom"  # a section
+
 
 @dataclass(frozen=True)
 class Plot:
@@ -268,6 +270,15 @@ PLOTS = (
         ("curriculum/depth",),
         "turns",
         "Of an episode, how many turns are the student's.",
+        smooth=False,
+    ),
+    Plot(
+        WAITED,
+        "Lag",
+        ("lag/*",),
+        "",
+        "How many steps, and how many optimiser updates, the student has moved on since the oldest "
+        "tokens it learns from were written.",
         smooth=False,
     ),
     Plot(

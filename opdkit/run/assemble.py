@@ -47,7 +47,7 @@ from opdkit.train.collect.filters import (
     OverlongPenalty,
     newlines,
 )
-from opdkit.train.divided import DividedSampler, divided
+from opdkit.train.divided import divided, undivided
 from opdkit.train.idle import Idle
 from opdkit.train.job import HeldOut, Job, Length, Scoring
 from opdkit.train.mesh import ALONE, Mesh
@@ -216,8 +216,7 @@ def make_evaluator(
     if writer is not None and odd_layers(opened.student.model):
         sampler = writer
     world = run.held_out_world
-    if isinstance(sampler, DividedSampler):
-        sampler = sampler.inner
+    sampler = undivided(sampler)
     if world is not None and isinstance(sampler, EpisodeSampler):
         sampler = sampler.inner
     model = opened.student.model

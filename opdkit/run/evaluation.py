@@ -192,7 +192,7 @@ def score_teachers(
         asked, tokenizer = evaluator.prompts, evaluator.tokenizer
         if theirs is not None:
             asked, tokenizer = make_prompts(settings.prompts, rows, theirs), theirs
-        with local.around():
+        with local.writing():
             sampler = HFSampler(local.model, tokenizer, head=local.head)
             acting = episodic(evaluator.run.held_out_world, sampler, asked, local.model)
             replace(evaluator, prompts=asked).score(acting, name, 0)

@@ -17,19 +17,16 @@ from opdkit.base.launched import processes
 from opdkit.data.memory import as_rows
 from opdkit.eval import EvalResult
 from opdkit.methods.method import as_method
-from opdkit.models.adapters import has_adapters
 from opdkit.models.device import device_of
-from opdkit.models.quantize import merged
-from opdkit.models.sharding import is_spread, unsharded
 from opdkit.report import write_report
 from opdkit.run.build import prepare
+from opdkit.run.export import write_final
 from opdkit.run.folder import Claim, claimed
 from opdkit.run.open import Given
 from opdkit.run.origin import write_origin
 from opdkit.run.plan import fitting, use_of
 from opdkit.run.resolve import resolve
 from opdkit.run.settings import Run, make_run, set_value
-from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
 from opdkit.train.job import Job
 from opdkit.train.loop import train
@@ -181,16 +178,7 @@ def _execute(run: Run, given: Given, job: Job, state: State, claim: Claim) -> Re
         state = train(job, state)
     claim.begin()
     final = run.folder / "model"
-    trained = job.student.model
-    adapted = has_adapters(trained)
-    with unsharded(trained) if adapted and is_spread(trained) else nullcontext():
-        model = merged(trained) if adapted else trained
-        weights = checkpoints.whole_weights(model) if is_spread(trained) else None
-        if job.mesh.rank == 0:  # the first writes
-            checkpoints.put(
-                final, lambda part: checkpoints.write_model(part, model, job.tokenizer, weights)
-            )
-        job.mesh.every(None)
+    write_final(final, job)
     if job.mesh.rank:
         return Result(final, run.folder, [], [], run.folder / "report.html")
     done = {

@@ -24,6 +24,7 @@ from opdkit.models.load import (
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE
 from opdkit.models.precision import compute_in
 from opdkit.models.quantize import quantized
+from opdkit.models.sharding import shard_frozen
 from opdkit.models.tokenizers import end_with, stop_ids, usable
 from opdkit.objective.companion import Companions
 from opdkit.rewards import Reward
@@ -61,11 +62,22 @@ class Given:
 
 
 class Models:
-    """Loads each checkpoint once."""
+    """Loads each checkpoint once. `devices`: those of several processes, over which teachers are
+    spread.
+    """
 
-    def __init__(self, run: Run, method: Method, device: str, given: Given, tokenizer: Any):
+    def __init__(
+        self,
+        run: Run,
+        method: Method,
+        device: str,
+        given: Given,
+        tokenizer: Any,
+        devices: Any = None,
+    ):
         self.run, self.method, self.device = run, method, device
         self.given, self.tokenizer = given, tokenizer
+        self.at_first = "cpu" if devices else device  # where the student is until it is spread
         self.context = TeacherContext(
             method,
             tokenizer,
@@ -80,6 +92,8 @@ class Models:
             given=given.teacher,
             given_tokenizer=given.teacher_tokenizer,
             given_student=given.student,
+            # one that takes part in decoding is asked for each token, by one process alone
+            devices=devices if run.shard_teachers and not method.teacher_mix else None,
             hosts=given.hosts,
         )
 
@@ -109,13 +123,18 @@ class Models:
         }
 
     def load(
-        self, name: str, dtype: str, quantize: str | None = None, advice: str = STUDENT_ADVICE
+        self,
+        name: str,
+        dtype: str,
+        device: str,
+        quantize: str | None = None,
+        advice: str = STUDENT_ADVICE,
     ) -> Any:
-        """A model by name."""
+        """A model by name; on the CPU one that is going to be spread."""
         return load_advised(
             name,
             dtype,
-            self.device,
+            device,
             advice,
             trust_remote_code=self.run.trust_remote_code,
             attn_implementation=self.run.attn_implementation,
@@ -171,19 +190,19 @@ class Models:
         dtype = "float32" if dtype == "bfloat16" else dtype
         if given is not None and has_adapters(given):
             mine = own_adapters(given, start if resumed else None)
-            return take_loaded(mine, self.device, dtype=dtype)
+            return take_loaded(mine, self.at_first, dtype=dtype)
         if given is not None and not resumed:
-            return take_loaded(given, self.device, dtype=dtype)
-        return self.load(start, dtype)
+            return take_loaded(given, self.at_first, dtype=dtype)
+        return self.load(start, dtype, self.at_first)
 
     def _adapted(self, start: str, resumed: bool) -> Any:
         """A student with adapters: new ones, or those of a checkpoint."""
         run, lora = self.run, self.run.lora
         assert lora is not None
         if self.given.student is not None:
-            model = take_loaded(self.given.student, self.device, lora.quantize, run.dtype)
+            model = take_loaded(self.given.student, self.at_first, lora.quantize, run.dtype)
         else:
-            model = self.load(run.student, run.dtype, lora.quantize)
+            model = self.load(run.student, run.dtype, self.at_first, lora.quantize)
         if has_adapters(model):
             raise UserError(
                 f"the student {run.student} has adapters already, and `lora` would put others on "
@@ -241,7 +260,7 @@ class Models:
 
     def start_of(self, student: Any) -> LocalModel:
         """The student's initial weights: adapters switched off, or a frozen copy."""
-        run = self.run
+        run, devices = self.run, self.context.devices
         if run.lora is not None:
             return LocalModel(
                 student, head_of(student), run.micro_batch_tokens, student.disable_adapter
@@ -250,8 +269,11 @@ class Models:
             model, products = copy.deepcopy(self.given.student), None
         else:
             dtype = run.teacher_dtype or run.dtype
-            model, products = self.load(run.student, dtype, advice=TEACHER_ADVICE), DTYPES[dtype]
+            device = self.device if devices is None else "cpu"
+            model = self.load(run.student, dtype, device, advice=TEACHER_ADVICE)
+            products = DTYPES[dtype]
         compute_in(model, products, dtype_of(run.head_dtype))
         model = model.eval().requires_grad_(False)
         act_in(model, self.method.actions)
+        shard_frozen(model, devices)
         return LocalModel(model, head_of(model), run.micro_batch_tokens)

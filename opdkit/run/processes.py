@@ -8,13 +8,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from opdkit.base.errors import UserError
+from opdkit.base.launched import CLAIM, GRACE
 
-GRACE = 4.0  # seconds in which the others end by themselves, once one has failed
 EVERY = 0.1  # seconds between two looks
+Running = Sequence[subprocess.Popen[bytes]]
 
 
 def on_several(count: int, arguments: Sequence[str]) -> int:
@@ -30,20 +33,25 @@ def on_several(count: int, arguments: Sequence[str]) -> int:
             f"--nproc {count}: it is the number of processes, one per device, 1 or more"
         )
     port = _free_port()
-    running = [_start(rank, count, port, arguments) for rank in range(count)]
-    before = {n: signal.signal(n, _handed_on(running)) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        return _watched(running)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for process in running:
-            if process.poll() is None:
+    with TemporaryDirectory(prefix="opdkit-") as folder:
+        claim = Path(folder) / "failed"
+        running = [_start(rank, count, port, claim, arguments) for rank in range(count)]
+        handed: list[int] = []  # signals that went to all of them
+        hand_on = _handed_on(running, handed)
+        before = {n: signal.signal(n, hand_on) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return _watched(running, claim, handed)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            for process in _alive(running):
                 process.kill()
                 process.wait()
 
 
-def _start(rank: int, count: int, port: int, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start(
+    rank: int, count: int, port: int, claim: Path, arguments: Sequence[str]
+) -> subprocess.Popen[bytes]:
     told = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -51,6 +59,7 @@ def _start(rank: int, count: int, port: int, arguments: Sequence[str]) -> subpro
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        CLAIM: str(claim),
     }
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
     return subprocess.Popen(
@@ -60,46 +69,63 @@ def _start(rank: int, count: int, port: int, arguments: Sequence[str]) -> subpro
     )
 
 
-def _handed_on(running: Sequence[subprocess.Popen[bytes]]) -> Any:
-    """The handler that gives a signal to all processes."""
+def _alive(running: Running) -> list[subprocess.Popen[bytes]]:
+    return [process for process in running if process.poll() is None]
+
+
+def _handed_on(running: Running, handed: list[int]) -> Callable[[int, Any], None]:
+    """The handler that gives a signal to all processes, and remembers it."""
 
     def hand_on(number: int, frame: Any) -> None:
-        for process in running:
-            if process.poll() is None:
-                process.send_signal(number)
+        handed.append(number)
+        for process in _alive(running):
+            process.send_signal(number)
 
     return hand_on
 
 
-def _watched(running: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The exit status once all have ended: that of the first that failed."""
-    failed: subprocess.Popen[bytes] | None = None
-    since = 0.0
-    while any(process.poll() is None for process in running):
-        bad = [process for process in running if process.poll()]
-        if bad and failed is None:
-            failed, since = bad[0], time.monotonic()
-            if failed.returncode < 0:
-                _tell(running.index(failed), -failed.returncode)
-        if failed is not None and time.monotonic() - since > GRACE:
-            for process in running:
-                if process.poll() is None:
-                    process.kill()
+def _watched(running: Running, claim: Path, handed: Sequence[int]) -> int:
+    """The exit status once all have ended: that of the process on account of which they did."""
+    since: float | None = None  # when the first that failed was seen
+    ended: set[int] = set()  # by this process, on account of another
+    while alive := _alive(running):
+        bad = [p for p in running if p.returncode]
+        if bad and since is None:
+            since = time.monotonic()
+            if killed := [p for p in bad if p.returncode < 0]:
+                _tell(claim, _killed(running.index(killed[0]), -killed[0].returncode))
+        if since is not None and time.monotonic() - since > GRACE:
+            for process in alive:
+                process.kill()
+                ended.add(process.pid)
         time.sleep(EVERY)
     # one that was ended by a signal or says why it failed, before those that only lost it
-    codes = sorted((process.returncode for process in running), key=lambda c: (c >= 0, -c))
-    return codes[0] if codes[0] >= 0 else 128 - codes[0]
+    codes = sorted(
+        ((p.returncode, rank) for rank, p in enumerate(running) if p.pid not in ended),
+        key=lambda c: (c[0] >= 0, -c[0]),
+    )
+    code, rank = codes[0]
+    if code < 0:
+        _tell(claim, _killed(rank, -code))
+    elif code > 0 and not handed:
+        _tell(claim, f"process {rank} of the run ended with status {code} and said nothing of it")
+    return code if code >= 0 else 128 - code
 
 
-def _tell(rank: int, number: int) -> None:
+def _killed(rank: int, number: int) -> str:
     name = signal.Signals(number).name if number in list(signal.Signals) else str(number)
     why = " (the kernel does that where memory runs out)" if name == "SIGKILL" else ""
-    print(
-        f"opdkit: error: process {rank} of the run was ended by {name}{why}, and the others cannot "
-        "go on without it. What was learnt up to the newest checkpoint is kept: continue with "
-        "--resume",
-        file=sys.stderr,
+    return (
+        f"process {rank} of the run was ended by {name}{why}, and the others cannot go on without "
+        "it. What was learnt up to the newest checkpoint is kept: continue with --resume"
     )
+
+
+def _tell(claim: Path, message: str) -> None:
+    """Says why the run ends, if nobody has."""
+    if not claim.exists():
+        claim.touch()
+        print(f"opdkit: error: {message}", file=sys.stderr)
 
 
 def _free_port() -> int:

@@ -165,6 +165,9 @@ class Run:
     # a GPU
     dtype: str = AUTO
     teacher_dtype: str | None = None  # null: as the student
+    # of several processes each holds a part of every plain teacher and reference; false: the whole
+    # of each, which scores faster and wants the memory
+    shard_teachers: bool = True
     # float32: hidden states and head are multiplied as they are, whatever the other products are
     # in (null: as these)
     head_dtype: str | None = None

@@ -7,12 +7,14 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opdkit.base.errors import UserError
+from opdkit.models.body import head_of
 from opdkit.models.load import CausalLM
-from opdkit.models.tokenizers import stop_ids
+from opdkit.models.sharding import whole_head
+from opdkit.models.tokenizers import real_vocabulary, stop_ids
 from opdkit.objective.head import Head
 from opdkit.sampling.check import check_prompts
 from opdkit.sampling.draws import check_sampling
@@ -83,6 +85,8 @@ class EngineSampler(Engine):
         if not prompts:
             return []
         check_engine(sampling, check_prompts(prompts, sampling, self.model, self.head), self.limit)
+        if self.behind:
+            self.sync(self.model, policy_version)
         self.ready(sampling, policy_version)
         ids = rollout_ids(prompts, sampling, step)
         stops, special = (
@@ -93,9 +97,18 @@ class EngineSampler(Engine):
         self.rest()
         return finish(prompts, sampling, ids, responses, self.tokenizer, policy_version)
 
+    @property
+    @abstractmethod
+    def behind(self) -> bool:
+        """Whether the engine has to be sent the student's weights before anything is drawn."""
+
+    @abstractmethod
+    def sync(self, model: CausalLM, version: int) -> None:
+        """After an optimiser step: the engine follows the student, and that is proved."""
+
     @abstractmethod
     def ready(self, sampling: Sampling, policy_version: int) -> None:
-        """Before anything is drawn: the engine has the student's weights, and can sample so."""
+        """Before anything is drawn: whether the engine can sample so."""
 
     def rest(self) -> None:
         """Nothing more is asked until the next call."""
@@ -244,6 +257,17 @@ def ended(reason: str | None) -> bool:
             "step"
         )
     return reason == "stop"
+
+
+def head_now(model: CausalLM, tokenizer: Any) -> Callable[[], Head]:
+    """The head as it is when it is asked for, cut to the tokenizer's real tokens."""
+    return lambda: whole_head(head_of(model, real_vocabulary(tokenizer)))
+
+
+def shape_of(head: Head) -> Head:
+    """A head whose rows can be counted, without its numbers: these move on."""
+    assert head.weight is not None
+    return replace(head, weight=head.weight.detach().to("meta"))
 
 
 def real_rows(head: Head) -> int:

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 import torch
 
 from opdkit.base.errors import UserError
-from opdkit.models.body import head_of
 from opdkit.models.engines.endpoint import Endpoint
 from opdkit.models.engines.exchange import MOST, Broken, Reply, addresses, object_of, shown
 from opdkit.models.engines.names import card_of, cards_of
@@ -33,7 +32,6 @@ from opdkit.models.engines.weights import (
 )
 from opdkit.models.held import Held
 from opdkit.models.load import CausalLM
-from opdkit.models.tokenizers import real_vocabulary
 from opdkit.objective.head import Head
 from opdkit.sampling.check import check_model
 from opdkit.sampling.respond import (
@@ -42,8 +40,10 @@ from opdkit.sampling.respond import (
     EngineSampler,
     Request,
     ended,
+    head_now,
     padded,
     real_rows,
+    shape_of,
 )
 from opdkit.sampling.settings import SamplerContext, SamplerSettings, Sizes
 from opdkit.types import Sampler, Sampling
@@ -110,7 +110,7 @@ class ServerSettings(SamplerSettings):
         # of the products, whatever the weights that learn are kept in
         dtype = self.dtype or ("bfloat16" if context.products == "bfloat16" else None)
         settings = replace(self, dtype=dtype)
-        return ServerSampler(context.model, context.tokenizer, settings, head=context.head)
+        return ServerSampler(context.model, context.tokenizer, settings, head=context.head_now)
 
     def room(self, sizes: Sizes) -> None:
         return None
@@ -134,10 +134,11 @@ class ServerSampler(EngineSampler):
         tokenizer: PreTrainedTokenizerBase,
         settings: ServerSettings,
         *,
-        head: Head | None = None,
+        head: Callable[[], Head] | None = None,
     ):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.head = head_of(model, real_vocabulary(tokenizer)) if head is None else head
+        head = head or head_now(model, tokenizer)
+        self.head = shape_of(head())
         if settings.enable_lora:
             adapter_rank(model)
         self.endpoint = Endpoint(
@@ -156,7 +157,7 @@ class ServerSampler(EngineSampler):
         if padded(self.head) or settings.enable_lora:
             self._call("opdkit_head", real_rows(self.head))
         self.probe = [
-            Probe(model, tokenizer, self.head, self.dtype, self.limit, settings.sync_tolerance)
+            Probe(model, tokenizer, head, self.dtype, self.limit, settings.sync_tolerance)
             for _ in settings.urls
         ]
         # optimiser steps of the weights in the servers; None: none were sent yet
@@ -170,18 +171,31 @@ class ServerSampler(EngineSampler):
         """After an optimiser step: every server takes the student's weights over, forgets what
         older ones computed, and is probed.
         """
+        self.staged(model, version)()
+
+    def staged(self, model: CausalLM, version: int) -> Callable[[], None]:
+        """The first half of `sync`: what is sent, as files, and what the probe expects of it."""
         check_model(self.model, model)
         folder = self.folder / f"student-{self.run}-{version}"
+        if self.settings.enable_lora:
+            save_adapters(self.model, folder)
+        else:
+            save_weights(checkpoint_weights(self.model), folder, self.dtype)
+        return partial(self._send, folder, self.probe[0].expected(), version)
+
+    def _send(self, folder: Path, expected: torch.Tensor, version: int) -> None:
+        """The second half, with the log-probs [N] that are expected of the probe."""
         try:
             if self.settings.enable_lora:
-                self._send_adapters(save_adapters(self.model, folder), version)
+                self._send_adapters(folder, version)
             else:
-                self._send_weights(save_weights(checkpoint_weights(self.model), folder, self.dtype))
+                self._send_weights(folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         for probe, one in zip(self.probe, self.endpoint.each()):
             probe.check(
                 self._probed(one, probe),
+                expected,
                 version,
                 f"sending {'adapters' if self.settings.enable_lora else 'weights'} to "
                 f"{one.urls[0]}",
@@ -225,9 +239,11 @@ class ServerSampler(EngineSampler):
 
     # --------------------------------------------------------------------------------------- sample
 
+    @property
+    def behind(self) -> bool:
+        return self.version is None
+
     def ready(self, sampling: Sampling, policy_version: int) -> None:
-        if self.version is None:
-            self.sync(self.model, policy_version)
         if not sampling.plain and sampling.temperature > 0:
             self._check_mode()
 

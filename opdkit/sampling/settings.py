@@ -103,8 +103,8 @@ class SamplerSettings(ABC):
     # whether the very model that trains writes: its log-probs are the trainer's own arithmetic, its
     # weights need not be sent, and another model can take part in decoding
     on_student: ClassVar[bool] = False
-    # whether it is another process's work, which can go on while the trainer learns: its sampler
-    # has `staged(model, version)`, the half of `sync` that needs the model, which returns the rest
+    # whether it can write while the student learns: its sampler has `staged`, the first half of
+    # `sync` (see `types.Elsewhere`), and of several processes the first alone asks it
     elsewhere: ClassVar[bool] = False
 
     @classmethod

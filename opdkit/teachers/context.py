@@ -65,6 +65,7 @@ class TeacherContext:
     member: str = ""  # which of several that are read as this one: ".NAME"
     student: Any = None  # the model that learns; None until it is loaded
     start: Callable[[], Any] = no_student  # the student's initial weights, as a `LocalModel`
+    devices: Any = None  # over which a model in this process is spread; None: it is whole here
     # what stands beside the student for its own teachers
     beside: Mapping[Companion, Any] = field(default_factory=dict)
     # whether token ids must be the student's whatever the method reads: of one in a mixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,19 @@ from opdkit.models.held import HERE, Held
 from opdkit.models.identity import Identity, identify
 from opdkit.models.layout import Layout, batch_tokens
 from opdkit.models.limits import context_limit
-from opdkit.models.load import dtype_of, evaluating, load_advised, load_tokenizer, take_loaded
+from opdkit.models.load import (
+    dtype_of,
+    evaluating,
+    load_advised,
+    load_config,
+    load_tokenizer,
+    take_loaded,
+)
 from opdkit.models.offload import STUDENT_ADVICE, TEACHER_ADVICE, Offloaded, enough_memory
 from opdkit.models.precision import compute_in
 from opdkit.models.quantize import check_quantize, require
 from opdkit.models.shapes import Shape
-from opdkit.models.sharding import is_spread, level, whole_head
+from opdkit.models.sharding import is_spread, level, shard_frozen, unsharded, whole_head
 from opdkit.models.tokenizers import refuse_other_tokenizer, same_tokenizer, shared_ids
 from opdkit.objective.facts import Fact
 from opdkit.objective.head import Head, Source
@@ -56,6 +63,12 @@ class LocalModel:
     def reads(self) -> int | None:
         return context_limit(self.model.config)
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What it samples text in: of several processes each has it whole meanwhile."""
+        with self.around(), unsharded(self.model):
+            yield
+
     def cut(self, vocab: int | None) -> LocalModel:
         """The same model, its head kept to the first rows."""
         return replace(self, head=replace(self.head, vocab=vocab))
@@ -80,7 +93,7 @@ class LocalModel:
         for part, states in zip(parts, hidden):
             self._refuse_broken(layout, part, states)
         head = self.head
-        if is_spread(self.model):  # it may have learnt, and is in parts
+        if is_spread(self.model):  # it may have learnt, and be in parts
             head = whole_head(head_of(self.model, head.vocab))
         return source_of(head.ready(), layout, parts, hidden, positions.device)
 
@@ -165,6 +178,7 @@ class LocalTeacher(Teacher):
 
     def _load(self, context: TeacherContext) -> LocalModel:
         given, dtype = context.given, self.dtype or context.dtype
+        devices = self._spread_over(context)
         if given is not None:
             own = copy.deepcopy(given) if given is context.given_student else given
             model = take_loaded(own, context.device, self.quantize)
@@ -172,7 +186,8 @@ class LocalTeacher(Teacher):
             model = load_advised(
                 self.model,
                 dtype,
-                context.device,
+                # what is spread over devices is whole on none of them
+                context.device if devices is None else "cpu",
                 TEACHER_ADVICE,
                 trust_remote_code=context.trust_remote_code,
                 attn_implementation=context.attn_implementation,
@@ -182,6 +197,7 @@ class LocalTeacher(Teacher):
         model = model.eval().requires_grad_(False)
         products = dtype_of(dtype if given is None else None)
         compute_in(model, products, dtype_of(context.head_dtype))
+        shard_frozen(model, devices)
         check_head(model)
         act_in(model, context.method.actions)
         local = LocalModel(model, head_of(model), context.micro_batch_tokens)
@@ -194,6 +210,16 @@ class LocalTeacher(Teacher):
                 file=sys.stderr,
             )
         return replace(local, around=Offloaded(model, local.head, context.device))
+
+    def _spread_over(self, context: TeacherContext) -> Any:
+        """The devices over which it is spread: none, where it is an object that somebody holds, or
+        its weights are no plain ones, or wait on the CPU.
+        """
+        if context.devices is None or context.given is not None or self.quantize or self.offload:
+            return None
+        config = load_config(self.model, context.trust_remote_code)
+        stored = getattr(config, "quantization_config", None) is not None
+        return None if stored else context.devices
 
     @property
     def writes(self) -> bool:

@@ -154,8 +154,8 @@ class RoutedRemote(_Several):
         made: Tensors = {}
         for i, teacher in enumerate(self.teachers.values()):
             at = (which == i).nonzero()[:, 0]
-            if not len(at):
-                continue
+            if not len(at) and isinstance(teacher, Remote):
+                continue  # one in this process may be spread over several, which ask it together
             part = answers(
                 teacher, wanted, layout, positions[at], {f: v[at] for f, v in ids.items()}
             )

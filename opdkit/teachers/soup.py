@@ -13,6 +13,7 @@ from opdkit.base.errors import UserError
 from opdkit.models.held import Held
 from opdkit.models.identity import Identity, identify, identify_together
 from opdkit.models.shapes import Shape
+from opdkit.models.sharding import shard_frozen
 from opdkit.objective.facts import Fact
 from opdkit.teachers.base import Scorer
 from opdkit.teachers.context import TeacherContext
@@ -94,7 +95,7 @@ class SoupTeacher(Teacher):
         """The first checkpoint, in which the weighted mean of all is put, that is taken in float32;
         what is no floating-point number in it stays.
         """
-        inside = replace(context, by_ids=True)
+        inside = replace(context, by_ids=True, devices=None)
         total: dict[str, Any] = {}
         for number in range(len(self.of)):
             single = replace(inside, device="cpu", opened={})  # of its own: the next is not beside
@@ -104,6 +105,7 @@ class SoupTeacher(Teacher):
         for name, weight in local.model.state_dict().items():
             if weight.is_floating_point():
                 weight.copy_(total[name])
+        shard_frozen(local.model, context.devices)
         return self._member(0).cut_to_student(local, context)
 
     def _add(self, total: dict[str, Any], number: int, weights: Any) -> None:

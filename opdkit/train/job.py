@@ -18,6 +18,7 @@ from opdkit.train.collect.ahead import Queue
 from opdkit.train.collect.collector import Collector
 from opdkit.train.mesh import ALONE, Mesh
 from opdkit.train.record import Recorder
+from opdkit.train.saver import Saver
 from opdkit.train.settings import Checkpoint
 from opdkit.train.student import Student
 
@@ -106,6 +107,12 @@ class Job:
     def passes(self, step: int, total_steps: int) -> int:
         """How often step number `step` (from 0) of `total_steps` goes through its rollouts."""
         return self.curriculum.passes(step, total_steps) or self.student.optim.passes
+
+    @cached_property
+    def saver(self) -> Saver:
+        """What writes its checkpoints."""
+        parts = self.student, self.tokenizer, self.companions, self.checkpoint, self.mesh
+        return Saver(self.folder, *parts)
 
     @cached_property
     def needs(self) -> Needs:

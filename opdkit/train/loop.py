@@ -21,8 +21,8 @@ from opdkit.objective.companion import Stepped
 from opdkit.objective.head import flat_positions, learn
 from opdkit.objective.maths import keyed_uniform
 from opdkit.objective.plan import StepPlan
-from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
+from opdkit.train.collect.ahead import Written
 from opdkit.train.collect.collect import annotate
 from opdkit.train.gather import gather, refresh
 from opdkit.train.job import Job
@@ -37,7 +37,7 @@ def train(job: Job, state: State) -> State:
     several processes one cannot save without the others: they are where the last checkpoint is. A
     signal ends them together, at the end of a step.
     """
-    with held() if job.mesh.size > 1 else nullcontext():
+    with held() if job.mesh.size > 1 else nullcontext(), job.saver:
         return _train(job, state)
 
 
@@ -45,6 +45,7 @@ def _train(job: Job, state: State) -> State:
     stream = job.collector.stream
     stream.load(state.stream or stream.state())
     job.queue.load(state.queue)
+    state.queue = []
     # as it was loaded: a new run has nothing to save yet, a resumed one only what it adds
     saved = replace(state)
     _prepare(job, state)
@@ -60,7 +61,6 @@ def _train(job: Job, state: State) -> State:
         if due and state.step and state != saved:
             with held():
                 _save(job, state)
-                checkpoints.prune(job.folder, job.checkpoint.keep, state.best_step)
         if last:
             return state
         if job.mesh.size > 1 and (number := job.mesh.most(waiting())):
@@ -80,7 +80,7 @@ def _prepare(job: Job, state: State) -> None:
         return
     with held():
         state.memory = memory
-        checkpoints.save(job.folder, state, job.student, job.tokenizer, job.companions)
+        _save(job, state)
         job.begun()
 
 
@@ -105,11 +105,10 @@ def _kept(job: Job, state: State) -> Iterator[None]:
 
 
 def _save(job: Job, state: State) -> None:
-    student, rank = job.student, job.mesh.rank
-    state.queue = job.queue.state(state.step)
-    if state.queue:
-        state.stream = state.queue[-1]["stream"]
-    checkpoints.save(job.folder, state, student, job.tokenizer, job.companions, rank)
+    """With the rollouts that were asked for ahead, and the place in the data behind them."""
+    queue = job.queue.state(state.step)
+    stream = queue[-1]["stream"] if queue else state.stream
+    job.saver.save(replace(state, queue=queue, stream=stream))
 
 
 def train_step(job: Job, state: State) -> None:
@@ -127,20 +126,8 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
     student, step = job.student, state.step
 
     total = job.length.expected_steps(state)
-    written = job.queue.next(  # sample, reward
-        student,
-        clock,
-        step=step,
-        steps=job.length.steps,
-        total_steps=total,
-        memory=state.memory,
-    )
+    written, rollouts = _collected(job, state, clock, total)  # sample, reward
     collected = written.collected
-    with clock("annotate") if job.collector.annotators else nullcontext():
-        told = AnnotateContext(step, job.seed, student.updates, state.memory)
-        rollouts, added = annotate(job.collector, collected.rollouts, told)
-    state.memory = {**state.memory, **added}
-    state.tokens += collected.tokens
     needs = job.needs_at(step, total)
     with clock("score"):  # gather facts
         batch = gather(
@@ -184,6 +171,26 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
     job.recorder.step(step + 1, state.tokens, rollouts, batch, record, clock, student, written)
     state.step += 1
     job.queue.learnt(step)
+
+
+def _collected(job: Job, state: State, clock: Clock, total: int) -> tuple[Written, list[Rollout]]:
+    """The rollouts of a step of a run of `total` steps, as they were written and as annotators have
+    noted on them; those of a later step are asked for.
+    """
+    written = job.queue.next(
+        job.student,
+        clock,
+        step=state.step,
+        steps=job.length.steps,
+        total_steps=total,
+        memory=state.memory,
+    )
+    state.tokens += written.collected.tokens
+    told = AnnotateContext(state.step, job.seed, job.student.updates, state.memory)
+    with clock("annotate") if job.collector.annotators else nullcontext():
+        rollouts, added = annotate(job.collector, written.collected.rollouts, told, job.mesh)
+    state.memory = {**state.memory, **added}
+    return written, rollouts
 
 
 def _optimiser_steps(

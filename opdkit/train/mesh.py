@@ -13,6 +13,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from copy import copy
 from datetime import timedelta
 from pathlib import Path
 from shutil import rmtree
@@ -23,15 +24,14 @@ import torch
 from torch import Tensor
 
 from opdkit.base.interrupt import EndedElsewhere, status
-from opdkit.base.launched import processes, tell
+from opdkit.base.launched import GRACE, processes, tell
+from opdkit.train.ending import Watch, end_within, lost
 from opdkit.types import Rollout
 
 Thing = TypeVar("Thing")
 Made = TypeVar("Made")
 
 PATIENCE = 60  # minutes that a process waits for the others, which may be sampling
-# in the words of gloo and NCCL: the process at the other end has ended
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process")
 
 
 class Mesh(ABC):
@@ -40,6 +40,7 @@ class Mesh(ABC):
     rank: int  # of this one, from 0
     size: int  # how many there are
     devices: Any = None  # over which models may be spread: a DeviceMesh, one device per process
+    small: Any = None  # the group of torch.distributed that small objects go through
 
     @abstractmethod
     def total(self, values: Tensor) -> Tensor:
@@ -72,6 +73,12 @@ class Mesh(ABC):
     def same(self, thing: Thing) -> Thing:
         """What the first process has, where what each has might differ."""
         return self.every(thing)[0]
+
+    def aside(self) -> Mesh:
+        """The same processes by a channel of its own: for a thread that works beside the loop, and
+        exchanges small objects only. It is asked for on all at once.
+        """
+        return self
 
     def folder(self, first: Path) -> Path:
         """Where this process writes: the run's folder, of which the first is the only writer, or
@@ -143,12 +150,12 @@ class Ranks(Mesh):
         dist.all_gather_object(things, thing, group=self.small)
         return things
 
-    def tells(self) -> bool:
-        """Whether this process is the first to fail, and so the one that says why."""
-        try:
-            return int(self.store.add("opdkit/failed", 1)) == 1
-        except Exception:  # the process that holds the store is gone
-            return False
+    def aside(self) -> Mesh:
+        import torch.distributed as dist
+
+        other = copy(self)
+        other.small = dist.new_group(backend="gloo")
+        return other
 
 
 @contextmanager
@@ -162,6 +169,8 @@ def joined(device: str) -> Iterator[Mesh]:
         yield ALONE
         return
     mesh = Ranks(device)
+    watch = Watch(mesh.store)
+    watch.start()
     with ExitStack() as stack:
         if mesh.rank:
             silence = stack.enter_context(open(os.devnull, "w"))
@@ -169,28 +178,24 @@ def joined(device: str) -> Iterator[Mesh]:
             stack.enter_context(redirect_stderr(silence))
         try:
             yield mesh
+            watch.over.set()
+            mesh.every(None)  # none leaves before all have done what they had to
         except KeyboardInterrupt as stop:
+            watch.over.set()
             if mesh.rank:
                 raise EndedElsewhere(status(stop)) from stop
             raise
         except BaseException as error:
-            if _lost(error) or not mesh.tells():
+            end_within(GRACE)
+            if lost(error) or not watch.fail():
                 raise EndedElsewhere(1) from error
             tell()
             raise
-        finally:
-            _leave()
-
-
-def _lost(error: BaseException) -> bool:
-    """Whether an error says no more than that another process is gone."""
-    import torch.distributed as dist
-
-    said = str(error)
-    return isinstance(error, (dist.DistError, RuntimeError)) and any(w in said for w in GONE)
+    _leave()
 
 
 def _leave() -> None:
+    """Without an error only: who has failed may not wait for the others."""
     import torch.distributed as dist
 
     with suppress(Exception):  # where others are gone, there is nobody to take leave of

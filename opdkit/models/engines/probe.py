@@ -4,7 +4,7 @@ against the trainer's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,12 +42,12 @@ class Probe:
         self,
         model: CausalLM,
         tokenizer: Any,
-        head: Head,
+        head: Callable[[], Head],
         dtype: torch.dtype,
         limit: int | None = None,
         tolerance: float | None = None,
     ):
-        self.model, self.head, self.dtype = model, head, dtype
+        self.model, self.head, self.dtype = model, head, dtype  # the head as it is now
         self.tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
         longest = min(LENGTH, LENGTH if limit is None else limit - 1)
         texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
@@ -59,13 +59,17 @@ class Probe:
 
     @torch.no_grad()
     def expected(self) -> Tensor:
-        """[N]: the trainer's log-probs of all tokens but the first of each sequence."""
+        """[N]: the trainer's log-probs of all tokens but the first of each sequence.
+
+        One forward pass: all processes over which the model is spread take part.
+        """
         device = next(self.model.parameters()).device
         ids = pad_sequence([torch.tensor(s) for s in self.sequences], batch_first=True).to(device)
+        head = self.head()
         with evaluating(self.model):
             hidden = hidden_states(self.model, ids, None)
             logps = [
-                self.head.logits(hidden[i, : len(s) - 1])
+                head.logits(hidden[i, : len(s) - 1])
                 .float()
                 .log_softmax(-1)
                 .gather(1, ids[i, 1 : len(s), None])[:, 0]
@@ -87,14 +91,14 @@ class Probe:
                 "--resume"
             )
 
-    def check(self, engine: Sequence[Tensor], version: int, how: str) -> float:
+    def check(self, engine: Sequence[Tensor], own: Tensor, version: int, how: str) -> float:
         """Mean absolute difference of log-probs; an error where the engine does not follow the
         trainer.
 
-        `engine` holds the engine's of each probe sequence, [T - 1] of its T tokens; `how` names the
-        way weights are sent.
+        `engine` holds the engine's of each probe sequence, [T - 1] of its T tokens; `own` what was
+        `expected` [N] when the weights were as they were sent; `how` names the way they are sent.
         """
-        theirs, own = torch.cat(list(engine)).float().cpu(), self.expected()
+        theirs = torch.cat(list(engine)).float().cpu()
         gap = float((theirs - own).abs().mean())
         same = self._engine is not None and torch.equal(theirs, self._engine)
         moved = 0.0 if self._trainer is None else float((own - self._trainer).abs().mean())

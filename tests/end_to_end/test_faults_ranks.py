@@ -1,0 +1,140 @@
+"""One of several processes fails: the others end soon, one message says why, nothing is left behind,
+and the run goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.conftest import Shop
+from tests.end_to_end.faulty import MOMENTS
+
+ROOT = Path(__file__).parents[2]
+METHOD = f"{Path(__file__).with_name('faulty.py')}:opd"
+SOON = 10.0  # seconds in which all have ended
+MARK = "OPDKIT_TEST_RUN"  # in the environment of all that a run starts
+NPROC = [sys.executable, "-m", "opdkit", "train", "--nproc=2"]
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+    *("-m", "opdkit", "train"),
+]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended."""
+
+    code: int
+    said: str
+    seconds: float  # since the fault
+    left: list[str]  # processes that outlived it
+
+
+def settings(shop: Shop, out: Path, *more: str) -> list[str]:
+    return [
+        f"--student={shop.student}",
+        f"--teacher={shop.teacher}",
+        f"--data={shop.data}",
+        f"--method={METHOD}",
+        f"--reward={shop.reward}",
+        f"--output={out}",
+        f"evaluate.data={shop.data}",
+        "evaluate.data.limit=2",
+        *("evaluate.every=1", "steps=3", "prompts_per_step=2", "num_generations=2"),
+        *("max_completion_length=6", "learning_rate=1e-3", "device=cpu", "checkpoint.every=1"),
+        *more,
+    ]
+
+
+def run(launch: list[str], arguments: list[str], fault: dict[str, Any] | None = None) -> Ended:
+    """A run in processes of this machine, all of them ended afterwards."""
+    mark = f"{os.getpid()}-{time.time()}"
+    env = {**os.environ, MARK: mark, "PYTHONWARNINGS": "ignore"}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if fault is not None:
+        env["FAULT"] = json.dumps(fault)
+    process = subprocess.Popen(
+        [*launch, *arguments], env=env, cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=-3
+    )
+    try:
+        said = process.communicate(timeout=120)[1]
+    finally:
+        ended = time.time()
+        time.sleep(0.5)
+        left = started(mark)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        process.kill()
+    noted = Path(fault["note"]) if fault else None
+    assert noted is None or noted.exists(), f"nothing failed: {said[-3000:]}"
+    at = ended if noted is None else float(noted.read_text())
+    return Ended(process.returncode, said, ended - at, [str(pid) for pid in left])
+
+
+def started(mark: str) -> list[int]:
+    """The processes that have a mark in their environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
+
+
+def check(ended: Ended, how: str, said_by_launcher: bool) -> None:
+    assert ended.code != 0
+    assert ended.seconds < SOON, f"{ended.seconds:.1f} s: {ended.said[-2000:]}"
+    assert ended.left == []
+    if how == "error":
+        assert ended.said.count("the disk fell asleep") == 1, ended.said[-3000:]
+        assert ended.said.count("opdkit: error") == 1, ended.said[-3000:]
+    elif said_by_launcher:
+        assert ended.said.count("SIGKILL") == 1, ended.said[-3000:]
+        assert ended.said.count("opdkit: error") == 1, ended.said[-3000:]
+    assert "Traceback (most recent call last)" not in ended.said or how == "error"
+
+
+def fails(
+    shop: Shop, tmp_path: Path, at: str, rank: int, how: str, launch: list[str] = NPROC
+) -> None:
+    note = tmp_path / "moment"
+    fault = {"at": at, "rank": rank, "how": how, "note": str(note)}
+    ended = run(launch, settings(shop, tmp_path / "run"), fault)
+    print(f"{at}, {how}, rank {rank}: {ended.seconds:.1f} s, status {ended.code}")
+    check(ended, how, launch is NPROC)
+
+
+def test_one_that_is_killed_while_it_learns(shop: Shop, tmp_path: Path) -> None:
+    fails(shop, tmp_path, "learn", 1, "kill")
+
+
+def test_one_whose_reward_fails(shop: Shop, tmp_path: Path) -> None:
+    fails(shop, tmp_path, "reward", 1, "error")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how", ["kill", "error"])
+@pytest.mark.parametrize("at", MOMENTS)
+def test_one_fails_at_any_moment(shop: Shop, tmp_path: Path, at: str, how: str, rank: int) -> None:
+    fails(shop, tmp_path, at, rank, how)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how", ["kill", "error"])
+@pytest.mark.parametrize("at", ["load", "reward", "learn", "save"])
+def test_one_fails_under_torchrun(shop: Shop, tmp_path: Path, at: str, how: str, rank: int) -> None:
+    fails(shop, tmp_path, at, rank, how, TORCHRUN)
