@@ -204,7 +204,7 @@ def cut(prompts: Sequence[Prompt], parts: int) -> list[Sequence[Prompt]]:
 
 def log_probs(model: Any, tokenizer: Any, head: Head) -> Tensor:
     """[N]: of the tokens of a few fixed texts, by the model as it is."""
-    return Probe(model, tokenizer, head, torch.float32).expected()
+    return Probe(model, tokenizer, lambda: head, torch.float32).expected()
 
 
 def as_array(values: Tensor) -> Array:
