@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-vllm install-agents install-neighbours quickstart test test-kernels test-slow test-hostile test-peer test-vllm test-agents test-neighbours test-ranks test-verifiers bench lint clean
+.PHONY: install install-vllm install-agents install-neighbours install-ray quickstart test test-kernels test-slow test-hostile test-peer test-vllm test-agents test-neighbours test-ranks test-ray test-verifiers bench lint clean
 
 install: .venv/installed
 
@@ -60,6 +60,17 @@ test-neighbours: install-neighbours
 test-ranks: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ranks tests/end_to_end/test_ranks.py
 
+# Ray, in an environment of its own: clusters of actors on this machine, some of which are killed.
+install-ray: .venv-ray/installed
+
+.venv-ray/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,ray]'
+	touch $@
+
+test-ray: install-ray
+	OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -q -s -m ray tests/run/cluster
+
 # The library verifiers wants other versions than the rest of the project, so it has an environment of its own too.
 .venv-verifiers/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-verifiers
@@ -90,4 +101,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-vllm .venv-agents .venv-neighbours .venv-verifiers quickstart build dist *.egg-info
+	rm -rf .venv .venv-vllm .venv-agents .venv-neighbours .venv-ray .venv-verifiers quickstart build dist *.egg-info

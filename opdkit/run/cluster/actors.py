@@ -130,8 +130,8 @@ class Cluster:
             raise UserError(
                 f"Ray could not be {'started here' if address is None else f'joined at {address}'} "
                 f"({_short(error)}). Start it with `ray start --head` and on other machines `ray "
-                "start --address=HOST:6379`, then give cluster.address=auto there, or leave "
-                "address out to use this machine alone"
+                "start --address=HOST:6379`, with one RAY_AUTH_TOKEN everywhere, then give "
+                "cluster.address=auto there, or leave address out to use this machine alone"
             ) from error
         self.here = here()[0]
         self.group: Any = None

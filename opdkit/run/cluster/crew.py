@@ -16,8 +16,10 @@ from opdkit.run.cluster.actors import EVERY, Lost
 from opdkit.teachers.pool import Gone, Span
 from opdkit.types import Prompt, Rollout
 
-SLOW = 3.0  # a part that takes so many times longer than parts usually do is written once more ...
-LEAST = 1.0  # ... by who is free, but not before so many seconds
+SLOW = (
+    3.0  # a part that takes so many times longer than the quickest needs is written once more ...
+)
+LEAST = 0.5  # ... by who is free, but not before so many seconds
 
 
 class Writer(Protocol):
@@ -91,7 +93,10 @@ class Crew:
         self._join()
 
     def write(
-        self, parts: Sequence[Sequence[Prompt]], asked: Any, tick: Any
+        self,
+        parts: Sequence[Sequence[Prompt]],
+        asked: Any,
+        tick: Callable[[int], object] | None = None,
     ) -> list[list[Rollout]]:
         """The rollouts of each part, by the weights that were sent last."""
         self._join()
@@ -219,7 +224,7 @@ class Crew:
         free = [part for part in left if not part.by]
         if free or not left or not self.seconds:
             return free[0] if free else None
-        usual = sorted(self.seconds.values())[len(self.seconds) // 2]
+        usual = min(self.seconds.values())
         oldest = min(left, key=lambda part: part.since)
         late = time.monotonic() - oldest.since > max(LEAST, SLOW * usual)
         return oldest if late else None
