@@ -17,7 +17,8 @@ def commands(layout: Layout, machines: Machines, file: str) -> list[str]:
     """What to type, servers first, and on which machine where there are several."""
     settings = [f"ahead={layout.ahead}"] if layout.ahead else []
     if layout.sampling is None:
-        return _train(layout, [f"sampler={_sampler(layout)}"], file)
+        sampler = [f"sampler={_sampler(layout)}"] if layout.plan.step.sampled else []
+        return _train(layout, sampler, file)
     samples, sampler_urls = _samplers(layout, machines)
     teaches, teacher_urls = _teachers(layout, machines)
     if teacher_urls:
@@ -27,7 +28,7 @@ def commands(layout: Layout, machines: Machines, file: str) -> list[str]:
     if layout.sampling.devices == 1:
         counts = f"trainers: {layout.trainers}, samplers: {layout.sampling.count}"
         counts += f", teachers: {layout.teaching.count}" if layout.teaching else ""
-        ahead = " ahead=1" if layout.ahead else ""
+        ahead = f" ahead={layout.ahead}" if layout.ahead else ""
         lines.append(
             f"or, on a Ray cluster: opdkit train {file} 'cluster={{kind: ray, {counts}}}' "
             f"sampler=vllm{ahead}"

@@ -48,6 +48,8 @@ class Layout:
 
     @property
     def name(self) -> str:
+        if not self.plan.step.sampled:
+            return f"{self.trainers} train"
         if self.sampling is None:
             engine = "vLLM" if self.plan.run.sampler_settings.kind == "vllm" else "hf"
             return f"{self.trainers} train and sample in turn, {engine}"
@@ -181,9 +183,11 @@ class Layouts:
 
     @cached_property
     def refused(self) -> dict[str, str]:
-        """Why the run's method or its models do not go with a kind of sampler."""
-        found = {kind: self._refusal(run) for kind, run in self.samplers.items()}
-        return {kind: why for kind, why in found.items() if why}
+        """The settings that the run's method or its models do not go with, and why."""
+        tried = {f"sampler={kind}": run for kind, run in self.samplers.items()}
+        tried["ahead=1"] = replace(self.samplers["server"], ahead=1)
+        found = {setting: self._refusal(run) for setting, run in tried.items()}
+        return {setting: why for setting, why in found.items() if why}
 
     def _refusal(self, run: Run) -> str:
         if run.lora is not None and run.lora.quantize and not run.sampler_settings.on_student:
@@ -202,9 +206,9 @@ class Layouts:
 
     def _in_turn(self) -> Iterator[Layout]:
         """Every device trains and samples."""
-        if "hf" not in self.refused:
+        if "sampler=hf" not in self.refused:
             yield Layout(self.planned(self.samplers["hf"], self.machines))
-        if self._beside and "vllm" not in self.refused:
+        if self._beside and "sampler=vllm" not in self.refused:
             free = self.run.sampler_settings.kind != "vllm"
             yield Layout(self._with_room(self.samplers["vllm"], free))
 
@@ -223,7 +227,7 @@ class Layouts:
 
     def _split(self) -> Iterator[Layout]:
         """Some train, vLLM servers on others sample, and servers on others teach."""
-        if not self._beside or "server" in self.refused:
+        if not self._beside or "sampler=server" in self.refused:
             return
         first, server = self.as_given, self.samplers["server"]
         engine = smallest(self.run, first.models[0], first.step, self.machines)
@@ -261,7 +265,7 @@ class Layouts:
         sampling = samplers(
             plan.run, student, plan.step, load, device, self.rates, devices // engine, engine
         )
-        for ahead in (0, 1):
+        for ahead in (0,) if "ahead=1" in self.refused else (0, max(1, self.run.ahead)):
             yield Layout(plan, ahead, sampling, teaching, held)
 
     @cached_property
@@ -306,8 +310,9 @@ class Layouts:
             f"layouts on {self.machines.words}: GiB of one device of each part, of {USABLE:.0%} of "
             f"{self.machines.device.memory / GIB:.1f}; seconds of a step",
             self.table(),
-            *(f"without sampler={kind}: {why}" for kind, why in self.refused.items()),
         ]
+        if self._beside:
+            lines += [f"none with {setting}: {why}" for setting, why in self.refused.items()]
         return "\n".join([*lines, "", *self._advice()])
 
     def _advice(self) -> list[str]:
@@ -332,7 +337,8 @@ class Layouts:
             words += f", the fastest that fits: {next_.name} takes {next_.step / best.step:.2f} "
             words += "times as long"
         if best.ahead:
-            words += "; rollouts are written by the weights of one step earlier"
+            steps = "one step" if best.ahead == 1 else f"{best.ahead} steps"
+            words += f"; rollouts are written by the weights of {steps} earlier"
         return words
 
     def to_dict(self) -> dict[str, Any]:
