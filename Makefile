@@ -2,8 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-vllm install-agents install-neighbours install-ray quickstart test test-kernels test-slow test-hostile test-peer test-vllm test-agents test-neighbours test-ranks test-ray test-verifiers bench lint clean
-.PHONY: install install-vllm install-agents install-neighbours quickstart test test-kernels test-slow test-hostile test-peer test-vllm test-agents test-neighbours test-ranks test-verifiers bench gpu-checks lint clean
+.PHONY: install install-vllm install-agents install-neighbours install-ray quickstart test test-kernels test-slow test-hostile test-peer test-vllm test-agents test-neighbours test-ranks test-ray test-verifiers bench gpu-checks lint clean
 
 install: .venv/installed
 
@@ -59,7 +58,7 @@ test-neighbours: install-neighbours
 
 # Every method on two and three processes of this machine.
 test-ranks: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ranks tests/end_to_end/test_ranks.py tests/test_gpu_checks.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ranks tests
 
 # Ray, in an environment of its own: clusters of actors on this machine, some of which are killed.
 install-ray: .venv-ray/installed
