@@ -163,7 +163,9 @@ def make_collector(run: Run, asked: Asked, opened: Opened, mesh: Mesh = ALONE) -
         reward=opposed(asked.reward, bool(players)),
         players={name: opened.player(name, mesh) for name in players},
         filters=make_filters(run, method.needs, opened.tokenizer, len(prompts)),
-        annotators=open_annotators(run, method, asked.annotated, opened, sampler),
+        annotators=open_annotators(
+            run, method, asked.annotated, opened, divided(sampler, mesh, student.model)
+        ),
         stored=stored,
         mesh=mesh,
         viewed=partial(seen, prompts),
