@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 import opdkit.sampling.vllm as vllm
 from opdkit.models.body import hidden_states
-from opdkit.models.engines.weights import checkpoint_weights, in_parts, save_adapters
-from opdkit.models.sharding import shard
+from opdkit.models.engines.weights import checkpoint_weights, save_adapters
+from opdkit.models.sharding import reshard, shard
 from opdkit.sampling.server import ServerSampler, ServerSettings
 from opdkit.sampling.vllm import VllmSampler, VllmSettings
 from opdkit.train.divided import divided
@@ -79,7 +79,7 @@ MODELS = {
 
 def move(model: Any) -> None:
     """As an optimiser step would, which holds the parts."""
-    in_parts(model)
+    reshard(model)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
