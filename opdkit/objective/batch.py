@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from opdkit.base.errors import UserError
 from opdkit.objective.companion import Companion, Companions
 from opdkit.objective.facts import (
     ColumnFact,
@@ -148,7 +149,7 @@ class Batch:
         if self.mine is None or self.whole is None:
             return value
         if value.shape[0] != self.shape[0]:
-            raise ValueError(JOINED)
+            raise UserError(JOINED)
         mine = self.mine if value.shape[1] == self.shape[1] else self.mine.any(1, keepdim=True)
         joined = self.whole(torch.where(mine, value, torch.zeros_like(value)).to(self.dtype))
         return joined.to(value.dtype)
@@ -160,7 +161,9 @@ class Batch:
         assert self.mine is not None
         there, other = ~self.mine[..., None], copy.copy(self)
         other.facts = {
-            fact: x.masked_fill(there, -50.0 if x.is_floating_point() else 1) if fact.shape else x
+            fact: torch.where(there, -50.0 if x.is_floating_point() else x.amax(), x)
+            if fact.shape and x.numel()
+            else x
             for fact, x in self.facts.items()
         }
         again = make(other)
@@ -169,7 +172,7 @@ class Batch:
             value, again = value[mine].double(), again[mine].double()
             if bool(torch.isclose(value, again, rtol=1e-4, equal_nan=True).all()):
                 return
-        raise ValueError(JOINED)
+        raise UserError(JOINED)
 
     def __getitem__(self, model: str) -> Scores:
         return Scores(self, model)

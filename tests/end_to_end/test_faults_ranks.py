@@ -1,5 +1,5 @@
-"""One of several processes fails: the others end soon, one message says why, nothing is left behind,
-and the run goes on from its newest checkpoint.
+"""One of several processes fails: the others end soon, one message says why, nothing is left
+behind, and the run goes on from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from opdkit.base.files import read_lines
 from tests.end_to_end.conftest import Shop
 from tests.end_to_end.faulty import MOMENTS
 
