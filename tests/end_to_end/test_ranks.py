@@ -215,7 +215,7 @@ def test_teachers_of_every_kind(shop: Shop, data: str, tmp_path: Path) -> None:
         "with another tokenizer, merged": ("gold(hybrid=true, lmbda=1.0)", {"teacher": far}),
         "a reference below adapters": ("exopd", {"lora": {"r": 4}}),
         "whole": ("gkd", {"shard_teachers": False}),
-        "that writes too": ("skd", {}),
+        "that writes too": ("minillm(teacher_mix=0.2)", {}),
     }
     compare(
         {n: values(shop, data, tmp_path, m, **x) for n, (m, x) in kinds.items()}, tmp_path, (2, 3)
