@@ -36,10 +36,12 @@ from opdkit.run.settings import Run
 from opdkit.sampling import Guide
 from opdkit.sampling.kv_cache import odd_layers
 from opdkit.teachers import LocalModel, Remote, Scorer, route
+from opdkit.teachers.early import BEGUN
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
 from opdkit.train.collect.ahead import Queue
 from opdkit.train.collect.collector import Collector
+from opdkit.train.collect.early import Early
 from opdkit.train.collect.filters import (
     DynamicSampling,
     Filter,
@@ -104,6 +106,9 @@ def assemble(
         seed=run.seed,
         mesh=mesh,
     )
+    begun = opened.models.context.opened.get(BEGUN)
+    if begun is not None and mesh.size == 1 and getattr(collector.sampler, "gives_each", False):
+        collector.early = Early(begun, opened.scorers, job.needs_at, run.ahead)
     if evaluator is not None and state.evaluated < 0:
         score_teachers(evaluator, opened.scorers, asked.eval_rows or [])
     return job, state

@@ -128,6 +128,8 @@ class ServerSampler(EngineSampler):
     need `--logprobs-mode processed_logprobs`.
     """
 
+    gives_each = True  # it takes `each`
+
     def __init__(
         self,
         model: CausalLM,
@@ -298,7 +300,10 @@ class ServerSampler(EngineSampler):
                 raise Broken(f"a log-prob of {above[0]:g}")
             return Drawn(tokens, numbers, ended(choice.get("finish_reason")))
 
-        return self._complete(endpoint, request.who, request.tokens, settings, read, longest)
+        made = self._complete(endpoint, request.who, request.tokens, settings, read, longest)
+        if request.told is not None:
+            request.told(made)
+        return made
 
     def _scores(self, endpoint: Endpoint, tokens: list[int], start: int, who: str) -> list[float]:
         def read(choice: dict[str, Any], who: str) -> list[float]:

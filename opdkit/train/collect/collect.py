@@ -66,7 +66,7 @@ def collect(
     """The rollouts of step number `step` (from 0) of `total_steps`, by a student that has taken
     `version` optimiser steps: written, scored and passed through the filters.
     """
-    pen = _Pen(collector, step, version)
+    pen = _Pen(collector, step, version, collector.told(step, total_steps))
     every: list[Rollout] = []
     count, sampling = collector.prompts_per_step, collector.cut(memory)
     recalled = collector.curriculum.recalled(count, step, collector.seed, memory)
@@ -172,11 +172,12 @@ class _Pen:
     collector: Collector
     step: int
     version: int
+    told: dict[str, Any]  # to the student's sampler besides
     written: list[Rollout] = field(default_factory=list)
     asked: Counter[str] = field(default_factory=Counter)  # responses to each prompt so far
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        made = self._made(self.collector.sampler, prompts, sampling)
+        made = self._made(self.collector.sampler, prompts, sampling, **self.told)
         self.written.extend(made)
         return made
 
@@ -186,7 +187,7 @@ class _Pen:
         return self._made(self.collector.players[model], prompts, sampling)
 
     def _made(
-        self, sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling
+        self, sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling, **told: Any
     ) -> list[Rollout]:
         return sampler.sample(
             [self._numbered(prompt, sampling.num_generations) for prompt in prompts],
@@ -194,6 +195,7 @@ class _Pen:
             seed=self.collector.seed,
             step=self.step,
             policy_version=self.version,
+            **told,
         )
 
     def _numbered(self, prompt: Prompt, count: int) -> Prompt:
