@@ -33,6 +33,7 @@ class Collected:
     earlier: frozenset[str] = frozenset()  # the ids of those that were written at earlier steps
     version: int = 0  # optimiser steps that the student had taken when they were asked for
     stream: dict[str, Any] = field(default_factory=dict)  # position in the data behind them
+    counts: dict[str, float] = field(default_factory=dict)  # metrics of what filters kept
 
 
 def prepare(collector: Collector, student: Student, memory: Memory) -> Memory:
@@ -104,6 +105,7 @@ def collect(
         earlier=frozenset(r.id for r in (*recalled.instead, *recalled.beside)),
         version=version,
         stream=collector.stream.state(),
+        counts=collector.counts(),
     )
 
 

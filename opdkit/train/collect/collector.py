@@ -67,6 +67,11 @@ class Collector:
         """Of a step's rollouts, once they are learnt from."""
         return {} if self.early is None else self.early.metrics()
 
+    def counts(self) -> dict[str, float]:
+        """What filters tell of the rollouts that they had last."""
+        told = (getattr(keeps, "counts", {}) for keeps in self.filters)
+        return {name: count for counts in told for name, count in counts.items()}
+
     def spans(self, step: int) -> dict[str, list[Span]]:
         """When teachers were asked while the step's rollouts were written."""
         return {} if self.early is None else {"teacher": self.early.spans(step)}
