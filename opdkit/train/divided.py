@@ -80,7 +80,7 @@ def _nothing() -> None:
 def divided(sampler: Any, mesh: Mesh, model: Any) -> Sampler:
     """A sampler that the processes share; as it is where there is one."""
     if mesh.size == 1:
-        return sampler  # type: ignore[no-any-return]
+        return sampler
     kind = SharedSampler if hasattr(sampler, "staged") else DividedSampler
     return kind(sampler, mesh, model)
 

@@ -22,6 +22,7 @@ from opdkit.objective.head import flat_positions, learn
 from opdkit.objective.maths import keyed_uniform
 from opdkit.objective.plan import StepPlan
 from opdkit.train.checkpoint import State
+from opdkit.train.collect.ahead import Written
 from opdkit.train.collect.collect import annotate
 from opdkit.train.gather import gather, refresh
 from opdkit.train.job import Job
@@ -125,20 +126,8 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
     student, step = job.student, state.step
 
     total = job.length.expected_steps(state)
-    written = job.queue.next(  # sample, reward
-        student,
-        clock,
-        step=step,
-        steps=job.length.steps,
-        total_steps=total,
-        memory=state.memory,
-    )
+    written, rollouts = _collected(job, state, clock, total)  # sample, reward
     collected = written.collected
-    with clock("annotate") if job.collector.annotators else nullcontext():
-        told = AnnotateContext(step, job.seed, student.updates, state.memory)
-        rollouts, added = annotate(job.collector, collected.rollouts, told)
-    state.memory = {**state.memory, **added}
-    state.tokens += collected.tokens
     needs = job.needs_at(step, total)
     with clock("score"):  # gather facts
         batch = gather(
@@ -184,6 +173,26 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
     job.recorder.step(step + 1, state.tokens, rollouts, batch, record, clock, student, written)
     state.step += 1
     job.queue.learnt(step)
+
+
+def _collected(job: Job, state: State, clock: Clock, total: int) -> tuple[Written, list[Rollout]]:
+    """The rollouts of a step of a run of `total` steps, as they were written and as annotators have
+    noted on them; those of a later step are asked for.
+    """
+    written = job.queue.next(
+        job.student,
+        clock,
+        step=state.step,
+        steps=job.length.steps,
+        total_steps=total,
+        memory=state.memory,
+    )
+    state.tokens += written.collected.tokens
+    told = AnnotateContext(state.step, job.seed, job.student.updates, state.memory)
+    with clock("annotate") if job.collector.annotators else nullcontext():
+        rollouts, added = annotate(job.collector, written.collected.rollouts, told, job.mesh)
+    state.memory = {**state.memory, **added}
+    return written, rollouts
 
 
 def _optimiser_steps(

@@ -36,26 +36,34 @@ MICRO = (16384, 8192, 4096, 2048)  # tokens of a forward pass that are tried, la
 
 
 def plan(
-    run: Run, device: Device | Machines, *, rates: Rates = USUAL, response: float | None = None
+    run: Run, device: Device, *, rates: Rates = USUAL, response: float | None = None
 ) -> RunPlan:
-    """What the run will do and take on a device, or in as many processes as there are devices.
+    """What the run will do and take on a device; on several: `layouts.plan_on`.
 
     `response`: mean length of responses, in tokens; None: a share of the longest.
     """
+    check_response(response)
+    run, method, reward, notes = checked(run, device)
+    refuse(run, method, reward)
+    return RunPlan(sized(run, method, device), method, device, rates, response, notes)
+
+
+def check_response(response: float | None) -> None:
+    """Refuses a mean length of responses that cannot be."""
     if response is not None and response <= 0:
         raise UserError(
             f"a mean response of {response:g} tokens cannot be: give a positive number, or none "
             "for half of the limit"
         )
-    machines = device if isinstance(device, Machines) else Machines(device)
-    device = machines.device
+
+
+def checked(run: Run, device: Device) -> tuple[Run, Method, Reward | None, tuple[str, ...]]:
+    """The run with what goes by the device, its method and its reward, and what there is to say."""
     run = on_device(run, device.gpu)
     run = with_models(run, run.method_spec.load())
     method = as_run(run.method_spec.load(), run)
     reward, notes = _reward(run)
-    refuse(run, method, reward)
-    run = sized(run, method, device, machines.size)
-    return RunPlan(run, method, device, rates, response, notes, machines)
+    return run, method, reward, notes
 
 
 def sized(run: Run, method: Method, device: Device, ranks: int = 1) -> Run:
@@ -278,19 +286,19 @@ class RunPlan:
         ]
         for phase in self.phases:
             lines.append(
-                f"  {phase.name:<8}{_time(phase.seconds):>10}  "
+                f"  {phase.name:<8}{seconds_text(phase.seconds):>10}  "
                 f"{_operations(phase.operations):>12}  {phase.says}"
             )
         if any(held.where == ELSEWHERE for held in self.models):
             lines.append("  the teacher's own time, elsewhere, is not counted")
         count, each = self.evaluations
-        lines.append(f"  {'step':<8}{_time(self.step_seconds):>10}")
+        lines.append(f"  {'step':<8}{seconds_text(self.step_seconds):>10}")
         if count:
             unknown = "not counted: evaluate.data.limit says of how many problems"
-            known = unknown if math.isnan(each) else f"{_time(each)} each"
+            known = unknown if math.isnan(each) else f"{seconds_text(each)} each"
             lines.append(f"  {count} evaluations of the student: {known}")
         lines.append(
-            f"time: about {_time(self.seconds)} for {self.run.steps} steps, rewards and "
+            f"time: about {seconds_text(self.seconds)} for {self.run.steps} steps, rewards and "
             "checkpoints not counted"
         )
         if self.method.curriculum.before:
@@ -368,7 +376,7 @@ def _known(seconds: float) -> float | None:
     return seconds if math.isfinite(seconds) else None
 
 
-def _time(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "unknown"
     return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)

@@ -27,6 +27,7 @@ from opdkit.sampling.settings import Sizes
 from opdkit.train.settings import Lora
 
 PHASES = ("sample", "score", "learn")
+PASS = 16384  # padded tokens of a GPU's forward pass, where nobody says
 LONGEST_PROMPT = 1024  # tokens, where data.max_prompt_length does not say
 CONTEXT = GIB  # of a GPU: its context, kernels, and what the allocator cannot use
 USABLE = 0.95  # of a device
@@ -58,7 +59,7 @@ def step_of(run: Run, curriculum: Curriculum, device: Device) -> Step:
     response = run.sampling.max_completion_length
     writer, prompts = writer_of(curriculum), run.prompts_per_step
     rollouts = prompts * writer.rollouts(run.sampling) + curriculum.beside(prompts)
-    budget = run.micro_batch_tokens or (16384 if device.gpu else 1024)
+    budget = run.micro_batch_tokens or (PASS if device.gpu else 1024)
     micro = min(max(budget, prompt + response), rollouts * (prompt + response))
     sampled = prompts * writer.sampled(run.sampling)
     return Step(prompts, rollouts, prompt, response, micro, sampled)
@@ -131,10 +132,15 @@ def memory_of(
             else 0
         )
         spread = ranks if divided(held) else 1
+        # the head of a frozen model stays whole
+        whole = held.shaped.head * WIDTH[held.dtype] if spread > 1 and _frozen(held) else 0
         part = f", 1/{spread} of them" if spread > 1 else ""
         out.part(
             f"{held.role} weights, {held.numbers}{part}",
-            {p: (held.weights - (waits if p != "score" else 0)) / spread for p in PHASES},
+            {
+                p: (held.weights - whole - (waits if p != "score" else 0)) / spread + whole
+                for p in PHASES
+            },
         )
         out.add(f"{held.role}'s vLLM engine", held.engine * device.memory)
     read = scored(run, method, models)
@@ -279,6 +285,11 @@ def divided(held: Held) -> bool:
     return held.where == HERE and held.quantize is None and not held.offload
 
 
+def _frozen(held: Held) -> bool:
+    """Whether it is a model of its own that does not learn."""
+    return held.role != "student" and held.weights > 0
+
+
 def _wholes(out: Memory, run: Run, student: Held, read: Sequence[Held], guide: Held | None) -> None:
     """What a process has whole of models that are spread: layers as they compute, the embedding
     from a pass's beginning to its end, the head for a step, all of what samples in it.
@@ -300,10 +311,14 @@ def _wholes(out: Memory, run: Run, student: Held, read: Sequence[Held], guide: H
     layers["score"] = AT_ONCE * max((_layer(held, run) for held in spread), default=0)
     out.part("layers whole, as they compute", layers)
     ends = {"learn": shape.head * wide * divided(student)}
-    ends["score"] = max(
-        (h.shaped.head * WIDTH[h.dtype] * (1 if h is student else 2) for h in spread), default=0
-    )
-    out.part("embedding whole, and the head of what is read", ends)
+    ends["score"] = max((_embedding(held) for held in spread), default=0)
+    out.part("embedding whole, during a pass", ends)
+
+
+def _embedding(held: Held) -> int:
+    """Bytes of one that is gathered for a pass: not of one that is a head which is whole anyway."""
+    there = _frozen(held) and held.shaped.tied
+    return 0 if there else held.shaped.head * WIDTH[held.dtype]
 
 
 def _layer(held: Held, run: Run) -> float:
@@ -347,7 +362,7 @@ def _scoring(out: Memory, needs: Needs, read: Sequence[Held], run: Run, step: St
     )
     out.add(
         "a pass without gradient",
-        step.micro * max((_pass_bytes(held, run) for held in read), default=0),
+        step.micro * max((pass_bytes(held, run) for held in read), default=0),
         ("score",),
     )
 
@@ -358,7 +373,7 @@ def kept_width(run: Run, held: Held) -> int:
     return products if run.head_dtype is None else max(WIDTH["float32"], products)
 
 
-def _pass_bytes(held: Held, run: Run) -> int:
+def pass_bytes(held: Held, run: Run) -> int:
     """Bytes per token of the tensors of one layer that are alive at once, no gradient."""
     inner = held.product_width(products_of(run, held))
     outer = max(WIDTH["float32"], inner)

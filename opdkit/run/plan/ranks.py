@@ -48,11 +48,13 @@ def _sizes(
     """Phase, what, bytes of the whole, and whether it travels behind the computing."""
     student, needs = models[0], method.needs
     if divided(student) and step.sampled:
-        yield "sample", "the student, to be whole as it samples", _bytes(student), False
+        yield "sample", "the student, whole as it samples, or to be sent", _bytes(student), False
     for held in filter(divided, scored(run, method, models)):
         passes = _passes(held.share * load.tokens, mine)
         yield "score", f"{held.role}'s layers, {passes} passes", passes * _layers(held), True
-        yield "score", f"{held.role}'s head", held.shaped.head * WIDTH[held.dtype], False
+    if divided(student) and student in scored(run, method, models):
+        head = student.shaped.head * WIDTH[student.dtype]
+        yield "score", "the student's head", head, False
     # summed, which takes twice the time; those of [B, T, k] stay where they are
     summed = sum(fact.bytes_per_token for fact in needs.facts if not _stays(fact))
     yield "score", "facts of the tokens, summed", 2 * summed * step.positions, False
@@ -89,9 +91,10 @@ def _bytes(held: Held) -> float:
 
 
 def _layers(held: Held) -> float:
-    """Bytes of what a pass gathers: all but a head of its own."""
+    """Bytes of what a pass gathers: all but a head of its own, and of a frozen model the head."""
     shape = held.shaped
-    return (shape.parameters - (0 if shape.tied else shape.head)) * WIDTH[held.dtype]
+    apart = held.role != "student" or not shape.tied
+    return (shape.parameters - shape.head * apart) * WIDTH[held.dtype]
 
 
 def _passes(tokens: float, mine: Step) -> int:

@@ -110,12 +110,12 @@ def collect(
 
 
 def annotate(
-    collector: Collector, rollouts: list[Rollout], told: AnnotateContext
+    collector: Collector, rollouts: list[Rollout], told: AnnotateContext, mesh: Mesh
 ) -> tuple[list[Rollout], dict[str, Any]]:
     """Rollouts once the annotators have noted on them, and what they add to the run's memory."""
     if not collector.annotators:
         return rollouts, {}
-    return collector.mesh.same(_annotated(collector.annotators, rollouts, told))
+    return mesh.same(_annotated(collector.annotators, rollouts, told))
 
 
 def _rewarded(rollouts: Sequence[Rollout], reward: Reward, mesh: Mesh) -> list[Rollout]:
