@@ -118,6 +118,8 @@ class ServerSampler(EngineSampler):
     need `--logprobs-mode processed_logprobs`.
     """
 
+    gives_each = True  # it takes `each`
+
     def __init__(
         self,
         model: CausalLM,
