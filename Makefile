@@ -58,7 +58,7 @@ test-neighbours: install-neighbours
 
 # Every method on two and three processes of this machine.
 test-ranks: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ranks tests/end_to_end/test_ranks.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ranks tests/end_to_end/test_ranks.py tests/run/test_slurm.py
 
 # The library verifiers wants other versions than the rest of the project, so it has an environment of its own too.
 .venv-verifiers/installed: pyproject.toml
