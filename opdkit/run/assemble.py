@@ -113,8 +113,7 @@ def writes_beside(run: Run, method: Method) -> bool:
     """Whether rollouts are written while the trainer learns: a copy of the student that writes too
     would move meanwhile.
     """
-    elsewhere = run.sampler_settings.elsewhere
-    return run.ahead > 0 and elsewhere and not writer_of(method.curriculum).players
+    return run.ahead > 0 and run.writes_elsewhere and not writer_of(method.curriculum).players
 
 
 def continued(run: Run, checkpoint: Path, opened: Opened, record: dict[str, Any]) -> State:
@@ -196,6 +195,7 @@ def make_recorder(run: Run, given: Given, asked: Asked, opened: Opened, state: S
         given.show or Screen(run.steps, state.step, run.max_tokens, state.tokens),
         (lambda rollout: route(rollout.row.get("teacher"), routes, rollout.id)) if routes else None,
         Idle(bool(asked.method.needs.columns & {"reward", "correct"})),
+        others=given.others,
     )
 
 

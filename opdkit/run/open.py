@@ -33,6 +33,7 @@ from opdkit.sampling import Guide
 from opdkit.sampling.settings import SamplerContext
 from opdkit.teachers import LocalModel, Remote, Scorer
 from opdkit.teachers.context import TeacherContext
+from opdkit.train.record import Other
 from opdkit.train.student import Student, with_adapters
 from opdkit.types import DataRow, Sampler, Watch
 
@@ -53,6 +54,11 @@ class Given:
     # is told of each step, instead of a line on the screen
     show: Callable[[int, Mapping[str, float]], None] | None = None
     teacher_tokenizer: Any = None  # of a loaded teacher; None: the student's
+    # what writes, instead of the sampler that the run names
+    sampler: Callable[[SamplerContext], Sampler] | None = None
+    # models that others hold: see `TeacherContext.hosts`
+    hosts: Callable[[Any, TeacherContext], Scorer | Remote | None] | None = None
+    others: Sequence[Other] = ()  # parts of the run elsewhere, for its metrics
 
 
 class Models:
@@ -88,6 +94,7 @@ class Models:
             given_student=given.student,
             # one that takes part in decoding is asked for each token, by one process alone
             devices=devices if run.shard_teachers and not method.teacher_mix else None,
+            hosts=given.hosts,
         )
 
     def _written(self) -> int | None:
@@ -210,7 +217,8 @@ class Models:
 
     def sampler(self, student: Student, watch: Watch, guide: Guide | None, longest: int) -> Sampler:
         """What lets the student write its responses; a rollout has at most `longest` tokens."""
-        return self.run.sampler_settings.open(
+        open_ = self.given.sampler or self.run.sampler_settings.open
+        return open_(
             SamplerContext(
                 student.model,
                 self.tokenizer,

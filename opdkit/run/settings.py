@@ -20,6 +20,7 @@ from opdkit.environments.settings import EnvironmentSettings
 from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.methods.method import Method, load
 from opdkit.objective.companion import Companion
+from opdkit.run.cluster.settings import ClusterSettings, cluster_of
 from opdkit.run.setting_rules import AUTO, DATA, EVALUATE, OWN_TASKS, RUN
 from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.kinds import sampler_of
@@ -143,6 +144,9 @@ class Run:
     # steps by which rollouts are asked for before they are learnt from: with 1 or more a sampler
     # elsewhere writes while the trainer learns, by weights that are so many steps old
     ahead: int = 0
+    # null: this machine's processes; ray, ray:ADDRESS or a group with `kind`: placed on a cluster,
+    # which starts again what dies (see `cluster.settings`)
+    cluster: str | dict[str, Any] | None = None
     # who writes them: student, anew at each step; or cache, all read from a folder of `opdkit
     # cache-teacher`
     rollouts: str = "student"
@@ -211,10 +215,22 @@ class Run:
             curriculum_of(self.curriculum)
         if self.environment is not None:
             environment_of(self.environment)
+        if self.cluster is not None:
+            cluster_of(self.cluster)
 
     @property
     def prompts(self) -> Data:
         return Data(self.data) if isinstance(self.data, str) else self.data
+
+    @property
+    def placement(self) -> ClusterSettings | None:
+        """The cluster that it is placed on."""
+        return None if self.cluster is None else cluster_of(self.cluster)
+
+    @property
+    def writes_elsewhere(self) -> bool:
+        """Whether rollouts are written by other processes than those that learn."""
+        return self.cluster is not None or self.sampler_settings.elsewhere
 
     @property
     def teachers(self) -> Teacher:
@@ -297,6 +313,7 @@ ENGINES: dict[str, Callable[[Any], Any]] = {
     "reference": one_teacher_of,
     "models.*": one_teacher_of,
     "sampler": sampler_of,
+    "cluster": cluster_of,
     "curriculum": curriculum_of,
     "environment": environment_of,
     "evaluate.environment": environment_of,

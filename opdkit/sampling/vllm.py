@@ -165,7 +165,8 @@ class VllmSampler(EngineSampler):
         if self.version is None or self.engine.dropped:
             self.engine.load(checkpoint_weights(self.model, merged=False))
         with tempfile.TemporaryDirectory(dir=self._files.name) as folder:
-            self.engine.load_adapters(save_adapters(self.model, Path(folder)), version)
+            save_adapters(self.model, Path(folder))
+            self.engine.load_adapters(Path(folder), version)
 
     @property
     def behind(self) -> bool:

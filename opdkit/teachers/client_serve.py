@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from opdkit.objective.supply import Tensors
 from opdkit.teachers import protocol
 from opdkit.teachers.base import Remote, Scorer, in_order, source_of
 from opdkit.teachers.client_vllm_sglang import FAMILY, probe_ids
+from opdkit.teachers.front import LONGEST
 from opdkit.teachers.scored_facts import without_positions
 from opdkit.teachers.vllm_sglang import WHOLE, same_model
 from opdkit.types import Rollout
@@ -45,13 +47,15 @@ def connect(
     for one in about:
         _refuse_card(one, endpoint)
     first = about[0]
+    if any(card.get("shared") is True for card in about):  # they wait for other models' turns
+        endpoint = replace(endpoint, timeout=max(endpoint.timeout, LONGEST))
     if any(other["fingerprint"] != first["fingerprint"] for other in about):
         raise UserError(
             f"the teacher's servers all call their model {name!r}, but their weights differ: start "
             "them from the same checkpoint"
         )
     if not has_digest(tokenizer, first["tokenizer"]):
-        vocab = endpoint.request("GET", "/tokenizer", None, _vocabulary, VOCABULARY)
+        vocab = endpoint.request("GET", of_model("/tokenizer", name), None, _vocabulary, VOCABULARY)
         there: Any = SimpleNamespace(get_vocab=lambda: vocab, name_or_path=name)
         raise UserError(
             "the tokenizer of the teacher's server is not the student's: "
@@ -68,12 +72,19 @@ def connect(
             return protocol.unpack_head(reply.content, rows, columns)
 
         most = protocol.AROUND + 4 * rows * (columns + 1)
-        made = HiddenStates(*common, endpoint.request("GET", "/head", None, head, most))
+        made = HiddenStates(
+            *common, endpoint.request("GET", of_model("/head", name), None, head, most)
+        )
     else:
         made = Numbers(*common, known, known if rows > known else None)
     for server in endpoint.each():
         _keeps_order(replace(made, endpoint=server), tokenizer)
     return made
+
+
+def of_model(path: str, name: str) -> str:
+    """A path, asked of one of a server's models."""
+    return f"{path}?model={quote(name, safe='')}"
 
 
 def _refuse_card(about: Any, endpoint: Endpoint) -> None:
@@ -170,7 +181,7 @@ class _Own(ABC):
 
         return self.endpoint.about(
             f"{who} at {self.model}",
-            "/score",
+            of_model("/score", self.model),
             body,
             read,
             protocol.size(expected),

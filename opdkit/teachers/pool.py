@@ -25,7 +25,7 @@ TURN = 4.0
 # it pays from 1 on (T / (n r) > swap), and the swap back costs as much again
 COPY = 2.0
 TRIES = 3  # workers that a request may lose before it is given up
-SPANS = 1 << 14  # of the timeline, at most, that nobody has taken yet
+SPANS = 1 << 12  # of the timeline that are kept
 
 
 class Gone(Exception):
@@ -250,12 +250,10 @@ class Pool:
         with self.changed:
             return {name: Tally(**vars(tally)) for name, tally in self.schedule.tallies.items()}
 
-    def spans(self) -> list[Span]:
-        """What was done since they were asked for last: ["teacher:NAME", "score", from, to]."""
+    def spans(self, since: float = 0.0) -> list[Span]:
+        """What ended after a time, of late: ["teacher:NAME", "score" or "load", from, to]."""
         with self.changed:
-            taken = list(self._spans)
-            self._spans.clear()
-        return taken
+            return [span for span in self._spans if span[3] > since]
 
     def close(self) -> None:
         """What waits is given up; what is under way is finished."""

@@ -56,7 +56,9 @@ class ServerTeacher(Teacher):
 
     @classmethod
     def from_text(cls, text: str) -> dict[str, Any]:
-        return {"urls": text.split(",")}
+        """URLs, and after a # the name of the model there."""
+        urls, _, model = text.partition("#")
+        return {"urls": urls.split(",")} | ({"model": model} if model else {})
 
     def says(self, fact: Fact, model: str) -> bool:
         """All, until it is asked."""

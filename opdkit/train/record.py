@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from itertools import groupby
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +35,16 @@ from opdkit.train.track import Trackers
 from opdkit.types import MARK_OF, Rollout, reward_means
 
 TIMELINE = "timeline.jsonl"
+
+
+class Other(Protocol):
+    """A part of a run that is elsewhere, and tells what it did."""
+
+    def counts(self) -> Mapping[str, float]:
+        """Of the whole time, by the names of metrics."""
+
+    def spans(self) -> Sequence[Any]:
+        """[part, doing, from, to], in unix seconds, since it was asked last."""
 
 
 @dataclass
@@ -204,6 +215,7 @@ class Recorder:
     idle: Callable[[Mapping[str, float]], object] | None = None
     # of the device's arithmetic, by phase
     use: Callable[[Sequence[Rollout], int, Mapping[str, float]], dict[str, float]] | None = None
+    others: Sequence[Other] = ()  # parts of the run elsewhere
 
     def start(
         self, step: int, names: tuple[str, ...], earlier: frozenset[str] = frozenset()
@@ -244,6 +256,8 @@ class Recorder:
             metrics |= teacher_metrics(batch, [self.route(r) for r in rollouts])
         if self.use is not None:
             metrics |= self.use(rollouts, sum(any(r.drawn) for r in now), seconds)
+        for other in self.others:
+            metrics |= other.counts()
         metrics["tokens/sampled_so_far"] = tokens
         metrics["memory/peak_gib"] = peak_memory(student.device)
         self.trackers.log(step, metrics)
@@ -258,6 +272,7 @@ class Recorder:
     def timeline(self, step: int, parts: Mapping[str, Sequence[Span]]) -> None:
         """When each part of the run did what for a step, for the report."""
         spans = [[part, *span] for part, found in parts.items() for span in found]
+        spans += [span for other in self.others for span in other.spans()]
         with (self.folder / TIMELINE).open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, "spans": spans}) + "\n")
 

@@ -5,6 +5,7 @@ the student, in files that any other number of processes reads (torch.distribute
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ DESCRIBED = ".metadata"  # beside them: the name, the shape and the places of ev
 # what names of tensors begin with
 MODEL, OPTIMISER, BESIDE = "model.", "optimiser.", "beside."
 PART = "opdkit_part"  # stands, in what is saved of companions, for a tensor that is in the shards
+
+# said of every reading without exchange, which is what is asked for
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
 
 
 def is_sharded(checkpoint: Path) -> bool:

@@ -35,6 +35,14 @@ MOVED = (
 )
 
 
+class Differs(UserError):
+    """An engine does not say what the student does."""
+
+    def __init__(self, text: str, said: str):
+        super().__init__(text)
+        self.said = said  # the finding alone
+
+
 class Probe:
     """Fixed sequences, the trainer's log-probs of them, and what the engine says."""
 
@@ -84,11 +92,14 @@ class Probe:
         assert self._engine is not None
         gap = float((torch.cat(list(engine)).float().cpu() - self._engine).abs().mean())
         if not gap <= self.tolerance:
-            raise UserError(
-                f"{who} gives other log-probs of the probe than after the last step's weights were "
-                f"sent, by {gap:.3g} nats in the mean: it was started again, and lost them. "
-                "Nothing was learnt from this step; see to it that it stays up, and continue with "
-                "--resume"
+            said = (
+                "other log-probs of the probe than after the last step's weights were sent, by "
+                f"{gap:.3g} nats in the mean: it was started again, and lost them"
+            )
+            raise Differs(
+                f"{who} gives {said}. Nothing was learnt from this step; see to it that it stays "
+                "up, and continue with --resume",
+                f"it gives {said}",
             )
 
     def check(self, engine: Sequence[Tensor], own: Tensor, version: int, how: str) -> float:
@@ -104,7 +115,7 @@ class Probe:
         moved = 0.0 if self._trainer is None else float((own - self._trainer).abs().mean())
         self.gap, self._engine, self._trainer = gap, theirs, own
         if not gap <= self.tolerance:
-            raise UserError(
+            raise Differs(
                 f"after {how} (optimiser step {version}) the engine's log-probs are not the "
                 f"student's: they differ by {gap:.3g} nats in the mean over {len(own)} tokens, and "
                 f"by at most {float((theirs - own).abs().max()):.3g}; allowed in {self.dtype} is a "
@@ -113,12 +124,14 @@ class Probe:
                 "otherwise than transformers does, or takes weights over in part only: sample in "
                 "this process instead (sampler=hf), or in float32 to see whether rounding is the "
                 "cause. Where the difference is known and harmless, raise sync_tolerance and set "
-                "recompute_student=true"
+                "recompute_student=true",
+                f"its log-probs are not the student's: they differ by {gap:.3g} nats in the mean",
             )
         if same and moved > MOVED * self.tolerance:
-            raise UserError(
+            raise Differs(
                 f"after {how} (optimiser step {version}) the engine's log-probs are to a bit what "
                 f"they were before, while the student's have moved by {moved:.3g} nats in the "
-                "mean: the new weights did not arrive, so the run stops. Look at the engine's log"
+                "mean: the new weights did not arrive, so the run stops. Look at the engine's log",
+                "its log-probs are to a bit what they were before: the weights did not arrive",
             )
         return gap

@@ -8,7 +8,7 @@ import os
 import random
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,18 +224,16 @@ class Engine:
 
     # -------------------------------------------------------------------------------------- weights
 
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """New weights by their names in the checkpoint, [...] of any shape: by reference, or
-        through a folder where other processes hold the model.
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """New weights by their names in the checkpoint, [...] of any shape: by reference, one after
+        the other, or through a folder where other processes hold the model.
         """
         if self.settings.tensor_parallel_size == 1:
-            self.llm.collective_rpc("opdkit_load", args=(weights.items(),))
+            self.llm.collective_rpc("opdkit_load", args=(weights,))
         else:
             with tempfile.TemporaryDirectory(prefix="opdkit-weights-") as folder:
-                self.llm.collective_rpc(
-                    "opdkit_load_folder",
-                    args=(str(save_weights(weights, Path(folder), self.dtype)),),
-                )
+                save_weights(weights, Path(folder), self.dtype)
+                self.llm.collective_rpc("opdkit_load_folder", args=(folder,))
         self.reset()
 
     def load_adapters(self, folder: Path, version: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from opdkit.run.plan.machines import Machines
-from opdkit.sampling.server import COMMAND
+from opdkit.sampling.servers import COMMAND
 
 if TYPE_CHECKING:
     from opdkit.run.plan.layouts import Layout
