@@ -22,12 +22,14 @@ from opdkit.cli.neighbours import NEIGHBOURS
 from opdkit.cli.quickstart import QUICKSTART
 from opdkit.cli.report import REPORT
 from opdkit.cli.serve_teacher import SERVE_TEACHER
+from opdkit.cli.slurm import SLURM
 from opdkit.cli.train import TRAIN
 from opdkit.cli.unforeseen import tell
 
 COMMANDS = (
     QUICKSTART,
     TRAIN,
+    SLURM,
     CACHE_TEACHER,
     SERVE_TEACHER,
     EVAL,
