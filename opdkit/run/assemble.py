@@ -17,7 +17,6 @@ from opdkit.data import PromptStream
 from opdkit.data.cache import student_notes
 from opdkit.data.views import seen
 from opdkit.environments import EpisodeSampler
-from opdkit.methods.method import Method
 from opdkit.models.identity import identify
 from opdkit.models.layout import batch_tokens
 from opdkit.objective.needs import watched
@@ -74,7 +73,7 @@ def assemble(
     share it, of which the first writes its files.
     """
     method, student = asked.method, opened.student
-    beside = writes_beside(run, method)
+    beside = writes_beside(run, asked)
     # of several processes the first lets rollouts be written while the others learn with it
     collector = make_collector(run, asked, opened, ALONE if beside else mesh)
     if asked.stored is not None and given.student is None:
@@ -115,11 +114,12 @@ def assemble(
     return job, state
 
 
-def writes_beside(run: Run, method: Method) -> bool:
-    """Whether rollouts are written while the trainer learns: a copy of the student that writes too
-    would move meanwhile.
+def writes_beside(run: Run, asked: Asked) -> bool:
+    """Whether rollouts are written while the trainer learns. A copy of the student that writes too
+    would move meanwhile, and an annotator may let the student write with other weights.
     """
-    return run.ahead > 0 and run.writes_elsewhere and not writer_of(method.curriculum).players
+    players = writer_of(asked.method.curriculum).players
+    return run.ahead > 0 and run.writes_elsewhere and not players and not asked.annotated
 
 
 def continued(run: Run, checkpoint: Path, opened: Opened, record: dict[str, Any]) -> State:
@@ -139,7 +139,8 @@ def continued(run: Run, checkpoint: Path, opened: Opened, record: dict[str, Any]
             f"{new[0]['setting']}: set steps to more than {state.step} too"
         )
     if any(change["setting"].partition(".")[0] in ("data", "seed") for change in new):
-        state.stream = {}  # of other questions, or in another order: from the first one on
+        # of other questions, or in another order: from the first one on
+        state.stream, state.queue = {}, []
     return state
 
 

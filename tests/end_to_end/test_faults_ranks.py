@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from opdkit.base.files import read_lines
 from tests.end_to_end.conftest import Shop
 from tests.end_to_end.faulty import MOMENTS
 
