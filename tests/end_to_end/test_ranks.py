@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from opdkit.base.files import read_lines
 from opdkit.methods.method import load, methods
@@ -277,3 +279,29 @@ def test_methods_of_ones_own(shop: Shop, data: str, tmp_path: Path) -> None:
     compare(cases, tmp_path, (2, 3))
     with pytest.raises(AssertionError, match="Make it in two signals"):
         on(2, {"joined": values(shop, data, tmp_path, own + "joined")}, tmp_path / "refused")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_saved_experts_are_those_of_one_process(
+    shop: Shop, tmp_path: Path, tied: bool, lora: bool
+) -> None:
+    """The same names and numbers, which plain from_pretrained loads."""
+    student = save_tiny(tmp_path / "student", "qwen3_moe", tie_word_embeddings=tied, **EXPERTS)
+    saved = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        several = ["--nproc=2"] if count == 2 else []
+        adapters = ["lora.r=4"] if lora else []
+        assert shop.train(out, *several, "dtype=float64", *adapters, student=student) == 0
+        saved.append(load_file(out / "model" / "model.safetensors"))
+        model, report = AutoModelForCausalLM.from_pretrained(
+            out / "model", dtype=torch.float64, output_loading_info=True
+        )
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    one, two = saved
+    assert set(one) == set(two)
+    for name, weight in one.items():
+        assert torch.allclose(two[name], weight, 0, 1e-6), name
