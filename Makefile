@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-vllm install-agents install-neighbours quickstart test test-kernels test-slow test-hostile test-peer test-vllm test-agents test-neighbours test-ranks test-verifiers bench lint clean
+.PHONY: install install-vllm install-agents install-neighbours install-ray quickstart test test-kernels test-slow test-hostile test-peer test-vllm test-agents test-neighbours test-ranks test-ray test-verifiers bench gpu-checks lint clean
 
 install: .venv/installed
 
@@ -58,7 +58,18 @@ test-neighbours: install-neighbours
 
 # Every method on two and three processes of this machine.
 test-ranks: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ranks tests/end_to_end/test_ranks.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ranks tests
+
+# Ray, in an environment of its own: clusters of actors on this machine, some of which are killed.
+install-ray: .venv-ray/installed
+
+.venv-ray/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,ray]'
+	touch $@
+
+test-ray: install-ray
+	OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -q -s -m ray tests/run/cluster
 
 # The library verifiers wants other versions than the rest of the project, so it has an environment of its own too.
 .venv-verifiers/installed: pyproject.toml
@@ -84,10 +95,14 @@ bench: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
 	for name in vs_trl head head_types sampler episodes scaling; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
+# Everything that needs GPUs, in less than 12 minutes on 1 to 8 of them; `ARGS='--small --device cpu'` tries the same code without one.
+gpu-checks: install
+	$(BIN)/python benchmarks/gpu/all.py $(ARGS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-vllm .venv-agents .venv-neighbours .venv-verifiers quickstart build dist *.egg-info
+	rm -rf .venv .venv-vllm .venv-agents .venv-neighbours .venv-ray .venv-verifiers quickstart build dist *.egg-info

@@ -248,6 +248,10 @@ class Sampler(Protocol):
     ) -> list[Rollout]:
         """`sampling.num_generations` responses to each prompt, those to one prompt side by side.
 
+        One that `gives_each` takes a keyword `each` too: a function that is called with each
+        rollout as it ends, in any order and from any thread; with its tokens and row, but perhaps
+        without log-probs that are still to be found.
+
         Arguments:
             seed: draws are keyed by it and by each rollout's id.
             step: part of the rollouts' ids, step/prompt/number, numbers from the prompt's own on;
@@ -259,6 +263,19 @@ class Sampler(Protocol):
 
     def sync(self, model: Any, version: int) -> None:
         """Take over the student's weights after an optimiser step, the `version`-th."""
+        ...
+
+
+class Elsewhere(Sampler, Protocol):
+    """A sampler that can write while the student learns; `sync` is `staged(model, version)()`."""
+
+    def staged(self, model: Any, version: int) -> Callable[[], None]:
+        """The first half of `sync`: all that needs the model. Of a model that is spread over
+        processes all of them take part, in one order.
+
+        What it returns sends the weights as they were: in any thread, once, before the next
+        `sample`, and also while the model moves on. Of several processes the first one's is called.
+        """
         ...
 
 

@@ -2,7 +2,9 @@
 the JSON that is documented.
 """
 
+import argparse
 import importlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -177,3 +179,61 @@ def test_episodes_and_single_turns_write_as_much(benchmark, tmp_path):
     assert result["turns"] == 3 and result["ratio"]["n"] == 2
     # two answers of 2 to 6 words, each with two marks of the template, or three where it closed
     assert 2 * 4 <= result["others_tokens"] <= 2 * 9
+
+
+SIDE = """
+import json, sys
+print(json.dumps({"opdkit": WHERE}), flush=True)
+for n, line in enumerate(sys.stdin):
+    turn = {"seconds": SECONDS, "learn": SECONDS / 2, "losses": [1.0 / (n + 1) + OFF]}
+    print(json.dumps(turn | {"sample": 0.0, "reward": 0.0, "score": 0.0}), flush=True)
+"""
+
+
+def sides(folder, seconds, off=0.0, moved=False):
+    """Two checkouts whose steps take so long."""
+    checkouts = []
+    for name, took in zip(("old", "new"), seconds):
+        home = folder / name
+        python = home / ".venv" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        where = folder / "elsewhere" if moved and name == "new" else home
+        said = SIDE.replace("WHERE", repr(str(where / "opdkit" / "__init__.py")))
+        said = said.replace("SECONDS", str(took)).replace("OFF", str(off * (name == "new")))
+        (home / "side.py").write_text(said)
+        python.write_text(f"#!/bin/sh\nexec {sys.executable} {home / 'side.py'}\n")
+        python.chmod(0o755)
+        checkouts.append(str(home))
+    return checkouts
+
+
+def test_two_checkouts_take_turns_and_are_compared(benchmark, tmp_path):
+    step = benchmark("step")
+    options = [*sides(tmp_path, (2.0, 3.0)), "--pairs", "3", "--out", str(tmp_path)]
+    found = step.main(options)["sizes"]
+    assert set(found) == {"tiny", "medium"}
+    for size in found.values():
+        assert size["seconds"]["ratio"] == {**size["seconds"]["ratio"], "median": 1.5, "n": 3}
+        assert size["learn"]["old"]["median"] == 1.0 and "sample" not in size
+
+
+def test_two_checkouts_that_learn_otherwise_are_not_compared(benchmark, tmp_path):
+    step = benchmark("step")
+    with pytest.raises(SystemExit, match="of the same step differ"):
+        step.main([*sides(tmp_path, (1.0, 1.0), off=1e-3), "--out", str(tmp_path)])
+
+
+def test_a_side_must_be_of_its_checkout(benchmark, tmp_path):
+    step = benchmark("step")
+    with pytest.raises(SystemExit, match="is not of the checkout"):
+        step.main([*sides(tmp_path, (1.0, 1.0), moved=True), "--out", str(tmp_path)])
+
+
+def test_a_side_takes_the_steps_it_is_asked_for(benchmark):
+    step = benchmark("step")
+    out = io.StringIO()
+    step.side(argparse.Namespace(seed=0, device="cpu"), ["tiny 2", "tiny 1"], out)
+    _, two, one = map(json.loads, out.getvalue().splitlines())
+    assert len(two["losses"]) == 2 and len(one["losses"]) == 1
+    assert two["seconds"] >= two["sample"] + two["score"] + two["learn"] > 0
+    assert one["losses"][0] < two["losses"][0]  # it learns

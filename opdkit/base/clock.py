@@ -1,4 +1,4 @@
-"""Seconds of each phase of a step."""
+"""Seconds of each phase of a step, and when each was."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from contextlib import contextmanager
 
 import torch
 
+Span = tuple[str, float, float]  # a phase, when it began and ended, seconds since 1970
+
 
 class Clock:
-    """Seconds of each phase of a step."""
+    """Seconds of each phase of a step, and when each was."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device | str = "cpu"):
         self.seconds: dict[str, float] = {}
-        self.device = device
+        self.spans: list[Span] = []
+        self.device = torch.device(device)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, at = time.perf_counter(), time.time()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        took = time.perf_counter() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + took
+        self.spans.append((phase, at, at + took))

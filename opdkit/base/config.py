@@ -8,6 +8,7 @@ import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -30,12 +31,18 @@ EXAMPLES = {
 INTEGERS = 2**63  # tensors and generators of random numbers hold integers below it
 
 
+@cache
+def hints_of(cls: type) -> Mapping[str, Any]:
+    """The types of a class's fields."""
+    return get_type_hints(cls)
+
+
 def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     """A frozen dataclass from a nested mapping.
 
     Unknown keys and values of the wrong type are errors that name the key.
     """
-    hints = get_type_hints(cls)
+    hints = hints_of(cls)
     known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
@@ -154,7 +161,7 @@ def leaves(cls: Any, prefix: str = "") -> dict[str, str]:
     paths: list[str] = []
 
     def walk(kind: Any, at: str) -> None:
-        hints = get_type_hints(kind)
+        hints = hints_of(kind)
         for f in fields(kind):
             inner = next(
                 (
@@ -201,7 +208,7 @@ def _free(cls: Any, path: str) -> bool:
     """Whether keys below a path are free (a mapping) rather than declared."""
     hint: Any = cls
     for name in path.split("."):
-        hint = get_type_hints(next(h for h in (hint, *get_args(hint)) if is_dataclass(h)))[name]
+        hint = hints_of(next(h for h in (hint, *get_args(hint)) if is_dataclass(h)))[name]
     return any(get_origin(h) is dict for h in (hint, *get_args(hint)))
 
 

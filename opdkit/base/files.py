@@ -68,22 +68,38 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
     A reader never sees half of it, and a former one stays until then. After an error nothing of it
     is left; after a crash `tidy` cleans up.
     """
-    folder = final.parent
-    partial, former = folder / (PARTIAL + final.name), folder / (REPLACED + final.name)
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        write(partial)
-        for path in (*partial.rglob("*"), partial):
-            _flush(path)
-        if final.exists():
-            shutil.rmtree(former, ignore_errors=True)
-            os.replace(final, former)
-        os.replace(partial, final)
-        _flush(folder)
+        write(begin_folder(final))
+        place_folder(final)
     except Exception:
-        tidy(folder)
+        tidy(final.parent)
         raise
+
+
+def begin_folder(final: Path) -> Path:
+    """An empty folder beside the place of another, to be filled and then moved there."""
+    partial = partial_of(final)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def partial_of(final: Path) -> Path:
+    """Where a folder is filled before it is moved to its place."""
+    return final.with_name(PARTIAL + final.name)
+
+
+def place_folder(final: Path) -> None:
+    """Moves what `begin_folder` began to its place, once all of it is on the disk."""
+    folder = final.parent
+    partial, former = partial_of(final), folder / (REPLACED + final.name)
+    for path in (*partial.rglob("*"), partial):
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        os.replace(final, former)
+    os.replace(partial, final)
+    _flush(folder)
     shutil.rmtree(former, ignore_errors=True)
 
 
@@ -91,7 +107,7 @@ def remove_folder(path: Path) -> None:
     """A folder, gone in one move: what an interruption leaves of it is no longer called so, and
     `tidy` removes it.
     """
-    going = path.with_name(PARTIAL + path.name)
+    going = partial_of(path)
     shutil.rmtree(going, ignore_errors=True)
     os.replace(path, going)
     shutil.rmtree(going, ignore_errors=True)

@@ -17,23 +17,27 @@ from opdkit.cli.cache_teacher import CACHE_TEACHER
 from opdkit.cli.command import interrupted
 from opdkit.cli.compare import COMPARE
 from opdkit.cli.doctor import DOCTOR
+from opdkit.cli.export import EXPORT
 from opdkit.cli.methods import CHECK, EXPLAIN, METHODS
 from opdkit.cli.neighbours import NEIGHBOURS
 from opdkit.cli.quickstart import QUICKSTART
 from opdkit.cli.report import REPORT
 from opdkit.cli.serve_teacher import SERVE_TEACHER
+from opdkit.cli.slurm import SLURM
 from opdkit.cli.train import TRAIN
 from opdkit.cli.unforeseen import tell
 
 COMMANDS = (
     QUICKSTART,
     TRAIN,
+    SLURM,
     CACHE_TEACHER,
     SERVE_TEACHER,
     EVAL,
     SAMPLE,
     COMPARE,
     REPORT,
+    EXPORT,
     METHODS,
     EXPLAIN,
     CHECK,

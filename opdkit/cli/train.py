@@ -30,6 +30,8 @@ DRY = (
     "device_memory",
     "device_tflops",
     "device_bandwidth",
+    "device_link",
+    "device_network",
     "mfu",
     "response_length",
     "json",
@@ -82,7 +84,10 @@ def _of_a_dry_run(parser: argparse.ArgumentParser) -> None:
         "of a dry run", "what it is reckoned for; by default the device at hand"
     )
     dry.add_argument(
-        "--device", metavar="NAME", help="h100, h200, a100, a100-40gb, l40s, l4 or cpu"
+        "--device",
+        metavar="NAME",
+        help="h100, h200, a100, a100-40gb, l40s, l4 or cpu; 8xh100: so many of a machine; "
+        "2x8xh100: of each of two; 8x80GB",
     )
     dry.add_argument(
         "--device-memory", metavar="80GB", help="of a device in no table, or instead of the table's"
@@ -91,6 +96,12 @@ def _of_a_dry_run(parser: argparse.ArgumentParser) -> None:
         "--device-tflops", type=float, metavar="N", help="peak of its bfloat16 matrix products"
     )
     dry.add_argument("--device-bandwidth", metavar="3.35TB/s", help="peak of its memory")
+    dry.add_argument(
+        "--device-link", metavar="450GB/s", help="peak from one device to those of its machine"
+    )
+    dry.add_argument(
+        "--device-network", metavar="50GB/s", help="peak between machines, of each device"
+    )
     dry.add_argument(
         "--mfu",
         type=float,
@@ -144,17 +155,25 @@ def _several(options: Any) -> int:
 
 
 def dry_run(options: Any, run: Run) -> None:
-    from opdkit.run.plan import Rates, find_device, plan
+    from opdkit.run.plan import Rates, find_machines, plan, plan_on
 
-    device = find_device(
+    machines = find_machines(
         options.device,
+        options.nproc,
         memory=options.device_memory,
         tflops=options.device_tflops,
         bandwidth=options.device_bandwidth,
+        link=options.device_link,
+        network=options.device_network,
         setting=run.device,
     )
     rates = Rates() if options.mfu is None else Rates(learn=options.mfu)
-    made = plan(run, device, rates=rates, response=options.response_length)
+    made: Any
+    if machines.size == 1:
+        made = plan(run, machines.device, rates=rates, response=options.response_length)
+    else:
+        file = options.file or "RUN.yaml"
+        made = plan_on(run, machines, rates=rates, response=options.response_length, file=file)
     print(json.dumps(made.to_dict(), indent=2) if options.json else made)
 
 

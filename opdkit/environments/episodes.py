@@ -44,6 +44,18 @@ class EpisodeSampler:
         """After an optimiser step: the student's weights go to whoever writes."""
         self.inner.sync(model, version)
 
+    @property
+    def staged(self) -> Any:
+        """The first half of `sync`, of those who have one: see `types.Elsewhere`."""
+        return self.inner.staged
+
+    @property
+    def behind(self) -> Any:
+        """Whether it has to be sent the student's weights before it writes, of those who have a
+        copy of them.
+        """
+        return self.inner.behind
+
     def sample(
         self,
         prompts: Sequence[Prompt],

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from opdkit.models.identity import folder_of
+from opdkit.objective.parts import is_part
 from opdkit.objective.products import narrow
 
 PRODUCTS, HEAD = "opdkit_products", "opdkit_head"  # attributes of a model; a copy keeps them
@@ -51,7 +52,8 @@ def computing(model: Any) -> Iterator[None]:
     """The model's products in its own numbers.
 
     Within it PyTorch keeps the rounded copies of weights that learn: a sampler enters it around all
-    of its passes.
+    of its passes. Of a model that is spread over processes none are kept, or each would have the
+    whole of it once more.
     """
     products, device = products_of(model), next(model.parameters()).device.type
     if not narrow(products):
@@ -69,7 +71,8 @@ def computing(model: Any) -> Iterator[None]:
 
     hook = model.get_input_embeddings().register_forward_hook(rounded)
     try:
-        with torch.autocast(device, products):
+        kept = not any(is_part(parameter) for parameter in model.parameters())
+        with torch.autocast(device, products, cache_enabled=kept):
             yield
     finally:
         hook.remove()

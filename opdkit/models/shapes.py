@@ -6,6 +6,7 @@ Read from a configuration, never from weights.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -67,6 +68,8 @@ class Shape:
     intermediate: int  # of the feed-forward layers that one token passes, all experts together
     qk_norm: bool  # whether queries and keys are normalised
     linears: tuple[LinearShape, ...]  # every linear layer but the head
+    layer: int  # parameters of the largest layer
+    tied: bool  # whether the head is the embedding
 
     @property
     def head(self) -> int:
@@ -167,4 +170,15 @@ def read_shape(config: Any, origin: str, trust_remote_code: bool = False) -> Sha
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear) and module is not head
         ),
+        layer=_largest_layer(model),
+        tied=head.weight is embedding.weight,
     )
+
+
+def _largest_layer(model: Any) -> int:
+    """Parameters of the largest of the modules that are numbered in a list."""
+    sizes: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if found := re.match(r"\D*?\.\d+(?=\.)", name):
+            sizes[found[0]] += parameter.numel()
+    return max(sizes.values(), default=0)

@@ -144,3 +144,12 @@ class WholeHead:
         part = summed.redistribute(placements=weight.placements)
         weight.grad = part if weight.grad is None else weight.grad + part
         self.leaf.grad = None
+
+
+def reshard(model: Any) -> None:
+    """Every process holds its parts alone, as after a backward pass."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opdkit.base.errors import UserError
 from opdkit.objective.companion import Around, Companion, CompanionState, Stepped
-from opdkit.objective.parts import like, whole
+from opdkit.objective.parts import like
 
 
 class CopyOfStudent(Companion):
@@ -105,7 +105,7 @@ class StudentCopy(CompanionState):
         self.source = around.scorer(self.model).source
 
     def state_dict(self) -> Mapping[str, Any]:
-        return wholes(self.weights)
+        return detached(self.weights)
 
     def load_state_dict(self, state: Any) -> None:
         follow(self.weights, state, 1.0)
@@ -156,7 +156,7 @@ class PreviousCopy(StudentCopy):
         follow(self.now, learning(stepped.model), 1.0)
 
     def state_dict(self) -> Mapping[str, Any]:
-        return {"step": self.step, "before": dict(super().state_dict()), "now": wholes(self.now)}
+        return {"step": self.step, "before": dict(super().state_dict()), "now": dict(self.now)}
 
     def load_state_dict(self, state: Any) -> None:
         super().load_state_dict(state["before"])
@@ -164,9 +164,9 @@ class PreviousCopy(StudentCopy):
         self.step = state["step"]
 
 
-def wholes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of any shape [...] by name, put together."""
-    return {name: whole(weight.detach()) for name, weight in weights.items()}
+def detached(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of any shape [...] by name, as numbers alone."""
+    return {name: weight.detach() for name, weight in weights.items()}
 
 
 def learning(model: Any) -> dict[str, Tensor]:

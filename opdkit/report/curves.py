@@ -18,6 +18,8 @@ WORDS = ("quadrants/", "mass/", "overlap/", "curriculum/")  # metrics whose name
 # of a step; they have the same colour in every chart
 PHASES = ("sample", "score", "learn", "reward")
 
+ASIDE = ("sample", "reward", "load")  # of these, what the sampler does while the trainer learns
+
 
 def chart_sections(run: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
     """(section, charts) for everything in metrics.jsonl, each metric exactly once; weights that
@@ -154,6 +156,8 @@ def time_shares(run: RunData) -> list[tuple[str, float]]:
         if name.startswith("seconds/")
     }
     whole = totals.pop("step", 0.0) or sum(totals.values())
+    if "wait" in totals:  # rollouts come about beside the step
+        totals = {name: value for name, value in totals.items() if name not in ASIDE}
     if not totals or not whole:
         return []
     shares = [(name, totals[name] / whole) for name in sorted(totals, key=_order)]

@@ -10,8 +10,10 @@ from opdkit.report import results as res
 from opdkit.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 from opdkit.report.curves import chart_sections, time_shares
 from opdkit.report.numbers import duration, number
+from opdkit.report.plots import WAITED
 from opdkit.report.read import RunData, read_run
 from opdkit.report.rollouts import sample_steps
+from opdkit.report.timeline import timeline
 
 if TYPE_CHECKING:
     import jinja2
@@ -55,6 +57,7 @@ def render(run: RunData) -> str:
     """The page as text."""
     environment = templates()
     standings = res.standings(run.evals)
+    sections, waited = dict(chart_sections(run)), timeline(run)
     return environment.get_template("report.html.j2").render(
         title=str(run.summary.get("title") or run.folder.resolve().name),
         finished=bool(run.summary),
@@ -65,7 +68,9 @@ def render(run: RunData) -> str:
         plots=res.interval_plots(standings),
         table=res.result_table(standings) if standings else None,
         eval_curve=res.eval_curve(run.evals, standings),
-        sections=chart_sections(run),
+        timeline=waited,
+        lags=sections.pop(WAITED, []) if waited else [],
+        sections=list(sections.items()),
         shares=[(name, share, f"{100 * share:.0f}%") for name, share in time_shares(run)],
         samples=sample_steps(run),
         yaml=run.yaml,

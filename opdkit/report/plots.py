@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+WAITED = "Who waited for whom"  # a section
+
 
 @dataclass(frozen=True)
 class Plot:
@@ -268,6 +270,30 @@ PLOTS = (
         ("curriculum/depth",),
         "turns",
         "Of an episode, how many turns are the student's.",
+        smooth=False,
+    ),
+    Plot(
+        WAITED,
+        "Lag",
+        ("lag/*",),
+        "",
+        "How many steps, and how many optimiser updates, the student has moved on since the oldest "
+        "tokens it learns from were written.",
+        smooth=False,
+    ),
+    Plot(
+        WAITED,
+        "Rollouts by sampler",
+        ("sampler/rollouts/*",),
+        "per step",
+        "One that writes much less than the others is slow, or was away.",
+    ),
+    Plot(
+        WAITED,
+        "Servers that sample",
+        ("sampler/servers",),
+        "",
+        "That took part in the step; others were left out.",
         smooth=False,
     ),
     Plot(

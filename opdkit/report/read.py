@@ -22,6 +22,16 @@ Values = list[float | None]  # one per step; None where the step did not log it 
 
 
 @dataclass(frozen=True)
+class Span:
+    """What a part of a run did from when to when, in seconds; `wait` is to stand still."""
+
+    part: str
+    phase: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
 class RunData:
     """What a run folder holds."""
 
@@ -34,6 +44,7 @@ class RunData:
     evals: list[EvalResult]
     samples: list[tuple[int, list[dict[str, Any]]]]  # (step, rollouts)
     summary: dict[str, Any]
+    timeline: list[tuple[int, list[Span]]]  # by step; empty where it was not kept
 
 
 def read_run(folder: Path) -> RunData:
@@ -56,6 +67,7 @@ def read_run(folder: Path) -> RunData:
         evals=_evals(folder / "evals.jsonl"),
         samples=_samples(folder / "samples"),
         summary=_summary(folder / "summary.json"),
+        timeline=_timeline(folder / "timeline.jsonl"),
     )
 
 
@@ -109,6 +121,23 @@ def _metrics(path: Path) -> tuple[list[int], dict[str, Values], dict[str, int]]:
     with _as_written(path):
         nonfinite = Counter(name for row in rows.values() for name in row.get("nonfinite", ()))
     return steps, columns, dict(nonfinite)
+
+
+def _timeline(path: Path) -> list[tuple[int, list[Span]]]:
+    """The spans of each step; the last line of a step counts."""
+    rows = {step_of(line, path): line for line in read_lines(path)}
+    with _as_written(path):
+        return [
+            (
+                step,
+                [
+                    Span(str(part), str(phase), float(start), float(end))
+                    for part, phase, start, end in rows[step]["spans"]
+                    if math.isfinite(start) and start <= end < math.inf
+                ],
+            )
+            for step in sorted(rows)
+        ]
 
 
 def _finite(value: Any) -> float | None:

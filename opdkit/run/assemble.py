@@ -19,10 +19,10 @@ from opdkit.data.views import seen
 from opdkit.environments import EpisodeSampler
 from opdkit.models.identity import identify
 from opdkit.models.layout import batch_tokens
-from opdkit.objective.needs import Needs, watched
+from opdkit.objective.needs import watched
 from opdkit.rewards.against import opposed
 from opdkit.run.annotate import open_annotators
-from opdkit.run.ask import Asked
+from opdkit.run.ask import Asked, domains
 from opdkit.run.episodes import episodic, openings
 from opdkit.run.evaluation import Evaluator, Heard, Measurer, Validator, score_teachers
 from opdkit.run.open import Given
@@ -35,21 +35,25 @@ from opdkit.run.settings import Run
 from opdkit.sampling import Guide
 from opdkit.sampling.kv_cache import odd_layers
 from opdkit.teachers import LocalModel, Remote, Scorer, route
+from opdkit.teachers.early import BEGUN
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
+from opdkit.train.collect.ahead import Queue
 from opdkit.train.collect.collector import Collector
+from opdkit.train.collect.early import Early
 from opdkit.train.collect.filters import (
     DynamicSampling,
     Filter,
     MarkTokens,
     OverlongPenalty,
+    TokenBudget,
     newlines,
 )
-from opdkit.train.divided import DividedSampler, divided
+from opdkit.train.divided import divided, undivided
 from opdkit.train.idle import Idle
 from opdkit.train.job import HeldOut, Job, Length, Scoring
 from opdkit.train.mesh import ALONE, Mesh
-from opdkit.train.record import Recorder
+from opdkit.train.record import TIMELINE, Recorder
 from opdkit.train.track import open_trackers
 from opdkit.types import Sampler, Watch
 
@@ -69,7 +73,9 @@ def assemble(
     share it, of which the first writes its files.
     """
     method, student = asked.method, opened.student
-    collector = make_collector(run, asked, opened, mesh)
+    beside = writes_beside(run, asked)
+    # of several processes the first lets rollouts be written while the others learn with it
+    collector = make_collector(run, asked, opened, ALONE if beside else mesh)
     if asked.stored is not None and given.student is None:
         for note in student_notes(asked.stored, identify(run.student)):
             print(f"opdkit: {note}", file=sys.stderr)
@@ -79,12 +85,13 @@ def assemble(
     run.folder.mkdir(parents=True, exist_ok=True)
     write_whole(run.folder / "run.yaml", run_yaml(run, record["changes"]))  # first of its files
     truncate_metrics(run.folder / "metrics.jsonl", state.step)
+    truncate_metrics(run.folder / TIMELINE, state.step)
     truncate_metrics(run.folder / "evals.jsonl", state.evaluated)
     recorder = make_recorder(run, given, asked, opened, state)
     evaluator = make_evaluator(run, asked, opened, collector.sampler, mesh)
     job = Job(
         objective=method.objective,
-        collector=collector,
+        queue=Queue(collector, run.ahead, beside, mesh),
         student=student,
         scorers=opened.scorers,
         recorder=recorder,
@@ -99,9 +106,20 @@ def assemble(
         seed=run.seed,
         mesh=mesh,
     )
+    begun = opened.models.context.opened.get(BEGUN)
+    if begun is not None and mesh.size == 1 and getattr(collector.sampler, "gives_each", False):
+        collector.early = Early(begun, opened.scorers, job.needs_at, run.ahead)
     if evaluator is not None and state.evaluated < 0:
         score_teachers(evaluator, opened.scorers, asked.eval_rows or [])
     return job, state
+
+
+def writes_beside(run: Run, asked: Asked) -> bool:
+    """Whether rollouts are written while the trainer learns. A copy of the student that writes too
+    would move meanwhile, and an annotator may let the student write with other weights.
+    """
+    players = writer_of(asked.method.curriculum).players
+    return run.ahead > 0 and run.writes_elsewhere and not players and not asked.annotated
 
 
 def continued(run: Run, checkpoint: Path, opened: Opened, record: dict[str, Any]) -> State:
@@ -121,7 +139,8 @@ def continued(run: Run, checkpoint: Path, opened: Opened, record: dict[str, Any]
             f"{new[0]['setting']}: set steps to more than {state.step} too"
         )
     if any(change["setting"].partition(".")[0] in ("data", "seed") for change in new):
-        state.stream = {}  # of other questions, or in another order: from the first one on
+        # of other questions, or in another order: from the first one on
+        state.stream, state.queue = {}, []
     return state
 
 
@@ -150,23 +169,28 @@ def make_collector(run: Run, asked: Asked, opened: Opened, mesh: Mesh = ALONE) -
         seed=run.seed,
         reward=opposed(asked.reward, bool(players)),
         players={name: opened.player(name, mesh) for name in players},
-        filters=make_filters(run, method.needs, opened.tokenizer, len(prompts)),
-        annotators=open_annotators(run, method, asked.annotated, opened, sampler),
+        filters=make_filters(run, asked, opened.tokenizer, len(prompts)),
+        annotators=open_annotators(
+            run, method, asked.annotated, opened, divided(sampler, mesh, student.model)
+        ),
         stored=stored,
         mesh=mesh,
         viewed=partial(seen, prompts),
     )
 
 
-def make_filters(run: Run, needs: Needs, tokenizer: Any, prompts: int) -> tuple[Filter, ...]:
+def make_filters(run: Run, asked: Asked, tokenizer: Any, prompts: int) -> tuple[Filter, ...]:
     """What becomes of rollouts once they have their rewards, in this order."""
-    filters: list[Filter] = []
+    filters, needs = list[Filter](), asked.method.needs
     if run.dynamic_sampling:
         filters.append(DynamicSampling(min(run.prompts_per_step, prompts)))
     if run.overlong_margin is not None:
         filters.append(OverlongPenalty(run.sampling.max_completion_length, run.overlong_margin))
     if "mark:newline" in needs.columns:
         filters.append(MarkTokens("newline", newlines(tokenizer)))
+    if run.token_budget:
+        domain, together = domains(run.domain, asked.routes), "group" in needs.columns
+        filters.append(TokenBudget(run.token_budget, domain, together, run.seed))
     return tuple(filters)
 
 
@@ -183,6 +207,7 @@ def make_recorder(run: Run, given: Given, asked: Asked, opened: Opened, state: S
         given.show or Screen(run.steps, state.step, run.max_tokens, state.tokens),
         (lambda rollout: route(rollout.row.get("teacher"), routes, rollout.id)) if routes else None,
         Idle(bool(asked.method.needs.columns & {"reward", "correct"})),
+        others=given.others,
     )
 
 
@@ -203,8 +228,7 @@ def make_evaluator(
     if writer is not None and odd_layers(opened.student.model):
         sampler = writer
     world = run.held_out_world
-    if isinstance(sampler, DividedSampler):
-        sampler = sampler.inner
+    sampler = undivided(sampler)
     if world is not None and isinstance(sampler, EpisodeSampler):
         sampler = sampler.inner
     model = opened.student.model
@@ -223,7 +247,8 @@ def make_held_out(run: Run, asked: Asked, opened: Opened, evaluator: Evaluator |
         longest = run.sampling.max_completion_length
         validator = Validator(opened.student, opened.scorers["student"], evaluator.prompts, longest)
     heard = Heard(evaluator.sampler) if "entropy" in measures else None
-    return HeldOut(run.evaluate.every, Measurer(evaluator, heard, validator))
+    by_writer = bool(odd_layers(opened.student.model))
+    return HeldOut(run.evaluate.every, Measurer(evaluator, heard, validator), by_writer)
 
 
 def guide(scorers: Mapping[str, Scorer | Remote], share: float) -> Guide:

@@ -33,7 +33,7 @@ def prepare(
     run = on_device(run, device_of(run.device).startswith("cuda"))
     run = with_models(run, given.method or run.method_spec.load())
     asked = ask(run, given)
-    checkpoint = mesh.first(lambda: checkpoints.newest(run.folder)) if resume else None
+    checkpoint = checkpoints.newest(run.folder, mesh) if resume else None
     record = agreed(run, record_of(run, given, asked), checkpoint, allow_changes)
     opened = open_models(run, given, asked.method, checkpoint, mesh.devices)
     return assemble(run, given, asked, opened, checkpoint, record, mesh)

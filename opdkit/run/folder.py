@@ -24,7 +24,7 @@ from opdkit.train.checkpoint import checkpoints
 RUN = "run.yaml"  # the first file of a run, and the last that goes
 OWN = (
     *("metrics.jsonl", "evals.jsonl", "samples", "model", "summary.json", "report.html"),
-    "origin.jsonl",
+    *("origin.jsonl", "timeline.jsonl"),
     *("tensorboard", "wandb", "wandb_id.txt", "trackio_id.txt"),
 )
 FORMER = ".former-run"  # what an earlier run left, while a new one has not taken its first step

@@ -13,22 +13,20 @@ from typing import Any
 from opdkit.base.errors import UserError
 from opdkit.base.files import path_text, read_lines, write_json
 from opdkit.base.interrupt import stoppable
+from opdkit.base.launched import processes
 from opdkit.data.memory import as_rows
 from opdkit.eval import EvalResult
 from opdkit.methods.method import as_method
-from opdkit.models.adapters import has_adapters
 from opdkit.models.device import device_of
-from opdkit.models.quantize import merged
-from opdkit.models.sharding import is_spread, unsharded
 from opdkit.report import write_report
 from opdkit.run.build import prepare
+from opdkit.run.export import write_final
 from opdkit.run.folder import Claim, claimed
 from opdkit.run.open import Given
 from opdkit.run.origin import write_origin
 from opdkit.run.plan import fitting, use_of
 from opdkit.run.resolve import resolve
 from opdkit.run.settings import Run, make_run, set_value
-from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
 from opdkit.train.job import Job
 from opdkit.train.loop import train
@@ -134,6 +132,8 @@ def execute(
             "allow_changes is about settings that a resumed run changes: add resume, or leave it "
             "out"
         )
+    if run.placement is not None and given.sampler is None and not given.others:
+        return _placed(run, given, resume, overwrite, allow_changes)
     with stoppable(), joined(device_of(run.device)) as mesh:
         run = mesh.first(lambda: resolve(run, resume, given.method))
         claim = partial(claimed, run, resume=resume, overwrite=overwrite)
@@ -141,6 +141,31 @@ def execute(
             mesh.every(None)  # the folder is claimed
             job, state = prepare(run, given, resume=resume, allow_changes=allow_changes, mesh=mesh)
             return _execute(run, given, job, state, claimed_)
+
+
+def _placed(run: Run, given: Given, resume: bool, overwrite: bool, changes: bool) -> Result:
+    """A run on a cluster: its processes are given names, and load what these name."""
+    if given != Given():
+        raise UserError(
+            "a run on a cluster loads its models, data and code in other processes, which have "
+            "only their names: give names and files instead of loaded objects, or leave cluster "
+            "out"
+        )
+    if processes() > 1:
+        raise UserError(
+            f"this is one of {processes()} processes already (--nproc, torchrun), and cluster="
+            f"{run.cluster} starts its own: choose one of the two"
+        )
+    assert run.placement is not None
+    done = run.placement.train(run, resume=resume, overwrite=overwrite, allow_changes=changes)
+    return _left(done.folder)
+
+
+def _left(folder: Path) -> Result:
+    """What a run has left in its folder."""
+    evaluations = [EvalResult.from_dict(line) for line in read_lines(folder / "evals.jsonl")]
+    metrics = read_lines(folder / "metrics.jsonl")
+    return Result(folder / "model", folder, metrics, evaluations, folder / "report.html")
 
 
 def _execute(run: Run, given: Given, job: Job, state: State, claim: Claim) -> Result:
@@ -153,16 +178,7 @@ def _execute(run: Run, given: Given, job: Job, state: State, claim: Claim) -> Re
         state = train(job, state)
     claim.begin()
     final = run.folder / "model"
-    trained = job.student.model
-    adapted = has_adapters(trained)
-    with unsharded(trained) if adapted and is_spread(trained) else nullcontext():
-        model = merged(trained) if adapted else trained
-        weights = checkpoints.whole_weights(model) if is_spread(trained) else None
-        if job.mesh.rank == 0:  # the first writes
-            checkpoints.put(
-                final, lambda part: checkpoints.write_model(part, model, job.tokenizer, weights)
-            )
-        job.mesh.every(None)
+    write_final(final, job)
     if job.mesh.rank:
         return Result(final, run.folder, [], [], run.folder / "report.html")
     done = {
@@ -174,9 +190,8 @@ def _execute(run: Run, given: Given, job: Job, state: State, claim: Claim) -> Re
         "best_step": state.best_step,
     }
     write_json(run.folder / "summary.json", done)
-    report = write_report(run.folder)
-    evaluations = [EvalResult.from_dict(line) for line in read_lines(run.folder / "evals.jsonl")]
-    return Result(final, run.folder, read_lines(run.folder / "metrics.jsonl"), evaluations, report)
+    write_report(run.folder)
+    return _left(run.folder)
 
 
 def _after(first: Callable[[], None], show: Show | None) -> Show:

@@ -33,6 +33,7 @@ from opdkit.sampling import Guide
 from opdkit.sampling.settings import SamplerContext
 from opdkit.teachers import LocalModel, Remote, Scorer
 from opdkit.teachers.context import TeacherContext
+from opdkit.train.record import Other
 from opdkit.train.student import Student, with_adapters
 from opdkit.types import DataRow, Sampler, Watch
 
@@ -53,6 +54,11 @@ class Given:
     # is told of each step, instead of a line on the screen
     show: Callable[[int, Mapping[str, float]], None] | None = None
     teacher_tokenizer: Any = None  # of a loaded teacher; None: the student's
+    # what writes, instead of the sampler that the run names
+    sampler: Callable[[SamplerContext], Sampler] | None = None
+    # models that others hold: see `TeacherContext.hosts`
+    hosts: Callable[[Any, TeacherContext], Scorer | Remote | None] | None = None
+    others: Sequence[Other] = ()  # parts of the run elsewhere, for its metrics
 
 
 class Models:
@@ -71,6 +77,7 @@ class Models:
     ):
         self.run, self.method, self.device = run, method, device
         self.given, self.tokenizer = given, tokenizer
+        self.at_first = "cpu" if devices else device  # where the student is until it is spread
         self.context = TeacherContext(
             method,
             tokenizer,
@@ -87,6 +94,7 @@ class Models:
             given_student=given.student,
             # one that takes part in decoding is asked for each token, by one process alone
             devices=devices if run.shard_teachers and not method.teacher_mix else None,
+            hosts=given.hosts,
         )
 
     def _written(self) -> int | None:
@@ -118,15 +126,15 @@ class Models:
         self,
         name: str,
         dtype: str,
+        device: str,
         quantize: str | None = None,
         advice: str = STUDENT_ADVICE,
-        devices: Any = None,
     ) -> Any:
-        """A model by name; on the CPU one that is going to be spread over devices."""
+        """A model by name; on the CPU one that is going to be spread."""
         return load_advised(
             name,
             dtype,
-            self.device if devices is None else "cpu",
+            device,
             advice,
             trust_remote_code=self.run.trust_remote_code,
             attn_implementation=self.run.attn_implementation,
@@ -182,19 +190,19 @@ class Models:
         dtype = "float32" if dtype == "bfloat16" else dtype
         if given is not None and has_adapters(given):
             mine = own_adapters(given, start if resumed else None)
-            return take_loaded(mine, self.device, dtype=dtype)
+            return take_loaded(mine, self.at_first, dtype=dtype)
         if given is not None and not resumed:
-            return take_loaded(given, self.device, dtype=dtype)
-        return self.load(start, dtype)
+            return take_loaded(given, self.at_first, dtype=dtype)
+        return self.load(start, dtype, self.at_first)
 
     def _adapted(self, start: str, resumed: bool) -> Any:
         """A student with adapters: new ones, or those of a checkpoint."""
         run, lora = self.run, self.run.lora
         assert lora is not None
         if self.given.student is not None:
-            model = take_loaded(self.given.student, self.device, lora.quantize, run.dtype)
+            model = take_loaded(self.given.student, self.at_first, lora.quantize, run.dtype)
         else:
-            model = self.load(run.student, run.dtype, lora.quantize)
+            model = self.load(run.student, run.dtype, self.at_first, lora.quantize)
         if has_adapters(model):
             raise UserError(
                 f"the student {run.student} has adapters already, and `lora` would put others on "
@@ -209,7 +217,8 @@ class Models:
 
     def sampler(self, student: Student, watch: Watch, guide: Guide | None, longest: int) -> Sampler:
         """What lets the student write its responses; a rollout has at most `longest` tokens."""
-        return self.run.sampler_settings.open(
+        open_ = self.given.sampler or self.run.sampler_settings.open
+        return open_(
             SamplerContext(
                 student.model,
                 self.tokenizer,
@@ -260,7 +269,8 @@ class Models:
             model, products = copy.deepcopy(self.given.student), None
         else:
             dtype = run.teacher_dtype or run.dtype
-            model = self.load(run.student, dtype, advice=TEACHER_ADVICE, devices=devices)
+            device = self.device if devices is None else "cpu"
+            model = self.load(run.student, dtype, device, advice=TEACHER_ADVICE)
             products = DTYPES[dtype]
         compute_in(model, products, dtype_of(run.head_dtype))
         model = model.eval().requires_grad_(False)

@@ -24,6 +24,7 @@ from opdkit.teachers.base import cut, heads_of
 from opdkit.train.divided import divided
 from opdkit.train.mesh import ALONE, Mesh
 from opdkit.train.rehearse import rehearse
+from opdkit.train.shards import is_sharded
 from opdkit.train.student import Student
 from opdkit.types import Sampler, Watch
 
@@ -62,8 +63,8 @@ class Opened:
 def open_models(
     run: Run, given: Given, method: Method, checkpoint: Path | None, devices: Any = None
 ) -> Opened:
-    """Opens every model that a method reads; the student as it is in the checkpoint, if any, and
-    spread over a mesh of `devices`, if there are several processes.
+    """Opens every model that a method reads; the student as it is in the checkpoint, if that holds
+    a model, and spread over a mesh of `devices`, if there are several processes.
     """
     tokenizer = (
         given.tokenizer
@@ -72,8 +73,9 @@ def open_models(
     )
     models = Models(run, method, device_of(run.device), given, tokenizer, devices)
     models.check_models()
-    start = run.student if checkpoint is None else str(checkpoint)
-    base = models.student(start, checkpoint is not None)
+    # what several processes have saved is read once the student is there
+    start = None if checkpoint is None or is_sharded(checkpoint) else str(checkpoint)
+    base = models.student(start or run.student, start is not None)
     student = Student(
         base,
         run.optim,
@@ -98,6 +100,8 @@ def open_models(
     companions = Companions(copies.built | others_beside.built)
     rehearse(base, tokenizer)
     student.spread(devices)  # last: copies are made of the whole
+    for name in ("student", "live"):  # with the head that it has now
+        scorers[name] = LocalModel(base, head_of(base, vocab), run.micro_batch_tokens)
     # a copy that a teacher reads through a view is behind it
     everyone = companions.scorers | scorers
     return Opened(models, tokenizer, student, everyone, vocabulary, companions)
@@ -123,7 +127,7 @@ def beside(
 
     around = Around(
         width,
-        student.device,
+        torch.device(device_of(run.device)),
         torch.promote_types(torch.float32, student.parameters[0].dtype),
         run.seed,
         student.model,

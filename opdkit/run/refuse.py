@@ -42,6 +42,7 @@ def refuse(run: Run, method: Method, reward: Reward | None) -> None:
     _refuse_unnamed(method, reward)
     _note_one_turn(run, method)
     _note_long_warm_up(run, method)
+    _refuse_lag(run, method)
     refuse_models(run, method)
     unknown = needs.of("sampler") - {LogpFact("sampler")}
     if unknown:
@@ -83,10 +84,10 @@ def _refuse_unsampled(run: Run, method: Method) -> None:
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student: "
             f"it must be one model in this process (teacher=MODEL), and is {_what_it_is(run)}"
         )
-    if method.teacher_mix and not run.sampler_settings.on_student:
+    if method.teacher_mix and (run.cluster is not None or not run.sampler_settings.on_student):
         raise UserError(
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
-            "token by token: set sampler=hf"
+            "token by token, in one process: set sampler=hf, and leave cluster out"
         )
 
 
@@ -352,6 +353,15 @@ def _note_long_warm_up(run: Run, method: Method) -> None:
             f"opdkit: warmup_steps={warm} is more than the {most} optimiser steps that the run "
             f"takes at most: the learning rate ends at {most}/{warm} of what was asked for.",
             file=sys.stderr,
+        )
+
+
+def _refuse_lag(run: Run, method: Method) -> None:
+    """A lag of text that nobody writes."""
+    if run.ahead and not writer_of(method.curriculum).draws:
+        raise UserError(
+            f"ahead={run.ahead} lets the student write before its text is learnt from, and with "
+            f"method {method.name or 'own'!r} it writes nothing: leave ahead out"
         )
 
 

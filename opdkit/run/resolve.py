@@ -46,7 +46,11 @@ def resolve(run: Run, resume: bool = False, method: Method | None = None) -> Run
     `method`: one that is not the run's to load.
     """
     run = on_device(run, device_of(run.device).startswith("cuda"))
-    run = with_models(run, method or run.method_spec.load())
+    return placed(with_models(run, method or run.method_spec.load()), resume)
+
+
+def placed(run: Run, resume: bool = False) -> Run:
+    """With its folder decided, and paths in full."""
     if run.output == AUTO:
         run = replace(run, output=str(_folder(run, resume)))
     return in_full(run)

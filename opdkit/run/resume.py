@@ -39,7 +39,7 @@ from opdkit.types import DataRow
 FREE = (
     *("output", "steps", "max_tokens", "checkpoint", "trackers", "keep_samples", "sample_every"),
     *("term_gradients_every", "device", "micro_batch_tokens", "gradient_checkpointing"),
-    *("trust_remote_code", "shard_teachers"),
+    *("trust_remote_code", "cluster", "shard_teachers"),
 )
 FREE_EVALUATE = ("data", "every", "teacher")
 READ = ("source", "split", "limit", "columns")  # of Data: the rows say what comes of them

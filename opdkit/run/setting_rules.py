@@ -49,12 +49,21 @@ RUN: Rules = {
     "steps": at_least(1, "without a step nothing is learnt"),
     "max_tokens": at_least(1, "the run ends once the student has written so many", null="no limit"),
     "prompts_per_step": at_least(1, "without a prompt nothing is learnt"),
+    "ahead": at_least(
+        0, "it is the steps by which rollouts are asked for before they are learnt from; 0 for none"
+    ),
     "micro_batch_tokens": at_least(
         1, "it is the tokens of one forward pass", null="what the device has room for"
     ),
     "overlong_margin": at_least(
         1, "it is the tokens over which the reward falls by 1", null="no penalty"
     ),
+    "token_budget": (
+        lambda budget: all(type(n) is int and n >= 1 for n in budget.values()),
+        "whole numbers from 1 on by domain",
+        "each is the tokens that a step learns from",
+    ),
+    "domain": NAMED,
     "keep_samples": at_least(0, "it is how many rollouts are kept of a recorded step; 0 for none"),
     "sample_every": at_least(0, "it is the number of steps between recorded rollouts; 0 for none"),
     "term_gradients_every": at_least(

@@ -20,6 +20,7 @@ from opdkit.environments.settings import EnvironmentSettings
 from opdkit.eval.evaluate import check_ks, drawn
 from opdkit.methods.method import Method, load
 from opdkit.objective.companion import Companion
+from opdkit.run.cluster.settings import ClusterSettings, cluster_of
 from opdkit.run.setting_rules import AUTO, DATA, EVALUATE, OWN_TASKS, RUN
 from opdkit.sampling.draws import check_sampling
 from opdkit.sampling.kinds import sampler_of
@@ -140,6 +141,12 @@ class Run:
     # end at the first step by which the student has written so many, if `steps` do not end it first
     max_tokens: int | None = None
     prompts_per_step: int = 32
+    # steps by which rollouts are asked for before they are learnt from: with 1 or more a sampler
+    # elsewhere writes while the trainer learns, by weights that are so many steps old
+    ahead: int = 0
+    # null: this machine's processes; ray, ray:ADDRESS or a group with `kind`: placed on a cluster,
+    # which starts again what dies (see `cluster.settings`)
+    cluster: str | dict[str, Any] | None = None
     # who writes them: student, anew at each step; or cache, all read from a folder of `opdkit
     # cache-teacher`
     rollouts: str = "student"
@@ -147,6 +154,10 @@ class Run:
     dynamic_sampling: bool = False
     # DAPO: tokens before max_completion_length over which the reward falls by 1
     overlong_margin: int | None = None
+    # tokens of responses that a step scores and learns from, at most, by domain, {math: 20000}; of
+    # domains that are not named all
+    token_budget: dict[str, int] = field(default_factory=dict)
+    domain: str = "teacher"  # the column of the data that names a row's
     # who writes: hf (in this process), vllm, server:URL, or a group with `kind` and settings
     sampler: str | dict[str, Any] = "hf"
     sampling: Sampling = field(default_factory=Sampling)
@@ -208,10 +219,22 @@ class Run:
             curriculum_of(self.curriculum)
         if self.environment is not None:
             environment_of(self.environment)
+        if self.cluster is not None:
+            cluster_of(self.cluster)
 
     @property
     def prompts(self) -> Data:
         return Data(self.data) if isinstance(self.data, str) else self.data
+
+    @property
+    def placement(self) -> ClusterSettings | None:
+        """The cluster that it is placed on."""
+        return None if self.cluster is None else cluster_of(self.cluster)
+
+    @property
+    def writes_elsewhere(self) -> bool:
+        """Whether rollouts are written by other processes than those that learn."""
+        return self.cluster is not None or self.sampler_settings.elsewhere
 
     @property
     def teachers(self) -> Teacher:
@@ -294,6 +317,7 @@ ENGINES: dict[str, Callable[[Any], Any]] = {
     "reference": one_teacher_of,
     "models.*": one_teacher_of,
     "sampler": sampler_of,
+    "cluster": cluster_of,
     "curriculum": curriculum_of,
     "environment": environment_of,
     "evaluate.environment": environment_of,

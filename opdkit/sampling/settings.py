@@ -103,6 +103,9 @@ class SamplerSettings(ABC):
     # whether the very model that trains writes: its log-probs are the trainer's own arithmetic, its
     # weights need not be sent, and another model can take part in decoding
     on_student: ClassVar[bool] = False
+    # whether it can write while the student learns: its sampler has `staged`, the first half of
+    # `sync` (see `types.Elsewhere`), and of several processes the first alone asks it
+    elsewhere: ClassVar[bool] = False
 
     @classmethod
     def from_text(cls, text: str) -> dict[str, Any]:

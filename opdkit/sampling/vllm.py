@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opdkit.models.adapters import has_adapters
-from opdkit.models.body import head_of
 from opdkit.models.engines.probe import Probe
 from opdkit.models.engines.vllm_engine import Engine, EngineSettings
 from opdkit.models.engines.weights import (
@@ -23,10 +22,18 @@ from opdkit.models.engines.weights import (
 )
 from opdkit.models.held import Held
 from opdkit.models.load import CausalLM
-from opdkit.models.tokenizers import real_vocabulary
 from opdkit.objective.head import Head
 from opdkit.sampling.check import check_model
-from opdkit.sampling.respond import Drawn, EngineSampler, Request, ended, padded, real_rows
+from opdkit.sampling.respond import (
+    Drawn,
+    EngineSampler,
+    Request,
+    ended,
+    head_now,
+    padded,
+    real_rows,
+    shape_of,
+)
 from opdkit.sampling.settings import Pace, Room, SamplerContext, SamplerSettings, Sizes
 from opdkit.types import Sampler, Sampling
 
@@ -56,7 +63,7 @@ class VllmSettings(EngineSettings, SamplerSettings):
             context.model,
             context.tokenizer,
             settings,
-            head=context.head,
+            head=context.head_now,
             trust_remote_code=context.trust_remote_code,
         )
 
@@ -105,11 +112,12 @@ class VllmSampler(EngineSampler):
         tokenizer: PreTrainedTokenizerBase,
         settings: VllmSettings = VllmSettings(),
         *,
-        head: Head | None = None,
+        head: Callable[[], Head] | None = None,
         trust_remote_code: bool = False,
     ):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.head = head_of(model, real_vocabulary(tokenizer)) if head is None else head
+        head = head or head_now(model, tokenizer)
+        self.head = shape_of(head())
         self._files = tempfile.TemporaryDirectory(prefix="opdkit-vllm-")
         self.engine = Engine(
             write_configuration(model, tokenizer, Path(self._files.name) / "model"),
@@ -123,7 +131,7 @@ class VllmSampler(EngineSampler):
         self.probe = Probe(
             model,
             tokenizer,
-            self.head,
+            head,
             self.engine.dtype,
             self.engine.limit,
             settings.sync_tolerance,
@@ -143,6 +151,7 @@ class VllmSampler(EngineSampler):
         )
         self.probe.check(
             [s.logp for s in scored],
+            self.probe.expected(),
             version,
             "sending adapters" if self.settings.enable_lora else "sending weights",
         )
@@ -156,11 +165,14 @@ class VllmSampler(EngineSampler):
         if self.version is None or self.engine.dropped:
             self.engine.load(checkpoint_weights(self.model, merged=False))
         with tempfile.TemporaryDirectory(dir=self._files.name) as folder:
-            self.engine.load_adapters(save_adapters(self.model, Path(folder)), version)
+            save_adapters(self.model, Path(folder))
+            self.engine.load_adapters(Path(folder), version)
+
+    @property
+    def behind(self) -> bool:
+        return self.version is None or self.engine.dropped
 
     def ready(self, sampling: Sampling, policy_version: int) -> None:
-        if self.version is None or self.engine.dropped:
-            self.sync(self.model, policy_version)
         self.engine.wake()
 
     def rest(self) -> None:

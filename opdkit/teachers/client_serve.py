@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -23,8 +24,9 @@ from opdkit.objective.facts import Fact, LogpFact, TopFact
 from opdkit.objective.head import Head, Source
 from opdkit.objective.supply import Tensors
 from opdkit.teachers import protocol
-from opdkit.teachers.base import Remote, Scorer, in_order, source_of
+from opdkit.teachers.base import in_order, source_of
 from opdkit.teachers.client_vllm_sglang import FAMILY, probe_ids
+from opdkit.teachers.front import LONGEST
 from opdkit.teachers.scored_facts import without_positions
 from opdkit.teachers.vllm_sglang import WHOLE, same_model
 from opdkit.types import Rollout
@@ -38,20 +40,22 @@ SAME_STATE = 0.3
 
 def connect(
     endpoint: Endpoint, name: str, about: Sequence[Any], needs: Any, tokenizer: Any, model: str
-) -> Remote | Scorer:
+) -> Numbers | HiddenStates:
     """Numbers where they are enough, hidden states and the head where the method reads the whole
     vocabulary.
     """
     for one in about:
         _refuse_card(one, endpoint)
     first = about[0]
+    if any(card.get("shared") is True for card in about):  # they wait for other models' turns
+        endpoint = replace(endpoint, timeout=max(endpoint.timeout, LONGEST))
     if any(other["fingerprint"] != first["fingerprint"] for other in about):
         raise UserError(
             f"the teacher's servers all call their model {name!r}, but their weights differ: start "
             "them from the same checkpoint"
         )
     if not has_digest(tokenizer, first["tokenizer"]):
-        vocab = endpoint.request("GET", "/tokenizer", None, _vocabulary, VOCABULARY)
+        vocab = endpoint.request("GET", of_model("/tokenizer", name), None, _vocabulary, VOCABULARY)
         there: Any = SimpleNamespace(get_vocab=lambda: vocab, name_or_path=name)
         raise UserError(
             "the tokenizer of the teacher's server is not the student's: "
@@ -68,12 +72,19 @@ def connect(
             return protocol.unpack_head(reply.content, rows, columns)
 
         most = protocol.AROUND + 4 * rows * (columns + 1)
-        made = HiddenStates(*common, endpoint.request("GET", "/head", None, head, most))
+        made = HiddenStates(
+            *common, endpoint.request("GET", of_model("/head", name), None, head, most)
+        )
     else:
         made = Numbers(*common, known, known if rows > known else None)
     for server in endpoint.each():
         _keeps_order(replace(made, endpoint=server), tokenizer)
     return made
+
+
+def of_model(path: str, name: str) -> str:
+    """A path, asked of one of a server's models."""
+    return f"{path}?model={quote(name, safe='')}"
 
 
 def _refuse_card(about: Any, endpoint: Endpoint) -> None:
@@ -119,9 +130,10 @@ def _keeps_order(server: Numbers | HiddenStates, tokenizer: Any) -> None:
 @dataclass
 class _Own(ABC):
     """`opdkit serve-teacher`: a request per micro-batch, composed as in this process, so that the
-    numbers are the same.
+    numbers are the same. Every answer says which weights gave it.
     """
 
+    elsewhere: ClassVar[bool] = True
     endpoint: Endpoint
     model: str
     fingerprint: str
@@ -170,7 +182,7 @@ class _Own(ABC):
 
         return self.endpoint.about(
             f"{who} at {self.model}",
-            "/score",
+            of_model("/score", self.model),
             body,
             read,
             protocol.size(expected),
@@ -240,6 +252,11 @@ class Numbers(_Own):
             values = [answer[str(number)] for answer in answers]
             made[fact] = in_order(values, index, positions.device)
         return made or {f: without_positions(f, positions.device) for f in wanted}
+
+    said = facts
+
+    def same_weights(self) -> None:
+        """Every answer has said so."""
 
 
 @dataclass

@@ -70,6 +70,9 @@ class TeacherContext:
     beside: Mapping[Companion, Any] = field(default_factory=dict)
     # whether token ids must be the student's whatever the method reads: of one in a mixture
     by_ids: bool = False
+    # a teacher's model as another process holds it, by the teacher's settings; None, or what it
+    # returns is None: it is loaded into this one
+    hosts: Callable[[Any, TeacherContext], Any] | None = None
     opened: dict[str, Any] = field(default_factory=dict)
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:

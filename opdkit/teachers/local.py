@@ -149,6 +149,8 @@ class LocalTeacher(Teacher):
 
     def open(self, context: TeacherContext) -> Scorer:
         theirs = self._other_tokenizer(context)
+        if (there := self._there(context)) is not None:
+            return self.cut_to_student(there, context)
         local = self.load(context)
         if theirs is None:
             local = self.cut_to_student(local, context)
@@ -156,7 +158,14 @@ class LocalTeacher(Teacher):
             return local
         return as_span_teacher(local, theirs, context.tokenizer, context.stops, context.questions)
 
-    def cut_to_student(self, local: LocalModel, context: TeacherContext) -> LocalModel:
+    def _there(self, context: TeacherContext) -> Any:
+        """The model as another process holds it, asked for once; None: it is loaded here."""
+        hosts = context.hosts
+        if hosts is None or context.given is not None:
+            return None
+        return context.once(f"there {self!r} {context.role}", lambda: hosts(self, context))
+
+    def cut_to_student(self, local: Any, context: TeacherContext) -> Any:
         """The model, its head kept to the ids that the student's tokenizer has too."""
         own = self._tokenizer(context)
         return local if own is None else local.cut(shared_ids(context.tokenizer, own))

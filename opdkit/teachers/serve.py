@@ -1,17 +1,17 @@
-"""The server behind `opdkit serve-teacher`: HTTP around a `Service`, from its start to its end."""
+"""The command `opdkit serve-teacher`: a server of one model in this process, or of several in a
+pool of processes, from its start to its end.
+"""
 
 from __future__ import annotations
 
 import ipaddress
-import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import torch
 
 from opdkit.base.errors import UserError
 from opdkit.base.interrupt import SIGNALS
@@ -20,249 +20,12 @@ from opdkit.models.device import device_of
 from opdkit.models.load import load_model, load_tokenizer
 from opdkit.models.precision import widen
 from opdkit.models.tokenizers import usable
-from opdkit.teachers import protocol
-from opdkit.teachers.gate import BadRequest, Deadlines, Room, is_own, own_names
+from opdkit.teachers.front import Front
+from opdkit.teachers.http import TeacherServer
 from opdkit.teachers.local import LocalModel
+from opdkit.teachers.pool import PATIENCE, Pool
+from opdkit.teachers.pooled import Serving, open_pool
 from opdkit.teachers.service import Service
-
-LARGEST_BODY = 1 << 28  # bytes of a request for scores
-LARGEST_JSON = 1 << 23  # bytes of a request in JSON
-UNPACKED = {"/score": 3}  # bytes of memory that a byte of a request takes, once read
-UNPACKED_JSON = 32
-BODIES = 2 << 30  # bytes of memory that all requests may take
-PIECE = 1 << 20  # bytes of it read at once
-HEAD = 1 << 16  # bytes of a request's first line and headers
-CONNECTIONS = 256  # open at once; each has a thread
-# Seconds: for a request's first line and headers, the pause before it included; for its body and
-# for sending the answer, each beside a second per RATE bytes; for all between.
-ARRIVING, MOVING, WORKING = 15.0, 30.0, 900.0
-RATE = 1 << 20
-BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
-GRACE = 30.0  # seconds that a shutdown waits for what is under way
-JSON, BINARY = "application/json", "application/octet-stream"
-
-
-class _Lines:
-    """A connection's input, whose lines have at most HEAD bytes together until it is `reset`."""
-
-    def __init__(self, file: Any):
-        self.read, self.close, self.file = file.read, file.close, file
-        self.reset()
-
-    def reset(self) -> None:
-        self.left = HEAD
-
-    def readline(self, size: int = -1) -> bytes:
-        if self.left <= 0:
-            raise ConnectionAbortedError("too many headers")
-        line: bytes = self.file.readline(self.left if size < 0 else min(size, self.left))
-        self.left -= len(line)
-        return line
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Reads a request, asks the service, writes the answer."""
-
-    protocol_version = "HTTP/1.1"
-    # an answer's body would wait 40 ms for its headers' acknowledgement
-    disable_nagle_algorithm = True
-    service: Service
-    server: TeacherServer
-
-    def setup(self) -> None:
-        super().setup()
-        self.rfile: Any = _Lines(self.rfile)
-
-    def handle_one_request(self) -> None:
-        self.rfile.reset()
-        self.server.deadlines.set(self.connection, ARRIVING, waits=True)
-        try:
-            super().handle_one_request()
-        finally:
-            self.server.bodies.release()
-            self.service.room.release()
-
-    def finish(self) -> None:
-        self.server.deadlines.forget(self.connection)
-        super().finish()
-
-    def do_GET(self) -> None:
-        routes: dict[str, Callable[[], Any]] = {
-            "/health": dict,
-            "/v1/models": self.service.models,
-            "/tokenizer": self.service.vocabulary,
-            "/head": self.service.head,
-        }
-        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
-            self.close_connection = True  # a body that nobody reads
-        self.answer(routes)
-
-    def do_POST(self) -> None:
-        try:
-            self.refuse_foreign()
-            body = self.body()
-        except BadRequest as error:  # where the next request begins is not known
-            self.close_connection = True
-            return self.write(error.status, _error(str(error), error.status))
-        routes: dict[str, Callable[[], Any]] = {
-            "/score": lambda: self.service.score(body),
-            "/v1/completions": lambda: self.service.completions(_json(body)),
-        }
-        return self.answer(routes)
-
-    def refuse_foreign(self) -> None:
-        """A browser's request for a page of another site."""
-        hosts = self.headers.get_all("Host", [])
-        if len(hosts) != 1 or not is_own(hosts[0], self.server.names):
-            raise BadRequest(
-                f"this server is not called {protocol.shown(', '.join(hosts))}: ask for it by its "
-                "address or as localhost, or start it with --host-names",
-                403,
-            )
-        origin = self.headers.get("Origin")
-        if origin is not None and not is_own(origin.partition("://")[2], self.server.names):
-            raise BadRequest(f"no page of {protocol.shown(origin)} may ask this server", 403)
-
-    def body(self) -> bytes:
-        """What the headers announce, piece by piece: memory is taken for bytes that have come."""
-        said = self.headers.get("Content-Length", "")
-        if said and not (said.isascii() and said.isdecimal()):
-            raise BadRequest(f"Content-Length: {protocol.shown(said)} is no number of bytes")
-        if "Transfer-Encoding" in self.headers:
-            raise BadRequest("a request needs a Content-Length, and no Transfer-Encoding", 411)
-        unpacked = UNPACKED.get(self.path.partition("?")[0], UNPACKED_JSON)
-        most = LARGEST_JSON if unpacked == UNPACKED_JSON else LARGEST_BODY
-        if not 0 < len(said) <= 12 or int(said) > most:
-            raise BadRequest(f"a request needs a Content-Length of at most {most} bytes", 413)
-        self.server.deadlines.set(self.connection, WORKING)
-        self.server.bodies.take(unpacked * int(said))
-        self.server.deadlines.set(self.connection, MOVING + int(said) / RATE)
-        came = bytearray()
-        while len(came) < int(said):
-            if not (piece := self.rfile.read(min(PIECE, int(said) - len(came)))):
-                raise BadRequest(
-                    f"the body ends after {len(came)} of the {said} bytes that Content-Length "
-                    "announces"
-                )
-            came += piece
-        return bytes(came)
-
-    def answer(self, routes: Mapping[str, Callable[[], Any]]) -> None:
-        path = self.path.partition("?")[0]
-        self.server.deadlines.set(self.connection, WORKING)
-        with self.server.working():
-            try:
-                self.refuse_foreign()
-                if path not in routes:
-                    raise BadRequest(f"there is no {self.command} {path} here", 404)
-                self.write(200, routes[path]())
-            except BadRequest as error:
-                self.write(error.status, _error(str(error), error.status))
-            except UserError as error:  # of the model: it would say the same again
-                self.write(422, _error(str(error), 422))
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True
-            except Exception as error:
-                print(
-                    f"opdkit: {self.command} {path} failed: {type(error).__name__}: {error}",
-                    file=sys.stderr,
-                )
-                self.write(500, _error(f"{type(error).__name__}: {error}", 500))
-
-    def write(self, status: int, value: Any) -> None:
-        body = value if isinstance(value, bytes) else json.dumps(value).encode()
-        self.server.deadlines.set(self.connection, MOVING + len(body) / RATE)
-        self.send_response(status)
-        self.send_header("Content-Type", BINARY if isinstance(value, bytes) else JSON)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header(protocol.FINGERPRINT, self.service.fingerprint)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not logged one by one."""
-
-
-def _json(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise BadRequest("the body must be a JSON object")
-    return value
-
-
-def _error(message: str, status: int) -> dict[str, Any]:
-    return {"error": {"message": message, "code": status}}
-
-
-class TeacherServer(ThreadingHTTPServer):
-    """Counts what is under way, so that a shutdown can wait for it; and bounds it."""
-
-    daemon_threads = True
-    request_queue_size = 256  # a step's rollouts come all at once
-
-    def __init__(self, address: tuple[str, int], service: Service, names: Iterable[str] = ()):
-        super().__init__(address, type("BoundHandler", (Handler,), {"service": service}))
-        self.busy, self.idle = 0, threading.Condition()
-        self.names = own_names(address[0], names)
-        self.deadlines, self.bodies = Deadlines(), Room(BODIES)
-        self.places = threading.BoundedSemaphore(CONNECTIONS)
-
-    def service_actions(self) -> None:
-        """Called by serve_forever, several times a second."""
-        self.deadlines.enforce()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """In a thread of its own, if there are not too many; one that only waits makes way."""
-        free = self.places.acquire(blocking=False)
-        if not free and self.deadlines.evict():
-            free = self.places.acquire(timeout=1.0)
-        if not free:
-            request.settimeout(1.0)
-            with suppress(OSError):
-                request.sendall(BUSY)
-            return self.shutdown_request(request)
-        try:
-            return super().process_request(request, client_address)
-        except RuntimeError:  # no thread could be started
-            self.places.release()
-            raise
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.places.release()
-
-    def working(self) -> _Working:
-        return _Working(self)
-
-    def drain(self, seconds: float = GRACE) -> None:
-        """Waits until every answer is written."""
-        with self.idle:
-            self.idle.wait_for(lambda: self.busy == 0, seconds)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no error."""
-
-
-@dataclass
-class _Working:
-    server: TeacherServer
-
-    def __enter__(self) -> None:
-        with self.server.idle:
-            self.server.busy += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.server.idle:
-            self.server.busy -= 1
-            self.server.idle.notify_all()
-
-
-# ------------------------------------------------------------------------------------------ command
 
 
 def make_server(
@@ -282,8 +45,18 @@ def make_server(
     check_head(model)
     local = LocalModel(model, head_of(model), max_batch_tokens)
     usable(tokenizer, len(model.get_output_embeddings().weight))
+    return _listening(host, port, [Service(local, tokenizer, name)], host_names)
+
+
+def _listening(
+    host: str,
+    port: int,
+    services: Sequence[Front],
+    host_names: Iterable[str],
+    pool: Pool | None = None,
+) -> TeacherServer:
     try:
-        return TeacherServer((host, port), Service(local, tokenizer, name), host_names)
+        return TeacherServer((host, port), services, host_names, pool)
     except OSError as error:
         raise UserError(
             f"cannot listen on {host}:{port} ({error.strerror or error}): choose another with "
@@ -307,6 +80,70 @@ def serve(
     """Serves a model until it is interrupted (Ctrl-C, SIGTERM or SIGHUP); what is under way then is
     finished.
     """
+    _refuse(host, allow_remote, max_batch_tokens)
+    device = device_of(device)
+    loaded = load_model(model, dtype, device, trust_remote_code)
+    widen(loaded, model)
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    server = make_server(loaded, tokenizer, name or model, host, port, max_batch_tokens, host_names)
+    print(
+        f"serving {name or model} ({dtype}, {device}) at {_where(server, host)}\n"
+        f"opdkit train ... teacher={_where(server, host)}",
+        flush=True,
+    )
+    run_until_stopped(server)
+
+
+def serve_several(
+    serving: Serving,
+    devices: Sequence[str],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    patience: float = PATIENCE,
+    allow_remote: bool = False,
+    host_names: Iterable[str] = (),
+) -> None:
+    """Serves several models by name until it is interrupted, from a process on each of the devices,
+    which hold one model at a time.
+    """
+    _refuse(host, allow_remote, serving.max_batch_tokens)
+    pool, services = open_pool(serving, devices, patience)
+    try:
+        server = _listening(host, port, services, host_names, pool)
+        where = _where(server, host)
+        print(
+            f"serving {', '.join(serving.models)} ({serving.dtype}) from {len(devices)} "
+            f"worker(s) on {', '.join(devices)} at {where}\nopdkit train ... "
+            + " ".join(f"teacher.{name}={where}#{name}" for name in serving.models),
+            flush=True,
+        )
+        run_until_stopped(server)
+    finally:
+        pool.close()
+
+
+def worker_devices(device: str, devices: Sequence[str], workers: int | None) -> list[str]:
+    """The device of each worker: those that are named, one after the other and again from the
+    first; else every GPU once, or the CPU.
+    """
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers} must be at least 1")
+    if devices and device != "auto":
+        raise UserError("--device and --devices both say where models are: give --devices alone")
+    named = [device_of(one) for one in devices or [device]]
+    if named == ["cuda"]:
+        named = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    count = len(named) if workers is None else workers
+    return [named[i % len(named)] for i in range(count)]
+
+
+def _where(server: TeacherServer, host: str) -> str:
+    return f"http://{host if ':' not in host else f'[{host}]'}:{server.server_address[1]}"
+
+
+def _refuse(host: str, allow_remote: bool, max_batch_tokens: int | None) -> None:
+    """Settings that will not do."""
     if max_batch_tokens is not None and max_batch_tokens < 1:
         raise UserError(f"max_batch_tokens={max_batch_tokens} must be at least 1")
     if not _loopback(host):
@@ -321,17 +158,6 @@ def serve(
             "authentication",
             file=sys.stderr,
         )
-    device = device_of(device)
-    loaded = load_model(model, dtype, device, trust_remote_code)
-    widen(loaded, model)
-    tokenizer = load_tokenizer(model, trust_remote_code)
-    server = make_server(loaded, tokenizer, name or model, host, port, max_batch_tokens, host_names)
-    where = f"http://{host if ':' not in host else f'[{host}]'}:{server.server_address[1]}"
-    print(
-        f"serving {name or model} ({dtype}, {device}) at {where}\nopdkit train ... teacher={where}",
-        flush=True,
-    )
-    run_until_stopped(server)
 
 
 def run_until_stopped(server: TeacherServer) -> None:

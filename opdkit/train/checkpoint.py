@@ -1,13 +1,15 @@
 """Checkpoints: complete or not there.
 
-Hugging Face weights, optimiser and counters, with a manifest of digests.
+Weights, optimiser and counters, with a manifest of digests. One process writes Hugging Face
+weights; several write each its parts (`shards`), when and how `saver` says.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,18 @@ from opdkit.base import exact
 from opdkit.base.errors import UserError
 from opdkit.base.files import remove_folder, tidy, write_folder, write_json, write_whole
 from opdkit.models.adapters import has_adapters
-from opdkit.models.sharding import is_spread
 from opdkit.objective.companion import Companions
-from opdkit.objective.parts import whole
-from opdkit.train.restored import load_optimiser, read_state, read_tensors
+from opdkit.train.mesh import ALONE, Mesh
+from opdkit.train.restored import load_optimiser, read_queue, read_state, read_tensors
+from opdkit.train.shards import SHARDS, is_sharded, load_student, together
 from opdkit.train.student import Student
 
 MANIFEST, STATE, OPTIMISER = "manifest.json", "trainer_state.json", "optimizer.pt"
 COMPANIONS = "companions.pt"
+QUEUE = "queue.json"
 RECORD = "run.json"  # what the run was that wrote it: see `run.resume`
+# what is not of the model: all else goes with it
+TRAINERS = (MANIFEST, STATE, QUEUE, OPTIMISER, COMPANIONS, RECORD, SHARDS)
 
 
 @dataclass
@@ -41,7 +46,10 @@ class State:
     best_step: int | None = None
     evaluated: int = -1  # step of the last evaluation, -1 before the first
     tokens: int = 0  # that the student has written so far
-    record: dict[str, Any] = field(default_factory=dict)  # what run this is, in a file of its own
+    # what run this is, in a file of its own
+    record: dict[str, Any] = field(default_factory=dict)
+    # rollouts asked for ahead and not yet learnt from (see `collect.ahead`), in a file of their own
+    queue: list[dict[str, Any]] = field(default_factory=list)
 
 
 def save(
@@ -50,54 +58,36 @@ def save(
     student: Student,
     tokenizer: Any,
     companions: Companions | None = None,
-    rank: int = 0,
 ) -> Path:
-    """Write `checkpoint-N`. Where a model is spread over several processes, all of them put it
-    together, and the one of rank 0 writes.
-    """
-    weights = whole_weights(student.model) if is_spread(student.model) else None
-    optimiser = whole_optimiser(student)
+    """Write `checkpoint-N` of a model that is whole in this process."""
     beside = companions.state_dict() if companions else {}
 
     def write(partial: Path) -> None:
-        write_model(partial, student.model, tokenizer, weights)
-        state.updates = student.updates
-        values = asdict(state)
-        write_whole(partial / RECORD, exact.dumps(values.pop("record"), indent=1) + "\n")
-        write_whole(partial / STATE, exact.dumps(values, indent=1) + "\n")
-        torch.save(optimiser, partial / OPTIMISER)
-        if beside:
-            torch.save(beside, partial / COMPANIONS)
+        write_model(partial, student.model, tokenizer)
+        write_state(partial, state, student, beside)
+        torch.save(student.optimiser.state_dict(), partial / OPTIMISER)
         _finish(partial)
 
-    final = folder / f"checkpoint-{state.step}"
-    if rank == 0:
-        put(final, write)
+    final = place_of(folder, state)
+    put(final, write)
     return final
 
 
-def whole_weights(model: Any) -> dict[str, Any]:
-    """The weights of a model that is spread over processes, put together on all of them."""
-    # not `state_dict`, for which a model takes its parts up again where it is whole meanwhile
-    named = dict(model.named_parameters())  # tied ones once
-    for path, module in model.named_modules():
-        kept = set(module._buffers) - module._non_persistent_buffers_set
-        named |= {f"{path}.{name}".lstrip("."): module._buffers[name] for name in sorted(kept)}
-    if has_adapters(model):  # what learns is all that is saved
-        named = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
-    return {name: whole(x.detach()).cpu() for name, x in named.items() if x is not None}
+def place_of(folder: Path, state: State) -> Path:
+    """The folder of a checkpoint."""
+    return folder / f"checkpoint-{state.step}"
 
 
-def whole_optimiser(student: Student) -> dict[str, Any]:
-    """The state of the optimiser, as one process has it."""
-    held = student.optimiser.state_dict()
-    if not is_spread(student.model):
-        return held
-    state = {
-        number: {name: whole(value) for name, value in moments.items()}
-        for number, moments in held["state"].items()
-    }
-    return {**held, "state": state}
+def write_state(folder: Path, state: State, student: Student, beside: Mapping[str, Any]) -> None:
+    """All but weights and optimiser: counters, what run it is, what stands beside the student."""
+    state.updates = student.updates
+    values = asdict(state)
+    write_whole(folder / RECORD, exact.dumps(values.pop("record"), indent=1) + "\n")
+    if queue := values.pop("queue"):
+        write_whole(folder / QUEUE, exact.dumps(queue) + "\n")
+    write_whole(folder / STATE, exact.dumps(values, indent=1) + "\n")
+    if beside:
+        torch.save(dict(beside), folder / COMPANIONS)
 
 
 def put(final: Path, write: Callable[[Path], None]) -> None:
@@ -106,11 +96,15 @@ def put(final: Path, write: Callable[[Path], None]) -> None:
         write_folder(final, write)
     # a full disk is an OSError, a SafetensorError or a RuntimeError, as the writer likes
     except Exception as error:
-        raise UserError(
-            f"{final} could not be written ({type(error).__name__}: {error}). Earlier checkpoints "
-            "are untouched; free some space or choose another output folder, then continue with "
-            "--resume"
-        ) from error
+        raise unwritten(final, f"{type(error).__name__}: {error}") from error
+
+
+def unwritten(final: Path, why: str) -> UserError:
+    """The error for a folder that could not be written."""
+    return UserError(
+        f"{final} could not be written ({why}). Earlier checkpoints are untouched; free some space "
+        "or choose another output folder, then continue with --resume"
+    )
 
 
 def write_model(
@@ -124,17 +118,42 @@ def write_model(
     tokenizer.save_pretrained(folder)
 
 
+def write_description(folder: Path, model: Any, tokenizer: Any) -> None:
+    """All that `write_model` writes but the weights."""
+    base = model.get_base_model() if has_adapters(model) else model
+    base.config.save_pretrained(folder)
+    if getattr(base, "generation_config", None) is not None and base.can_generate():
+        base.generation_config.save_pretrained(folder)
+    if has_adapters(model):
+        for name, config in model.peft_config.items():
+            told = copy(config)
+            told.inference_mode = True
+            told.base_model_name_or_path = config.base_model_name_or_path or base.name_or_path
+            told.save_pretrained(folder if name == "default" else folder / name)
+    tokenizer.save_pretrained(folder)
+
+
 def _finish(folder: Path) -> None:
     """The manifest, last: what every file must be."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    digests = {}
-    for path in files:
+    files = (p for p in folder.rglob("*") if p.is_file())
+    write_manifest(folder, digests(folder, files))
+
+
+def digests(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """What files in a folder are, by their names in it."""
+    found = {}
+    for path in sorted(files):
         with path.open("rb") as handle:
-            digests[str(path.relative_to(folder))] = {
+            found[path.relative_to(folder).as_posix()] = {
                 "bytes": path.stat().st_size,
                 "sha256": hashlib.file_digest(handle, "sha256").hexdigest(),
             }
-    write_json(folder / MANIFEST, digests)
+    return found
+
+
+def write_manifest(folder: Path, found: Mapping[str, Any]) -> None:
+    """What every file of a folder must be, in a file of it."""
+    write_json(folder / MANIFEST, dict(sorted(found.items())))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -143,8 +162,10 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
-def verify(checkpoint: Path) -> None:
-    """Every file as it was written, or an error that names the one that is not."""
+def verify(checkpoint: Path, mesh: Mesh = ALONE) -> None:
+    """Every file as it was written, or an error that names the one that is not. Several processes
+    share the work, and all of them have the error.
+    """
 
     def damaged(what: str) -> UserError:
         return UserError(
@@ -157,25 +178,42 @@ def verify(checkpoint: Path) -> None:
         entries = {n: (int(e["bytes"]), str(e["sha256"])) for n, e in manifest.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise damaged(f"its manifest cannot be read ({type(error).__name__}: {error})") from error
-    for name, (size, digest) in entries.items():
-        path = checkpoint / name
+    checked = mesh.divided(
+        list(entries.items()), lambda some: [_damage(checkpoint / n, n, *e) for n, e in some]
+    )
+    if wrong := next(filter(None, checked), None):
+        raise damaged(wrong)
+
+
+def _damage(path: Path, name: str, size: int, digest: str) -> str | None:
+    """What is wrong with a file, if anything."""
+    try:
         if not path.is_file():
-            raise damaged(f"{name} is missing")
+            return f"{name} is missing"
         if path.stat().st_size != size:
-            raise damaged(f"{name} has {path.stat().st_size} bytes instead of {size}")
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
         with path.open("rb") as handle:
             if hashlib.file_digest(handle, "sha256").hexdigest() != digest:
-                raise damaged(f"{name} is not what was written (its digest differs)")
+                return f"{name} is not what was written (its digest differs)"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return None
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, verified; None where there is none."""
-    tidy(folder)
-    found = checkpoints(folder)
-    if not found:
-        return None
-    verify(found[-1])
-    return found[-1]
+def newest(folder: Path, mesh: Mesh = ALONE) -> Path | None:
+    """The newest complete checkpoint, verified; None where there is none. Several processes ask for
+    it at once, and the first says which it is.
+    """
+
+    def last() -> Path | None:
+        tidy(folder)
+        found = checkpoints(folder)
+        return found[-1] if found else None
+
+    checkpoint: Path | None = mesh.first(last)
+    if checkpoint is not None:
+        verify(checkpoint, mesh)
+    return checkpoint
 
 
 def recorded(checkpoint: Path) -> dict[str, Any]:
@@ -185,22 +223,25 @@ def recorded(checkpoint: Path) -> dict[str, Any]:
 
 
 def restore(checkpoint: Path, student: Student, companions: Companions | None = None) -> State:
-    """Optimiser, counters and what stands beside the student; the weights were loaded with the
-    model.
+    """Optimiser, counters and what stands beside the student, and of a checkpoint of several
+    processes the weights too; those of another were loaded with the model.
 
     The optimiser's settings stay the run's: they are the stored ones, unless a change was meant.
     """
-    groups = student.optimiser.param_groups
-    chosen = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in groups]
-    load_optimiser(checkpoint / OPTIMISER, student.optimiser)
-    for group, settings in zip(student.optimiser.param_groups, chosen, strict=True):
-        group.update(settings)
+    if is_sharded(checkpoint):
+        load_student(checkpoint, student)
+    else:
+        load_optimiser(checkpoint / OPTIMISER, student.optimiser)
     state: State = read_state(checkpoint / STATE, State)
     state.record = recorded(checkpoint)
+    state.queue = read_queue(checkpoint / QUEUE)
     student.updates = state.updates
-    path = checkpoint / COMPANIONS
+    path, mine = checkpoint / COMPANIONS, companions or Companions()
+    saved = read_tensors(path) if path.exists() else {}
+    if is_sharded(checkpoint):
+        saved = together(checkpoint, saved, mine.state_dict())
     try:
-        (companions or Companions()).load_state_dict(read_tensors(path) if path.exists() else {})
+        mine.load_state_dict(saved)
     except UserError as error:
         raise UserError(
             f"{checkpoint} cannot be continued: {error}. It is of a run with another method, or "

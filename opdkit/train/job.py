@@ -14,9 +14,11 @@ from opdkit.objective.grammar import Objective
 from opdkit.objective.needs import Needs, idle, needs
 from opdkit.teachers import Remote, Scorer
 from opdkit.train.checkpoint import State
+from opdkit.train.collect.ahead import Queue
 from opdkit.train.collect.collector import Collector
 from opdkit.train.mesh import ALONE, Mesh
 from opdkit.train.record import Recorder
+from opdkit.train.saver import Saver
 from opdkit.train.settings import Checkpoint
 from opdkit.train.student import Student
 
@@ -66,6 +68,7 @@ class HeldOut:
     # of the student at a step: "score", of which the best is kept, and what the curriculum adapts
     # to, "loss" and "entropy"; None where there is no such data
     measure: Callable[[int], Mapping[str, float]] | None = None
+    by_writer: bool = False  # whether the sampler of the run answers, which is then to be at rest
 
 
 @dataclass
@@ -73,7 +76,7 @@ class Job:
     """A run with everything built: what `run.build.prepare` hands to `train`."""
 
     objective: Objective
-    collector: Collector  # where rollouts come from
+    queue: Queue  # where rollouts come from
     student: Student
     # "student" as it is now, and every model the objective reads
     scorers: Mapping[str, Scorer | Remote]
@@ -92,6 +95,11 @@ class Job:
     begun: Callable[[], object] = lambda: None
 
     @property
+    def collector(self) -> Collector:
+        """What writes rollouts."""
+        return self.queue.collector
+
+    @property
     def curriculum(self) -> Curriculum:
         """What is remembered of rollouts and evaluations."""
         return self.collector.curriculum
@@ -99,6 +107,12 @@ class Job:
     def passes(self, step: int, total_steps: int) -> int:
         """How often step number `step` (from 0) of `total_steps` goes through its rollouts."""
         return self.curriculum.passes(step, total_steps) or self.student.optim.passes
+
+    @cached_property
+    def saver(self) -> Saver:
+        """What writes its checkpoints."""
+        parts = self.student, self.tokenizer, self.companions, self.checkpoint, self.mesh
+        return Saver(self.folder, *parts)
 
     @cached_property
     def needs(self) -> Needs:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from opdkit.annotators import AnnotateContext
 from opdkit.base.clock import Clock
 from opdkit.base.errors import UserError
 from opdkit.base.interrupt import held, stop, waiting
@@ -20,9 +21,9 @@ from opdkit.objective.companion import Stepped
 from opdkit.objective.head import flat_positions, learn
 from opdkit.objective.maths import keyed_uniform
 from opdkit.objective.plan import StepPlan
-from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
-from opdkit.train.collect.collect import collect, prepare
+from opdkit.train.collect.ahead import Written
+from opdkit.train.collect.collect import annotate
 from opdkit.train.gather import gather, refresh
 from opdkit.train.job import Job
 from opdkit.train.record import StepRecord
@@ -36,13 +37,15 @@ def train(job: Job, state: State) -> State:
     several processes one cannot save without the others: they are where the last checkpoint is. A
     signal ends them together, at the end of a step.
     """
-    with held() if job.mesh.size > 1 else nullcontext():
+    with held() if job.mesh.size > 1 else nullcontext(), job.saver:
         return _train(job, state)
 
 
 def _train(job: Job, state: State) -> State:
     stream = job.collector.stream
     stream.load(state.stream or stream.state())
+    job.queue.load(state.queue)
+    state.queue = []
     # as it was loaded: a new run has nothing to save yet, a resumed one only what it adds
     saved = replace(state)
     _prepare(job, state)
@@ -58,7 +61,6 @@ def _train(job: Job, state: State) -> State:
         if due and state.step and state != saved:
             with held():
                 _save(job, state)
-                checkpoints.prune(job.folder, job.checkpoint.keep, state.best_step)
         if last:
             return state
         if job.mesh.size > 1 and (number := job.mesh.most(waiting())):
@@ -73,12 +75,12 @@ def _prepare(job: Job, state: State) -> None:
     """What the curriculum has to know before the first step, found once: saved with the student as
     it is, so that a run which ends before its next checkpoint has it still.
     """
-    memory = prepare(job.collector, job.student, state.memory)
+    memory = job.queue.prepared(job.student, state.memory)
     if memory is state.memory:
         return
     with held():
         state.memory = memory
-        checkpoints.save(job.folder, state, job.student, job.tokenizer, job.companions)
+        _save(job, state)
         job.begun()
 
 
@@ -103,8 +105,10 @@ def _kept(job: Job, state: State) -> Iterator[None]:
 
 
 def _save(job: Job, state: State) -> None:
-    student, rank = job.student, job.mesh.rank
-    checkpoints.save(job.folder, state, student, job.tokenizer, job.companions, rank)
+    """With the rollouts that were asked for ahead, and the place in the data behind them."""
+    queue = job.queue.state(state.step)
+    stream = queue[-1]["stream"] if queue else state.stream
+    job.saver.save(replace(state, queue=queue, stream=stream))
 
 
 def train_step(job: Job, state: State) -> None:
@@ -122,11 +126,8 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
     student, step = job.student, state.step
 
     total = job.length.expected_steps(state)
-    collected = collect(  # sample, reward
-        job.collector, student, clock, step=step, total_steps=total, memory=state.memory
-    )
-    rollouts, state.tokens = collected.rollouts, state.tokens + collected.tokens
-    state.memory = {**state.memory, **collected.memory}
+    written, rollouts = _collected(job, state, clock, total)  # sample, reward
+    collected = written.collected
     needs = job.needs_at(step, total)
     with clock("score"):  # gather facts
         batch = gather(
@@ -151,6 +152,7 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
         batch.still([*student.parameters, *job.companions.tensors])
     student.expect(len(parts), step, ahead, lambda step: job.passes(step, ahead))
     record = job.recorder.start(step, job.objective.names, collected.earlier)
+    record.lag = step - written.since, student.updates - collected.version
     with clock("learn"):
         for number, rows in enumerate(parts):
             batch.moved = number > 0 or job.companions.disturb
@@ -158,16 +160,39 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
                 refresh(batch, needs, job.scorers, rollouts, student.updates)
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record, moving)  # learn per micro-batch, step
-    job.collector.sampler.sync(student.model, student.updates)  # sync
+    job.queue.moved(student)  # sync
 
     record.curriculum = job.curriculum.metrics(collected.scored, step, total, state.memory)
     record.beside = job.companions.metrics()
+    record.collected = {**collected.counts, **job.collector.metrics()}
+    record.spans = job.collector.spans(step)
     state.memory = job.curriculum.observe(collected.scored, state.memory)  # observe
-    state.stream = job.collector.stream.state()
+    state.stream = collected.stream
     record.join(job.mesh)
     # record
-    job.recorder.step(step + 1, state.tokens, rollouts, batch, record, clock.seconds, student)
+    job.recorder.step(step + 1, state.tokens, rollouts, batch, record, clock, student, written)
     state.step += 1
+    job.queue.learnt(step)
+
+
+def _collected(job: Job, state: State, clock: Clock, total: int) -> tuple[Written, list[Rollout]]:
+    """The rollouts of a step of a run of `total` steps, as they were written and as annotators have
+    noted on them; those of a later step are asked for.
+    """
+    written = job.queue.next(
+        job.student,
+        clock,
+        step=state.step,
+        steps=job.length.steps,
+        total_steps=total,
+        memory=state.memory,
+    )
+    state.tokens += written.collected.tokens
+    told = AnnotateContext(state.step, job.seed, job.student.updates, state.memory)
+    with clock("annotate") if job.collector.annotators else nullcontext():
+        rollouts, added = annotate(job.collector, written.collected.rollouts, told, job.mesh)
+    state.memory = {**state.memory, **added}
+    return written, rollouts
 
 
 def _optimiser_steps(
@@ -273,6 +298,8 @@ def _evaluate(job: Job, state: State) -> None:
     if not due or state.evaluated == state.step:
         return
     if held_out.measure is not None:
+        if held_out.by_writer:
+            job.queue.rest(job.student)
         measured = job.mesh.same(held_out.measure(state.step))
         state.memory = job.curriculum.validated(measured, state.memory)
         score = measured.get("score")

@@ -13,6 +13,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from copy import copy
 from datetime import timedelta
 from pathlib import Path
 from shutil import rmtree
@@ -39,6 +40,7 @@ class Mesh(ABC):
     rank: int  # of this one, from 0
     size: int  # how many there are
     devices: Any = None  # over which models may be spread: a DeviceMesh, one device per process
+    small: Any = None  # the group of torch.distributed that small objects go through
 
     @abstractmethod
     def total(self, values: Tensor) -> Tensor:
@@ -71,6 +73,12 @@ class Mesh(ABC):
     def same(self, thing: Thing) -> Thing:
         """What the first process has, where what each has might differ."""
         return self.every(thing)[0]
+
+    def aside(self) -> Mesh:
+        """The same processes by a channel of its own: for a thread that works beside the loop, and
+        exchanges small objects only. It is asked for on all at once.
+        """
+        return self
 
     def folder(self, first: Path) -> Path:
         """Where this process writes: the run's folder, of which the first is the only writer, or
@@ -141,6 +149,13 @@ class Ranks(Mesh):
         things: list[Any] = [None] * self.size
         dist.all_gather_object(things, thing, group=self.small)
         return things
+
+    def aside(self) -> Mesh:
+        import torch.distributed as dist
+
+        other = copy(self)
+        other.small = dist.new_group(backend="gloo")
+        return other
 
 
 @contextmanager

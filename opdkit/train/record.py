@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from functools import reduce
 from itertools import groupby
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from opdkit.base.clock import Clock, Span
 from opdkit.base.files import write_whole
 from opdkit.objective.batch import Batch
 from opdkit.objective.facts import ColumnFact, LogpFact
@@ -25,11 +27,24 @@ from opdkit.objective.grammar import credit_of
 from opdkit.objective.head import Learned
 from opdkit.objective.plan import StepPlan
 from opdkit.train import diagnostics
+from opdkit.train.collect.ahead import Written
 from opdkit.train.gather import mean_gap
 from opdkit.train.mesh import Mesh
 from opdkit.train.student import Student
 from opdkit.train.track import Trackers
 from opdkit.types import MARK_OF, Rollout, reward_means
+
+TIMELINE = "timeline.jsonl"
+
+
+class Other(Protocol):
+    """A part of a run that is elsewhere, and tells what it did."""
+
+    def counts(self) -> Mapping[str, float]:
+        """Of the whole time, by the names of metrics."""
+
+    def spans(self) -> Sequence[Any]:
+        """[part, doing, from, to], in unix seconds, since it was asked last."""
 
 
 @dataclass
@@ -52,6 +67,11 @@ class StepRecord:
     curriculum: Mapping[str, float] = field(default_factory=dict)  # where it stood, by name
     earlier: frozenset[str] = frozenset()  # ids of rollouts that were written at earlier steps
     beside: Mapping[str, float] = field(default_factory=dict)  # so what stands beside the student
+    collected: Mapping[str, float] = field(default_factory=dict)  # so the step's rollouts
+    # when other parts of the run than trainer and sampler did what for the step
+    spans: Mapping[str, Sequence[Span]] = field(default_factory=dict)
+    # steps and optimiser steps that the student has taken since the rollouts were asked for
+    lag: tuple[int, int] = (0, 0)
 
     def add(self, learned: Learned, positions: Tensor) -> None:
         """A micro-batch at flat positions [N]."""
@@ -109,6 +129,7 @@ class StepRecord:
         out["grad_norm"] = torch.stack(self.norms).mean().item()
         out["learning_rate"] = self.rate
         out |= {f"beside/{name}": value for name, value in self.beside.items()}
+        out |= self.collected
         return out | {f"curriculum/{name}": value for name, value in self.curriculum.items()}
 
     def by_turn(self, batch: Batch) -> dict[str, float]:
@@ -198,6 +219,7 @@ class Recorder:
     idle: Callable[[Mapping[str, float]], object] | None = None
     # of the device's arithmetic, by phase
     use: Callable[[Sequence[Rollout], int, Mapping[str, float]], dict[str, float]] | None = None
+    others: Sequence[Other] = ()  # parts of the run elsewhere
 
     def start(
         self, step: int, names: tuple[str, ...], earlier: frozenset[str] = frozenset()
@@ -215,16 +237,20 @@ class Recorder:
         rollouts: Sequence[Rollout],
         batch: Batch,
         record: StepRecord,
-        seconds: Mapping[str, float],
+        clock: Clock,
         student: Student,
+        written: Written,
     ) -> None:
-        """Record step number `step` (from 1)."""
+        """Record step number `step` (from 1), the phases of which `clock` has measured."""
+        seconds = clock.seconds
         now = [r for r in rollouts if r.id not in record.earlier]
         metrics = (
             record.metrics(batch)
             | rollout_metrics(now)
-            | speed(rollouts, record.positions, seconds, now)
+            | speed(rollouts, record.positions, seconds, now, written.seconds)
         )
+        if any(record.lag):
+            metrics |= {"lag/steps": float(record.lag[0]), "lag/updates": float(record.lag[1])}
         if record.earlier:
             metrics["tokens/trained"] = float(sum(sum(r.trained) for r in rollouts))
             metrics["tokens/of_earlier_steps"] = metrics["tokens/trained"] - float(
@@ -234,15 +260,26 @@ class Recorder:
             metrics |= teacher_metrics(batch, [self.route(r) for r in rollouts])
         if self.use is not None:
             metrics |= self.use(rollouts, sum(any(r.drawn) for r in now), seconds)
+        for other in self.others:
+            metrics |= other.counts()
         metrics["tokens/sampled_so_far"] = tokens
         metrics["memory/peak_gib"] = peak_memory(student.device)
         self.trackers.log(step, metrics)
+        parts = {"trainer": clock.spans, "sampler": written.spans, **record.spans}
+        self.timeline(step, parts)
         if self.idle is not None:
             self.idle(metrics)
         if self.keep_samples and self.sample_every and (step == 1 or step % self.sample_every == 0):
             self.samples(step, rollouts[: self.keep_samples], batch, record.plans[0])
         if self.show is not None:
             self.show(step, metrics)
+
+    def timeline(self, step: int, parts: Mapping[str, Sequence[Span]]) -> None:
+        """When each part of the run did what for a step, for the report."""
+        spans = [[part, *span] for part, found in parts.items() for span in found]
+        spans += [span for other in self.others for span in other.spans()]
+        with (self.folder / TIMELINE).open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": step, "spans": spans}) + "\n")
 
     def samples(self, step: int, rollouts: Sequence[Rollout], batch: Batch, plan: StepPlan) -> None:
         """A few rollouts with what each token was credited with, for the report."""
@@ -363,13 +400,16 @@ def speed(
     positions: int,
     seconds: Mapping[str, float],
     written: Sequence[Rollout],
+    aside: Mapping[str, float] = {},
 ) -> dict[str, float]:
     """Seconds and tokens per second of each phase; response tokens only, in "sample" those that the
-    student drew of rollouts that are of now.
+    student drew of rollouts that are of now. What was done `aside`, while the trainer did something
+    else, is no part of the step's seconds.
     """
     tokens = sum(len(r.tokens) for r in rollouts)
     sampled = sum(sum(r.drawn) for r in written)
     total = sum(seconds.values())
+    seconds = {**seconds, **aside}
     out = {f"seconds/{phase}": value for phase, value in seconds.items()} | {"seconds/step": total}
     for phase, amount in (("sample", sampled), ("score", tokens), ("learn", positions)):
         if amount and seconds.get(phase, 0.0) > 0:
@@ -379,7 +419,7 @@ def speed(
 
 
 # metrics that differ between equal runs
-TIMINGS = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
+TIMINGS = ("seconds/", "tokens_per_second/", "mfu/", "memory/", "early/")
 
 
 def peak_memory(device: torch.device) -> float:

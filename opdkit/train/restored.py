@@ -4,6 +4,7 @@ state whatever its shapes, and ends in a crash of the process.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ def read_state(path: Path, kind: type) -> Any:
     return made
 
 
+def read_queue(path: Path) -> list[dict[str, Any]]:
+    """Rollouts that were asked for ahead; none where there is no such file."""
+    if not path.exists():
+        return []
+    try:
+        rows: list[dict[str, Any]] = exact.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise unusable(path, shown(str(error))) from error
+    return rows
+
+
 def read_tensors(path: Path) -> Any:
     """What `torch.save` wrote, tensors and plain values alone."""
     try:
@@ -50,23 +62,42 @@ def load_optimiser(path: Path, optimiser: torch.optim.Optimizer) -> None:
     """AdamW as it was saved; its moments must have the shapes of the weights."""
     saved = read_tensors(path)
     try:
-        _check(saved, optimiser)
-        weights = [w for group in optimiser.param_groups for w in group["params"]]
-        for number, moments in saved["state"].items():
-            for name in MOMENTS:
-                moments[name] = like(weights[number], moments[name])
-        optimiser.load_state_dict(saved)
+        _check_weights(saved, optimiser)
+        moments = saved["state"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise unusable(path, shown(str(error))) from error
+    load_moments(path, optimiser, moments)
+
+
+def load_moments(
+    path: Path, optimiser: torch.optim.Optimizer, state: dict[int, dict[str, Any]]
+) -> None:
+    """AdamW's moments, of each weight by its number, from a checkpoint's file or folder. Its
+    settings stay what they are.
+    """
+    weights = [w for group in optimiser.param_groups for w in group["params"]]
+    try:
+        _check_moments(state, weights)
+        spread = {
+            number: {name: like(weights[number], moments[name]) for name in MOMENTS}
+            for number, moments in state.items()
+        }
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": spread})
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise unusable(path, shown(str(error))) from error
 
 
-def _check(saved: Any, optimiser: torch.optim.Optimizer) -> None:
-    """A ValueError or the like where the saved state is not that of these weights."""
-    weights = [w for group in optimiser.param_groups for w in group["params"]]
+def _check_weights(saved: Any, optimiser: torch.optim.Optimizer) -> None:
+    """A ValueError or the like where a saved optimiser is of other weights than this one."""
+    count = sum(len(group["params"]) for group in optimiser.param_groups)
     numbers = [n for group in saved["param_groups"] for n in group["params"]]
-    if numbers != list(range(len(weights))):
-        raise ValueError(f"it is of {len(numbers)} weights, and {len(weights)} are trained")
-    for number, held in saved["state"].items():
+    if numbers != list(range(count)):
+        raise ValueError(f"it is of {len(numbers)} weights, and {count} are trained")
+
+
+def _check_moments(state: Mapping[int, Mapping[str, Any]], weights: Sequence[Tensor]) -> None:
+    """A ValueError or the like where moments are not those of weights [...]."""
+    for number, held in state.items():
         for name in MOMENTS:
             if not isinstance(held[name], Tensor):
                 raise TypeError(f"its {name} of weight {number} is no tensor")

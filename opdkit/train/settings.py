@@ -119,6 +119,8 @@ class Checkpoint:
 
     every: int = 50  # steps; 0: only at the end
     keep: int = 1  # newest ones kept besides the best
+    # several processes write theirs while the run goes on; false: it waits until all is written
+    background: bool = True
 
     def __post_init__(self) -> None:
         follow(CHECKPOINT, self)

@@ -10,6 +10,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -245,7 +246,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Faults instead of an answer."""
         if fault.kind == "die":
             # refuses at once; closing alone waits for the loop that polls it
-            self.fake.http.socket.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # it has been closed already
+                self.fake.http.socket.shutdown(socket.SHUT_RDWR)
             self.fake.http.socket.close()
             threading.Thread(target=self.fake.http.shutdown, daemon=True).start()
         elif fault.kind == "hang":

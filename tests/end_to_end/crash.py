@@ -25,7 +25,14 @@ MOMENTS = (
     "after recording",
 )
 # hold timings, the folder's name, digests of a zip file
-NOT_COMPARED = ("report.html", "run.yaml", "run.json", "manifest.json", "origin.jsonl")
+NOT_COMPARED = (
+    "report.html",
+    "run.yaml",
+    "run.json",
+    "manifest.json",
+    "origin.jsonl",
+    "timeline.jsonl",
+)
 
 
 def in_child(

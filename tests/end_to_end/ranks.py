@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -20,9 +21,11 @@ from opdkit.models.adapters import has_adapters
 from opdkit.objective.parts import whole
 from opdkit.run.build import prepare
 from opdkit.run.settings import make_run
-from opdkit.train.checkpoint import whole_weights
+from opdkit.sampling.kinds import KINDS
 from opdkit.train.loop import train
 from opdkit.train.mesh import Mesh, joined
+from opdkit.train.shards import whole_weights
+from tests.common.copy_sampler import CopySettings
 
 
 def found(values: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -52,7 +55,7 @@ def found(values: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
 def main(cases: Path, out: Path) -> None:
     torch.set_num_threads(1)
     every = {}
-    with joined("cpu") as mesh:
+    with mock.patch.dict(KINDS, copy=CopySettings), joined("cpu") as mesh:
         for name, values in json.loads(cases.read_text()).items():
             every[name] = found(values, mesh)
     if mesh.rank == 0:

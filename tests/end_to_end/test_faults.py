@@ -17,7 +17,8 @@ from opdkit import UserError
 from opdkit.models.engines import endpoint
 from opdkit.models.load import load_model, load_tokenizer
 from opdkit.run.launch import execute
-from opdkit.teachers.serve import TeacherServer, make_server
+from opdkit.teachers.http import TeacherServer
+from opdkit.teachers.serve import make_server
 from opdkit.teachers.service import Service
 from opdkit.train import checkpoint as checkpoints
 from tests.common.fake_server import FakeServer, Fault

@@ -146,9 +146,7 @@ def test_the_students_own_responses_stand_beside_the_pairs(
 ) -> None:
     """A step of hypo: two of each row, and two of the student's own, of which the KL is known."""
     job, state = prepare(shop.run(tmp_path / "run", method="hypo", data=prefs, teacher=None))
-    made = collect(
-        job.collector, job.student, Clock(job.student.device), step=0, total_steps=2, memory={}
-    ).rollouts
+    made = collect(job.collector, 0, Clock(), step=0, total_steps=2, memory={}).rollouts
     assert [r.correct for r in made] == [True, False] * 2 + [None] * 4
     assert sum("online" in r.marks for r in made) == 4
     with job.recorder.trackers:
@@ -169,7 +167,7 @@ def test_the_anchor_plays_then_the_student(shop: Shop, tmp_path: Path, prefs: st
     def opponents(step: int) -> list[dict[str, Any]]:
         job.collector.stream.load(first)  # the same prompts again
         made = collect(
-            job.collector, job.student, Clock(job.student.device), step=step, total_steps=9,
+            job.collector, job.student.updates, Clock(job.student.device), step=step, total_steps=9,
             memory={},
         )  # fmt: skip
         assert all(r.reward in (0.0, 0.5, 1.0) for r in made.rollouts)

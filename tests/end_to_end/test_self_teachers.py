@@ -221,9 +221,7 @@ def test_supervised_training_never_imitates_what_the_student_wrote(
     responses is refused.
     """
     job, _ = prepare(shop.run(tmp_path / "run", method="sft", data=data))
-    found = collect(
-        job.collector, job.student, Clock(job.student.device), step=0, total_steps=2, memory={}
-    )
+    found = collect(job.collector, 0, Clock(), step=0, total_steps=2, memory={})
     assert found.rollouts and found.tokens == 0
     assert all(r.finish == "given" and not any(r.drawn) for r in found.rollouts)
     assert shop.cache(tmp_path / "cache") == 0

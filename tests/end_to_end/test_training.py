@@ -331,7 +331,7 @@ def first_rollouts(job: Job, state: State) -> list[Rollout]:
     """Those of the first step."""
     clock = Clock(job.student.device)
     collected = collect(
-        job.collector, job.student, clock, step=0, total_steps=2, memory=state.memory
+        job.collector, job.student.updates, clock, step=0, total_steps=2, memory=state.memory
     )
     return collected.rollouts
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from opdkit.teachers import protocol
-from opdkit.teachers.serve import CONNECTIONS, TeacherServer
+from opdkit.teachers.http import CONNECTIONS, TeacherServer
 from tests.common.tiny import tiny_model
 from tests.hostile.test_servers import MEMORY, judged, peak
 from tests.teachers.test_gate import ends, half_sent, threads

@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import pytest
 import torch
 
 from opdkit.base.errors import UserError
-from opdkit.models.engines.vllm_worker import _read
 from opdkit.sampling import HFSampler
 from opdkit.sampling.server import ServerSampler, ServerSettings
 from opdkit.types import Prompt, Sampling
-from tests.common.fake_server import Answer, FakeServer, Fault
+from tests.common.fake_sampler import PAUSE, RESET, RESUME, Vllm
+from tests.common.fake_server import FakeServer, Fault
 from tests.common.rounding import FORWARD
 from tests.common.tiny import tiny_model, tiny_tokenizer
 
@@ -29,53 +28,6 @@ PROMPTS = [
     for i, text in enumerate(["So", "What is 12 plus 30?", "user"])
 ]
 GREEDY = Sampling(temperature=0, max_completion_length=8)
-
-
-@dataclass
-class Vllm(FakeServer):
-    """Draws the most probable token whatever is asked, and notes what changes it."""
-
-    name: str = "student"
-    calls: list[Any] = field(default_factory=list)  # path and body of what is no completion
-    busy: bool = False  # its prefix cache cannot be reset
-    deaf: bool = False  # weights are acknowledged and not taken
-    ids: bool = True  # token ids are returned
-    spoilt: dict[str, Any] = field(default_factory=dict)  # of a completion, in place of its own
-
-    def answer(self, path: str, body: dict[str, Any]) -> Any:
-        if path == "/v1/completions" and "prompt_logprobs" not in body:
-            return self.draw(body)
-        if path in ("/v1/completions", "/v1/models"):
-            return super().answer(path, body)
-        self.calls.append((path, body))
-        if path == "/reset_prefix_cache":
-            return {"success": not self.busy}
-        if path == "/collective_rpc" and body["method"] == "opdkit_load_folder" and not self.deaf:
-            self.model.load_state_dict(dict(_read(Path(body["args"][0]))), strict=False)
-        if path not in ("/collective_rpc", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
-            raise Answer(404, "Not Found")
-        if path == "/v1/load_lora_adapter":
-            self.name = body["lora_name"]
-        return {"results": [0]}
-
-    def draw(self, body: dict[str, Any]) -> Any:
-        self.check(body["prompt"], body["model"])
-        tokens: list[int] = []
-        logps: list[float] = []
-        while len(tokens) < body["max_tokens"] and not (
-            tokens and tokens[-1] in body.get("stop_token_ids", ())
-        ):
-            row = self.logps([*body["prompt"], *tokens, 0])[-1]
-            tokens.append(int(row.argmax()))
-            logps.append(float(row.max()))
-        ended = "stop" if tokens[-1] in body.get("stop_token_ids", ()) else "length"
-        choice = {"index": 0, "finish_reason": ended, "logprobs": {"token_logprobs": logps}}
-        return {
-            "model": self.name,
-            "choices": [
-                choice | ({"token_ids": tokens} if self.ids else {"text": "x"}) | self.spoilt
-            ],
-        }
 
 
 @pytest.fixture
@@ -110,7 +62,7 @@ def test_every_server_has_the_weights_before_the_first_rollout(
     for a, b in zip(rollouts, theirs):
         torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=FORWARD, rtol=0)
     for server in servers:
-        assert [path for path, _ in server.calls] == ["/collective_rpc", "/reset_prefix_cache"]
+        assert [path for path, _ in server.calls] == [PAUSE, "/collective_rpc", RESET, RESUME]
     assert sampler.version == 0 and list(sampler.folder.iterdir()) == []
 
 
@@ -198,7 +150,7 @@ def test_a_server_that_lost_the_weights_between_two_answers(
 ) -> None:
     """It closes a connection, and is back with the weights that it was started with."""
     sampler = ServerSampler(student, TOKENIZER, ServerSettings((servers[0].url,), retries=2))
-    sampler.endpoint.sleep = lambda seconds: None
+    sampler.servers.endpoint.sleep = lambda seconds: None
     sampler.sample(PROMPTS[:1], GREEDY, policy_version=0, seed=0)
     servers[0].faults = [Fault("close", at=servers[0].scored + 1)]
     sampler.sample(PROMPTS[:1], GREEDY, policy_version=0, seed=1)  # back with the same
@@ -219,10 +171,14 @@ def test_log_probs_of_the_plain_softmax_do_not_do_where_the_draw_is_cut(
 
 def test_a_padded_head_is_cut_first(servers: list[Vllm]) -> None:
     padded = tiny_model(vocab_size=352)
-    connect(padded, servers)
-    assert [call for server in servers for call in server.calls] == [
-        ("/collective_rpc", {"method": "opdkit_head", "args": [320]})
-    ] * 2
+    for server in servers:
+        server.model = tiny_model(vocab_size=352, seed=9)
+    with pytest.raises(UserError, match="not the student's"):  # these know no cut
+        connect(padded, servers).sync(padded, 0)
+    for server in servers:
+        told = [body for path, body in server.calls if path == "/collective_rpc"]
+        assert told[0] == {"method": "opdkit_head", "args": [320]}
+        assert told[1]["method"] == "opdkit_load_folder"
 
 
 def test_adapters_are_loaded_under_a_new_name_each_time(
@@ -245,7 +201,7 @@ def test_adapters_are_loaded_under_a_new_name_each_time(
     assert [body for path, body in server.calls if path == "/v1/unload_lora_adapter"] == [
         {"lora_name": names[0]}
     ]
-    assert sampler.name == names[1] and list(tmp_path.iterdir()) == []
+    assert sampler.servers.name == names[1] and list(tmp_path.iterdir()) == []
 
 
 def test_how_a_server_must_be_started_is_said(student: Any) -> None:
@@ -270,7 +226,8 @@ def test_what_is_not_known_of_a_server(student: Any, servers: list[Vllm]) -> Non
 def test_files_reach_another_machine_through_a_shared_folder_only(
     student: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("opdkit.sampling.server._served", lambda endpoint, model: ("student", 4096))
+    meet = "opdkit.sampling.servers.Servers._meet"
+    monkeypatch.setattr(meet, lambda servers, model: ("student", 4096))
     with pytest.raises(UserError, match=r"gpu7 is another machine.*shared_folder"):
         ServerSampler(
             student, TOKENIZER, ServerSettings(("http://127.0.0.1:1", "http://gpu7:8000"))

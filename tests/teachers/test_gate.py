@@ -12,9 +12,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from opdkit.teachers import gate, serve
+from opdkit.teachers import gate, http
 from opdkit.teachers.gate import BadRequest, Room, is_own, own_names
-from opdkit.teachers.serve import TeacherServer
+from opdkit.teachers.http import TeacherServer
 from tests.common.tiny import tiny_model
 from tests.teachers.test_serve import serving, url
 
@@ -46,7 +46,7 @@ def threads() -> int:
 
 
 def test_half_sent_requests_make_way_and_hold_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "CONNECTIONS", 8)
+    monkeypatch.setattr(http, "CONNECTIONS", 8)
     with serving(tiny_model("llama")) as (server,), ExitStack() as stack:
         before = threads()
         for _ in range(20):
@@ -65,8 +65,8 @@ def test_no_request_outlives_its_deadline(
     data: bytes, one: TeacherServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of one that sends a byte now and then."""
-    monkeypatch.setattr(serve, "ARRIVING", 0.2)
-    monkeypatch.setattr(serve, "MOVING", 0.2)
+    monkeypatch.setattr(http, "ARRIVING", 0.2)
+    monkeypatch.setattr(http, "MOVING", 0.2)
     with half_sent(one, data) as raw:
         end = time.monotonic() + 10
         with pytest.raises(OSError):

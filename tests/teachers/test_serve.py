@@ -41,10 +41,11 @@ from opdkit.objective.facts import (
     VocabularyFact,
 )
 from opdkit.objective.needs import Needs
-from opdkit.teachers import LocalModel, Routed, client_serve, protocol, service
+from opdkit.teachers import LocalModel, Routed, client_serve, front, protocol, service
 from opdkit.teachers.base import cut, heads_of
 from opdkit.teachers.context import TeacherContext
-from opdkit.teachers.serve import TeacherServer, make_server
+from opdkit.teachers.http import TeacherServer
+from opdkit.teachers.serve import make_server
 from opdkit.teachers.server import ServerTeacher
 from opdkit.teachers.service import Service
 from opdkit.train.gather import gather
@@ -418,7 +419,7 @@ def test_what_a_request_says_must_be_what_it_carries(monkeypatch: pytest.MonkeyP
     goes on and says the same as before.
     """
     with serving(tiny_model("llama", seed=2)) as (one,):
-        service, client = one.RequestHandlerClass.service, Endpoint([url(one)], retries=0)
+        service, client = one.services["T"], Endpoint([url(one)], retries=0)
 
         def ask(body: bytes) -> bytes:
             return client.request("POST", "/score", body, lambda response: response.content)
@@ -447,7 +448,7 @@ def test_more_than_a_gibibyte_at_once_is_refused(monkeypatch: pytest.MonkeyPatch
     """
     with serving(tiny_model("llama", seed=2)) as (one,):
         for least, status in ((4080, 200), (4079, 400)):
-            monkeypatch.setattr(service, "LARGEST_TABLE", least)
+            monkeypatch.setattr(front, "LARGEST_TABLE", least)
             answer = httpx2.post(f"{url(one)}/score", content=request())
             assert answer.status_code == status
         assert "3 rollouts, the longest of 5 tokens" in answer.text and "a smaller k" in answer.text
@@ -534,7 +535,7 @@ def test_prompts_wait_for_a_table_that_holds_them(monkeypatch: pytest.MonkeyPatc
 
     One that is more by itself is alone.
     """
-    monkeypatch.setattr(service, "MOST_ENTRIES", 24)
+    monkeypatch.setattr(front, "MOST_ENTRIES", 24)
     sizes = [(4, 2), (3, 0), (12, 2), (3, 4), (0, 0), (1, 4), (50, 1), (2, 2)]
     parts = [range(*part.indices(len(sizes))) for part in service._together(sizes)]
     assert parts == [range(2), range(2, 3), range(3, 5), range(5, 6), range(6, 7), range(7, 8)]

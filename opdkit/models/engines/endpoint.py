@@ -9,9 +9,10 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -60,6 +61,14 @@ class Refused(UserError):
         self.status, self.message, self.url = status, message, url
 
 
+class Gone(UserError):
+    """No server answers: another try, later, may succeed."""
+
+    def __init__(self, text: str, said: str):
+        super().__init__(text)
+        self.said = said  # the faults alone
+
+
 class _Fault(Exception):
     """A failure after which the same request may succeed."""
 
@@ -80,7 +89,9 @@ class _Server:
     client: httpx2.Client
     busy: int = 0  # requests under way
     rests_until: float = 0.0
-    said: str = ""  # its last fault
+    said: str = ""  # its last fault; "": there was none, or it has answered since
+    failed: bool = False  # whether it ever had one
+    heard: float = 0.0  # when it last answered
     returning: bool = False  # after its rest one request tries it
 
     def path(self, path: str) -> str:
@@ -109,6 +120,8 @@ class Endpoint:
     what: str = "the server"  # in messages
     # null: time.sleep, cut short when another request of a `map` fails
     sleep: Callable[[float], None] | None = None
+    # seconds for which a server that failed is left alone while others answer
+    rest: float = REST
     clock: Callable[[], float] = time.monotonic
     rng: random.Random = field(default_factory=random.Random)
 
@@ -116,9 +129,9 @@ class Endpoint:
         if not self.urls:
             raise UserError(f"{self.what} has no URL: give one, such as http://127.0.0.1:8000")
         self.key = self._key()
+        self.urls = list(dict.fromkeys(address(url, self.what) for url in self.urls))
         self._servers = [
-            _Server(url, client(url, self.key, self.timeout, self.concurrency))
-            for url in (address(url, self.what) for url in self.urls)
+            _Server(url, client(url, self.key, self.timeout, self.concurrency)) for url in self.urls
         ]
         self.faults = 0  # so far: after one, a server may be another than before
         self._places = threading.BoundedSemaphore(self.concurrency)
@@ -135,9 +148,27 @@ class Endpoint:
             )
         return check_key(key, self.key_variable, self.what)
 
+    @property
+    def servers(self) -> Sequence[_Server]:
+        """How each does, in the order of the URLs."""
+        return self._servers
+
     def each(self) -> list[Endpoint]:
         """One endpoint per server, to learn what each of them says."""
-        return [replace(self, urls=[server.url]) for server in self._servers]
+        return [self.among([server.url]) for server in self._servers]
+
+    def among(self, urls: Collection[str]) -> Endpoint:
+        """One that asks these of the servers, by the same clients; all do well at first."""
+        made = copy(self)
+        made._servers = [_Server(s.url, s.client) for s in self._servers if s.url in urls]
+        made.urls, made.faults = [server.url for server in made._servers], 0
+        return made
+
+    def once(self) -> Endpoint:
+        """One that tries nothing a second time."""
+        made = self.among(self.urls)
+        made.retries = 0
+        return made
 
     # ------------------------------------------------------------------------------------- requests
 
@@ -164,14 +195,13 @@ class Endpoint:
                 except _Fault as fault:
                     asked = max(asked, fault.pause)
             if attempt < self.retries:
-                self._pause(
-                    max(asked, self.rng.uniform(0, min(LONGEST_BACKOFF, BACKOFF * 2**attempt)))
-                )
+                self.back_off(attempt, asked)
         tried = "once" if self.retries == 0 else f"{self.retries + 1} times"
-        raise UserError(
-            f"{self.what} does not answer {method} {path}, tried {tried}: "
-            f"{'; '.join(f'{s.url}: {s.said}' for s in self._servers)}. Start it again, or look at "
-            "its log"
+        said = "; ".join(f"{s.url}: {s.said}" for s in self._servers)
+        raise Gone(
+            f"{self.what} does not answer {method} {path}, tried {tried}: {said}. Start it again, "
+            "or look at its log",
+            said,
         )
 
     def about(
@@ -204,7 +234,10 @@ class Endpoint:
                 "look at the server's log"
             ) from refused
         except UserError as error:
-            raise UserError(f"{who}: {error}. Nothing was learnt from this step") from error
+            text = f"{who}: {error}. Nothing was learnt from this step"
+            raise (
+                Gone(text, error.said) if isinstance(error, Gone) else UserError(text)
+            ) from error
         if isinstance(told, UserError):
             raise told
         return told
@@ -219,7 +252,7 @@ class Endpoint:
             well = [s for s in self._servers if s.rests_until <= now]
             for server in well:
                 if server.said and len(self._servers) > 1:
-                    server.returning, server.rests_until = True, now + REST
+                    server.returning, server.rests_until = True, now + self.rest
             return well or list(self._servers)
 
     def _once(
@@ -240,10 +273,12 @@ class Endpoint:
                 server.busy, server.returning = server.busy + 1, False
             try:
                 result = self._send(server, method, path, content, read, most)
-                server.said, server.rests_until = "", 0.0
+                server.said, server.rests_until, server.heard = "", 0.0, self.clock()
                 return result
             except _Fault as fault:
-                server.said, server.rests_until = str(fault), self.clock() + max(REST, fault.pause)
+                rest = max(self.rest, fault.pause)
+                server.said, server.rests_until = str(fault), self.clock() + rest
+                server.failed = True
                 self.faults += 1
                 raise
             finally:
@@ -293,6 +328,10 @@ class Endpoint:
         event = getattr(self._stop, "event", None)
         if event is not None and event.is_set():
             raise _Stopped
+
+    def back_off(self, attempt: int, asked: float = 0.0) -> None:
+        """The pause after try number `attempt` (from 0) has failed, at least what was asked for."""
+        self._pause(max(asked, self.rng.uniform(0, min(LONGEST_BACKOFF, BACKOFF * 2**attempt))))
 
     def _pause(self, seconds: float) -> None:
         event = getattr(self._stop, "event", None)

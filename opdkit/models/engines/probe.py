@@ -4,7 +4,7 @@ against the trainer's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,14 @@ MOVED = (
 )
 
 
+class Differs(UserError):
+    """An engine does not say what the student does."""
+
+    def __init__(self, text: str, said: str):
+        super().__init__(text)
+        self.said = said  # the finding alone
+
+
 class Probe:
     """Fixed sequences, the trainer's log-probs of them, and what the engine says."""
 
@@ -42,12 +50,12 @@ class Probe:
         self,
         model: CausalLM,
         tokenizer: Any,
-        head: Head,
+        head: Callable[[], Head],
         dtype: torch.dtype,
         limit: int | None = None,
         tolerance: float | None = None,
     ):
-        self.model, self.head, self.dtype = model, head, dtype
+        self.model, self.head, self.dtype = model, head, dtype  # the head as it is now
         self.tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
         longest = min(LENGTH, LENGTH if limit is None else limit - 1)
         texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
@@ -59,13 +67,17 @@ class Probe:
 
     @torch.no_grad()
     def expected(self) -> Tensor:
-        """[N]: the trainer's log-probs of all tokens but the first of each sequence."""
+        """[N]: the trainer's log-probs of all tokens but the first of each sequence.
+
+        One forward pass: all processes over which the model is spread take part.
+        """
         device = next(self.model.parameters()).device
         ids = pad_sequence([torch.tensor(s) for s in self.sequences], batch_first=True).to(device)
+        head = self.head()
         with evaluating(self.model):
             hidden = hidden_states(self.model, ids, None)
             logps = [
-                self.head.logits(hidden[i, : len(s) - 1])
+                head.logits(hidden[i, : len(s) - 1])
                 .float()
                 .log_softmax(-1)
                 .gather(1, ids[i, 1 : len(s), None])[:, 0]
@@ -80,27 +92,30 @@ class Probe:
         assert self._engine is not None
         gap = float((torch.cat(list(engine)).float().cpu() - self._engine).abs().mean())
         if not gap <= self.tolerance:
-            raise UserError(
-                f"{who} gives other log-probs of the probe than after the last step's weights were "
-                f"sent, by {gap:.3g} nats in the mean: it was started again, and lost them. "
-                "Nothing was learnt from this step; see to it that it stays up, and continue with "
-                "--resume"
+            said = (
+                "other log-probs of the probe than after the last step's weights were sent, by "
+                f"{gap:.3g} nats in the mean: it was started again, and lost them"
+            )
+            raise Differs(
+                f"{who} gives {said}. Nothing was learnt from this step; see to it that it stays "
+                "up, and continue with --resume",
+                f"it gives {said}",
             )
 
-    def check(self, engine: Sequence[Tensor], version: int, how: str) -> float:
+    def check(self, engine: Sequence[Tensor], own: Tensor, version: int, how: str) -> float:
         """Mean absolute difference of log-probs; an error where the engine does not follow the
         trainer.
 
-        `engine` holds the engine's of each probe sequence, [T - 1] of its T tokens; `how` names the
-        way weights are sent.
+        `engine` holds the engine's of each probe sequence, [T - 1] of its T tokens; `own` what was
+        `expected` [N] when the weights were as they were sent; `how` names the way they are sent.
         """
-        theirs, own = torch.cat(list(engine)).float().cpu(), self.expected()
+        theirs = torch.cat(list(engine)).float().cpu()
         gap = float((theirs - own).abs().mean())
         same = self._engine is not None and torch.equal(theirs, self._engine)
         moved = 0.0 if self._trainer is None else float((own - self._trainer).abs().mean())
         self.gap, self._engine, self._trainer = gap, theirs, own
         if not gap <= self.tolerance:
-            raise UserError(
+            raise Differs(
                 f"after {how} (optimiser step {version}) the engine's log-probs are not the "
                 f"student's: they differ by {gap:.3g} nats in the mean over {len(own)} tokens, and "
                 f"by at most {float((theirs - own).abs().max()):.3g}; allowed in {self.dtype} is a "
@@ -109,12 +124,14 @@ class Probe:
                 "otherwise than transformers does, or takes weights over in part only: sample in "
                 "this process instead (sampler=hf), or in float32 to see whether rounding is the "
                 "cause. Where the difference is known and harmless, raise sync_tolerance and set "
-                "recompute_student=true"
+                "recompute_student=true",
+                f"its log-probs are not the student's: they differ by {gap:.3g} nats in the mean",
             )
         if same and moved > MOVED * self.tolerance:
-            raise UserError(
+            raise Differs(
                 f"after {how} (optimiser step {version}) the engine's log-probs are to a bit what "
                 f"they were before, while the student's have moved by {moved:.3g} nats in the "
-                "mean: the new weights did not arrive, so the run stops. Look at the engine's log"
+                "mean: the new weights did not arrive, so the run stops. Look at the engine's log",
+                "its log-probs are to a bit what they were before: the weights did not arrive",
             )
         return gap

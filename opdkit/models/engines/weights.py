@@ -4,7 +4,9 @@ added or written on their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import Tensor
 from opdkit.base.errors import UserError
 from opdkit.models.adapters import has_adapters
 from opdkit.models.load import CausalLM
+from opdkit.models.sharding import is_spread, reshard
+from opdkit.objective.parts import is_part, whole
 
 # that vLLM computes in
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,10 +46,11 @@ def adapter_rank(model: CausalLM) -> int:
 
 
 @torch.no_grad()
-def checkpoint_weights(model: CausalLM, merged: bool = True) -> dict[str, Tensor]:
+def checkpoint_weights(model: CausalLM, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors, [...] of any shape, as a checkpoint of the model has them; tied ones once.
 
-    The model stays as it is.
+    The model stays as it is. One that is spread over processes is put together on all of them, a
+    layer at a time: each goes through to the end, whether it keeps them or not.
 
     Low-rank adapters are added to copies of the weights that they change; with `merged=False` they
     are left out.
@@ -58,30 +63,53 @@ def checkpoint_weights(model: CausalLM, merged: bool = True) -> dict[str, Tensor
             "sent weights needs them whole: sample with the model in this process (sampler=hf), or "
             "do not quantise the student"
         )
-    if not has_adapters(model):
-        return revert_weight_conversion(
-            model, {name: p.detach() for name, p in model.named_parameters()}
-        )
-    base = model.get_base_model()
-    lora = dict(_lora_layers(model, base))
-    weights = {}
+    reshard(model)
+    base, lora = model, {}
+    if has_adapters(model):
+        base = model.get_base_model()
+        lora = dict(_lora_layers(model, base))
+    layers: dict[str, dict[str, Tensor]] = {}
     for name, parameter in base.named_parameters():
-        if ".lora_" in name or ".original_module." in name:
-            continue
-        module, _, kind = (
-            name.replace(".base_layer", "").replace(".modules_to_save.default", "").rpartition(".")
-        )
-        weight = parameter.detach()
-        if merged and kind == "weight" and module in lora:
-            layer = lora[module]
-            for adapter in layer.active_adapters:
-                weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
-        weights[f"{module}.{kind}"] = weight
-    return revert_weight_conversion(base, weights)
+        if ".lora_" not in name and ".original_module." not in name:
+            own = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
+            layers.setdefault(_layer(own), {})[own] = parameter.detach()
+    for parts in layers.values():
+        weights = {}
+        for name, part in parts.items():
+            weight = whole(part)
+            layer = lora.get(name) if merged else None
+            for adapter in layer.active_adapters if layer is not None else ():
+                weight = weight + _delta(layer, adapter).to(weight.dtype)
+            weights[name] = weight
+        yield from revert_weight_conversion(base, weights).items()
+
+
+def _layer(name: str) -> str:
+    """The layer to which a parameter belongs: its name up to the first number, "" for those of
+    none. What checkpoints store otherwise, such as the matrices of experts, lies within one.
+    """
+    numbered = re.match(r"(.*?\.)?\d+\.", name)
+    return numbered.group() if numbered else ""
+
+
+def _delta(layer: Any, adapter: str) -> Tensor:
+    """[...]: what an adapter adds to the weight of its layer, of matrices that are put together."""
+    own = [m for name, m in layer.named_modules() if name.partition(".")[0] != "base_layer"]
+    parts = [(m, n, p) for m in own for n, p in m._parameters.items() if is_part(p)]
+    for module, name, part in parts:
+        module._parameters[name] = torch.nn.Parameter(whole(part.detach()), requires_grad=False)
+    try:
+        delta: Tensor = layer.get_delta_weight(adapter)
+        return delta
+    finally:
+        for module, name, part in parts:
+            module._parameters[name] = part
 
 
 def _lora_layers(model: CausalLM, base: Any) -> Iterator[tuple[str, Any]]:
-    """Layers with plain low-rank adapters by name; any other adapter is refused."""
+    """Layers with plain low-rank adapters by the name of the weight that they change; any other
+    adapter is refused.
+    """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -100,27 +128,43 @@ def _lora_layers(model: CausalLM, base: Any) -> Iterator[tuple[str, Any]]:
                 "and a vLLM engine cannot take them over: use plain LoRA (run.lora), train all "
                 "weights, or sample with the model in this process (sampler=hf)"
             )
-        yield name, module
+        changed = getattr(module, "parameter_name", "weight")  # of experts that are one matrix
+        yield f"{name.replace('.base_layer', '')}.{changed}", module
 
 
-def save_adapters(model: CausalLM, folder: Path) -> Path:
-    """The adapters alone, as peft writes them."""
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    return folder
+@torch.no_grad()
+def save_adapters(model: CausalLM, folder: Path | None) -> None:
+    """The adapters alone, as peft writes them.
+
+    Those of a model that is spread over processes are put together on all of them; None: nothing is
+    kept here.
+    """
+    given = {}
+    if is_spread(model):
+        reshard(model)
+        named = model.named_parameters()
+        given["state_dict"] = {n: whole(p.detach()).cpu() for n, p in named if p.requires_grad}
+    if folder is not None:
+        model.save_pretrained(
+            str(folder), safe_serialization=True, save_embedding_layers=False, **given
+        )
 
 
 def save_weights(
-    weights: dict[str, Tensor], folder: Path, dtype: torch.dtype | None = None
-) -> Path:
+    weights: Iterable[tuple[str, Tensor]], folder: Path | None, dtype: torch.dtype | None = None
+) -> None:
     """Safetensors files for an engine in another process, in shards, of weights [...] of any
-    shape by name.
+    shape by name; None: they are gone through, and nothing is kept here.
     """
     from safetensors.torch import save_file
 
+    if folder is None:
+        deque(weights, maxlen=0)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     shard: dict[str, Tensor] = {}
     size = number = 0
-    for name, weight in weights.items():
+    for name, weight in weights:
         tensor = weight.to("cpu", dtype if weight.is_floating_point() else None).contiguous()
         if shard and size + tensor.nbytes > SHARD:
             save_file(shard, folder / f"weights-{number:05d}.safetensors")
@@ -129,4 +173,3 @@ def save_weights(
         shard[name] = tensor.clone() if tensor.data_ptr() == weight.data_ptr() else tensor
         size += tensor.nbytes
     save_file(shard, folder / f"weights-{number:05d}.safetensors")
-    return folder

@@ -30,7 +30,7 @@ def changes(
 ) -> list[Change]:
     """Those that lower the peak, the best first."""
     before = memory_with(run).peak[0]
-    tried = [(setting, memory_with(other)) for setting, other in _others(run, method, step)]
+    tried = [(setting, memory_with(other)) for setting, other in others(run, method, step)]
     out = [
         Change(setting, memory.peak[0], memory.fits)
         for setting, memory in tried
@@ -39,7 +39,8 @@ def changes(
     return sorted(out, key=lambda change: change.peak)
 
 
-def _others(run: Run, method: Method, step: Step) -> Iterator[tuple[str, Run]]:
+def others(run: Run, method: Method, step: Step) -> Iterator[tuple[str, Run]]:
+    """The run with one setting changed so that it may take less, and what that is called."""
     if run.lora is None:
         yield "lora.r=32", replace(run, lora=Lora())
     if run.lora is None or run.lora.quantize is None:

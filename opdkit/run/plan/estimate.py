@@ -9,6 +9,7 @@ from typing import Any
 
 from opdkit.base.config import plain
 from opdkit.base.errors import UserError
+from opdkit.base.launched import processes
 from opdkit.base.progress import duration
 from opdkit.curricula import Plain
 from opdkit.methods.explain import passes
@@ -17,8 +18,10 @@ from opdkit.models.held import ELSEWHERE, Held
 from opdkit.rewards import Reward, load_reward
 from opdkit.run.plan.changes import Change, changes
 from opdkit.run.plan.devices import GIB, Device, find_device
-from opdkit.run.plan.memory import PHASES, USABLE, Memory, Step, memory_of, step_of
+from opdkit.run.plan.machines import Machines
+from opdkit.run.plan.memory import PHASES, USABLE, Memory, Step, memory_of, part_of, step_of
 from opdkit.run.plan.models import models_of
+from opdkit.run.plan.ranks import Exchange, exchanged, exchanges
 from opdkit.run.plan.work import USUAL, Load, Phase, Rates, load_of, phases, sampling
 from opdkit.run.prompts import as_run
 from opdkit.run.refuse import refuse
@@ -35,31 +38,43 @@ MICRO = (16384, 8192, 4096, 2048)  # tokens of a forward pass that are tried, la
 def plan(
     run: Run, device: Device, *, rates: Rates = USUAL, response: float | None = None
 ) -> RunPlan:
-    """What the run will do and take on a device.
+    """What the run will do and take on a device; on several: `layouts.plan_on`.
 
     `response`: mean length of responses, in tokens; None: a share of the longest.
     """
+    check_response(response)
+    run, method, reward, notes = checked(run, device)
+    refuse(run, method, reward)
+    return RunPlan(sized(run, method, device), method, device, rates, response, notes)
+
+
+def check_response(response: float | None) -> None:
+    """Refuses a mean length of responses that cannot be."""
     if response is not None and response <= 0:
         raise UserError(
             f"a mean response of {response:g} tokens cannot be: give a positive number, or none "
             "for half of the limit"
         )
+
+
+def checked(run: Run, device: Device) -> tuple[Run, Method, Reward | None, tuple[str, ...]]:
+    """The run with what goes by the device, its method and its reward, and what there is to say."""
     run = on_device(run, device.gpu)
     run = with_models(run, run.method_spec.load())
     method = as_run(run.method_spec.load(), run)
     reward, notes = _reward(run)
-    refuse(run, method, reward)
-    return RunPlan(sized(run, method, device), method, device, rates, response, notes)
+    return run, method, reward, notes
 
 
-def sized(run: Run, method: Method, device: Device) -> Run:
+def sized(run: Run, method: Method, device: Device, ranks: int = 1) -> Run:
     """With the largest forward passes that a GPU has room for, where the run leaves them open."""
     if run.micro_batch_tokens is not None or not device.gpu:
         return run
     models = models_of(run, method)
     for tokens in MICRO:
         tried = replace(run, micro_batch_tokens=tokens)
-        if memory_of(tried, method, models, step_of(tried, method.curriculum, device), device).fits:
+        step = step_of(tried, method.curriculum, device)
+        if memory_of(tried, method, models, step, device, ranks).fits:
             return tried
     return run
 
@@ -70,7 +85,8 @@ def fitting(run: Run) -> int | None:
     """
     try:
         device = find_device(setting=run.device)
-        return sized(run, as_run(run.method_spec.load(), run), device).micro_batch_tokens
+        method = as_run(run.method_spec.load(), run)
+        return sized(run, method, device, processes()).micro_batch_tokens
     except Exception:
         return run.micro_batch_tokens
 
@@ -99,6 +115,11 @@ class RunPlan:
     rates: Rates
     response: float | None = None
     notes: tuple[str, ...] = ()
+    shared_by: Machines | None = None  # several processes, one a device; None: one process
+
+    @cached_property
+    def machines(self) -> Machines:
+        return self.shared_by or Machines(self.device)
 
     @cached_property
     def models(self) -> list[Held]:
@@ -114,7 +135,8 @@ class RunPlan:
 
     def _memory(self, run: Run) -> Memory:
         step = step_of(run, self.method.curriculum, self.device)
-        return memory_of(run, self.method, models_of(run, self.method), step, self.device)
+        models, ranks = models_of(run, self.method), self.machines.size
+        return memory_of(run, self.method, models, step, self.device, ranks)
 
     @cached_property
     def changes(self) -> list[Change]:
@@ -126,17 +148,34 @@ class RunPlan:
         return load_of(self.step, self.rates, self.response)
 
     @cached_property
+    def mine(self) -> Load:
+        """One process's part of it."""
+        return load_of(part_of(self.step, self.machines.size), self.rates, self.response)
+
+    @cached_property
+    def exchanges(self) -> list[Exchange]:
+        """What processes tell each other; nothing where there is one."""
+        if self.machines.size == 1:
+            return []
+        mine = part_of(self.step, self.machines.size)
+        return exchanges(
+            self.run, self.method, self.models, self.step, mine, self.mine, self.machines
+        )
+
+    @cached_property
     def phases(self) -> list[Phase]:
-        return phases(
+        found = phases(
             self.run,
             self.method,
             self.models,
-            self.load,
+            self.mine,
             self.step.response,
             self.memory.rows,
             self.device,
             self.rates,
+            self.machines.size,
         )
+        return [exchanged(phase, self.exchanges) for phase in found]
 
     @property
     def step_seconds(self) -> float:
@@ -160,9 +199,8 @@ class RunPlan:
         )
         alone = replace(self, run=asked, method=replace(self.method, curriculum=Plain()))
         step, rows = alone.step, alone.memory.rows
-        load = load_of(step, self.rates, self.response)
         return count, sampling(
-            asked, self.models[0], load, step.response, rows, self.device, self.rates
+            asked, self.models[0], alone.mine, step.response, rows, self.device, self.rates
         ).seconds
 
     @property
@@ -204,12 +242,17 @@ class RunPlan:
             lines.append("  " + "  ".join(words))
         return lines
 
+    @property
+    def _where(self) -> str:
+        many = self.machines.size > 1
+        return f"each of {self.machines.words}" if many else self.device.name
+
     def _memory_table(self) -> list[str]:
         memory, step = self.memory, self.step
         peak, phase = memory.peak
         name, unit = ("GiB", GIB) if peak >= GIB else ("MiB", 2**20)
         lines = [
-            f"memory of {self.device.name} in {name}, with {step.rollouts} rollouts of at most "
+            f"memory of {self._where} in {name}, with {step.rollouts} rollouts of at most "
             f"{step.prompt} + {step.response} tokens",
             f"  {'':<{WIDE}}" + "".join(f"{p:>9}" for p in PHASES),
         ]
@@ -237,25 +280,25 @@ class RunPlan:
     def _time_table(self) -> list[str]:
         load, rates = self.load, self.rates
         lines = [
-            f"time of a step on {self.device.name}, with prompts of {load.prompt:.0f} and "
+            f"time of a step on {self.machines.words}, with prompts of {load.prompt:.0f} and "
             f"responses of {load.response:.0f} tokens on average: {load.written:,.0f} tokens "
             "written"
         ]
         for phase in self.phases:
             lines.append(
-                f"  {phase.name:<8}{_time(phase.seconds):>10}  "
+                f"  {phase.name:<8}{seconds_text(phase.seconds):>10}  "
                 f"{_operations(phase.operations):>12}  {phase.says}"
             )
         if any(held.where == ELSEWHERE for held in self.models):
             lines.append("  the teacher's own time, elsewhere, is not counted")
         count, each = self.evaluations
-        lines.append(f"  {'step':<8}{_time(self.step_seconds):>10}")
+        lines.append(f"  {'step':<8}{seconds_text(self.step_seconds):>10}")
         if count:
             unknown = "not counted: evaluate.data.limit says of how many problems"
-            known = unknown if math.isnan(each) else f"{_time(each)} each"
+            known = unknown if math.isnan(each) else f"{seconds_text(each)} each"
             lines.append(f"  {count} evaluations of the student: {known}")
         lines.append(
-            f"time: about {_time(self.seconds)} for {self.run.steps} steps, rewards and "
+            f"time: about {seconds_text(self.seconds)} for {self.run.steps} steps, rewards and "
             "checkpoints not counted"
         )
         if self.method.curriculum.before:
@@ -273,6 +316,8 @@ class RunPlan:
             f"{rates.score:.0%} elsewhere, {rates.read:.0%} of the bandwidth; to start a layer's "
             f"kernels {rates.launch * 1e3:g} ms in transformers, {rates.graph * 1e3:g} ms in vLLM"
         )
+        if self.machines.size > 1:
+            lines.append(f"exchange: {self.machines.links}")
         return lines
 
     # -------------------------------------------------------------------------------------- as JSON
@@ -331,7 +376,7 @@ def _known(seconds: float) -> float | None:
     return seconds if math.isfinite(seconds) else None
 
 
-def _time(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "unknown"
     return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from opdkit.curricula import Curriculum, reads_cache, writer_of
 from opdkit.methods.explain import scored_before
@@ -27,9 +27,11 @@ from opdkit.sampling.settings import Sizes
 from opdkit.train.settings import Lora
 
 PHASES = ("sample", "score", "learn")
+PASS = 16384  # padded tokens of a GPU's forward pass, where nobody says
 LONGEST_PROMPT = 1024  # tokens, where data.max_prompt_length does not say
 CONTEXT = GIB  # of a GPU: its context, kernels, and what the allocator cannot use
 USABLE = 0.95  # of a device
+AT_ONCE = 2  # layers of a model that is spread: one computes, the next is on its way
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,22 @@ def step_of(run: Run, curriculum: Curriculum, device: Device) -> Step:
     response = run.sampling.max_completion_length
     writer, prompts = writer_of(curriculum), run.prompts_per_step
     rollouts = prompts * writer.rollouts(run.sampling) + curriculum.beside(prompts)
-    budget = run.micro_batch_tokens or (16384 if device.gpu else 1024)
+    budget = run.micro_batch_tokens or (PASS if device.gpu else 1024)
     micro = min(max(budget, prompt + response), rollouts * (prompt + response))
     sampled = prompts * writer.sampled(run.sampling)
     return Step(prompts, rollouts, prompt, response, micro, sampled)
+
+
+def part_of(step: Step, ranks: int) -> Step:
+    """What one of several processes has of a step: whole prompts are sampled, rollouts are scored
+    and learnt.
+    """
+    if ranks == 1:
+        return step
+    prompts, rollouts = math.ceil(step.prompts / ranks), math.ceil(step.rollouts / ranks)
+    micro = min(step.micro, rollouts * step.longest)
+    sampled = step.sampled * prompts / step.prompts
+    return replace(step, prompts=prompts, rollouts=rollouts, micro=micro, sampled=sampled)
 
 
 @dataclass(frozen=True)
@@ -104,10 +118,11 @@ class Memory:
 
 
 def memory_of(
-    run: Run, method: Method, models: Sequence[Held], step: Step, device: Device
+    run: Run, method: Method, models: Sequence[Held], step: Step, device: Device, ranks: int = 1
 ) -> Memory:
-    """All parts of a step's memory."""
+    """All parts of a step's memory, in each of so many processes with a device of their own."""
     needs, shape, out = method.needs, models[0].shaped, Memory(device)
+    mine = part_of(step, ranks)
     if device.gpu:
         out.add("GPU context", CONTEXT)
     for held in models:
@@ -116,30 +131,39 @@ def memory_of(
             if held.offload and held.weights and device.gpu
             else 0
         )
+        spread = ranks if divided(held) else 1
+        # the head of a frozen model stays whole
+        whole = held.shaped.head * WIDTH[held.dtype] if spread > 1 and _frozen(held) else 0
+        part = f", 1/{spread} of them" if spread > 1 else ""
         out.part(
-            f"{held.role} weights, {held.numbers}",
-            {p: held.weights - (waits if p != "score" else 0) for p in PHASES},
+            f"{held.role} weights, {held.numbers}{part}",
+            {
+                p: (held.weights - whole - (waits if p != "score" else 0)) / spread + whole
+                for p in PHASES
+            },
         )
         out.add(f"{held.role}'s vLLM engine", held.engine * device.memory)
     read = scored(run, method, models)
-    _student(out, run, shape, models[0] in read)
+    _student(out, run, shape, models[0] in read, ranks)
     beside = {*method.companions, *run.copies_for(method)}
     held_beside = sum(companion.copies for companion in beside)
     learns = trained(shape, run.lora) * trained_width(run)
-    out.add("copies of the student beside it", held_beside * learns)
+    out.add("copies of the student beside it", held_beside * learns / ranks)
     out.add(
         "facts of the tokens",
         sum(fact.bytes_per_token for fact in needs.facts) * step.positions,
         ("score", "learn"),
     )
-    _scoring(out, needs, read, run, step)
-    _learning(out, run, shape, step)
+    _scoring(out, needs, read, run, mine)
+    _learning(out, run, shape, mine)
     guide = next(held for held in models if held.role == "teacher") if method.teacher_mix else None
+    if ranks > 1:
+        _wholes(out, run, models[0], read, guide)
     if step.sampled:
-        _sampling(out, run, models[0], guide, step)
+        _sampling(out, run, models[0], guide, mine)
     sampled = out.rows if run.sampler_settings.on_student else 0
     # positions that are projected, at most
-    rows = {"sample": sampled, "score": step.positions, "learn": step.micro}
+    rows = {"sample": sampled, "score": mine.positions, "learn": mine.micro}
     out.part(
         "one chunk of the vocabulary",
         {p: _chunk(out.free(p), n * shape.vocab, device) for p, n in rows.items() if n},
@@ -160,17 +184,21 @@ def trained_width(run: Run) -> int:
     return 8 if run.dtype == "float64" else 4
 
 
-def _student(out: Memory, run: Run, shape: Shape, scores: bool) -> None:
-    size = trained(shape, run.lora) * trained_width(run)
+def _student(out: Memory, run: Run, shape: Shape, scores: bool, ranks: int) -> None:
+    size = trained(shape, run.lora) * trained_width(run) / ranks
     if run.lora is not None:
         out.add("adapters", size)
     out.add("two moments of AdamW", 2 * size)
     out.add("gradients", size, ("learn",))
     phases = ("sample", "score", "learn") if scores else ("sample", "learn")
+    if ranks == 1 or not run.gradient_checkpointing:
+        kept = phases if ranks == 1 else ("sample", "learn")  # by autocast; by autograd
+    else:
+        kept = ("sample",)
     out.add(
         "bfloat16 copies of what learns",
         copies(run, shape),
-        phases if run.sampler_settings.on_student else phases[1:],
+        kept if run.sampler_settings.on_student else kept[1:],
     )
     if out.device.gpu and run.lora is None and run.dtype == "bfloat16" and run.head_dtype is None:
         out.add("bfloat16 copy of the student's head", 2 * shape.head, phases)
@@ -247,6 +275,58 @@ def _learning(out: Memory, run: Run, shape: Shape, step: Step) -> None:
     out.add("hidden states and head of a micro-batch", states + head, ("learn",))
 
 
+# ---------------------------------------------------------------------------- in several processes
+
+
+def divided(held: Held) -> bool:
+    """Whether processes hold a part each of a model: not of one in few bits, nor of one that waits
+    on the CPU.
+    """
+    return held.where == HERE and held.quantize is None and not held.offload
+
+
+def _frozen(held: Held) -> bool:
+    """Whether it is a model of its own that does not learn."""
+    return held.role != "student" and held.weights > 0
+
+
+def _wholes(out: Memory, run: Run, student: Held, read: Sequence[Held], guide: Held | None) -> None:
+    """What a process has whole of models that are spread: layers as they compute, the embedding
+    from a pass's beginning to its end, the head for a step, all of what samples in it.
+    """
+    wide, shape = WIDTH[student.dtype], student.shaped
+    if run.sampler_settings.on_student:
+        for held in filter(None, (student, guide)):
+            if divided(held):
+                size = held.shaped.parameters * WIDTH[held.dtype]
+                out.add(f"{held.role} whole, as it samples", size, ("sample",))
+    spread = [held for held in read if divided(held)]
+    if divided(student):
+        out.add("student's head whole", shape.head * wide)
+        share = trained(shape, run.lora) / shape.parameters
+        gradient = shape.layer * share * trained_width(run)
+        layers = {"learn": AT_ONCE * (_layer(student, run) + gradient)}
+    else:
+        layers = {"learn": 0.0}
+    layers["score"] = AT_ONCE * max((_layer(held, run) for held in spread), default=0)
+    out.part("layers whole, as they compute", layers)
+    ends = {"learn": shape.head * wide * divided(student)}
+    ends["score"] = max((_embedding(held) for held in spread), default=0)
+    out.part("embedding whole, during a pass", ends)
+
+
+def _embedding(held: Held) -> int:
+    """Bytes of one that is gathered for a pass: not of one that is a head which is whole anyway."""
+    there = _frozen(held) and held.shaped.tied
+    return 0 if there else held.shaped.head * WIDTH[held.dtype]
+
+
+def _layer(held: Held, run: Run) -> float:
+    """Bytes of a model's largest layer, and of its rounded copy where it learns in 16 bits."""
+    rounded = 2 if held.role == "student" and run.dtype == "bfloat16" and run.lora is None else 0
+    return held.shaped.layer * (WIDTH[held.dtype] + rounded)
+
+
 # ------------------------------------------------------------------------------------------ scoring
 
 
@@ -282,7 +362,7 @@ def _scoring(out: Memory, needs: Needs, read: Sequence[Held], run: Run, step: St
     )
     out.add(
         "a pass without gradient",
-        step.micro * max((_pass_bytes(held, run) for held in read), default=0),
+        step.micro * max((pass_bytes(held, run) for held in read), default=0),
         ("score",),
     )
 
@@ -293,7 +373,7 @@ def kept_width(run: Run, held: Held) -> int:
     return products if run.head_dtype is None else max(WIDTH["float32"], products)
 
 
-def _pass_bytes(held: Held, run: Run) -> int:
+def pass_bytes(held: Held, run: Run) -> int:
     """Bytes per token of the tensors of one layer that are alive at once, no gradient."""
     inner = held.product_width(products_of(run, held))
     outer = max(WIDTH["float32"], inner)

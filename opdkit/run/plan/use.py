@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from opdkit.base.launched import processes
 from opdkit.methods.method import Method
 from opdkit.models.held import Held
 from opdkit.run.plan.devices import Device, find_device
@@ -31,6 +32,7 @@ class Use:
     method: Method
     models: Sequence[Held]
     device: Device
+    devices: int = 1  # that share the rollouts
 
     def __call__(
         self, rollouts: Sequence[Rollout], sampled: int, seconds: Mapping[str, float]
@@ -47,7 +49,8 @@ class Use:
         prompts = len({r.question for r in rollouts})
         load = Load(prompts, len(rollouts), sampled, prompt, response)
         longest = max((len(r.tokens) for r in rollouts), default=1)
-        per_second = peak(self.device, self.models[0].product_width(self.run.dtype))
+        width = self.models[0].product_width(self.run.dtype)
+        per_second = self.devices * peak(self.device, width)
         found = phases(self.run, self.method, self.models, load, longest, n, self.device, USUAL)
         work = {phase.name: phase.operations for phase in found}
         shares = {
@@ -69,4 +72,5 @@ def use_of(run: Run) -> Use | None:
     if not device.tflops:
         return None
     once = replace(run, gradient_checkpointing=False)
-    return Use(once, method, models_of(run, method), device)
+    devices = processes() if device.gpu else 1  # processes share a CPU
+    return Use(once, method, models_of(run, method), device, devices)

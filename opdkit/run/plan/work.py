@@ -161,11 +161,12 @@ def phases(
     rows: int,
     device: Device,
     rates: Rates,
+    ranks: int = 1,
 ) -> list[Phase]:
-    """The phases of one step."""
+    """The phases of one step; of several processes the load is that of one."""
     out = [sampling(run, models[0], load, longest, rows, device, rates)] if load.sampled else []
     out.append(scoring(run, method, models, load, device, rates))
-    return [*out, learning(run, method, models, load, device, rates)]
+    return [*out, learning(run, method, models, load, device, rates, ranks)]
 
 
 def sampling(
@@ -226,7 +227,13 @@ def scoring(
 
 
 def learning(
-    run: Run, method: Method, models: Sequence[Held], load: Load, device: Device, rates: Rates
+    run: Run,
+    method: Method,
+    models: Sequence[Held],
+    load: Load,
+    device: Device,
+    rates: Rates,
+    ranks: int = 1,
 ) -> Phase:
     """The student's passes with gradient, and the optimiser."""
     student = models[0]
@@ -241,7 +248,7 @@ def learning(
     passes = updates / run.optim.minibatches
     fast = passes * (body(run, shape, load.tokens, load.pairs) + products + whole)
     slow = passes * own
-    moved = updates * OPTIMISER * trained(shape, run.lora) * trained_width(run)
+    moved = updates * OPTIMISER * trained(shape, run.lora) * trained_width(run) / ranks
     seconds = over(fast, peak(device, student.product_width(run.dtype)) * rates.learn)
     seconds += over(slow, peak(device, 4) * rates.wide) + over(
         moved, 1e12 * device.bandwidth * rates.read

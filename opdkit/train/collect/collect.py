@@ -1,5 +1,5 @@
-"""A step's rollouts: written by the run's writer, scored, passed through its filters, and noted on
-by its annotators.
+"""A step's rollouts: written by the run's writer, scored and passed through its filters; and noted
+on by its annotators.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -24,15 +23,17 @@ from opdkit.train.student import Student
 from opdkit.types import Prompt, Rollout, Sampler, Sampling
 
 
-@dataclass
+@dataclass(frozen=True)
 class Collected:
     """What a step has to learn from."""
 
     rollouts: list[Rollout]  # with their rewards and marks
     scored: list[Rollout]  # those that filters dropped too, as they were before any filter
     tokens: int  # that the student wrote for them, and for rollouts that filters dropped
-    memory: dict[str, Any] = field(default_factory=dict)  # what annotators add to the run's
     earlier: frozenset[str] = frozenset()  # the ids of those that were written at earlier steps
+    version: int = 0  # optimiser steps that the student had taken when they were asked for
+    stream: dict[str, Any] = field(default_factory=dict)  # position in the data behind them
+    counts: dict[str, float] = field(default_factory=dict)  # metrics of what filters kept
 
 
 def prepare(collector: Collector, student: Student, memory: Memory) -> Memory:
@@ -56,15 +57,17 @@ def prepare(collector: Collector, student: Student, memory: Memory) -> Memory:
 
 def collect(
     collector: Collector,
-    student: Student,
+    version: int,
     clock: Clock,
     *,
     step: int,
     total_steps: int,
     memory: Memory,
 ) -> Collected:
-    """The rollouts of step number `step` (from 0) of `total_steps`."""
-    pen = _Pen(collector, step, student.updates)
+    """The rollouts of step number `step` (from 0) of `total_steps`, by a student that has taken
+    `version` optimiser steps: written, scored and passed through the filters.
+    """
+    pen = _Pen(collector, step, version, collector.told(step, total_steps))
     every: list[Rollout] = []
     count, sampling = collector.prompts_per_step, collector.cut(memory)
     recalled = collector.curriculum.recalled(count, step, collector.seed, memory)
@@ -83,7 +86,7 @@ def collect(
                 sample=pen.sample,
                 sample_as=pen.sample_as,
                 memory=memory,
-                policy_version=student.updates,
+                policy_version=version,
                 **_questions(collector, taken),
             )
             rollouts = writer_of(collector.curriculum).write(context)
@@ -95,13 +98,24 @@ def collect(
         return rollouts
 
     rollouts = [*_filtered(collector.filters, scored), *recalled.beside]
-    told = AnnotateContext(step, collector.seed, student.updates, memory)
-    with clock("annotate"):
-        noted = partial(_annotated, collector.annotators, rollouts, told)
-        rollouts, added = collector.mesh.same(noted()) if collector.annotators else noted()
-    tokens = sum(sum(r.drawn) for r in pen.written)
-    earlier = frozenset(r.id for r in (*recalled.instead, *recalled.beside))
-    return Collected(rollouts, every, tokens, added, earlier)
+    return Collected(
+        rollouts,
+        every,
+        tokens=sum(sum(r.drawn) for r in pen.written),
+        earlier=frozenset(r.id for r in (*recalled.instead, *recalled.beside)),
+        version=version,
+        stream=collector.stream.state(),
+        counts=collector.counts(),
+    )
+
+
+def annotate(
+    collector: Collector, rollouts: list[Rollout], told: AnnotateContext, mesh: Mesh
+) -> tuple[list[Rollout], dict[str, Any]]:
+    """Rollouts once the annotators have noted on them, and what they add to the run's memory."""
+    if not collector.annotators:
+        return rollouts, {}
+    return mesh.same(_annotated(collector.annotators, rollouts, told))
 
 
 def _rewarded(rollouts: Sequence[Rollout], reward: Reward, mesh: Mesh) -> list[Rollout]:
@@ -160,11 +174,12 @@ class _Pen:
     collector: Collector
     step: int
     version: int
+    told: dict[str, Any]  # to the student's sampler besides
     written: list[Rollout] = field(default_factory=list)
     asked: Counter[str] = field(default_factory=Counter)  # responses to each prompt so far
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        made = self._made(self.collector.sampler, prompts, sampling)
+        made = self._made(self.collector.sampler, prompts, sampling, **self.told)
         self.written.extend(made)
         return made
 
@@ -174,7 +189,7 @@ class _Pen:
         return self._made(self.collector.players[model], prompts, sampling)
 
     def _made(
-        self, sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling
+        self, sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling, **told: Any
     ) -> list[Rollout]:
         return sampler.sample(
             [self._numbered(prompt, sampling.num_generations) for prompt in prompts],
@@ -182,6 +197,7 @@ class _Pen:
             seed=self.collector.seed,
             step=self.step,
             policy_version=self.version,
+            **told,
         )
 
     def _numbered(self, prompt: Prompt, count: int) -> Prompt:

@@ -20,7 +20,7 @@ TOKENIZER = tiny_tokenizer()
 
 
 def probe(model: Any, **settings: Any) -> Probe:
-    return Probe(model, TOKENIZER, head_of(model, 320), torch.float32, **settings)
+    return Probe(model, TOKENIZER, lambda: head_of(model, 320), torch.float32, **settings)
 
 
 def says(model: Any, made: Probe) -> list[torch.Tensor]:
@@ -50,21 +50,29 @@ def test_an_engine_with_the_same_weights_passes() -> None:
     model = tiny_model()
     made = probe(model)
     for version in range(3):
-        assert made.check(says(moved(model, 1e-3), made), version, "sending weights") < FORWARD
+        assert (
+            made.check(says(moved(model, 1e-3), made), made.expected(), version, "sending weights")
+            < FORWARD
+        )
     assert made.gap is not None and made.gap < FORWARD
 
 
 def test_other_weights_do_not() -> None:
     made = probe(tiny_model())
     with pytest.raises(UserError, match=r"after sending weights \(optimiser step 4\).*differ by"):
-        made.check(says(tiny_model(seed=1), made), 4, "sending weights")
+        made.check(says(tiny_model(seed=1), made), made.expected(), 4, "sending weights")
 
 
 def test_numbers_that_are_none_do_not() -> None:
     model = tiny_model()
     made = probe(model, tolerance=100.0)
     with pytest.raises(UserError, match="differ by nan"):
-        made.check([logp * float("nan") for logp in says(model, made)], 0, "sending weights")
+        made.check(
+            [logp * float("nan") for logp in says(model, made)],
+            made.expected(),
+            0,
+            "sending weights",
+        )
 
 
 def test_an_engine_that_did_not_move_is_caught_below_the_tolerance() -> None:
@@ -73,11 +81,11 @@ def test_an_engine_that_did_not_move_is_caught_below_the_tolerance() -> None:
     """
     model = tiny_model()
     made, former = probe(model, tolerance=0.1), copy.deepcopy(model)
-    made.check(says(former, made), 0, "sending weights")
+    made.check(says(former, made), made.expected(), 0, "sending weights")
     moved(model, 1e-3)
     assert 0.001 < float((made.expected() - torch.cat(says(former, made))).abs().mean()) < 0.1
     with pytest.raises(UserError, match="to a bit what they were before"):
-        made.check(says(former, made), 1, "sending weights")
+        made.check(says(former, made), made.expected(), 1, "sending weights")
 
 
 def test_a_student_that_did_not_move_is_no_reason_to_stop() -> None:
@@ -85,12 +93,12 @@ def test_a_student_that_did_not_move_is_no_reason_to_stop() -> None:
     model = tiny_model()
     made = probe(model)
     for version in range(2):
-        made.check(says(model, made), version, "sending weights")
+        made.check(says(model, made), made.expected(), version, "sending weights")
 
 
 def test_sequences_fit_the_engine_and_tolerances_its_dtype() -> None:
     assert max(map(len, probe(tiny_model(), limit=9).sequences)) == 8
-    half = Probe(tiny_model(), TOKENIZER, head_of(tiny_model()), torch.bfloat16)
+    half = Probe(tiny_model(), TOKENIZER, lambda: head_of(tiny_model()), torch.bfloat16)
     assert half.tolerance == TOLERANCE[torch.bfloat16] > TOLERANCE[torch.float32]
     # the trainer's own numbers, whatever the engine's are
     assert torch.equal(half.expected(), probe(tiny_model()).expected())

@@ -42,7 +42,7 @@ def adapted(**lora: Any) -> Any:
 def test_names_and_values_are_those_of_a_checkpoint(kind: str, tied: bool, tmp_path: Path) -> None:
     model = tiny_model(kind, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
-    stored, ours = load_file(tmp_path / "model.safetensors"), checkpoint_weights(model)
+    stored, ours = load_file(tmp_path / "model.safetensors"), dict(checkpoint_weights(model))
     assert ours.keys() == stored.keys() and ("lm_head.weight" in ours) is not tied
     assert all(torch.equal(ours[name], stored[name]) for name in stored)
 
@@ -50,7 +50,7 @@ def test_names_and_values_are_those_of_a_checkpoint(kind: str, tied: bool, tmp_p
 def test_adapters_are_added_to_copies() -> None:
     model = adapted()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    ours = checkpoint_weights(model)
+    ours = dict(checkpoint_weights(model))
     merged = dict(copy.deepcopy(model).merge_and_unload().named_parameters())
     assert ours.keys() == merged.keys()
     for name, weight in merged.items():
@@ -60,7 +60,7 @@ def test_adapters_are_added_to_copies() -> None:
 
 
 def test_the_weights_below_the_adapters() -> None:
-    below = checkpoint_weights(adapted(), merged=False)
+    below = dict(checkpoint_weights(adapted(), merged=False))
     start = dict(tiny_model().named_parameters())
     assert below.keys() == start.keys() and all(
         torch.equal(below[name], start[name]) for name in start
@@ -75,7 +75,7 @@ def test_a_head_that_is_trained_as_a_whole() -> None:
     )
     with torch.no_grad():
         model.get_output_embeddings().modules_to_save["default"].weight.fill_(3.0)
-    ours = checkpoint_weights(model)
+    ours = dict(checkpoint_weights(model))
     assert ours.keys() == dict(tiny_model().named_parameters()).keys() and bool(
         (ours["lm_head.weight"] == 3.0).all()
     )
@@ -88,13 +88,13 @@ def test_other_adapters_and_quantised_weights_are_refused() -> None:
         tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
     )
     with pytest.raises(UserError, match="not plain low-rank matrices"):
-        checkpoint_weights(dora)
+        dict(checkpoint_weights(dora))
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
         torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False
     )
     with pytest.raises(UserError, match=r"quantised \(torch.uint8\)"):
-        checkpoint_weights(model)
+        dict(checkpoint_weights(model))
 
 
 def test_rank_and_dtype() -> None:
@@ -112,8 +112,8 @@ def test_rank_and_dtype() -> None:
 def test_files_for_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In shards, in the engine's dtype; the worker reads them back."""
     monkeypatch.setattr(module, "SHARD", 20_000)
-    weights = checkpoint_weights(tiny_model())
-    folder = save_weights(weights, tmp_path / "new", torch.bfloat16)
+    weights, folder = dict(checkpoint_weights(tiny_model())), tmp_path / "new"
+    save_weights(weights.items(), folder, torch.bfloat16)
     assert len(list(folder.iterdir())) > 1
     read = dict(_read(folder))
     assert read.keys() == weights.keys() and all(
@@ -125,7 +125,8 @@ def test_files_for_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_adapters_on_their_own(tmp_path: Path) -> None:
     model = adapted()
-    stored = load_file(save_adapters(model, tmp_path) / "adapter_model.safetensors")
+    save_adapters(model, tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
     trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
     assert stored.keys() == trained.keys() and all(
         torch.equal(stored[n], trained[n]) for n in stored

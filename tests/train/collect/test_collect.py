@@ -82,7 +82,7 @@ def step_of(
     collector = collector_of(student, size, per_step, writer, skipped, filters, reward, curriculum)
     before = collector.stream.state()
     clock = Clock(torch.device("cpu"))
-    made = collect(collector, student, clock, step=3, total_steps=9, memory=memory or {})
+    made = collect(collector, student.updates, clock, step=3, total_steps=9, memory=memory or {})
     assert curriculum is None or collector.stream.state() == before  # what is chosen is not taken
     assert {r.id for r in made.rollouts} <= {r.id for r in made.scored}
     return made.rollouts
@@ -92,7 +92,7 @@ def collected(student: Student, size: int, per_step: int, **settings: Any) -> Co
     """A step with all that is known of it."""
     collector = collector_of(student, size, per_step, **settings)
     clock = Clock(torch.device("cpu"))
-    return collect(collector, student, clock, step=3, total_steps=9, memory={})
+    return collect(collector, student.updates, clock, step=3, total_steps=9, memory={})
 
 
 def collector_of(
