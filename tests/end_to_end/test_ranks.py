@@ -223,7 +223,7 @@ def test_teachers_of_every_kind(shop: Shop, data: str, tmp_path: Path) -> None:
         "that writes too": ("minillm(teacher_mix=0.2)", {}),
     }
     compare(
-        {n: values(shop, data, tmp_path, m, **x) for n, (m, x) in kinds.items()}, tmp_path, (2, 3)
+        {n: values(shop, data, tmp_path, m) | x for n, (m, x) in kinds.items()}, tmp_path, (2, 3)
     )
 
 
