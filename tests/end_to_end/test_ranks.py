@@ -204,8 +204,8 @@ def test_teachers_of_every_kind(shop: Shop, data: str, tmp_path: Path) -> None:
     ]
     routed = write_rows(tmp_path / "routed.jsonl", rows)
     far = str(tmp_path / "far")
-    sentencepiece(bos=True).save_pretrained(far)
-    size = max(sentencepiece(bos=True).get_vocab().values()) + 1
+    sentencepiece(chat=True, bos=True).save_pretrained(far)
+    size = max(sentencepiece(chat=True, bos=True).get_vocab().values()) + 1
     tiny_model("llama", size, seed=4).save_pretrained(far)
     two = {"default": shop.teacher, "b": shop.llama}
     tied = save_tiny(tmp_path / "tied", seed=3, tie_word_embeddings=True)
