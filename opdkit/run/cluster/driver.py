@@ -293,7 +293,7 @@ class _Driver:
     def _end(self, rank: int, call: Any) -> End:
         """How a trainer ended; TimeoutError: it has not."""
         try:
-            return got(call, timeout=0)  # type: ignore[no-any-return]
+            return got(call, timeout=0)
         except TimeoutError:
             raise
         except Gone:
