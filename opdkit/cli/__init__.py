@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from opdkit.base.errors import UserError
 from opdkit.base.interrupt import EndedElsewhere, stoppable
-from opdkit.base.launched import speaks
+from opdkit.base.launched import processes, speaks
 from opdkit.cli.answers import EVAL, SAMPLE
 from opdkit.cli.cache_teacher import CACHE_TEACHER
 from opdkit.cli.command import interrupted
@@ -22,12 +22,14 @@ from opdkit.cli.neighbours import NEIGHBOURS
 from opdkit.cli.quickstart import QUICKSTART
 from opdkit.cli.report import REPORT
 from opdkit.cli.serve_teacher import SERVE_TEACHER
+from opdkit.cli.slurm import SLURM
 from opdkit.cli.train import TRAIN
 from opdkit.cli.unforeseen import tell
 
 COMMANDS = (
     QUICKSTART,
     TRAIN,
+    SLURM,
     CACHE_TEACHER,
     SERVE_TEACHER,
     EVAL,
@@ -118,3 +120,5 @@ def _environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # spinning threads: 1.4x faster when idle, 10x slower when busy
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if processes() > 1:  # of a process that is gone, every other would warn
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -95,6 +95,10 @@ def load_model(
         )
     if quantize is not None and (left := left_whole(loaded)):
         print(f"opdkit: quantize={quantize} of {model}: {left}", file=sys.stderr)
+    text = loaded.config.get_text_config()
+    mixture = hasattr(text, "num_experts") or hasattr(text, "num_local_experts")
+    if mixture and DTYPES[dtype] == torch.float64:
+        loaded.set_experts_implementation("eager")  # the grouped product has no float64
     same_when_training(loaded)
     return loaded.to(device).eval()
 

@@ -282,6 +282,21 @@ PLOTS = (
         smooth=False,
     ),
     Plot(
+        WAITED,
+        "Rollouts by sampler",
+        ("sampler/rollouts/*",),
+        "per step",
+        "One that writes much less than the others is slow, or was away.",
+    ),
+    Plot(
+        WAITED,
+        "Servers that sample",
+        ("sampler/servers",),
+        "",
+        "That took part in the step; others were left out.",
+        smooth=False,
+    ),
+    Plot(
         "Speed and memory",
         "Throughput",
         ("tokens_per_second/*",),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opdkit.report.charts import Scale
@@ -15,7 +15,8 @@ from opdkit.report.numbers import number, ticks
 from opdkit.report.read import RunData, Span
 
 WAIT = "wait"  # the phase in which a part stands still
-PARTS = ("trainer", "rank", "sampler", "teacher")  # in their order from the top
+TRAINERS = ("trainer", "rank")
+PARTS = (*TRAINERS, "sampler", "teacher")  # in their order from the top
 # of work, in the colours that they have in all charts
 PHASES = ("sample", "score", "learn", "reward")
 WRITING = ("sample", "reward")  # those of the sampler, where the trainer is the sampler too
@@ -39,10 +40,11 @@ class Window:
 
 def timeline(run: RunData) -> dict[str, Any] | None:
     """What the template draws; None where the run has not told when it did what."""
-    windows = _windows(run.timeline)
+    steps = _placed(run)
+    windows = _windows(steps)
     if not windows:
         return None
-    spans = [span for _, spans in run.timeline for span in spans]
+    spans = [span for _, spans in steps for span in spans]
     names = sorted({span.part for span in spans}, key=_order)
     phases = list(dict.fromkeys(span.phase for span in sorted(spans, key=lambda s: s.start)))
     colors = _colors(phases)
@@ -58,11 +60,30 @@ def timeline(run: RunData) -> dict[str, Any] | None:
     }
 
 
+def _placed(run: RunData) -> list[tuple[int, list[Span]]]:
+    """The spans of each step. Where samplers are elsewhere, a trainer that samples only waits for
+    them; one that tells nothing of itself then works as long.
+    """
+    told = any(_kind(s.part) == "sampler" for _, spans in run.timeline for s in spans)
+    sampler = run.config.get("sampler")
+    kind = sampler.get("kind") if isinstance(sampler, dict) else str(sampler).partition(":")[0]
+    if not told and kind != "server":
+        return run.timeline
+
+    def placed(span: Span) -> list[Span]:
+        if _kind(span.part) not in TRAINERS or span.phase != "sample":
+            return [span]
+        waits = replace(span, phase=WAIT)
+        return [waits] if told else [waits, replace(span, part="sampler")]
+
+    return [(step, [one for s in spans for one in placed(s)]) for step, spans in run.timeline]
+
+
 def _windows(steps: Sequence[tuple[int, Sequence[Span]]]) -> list[Window]:
     """Of each step, the time from where the trainer takes it up: its rollouts may be older."""
     out: list[Window] = []
     for step, spans in steps:
-        trainer = [s for s in spans if _kind(s.part) in PARTS[:2]] or list(spans)
+        trainer = [s for s in spans if _kind(s.part) in TRAINERS] or list(spans)
         if trainer:
             start, end = min(s.start for s in trainer), max(s.end for s in trainer)
             out.append(Window(step, max([start, *(w.end for w in out[-1:])]), end))
@@ -145,7 +166,7 @@ def _of(windows: Sequence[Window], counted: Sequence[Window]) -> str:
 
 def _says(shares: Mapping[str, _Shares], config: Mapping[str, Any]) -> str:
     """What limits the run, and what would help."""
-    trainers = {name: share for name, share in shares.items() if _kind(name) in PARTS[:2]}
+    trainers = {name: share for name, share in shares.items() if _kind(name) in TRAINERS}
     others = {name: share for name, share in shares.items() if name not in trainers}
     if not trainers:
         return ""
@@ -203,7 +224,10 @@ def _spare(others: Mapping[str, _Shares]) -> str:
     """What the other parts could do besides."""
     said = ""
     for kind in ("sampler", "teacher"):
-        still = sorted(1 - share.busy for name, share in others.items() if _kind(name) == kind)
+        mine = {n: share for n, share in others.items() if _kind(n) == kind}
+        if len(mine) > 1:  # the row of all of them together is none of them
+            mine.pop(kind, None)
+        still = sorted(1 - share.busy for share in mine.values())
         if still and still[0] >= MUCH:
             one, few, many = len(still) == 1, _percent(still[0]), _percent(still[-1])
             which = f"The {kind}" if one else f"The {len(still)} {kind}s"

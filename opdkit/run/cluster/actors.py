@@ -109,8 +109,6 @@ class Cluster:
         alone counts as many, whatever the machine has.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
-        # a part without GPU may see them: it is not the only one that is asked not to use them
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         ray = _ray()
         if ray.is_initialized():
@@ -118,6 +116,8 @@ class Cluster:
                 "this process is connected to Ray already, and a run opens it for itself: end that "
                 "first (ray.shutdown()), or start the run as `opdkit train`"
             )
+        address = address or os.environ.get("RAY_ADDRESS") or None
+        self.alone = address is None
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if address is None:
             count = max(os.cpu_count() or 1, math.ceil(cpus))
@@ -143,15 +143,14 @@ class Cluster:
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in _ray().nodes() if node["Alive"]]
 
-    def reserve(self, parts: Mapping[str, Bundle], patience: float, grows: bool) -> None:
-        """Room for all parts of a run at once; an error that says what is missing.
-
-        grows: whether machines may still join, which are then waited for.
+    def reserve(self, parts: Mapping[str, Bundle], patience: float) -> None:
+        """Room for all parts of a run at once; an error that says what is missing, once machines
+        that might join have been waited for.
         """
         ray = _ray()
         end = time.monotonic() + patience
         while missing := unplaced(parts, [node["Resources"] for node in self._nodes()]):
-            if not grows or time.monotonic() > end:
+            if self.alone or time.monotonic() > end:
                 raise UserError(self._too_small(parts, missing))
             time.sleep(EVERY)
         self.names = list(parts)
@@ -204,7 +203,13 @@ class Cluster:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self.here, soft=False)
         take = take or {}
         options |= {"num_cpus": take.get("CPU", 0), "num_gpus": take.get("GPU", 0)}
-        return Actor(name, _ray().remote(kind).options(**options).remote(*arguments))
+        try:
+            return Actor(name, _ray().remote(kind).options(**options).remote(*arguments))
+        except ValueError as error:
+            raise UserError(
+                f"the cluster has a {name} of this run already: another program does the run in "
+                "this folder. Wait for its end, or choose another output=DIR"
+            ) from error
 
     def close(self) -> None:
         """Ends all that was started in it, and leaves it."""
