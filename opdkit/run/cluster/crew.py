@@ -81,6 +81,7 @@ class Crew:
         self.seconds: dict[str, float] = {}  # of the last part that each has written
         self.wrote: Counter[str] = Counter()  # rollouts that were taken, by who wrote them
         self.restarts = 0
+        self.said = ""  # of the last that was lost
         self._spans: list[Span] = []
 
     # ------------------------------------------------------------------------------ for the trainer
@@ -147,8 +148,8 @@ class Crew:
             raise UserError(
                 f"none of the samplers ({', '.join(self.alive) or 'none was started'}) has been "
                 f"there for {self.patience:g} s, and {left} parts of the step's prompts are not "
-                "written. Look at their logs: out of memory is the usual cause. Nothing was learnt "
-                "from this step; continue with --resume"
+                f"written{self.said and f' ({self.said})'}. Look at their logs: out of memory is "
+                "the usual cause. Nothing was learnt from this step; continue with --resume"
             )
 
     def _join(self) -> None:
@@ -182,8 +183,9 @@ class Crew:
                         with self.changed:
                             part.by.discard(name)
                             self.changed.notify_all()
-        except Lost:
+        except Lost as error:
             with self.changed:
+                self.said = f"{name}: {error}"
                 self.alive.pop(name, None)
         except BaseException as error:  # of the request, whoever writes it
             with self.changed:

@@ -44,6 +44,10 @@ class Opening:
     watch: Watch
 
 
+# how the student writes, its optimiser steps, its log-probs [N] of the probe, and what learns
+Weights = tuple[Opening, int, Tensor, dict[str, Array]]
+
+
 class SamplerActor:
     """One sampler, in its process."""
 
@@ -55,15 +59,18 @@ class SamplerActor:
         self.student: Student | None = None
         self.opening: Opening | None = None
         self.sampler: Any = None
+        self.own = torch.zeros(0)  # [N]: the trainer's log-probs of the probe
         self.weights: str | None = None  # the name of those that it has; None: its own first ones
 
     def alive(self) -> None:
         """That it can be asked; the student is loaded now, not with the first weights."""
         self._student()
 
-    def load(self, weights: str, what: tuple[Opening, int, Any]) -> Tensor:
-        """[N]: log-probs of the probe, once the copy has the trainer's weights."""
-        opening, version, parameters = what
+    def load(self, weights: str, what: Weights) -> Tensor:
+        """[N]: log-probs of the probe, once the copy has the trainer's weights; where another
+        engine writes, which probes itself, the trainer's own.
+        """
+        opening, version, self.own, parameters = what
         student, self.weights = self._student(), None
         named = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
         if set(named) != set(parameters):
@@ -77,6 +84,8 @@ class SamplerActor:
             self.opening = opening
         self.sampler.sync(student.model, version)
         self.weights = weights
+        if not self.run.sampler_settings.on_student:
+            return self.own
         return log_probs(student.model, self.tokenizer, student.head)
 
     def sample(
@@ -121,6 +130,7 @@ class SamplerActor:
             None,
             opening.watch,
             self.run.trust_remote_code,
+            known=lambda: self.own,
         )
         return self.run.sampler_settings.open(context)
 
@@ -170,8 +180,8 @@ class CrewSampler:
                 )
 
         def send() -> None:
-            what = stored((opening, version, parameters))
-            self.crew.send(Sent(f"{self.run} {version}", what, check))
+            what: Weights = (opening, version, own, parameters)
+            self.crew.send(Sent(f"{self.run} {version}", stored(what), check))
 
         return send
 
@@ -201,8 +211,9 @@ class CrewSampler:
             done += len(made)
             if progress is not None:
                 progress(done)
-            for rollout in made if each is not None else ():
-                each(rollout)
+            if each is not None:
+                for rollout in made:
+                    each(rollout)
 
         written = self.crew.write(cut(prompts, self.parts), (sampling, settings), hear)
         return [rollout for rollouts in written for rollout in rollouts]

@@ -194,6 +194,16 @@ def test_without_a_sampler_it_does_not_wait_for_ever(there: dict[str, Fake]) -> 
     dies.left = 0  # type: ignore[attr-defined]
 
 
+def test_why_the_last_sampler_is_lost_is_said() -> None:
+    def lost(fake: Fake, method: str) -> None:
+        raise Lost("its device has no memory left")
+
+    crew = Crew(lambda: {"a": Fake(lost)}, 0.3)
+    crew.send(sent())
+    with pytest.raises(UserError, match="a: its device has no memory left"):
+        crew.write(cut(prompts(2), 2), None)
+
+
 def test_each_part_is_heard_of_once_and_before_the_last_is_there() -> None:
     first = threading.Event()
     heard = list[str]()
