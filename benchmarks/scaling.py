@@ -80,7 +80,7 @@ class Steps:
                 "teacher": "teacher",
                 "data": "in memory",
                 "output": str(folder / str(time.perf_counter_ns())),
-                "steps": 10**6,
+                "steps": 10**3,
                 "prompts_per_step": rollouts // group,
                 "sampling": {"num_generations": group, "max_completion_length": length},
                 "optim": {"learning_rate": 1e-6},

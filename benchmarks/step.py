@@ -62,7 +62,7 @@ class Steps:
         torch.manual_seed(args.seed)
         with torch.device(args.device):
             student, teacher = (
-                stopping(qwen3(size["hidden"], size["layers"], size["vocab"], initial=0.08), 0.0)
+                stopping(qwen3(size["hidden"], size["layers"], size["vocab"], initial=0.08), 0.02)
                 for _ in range(2)
             )
         run = make_run(
@@ -72,7 +72,7 @@ class Steps:
                 "data": "in memory",
                 "method": {"name": "opd", "support": "full"},
                 "output": str(folder / "run"),
-                "steps": 10**6,
+                "steps": 10**3,
                 "prompts_per_step": size["rollouts"],
                 "sampling": {"num_generations": 1, "max_completion_length": size["length"]},
                 "optim": {"learning_rate": 1e-4},
@@ -105,7 +105,9 @@ class Steps:
             train_step(self.job, self.state)
         seconds = (time.perf_counter() - start) / steps
         phases = {p: sum(m.get(f"seconds/{p}", 0.0) for m in self.lines) / steps for p in PHASES}
-        return {"seconds": seconds, "losses": [m["loss"] for m in self.lines], **phases}
+        other = seconds - sum(phases.values())
+        losses = [m["loss"] for m in self.lines]
+        return {"seconds": seconds, "losses": losses, "other": other, **phases}
 
 
 def side(args: argparse.Namespace, asked: Iterable[str], out: TextIO) -> None:
@@ -178,8 +180,8 @@ def compare(name: str, sides: Mapping[str, Side], args: argparse.Namespace) -> d
             if abs(a - b) > CLOSE * max(abs(a), abs(b)):
                 raise SystemExit(f"{name}: losses {a:.8g} and {b:.8g} of the same step differ")
     result: dict[str, Any] = {"steps": steps}
-    for what in ("seconds", *PHASES):
-        old, new = ([turn[what] for turn in found[who]] for who in ("old", "new"))
+    for what in ("seconds", *PHASES, "other"):
+        old, new = ([turn.get(what, 0.0) for turn in found[who]] for who in ("old", "new"))
         if min(old) > 0 and min(new) > 0:
             result[what] = {"old": spread(old), "new": spread(new), "ratio": ratios(new, old)}
     return result

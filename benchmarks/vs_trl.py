@@ -110,7 +110,7 @@ class Ours:
                 "data": "in memory",
                 "method": {"name": "opd", "support": "full"},
                 "output": str(folder / "opdkit"),
-                "steps": 10**6,
+                "steps": 10**3,
                 "prompts_per_step": args.rollouts,
                 "sampling": {"num_generations": 1, "max_completion_length": args.length},
                 "optim": {"learning_rate": LEARNING_RATE, "betas": list(BETAS)},

@@ -1,5 +1,5 @@
 """python -m opdkit."""
 
-from opdkit.cli import main
+from opdkit.cli import program
 
-raise SystemExit(main())
+program()

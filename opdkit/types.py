@@ -248,6 +248,10 @@ class Sampler(Protocol):
     ) -> list[Rollout]:
         """`sampling.num_generations` responses to each prompt, those to one prompt side by side.
 
+        One that `gives_each` takes a keyword `each` too: a function that is called with each
+        rollout as it ends, in any order and from any thread; with its tokens and row, but perhaps
+        without log-probs that are still to be found.
+
         Arguments:
             seed: draws are keyed by it and by each rollout's id.
             step: part of the rollouts' ids, step/prompt/number, numbers from the prompt's own on;

@@ -58,7 +58,7 @@ def test_a_wrong_kernel_is_found(gpu, tmp_path, monkeypatch):
 def test_what_cannot_be_done_here_says_why(gpu, tmp_path, monkeypatch):
     engines, ranks, setting = gpu("engines"), gpu("ranks"), gpu("setting")
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-    found = checked(gpu("all"), tmp_path, "vLLM engine", "vLLM server", "quantised")
+    found = checked(gpu("all"), tmp_path, "vLLM engine", "vLLM server", "quantised", "Ray")
     assert {c["result"] for c in found.values()} == {"skip"}
     assert all("is not installed: pip install" in c["reason"] for c in found.values())
     with pytest.raises(setting.Skip, match="needs 2 GPUs, here is 1"):
@@ -120,3 +120,10 @@ def test_checks_of_several_processes_pass_by_gloo(gpu, tmp_path, name):
 def test_checks_of_one_process_that_take_longer(gpu, tmp_path, name):
     found = checked(gpu("all"), tmp_path, name)
     assert found[name]["result"] == "pass", found
+
+
+@pytest.mark.ray
+def test_a_trainer_and_a_sampler_as_actors(gpu, tmp_path):
+    pytest.importorskip("ray")
+    found = checked(gpu("all"), tmp_path, "Ray")
+    assert found["Ray"]["result"] == "pass", found

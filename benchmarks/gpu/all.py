@@ -47,7 +47,7 @@ NAMED = {c.name: c for room in (arithmetic, runs, ranks, engines) for c in room.
 ORDER = (  # those that say most come first
     *("kernels", "step", "equal models", "memory of the pass", "processes", "resume"),
     *("vLLM engine", "vLLM server", "number types", "rankings", "speed of processes", "ahead"),
-    *("offload", "quantised"),
+    *("offload", "quantised", "Ray"),
 )
 CHECKS = tuple(NAMED[name] for name in ORDER)
 

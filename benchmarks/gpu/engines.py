@@ -16,7 +16,8 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-from runs import done, run_of
+from ranks import MOST, exact
+from runs import done, run_of, same
 from setting import Check, Figures, Setting, Skip, must
 
 SHARE = 0.25  # of a GPU's memory that an engine takes beside the trainer
@@ -105,7 +106,26 @@ def push(setting: Setting) -> Figures:
     return {**_judged(lines), "share of waiting": waited}
 
 
+def ray(setting: Setting) -> Figures:
+    """A trainer and a sampler placed by Ray, each with a GPU of its own: what one process finds."""
+    if importlib.util.find_spec("ray") is None:
+        raise Skip("Ray is not installed: pip install 'opdkit[ray]'")
+    if setting.gpu and setting.gpus < 2:
+        raise Skip(f"needs 2 GPUs, here is {setting.gpus}")
+    alone = done(exact(setting, "ray-alone"))
+    placed = done(exact(setting, "ray", cluster={"kind": "ray", "trainers": 1, "samplers": 1}))
+    own = ("sampler/", "cluster/")  # of who is there
+    shown = [{n: x for n, x in line.items() if not n.startswith(own)} for line in placed]
+    apart = same(alone, shown)
+    must(apart <= MOST, f"metrics are {apart:g} apart")
+    late = exact(setting, "ray-ahead", cluster="ray", ahead=1, steps=4)
+    lags = [line.get("lag/steps", 0.0) for line in done(late)]
+    must(lags == [0.0, 1.0, 1.0, 1.0], f"lags {lags}, not 0, 1, 1, 1")
+    return {"metrics apart": apart}
+
+
 CHECKS = (
+    Check("Ray", "a trainer and a sampler as actors", 150, ray),
     Check("vLLM engine", "in this process, weights after every step", 120, engine),
     Check("vLLM server", "weights pushed, rollouts one step ahead", 180, push),
 )

@@ -80,7 +80,7 @@ def exact(setting: Setting, name: str, **settings: Any) -> dict[str, Any]:
     return run_of(
         setting,
         name,
-        student=setting.model("tiny"),
+        student=setting.model(f"tiny-{settings.pop('student', 'student')}"),
         teacher=setting.model("tiny-teacher"),
         data=setting.rows("few", 6, 320),
         dtype="float64",
@@ -97,6 +97,8 @@ CASES: dict[str, dict[str, Any]] = {
     "LoRA": {"lora": {"r": 4, "alpha": 8}},
     "top k": {"method": "topk_opd"},
     "credits": {"method": "iw_opd"},
+    "teachers whole": {"shard_teachers": False},
+    "head apart": {"student": "untied"},
     "ahead": {"ahead": 1, "steps": 3},
 }
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from common import EOS, PAD, qwen3, tokenizer
+from torch import nn
 
 Figures = dict[str, Any]
 
@@ -61,9 +62,9 @@ class Setting:
             raise Skip(f"needs a GPU: {why}")
 
     def model(self, name: str) -> str:
-        """The folder of a checkpoint with random weights: `tiny` and `tiny-teacher` (float64
-        runs), `student` and `teacher` (the shapes of Qwen3-0.6B and 1.7B; tiny ones where all is
-        small).
+        """The folder of a checkpoint with random weights: `student` and `teacher` (the shapes of
+        Qwen3-0.6B and 1.7B; tiny ones where all is small), and for runs in float64 `tiny-student`,
+        `tiny-teacher` and `tiny-untied`, whose head is not its embedding.
         """
         path = self.folder / "models" / name
         if not path.exists():
@@ -101,8 +102,11 @@ class Setting:
 
 def _build(name: str, small: bool) -> Any:
     if name.startswith("tiny"):
-        hidden = 48 if name == "tiny-teacher" else 32
-        return qwen3(hidden, 2, 320, kv_heads=2, initial=0.2)
+        model = qwen3(48 if name == "tiny-teacher" else 32, 2, 320, kv_heads=2, initial=0.2)
+        if name == "tiny-untied":
+            model.config.tie_word_embeddings = False
+            model.lm_head.weight = nn.Parameter(0.2 * torch.randn(320, 32))
+        return model
     if small:
         return qwen3(64 if name == "teacher" else 32, 2, 320, kv_heads=2, initial=0.2)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

@@ -7,10 +7,11 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from opdkit.base.errors import UserError
 from opdkit.base.interrupt import EndedElsewhere, stoppable
-from opdkit.base.launched import speaks
+from opdkit.base.launched import end_at_once, processes, speaks
 from opdkit.cli.answers import EVAL, SAMPLE
 from opdkit.cli.cache_teacher import CACHE_TEACHER
 from opdkit.cli.command import interrupted
@@ -98,6 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return tell(error, name)
 
 
+def program() -> NoReturn:
+    """The command line as a program of its own."""
+    status = main()
+    if status and processes() > 1:  # the others wait for this one
+        end_at_once(status)
+    raise SystemExit(status)
+
+
 def _unread() -> bool:
     """Whether the reader of what is printed has gone, as in `opdkit methods | head`."""
     try:
@@ -120,3 +129,5 @@ def _environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # spinning threads: 1.4x faster when idle, 10x slower when busy
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if processes() > 1:  # of a process that is gone, every other would warn
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

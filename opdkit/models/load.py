@@ -95,6 +95,10 @@ def load_model(
         )
     if quantize is not None and (left := left_whole(loaded)):
         print(f"opdkit: quantize={quantize} of {model}: {left}", file=sys.stderr)
+    text = loaded.config.get_text_config()
+    mixture = hasattr(text, "num_experts") or hasattr(text, "num_local_experts")
+    if mixture and DTYPES[dtype] == torch.float64:
+        loaded.set_experts_implementation("eager")  # the grouped product has no float64
     same_when_training(loaded)
     return loaded.to(device).eval()
 
@@ -250,6 +254,11 @@ def _teaching(what: str, name: str) -> Iterator[None]:
 def _advice(what: str, name: str, error: Exception) -> str:
     """What to do about a name that could not be loaded."""
     folder = Path(name).expanduser()
+    if exists(folder / "shards" / ".metadata"):
+        return (
+            "several processes wrote this checkpoint, each its own parts: make plain weights of it "
+            f"with `opdkit export {name} DIR`, and name that folder"
+        )
     if exists(folder) and folder.is_dir() and (damaged := next(damages(folder), None)):
         return damaged
     if method := stored_as(name):

@@ -6,6 +6,7 @@ the right), V vocabulary entries. Log-probabilities, entropies and divergences a
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from opdkit.base.errors import UserError
 from opdkit.objective.companion import Companion, Companions
 from opdkit.objective.facts import (
     ColumnFact,
@@ -31,6 +33,16 @@ from opdkit.types import MARK_OF
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
+
+
+# of a signal that makes two steps in one
+JOINED = (
+    "a number of several rollouts (a mean, a quantile, a rank) is made from a fact with several "
+    "numbers per token, such as log-probs at a top k, of which each process has its own tokens' "
+    "only. Make it in two signals: one of a number per token or rollout from the fact, which is "
+    "then put together from all processes, and another that takes the mean of that (MeanOne, "
+    "Quantile, or your own)"
+)
 
 
 class Batch:
@@ -137,13 +149,30 @@ class Batch:
         if self.mine is None or self.whole is None:
             return value
         if value.shape[0] != self.shape[0]:
-            raise ValueError(
-                "a number of the whole step is made from a fact with several numbers per token, of "
-                "which each process has its own tokens' only: first make a signal [B, T] of it"
-            )
+            raise UserError(JOINED)
         mine = self.mine if value.shape[1] == self.shape[1] else self.mine.any(1, keepdim=True)
         joined = self.whole(torch.where(mine, value, torch.zeros_like(value)).to(self.dtype))
         return joined.to(value.dtype)
+
+    def refuse_joined(self, value: Tensor, make: Callable[[Batch], Tensor]) -> None:
+        """Refuses to make a value [B, T] or [B, 1] of this process's tokens of numbers [B, T, k] of
+        others' tokens, which it does not have: with other numbers there it may not change.
+        """
+        assert self.mine is not None
+        there, other = ~self.mine[..., None], copy.copy(self)
+        other.facts = {
+            fact: torch.where(there, -50.0 if x.is_floating_point() else x.amax(), x)
+            if fact.shape and x.numel()
+            else x
+            for fact, x in self.facts.items()
+        }
+        again = make(other)
+        if value.shape[0] == self.shape[0]:
+            mine = self.mine if value.shape[1] == self.shape[1] else self.mine.any(1, keepdim=True)
+            value, again = value[mine].double(), again[mine].double()
+            if bool(torch.isclose(value, again, rtol=1e-4, equal_nan=True).all()):
+                return
+        raise UserError(JOINED)
 
     def __getitem__(self, model: str) -> Scores:
         return Scores(self, model)

@@ -16,6 +16,8 @@ from torch import Tensor
 from opdkit.objective.batch import Batch
 
 Number = Union[int, float]  # noqa: UP007 (evaluated at run time)
+# signals that were found to make a token's value of its own row's numbers alone
+SEPARATE: set[Signal] = set()
 
 
 class Signal(ABC):
@@ -34,7 +36,12 @@ class Signal(ABC):
             outer, batch.partial = batch.partial, False
             with torch.no_grad():
                 value = self.value(batch)
-                batch.signals[self] = batch.shared(value) if batch.partial else value
+                if batch.partial:
+                    if batch.mine is not None and self not in SEPARATE:
+                        batch.refuse_joined(value, self.value)
+                        SEPARATE.add(self)
+                    value = batch.shared(value)
+                batch.signals[self] = value
             batch.partial = outer
         return batch.signals[self]
 

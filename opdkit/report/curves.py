@@ -18,7 +18,7 @@ WORDS = ("quadrants/", "mass/", "overlap/", "curriculum/")  # metrics whose name
 # of a step; they have the same colour in every chart
 PHASES = ("sample", "score", "learn", "reward")
 
-ASIDE = ("sample", "reward")  # of these, what the sampler does while the trainer learns
+ASIDE = ("sample", "reward", "load")  # of these, what the sampler does while the trainer learns
 
 
 def chart_sections(run: RunData) -> list[tuple[str, list[dict[str, Any]]]]:

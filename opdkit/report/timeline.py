@@ -4,9 +4,10 @@ the whole run, and a sentence that says what limits it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opdkit.report.charts import Scale
@@ -15,7 +16,8 @@ from opdkit.report.numbers import number, ticks
 from opdkit.report.read import RunData, Span
 
 WAIT = "wait"  # the phase in which a part stands still
-PARTS = ("trainer", "rank", "sampler", "teacher")  # in their order from the top
+TRAINERS = ("trainer", "rank")
+PARTS = (*TRAINERS, "sampler", "teacher")  # in their order from the top
 # of work, in the colours that they have in all charts
 PHASES = ("sample", "score", "learn", "reward")
 WRITING = ("sample", "reward")  # those of the sampler, where the trainer is the sampler too
@@ -24,6 +26,7 @@ TOUCH = 0.02  # of the time: what two parts do at once, where they do not just h
 MUCH = 0.1  # of the time: from here on it is worth a sentence
 BUSY = 0.85  # a part that works for so much of the time limits the run
 WIDTH, LEFT, TOP, ROW, BAR = 1160, 118, 26, 34, 20  # pixels of the drawing
+LABEL = 64  # that the name of a step takes
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,11 @@ class Window:
 
 def timeline(run: RunData) -> dict[str, Any] | None:
     """What the template draws; None where the run has not told when it did what."""
-    windows = _windows(run.timeline)
+    steps = _placed(run)
+    windows = _windows(steps)
     if not windows:
         return None
-    spans = [span for _, spans in run.timeline for span in spans]
+    spans = [span for _, spans in steps for span in spans]
     names = sorted({span.part for span in spans}, key=_order)
     phases = list(dict.fromkeys(span.phase for span in sorted(spans, key=lambda s: s.start)))
     colors = _colors(phases)
@@ -54,15 +58,40 @@ def timeline(run: RunData) -> dict[str, Any] | None:
         "table": _table(shares, colors),
         "legend": [(phase, colors[phase]) for phase in sorted(colors, key=_phase_order)],
         "waits": any(span.phase == WAIT for span in spans),
-        "gantt": _gantt(names, spans, _last(windows), colors),
+        "gantt": _gantt(names, spans, _last(counted), colors),
     }
+
+
+def _placed(run: RunData) -> list[tuple[int, list[Span]]]:
+    """The spans of each step. Where samplers are elsewhere, a trainer that samples only waits for
+    them: one that tells nothing of itself works as long, those that do have rows of their own,
+    beside which only rewards are left of what they do together.
+    """
+    parts = {span.part for _, spans in run.timeline for span in spans}
+    each = any(_kind(part) == "sampler" and part != "sampler" for part in parts)
+    sampler = run.config.get("sampler")
+    kind = sampler.get("kind") if isinstance(sampler, dict) else str(sampler).partition(":")[0]
+    if not each and "sampler" not in parts and kind != "server":
+        return run.timeline
+
+    def placed(span: Span) -> list[Span]:
+        if span.part == "sampler" and each:
+            return [] if span.phase == "sample" else [replace(span, part="rewards")]
+        if span.phase != "sample":
+            return [span]
+        if _kind(span.part) not in TRAINERS:
+            return [span]
+        waits = replace(span, phase=WAIT)
+        return [waits] if each or "sampler" in parts else [waits, replace(span, part="sampler")]
+
+    return [(step, [one for s in spans for one in placed(s)]) for step, spans in run.timeline]
 
 
 def _windows(steps: Sequence[tuple[int, Sequence[Span]]]) -> list[Window]:
     """Of each step, the time from where the trainer takes it up: its rollouts may be older."""
     out: list[Window] = []
     for step, spans in steps:
-        trainer = [s for s in spans if _kind(s.part) in PARTS[:2]] or list(spans)
+        trainer = [s for s in spans if _kind(s.part) in TRAINERS] or list(spans)
         if trainer:
             start, end = min(s.start for s in trainer), max(s.end for s in trainer)
             out.append(Window(step, max([start, *(w.end for w in out[-1:])]), end))
@@ -145,7 +174,7 @@ def _of(windows: Sequence[Window], counted: Sequence[Window]) -> str:
 
 def _says(shares: Mapping[str, _Shares], config: Mapping[str, Any]) -> str:
     """What limits the run, and what would help."""
-    trainers = {name: share for name, share in shares.items() if _kind(name) in PARTS[:2]}
+    trainers = {name: share for name, share in shares.items() if _kind(name) in TRAINERS}
     others = {name: share for name, share in shares.items() if name not in trainers}
     if not trainers:
         return ""
@@ -203,7 +232,8 @@ def _spare(others: Mapping[str, _Shares]) -> str:
     """What the other parts could do besides."""
     said = ""
     for kind in ("sampler", "teacher"):
-        still = sorted(1 - share.busy for name, share in others.items() if _kind(name) == kind)
+        mine = [share for n, share in others.items() if _kind(n) == kind and share.phases]
+        still = sorted(1 - share.busy for share in mine)
         if still and still[0] >= MUCH:
             one, few, many = len(still) == 1, _percent(still[0]), _percent(still[-1])
             which = f"The {kind}" if one else f"The {len(still)} {kind}s"
@@ -244,10 +274,21 @@ def _gantt(
         "bottom": bottom,
         "bar": BAR,
         "rows": rows,
-        "steps": [(x(w.start - zero), f"step {w.step}") for w in windows],
+        "steps": _labels([(x(w.start - zero), f"step {w.step}") for w in windows]),
         "ticks": [(x(t), f"{number(t)} s" if t else "0") for t in ticks(0.0, x.high, 8)],
         "about": _spoken(names, spans, windows),
     }
+
+
+def _labels(steps: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Where each step begins; its name where there is room for it."""
+    out: list[tuple[float, str]] = []
+    last = -math.inf
+    for at, name in steps:
+        room = at - last >= LABEL
+        out.append((at, name if room else ""))
+        last = at if room else last
+    return out
 
 
 def _bars(
@@ -257,14 +298,9 @@ def _bars(
     pixel = (x.high - x.low) / (x.end - x.start)
     out = []
     for phase in dict.fromkeys(s.phase for s in spans):
-        drawn = both(
-            union(
-                (s.start - zero - pixel / 4, s.end - zero + pixel / 4)
-                for s in spans
-                if s.phase == phase
-            ),
-            [(x.low, x.high)],
-        )
+        mine = union((s.start - zero, s.end - zero) for s in spans if s.phase == phase)
+        inside = both(mine, [(x.low, x.high)])
+        drawn = union((start - pixel / 4, end + pixel / 4) for start, end in inside)
         out += [
             {
                 "x": x(start),

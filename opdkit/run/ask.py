@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from opdkit.annotators import AnnotatorSettings
@@ -26,6 +26,7 @@ from opdkit.run.refuse import refuse, refuse_no_response
 from opdkit.run.settings import Data, Run
 from opdkit.teachers import route
 from opdkit.teachers.teacher import Teacher
+from opdkit.train.collect.filters import refuse_domains
 from opdkit.types import DataRow
 
 
@@ -76,9 +77,25 @@ def ask(run: Run, given: Given) -> Asked:
     check_views(run, method, rows)
     for row in rows if routes else ():
         route(row["teacher"], routes, f"row {row['id']}")
+    if run.token_budget:
+        domain = domains(run.domain, routes)
+        refuse_domains(run.token_budget, {domain(row) for row in rows}, run.domain)
     if stored is not None:
         stored.refuse_unknown([row["id"] for row in rows])
     return Asked(method, reward, rows, eval_rows, stored, routes, annotated)
+
+
+def domains(column: str, routes: Mapping[str, Teacher]) -> Callable[[DataRow], str]:
+    """What says of which domain a row is: its route, where teachers are told apart by it; else what
+    stands in its column, "default" where nothing does.
+    """
+
+    def domain(row: DataRow) -> str:
+        if column == "teacher" and routes:
+            return route(row.get("teacher"), routes, f"row {row.get('id')}")
+        return str(row.get(column) or "default")
+
+    return domain
 
 
 def check_views(run: Run, method: Method, rows: Sequence[DataRow]) -> None:

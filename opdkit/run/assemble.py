@@ -17,13 +17,12 @@ from opdkit.data import PromptStream
 from opdkit.data.cache import student_notes
 from opdkit.data.views import seen
 from opdkit.environments import EpisodeSampler
-from opdkit.methods.method import Method
 from opdkit.models.identity import identify
 from opdkit.models.layout import batch_tokens
-from opdkit.objective.needs import Needs, watched
+from opdkit.objective.needs import watched
 from opdkit.rewards.against import opposed
 from opdkit.run.annotate import open_annotators
-from opdkit.run.ask import Asked
+from opdkit.run.ask import Asked, domains
 from opdkit.run.episodes import episodic, openings
 from opdkit.run.evaluation import Evaluator, Heard, Measurer, Validator, score_teachers
 from opdkit.run.open import Given
@@ -36,15 +35,18 @@ from opdkit.run.settings import Run
 from opdkit.sampling import Guide
 from opdkit.sampling.kv_cache import odd_layers
 from opdkit.teachers import LocalModel, Remote, Scorer, route
+from opdkit.teachers.early import BEGUN
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train.checkpoint import State
 from opdkit.train.collect.ahead import Queue
 from opdkit.train.collect.collector import Collector
+from opdkit.train.collect.early import Early
 from opdkit.train.collect.filters import (
     DynamicSampling,
     Filter,
     MarkTokens,
     OverlongPenalty,
+    TokenBudget,
     newlines,
 )
 from opdkit.train.divided import divided, undivided
@@ -71,7 +73,7 @@ def assemble(
     share it, of which the first writes its files.
     """
     method, student = asked.method, opened.student
-    beside = writes_beside(run, method)
+    beside = writes_beside(run, asked)
     # of several processes the first lets rollouts be written while the others learn with it
     collector = make_collector(run, asked, opened, ALONE if beside else mesh)
     if asked.stored is not None and given.student is None:
@@ -104,16 +106,20 @@ def assemble(
         seed=run.seed,
         mesh=mesh,
     )
+    begun = opened.models.context.opened.get(BEGUN)
+    if begun is not None and mesh.size == 1 and getattr(collector.sampler, "gives_each", False):
+        collector.early = Early(begun, opened.scorers, job.needs_at, run.ahead)
     if evaluator is not None and state.evaluated < 0:
         score_teachers(evaluator, opened.scorers, asked.eval_rows or [])
     return job, state
 
 
-def writes_beside(run: Run, method: Method) -> bool:
-    """Whether rollouts are written while the trainer learns: a copy of the student that writes too
-    would move meanwhile.
+def writes_beside(run: Run, asked: Asked) -> bool:
+    """Whether rollouts are written while the trainer learns. A copy of the student that writes too
+    would move meanwhile, and an annotator may let the student write with other weights.
     """
-    return run.ahead > 0 and run.writes_elsewhere and not writer_of(method.curriculum).players
+    players = writer_of(asked.method.curriculum).players
+    return run.ahead > 0 and run.writes_elsewhere and not players and not asked.annotated
 
 
 def continued(run: Run, checkpoint: Path, opened: Opened, record: dict[str, Any]) -> State:
@@ -133,7 +139,8 @@ def continued(run: Run, checkpoint: Path, opened: Opened, record: dict[str, Any]
             f"{new[0]['setting']}: set steps to more than {state.step} too"
         )
     if any(change["setting"].partition(".")[0] in ("data", "seed") for change in new):
-        state.stream = {}  # of other questions, or in another order: from the first one on
+        # of other questions, or in another order: from the first one on
+        state.stream, state.queue = {}, []
     return state
 
 
@@ -162,23 +169,28 @@ def make_collector(run: Run, asked: Asked, opened: Opened, mesh: Mesh = ALONE) -
         seed=run.seed,
         reward=opposed(asked.reward, bool(players)),
         players={name: opened.player(name, mesh) for name in players},
-        filters=make_filters(run, method.needs, opened.tokenizer, len(prompts)),
-        annotators=open_annotators(run, method, asked.annotated, opened, sampler),
+        filters=make_filters(run, asked, opened.tokenizer, len(prompts)),
+        annotators=open_annotators(
+            run, method, asked.annotated, opened, divided(sampler, mesh, student.model)
+        ),
         stored=stored,
         mesh=mesh,
         viewed=partial(seen, prompts),
     )
 
 
-def make_filters(run: Run, needs: Needs, tokenizer: Any, prompts: int) -> tuple[Filter, ...]:
+def make_filters(run: Run, asked: Asked, tokenizer: Any, prompts: int) -> tuple[Filter, ...]:
     """What becomes of rollouts once they have their rewards, in this order."""
-    filters: list[Filter] = []
+    filters, needs = list[Filter](), asked.method.needs
     if run.dynamic_sampling:
         filters.append(DynamicSampling(min(run.prompts_per_step, prompts)))
     if run.overlong_margin is not None:
         filters.append(OverlongPenalty(run.sampling.max_completion_length, run.overlong_margin))
     if "mark:newline" in needs.columns:
         filters.append(MarkTokens("newline", newlines(tokenizer)))
+    if run.token_budget:
+        domain, together = domains(run.domain, asked.routes), "group" in needs.columns
+        filters.append(TokenBudget(run.token_budget, domain, together, run.seed))
     return tuple(filters)
 
 

@@ -84,10 +84,10 @@ def _refuse_unsampled(run: Run, method: Method) -> None:
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student: "
             f"it must be one model in this process (teacher=MODEL), and is {_what_it_is(run)}"
         )
-    if method.teacher_mix and not run.sampler_settings.on_student:
+    if method.teacher_mix and (run.cluster is not None or not run.sampler_settings.on_student):
         raise UserError(
             f"method {method.name or 'own'!r} draws tokens from a mixture of teacher and student, "
-            "token by token: set sampler=hf"
+            "token by token, in one process: set sampler=hf, and leave cluster out"
         )
 
 

@@ -58,6 +58,12 @@ RUN: Rules = {
     "overlong_margin": at_least(
         1, "it is the tokens over which the reward falls by 1", null="no penalty"
     ),
+    "token_budget": (
+        lambda budget: all(type(n) is int and n >= 1 for n in budget.values()),
+        "whole numbers from 1 on by domain",
+        "each is the tokens that a step learns from",
+    ),
+    "domain": NAMED,
     "keep_samples": at_least(0, "it is how many rollouts are kept of a recorded step; 0 for none"),
     "sample_every": at_least(0, "it is the number of steps between recorded rollouts; 0 for none"),
     "term_gradients_every": at_least(

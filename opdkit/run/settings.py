@@ -154,6 +154,10 @@ class Run:
     dynamic_sampling: bool = False
     # DAPO: tokens before max_completion_length over which the reward falls by 1
     overlong_margin: int | None = None
+    # tokens of responses that a step scores and learns from, at most, by domain, {math: 20000}; of
+    # domains that are not named all
+    token_budget: dict[str, int] = field(default_factory=dict)
+    domain: str = "teacher"  # the column of the data that names a row's
     # who writes: hf (in this process), vllm, server:URL, or a group with `kind` and settings
     sampler: str | dict[str, Any] = "hf"
     sampling: Sampling = field(default_factory=Sampling)

@@ -45,7 +45,10 @@ def drawn(endpoint: Endpoint, name: str, request: Request, rows: int) -> Drawn:
             raise Broken(f"a log-prob of {above[0]:g}")
         return Drawn(tokens, numbers, ended(choice.get("finish_reason")))
 
-    return _complete(endpoint, name, request.who, request.tokens, settings, read, longest)
+    made = _complete(endpoint, name, request.who, request.tokens, settings, read, longest)
+    if request.told is not None:
+        request.told(made)
+    return made
 
 
 def scores(endpoint: Endpoint, name: str, tokens: list[int], start: int, who: str) -> list[float]:

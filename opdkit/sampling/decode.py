@@ -4,7 +4,7 @@ step draws a token for every row, records it and releases the rows that it finis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 REFILL_SHARE = 0.25  # of the row budget has to be free before waiting prompts join a running batch
 # tokens decoded before those of a stop string: some decoders drop the space before the first token
 STOP_MARGIN = 4
+# steps, at least, between two tellings of rows that have ended: each lays together all that is
+# drawn
+HEAR_EVERY = 16
 ANSWER_SHARE = 0.25  # of the rows have to have ended their turns before these are answered together
 
 
@@ -63,6 +66,9 @@ class Decoding:
     records: list[Record] = field(default_factory=list)
     finished: int = 0  # rollouts
     parked: list[Rows] = field(default_factory=list)  # whose turn has ended, unanswered
+    # is told which rollouts have ended, and may ask for their `responses`
+    hear: Callable[[list[int]], object] | None = None
+    ended: list[int] = field(default_factory=list)  # of which it has not been told yet
 
     def __post_init__(self) -> None:
         if self.guide is not None:
@@ -85,7 +91,12 @@ class Decoding:
         size = min(self.sampling.num_generations, rows)
         waiting = self._units(size)
         running: Rows | None = None
+        tokens = 0  # drawn since `hear` was told
         while waiting or running or self.parked:
+            tokens += 1
+            if self.ended and self.hear is not None and tokens >= HEAR_EVERY:
+                self.hear(self.ended)
+                self.ended, tokens = [], 0
             live = len(running.row) if running else 0
             unanswered = sum(len(part.row) for part in self.parked)
             free = rows - live - unanswered
@@ -104,6 +115,8 @@ class Decoding:
                 running = running or joining
             elif running:
                 running = self._next(running, self._feed(running))
+        if self.ended and self.hear is not None:
+            self.hear(self.ended)
 
     def _next(self, batch: Rows, states: list[Tensor]) -> Rows | None:
         """One more token for each row, from hidden states [B, H] of each model; None where all rows
@@ -295,6 +308,8 @@ class Decoding:
         left = int((~done).sum())
         if self.replies is None:
             self._tell(len(done) - left)
+            if self.hear is not None:
+                self.ended += batch.row[done].tolist()
         else:
             self.parked.append(batch.copied(done.nonzero()[:, 0]))
         if not left:
@@ -375,18 +390,26 @@ class Decoding:
 
     # -------------------------------------------------------------------------------------- results
 
-    def responses(self) -> list[Response]:
-        """What was written after each prompt, and what was watched meanwhile."""
-        joined = Record.joined(self.records)
+    def responses(self, rows: Sequence[int] | None = None) -> list[Response]:
+        """What was written after each prompt, or in these rollouts, and what was watched
+        meanwhile.
+        """
+        self.records = [Record.joined(self.records)]
+        [joined] = self.records
+        if rows is not None:
+            mine = torch.tensor(rows, device=self.device)
+            joined = joined.at(torch.isin(joined.row, mine).nonzero()[:, 0])
         # stable: the tokens of a row stay in the order of their drawing
         written = joined.at(joined.row.argsort(stable=True))
         ends = written.row.bincount(minlength=len(self.ids)).cumsum(0).tolist()
+        starts, stopped = [0, *ends], self.stopped.tolist()
         token, logp, drawn_logp = (
             column.tolist() for column in (written.token, written.logp, written.drawn_logp)
         )
         return [
             Response(
-                token[a:b], logp[a:b], drawn_logp[a:b], stopped, written.at(slice(a, b)).notes()
+                token[a:b], logp[a:b], drawn_logp[a:b], stopped[i], written.at(slice(a, b)).notes()
             )
-            for a, b, stopped in zip([0, *ends], ends, self.stopped.tolist())
+            for i in (range(len(ends)) if rows is None else rows)
+            for a, b in [(starts[i], ends[i])]
         ]

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +45,7 @@ class HFSampler:
     """
 
     continues = True  # it takes `replies`
+    gives_each = True  # it takes `each`
 
     def __init__(
         self,
@@ -95,6 +98,7 @@ class HFSampler:
         policy_version: int = 0,
         progress: Tick | None = None,
         replies: Replies | None = None,
+        each: Callable[[Rollout], object] | None = None,
     ) -> list[Rollout]:
         """All responses to the first prompt, then to the second, ...; rollout ids are
         step/prompt/number, without the step where it is None.
@@ -103,7 +107,7 @@ class HFSampler:
         string (tokens kept, text cut), or at `max_completion_length`. A prompt's prefix opens its
         responses: marked "guided", with log-probs under the model's plain softmax. With `replies` a
         response goes on where its turn has ended, until nothing answers it; what others write in it
-        has log-prob 0.
+        has log-prob 0. `each` is told of rollouts a few tokens after they have ended.
         """
         check_sampling(sampling)
         if not prompts:
@@ -139,5 +143,22 @@ class HFSampler:
                 self.watch,
                 replies,
             )
+
+            if each is not None:
+                task.hear = partial(self._hear, task, policy_version, each)
             task.run(budget // longest, max(1, PREFILL_TOKENS // longest))
         return finish(prompts, sampling, ids, task.responses(), self.tokenizer, policy_version)
+
+    def _hear(
+        self,
+        task: Decoding,
+        policy_version: int,
+        each: Callable[[Rollout], object],
+        rows: list[int],
+    ) -> None:
+        """Tells of rollouts that have ended, by their numbers."""
+        n, one = task.sampling.num_generations, replace(task.sampling, num_generations=1)
+        prompts, ids = [task.prompts[row // n] for row in rows], [task.ids[row] for row in rows]
+        made = task.responses(rows)
+        for rollout in finish(prompts, one, ids, made, self.tokenizer, policy_version):
+            each(rollout)

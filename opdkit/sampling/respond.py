@@ -8,6 +8,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opdkit.base.errors import UserError
@@ -34,6 +35,7 @@ class Request:
     tokens: list[int]
     settings: dict[str, Any]
     who: str  # in errors
+    told: Callable[[Drawn], object] | None = None  # is called with its continuation, at once
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class EngineSampler(Engine):
         step: int | None = 0,
         policy_version: int = 0,
         progress: Tick | None = None,
+        each: Callable[[Rollout], object] | None = None,
     ) -> list[Rollout]:
         """All responses to the first prompt, then to the second, ...: see `HFSampler.sample`."""
         check_sampling(sampling)
@@ -93,9 +96,31 @@ class EngineSampler(Engine):
             stop_ids(self.model, self.tokenizer),
             names_special(sampling.stop, self.tokenizer),
         )
-        responses = respond(self, prompts, sampling, ids, stops, seed, progress, special)
+        hear = None
+        if each is not None:
+            hear = partial(self._hear, prompts, sampling, ids, policy_version, each)
+        responses = respond(self, prompts, sampling, ids, stops, seed, progress, special, hear)
         self.rest()
         return finish(prompts, sampling, ids, responses, self.tokenizer, policy_version)
+
+    def _hear(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        ids: Sequence[str],
+        policy_version: int,
+        each: Callable[[Rollout], object],
+        number: int,
+        drawn: Drawn,
+    ) -> None:
+        """Tells of a rollout that has ended, by its number."""
+        prompt = prompts[number // sampling.num_generations]
+        # the log-probs of a prefix have to be found yet, and those under the plain softmax may have
+        logp = drawn.logp if sampling.plain and not prompt.prefix else []
+        made = [Response(prompt.prefix + drawn.tokens, logp, logp, drawn.stopped)]
+        one = replace(sampling, num_generations=1)
+        for rollout in finish([prompt], one, [ids[number]], made, self.tokenizer, policy_version):
+            each(rollout)
 
     @property
     @abstractmethod
@@ -123,10 +148,12 @@ def respond(
     seed: int,
     progress: Tick | None = None,
     special: bool = False,
+    told: Callable[[int, Drawn], object] | None = None,
 ) -> list[Response]:
     """The responses of rollouts `ids`, `num_generations` per prompt, prefixes included.
 
-    `stops` are the tokens that end one; `special`: stop strings hold names of special tokens.
+    `stops` are the tokens that end one; `special`: stop strings hold names of special tokens;
+    `told` is called with the number of a rollout and what was drawn for it, as that is there.
     """
     n = sampling.num_generations
     unfinished = [i for i in range(len(ids)) if not _complete(prompts[i // n], sampling, stops)]
@@ -141,6 +168,8 @@ def respond(
     requests = [
         _request(prompts[i // n], sampling, stops, seed, ids[i], special) for i in unfinished
     ]
+    if told is not None:
+        requests = [replace(r, told=partial(told, i)) for i, r in zip(unfinished, requests)]
     drawn = dict(zip(unfinished, engine.draw(requests, tick) if requests else []))
     parts = [
         drawn.get(i, Drawn([], [], bool(p.prefix) and p.prefix[-1] in stops))

@@ -118,6 +118,8 @@ class ServerSampler(EngineSampler):
     need `--logprobs-mode processed_logprobs`.
     """
 
+    gives_each = True  # it takes `each`
+
     def __init__(
         self,
         model: CausalLM,
@@ -217,6 +219,8 @@ class ServerSampler(EngineSampler):
         return self.version is None
 
     def ready(self, sampling: Sampling, policy_version: int) -> None:
+        if not self.asks:
+            raise RuntimeError("of several processes the first asks the servers, and not this one")
         if self.unsent is not None:
             try:
                 self.servers.push(self.unsent)

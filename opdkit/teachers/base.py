@@ -4,8 +4,10 @@ it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,7 +17,9 @@ from opdkit.objective.batch import Batch
 from opdkit.objective.facts import Fact, TopFact
 from opdkit.objective.head import Head, Source
 from opdkit.objective.supply import Tensors, supply
-from opdkit.types import DataRow
+from opdkit.types import DataRow, Rollout
+
+T = TypeVar("T")
 
 
 class Scorer(Protocol):
@@ -72,6 +76,34 @@ def in_order(parts: Sequence[Tensor], index: Sequence[Tensor], device: Any) -> T
     """
     values = torch.cat(list(parts))
     return torch.empty_like(values).index_copy_(0, torch.cat(list(index)), values).to(device)
+
+
+def early(scorer: Any, rollout: Rollout) -> bool:
+    """Whether requests about a rollout can be begun as it ends, whatever becomes of it and of the
+    others: as the scorer itself says.
+    """
+    return hasattr(scorer, "early") and bool(scorer.early(rollout))
+
+
+def elsewhere(scorer: Any) -> bool:
+    """Whether a scorer computes nothing here, so that it can be asked from another thread."""
+    return bool(getattr(scorer, "elsewhere", False))
+
+
+def side_by_side(scorers: Iterable[Any], calls: Iterable[Callable[[], T]]) -> list[T]:
+    """The result of each scorer's call, in order: those elsewhere are asked together, while those
+    in this process compute.
+    """
+    with ThreadPoolExecutor(64, thread_name_prefix="teacher") as threads:
+        given: list[Future[T] | Callable[[], T]] = [
+            threads.submit(copy_context().run, call) if elsewhere(scorer) else call
+            for scorer, call in zip(scorers, calls)
+        ]
+        here = [one() if callable(one) else None for one in given]
+        return [
+            one.result() if isinstance(one, Future) else found  # type: ignore[misc]
+            for one, found in zip(given, here)
+        ]
 
 
 def heads_of(scorer: Any) -> Sequence[Head]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 import torch
@@ -24,7 +24,7 @@ from opdkit.objective.facts import Fact, LogpFact, TopFact
 from opdkit.objective.head import Head, Source
 from opdkit.objective.supply import Tensors
 from opdkit.teachers import protocol
-from opdkit.teachers.base import Remote, Scorer, in_order, source_of
+from opdkit.teachers.base import in_order, source_of
 from opdkit.teachers.client_vllm_sglang import FAMILY, probe_ids
 from opdkit.teachers.front import LONGEST
 from opdkit.teachers.scored_facts import without_positions
@@ -40,7 +40,7 @@ SAME_STATE = 0.3
 
 def connect(
     endpoint: Endpoint, name: str, about: Sequence[Any], needs: Any, tokenizer: Any, model: str
-) -> Remote | Scorer:
+) -> Numbers | HiddenStates:
     """Numbers where they are enough, hidden states and the head where the method reads the whole
     vocabulary.
     """
@@ -130,9 +130,10 @@ def _keeps_order(server: Numbers | HiddenStates, tokenizer: Any) -> None:
 @dataclass
 class _Own(ABC):
     """`opdkit serve-teacher`: a request per micro-batch, composed as in this process, so that the
-    numbers are the same.
+    numbers are the same. Every answer says which weights gave it.
     """
 
+    elsewhere: ClassVar[bool] = True
     endpoint: Endpoint
     model: str
     fingerprint: str
@@ -251,6 +252,11 @@ class Numbers(_Own):
             values = [answer[str(number)] for answer in answers]
             made[fact] = in_order(values, index, positions.device)
         return made or {f: without_positions(f, positions.device) for f in wanted}
+
+    said = facts
+
+    def same_weights(self) -> None:
+        """Every answer has said so."""
 
 
 @dataclass

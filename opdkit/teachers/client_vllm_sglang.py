@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ class Probed:
 class Served:
     """Log-probs from vLLM or SGLang servers, a request per rollout."""
 
+    elsewhere: ClassVar[bool] = True
     endpoint: Endpoint
     wire: Wire
     model: str  # the name it is served under
@@ -83,6 +84,19 @@ class Served:
         ids: Mapping[TopFact, Tensor],
     ) -> Tensors:
         """The wanted facts [N] or [N, k] at flat positions [N]."""
+        made = self.said(wanted, layout, positions, ids)
+        if len(positions):
+            self.same_weights()
+        return made
+
+    def said(
+        self,
+        wanted: Collection[Fact],
+        layout: Layout,
+        positions: Tensor,
+        ids: Mapping[TopFact, Tensor],
+    ) -> Tensors:
+        """The same, which holds once `same_weights` has been asked after it."""
         rows = positions.cpu() // layout.width
         used = rows.unique().tolist()
         index = [(rows == b).nonzero()[:, 0] for b in used]
@@ -99,8 +113,6 @@ class Served:
             for b, i in zip(used, index)
         ]
         answers = self.endpoint.map(calls)
-        if answers:
-            self._same_weights()
         made: Tensors = {}
         for fact in wanted if answers else ():
             values = [answer[fact] for answer in answers]
@@ -141,7 +153,7 @@ class Served:
             made[fact] = self.wire.at(self.endpoint, self.model, ask, full)[t - first]
         return made
 
-    def _same_weights(self) -> None:
+    def same_weights(self) -> None:
         """Asked after the answers, so that none of them came from other weights unseen."""
         for probed in self.probed:
             probed.again(self.wire, self.model, alone=len(self.probed) == 1)

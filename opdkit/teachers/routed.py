@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -26,14 +27,17 @@ from opdkit.teachers.base import (
     Remote,
     answers,
     cut,
+    early,
+    elsewhere,
     heads_of,
     least_reads,
     longest_of,
+    side_by_side,
     tightest,
 )
 from opdkit.teachers.context import TeacherContext
 from opdkit.teachers.teacher import Teacher, precisions
-from opdkit.types import DataRow
+from opdkit.types import DataRow, Rollout
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,15 @@ class _Several:
             for key, teacher in self.teachers.items()
         )
 
+    @property
+    def elsewhere(self) -> bool:
+        return all(map(elsewhere, self.teachers.values()))
+
+    def early(self, rollout: Rollout) -> bool:
+        """As its own teacher says, where none of the others would compute here beside it."""
+        named = route(rollout.row.get("teacher"), self.teachers, f"rollout {rollout.id}")
+        return self.elsewhere and early(self.teachers[named], rollout)
+
     def cut(self, vocab: int | None) -> Self:
         """The same teachers, their heads kept to the first rows."""
         return replace(
@@ -131,11 +144,11 @@ class Routed(_Several):
     def source(self, layout: Layout, positions: Tensor) -> RoutedSource:
         """Each row's own teacher at flat positions [N]."""
         which = routes(self.teachers, layout, positions.device)
-        sources = [
-            t.source(layout, positions[which[positions] == i])
+        calls = [
+            partial(t.source, layout, positions[which[positions] == i])
             for i, t in enumerate(self.teachers.values())
         ]
-        return RoutedSource(sources, which)
+        return RoutedSource(side_by_side(self.teachers.values(), calls), which)
 
 
 @dataclass(frozen=True)
@@ -152,13 +165,18 @@ class RoutedRemote(_Several):
         """The wanted facts [N] or [N, k] at flat positions [N], each row's of its own teacher."""
         which = routes(self.teachers, layout, positions.device)[positions]
         made: Tensors = {}
-        for i, teacher in enumerate(self.teachers.values()):
-            at = (which == i).nonzero()[:, 0]
-            if not len(at) and isinstance(teacher, Remote):
-                continue  # one in this process may be spread over several, which ask it together
-            part = answers(
-                teacher, wanted, layout, positions[at], {f: v[at] for f, v in ids.items()}
-            )
+        asked = [
+            (teacher, at)
+            for i, teacher in enumerate(self.teachers.values())
+            # one in this process may be spread over several, which ask it together
+            if len(at := (which == i).nonzero()[:, 0]) or not isinstance(teacher, Remote)
+        ]
+        calls = [
+            partial(answers, t, wanted, layout, positions[at], {f: v[at] for f, v in ids.items()})
+            for t, at in asked
+        ]
+        parts = side_by_side([teacher for teacher, _ in asked], calls)
+        for (_, at), part in zip(asked, parts):
             for fact, values in part.items():
                 if fact not in made:
                     made[fact] = values.new_zeros(len(positions), *values.shape[1:])

@@ -24,6 +24,7 @@ from opdkit.teachers import client_serve, protocol
 from opdkit.teachers.base import Remote, Scorer
 from opdkit.teachers.client_vllm_sglang import Served, probe
 from opdkit.teachers.context import TeacherContext
+from opdkit.teachers.early import BEGUN, Begun, EarlyNumbers, EarlyStates
 from opdkit.teachers.refuse import refuse_facts
 from opdkit.teachers.speech import VoiceElsewhere
 from opdkit.teachers.teacher import Teacher
@@ -44,6 +45,10 @@ class ServerTeacher(Teacher):
     retries: int = 5  # of what can succeed: refused connections, time-outs, 429, 5xx
     # environment variable that holds the key; keys are never written to a run
     api_key_env: str | None = None
+    # whether rollouts are scored as each of them ends, while others are still being written; null:
+    # where that changes no number (vLLM, SGLang). `opdkit serve-teacher` then reads each rollout by
+    # itself: numbers differ by rounding from those of rollouts that it reads together
+    early: bool | None = None
 
     def __post_init__(self) -> None:
         addresses(self.urls, "the teacher's server")
@@ -84,13 +89,22 @@ class ServerTeacher(Teacher):
             )
         about = [card.get("opdkit") for card in cards.values()]
         if all(about):
-            return _ask_own(endpoint, names[0], about, context)
+            own = _ask_own(endpoint, names[0], about, context)
+            return self._begun(replace(own, micro_batch_tokens=1), context) if self.early else own
         if any(about):
             raise UserError(
                 "some of the teacher's servers are `opdkit serve-teacher` and some are not: use "
                 "one kind, as their numbers differ"
             )
-        return _ask_others(endpoint, names[0], cards, context)
+        others = _ask_others(endpoint, names[0], cards, context)
+        return others if self.early is False else self._begun(others, context)
+
+    def _begun(self, client: Any, context: TeacherContext) -> Remote | Scorer:
+        """A client whose answers may be begun before they are asked for."""
+        begun: Begun = context.once(BEGUN, Begun)
+        begun.threads += self.concurrency
+        kind = EarlyNumbers if isinstance(client, Remote) else EarlyStates
+        return kind(client, begun, repr(self))
 
     def _endpoint(self) -> Endpoint:
         return Endpoint(
@@ -122,7 +136,7 @@ class ServerTeacher(Teacher):
 
 def _ask_own(
     endpoint: Endpoint, name: str, about: list[Any], context: TeacherContext
-) -> Remote | Scorer:
+) -> client_serve.Numbers | client_serve.HiddenStates:
     """Servers that are all `opdkit serve-teacher`, by what they say of themselves."""
     method = context.method
     beyond = [

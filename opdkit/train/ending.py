@@ -44,11 +44,17 @@ class Watch(threading.Thread):
         except Exception:  # the process that holds the store is gone
             return True
 
+    def stop(self) -> None:
+        """Before this process ends: Python would end a thread in the midst of a call of the store,
+        and with it the process.
+        """
+        self.over.set()
+        self.join(EVERY)
+
     def fail(self) -> bool:
         """Tells the others that this process has failed; whether it is the first, and so the one
         that says why.
         """
-        self.over.set()
         try:
             first = int(self.store.add(FAILED, 1)) == 1
         except Exception:  # as above

@@ -164,6 +164,8 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
 
     record.curriculum = job.curriculum.metrics(collected.scored, step, total, state.memory)
     record.beside = job.companions.metrics()
+    record.collected = {**collected.counts, **job.collector.metrics()}
+    record.spans = job.collector.spans(step)
     state.memory = job.curriculum.observe(collected.scored, state.memory)  # observe
     state.stream = collected.stream
     record.join(job.mesh)

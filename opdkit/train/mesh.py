@@ -178,15 +178,17 @@ def joined(device: str) -> Iterator[Mesh]:
             stack.enter_context(redirect_stderr(silence))
         try:
             yield mesh
-            watch.over.set()
+            watch.stop()
             mesh.every(None)  # none leaves before all have done what they had to
         except KeyboardInterrupt as stop:
-            watch.over.set()
+            watch.stop()
             if mesh.rank:
                 raise EndedElsewhere(status(stop)) from stop
             raise
         except BaseException as error:
-            end_within(GRACE)
+            end_within(2 * GRACE)  # it may have to say why
+            watch.stop()
+            atexit.register(_leave)  # once it is said why
             if lost(error) or not watch.fail():
                 raise EndedElsewhere(1) from error
             tell()
@@ -195,7 +197,6 @@ def joined(device: str) -> Iterator[Mesh]:
 
 
 def _leave() -> None:
-    """Without an error only: who has failed may not wait for the others."""
     import torch.distributed as dist
 
     with suppress(Exception):  # where others are gone, there is nobody to take leave of

@@ -67,6 +67,9 @@ class StepRecord:
     curriculum: Mapping[str, float] = field(default_factory=dict)  # where it stood, by name
     earlier: frozenset[str] = frozenset()  # ids of rollouts that were written at earlier steps
     beside: Mapping[str, float] = field(default_factory=dict)  # so what stands beside the student
+    collected: Mapping[str, float] = field(default_factory=dict)  # so the step's rollouts
+    # when other parts of the run than trainer and sampler did what for the step
+    spans: Mapping[str, Sequence[Span]] = field(default_factory=dict)
     # steps and optimiser steps that the student has taken since the rollouts were asked for
     lag: tuple[int, int] = (0, 0)
 
@@ -126,6 +129,7 @@ class StepRecord:
         out["grad_norm"] = torch.stack(self.norms).mean().item()
         out["learning_rate"] = self.rate
         out |= {f"beside/{name}": value for name, value in self.beside.items()}
+        out |= self.collected
         return out | {f"curriculum/{name}": value for name, value in self.curriculum.items()}
 
     def by_turn(self, batch: Batch) -> dict[str, float]:
@@ -261,7 +265,8 @@ class Recorder:
         metrics["tokens/sampled_so_far"] = tokens
         metrics["memory/peak_gib"] = peak_memory(student.device)
         self.trackers.log(step, metrics)
-        self.timeline(step, {"trainer": clock.spans, "sampler": written.spans})
+        parts = {"trainer": clock.spans, "sampler": written.spans, **record.spans}
+        self.timeline(step, parts)
         if self.idle is not None:
             self.idle(metrics)
         if self.keep_samples and self.sample_every and (step == 1 or step % self.sample_every == 0):
@@ -414,7 +419,7 @@ def speed(
 
 
 # metrics that differ between equal runs
-TIMINGS = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
+TIMINGS = ("seconds/", "tokens_per_second/", "mfu/", "memory/", "early/")
 
 
 def peak_memory(device: torch.device) -> float:

@@ -83,9 +83,7 @@ def check_merge(model: Any) -> None:
     """
     base = model.get_base_model()
     shared = {id(p) for p in _shared(base)}
-    tied = sorted(
-        name for name, layer in _adapted(base) if id(layer.get_base_layer().weight) in shared
-    )
+    tied = sorted(name for name, layer in _adapted(base) if id(_weight(layer)) in shared)
     if tied:
         raise UserError(
             f"lora.targets adapts {', '.join(tied)}, whose weight is that of another layer too "
@@ -135,12 +133,20 @@ def _shared(base: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter, count in seen.values() if count > 1]
 
 
+def _weight(layer: Any) -> Tensor:
+    """[...]: what an adapter is added to: a layer's weight, or of experts one of their tensors."""
+    found: Tensor = (
+        layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
+    )
+    return found
+
+
 def _fill(layer: Any) -> None:
     """Weights for the second matrix of an adapter, which starts at zero: as large an effect as the
     layer's own.
     """
     generator = torch.Generator().manual_seed(0)
-    size = layer.get_base_layer().weight.float().std()
+    size = _weight(layer).float().std()
     for part in (layer.lora_B, layer.lora_embedding_B):
         for inner in part.values():
             weight = inner.weight if hasattr(inner, "weight") else inner

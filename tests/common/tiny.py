@@ -66,7 +66,8 @@ def tiny_model(
     spread: float = 0.2,
     **config: Any,
 ) -> Any:
-    """A random causal LM in float32 and eval mode: kind is qwen3, llama, gemma2, granite or cohere.
+    """A random causal LM in float32 and eval mode: kind is qwen3, qwen3_moe, llama,
+    mixtral, gemma2, granite or cohere.
 
     `spread` is the standard deviation of its weights: at the usual 0.02 a tiny model is almost
     uniform and tests would see nothing.
@@ -79,7 +80,8 @@ def tiny_model(
         "gemma2": hf.Gemma2Config,
         "granite": hf.GraniteConfig,
     }
-    kinds["cohere"] = hf.CohereConfig
+    kinds |= {"cohere": hf.CohereConfig, "mixtral": hf.MixtralConfig}
+    kinds["qwen3_moe"] = hf.Qwen3MoeConfig
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden,

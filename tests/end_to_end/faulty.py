@@ -1,7 +1,8 @@
 """A method whose file, where a run loads it, has one of several processes fail at a named moment.
 
 FAULT is JSON: {"at": a name in `MOMENTS`, "rank": whose, "how": "kill" or "error", "note": a file
-in which the moment is noted}. Without it the method is plain OPD.
+in which the moment is noted, "time": the how-manieth, if not that of `MOMENTS`}. Without it the
+method is plain OPD.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def place(fault: dict[str, Any]) -> None:
         raise ValueError("the disk fell asleep")
 
     module, name, number = MOMENTS[fault["at"]]
+    number = fault.get("time", number)
     holder: Any = importlib.import_module(module)
     *path, last = name.split(".")
     for part in path:

@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from opdkit.base.files import read_lines
 from opdkit.methods.method import load, methods
-from tests.common.tiny import save_tiny
+from tests.common.other_tokenizers import sentencepiece
+from tests.common.tiny import save_tiny, tiny_model
 from tests.end_to_end.conftest import Shop, gsm8k_rows, write_rows
 from tests.end_to_end.ranks import main
 
 ROOT = Path(__file__).parents[2]
 NOISE = ("seconds/", "memory/", "tokens_per_second/", "mfu/")
-MOST = {"gradients": 1e-12, "metrics": 1e-12, "weights": 1e-11}  # AdamW divides by what is small
+MOST = {"gradients": 1e-12, "metrics": 1e-12, "weights": 1e-12}
 SEEN = {"timeout": 900, "capture_output": True, "text": True, "cwd": ROOT}
 
 
@@ -54,7 +58,8 @@ def values(shop: Shop, data: str, folder: Path, method: str, **settings: Any) ->
         "prompts_per_step": 3,
         "keep_samples": 0,
         "sampling": {"num_generations": 2, "max_completion_length": 6},
-        "optim": {"learning_rate": 1e-3},
+        # AdamW divides what is but rounding, where a gradient is zero, by no less than eps
+        "optim": {"learning_rate": 1e-3, "eps": 1e-6},
     }
     out["models"] = dict.fromkeys(unnamed, shop.teacher)
     if method == "dph_rl":
@@ -68,10 +73,16 @@ def values(shop: Shop, data: str, folder: Path, method: str, **settings: Any) ->
     return out | settings
 
 
+def stored(shop: Shop, cache: Path, folder: Path) -> dict[str, Any]:
+    """Two steps on rollouts that were written and scored before: all that Lightning OPD reads."""
+    out = values(shop, str(cache), folder, "lightning_opd", teacher=f"cached:{cache}")
+    return {k: v for k, v in out.items() if k not in ("reward", "sampling")}
+
+
 def on(count: int, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
     """What these runs come to in so many processes."""
     here = folder / str(count)
-    here.mkdir()
+    here.mkdir(parents=True)
     mine = {n: {**v, "output": str(here / f"run{i}")} for i, (n, v) in enumerate(cases.items())}
     (here / "cases.json").write_text(json.dumps(mine))
     arguments = [str(here / "cases.json"), str(here / "found.pt")]
@@ -90,9 +101,9 @@ def differences(one: dict[str, Any], several: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {"worst": ""}
     for kind in ("gradients", "weights"):
         assert set(one[kind]) == set(several[kind])
-        size = max(float(x.norm()) for x in one[kind].values())
+        size = max((float(x.norm()) for x in one[kind].values()), default=0.0)
         apart = (float((x - several[kind][n]).norm()) for n, x in one[kind].items())
-        out[kind] = max(apart) / max(size, 1e-300)
+        out[kind] = max(apart, default=0.0) / max(size, 1e-300)
     assert len(one["metrics"]) == len(several["metrics"])
     out["metrics"] = 0.0
     for a, b in zip(one["metrics"], several["metrics"]):
@@ -119,7 +130,7 @@ def compare(cases: dict[str, dict[str, Any]], folder: Path, counts: tuple[int, .
 
 def test_two_processes_find_what_one_finds(shop: Shop, data: str, tmp_path: Path) -> None:
     """Sampled tokens, the whole vocabulary, a top k, groups over several updates, adapters."""
-    several = {"learning_rate": 1e-3, "passes": 2, "minibatches": 2}
+    several = {"learning_rate": 1e-3, "eps": 1e-6, "passes": 2, "minibatches": 2}
     asked = {
         "opd": {},
         "gkd": {"gradient_checkpointing": True},
@@ -133,10 +144,15 @@ def test_two_processes_find_what_one_finds(shop: Shop, data: str, tmp_path: Path
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("part", range(4))
-def test_every_method_on_two_and_three(part: int, shop: Shop, data: str, tmp_path: Path) -> None:
-    stored = {"lightning_opd"}  # it reads what others wrote: see the tests of caches
-    every = [m for m in methods() if m not in stored][part::4]
-    cases = {m: values(shop, data, tmp_path, m) for m in every}
+def test_every_method_on_two_and_three(
+    part: int, shop: Shop, data: str, cache: Path, tmp_path: Path
+) -> None:
+    cases = {
+        m: stored(shop, cache, tmp_path)
+        if m == "lightning_opd"
+        else values(shop, data, tmp_path, m)
+        for m in methods()[part::4]
+    }
     compare(cases, tmp_path, (2, 3))
 
 
@@ -153,3 +169,142 @@ def test_models_of_every_kind(shop: Shop, data: str, tmp_path: Path) -> None:
         "one rollout, gkd": values(shop, data, tmp_path, "gkd", **one),
     }
     compare(cases, tmp_path, (2, 3))
+
+
+EXPERTS = {"moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 2}
+
+
+@pytest.mark.ranks
+def test_a_mixture_of_experts(shop: Shop, data: str, tmp_path: Path) -> None:
+    """One rollout reaches few of the experts, and none of those of the processes without one."""
+    noise = {"router_jitter_noise": 0.3}  # as dropout, it is off
+    moe = save_tiny(tmp_path / "moe", "qwen3_moe", **EXPERTS, **noise)
+    tied = save_tiny(tmp_path / "tied", "qwen3_moe", tie_word_embeddings=True, **EXPERTS)
+    mixtral = save_tiny(tmp_path / "mixtral", "mixtral", num_local_experts=4, **noise)
+    one = {"prompts_per_step": 1, "sampling": {"num_generations": 1, "max_completion_length": 6}}
+    cases = {
+        "plain": values(shop, data, tmp_path, "opd", student=moe),
+        "tied": values(
+            shop, data, tmp_path, "gkd", student=tied, teacher=moe, gradient_checkpointing=True
+        ),
+        "adapters": values(shop, data, tmp_path, "opd", student=moe, lora={"r": 4}),
+        "mixtral": values(shop, data, tmp_path, "opd", student=mixtral),
+        "one rollout": values(shop, data, tmp_path, "opd", student=moe, **one),
+    }
+    compare(cases, tmp_path, (2, 3))
+
+
+@pytest.mark.ranks
+def test_teachers_of_every_kind(shop: Shop, data: str, tmp_path: Path) -> None:
+    """Spread over the processes, or whole on each: by route, mixed, averaged, behind a view, the
+    student itself, with another tokenizer.
+    """
+    rows = [
+        {**row, "teacher": ("default", "b")[i % 2]} for i, row in enumerate(read_lines(Path(data)))
+    ]
+    routed = write_rows(tmp_path / "routed.jsonl", rows)
+    far = str(tmp_path / "far")
+    sentencepiece(chat=True, bos=True).save_pretrained(far)
+    size = max(sentencepiece(chat=True, bos=True).get_vocab().values()) + 1
+    tiny_model("llama", size, seed=4).save_pretrained(far)
+    two = {"default": shop.teacher, "b": shop.llama}
+    tied = save_tiny(tmp_path / "tied", seed=3, tie_word_embeddings=True)
+    ema = {"kind": "self", "weights": "ema", "rate": 0.1}
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "by route": ("gkd", {"teacher": two, "data": routed}),
+        "mixed": ("gkd", {"teacher": {"kind": "mixture", "of": {"a": shop.teacher, "b": tied}}}),
+        "tied": ("topk_opd", {"teacher": tied}),
+        "averaged": ("opd", {"teacher": f"soup:{shop.student},{shop.teacher}"}),
+        "an average of the student": ("gkd", {"teacher": {**ema, "view": "solution"}}),
+        "with another tokenizer": ("uld", {"teacher": far}),
+        "with another tokenizer, merged": ("gold(hybrid=true, lmbda=1.0)", {"teacher": far}),
+        "a reference below adapters": ("exopd", {"lora": {"r": 4}}),
+        "whole": ("gkd", {"shard_teachers": False}),
+        "that writes too": ("minillm(teacher_mix=0.2)", {}),
+    }
+    compare(
+        {n: values(shop, data, tmp_path, m) | x for n, (m, x) in kinds.items()}, tmp_path, (2, 3)
+    )
+
+
+OWN = '''
+"""Methods of one's own: what each process has of its tokens' top 4, in a mean and a quantile."""
+
+from dataclasses import dataclass
+
+from opdkit.objective import LogRatio, MeanOne, Objective, PolicyGradient, Quantile, Signal
+
+
+@dataclass(frozen=True)
+class Apart(Signal):
+    def value(self, batch):
+        own, other = (batch[model].at_top("student", 4) for model in ("student", "teacher"))
+        return (own.exp() * (own - other)).sum(-1).abs()
+
+
+@dataclass(frozen=True)
+class Beside(Signal):
+    def value(self, batch):
+        apart = Apart().value(batch)
+        return apart / apart[batch.mask].mean()
+
+
+def weighed(by):
+    return Objective(PolicyGradient(LogRatio("teacher", "student")) * by)
+
+
+def exact():
+    return weighed(MeanOne(Apart()) * (Apart() >= Quantile(Apart(), 0.5)))
+
+
+def joined():
+    return weighed(Beside())
+
+
+def nothing():
+    return weighed(Apart() > 1e9)
+'''
+
+
+@pytest.mark.ranks
+def test_methods_of_ones_own(shop: Shop, data: str, tmp_path: Path) -> None:
+    """Numbers of several tokens from facts at a top k; steps in which nothing is selected, or there
+    is one rollout for all processes.
+    """
+    (tmp_path / "own.py").write_text(OWN)
+    own = f"{tmp_path / 'own.py'}:"
+    one = {"prompts_per_step": 1, "sampling": {"num_generations": 1, "max_completion_length": 6}}
+    cases = {
+        "exact": values(shop, data, tmp_path, own + "exact"),
+        "one rollout": values(shop, data, tmp_path, own + "exact", **one),
+        "nothing": values(shop, data, tmp_path, own + "nothing"),
+    }
+    compare(cases, tmp_path, (2, 3))
+    with pytest.raises(AssertionError, match="Make it in two signals"):
+        on(2, {"joined": values(shop, data, tmp_path, own + "joined")}, tmp_path / "refused")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_saved_experts_are_those_of_one_process(
+    shop: Shop, tmp_path: Path, tied: bool, lora: bool
+) -> None:
+    """The same names and numbers, which plain from_pretrained loads."""
+    student = save_tiny(tmp_path / "student", "qwen3_moe", tie_word_embeddings=tied, **EXPERTS)
+    saved = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        several = ["--nproc=2"] if count == 2 else []
+        adapters = ["lora.r=4"] if lora else []
+        assert shop.train(out, *several, "dtype=float64", *adapters, student=student) == 0
+        saved.append(load_file(out / "model" / "model.safetensors"))
+        model, report = AutoModelForCausalLM.from_pretrained(
+            out / "model", dtype=torch.float64, output_loading_info=True
+        )
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    one, two = saved
+    assert set(one) == set(two)
+    for name, weight in one.items():
+        assert torch.allclose(two[name], weight, 0, 1e-6), name

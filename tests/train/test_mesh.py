@@ -7,20 +7,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from opdkit.base.errors import UserError
 from opdkit.methods.method import load, methods
 from opdkit.objective import (
     Around,
     Batch,
     Companions,
+    GroupMean,
     LogpAtFact,
+    MeanOne,
     Objective,
     PolicyGradient,
+    Quantile,
+    RowMean,
     Signal,
     TopFact,
 )
@@ -147,33 +153,49 @@ def test_the_gradient_of_several_is_that_of_one(name: str, fresh: bool) -> None:
             assert asked == sorted(scorer.asked), model
 
 
+@dataclass(frozen=True)
 class Mass(Signal):
-    """[B, T]: the teacher's mass on its top 2; with `whole`, wrongly, its mean over the step."""
+    """[B, T]: the teacher's mass on its top 2, or, wrongly, what it is beside that of all tokens:
+    their mean [1, 1], its part of that, whether it is above, whether most ids are.
+    """
 
-    def __init__(self, whole: bool):
-        self.of = whole
+    beside: str = ""
 
     def value(self, batch: Batch) -> Tensor:
-        batch.read(TopFact("teacher", 2))
+        ids = batch.read(TopFact("teacher", 2)).double()
         mass = batch.read(LogpAtFact("teacher", "teacher", 2)).exp().sum(-1)
-        return mass.mean().view(1, 1) if self.of else mass
+        mean = mass[batch.mask].mean()
+        return {
+            "": mass,
+            "mean": mean.view(1, 1),
+            "part": mass / mean,
+            "above": (mass > mean).to(mass.dtype),
+            "ids": (ids > ids.mean()).any(-1).to(mass.dtype),
+        }[self.beside]
 
 
-def test_a_number_of_the_step_is_not_made_from_facts_that_are_not_shared() -> None:
-    for whole in (False, True):
-        signal = Mass(whole)
-        objective = Objective(PolicyGradient(load("opd").objective.terms[0].loss.credit) * signal)
-        rollouts, logits = step(objective)
-        one = learned(objective, ALONE, rollouts, logits)[0]
+def gradient(signal: Signal, size: int) -> tuple[Tensor, Tensor]:
+    """The gradient [B * T, V] of OPD times a signal, of one process and of several."""
+    objective = Objective(PolicyGradient(load("opd").objective.terms[0].loss.credit) * signal)
+    rollouts, logits = step(objective)
+    one = learned(objective, ALONE, rollouts, logits)[0]
+    parts = on_each(size, lambda mesh: learned(objective, mesh, rollouts, logits)[0])
+    return one, sum(parts)  # type: ignore[return-value]
 
-        def together(mesh: Any, objective: Any = objective, at: Any = (rollouts, logits)) -> Any:
-            return learned(objective, mesh, *at)[0]
 
-        if whole:
-            with pytest.raises(ValueError, match=r"first make a signal \[B, T\] of it"):
-                on_each(2, together)
-        else:
-            assert (sum(on_each(2, together)) - one).norm() <= 1e-12 * one.norm()
+@pytest.mark.parametrize("beside", ["mean", "part", "above", "ids"])
+def test_a_number_of_several_tokens_is_not_made_from_facts_that_are_not_shared(beside: str) -> None:
+    with pytest.raises(UserError, match="Make it in two signals"):
+        gradient(Mass(beside), 2)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_it_is_made_from_a_signal(size: int) -> None:
+    """A mean, a quantile and groups, of what each process has of its own tokens."""
+    mass = Mass()
+    for signal in (mass, MeanOne(mass), mass >= Quantile(mass, 0.5), GroupMean(RowMean(mass))):
+        one, several = gradient(signal, size)
+        assert (several - one).norm() <= 1e-12 * one.norm() and one.norm() > 0
 
 
 def test_the_longest_are_shared_out_first() -> None:

@@ -109,7 +109,7 @@ def follow(
     sync = sampler.sync
 
     def probed(student: Any, version: int) -> None:
-        probe = sampler.probe[0] if isinstance(sampler.probe, list) else sampler.probe
+        probe = sampler.servers.all[0].probe if hasattr(sampler, "servers") else sampler.probe
         before = probe._trainer
         sync(student, version)
         watch.probes.append(float(probe.gap))

@@ -4,9 +4,11 @@ files. Tolerances as in test_sampler.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -14,9 +16,10 @@ from opdkit.base.errors import UserError
 from opdkit.models.engines.endpoint import Endpoint
 from opdkit.sampling import HFSampler
 from opdkit.sampling.server import ServerSampler, ServerSettings
+from opdkit.sampling.servers import Server
 from opdkit.types import Prompt, Sampling
 from tests.vllm import test_adapters as adapters
-from tests.vllm.conftest import build, questions
+from tests.vllm.conftest import FOLLOWS, build, questions
 from tests.vllm.test_sampler import CLOSE, assert_drawn, move, without_numbers, worst
 
 pytestmark = pytest.mark.vllm
@@ -89,7 +92,8 @@ def test_both_log_probs_are_exact_and_draws_are_keyed(
 def test_log_probs_follow_every_update_and_files_are_removed(
     sampler: ServerSampler, student: Any, prompts: list[Prompt]
 ) -> None:
-    (probe,) = sampler.probe
+    (served,) = sampler.servers.all
+    probe: Any = served.probe
     for version in range(1, 4):
         before = probe.expected()
         move(student, version)
@@ -104,19 +108,25 @@ def test_log_probs_follow_every_update_and_files_are_removed(
 
 
 def test_an_update_that_does_not_arrive_stops_the_run(
-    sampler: ServerSampler, student: Any, monkeypatch: pytest.MonkeyPatch
+    sampler: ServerSampler,
+    student: Any,
+    prompts: list[Prompt],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(sampler, "_send_weights", lambda folder: None)
+        patch.setattr(Server, "_call", lambda *_: None)
         move(student, 10)
         with pytest.raises(UserError, match=r"sending weights to http.* not the student's"):
             sampler.sync(student, 4)
     with monkeypatch.context() as patch:
-        # nothing lies in the folder
-        patch.setattr("opdkit.sampling.server.save_weights", lambda weights, folder, dtype: folder)
+        # nothing lies in the folder, which is an error of the server
+        patch.setattr("opdkit.sampling.server.save_weights", lambda weights, folder, dtype: None)
+        patch.setattr(sampler.servers.endpoint, "sleep", lambda seconds: None)
+        sampler.sync(student, 5)  # the step is done: the next draw says so
         with pytest.raises(UserError, match=r"(?s)holds no weights.*--worker-extension-cls"):
-            sampler.sync(student, 5)
+            sampler.sample(prompts, GREEDY, policy_version=5)
     sampler.sync(student, 6)
+    assert worst(student, sampler.sample(prompts, GREEDY, policy_version=6)) < CLOSE
 
 
 def test_adapters_alone(
@@ -134,7 +144,8 @@ def test_adapters_alone(
             adapters.move(model, version)
             mine.sync(model, version)
         rollouts = mine.sample(prompts, GREEDY, policy_version=version)
-        assert mine.probe[0].gap is not None and mine.probe[0].gap < CLOSE
+        gap = mine.servers.all[0].probe.gap  # type: ignore[union-attr]
+        assert gap is not None and gap < CLOSE
         assert without_numbers(rollouts) == without_numbers(
             HFSampler(model, tokenizer).sample(prompts, GREEDY, policy_version=version)
         )
@@ -143,12 +154,12 @@ def test_adapters_alone(
         )
         assert worst(model, rollouts) < CLOSE and worst(model, drawn) < CLOSE
     known = [card["id"] for card in Endpoint([server]).get("/v1/models")["data"]]
-    assert known == ["tiny", mine.name]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mine, "_send_adapters", lambda folder, version: None)
-        adapters.move(model, 9)
-        with pytest.raises(UserError, match=r"sending adapters to http.* not the student's"):
-            mine.sync(model, 3)
+    assert known == ["tiny", mine.servers.name]
+    send: Any = mine.staged(model, 3)
+    [push] = send.args
+    adapters.move(model, 9)  # what is sent is not what is expected now
+    with pytest.raises(UserError, match=r"sending adapters to http.* not the student's"):
+        mine._send(replace(push, expected=mine.probe.expected()))
 
 
 def test_a_server_that_is_started_otherwise(
@@ -157,20 +168,56 @@ def test_a_server_that_is_started_otherwise(
     """Without the worker's methods no weights reach it; log-probs of the plain softmax alone do for
     plain sampling only.
     """
-    url = serve(checkpoint(0))
-    padded = build(0)
+    url = serve(checkpoint(0, 320))
+    student = build(0, rows=320)
     with pytest.raises(
         UserError,
-        match=r"(?s)opdkit_head.*VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls",
+        match=r"(?s)opdkit_load_folder.*VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls",
     ):
-        ServerSampler(padded, tokenizer, ServerSettings((url,)))
+        ServerSampler(student, tokenizer, ServerSettings((url,))).sync(student, 0)
     with pytest.raises(UserError, match="does not serve 'other' but tiny"):
-        ServerSampler(padded, tokenizer, ServerSettings((url,), model="other"))
+        ServerSampler(student, tokenizer, ServerSettings((url,), model="other"))
     with pytest.MonkeyPatch.context() as patch:
         # it holds the right weights from the start
-        patch.setattr(ServerSampler, "_call", lambda self, method, argument: None)
-        # its head is not cut
-        mine = ServerSampler(padded, tokenizer, ServerSettings((url,), sync_tolerance=1.0))
+        patch.setattr(Server, "_call", lambda *_: None)
+        mine = ServerSampler(student, tokenizer, ServerSettings((url,)))
         assert len(mine.sample(prompts, GREEDY)) == 4
         with pytest.raises(UserError, match="--logprobs-mode processed_logprobs"):
             mine.sample(prompts, Sampling(temperature=0.7, max_completion_length=8))
+
+
+def test_one_of_two_ends_and_comes_back(
+    serve: Callable[..., str],
+    running: dict[str, subprocess.Popen[str]],
+    checkpoint: Callable[..., str],
+    tokenizer: Any,
+    prompts: list[Prompt],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The run goes on with the other; with random weights again it is used once it was sent the
+    student's.
+    """
+    urls = [serve(checkpoint(0), *FOLLOWS) for _ in range(2)]
+    student = build(3)
+    sampler = ServerSampler(student, tokenizer, ServerSettings(tuple(urls)))
+
+    def check(version: int, alive: int) -> None:
+        own = HFSampler(student, tokenizer).sample(prompts, GREEDY, policy_version=version)
+        ours = sampler.sample(prompts, GREEDY, policy_version=version)
+        assert without_numbers(ours) == without_numbers(own) and worst(student, ours) < CLOSE
+        assert sampler.metrics() == {"sampler/servers": float(alive)}
+
+    check(0, 2)
+    running[urls[0]].terminate()
+    running[urls[0]].wait(timeout=60)
+    check(0, 1)
+    move(student, 1)
+    sampler.sync(student, 1)
+    check(1, 1)
+    serve(checkpoint(0), *FOLLOWS, port=urlsplit(urls[0]).port)
+    check(1, 1)
+    move(student, 2)
+    sampler.sync(student, 2)
+    check(2, 2)
+    said = [line for line in capfd.readouterr().err.splitlines() if "opdkit: the samp" in line]
+    assert len(said) == 2 and "is left out" in said[0] and "is back" in said[1]

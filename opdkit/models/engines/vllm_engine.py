@@ -8,6 +8,7 @@ import os
 import random
 import tempfile
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError, nearest
+from opdkit.base.launched import processes, rank
 from opdkit.models.engines.prompt_logprobs import PromptScores, parse_prompt_logprobs
 from opdkit.models.engines.weights import DTYPES, save_weights
 
@@ -82,11 +84,17 @@ def _refuse(settings: EngineSettings, cpu: bool) -> None:
             "enable_sleep_mode=true frees a GPU's memory while the trainer works; this engine "
             "runs on the CPU, where vLLM has no such mode. Set it to false"
         )
-    if torch.distributed.is_initialized() and not OPEN:
+    if torch.distributed.is_initialized() and not OPEN and processes() == 1:
         raise UserError(
-            "this process belongs to a training job of several processes, and an engine in it "
-            "would use their process group: start `vllm serve` beside the job and sample from "
-            "it (sampler=server:URL, teacher=server:URL)"
+            "this process belongs to a training job of several processes that opdkit did not "
+            "start, and an engine in it would use their process group: start `vllm serve` beside "
+            "the job and sample from it (sampler=server:URL, teacher=server:URL)"
+        )
+    if processes() > 1 and settings.tensor_parallel_size > 1:
+        raise UserError(
+            f"tensor_parallel_size={settings.tensor_parallel_size} spreads one engine over several "
+            "devices, and in a run of several processes each has an engine on its own: set it to "
+            "1, or start `vllm serve` beside the run (sampler=server:URL, teacher=server:URL)"
         )
 
 
@@ -107,6 +115,9 @@ def _extra(settings: EngineSettings, cpu: bool, lora_rank: int) -> dict[str, Any
     for name in ("kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens"):
         if (value := getattr(settings, name)) is not None:
             extra[name] = value
+    if processes() > 1:
+        # one engine in each of the run's processes, on its device, within their process group
+        extra["distributed_executor_backend"] = "external_launcher"
     # there a request with a seed ends the engine (vLLM 0.32) if its prompt is read in parts
     if cpu:
         extra["enable_chunked_prefill"] = False
@@ -228,8 +239,10 @@ class Engine:
         """New weights by their names in the checkpoint, [...] of any shape: by reference, one after
         the other, or through a folder where other processes hold the model.
         """
+        weights = iter(weights)
         if self.settings.tensor_parallel_size == 1:
             self.llm.collective_rpc("opdkit_load", args=(weights,))
+            deque(weights, maxlen=0)  # where processes put them together, all go to the end
         else:
             with tempfile.TemporaryDirectory(prefix="opdkit-weights-") as folder:
                 save_weights(weights, Path(folder), self.dtype)
@@ -304,7 +317,7 @@ class Engine:
 
 def _end(core: Any, mark: object) -> None:
     OPEN.discard(mark)
-    if OPEN:
+    if OPEN or processes() > 1:  # whose process group is the run's own
         core.model_executor.shutdown()
     else:
         core.shutdown()
@@ -343,9 +356,13 @@ def _starting() -> Iterator[None]:
     """
     import numpy as np
 
-    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
+    told = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if processes() > 1:  # the device that this process is on, whoever started it
+        usual = os.environ.get("LOCAL_RANK", rank())
+        here = torch.cuda.current_device() if torch.cuda.is_available() else usual
+        told["LOCAL_RANK"] = str(here)
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
     states, threads = (random.getstate(), np.random.get_state()), torch.set_num_threads
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
@@ -355,10 +372,11 @@ def _starting() -> Iterator[None]:
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_num_threads = threads
-            if before is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = before
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from opdkit.base.errors import UserError
 from opdkit.models.adapters import has_adapters
 from opdkit.models.load import CausalLM
-from opdkit.models.sharding import is_spread
+from opdkit.models.sharding import is_spread, reshard
 from opdkit.objective.parts import is_part, whole
 
 # that vLLM computes in
@@ -63,7 +63,7 @@ def checkpoint_weights(model: CausalLM, merged: bool = True) -> Iterator[tuple[s
             "sent weights needs them whole: sample with the model in this process (sampler=hf), or "
             "do not quantise the student"
         )
-    in_parts(model)
+    reshard(model)
     base, lora = model, {}
     if has_adapters(model):
         base = model.get_base_model()
@@ -82,18 +82,6 @@ def checkpoint_weights(model: CausalLM, merged: bool = True) -> Iterator[tuple[s
                 weight = weight + _delta(layer, adapter).to(weight.dtype)
             weights[name] = weight
         yield from revert_weight_conversion(base, weights).items()
-
-
-def in_parts(model: CausalLM) -> None:
-    """Of a model that is spread over processes, takes what is whole since its last pass down to
-    this process's part again; the same on all of them.
-    """
-    if is_spread(model):
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
 
 def _layer(name: str) -> str:
@@ -153,7 +141,7 @@ def save_adapters(model: CausalLM, folder: Path | None) -> None:
     """
     given = {}
     if is_spread(model):
-        in_parts(model)
+        reshard(model)
         named = model.named_parameters()
         given["state_dict"] = {n: whole(p.detach()).cpu() for n, p in named if p.requires_grad}
     if folder is not None:

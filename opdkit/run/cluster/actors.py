@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +103,18 @@ def here() -> tuple[str, str]:
     return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
 
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Behind it SIGTERM is handled as before: Ray decides on it as it begins."""
+    mine = threading.current_thread() is threading.main_thread()
+    usual = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, usual)
+
+
 class Cluster:
     """Ray, started for this run or joined."""
 
@@ -109,8 +123,6 @@ class Cluster:
         alone counts as many, whatever the machine has.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
-        # a part without GPU may see them: it is not the only one that is asked not to use them
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         ray = _ray()
         if ray.is_initialized():
@@ -118,6 +130,8 @@ class Cluster:
                 "this process is connected to Ray already, and a run opens it for itself: end that "
                 "first (ray.shutdown()), or start the run as `opdkit train`"
             )
+        address = address or os.environ.get("RAY_ADDRESS") or None
+        self.alone = address is None
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if address is None:
             count = max(os.cpu_count() or 1, math.ceil(cpus))
@@ -125,7 +139,8 @@ class Cluster:
         else:
             settings["address"] = address
         try:
-            ray.init(namespace=namespace, **settings)
+            with _own_signals():
+                ray.init(namespace=namespace, **settings)
         except Exception as error:
             raise UserError(
                 f"Ray could not be {'started here' if address is None else f'joined at {address}'} "
@@ -143,15 +158,14 @@ class Cluster:
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in _ray().nodes() if node["Alive"]]
 
-    def reserve(self, parts: Mapping[str, Bundle], patience: float, grows: bool) -> None:
-        """Room for all parts of a run at once; an error that says what is missing.
-
-        grows: whether machines may still join, which are then waited for.
+    def reserve(self, parts: Mapping[str, Bundle], patience: float) -> None:
+        """Room for all parts of a run at once; an error that says what is missing, once machines
+        that might join have been waited for.
         """
         ray = _ray()
         end = time.monotonic() + patience
         while missing := unplaced(parts, [node["Resources"] for node in self._nodes()]):
-            if not grows or time.monotonic() > end:
+            if self.alone or time.monotonic() > end:
                 raise UserError(self._too_small(parts, missing))
             time.sleep(EVERY)
         self.names = list(parts)
@@ -204,7 +218,13 @@ class Cluster:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self.here, soft=False)
         take = take or {}
         options |= {"num_cpus": take.get("CPU", 0), "num_gpus": take.get("GPU", 0)}
-        return Actor(name, _ray().remote(kind).options(**options).remote(*arguments))
+        try:
+            return Actor(name, _ray().remote(kind).options(**options).remote(*arguments))
+        except ValueError as error:
+            raise UserError(
+                f"the cluster has a {name} of this run already: another program does the run in "
+                "this folder. Wait for its end, or choose another output=DIR"
+            ) from error
 
     def close(self) -> None:
         """Ends all that was started in it, and leaves it."""

@@ -35,13 +35,13 @@ class Teller(io.TextIOBase):
     """A stream whose text goes to the board, line by line."""
 
     def __init__(self, say: Callable[[str], None]):
-        self.tell, self.text, self.lock = say, "", threading.Lock()
+        self.say, self.text, self.lock = say, "", threading.Lock()
 
     def write(self, text: str) -> int:
         with self.lock:
             *lines, self.text = (self.text + text).split("\n")
             for line in lines:
-                self.tell(line + "\n")
+                self.say(line + "\n")
         return len(text)
 
     def flush(self) -> None:

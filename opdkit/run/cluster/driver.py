@@ -36,6 +36,7 @@ from opdkit.run.processes import GRACE
 from opdkit.run.resolve import placed
 from opdkit.run.settings import Run
 from opdkit.teachers.pool import Gone
+from opdkit.train.checkpoint import checkpoints
 
 SPARE = 0.01  # of what a teacher takes: its spare needs none of it while it waits
 DIED = "died"  # how a process ended that could say no more
@@ -78,7 +79,7 @@ def _started(run: Run, settings: RayCluster) -> Iterator[Started]:
     try:
         gpu = _on_gpus(run, cluster.gpus)
         parts = bundles(run, settings, gpu)
-        cluster.reserve(parts, settings.patience, grows=settings.address is not None)
+        cluster.reserve(parts, settings.patience)
         board = cluster.start(Board, (), "board")
         yield Started(
             cluster,
@@ -189,6 +190,7 @@ class _Driver:
 
     def train(self) -> None:
         """To the run's end; its error, where it has one, is raised here."""
+        before: Any = None
         while True:
             end = self._once()
             if end.how == DONE:
@@ -198,13 +200,19 @@ class _Driver:
             if self.stop is not None or end.how == STOPPED:
                 raise self.stop or KeyboardInterrupt
             said, _, trace = end.said.partition("\n")
-            if self.restarts == self.settings.restarts:
+            # an error that comes again at the same place would come each time
+            now = end.how, said, checkpoints(self.run.folder)
+            again = end.how == FAILED and now == before
+            if again or self.restarts == self.settings.restarts:
                 told = (
                     f"{said}. The trainers have been started again {self.restarts} times "
-                    "(cluster.restarts). What was learnt up to the newest checkpoint is kept: "
-                    "continue with --resume"
+                    f"(cluster.restarts={self.settings.restarts}). What was learnt up to the "
+                    "newest checkpoint is kept: continue with --resume"
                 )
-                raise RuntimeError(told) from RuntimeError(trace) if trace else UserError(told)
+                if end.how == FAILED:
+                    raise RuntimeError(told) from RuntimeError(trace)
+                raise UserError(told)
+            before = now
             self.restarts += 1
             self._tell(
                 f"opdkit: {said}: the trainers are started again from the newest checkpoint "
@@ -222,11 +230,17 @@ class _Driver:
         ]
         try:
             try:
-                _, address, port = trainers[0]("address")
+                _, address, port = got(trainers[0].ask("address"), self.settings.patience)
                 task = self._task(address, port)
                 calls = [trainer.ask("train", task, rank) for rank, trainer in enumerate(trainers)]
             except Gone as error:
                 return End(DIED, f"the first trainer did not start ({error})")
+            except TimeoutError:
+                raise UserError(
+                    f"the first trainer did not start within {self.settings.patience:g} s: its "
+                    "machine is gone or very busy, and no other has room. See `ray status`, or "
+                    "raise cluster.patience; then continue with --resume"
+                ) from None
             ends = self._watched(calls)
         finally:
             for trainer in trainers:
@@ -279,7 +293,7 @@ class _Driver:
     def _end(self, rank: int, call: Any) -> End:
         """How a trainer ended; TimeoutError: it has not."""
         try:
-            return got(call, timeout=0)  # type: ignore[no-any-return]
+            return got(call, timeout=0)
         except TimeoutError:
             raise
         except Gone:

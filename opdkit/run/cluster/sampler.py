@@ -132,6 +132,8 @@ class CrewSampler:
     a request are cut.
     """
 
+    gives_each = True  # it takes `each`
+
     def __init__(self, context: SamplerContext, crew: Callable[[], Crew], parts: int):
         self.context, self.make, self.parts = context, crew, parts
         self.run = uuid.uuid4().hex[:8]  # an earlier trainer may have sent weights of this version
@@ -182,14 +184,27 @@ class CrewSampler:
         sampling: Sampling,
         *,
         progress: Callable[[int], object] | None = None,
+        each: Callable[[Rollout], object] | None = None,
         **settings: Any,
     ) -> list[Rollout]:
-        """The responses to all prompts, in their order, whoever wrote them."""
+        """The responses to all prompts, in their order, whoever wrote them; `each` is told of those
+        of a part once it is there.
+        """
         if not prompts:
             return []
         if self.behind:
             self.sync(self.context.model, settings.get("policy_version", 0))
-        written = self.crew.write(cut(prompts, self.parts), (sampling, settings), progress)
+        done = 0
+
+        def hear(made: list[Rollout]) -> None:
+            nonlocal done
+            done += len(made)
+            if progress is not None:
+                progress(done)
+            for rollout in made if each is not None else ():
+                each(rollout)
+
+        written = self.crew.write(cut(prompts, self.parts), (sampling, settings), hear)
         return [rollout for rollouts in written for rollout in rollouts]
 
 

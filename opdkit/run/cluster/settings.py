@@ -62,7 +62,8 @@ class RayCluster(ClusterSettings):
     # parts, per sampler, into which the prompts of a step are cut; whoever is free takes the next.
     # Of the same prompts in whatever way they are handed out: so rollouts are the same to the bit
     parts: int = 4
-    # null: start Ray here; auto: the cluster of this machine; HOST:PORT or ray://HOST:PORT
+    # auto: the cluster of this machine; HOST:PORT; null: the one whose job this is (RAY_ADDRESS, as
+    # `ray job submit` sets it), else a new one on this machine
     address: str | None = None
     restarts: int = 3  # of the trainers, from the newest checkpoint
     # seconds to wait for resources to come free, and for a sampler where none is left

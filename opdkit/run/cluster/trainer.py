@@ -133,9 +133,11 @@ class Parts:
         self.crew: Crew | None = None
 
     def given(self) -> Given:
+        # a teacher that is evaluated writes, in this process
+        evaluated = self.task.run.evaluate is not None and self.task.run.evaluate.teacher
         return Given(
             sampler=self.sampler if self.task.samples else None,
-            hosts=None if self.teachers is None else self.teachers.hosted,
+            hosts=None if self.teachers is None or evaluated else self.teachers.hosted,
             others=(self,),
         )
 
@@ -144,7 +146,10 @@ class Parts:
         return CrewSampler(context, self._crew, cluster.parts * cluster.samplers)
 
     def _crew(self) -> Crew:
-        self.crew = Crew(lambda: named(SAMPLER), self.task.cluster.patience)
+        def find() -> dict[str, Actor]:
+            return {name.removeprefix(SAMPLER): a for name, a in named(SAMPLER).items()}
+
+        self.crew = Crew(find, self.task.cluster.patience)
         return self.crew
 
     def counts(self) -> dict[str, float]:

@@ -29,6 +29,8 @@ from opdkit.teachers.base import (
     Remote,
     Scorer,
     cut,
+    early,
+    elsewhere,
     heads_of,
     longest_of,
     reads_of,
@@ -63,6 +65,14 @@ class Viewed:
     @property
     def reads(self) -> int | None:
         return reads_of(self.scorer)
+
+    @property
+    def elsewhere(self) -> bool:
+        return elsewhere(self.scorer)
+
+    def early(self, rollout: Rollout) -> bool:
+        """Not where the view shows what is known of rollouts only once all are scored."""
+        return not self.view.late and early(self.scorer, rollout)
 
     def cut(self, vocab: int | None) -> Self:
         """The same, its heads kept to the first rows."""

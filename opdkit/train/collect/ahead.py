@@ -234,6 +234,7 @@ def _plain(collected: Collected) -> dict[str, Any]:
         "earlier": sorted(collected.earlier),
         "version": collected.version,
         "stream": collected.stream,
+        "counts": collected.counts,
     }
 
 
@@ -249,4 +250,5 @@ def _collected(row: Mapping[str, Any]) -> Collected:
         frozenset(row["earlier"]),
         row["version"],
         row["stream"],
+        row["counts"],
     )

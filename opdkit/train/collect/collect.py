@@ -33,6 +33,7 @@ class Collected:
     earlier: frozenset[str] = frozenset()  # the ids of those that were written at earlier steps
     version: int = 0  # optimiser steps that the student had taken when they were asked for
     stream: dict[str, Any] = field(default_factory=dict)  # position in the data behind them
+    counts: dict[str, float] = field(default_factory=dict)  # metrics of what filters kept
 
 
 def prepare(collector: Collector, student: Student, memory: Memory) -> Memory:
@@ -66,7 +67,7 @@ def collect(
     """The rollouts of step number `step` (from 0) of `total_steps`, by a student that has taken
     `version` optimiser steps: written, scored and passed through the filters.
     """
-    pen = _Pen(collector, step, version)
+    pen = _Pen(collector, step, version, collector.told(step, total_steps))
     every: list[Rollout] = []
     count, sampling = collector.prompts_per_step, collector.cut(memory)
     recalled = collector.curriculum.recalled(count, step, collector.seed, memory)
@@ -104,6 +105,7 @@ def collect(
         earlier=frozenset(r.id for r in (*recalled.instead, *recalled.beside)),
         version=version,
         stream=collector.stream.state(),
+        counts=collector.counts(),
     )
 
 
@@ -172,11 +174,12 @@ class _Pen:
     collector: Collector
     step: int
     version: int
+    told: dict[str, Any]  # to the student's sampler besides
     written: list[Rollout] = field(default_factory=list)
     asked: Counter[str] = field(default_factory=Counter)  # responses to each prompt so far
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        made = self._made(self.collector.sampler, prompts, sampling)
+        made = self._made(self.collector.sampler, prompts, sampling, **self.told)
         self.written.extend(made)
         return made
 
@@ -186,7 +189,7 @@ class _Pen:
         return self._made(self.collector.players[model], prompts, sampling)
 
     def _made(
-        self, sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling
+        self, sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling, **told: Any
     ) -> list[Rollout]:
         return sampler.sample(
             [self._numbered(prompt, sampling.num_generations) for prompt in prompts],
@@ -194,6 +197,7 @@ class _Pen:
             seed=self.collector.seed,
             step=self.step,
             policy_version=self.version,
+            **told,
         )
 
     def _numbered(self, prompt: Prompt, count: int) -> Prompt:

@@ -8,10 +8,12 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from opdkit.annotators import Annotator
+from opdkit.base.clock import Span
 from opdkit.base.errors import UserError
 from opdkit.curricula import Curriculum, Memory
 from opdkit.curricula.writer import Answer, nothing_viewed
 from opdkit.rewards import Reward
+from opdkit.train.collect.early import Early
 from opdkit.train.collect.filters import Filter
 from opdkit.train.mesh import ALONE, Mesh
 from opdkit.types import Prompt, Rollout, Sampler, Sampling
@@ -49,10 +51,30 @@ class Collector:
     annotators: tuple[Annotator, ...] = ()  # one after the other, on what the filters left
     stored: Stored | None = None  # where the writer reads its rollouts from a cache
     mesh: Mesh = ALONE  # the processes that share the run
+    early: Early | None = None  # has servers score each rollout as it ends
     # the copies of the student that write as well, by name
     players: Mapping[str, Sampler] = field(default_factory=dict)
     # a prompt as a view of its row writes it
     viewed: Callable[[Prompt, str], Prompt] = nothing_viewed
+
+    def told(self, step: int, total_steps: int) -> dict[str, Any]:
+        """What the sampler is told besides, for a step."""
+        if self.early is None:
+            return {}
+        return {"each": self.early.hearing(step, total_steps)}
+
+    def metrics(self) -> dict[str, float]:
+        """Of a step's rollouts, once they are learnt from."""
+        return {} if self.early is None else self.early.metrics()
+
+    def counts(self) -> dict[str, float]:
+        """What filters tell of the rollouts that they had last."""
+        told = (getattr(keeps, "counts", {}) for keeps in self.filters)
+        return {name: count for counts in told for name, count in counts.items()}
+
+    def spans(self, step: int) -> dict[str, list[Span]]:
+        """When teachers were asked while the step's rollouts were written."""
+        return {} if self.early is None else {"teacher": self.early.spans(step)}
 
     @cached_property
     def questions(self) -> list[str]:

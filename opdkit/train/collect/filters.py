@@ -6,12 +6,15 @@ near the length limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from opdkit.base.errors import UserError
-from opdkit.types import Rollout
+from opdkit.base.errors import UserError, nearest
+from opdkit.types import DataRow, Rollout
 
 Draw = Callable[[], list[Rollout]]  # rollouts of the next prompts, with rewards
 # from a step's rollouts to those that are kept, changed where need be; the draw is for a filter
@@ -89,6 +92,78 @@ class OverlongPenalty:
         """
         start = self.max_completion_length - self.margin
         return -min(max((length - start) / self.margin, 0.0), 1.0)
+
+
+@dataclass
+class TokenBudget:
+    """Keeps at most so many of a step's response tokens in each domain; what is dropped is neither
+    scored nor learnt from.
+
+    Whole rollouts go, or whole groups where the method compares within them. A domain's are taken
+    in an order that a hash of seed and rollout id gives, which knows no length, up to the first
+    that does not fit; those behind it are not tried, or short ones would fill the gaps. What is
+    left of a bias to short ones: the one at the border, at most one in each domain and step, is
+    the likelier a long one.
+
+    Arguments:
+        most: tokens by domain; of a domain that is not there all are kept.
+        domain: the name of a row's.
+        together: whether rollouts of a group stay together.
+        seed: of the run.
+    """
+
+    most: Mapping[str, int]
+    domain: Callable[[DataRow], str]
+    together: bool = False
+    seed: int = 0
+    # of the last step: tokens kept and rollouts dropped, by domain
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, rollouts: list[Rollout], more: Draw) -> list[Rollout]:
+        units: dict[tuple[str, str], list[Rollout]] = {}
+        for rollout in rollouts:
+            name = rollout.group if self.together else rollout.id
+            units.setdefault((self.domain(rollout.row), name), []).append(rollout)
+        used, kept = dict.fromkeys(sorted({domain for domain, _ in units}), 0), set[str]()
+        full: set[str] = set()
+        for (domain, _), unit in sorted(units.items(), key=lambda item: self._key(item[1])):
+            tokens = sum(r.length for r in unit)
+            if used[domain] + tokens > self.most.get(domain, math.inf):
+                full.add(domain)
+            if domain not in full:
+                used[domain] += tokens
+                kept |= {r.id for r in unit}
+        if rollouts and not kept:
+            self._refuse(units)
+        dropped = Counter(self.domain(r.row) for r in rollouts if r.id not in kept)
+        self.counts = {f"tokens_by_domain/{name}": float(n) for name, n in used.items()}
+        self.counts |= {f"dropped_by_domain/{name}": float(dropped[name]) for name in used}
+        return [r for r in rollouts if r.id in kept]
+
+    def _key(self, unit: Sequence[Rollout]) -> bytes:
+        """The same in each process and after a resume; of a group that comes again another."""
+        first = min(r.id for r in unit)
+        return hashlib.blake2b(f"{self.seed}/{first}".encode(), digest_size=8).digest()
+
+    def _refuse(self, units: Mapping[tuple[str, str], Sequence[Rollout]]) -> None:
+        what = "groups of responses" if self.together else "responses"
+        sizes = sorted(sum(r.length for r in unit) for unit in units.values())
+        raise UserError(
+            f"token_budget={dict(self.most)} leaves nothing of a step: its {what} have {sizes[0]} "
+            f"to {sizes[-1]} tokens. Raise it to several times that, or lower num_generations or "
+            "max_completion_length"
+        )
+
+
+def refuse_domains(most: Mapping[str, int], known: Collection[str], column: str) -> None:
+    """A budget for what no row is of, which would never be spent."""
+    for name in most:
+        if name not in known:
+            raise UserError(
+                f"token_budget.{name} is for no row: by the column {column!r} the data has "
+                f"{', '.join(sorted(known))}{nearest(name, list(known))}. Name one of these, or "
+                "another column with domain=COLUMN"
+            )
 
 
 @dataclass(frozen=True)

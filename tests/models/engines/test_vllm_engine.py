@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from opdkit.base.errors import UserError
-from opdkit.models.engines.vllm_engine import Engine, EngineSettings, _starting
+from opdkit.models.engines.vllm_engine import (
+    Engine,
+    EngineSettings,
+    _extra,
+    _refuse,
+    _starting,
+)
 from opdkit.sampling.vllm import VllmSampler, VllmSettings
 from tests.common.tiny import tiny_model, tiny_tokenizer
 
@@ -95,6 +101,29 @@ def test_starting_leaves_generators_threads_and_environment_alone() -> None:
         raise RuntimeError
     assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == expected
     assert torch.set_num_threads is threads and name not in os.environ
+
+
+def test_an_engine_in_each_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes part in the run's process group, on the device of its process, whose number it is
+    told whoever started the process; afterwards the environment is as it was.
+    """
+    alone = _extra(EngineSettings(), True, 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert _extra(EngineSettings(), True, 0) == alone | {
+        "distributed_executor_backend": "external_launcher"
+    }
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    _refuse(EngineSettings(), True)
+    with _starting():
+        assert (os.environ["LOCAL_RANK"], os.environ["RANK"]) == ("1", "1")
+    assert "LOCAL_RANK" not in os.environ
+    with pytest.raises(UserError, match="tensor_parallel_size=2 spreads one engine"):
+        _refuse(EngineSettings(tensor_parallel_size=2), True)
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(UserError, match="that opdkit did not start"):
+        _refuse(EngineSettings(), True)
 
 
 def test_where_vllm_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
