@@ -134,15 +134,26 @@ def test_a_large_run_by_hand() -> None:
     assert states == {"score": 64 * 2048 * (5120 + 4096) * 2}
 
 
-def test_a_student_in_few_bits_and_a_teacher_that_waits_are_not_spread() -> None:
-    run = qwen_run(
-        lora={"r": 8, "quantize": "4bit"},
-        teacher={"kind": "local", "model": "Qwen/Qwen3-8B", "offload": True},
-    )
+@pytest.mark.parametrize("how", [{"offload": True}, {"quantize": "4bit"}], ids=str)
+def test_a_teacher_that_waits_or_is_in_few_bits_is_whole_everywhere(how: dict[str, Any]) -> None:
+    run = qwen_run(teacher={"kind": "local", "model": "Qwen/Qwen3-8B", **how})
     one, two = parts(on(1, run)), parts(on(2, run))
-    for name in ("student weights, 4bit and bfloat16", "teacher weights, bfloat16"):
-        assert one[name] == two[name]
-    assert not any("whole" in name for name in two)
+    [name] = [name for name in one if name.startswith("teacher weights")]
+    assert one[name] == two[name]
+    # nothing of it is gathered: in bfloat16 the student is scored too
+    assert {e.what.split("'")[0] for e in on(2, run).exchanges if e.phase == "score"} == {
+        "student",
+        "the student",
+        "facts of the tokens, summed",
+    }
+
+
+def test_a_student_in_few_bits_is_spread_in_few_bits() -> None:
+    run = qwen_run(lora={"r": 8, "quantize": "4bit"})
+    one, two = parts(on(1, run)), parts(on(2, run))
+    name = "student weights, 4bit and bfloat16"
+    assert two[name] == {phase: pytest.approx(size / 2, abs=1) for phase, size in one[name].items()}
+    assert two["student whole, as it samples"]["sample"] == one[name]["sample"]
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def _sampler(layout: Layout) -> str:
 
 def changed(layout: Layout) -> dict[str, Any]:
     """The sampler's settings that are not the usual ones of its kind."""
-    settings = layout.plan.run.sampler_settings
+    settings: Any = layout.plan.run.sampler_settings
     usual = {f.name: f.default for f in fields(settings)}
     said = {k: v for k, v in plain(settings).items() if v != usual[k]}
     return {"kind": settings.kind, **said}

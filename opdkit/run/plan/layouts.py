@@ -281,8 +281,9 @@ class Layouts:
             replace(self, run=run).change(setting)
             for setting, run in others(self.run, self.method, usual.step)
         ]
-        more = next((x for x in _more(self.machines) if replace(self, machines=x).recommended), 0)
-        if more:
+        grown = _more(self.machines)
+        more = next((x for x in grown if replace(self, machines=x).recommended), None)
+        if more is not None:
             found.append(replace(self, machines=more).change(f"--device {more.words.lower()}"))
         return sorted((c for c in found if c.fits), key=lambda change: change.peak)
 
@@ -296,7 +297,8 @@ class Layouts:
 
     def table(self) -> str:
         """The best of each kind, as Markdown: GiB of one device of each part, seconds of a step."""
-        rows = [("layout", "train", "sample", "teach", "step", "of which", "tokens/s", "fits")]
+        names = ("layout", "train", "sample", "teach", "step", "of which", "tokens/s", "fits")
+        rows: list[tuple[str, ...]] = [names]
         for one in self.shown:
             sizes = [f"{one.bytes[p] / GIB:.1f}" if p in one.bytes else "" for p in PARTS]
             spent = ", ".join(f"{n} {seconds_text(s)}" for n, s in one.seconds.items())
