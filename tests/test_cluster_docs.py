@@ -201,5 +201,7 @@ def test_messages_are_the_programs() -> None:
 def pieces(message: str) -> list[str]:
     """The parts of a quoted message that do not vary."""
     message = message.removeprefix("opdkit: ").removeprefix("error: ")
-    fixed = re.split(r"\.\.\.|http://\S+|\b[Nn]?\d+\b|\bN\b|sampler-\d|SIGKILL|\(\)", message)
+    fixed = re.split(
+        r"\([^)]*\)|\.\.\.|http://\S+|\b[Nn]?\d+\b|\bN\b|sampler-\d|SIGKILL|joined|: ", message
+    )
     return [words.strip(" .:;()") for words in fixed if len(words.split()) > 2]
