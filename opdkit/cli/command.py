@@ -121,11 +121,10 @@ def described_run(options: Any, names: Sequence[str], more: Sequence[str] = ()) 
         *(f"{n}={getattr(options, n)}" for n in names if getattr(options, n) is not None),
         *more,
     ]
-    settings = list(options.settings)
     # train --recipe gsm8k steps=10: the first setting stands where the file would
     if options.file and "=" in options.file:
-        settings.insert(0, options.file)
-        options.file = None
+        options.settings, options.file = [options.file, *options.settings], None
+    settings = list(options.settings)
     if options.recipe and options.file:
         raise UserError(
             f"both the recipe {options.recipe} and the file {options.file} are given: choose one"

@@ -53,17 +53,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def slurm(options: Any) -> None:
     from opdkit.run.slurm import Job, write_script
 
-    given = (options.file, options.recipe)
     run = described_run(options, ())
     if options.recipe:
         command = ["--recipe", options.recipe]
     else:
         command = [str(Path(options.file).absolute())] if options.file else []
-    settings = [*options.settings]
-    if given[0] and not options.file:  # a setting that stood where the file would
-        settings.insert(0, given[0])
     job = Job(
-        (*command, *(text for text in settings if not text.startswith("output="))),
+        (*command, *(text for text in options.settings if not text.startswith("output="))),
         nodes=options.nodes,
         gpus=options.gpus,
         time=options.time,

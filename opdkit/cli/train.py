@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from opdkit.base.errors import UserError
-from opdkit.base.launched import rank
+from opdkit.base.launched import CLAIM, rank
 from opdkit.cli.command import Command, described_run
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ DRY = (
     "response_length",
     "json",
 )
+LAID_OUT = ("sampler", "ahead", "cluster")  # settings that a layout decides
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,13 +125,15 @@ def _of_a_dry_run(parser: argparse.ArgumentParser) -> None:
 def train(options: Any) -> int | None:
     from opdkit.run.launch import execute
 
-    if options.nproc is not None and not options.dry_run:
-        return _several(options)
+    if options.nproc is not None and not options.dry_run and CLAIM not in os.environ:
+        from opdkit.run.processes import on_several
+
+        return on_several(options.nproc, options.typed)  # in each of them the claim is named
     flags = [f"method.times={json.dumps(options.times)}"] if options.times else []
     flags += [f"lora.r={options.lora}"] if options.lora is not None else []
     run = described_run(options, NAMED, flags)
     if options.dry_run:
-        dry_run(options, run)
+        dry_run(options, run, flags)
         return None
     for name in DRY:
         if getattr(options, name):
@@ -144,17 +151,20 @@ def train(options: Any) -> int | None:
     return None
 
 
-def _several(options: Any) -> int:
-    """The same command, without --nproc, in several processes."""
-    from opdkit.run.processes import on_several
+def _typed(options: Any, flags: Sequence[str]) -> str:
+    """The run as it was typed, for a command that goes on with what a layout decides."""
+    begin = ["--recipe", options.recipe] if options.recipe else []
+    begin += [options.file] if options.file else []
+    named = [f"{n}={getattr(options, n)}" for n in NAMED if getattr(options, n) is not None]
+    settings = [
+        text
+        for text in (*named, *flags, *options.settings)
+        if re.split(r"[.=]", text)[0] not in LAID_OUT
+    ]
+    return shlex.join([*begin, *settings]) or "RUN.yaml"
 
-    given = options.typed
-    at = next(i for i, text in enumerate(given) if text.partition("=")[0] == "--nproc")
-    rest = given[:at] + given[at + (1 if "=" in given[at] else 2) :]
-    return on_several(options.nproc, rest)
 
-
-def dry_run(options: Any, run: Run) -> None:
+def dry_run(options: Any, run: Run, flags: Sequence[str]) -> None:
     from opdkit.run.plan import Rates, find_machines, plan, plan_on
 
     machines = find_machines(
@@ -172,8 +182,8 @@ def dry_run(options: Any, run: Run) -> None:
     if machines.size == 1:
         made = plan(run, machines.device, rates=rates, response=options.response_length)
     else:
-        file = options.file or "RUN.yaml"
-        made = plan_on(run, machines, rates=rates, response=options.response_length, file=file)
+        typed = _typed(options, flags)
+        made = plan_on(run, machines, rates=rates, response=options.response_length, file=typed)
     print(json.dumps(made.to_dict(), indent=2) if options.json else made)
 
 

@@ -174,7 +174,8 @@ def _execute(run: Run, given: Given, job: Job, state: State, claim: Claim) -> Re
     if given.student is None and given.teacher is None and given.method is None:
         job.recorder.use = _estimated(run)
         job.micro_batch_tokens = fitting(run) or job.micro_batch_tokens
-    write_origin(run.folder, state.step, str(job.student.device))
+    if job.mesh.rank == 0:
+        write_origin(run.folder, state.step, str(job.student.device), job.mesh.size)
     with job.recorder.trackers:
         state = train(job, state)
     claim.begin()

@@ -31,9 +31,9 @@ PACKAGES = (
 SECRET = re.compile(r"(://[^/@\s:]*:)[^/@\s]+@")  # a password in a URL
 
 
-def write_origin(folder: Path, step: int, device: str) -> None:
+def write_origin(folder: Path, step: int, device: str, processes: int) -> None:
     """One more line of `ORIGIN`: a run that begins at `step`, or goes on from there."""
-    line = {"step": step} | origin(device)
+    line = {"step": step} | origin(device) | {"processes": processes}
     with (folder / ORIGIN).open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

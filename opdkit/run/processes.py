@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from opdkit.base.errors import UserError
-from opdkit.base.launched import CLAIM, GRACE
+from opdkit.base.interrupt import SIGNALS
+from opdkit.base.launched import CLAIM, GRACE, processes
 
 EVERY = 0.1  # seconds between two looks
 Running = Sequence[subprocess.Popen[bytes]]
@@ -24,10 +25,15 @@ def on_several(count: int, arguments: Sequence[str]) -> int:
     """`python -m opdkit` with these arguments in `count` processes, each told its rank as torchrun
     does; the exit status of the run.
 
-    A signal goes to all of them, which then stop together at the end of a step. Where one fails,
-    those that do not end by themselves are ended: they wait for it, and nothing can be saved
-    without it.
+    A signal goes to all of them, which then stop together at the end of a step; one that is ignored
+    stays so (SIGHUP under `nohup`). Where one fails, those that do not end by themselves are ended:
+    they wait for it, and nothing can be saved without it.
     """
+    if processes() > 1:
+        raise UserError(
+            f"this is one of {processes()} processes already (torchrun), and --nproc {count} "
+            "starts its own: leave --nproc out"
+        )
     if count < 1:
         raise UserError(
             f"--nproc {count}: it is the number of processes, one per device, 1 or more"
@@ -38,7 +44,8 @@ def on_several(count: int, arguments: Sequence[str]) -> int:
         running = [_start(rank, count, port, claim, arguments) for rank in range(count)]
         handed: list[int] = []  # signals that went to all of them
         hand_on = _handed_on(running, handed)
-        before = {n: signal.signal(n, hand_on) for n in (signal.SIGTERM, signal.SIGINT)}
+        heard = (n for n in (*SIGNALS, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN)
+        before = {number: signal.signal(number, hand_on) for number in heard}
         try:
             return _watched(running, claim, handed)
         finally:

@@ -19,6 +19,8 @@ import pytest
 from safetensors.torch import load_file
 
 from opdkit.base.files import read_lines
+from opdkit.base.launched import CLAIM
+from opdkit.cli import main
 from tests.end_to_end.conftest import Shop
 from tests.end_to_end.faulty import MOMENTS
 
@@ -164,6 +166,50 @@ def test_the_launcher_says_what_nobody_has_said(tmp_path: Path, capfd: Any) -> N
     assert done.stderr.count("process 1 of the run ended with status 3 and said nothing") == 1
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_launcher_hands_on_what_is_not_ignored(tmp_path: Path, ignored: bool) -> None:
+    """A closed terminal reaches the processes through the launcher alone; under `nohup` nothing
+    does.
+    """
+    (tmp_path / "opdkit").mkdir()
+    (tmp_path / "opdkit" / "__init__.py").write_text("")
+    (tmp_path / "opdkit" / "__main__.py").write_text(
+        "import os, pathlib, signal, time\n"
+        "if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:\n"
+        "    signal.signal(signal.SIGHUP, lambda *_: os._exit(129))\n"
+        "pathlib.Path(os.environ['RANK']).touch()\n"
+        "time.sleep(1)\n"
+    )
+    how = "SIG_IGN" if ignored else "SIG_DFL"
+    program = (
+        "import os, signal; from opdkit.run.processes import on_several as s\n"
+        f"signal.signal(signal.SIGHUP, signal.{how}); os.chdir({str(tmp_path)!r})\n"
+        "raise SystemExit(s(2, ['train']))"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", program], env=env) as launcher:
+        until = time.monotonic() + 30
+        while not all((tmp_path / rank).exists() for rank in "01"):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        launcher.send_signal(signal.SIGHUP)
+        assert launcher.wait(timeout=30) == (0 if ignored else 129)
+
+
+def test_who_starts_the_processes(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line once, with the number that was said last; one of them starts none."""
+    started = []
+    monkeypatch.setattr("opdkit.run.processes.on_several", lambda *how: started.append(how) or 0)
+    typed = ["train", "no.yaml", "--nproc", "3", "--nproc=2"]
+    assert main(typed) == 0 and started == [(2, typed)]
+    monkeypatch.setenv(CLAIM, "file")
+    assert main(typed) == 2 and len(started) == 1
+    assert "no.yaml" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(typed) == 2 and "one of 2 processes already" in capsys.readouterr().err
+
+
 def learnt(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The weights of a run, and its metrics but for times and memory."""
     noise = ("seconds/", "memory/", "tokens_per_second/", "mfu/")
@@ -177,6 +223,8 @@ def test_a_run_that_was_killed_goes_on(shop: Shop, tmp_path: Path) -> None:
     """On as many processes bit by bit, on more or fewer to rounding."""
     more = ("steps=5", "checkpoint.every=2")
     assert run(NPROC, settings(shop, tmp_path / "whole", *more)).code == 0
+    (origin,) = read_lines(tmp_path / "whole" / "origin.jsonl")
+    assert origin["processes"] == 2 and "--nproc=2" in origin["command"]
     fault = {"at": "optimiser step", "rank": 1, "how": "kill", "time": 5}
     fault["note"] = str(tmp_path / "moment")
     assert run(NPROC, settings(shop, tmp_path / "run2", *more), fault).code != 0

@@ -489,6 +489,13 @@ def test_text_and_json_of_several_say_the_same(
     assert f"recommended: {best['name']}: " in text
     for line in best["commands"]:
         assert f"  {line}\n" in text + "\n" and "RUN.yaml" not in line
+    more = ["steps=7", "ahead=2", "--lora=4", "--sampler=hf", "cluster=ray"]
+    assert main([*command, *more, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert "cluster=ray is not planned" in told["notes"][-1]
+    for line in told["recommended"]["commands"]:
+        started = f"opdkit train {file} lora.r=4 steps=7 "
+        assert "opdkit train" not in line or (started in line and "sampler=hf" not in line)
     assert "memory of each of 4xH100" in text and "exchange: peaks of 450 GB/s" in text
     assert main(["train", str(file), "--device-link=1GB/s"]) == 2
     assert "--device-link is about an estimate" in capsys.readouterr().err

@@ -129,7 +129,7 @@ class Layouts:
     rates: Rates = USUAL
     response: float | None = None
     notes: tuple[str, ...] = ()
-    file: str = "RUN.yaml"  # the run's, in commands
+    file: str = "RUN.yaml"  # what names the run in commands
 
     def planned(self, run: Run, machines: Machines) -> RunPlan:
         """The part that trains."""
@@ -373,12 +373,14 @@ def plan_on(
 ) -> Layouts:
     """Every layout of a run over these devices; what the run would refuse is refused.
 
-    response: as `plan`. file: what the run's is called in commands.
+    response: as `plan`. file: what names the run in commands, with its settings.
     """
     check_response(response)
     run, method, reward, notes = checked(run, machines.device)
     refuse(run, method, reward)
-    run = replace(run, cluster=None)  # a layout is what one would place
+    if run.cluster is not None:  # a layout is what one would place
+        notes = (*notes, f"cluster={run.cluster} is not planned as it is, but what it might place")
+        run = replace(run, cluster=None)
     return Layouts(run, method, reward, machines, rates, response, notes, file)
 
 
