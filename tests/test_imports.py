@@ -44,7 +44,7 @@ LAYERS = {  # each room and the rooms that it may import, all of them above it h
     "study": "base methods rewards eval report train run recipes",
     "testing": "base types objective methods",
     "cli": "base types methods neighbours teachers environments report run recipes study testing",
-    "__main__": "cli",
+    "__main__": "base cli",
 }
 MATHEMATICS = ("types", "objective", "curricula", "methods", "testing")
 ENGINES = ("teachers", "sampling", "rewards", "curricula", "data", "eval", "report", "train")

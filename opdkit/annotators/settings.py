@@ -22,6 +22,8 @@ class AnnotatorContext:
     reads: int | None = None
     # the run's other models by name, in the words of a run's `teacher`
     models: Mapping[str, Any] = field(default_factory=dict)
+    # the student as a `local.LocalModel`, where it is sampled in this process
+    here: Any = None
 
 
 class AnnotatorSettings(ABC):

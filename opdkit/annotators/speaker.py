@@ -75,8 +75,8 @@ def needed(said: Sequence[Said], who: str) -> list[str]:
 class ModelSpeaker:
     """A model that the run samples: the student, or a frozen one.
 
-    model: what its passes stand in (`local.LocalModel`), None for the student. options: of its chat
-    template.
+    model: what its passes stand in (`local.LocalModel`), None where it is sampled elsewhere.
+    options: of its chat template.
     """
 
     sampler: Sampler
@@ -175,7 +175,8 @@ def open_speaker(spec: Any, context: AnnotatorContext, where: str) -> Speaker:
     teacher = writer_of(spec, context.models, where)
     questions = context.teachers.questions
     if teacher is None:
-        return ModelSpeaker(context.student, context.teachers.tokenizer, context.reads, questions)
+        tokenizer = context.teachers.tokenizer
+        return ModelSpeaker(context.student, tokenizer, context.reads, questions, context.here)
     voice = teacher.voice(
         context.teachers.on_route("default")
         if spec == "teacher"

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 # names a file, for the processes that `--nproc` starts: who makes it is the first that failed
 CLAIM = "OPDKIT_FAILED"
-GRACE = 4.0  # seconds in which the others end by themselves, once one has failed
+GRACE = 2.0  # seconds in which the others end by themselves, once one has failed
 
 
 def processes() -> int:

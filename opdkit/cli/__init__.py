@@ -7,10 +7,11 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from opdkit.base.errors import UserError
 from opdkit.base.interrupt import EndedElsewhere, stoppable
-from opdkit.base.launched import processes, speaks
+from opdkit.base.launched import end_at_once, processes, speaks
 from opdkit.cli.answers import EVAL, SAMPLE
 from opdkit.cli.cache_teacher import CACHE_TEACHER
 from opdkit.cli.command import interrupted
@@ -96,6 +97,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         name = next(command.name for command in COMMANDS if command.run is options.run)
         return tell(error, name)
+
+
+def program() -> NoReturn:
+    """The command line as a program of its own."""
+    status = main()
+    if status and processes() > 1:  # the others wait for this one
+        end_at_once(status)
+    raise SystemExit(status)
 
 
 def _unread() -> bool:

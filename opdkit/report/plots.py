@@ -290,10 +290,18 @@ PLOTS = (
     ),
     Plot(
         WAITED,
-        "Servers that sample",
-        ("sampler/servers",),
+        "Samplers",
+        ("sampler/servers", "sampler/there", "sampler/lost"),
         "",
-        "That took part in the step; others were left out.",
+        "Those that took part in the step; lost: that were away so far, and are asked again.",
+        smooth=False,
+    ),
+    Plot(
+        WAITED,
+        "Started again",
+        ("cluster/*",),
+        "times",
+        "The trainers, from their newest checkpoint.",
         smooth=False,
     ),
     Plot(

@@ -146,5 +146,6 @@ def open_annotators(
         opened.sampler() if here else sampler,
         context_limit(student.config),
         models_by_name(run),
+        opened.scorers["student"] if here else None,
     )
     return (*(settings.open(context) for settings in annotated.values()), *last)

@@ -186,7 +186,7 @@ def joined(device: str) -> Iterator[Mesh]:
                 raise EndedElsewhere(status(stop)) from stop
             raise
         except BaseException as error:
-            end_within(GRACE)
+            end_within(2 * GRACE)  # it may have to say why
             watch.stop()
             atexit.register(_leave)  # once it is said why
             if lost(error) or not watch.fail():

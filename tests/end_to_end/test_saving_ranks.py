@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from opdkit import UserError
 from opdkit.cli import main
+from opdkit.models.load import load_model
 from opdkit.run.build import prepare
 from opdkit.run.open import Models
 from opdkit.run.settings import make_run
@@ -205,6 +206,14 @@ def test_damage_is_named_before_anything_is_loaded(
     with pytest.raises(UserError, match=rf"checkpoint-2 is damaged: shards/{shard.name} "):
         prepare(make_run(run), resume=True)
     assert main(["export", str(folder.parent), str(tmp_path / "out")]) == 2
+
+
+@pytest.mark.parametrize("name", ["tied", "adapters"])
+def test_what_to_do_with_such_a_checkpoint_as_a_model(saved: Saved, name: str) -> None:
+    with pytest.raises(
+        UserError, match=r"several processes wrote .* `opdkit export .*checkpoint-2 DIR`"
+    ):
+        load_model(str(saved.run(name) / "checkpoint-2"))
 
 
 class Harm:
