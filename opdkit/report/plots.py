@@ -163,6 +163,14 @@ PLOTS = (
         "Share of rollouts that reached max_completion_length. Runaway lengths show here first.",
     ),
     Plot("Completions", "Tokens trained", ("tokens/trained",), "tokens per step"),
+    Plot("Completions", "Tokens by domain", ("tokens_by_domain/*",), "tokens per step"),
+    Plot(
+        "Completions",
+        "Dropped over a budget",
+        ("dropped_by_domain/*",),
+        "rollouts per step",
+        "By domain, so that no more tokens are scored and learnt from than were asked for.",
+    ),
     Plot(
         "Episodes",
         "Turns",
@@ -287,6 +295,13 @@ PLOTS = (
         ("sampler/rollouts/*",),
         "per step",
         "One that writes much less than the others is slow, or was away.",
+    ),
+    Plot(
+        WAITED,
+        "Scored as they ended",
+        ("early/*",),
+        "rollouts per step",
+        "While others were still being written; failed: asked again in the step.",
     ),
     Plot(
         WAITED,

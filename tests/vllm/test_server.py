@@ -172,7 +172,7 @@ def test_a_server_that_is_started_otherwise(
     student = build(0, rows=320)
     with pytest.raises(
         UserError,
-        match=r"(?s)opdkit_load_folder.*VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls",
+        match=r"(?s)opdkit_load_folder.*VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-ext",
     ):
         ServerSampler(student, tokenizer, ServerSettings((url,))).sync(student, 0)
     with pytest.raises(UserError, match="does not serve 'other' but tiny"):
