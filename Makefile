@@ -93,7 +93,7 @@ test-peer: install
 
 bench: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
-	for name in vs_trl head head_types sampler episodes scaling; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in vs_trl head head_types sampler episodes scaling checkpoints; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # Everything that needs GPUs, in less than 12 minutes on 1 to 8 of them; `ARGS='--small --device cpu'` tries the same code without one.
 gpu-checks: install

@@ -237,3 +237,12 @@ def test_a_side_takes_the_steps_it_is_asked_for(benchmark):
     assert len(two["losses"]) == 2 and len(one["losses"]) == 1
     assert two["seconds"] >= two["sample"] + two["score"] + two["learn"] > 0
     assert one["losses"][0] < two["losses"][0]  # it learns
+
+
+def test_early_scoring_writes_the_same_rollouts_on_both_sides(benchmark, tmp_path):
+    """A teacher so slow that all is waited for: the step takes at most as long as in turn."""
+    early = benchmark("early_scoring")
+    small = "--hidden 32 --layers 1 --rollouts 4 --length 12 --mean 6 --pairs 2 --shares 1"
+    [line] = run(early, small, tmp_path)["shares"]
+    assert line["tokens"] > 0 and set(line["seconds"]) == set(early.SIDES)
+    assert all(line["seconds"][side]["median"] > 0 for side in early.SIDES)

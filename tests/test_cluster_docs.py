@@ -201,5 +201,31 @@ def test_messages_are_the_programs() -> None:
 def pieces(message: str) -> list[str]:
     """The parts of a quoted message that do not vary."""
     message = message.removeprefix("opdkit: ").removeprefix("error: ")
-    fixed = re.split(r"\.\.\.|http://\S+|\b[Nn]?\d+\b|\bN\b|sampler-\d|SIGKILL|\(\)", message)
+    fixed = re.split(
+        r"\([^)]*\)|\.\.\.|http://\S+|\b[Nn]?\d+\b|\bN\b|sampler-\d|SIGKILL|joined|: ", message
+    )
     return [words.strip(" .:;()") for words in fixed if len(words.split()) > 2]
+
+
+# ------------------------------------------------------------------------------------------ links
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+def test_links_lead_somewhere() -> None:
+    links = [
+        (page, link)
+        for page in (*PAGES, ROOT / "docs" / "running.md", ROOT / "docs" / "samplers.md")
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+        if not link.startswith("http")
+    ]
+    assert len(links) > 20
+    for page, link in links:
+        name, _, anchor = link.partition("#")
+        there = (page.parent / name).resolve() if name else page
+        assert there.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(there), f"{page.name}: {link}"

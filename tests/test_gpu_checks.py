@@ -89,7 +89,7 @@ def test_one_that_dies_or_hangs_stops_no_other(gpu, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(every, "__file__", str(script))
     monkeypatch.setattr(every, "LEAST", 0.0)
     monkeypatch.setattr(every, "GRACE", 0.1)
-    seconds = {"first": 30.0, "dies": 30.0, "second": 30.0, "hangs": 1.0, "last": 30.0}
+    seconds = {"first": 30.0, "dies": 30.0, "second": 30.0, "hangs": 0.25, "last": 30.0}
     checks = [setting.Check(name, "", most, lambda s: {}) for name, most in seconds.items()]
     args = argparse.Namespace(budget=100.0, threads=None)
     outcomes = every.apart(args, checks, setting.Setting("cpu", True, 0, tmp_path))

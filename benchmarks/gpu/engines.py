@@ -114,7 +114,8 @@ def ray(setting: Setting) -> Figures:
         raise Skip(f"needs 2 GPUs, here is {setting.gpus}")
     alone = done(exact(setting, "ray-alone"))
     placed = done(exact(setting, "ray", cluster={"kind": "ray", "trainers": 1, "samplers": 1}))
-    shown = [{n: x for n, x in line.items() if not n.startswith("sampler/")} for line in placed]
+    own = ("sampler/", "cluster/")  # of who is there
+    shown = [{n: x for n, x in line.items() if not n.startswith(own)} for line in placed]
     apart = same(alone, shown)
     must(apart <= MOST, f"metrics are {apart:g} apart")
     late = exact(setting, "ray-ahead", cluster="ray", ahead=1, steps=4)

@@ -99,6 +99,7 @@ CASES: dict[str, dict[str, Any]] = {
     "credits": {"method": "iw_opd"},
     "teachers whole": {"shard_teachers": False},
     "head apart": {"student": "untied"},
+    "experts": {"student": "experts"},
     "ahead": {"ahead": 1, "steps": 3},
 }
 

@@ -64,7 +64,8 @@ class Setting:
     def model(self, name: str) -> str:
         """The folder of a checkpoint with random weights: `student` and `teacher` (the shapes of
         Qwen3-0.6B and 1.7B; tiny ones where all is small), and for runs in float64 `tiny-student`,
-        `tiny-teacher` and `tiny-untied`, whose head is not its embedding.
+        `tiny-teacher`, `tiny-untied`, whose head is not its embedding, and `tiny-experts`, a
+        mixture of four.
         """
         path = self.folder / "models" / name
         if not path.exists():
@@ -102,6 +103,8 @@ class Setting:
 
 def _build(name: str, small: bool) -> Any:
     if name.startswith("tiny"):
+        if name == "tiny-experts":
+            return _experts()
         model = qwen3(48 if name == "tiny-teacher" else 32, 2, 320, kv_heads=2, initial=0.2)
         if name == "tiny-untied":
             model.config.tie_word_embeddings = False
@@ -115,6 +118,29 @@ def _build(name: str, small: bool) -> Any:
             hidden, 28, 151936, inner=inner, heads=16, kv_heads=8, head_dim=128, initial=0.02
         )
     return model.bfloat16()
+
+
+def _experts() -> Any:
+    """A mixture of four experts, of which each token meets two."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=EOS,
+    )
+    return Qwen3MoeForCausalLM(config).eval()
 
 
 @dataclass(frozen=True)

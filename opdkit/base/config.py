@@ -31,10 +31,12 @@ EXAMPLES = {
 INTEGERS = 2**63  # tensors and generators of random numbers hold integers below it
 
 
-@cache
-def hints_of(cls: type) -> Mapping[str, Any]:
+_hints = cache(get_type_hints)
+
+
+def hints_of(cls: Any) -> Mapping[str, Any]:
     """The types of a class's fields."""
-    return get_type_hints(cls)
+    return _hints(cls)
 
 
 def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:

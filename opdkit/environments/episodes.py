@@ -50,6 +50,11 @@ class EpisodeSampler:
         return self.inner.staged
 
     @property
+    def metrics(self) -> Any:
+        """What is known of who writes, of those who have something to say."""
+        return self.inner.metrics
+
+    @property
     def behind(self) -> Any:
         """Whether it has to be sent the student's weights before it writes, of those who have a
         copy of them.

@@ -254,6 +254,11 @@ def _teaching(what: str, name: str) -> Iterator[None]:
 def _advice(what: str, name: str, error: Exception) -> str:
     """What to do about a name that could not be loaded."""
     folder = Path(name).expanduser()
+    if exists(folder / "shards" / ".metadata"):
+        return (
+            "several processes wrote this checkpoint, each its own parts: make plain weights of it "
+            f"with `opdkit export {name} DIR`, and name that folder"
+        )
     if exists(folder) and folder.is_dir() and (damaged := next(damages(folder), None)):
         return damaged
     if method := stored_as(name):

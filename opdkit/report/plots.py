@@ -163,6 +163,14 @@ PLOTS = (
         "Share of rollouts that reached max_completion_length. Runaway lengths show here first.",
     ),
     Plot("Completions", "Tokens trained", ("tokens/trained",), "tokens per step"),
+    Plot("Completions", "Tokens by domain", ("tokens_by_domain/*",), "tokens per step"),
+    Plot(
+        "Completions",
+        "Dropped over a budget",
+        ("dropped_by_domain/*",),
+        "rollouts per step",
+        "By domain, so that no more tokens are scored and learnt from than were asked for.",
+    ),
     Plot(
         "Episodes",
         "Turns",
@@ -290,10 +298,25 @@ PLOTS = (
     ),
     Plot(
         WAITED,
-        "Servers that sample",
-        ("sampler/servers",),
+        "Scored as they ended",
+        ("early/*",),
+        "rollouts per step",
+        "While others were still being written; failed: asked again in the step.",
+    ),
+    Plot(
+        WAITED,
+        "Samplers",
+        ("sampler/servers", "sampler/there", "sampler/lost"),
         "",
-        "That took part in the step; others were left out.",
+        "Those that took part in the step; lost: that were away so far, and are asked again.",
+        smooth=False,
+    ),
+    Plot(
+        WAITED,
+        "Started again",
+        ("cluster/*",),
+        "times",
+        "The trainers, from their newest checkpoint.",
         smooth=False,
     ),
     Plot(

@@ -4,6 +4,7 @@ the whole run, and a sentence that says what limits it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ TOUCH = 0.02  # of the time: what two parts do at once, where they do not just h
 MUCH = 0.1  # of the time: from here on it is worth a sentence
 BUSY = 0.85  # a part that works for so much of the time limits the run
 WIDTH, LEFT, TOP, ROW, BAR = 1160, 118, 26, 34, 20  # pixels of the drawing
+LABEL = 64  # that the name of a step takes
 
 
 @dataclass(frozen=True)
@@ -56,25 +58,31 @@ def timeline(run: RunData) -> dict[str, Any] | None:
         "table": _table(shares, colors),
         "legend": [(phase, colors[phase]) for phase in sorted(colors, key=_phase_order)],
         "waits": any(span.phase == WAIT for span in spans),
-        "gantt": _gantt(names, spans, _last(windows), colors),
+        "gantt": _gantt(names, spans, _last(counted), colors),
     }
 
 
 def _placed(run: RunData) -> list[tuple[int, list[Span]]]:
     """The spans of each step. Where samplers are elsewhere, a trainer that samples only waits for
-    them; one that tells nothing of itself then works as long.
+    them: one that tells nothing of itself works as long, those that do have rows of their own,
+    beside which only rewards are left of what they do together.
     """
-    told = any(_kind(s.part) == "sampler" for _, spans in run.timeline for s in spans)
+    parts = {span.part for _, spans in run.timeline for span in spans}
+    each = any(_kind(part) == "sampler" and part != "sampler" for part in parts)
     sampler = run.config.get("sampler")
     kind = sampler.get("kind") if isinstance(sampler, dict) else str(sampler).partition(":")[0]
-    if not told and kind != "server":
+    if not each and "sampler" not in parts and kind != "server":
         return run.timeline
 
     def placed(span: Span) -> list[Span]:
-        if _kind(span.part) not in TRAINERS or span.phase != "sample":
+        if span.part == "sampler" and each:
+            return [] if span.phase == "sample" else [replace(span, part="rewards")]
+        if span.phase != "sample":
+            return [span]
+        if _kind(span.part) not in TRAINERS:
             return [span]
         waits = replace(span, phase=WAIT)
-        return [waits] if told else [waits, replace(span, part="sampler")]
+        return [waits] if each or "sampler" in parts else [waits, replace(span, part="sampler")]
 
     return [(step, [one for s in spans for one in placed(s)]) for step, spans in run.timeline]
 
@@ -224,10 +232,8 @@ def _spare(others: Mapping[str, _Shares]) -> str:
     """What the other parts could do besides."""
     said = ""
     for kind in ("sampler", "teacher"):
-        mine = {n: share for n, share in others.items() if _kind(n) == kind}
-        if len(mine) > 1:  # the row of all of them together is none of them
-            mine.pop(kind, None)
-        still = sorted(1 - share.busy for share in mine.values())
+        mine = [share for n, share in others.items() if _kind(n) == kind and share.phases]
+        still = sorted(1 - share.busy for share in mine)
         if still and still[0] >= MUCH:
             one, few, many = len(still) == 1, _percent(still[0]), _percent(still[-1])
             which = f"The {kind}" if one else f"The {len(still)} {kind}s"
@@ -268,10 +274,21 @@ def _gantt(
         "bottom": bottom,
         "bar": BAR,
         "rows": rows,
-        "steps": [(x(w.start - zero), f"step {w.step}") for w in windows],
+        "steps": _labels([(x(w.start - zero), f"step {w.step}") for w in windows]),
         "ticks": [(x(t), f"{number(t)} s" if t else "0") for t in ticks(0.0, x.high, 8)],
         "about": _spoken(names, spans, windows),
     }
+
+
+def _labels(steps: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Where each step begins; its name where there is room for it."""
+    out: list[tuple[float, str]] = []
+    last = -math.inf
+    for at, name in steps:
+        room = at - last >= LABEL
+        out.append((at, name if room else ""))
+        last = at if room else last
+    return out
 
 
 def _bars(
@@ -281,14 +298,9 @@ def _bars(
     pixel = (x.high - x.low) / (x.end - x.start)
     out = []
     for phase in dict.fromkeys(s.phase for s in spans):
-        drawn = both(
-            union(
-                (s.start - zero - pixel / 4, s.end - zero + pixel / 4)
-                for s in spans
-                if s.phase == phase
-            ),
-            [(x.low, x.high)],
-        )
+        mine = union((s.start - zero, s.end - zero) for s in spans if s.phase == phase)
+        inside = both(mine, [(x.low, x.high)])
+        drawn = union((start - pixel / 4, end + pixel / 4) for start, end in inside)
         out += [
             {
                 "x": x(start),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from typing import Any
 
 from opdkit.base.config import plain
 from opdkit.base.errors import UserError
-from opdkit.base.files import tidy
+from opdkit.base.files import PARTIAL, tidy
 from opdkit.base.launched import processes, rank
 from opdkit.base.lock import locked
 from opdkit.run.settings import Run
 from opdkit.train.checkpoint import checkpoints
+from opdkit.train.mesh import Mesh
 
 RUN = "run.yaml"  # the first file of a run, and the last that goes
 OWN = (
@@ -83,6 +85,27 @@ def refuse_several() -> None:
             f"RANK={rank()}), as torchrun does, and only `opdkit train` is work for several: it "
             "would be done so many times over, into one folder. Start it without torchrun, or "
             "unset WORLD_SIZE"
+        )
+
+
+def refuse_apart(folder: Path, mesh: Mesh) -> None:
+    """Several processes write one folder: on several machines it must be one that all of them
+    see.
+    """
+    if mesh.size == 1:
+        return
+    mark = folder / mesh.same(f"{PARTIAL}seen-{os.getpid()}-{time.time_ns()}")
+    if mesh.rank == 0:
+        mark.touch()
+    mesh.every(None)
+    seen = mesh.every(mark.exists())
+    if mesh.rank == 0:
+        mark.unlink()
+    if not all(seen):
+        raise UserError(
+            f"process {seen.index(False)} does not see what the first writes into {folder}, and "
+            "each writes its part of a checkpoint there: choose an output folder that all machines "
+            "share"
         )
 
 

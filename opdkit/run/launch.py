@@ -21,7 +21,7 @@ from opdkit.models.device import device_of
 from opdkit.report import write_report
 from opdkit.run.build import prepare
 from opdkit.run.export import write_final
-from opdkit.run.folder import Claim, claimed
+from opdkit.run.folder import Claim, claimed, refuse_apart
 from opdkit.run.open import Given
 from opdkit.run.origin import write_origin
 from opdkit.run.plan import fitting, use_of
@@ -139,6 +139,7 @@ def execute(
         claim = partial(claimed, run, resume=resume, overwrite=overwrite)
         with claim() if mesh.rank == 0 else nullcontext(Claim(run.folder, True)) as claimed_:
             mesh.every(None)  # the folder is claimed
+            refuse_apart(run.folder, mesh)
             job, state = prepare(run, given, resume=resume, allow_changes=allow_changes, mesh=mesh)
             return _execute(run, given, job, state, claimed_)
 

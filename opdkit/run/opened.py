@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,9 @@ def open_models(
     companions = Companions(copies.built | others_beside.built)
     rehearse(base, tokenizer)
     student.spread(devices)  # last: copies are made of the whole
-    for name in ("student", "live"):  # with the head that it has now
-        scorers[name] = LocalModel(base, head_of(base, vocab), run.micro_batch_tokens)
+    for name, scorer in scorers.items():
+        if isinstance(scorer, LocalModel) and scorer.model is base:  # with the head it has now
+            scorers[name] = replace(scorer, head=head_of(base, vocab))
     # a copy that a teacher reads through a view is behind it
     everyone = companions.scorers | scorers
     return Opened(models, tokenizer, student, everyone, vocabulary, companions)

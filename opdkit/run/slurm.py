@@ -84,6 +84,11 @@ def write_script(run: Run, job: Job, path: Path | None = None) -> Path:
     """The job's script, once all has been refused that can be without a model; NAME.sbatch, where
     no path is given, as the run's folder is called.
     """
+    if run.cluster is not None:
+        raise UserError(
+            "the run's cluster places its processes itself, and the job would start one in each of "
+            "its own: leave cluster out, or start Ray on the job's machines and submit it there"
+        )
     device = cpu() if run.device == "cpu" else Device("GPU", 0, 0, 0, 0)
     known, method, reward, notes = checked(run, device)
     refuse(known, method, reward)

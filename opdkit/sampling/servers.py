@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ COMMAND = (
     "opdkit.models.engines.vllm_worker.Weights --logprobs-mode processed_logprobs --host 127.0.0.1"
 )
 ADAPTERS = f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 {COMMAND} --enable-lora --max-lora-rank RANK"
+KNOCK = 10.0  # seconds for one that may be gone to say who it is
 QUIET = 5.0  # seconds without an answer, in which a server may have been started again
 
 
@@ -56,6 +57,7 @@ class Server:
     """One of them."""
 
     one: Endpoint  # asks it alone
+    door: Endpoint  # asks it who it is, and does not wait long
     name: str = ""  # what is served: the model, or the adapters on it
     probe: Probe | None = None
     out: str = ""  # why it is not used; "": it is
@@ -69,11 +71,15 @@ class Server:
     def url(self) -> str:
         return self.one.urls[0]
 
+    def connect(self) -> None:
+        """By connections of its own: those from before may have lost their other end."""
+        self.one, self.door = replace(self.one), replace(self.door)
+
     def card(self, wanted: str | None) -> tuple[str, int]:
         """The name of the model and the tokens it reads."""
         cards = [
             card
-            for card in self.one.request("GET", "/v1/models", None, cards_of)
+            for card in self.door.request("GET", "/v1/models", None, cards_of)
             if card.get("parent") is None
         ]
         known, card = ", ".join(sorted(card["id"] for card in cards)), card_of(cards, wanted)
@@ -166,8 +172,11 @@ class Servers:
     def __init__(self, endpoint: Endpoint, model: str | None):
         # one that failed is left alone until it has been probed
         self.endpoint = endpoint
-        alone = len(endpoint.urls) == 1
-        self.all = [Server(one if alone else one.once()) for one in endpoint.each()]
+        self.all = [Server(one, one) for one in endpoint.each()]
+        if len(self.all) > 1:
+            short = replace(endpoint, timeout=min(endpoint.timeout, KNOCK), retries=0)
+            ones = zip(endpoint.each(), short.each())
+            self.all = [Server(one.once(), door) for one, door in ones]
         self.served, self.limit = self._meet(model)
         self.name = self.served  # asked for in requests: the model, or the adapters on it
         self._asked: Endpoint | None = None  # those in use
@@ -261,6 +270,7 @@ class Servers:
         """Why a server did not take the weights over."""
         try:
             if server.out:
+                server.connect()
                 name, limit = server.card(self.served)
                 if limit < self.limit:
                     raise UserError(f"it reads {limit} tokens, and the others {self.limit}")
@@ -297,7 +307,7 @@ class Servers:
         if not self.in_use:
             raise why
         if self._asked is None:
-            self._asked = self.endpoint.among([server.url for server in self.in_use])
+            self._asked = self.endpoint.among([s.one.servers[0] for s in self.in_use])
         return self._asked
 
     def _sound(self, endpoint: Endpoint) -> bool:

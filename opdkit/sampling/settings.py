@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import Tensor
+
 from opdkit.models.held import Held
 from opdkit.objective.head import Head
 from opdkit.types import Sampler, Watch
@@ -30,6 +32,8 @@ class SamplerContext:
     guide: Guide | None = None  # takes part in decoding, where the kind is `on_student`
     watch: Watch = Watch()  # what is to be noted at each token, where the kind is `on_student`
     trust_remote_code: bool = False
+    # where `model` is a copy of the student: the student's log-probs [N] of the probe
+    known: Callable[[], Tensor | None] = lambda: None
 
     @property
     def head(self) -> Head:

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from opdkit.models.adapters import has_adapters
 from opdkit.models.engines.probe import Probe
 from opdkit.models.engines.vllm_engine import Engine, EngineSettings
@@ -65,6 +67,7 @@ class VllmSettings(EngineSettings, SamplerSettings):
             settings,
             head=context.head_now,
             trust_remote_code=context.trust_remote_code,
+            known=context.known,
         )
 
     def room(self, sizes: Sizes) -> Room:
@@ -114,6 +117,7 @@ class VllmSampler(EngineSampler):
         *,
         head: Callable[[], Head] | None = None,
         trust_remote_code: bool = False,
+        known: Callable[[], Tensor | None] = lambda: None,
     ):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         head = head or head_now(model, tokenizer)
@@ -135,6 +139,7 @@ class VllmSampler(EngineSampler):
             self.engine.dtype,
             self.engine.limit,
             settings.sync_tolerance,
+            known,
         )
         self.limit = self.engine.limit
         # optimiser steps of the weights in the engine; None: none were sent yet

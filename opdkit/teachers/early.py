@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from functools import partial
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from opdkit.types import Rollout
 BEGUN = "answers that were begun"  # among what a run has opened
 MOST = 8 << 30  # bytes of answers that wait at once; beyond, rollouts are asked about in their step
 
+T = TypeVar("T")
 Values = dict[Any, Tensor]  # of one rollout: [n] or [n, k] by fact, or [n, H] as "hidden"
 
 
@@ -43,7 +45,8 @@ class Begun:
     def __init__(self) -> None:
         self.threads = 0  # requests that the servers take at once, all together
         self.size = 0  # bytes of all answers
-        self._answers: dict[bytes, tuple[int, Values]] = {}  # with the step that they are for
+        # with the step that they are for; an error in place of an answer is that step's
+        self._answers: dict[bytes, tuple[int, Values | Exception]] = {}
         self._under_way: dict[str, threading.Event] = {}  # by the rollout's id
         self._lock = threading.Lock()
         self.used = 0  # answers
@@ -77,7 +80,7 @@ class Begun:
             if event is not None:
                 event.wait()
 
-    def put(self, key: bytes, values: Values) -> None:
+    def put(self, key: bytes, values: Values | Exception) -> None:
         step = _step.get()
         assert step is not None
         with self._lock:
@@ -87,13 +90,16 @@ class Begun:
     def take(self, key: bytes, wanted: Collection[Any]) -> Values | None:
         """An answer that holds all that is wanted, which is kept no longer."""
         with self._lock:
-            found = self._answers.get(key)
-            if found is None or not set(wanted) <= set(found[1]):
+            _, found = self._answers.get(key, (0, None))
+            if isinstance(found, dict) and not set(wanted) <= set(found):
                 return None
-            del self._answers[key]
-            self.size -= _size(found[1])
-            self.used += 1
-        return found[1]
+            if found is not None:
+                del self._answers[key]
+                self.size -= _size(found)
+                self.used += 1
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def discard(self, before: int) -> int:
         """Forgets what is for steps before this one; returns how many answers that were."""
@@ -103,7 +109,9 @@ class Begun:
         return len(old)
 
 
-def _size(values: Values) -> int:
+def _size(values: Values | Exception) -> int:
+    if isinstance(values, Exception):
+        return 0
     return sum(v.numel() * v.element_size() for v in values.values())
 
 
@@ -119,6 +127,15 @@ class _Early:
     def early(self, rollout: Rollout) -> bool:
         """Whether requests about a rollout can be begun as it ends: these read its tokens alone."""
         return True
+
+    def _asked(self, each: Sequence[tuple[Rollout, Tensor, bytes]], ask: Callable[[], T]) -> T:
+        """What is begun; where that fails, the step that reads it fails so."""
+        try:
+            return ask()
+        except Exception as error:
+            for _, _, key in each:
+                self.begun.put(key, error)
+            raise
 
     def _each(self, layout: Layout, positions: Tensor) -> list[tuple[Rollout, Tensor, bytes]]:
         """Of each rollout that has some of the flat positions [N]: the places [n] of its own among
@@ -158,7 +175,7 @@ class EarlyNumbers(_Early):
             return made
         each = self._each(layout, positions)
         if self.begun.beginning:
-            made = self.inner.said(wanted, layout, positions, ids)
+            made = self._asked(each, partial(self.inner.said, wanted, layout, positions, ids))
             for _, index, key in each:
                 self.begun.put(key, {fact: made[fact][index].cpu() for fact in wanted})
             return made
@@ -197,7 +214,7 @@ class EarlyStates(_Early):
         """A `head.Source` at flat positions [N]."""
         each = self._each(layout, positions)
         if self.begun.beginning:
-            source = self.inner.source(layout, positions)
+            source: Any = self._asked(each, partial(self.inner.source, layout, positions))
             for _, index, key in each:
                 at = positions[index.to(positions.device)]
                 self.begun.put(key, {"hidden": source.hidden[source.index[at]].cpu()})

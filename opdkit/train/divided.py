@@ -72,6 +72,11 @@ class SharedSampler:
     def sync(self, model: Any, version: int) -> None:
         self.staged(model, version)()
 
+    @property
+    def metrics(self) -> Any:
+        """What is known of who writes, of those who have something to say."""
+        return self.inner.metrics  # type: ignore[attr-defined]
+
 
 def _nothing() -> None:
     """What the processes that ask nobody send."""

@@ -70,7 +70,7 @@ class FakeServer:
 
     def __post_init__(self) -> None:
         self.lock, self.released = threading.Lock(), threading.Event()
-        self.scored = 0
+        self.scored, self.dead = 0, False
 
     def __enter__(self) -> Self:
         handler = type("BoundHandler", (_Handler,), {"fake": self})
@@ -216,6 +216,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def respond(self, body: dict[str, Any]) -> None:
         fake = self.fake
+        if fake.dead:  # by a connection from before
+            self.gone()
+            return
         fake.headers.append(dict(self.headers))
         fault = None
         if self.command == "POST":
@@ -245,6 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
     def fails(self, fault: Fault) -> bool:
         """Faults instead of an answer."""
         if fault.kind == "die":
+            self.fake.dead = True
             # refuses at once; closing alone waits for the loop that polls it
             with suppress(OSError):  # it has been closed already
                 self.fake.http.socket.shutdown(socket.SHUT_RDWR)

@@ -1,6 +1,6 @@
 """What each of several processes does in a test of checkpoints: runs, one after the other.
 
-    torchrun --standalone --nproc-per-node N -m tests.end_to_end.saving CASES
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=HOST MASTER_PORT=PORT python -m tests.end_to_end.saving CASES
 
 CASES is JSON: a list of {"values": of a run, "resume": whether it goes on, "slow": seconds that
 each process waits before it writes its shards, "kill": the rank that is killed in that time at the
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,16 +68,39 @@ def main(cases: Path) -> None:
             done(case, mesh)
 
 
-def on(count: int, cases: list[dict[str, Any]], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Cases in so many processes."""
-    path = folder / "cases.json"
+def on(count: int, cases: list[dict[str, Any]], folder: Path) -> tuple[int, str]:
+    """Cases in so many processes, all of which end with the first that fails; their status, and
+    what they said.
+    """
+    path, said = folder / "cases.json", folder / "said"
     path.write_text(json.dumps(cases))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launch, f"--nproc-per-node={count}", "-m", "tests.end_to_end.saving", str(path)]
-    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, timeout=600, capture_output=True, text=True, cwd=ROOT, env=threads
-    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    told = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "tests.end_to_end.saving", str(path)]
+    with said.open("w") as log:
+        running = [
+            subprocess.Popen(
+                command,
+                stderr=log,
+                stdout=log,
+                cwd=ROOT,
+                env={**os.environ, **told, "RANK": str(rank), "WORLD_SIZE": str(count)},
+            )
+            for rank in range(count)
+        ]
+    end = time.monotonic() + 300
+    try:
+        while any(p.poll() is None for p in running) and time.monotonic() < end:
+            if any(p.poll() for p in running):
+                end = min(end, time.monotonic() + 20)
+            time.sleep(0.05)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    return max(abs(p.returncode) for p in running), said.read_text()
 
 
 if __name__ == "__main__":

@@ -4,25 +4,32 @@ kept of them, and that a sampler elsewhere writes while the trainer learns.
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 
 from opdkit.base.errors import UserError
 from opdkit.base.files import read_lines
+from opdkit.models.load import load_model, load_tokenizer
 from opdkit.objective.grammar import Objective
 from opdkit.run.launch import execute
+from opdkit.run.open import Given
 from opdkit.run.settings import make_run
 from opdkit.sampling.kinds import KINDS
 from opdkit.train import loop
 from opdkit.train.record import TIMINGS
 from tests.common.copy_sampler import CopySettings
+from tests.common.fake_sampler import Vllm
+from tests.common.fake_server import Fault
 from tests.end_to_end.conftest import Shop
 from tests.end_to_end.crash import assert_same
 
@@ -234,3 +241,43 @@ def test_old_text_is_weighed_by_what_the_student_says_of_it_now(
 def test_a_lag_of_text_that_nobody_writes_is_refused(shop: Shop, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it writes nothing: leave ahead out"):
         execute(make_run(values(shop, tmp_path / "run", 1, method="sft", teacher=None)))
+
+
+def with_two_servers(shop: Shop, folder: Path, dies: int = 0, back: int = 0) -> None:
+    """A run asked one step ahead, of which the first server ends after a step and comes back."""
+    student, tokenizer = load_model(shop.student, "float32"), load_tokenizer(shop.student)
+    with ExitStack() as stack:
+
+        def start(port: int = 0) -> Vllm:
+            return stack.enter_context(Vllm(copy.deepcopy(student), tokenizer, port=port))
+
+        two = [start(), start()]
+
+        def show(step: int, metrics: Any) -> None:
+            if step == dies:
+                two[0].faults = [Fault("die", at=0, times=0)]
+                with suppress(httpx2.HTTPError):
+                    httpx2.post(two[0].url, json={})
+            if step == back:
+                two[0] = start(two[0].port)
+
+        urls = [server.url for server in two]
+        more = {"dtype": "float32", "method": "opd"}
+        sampler = {"kind": "server", "urls": urls, "retries": 0}
+        execute(make_run(values(shop, folder, 1, sampler=sampler, **more)), Given(show=show))
+
+
+def test_one_of_two_servers_ends_and_comes_back_while_a_run_goes_on(
+    shop: Shop, tmp_path: Path
+) -> None:
+    """The other writes all meanwhile, the one that is back has the weights of now and is used
+    again, and what is learnt is what two servers that never ended would have led to.
+    """
+    with_two_servers(shop, tmp_path / "whole")
+    with_two_servers(shop, tmp_path / "broken", dies=2, back=4)
+    used = [line["sampler/servers"] for line in lines(tmp_path / "broken")]
+    assert used[0] == 2 and 1 in used and used[-1] == 2
+    assert [line["sampler/servers"] for line in lines(tmp_path / "whole")] == [2.0] * STEPS
+    here, there = weights(tmp_path / "broken"), weights(tmp_path / "whole")
+    for name, weight in here.items():
+        torch.testing.assert_close(weight, there[name], atol=1e-5, rtol=0)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from opdkit import UserError
 from opdkit.cli import main
+from opdkit.models.load import load_model
 from opdkit.run.build import prepare
 from opdkit.run.open import Models
 from opdkit.run.settings import make_run
@@ -28,17 +29,25 @@ from tests.end_to_end.conftest import Shop, gsm8k_rows, write_rows
 from tests.end_to_end.saving import done
 
 STEPS = 3
-METHODS = {"whole": "nash_mp", "adapters": "remix", "experts": "opd", "tied": "opd"}
+METHODS = {"whole": "nash_mp", "tied": "opd", "adapters": "remix", "experts": "opd"}
+TOGETHER = (("whole", "tied"), ("adapters", "experts"))  # in the same processes
+EVERY = ["whole", "tied", *(pytest.param(name, marks=pytest.mark.ranks) for name in TOGETHER[1])]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Saved:
-    """Runs of two steps that two processes have done."""
+    """Runs of two steps, which two processes do once they are asked for."""
 
     folder: Path
     values: dict[str, dict[str, Any]]  # of each
 
     def run(self, name: str) -> Path:
+        if not (self.folder / name).exists():
+            [names] = [some for some in TOGETHER if name in some]
+            slow = {"tied": 0.2}
+            cases = [{"values": self.values[n], "slow": slow.get(n, 0)} for n in names]
+            status, said = saving.on(2, cases, self.folder)
+            assert status == 0, said[:6000]
         return self.folder / name
 
     def copied(self, name: str, to: Path) -> dict[str, Any]:
@@ -92,11 +101,7 @@ def values(shop: Shop, folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def saved(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp("saved")
-    every = values(shop, folder)
-    cases = [{"values": v, "slow": 0.2 if name == "tied" else 0} for name, v in every.items()]
-    ended = saving.on(2, cases, folder)
-    assert ended.returncode == 0, ended.stderr[:6000]
-    return Saved(folder, every)
+    return Saved(folder, values(shop, folder))
 
 
 def apart(a: Path, b: Path) -> float:
@@ -106,7 +111,7 @@ def apart(a: Path, b: Path) -> float:
     return max(float((one[n] - other[n]).abs().max()) for n in one)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_one_process_goes_on_where_two_were(saved: Saved, tmp_path: Path, name: str) -> None:
     """As if one process had done all of it, and what it saves has the names it would have had."""
     alone = {**saved.values[name], "output": str(tmp_path / "alone"), "steps": STEPS}
@@ -125,7 +130,7 @@ def test_one_process_goes_on_where_two_were(saved: Saved, tmp_path: Path, name: 
     assert norms[1] == pytest.approx(norms[0], rel=near) and len(norms[0]) == STEPS
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_export_makes_what_the_run_left(saved: Saved, tmp_path: Path, name: str) -> None:
     """Bit for bit the model at the end, loaded by plain from_pretrained; adapters alone, or merged
     in.
@@ -142,6 +147,7 @@ def test_export_makes_what_the_run_left(saved: Saved, tmp_path: Path, name: str)
     assert main(["export", str(run / "checkpoint-2"), str(out)]) == 2, "it is there already"
 
 
+@pytest.mark.ranks
 def test_adapters_alone(saved: Saved, tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -207,6 +213,14 @@ def test_damage_is_named_before_anything_is_loaded(
     assert main(["export", str(folder.parent), str(tmp_path / "out")]) == 2
 
 
+@pytest.mark.parametrize("name", [EVERY[1], EVERY[2]])
+def test_what_to_do_with_such_a_checkpoint_as_a_model(saved: Saved, name: str) -> None:
+    with pytest.raises(
+        UserError, match=r"several processes wrote .* `opdkit export .*checkpoint-2 DIR`"
+    ):
+        load_model(str(saved.run(name) / "checkpoint-2"))
+
+
 class Harm:
     def __reduce__(self) -> Any:
         return print, ("harm",)
@@ -250,11 +264,11 @@ def test_two_one_three_two(shop: Shop, tmp_path: Path) -> None:
             "resume": resume,
         }
 
-    first = saving.on(2, [case("never", 4), case("two", 1), case("on", 1)], tmp_path)
-    assert first.returncode == 0, first.stderr[:4000]
+    status, said = saving.on(2, [case("never", 4), case("two", 1), case("on", 1)], tmp_path)
+    assert status == 0, said[:4000]
     done(case("on", 2, resume=True))
-    assert saving.on(3, [case("on", 3, resume=True)], tmp_path).returncode == 0
-    assert saving.on(2, [case("on", 4, True), case("two", 4, True)], tmp_path).returncode == 0
+    assert saving.on(3, [case("on", 3, resume=True)], tmp_path)[0] == 0
+    assert saving.on(2, [case("on", 4, True), case("two", 4, True)], tmp_path)[0] == 0
     assert apart(tmp_path / "never" / "model", tmp_path / "two" / "model") == 0
     assert apart(tmp_path / "never" / "model", tmp_path / "on" / "model") < 1e-6
     for checkpoint, count in (("checkpoint-1", 2), ("checkpoint-3", 3), ("checkpoint-4", 2)):
@@ -267,9 +281,9 @@ def test_two_one_three_two(shop: Shop, tmp_path: Path) -> None:
 def test_killed_while_it_writes(shop: Shop, tmp_path: Path, rank: int) -> None:
     """The checkpoint before is whole, and the run goes on from it."""
     here = {**values(shop, tmp_path)["tied"], "steps": 3}
-    ended = saving.on(2, [{"values": here, "slow": 1.0, "kill": rank}], tmp_path)
+    status, _ = saving.on(2, [{"values": here, "slow": 1.0, "kill": rank}], tmp_path)
     run = tmp_path / "tied"
-    assert ended.returncode != 0 and not (run / "checkpoint-2").exists()
+    assert status != 0 and not (run / "checkpoint-2").exists()
     assert (run / ".partial-checkpoint-2").exists(), "it was under way"
     done({"values": here, "resume": True})
     never = {**here, "output": str(tmp_path / "never")}
@@ -285,18 +299,14 @@ def test_all_end_with_one_message(shop: Shop, tmp_path: Path, what: str) -> None
     here = values(shop, tmp_path)["tied"]
     run = tmp_path / "tied"
     if what == "a shard is damaged":
-        assert saving.on(2, [{"values": here}], tmp_path).returncode == 0
+        assert saving.on(2, [{"values": here}], tmp_path)[0] == 0
         shard = run / "checkpoint-2" / "shards" / "__1_0.distcp"
         shard.write_bytes(shard.read_bytes()[:-1])
-        said = "checkpoint-2 is damaged: shards/__1_0.distcp has"
-        ended = saving.on(2, [{"values": here, "resume": True}], tmp_path)
+        expected = "checkpoint-2 is damaged: shards/__1_0.distcp has"
+        status, said = saving.on(2, [{"values": here, "resume": True}], tmp_path)
     else:
-        said = "checkpoint-1 could not be written (OSError: process 1: OSError: no space left)"
-        ended = saving.on(2, [{"values": here, "full": 1}], tmp_path)
+        expected = "checkpoint-1 could not be written (OSError: process 1: OSError: no space left)"
+        status, said = saving.on(2, [{"values": here, "full": 1}], tmp_path)
         assert not list(run.glob("checkpoint-*")) and not list(run.glob(".partial*"))
-    assert ended.returncode != 0
-    assert (
-        ended.stderr.count(f"UserError: {run}") + ended.stderr.count(f"UserError: checkpoint {run}")
-        == 1
-        and said in ended.stderr
-    ), ended.stderr[:4000]
+    told = [line for line in said.splitlines() if "UserError: " in line and str(run) in line]
+    assert status != 0 and len(told) == 1 and expected in told[0], said[:4000]

@@ -88,10 +88,11 @@ def test_a_trainer_whose_samplers_are_servers_waits_for_them(tmp_path, sampler):
 
 
 def test_samplers_of_a_cluster_have_rows_of_their_own(tmp_path):
-    """The trainer asks two, which write for 3 and 1 of 4 s."""
+    """The trainer asks two, which write for 3 and 1 of 4 s; what all together take is no row."""
     steps = [
         [
             ["trainer", "sample", 4 * n, 4 * n + 3],
+            ["sampler", "sample", 4 * n, 4 * n + 3],
             ["sampler:sampler-0", "sample", 4 * n, 4 * n + 3],
             ["sampler:sampler-1", "load", 4 * n, 4 * n + 0.5],
             ["sampler:sampler-1", "sample", 4 * n + 0.5, 4 * n + 1],
@@ -166,6 +167,8 @@ def test_what_lies_between_steps_does_not_count(tmp_path):
     run = run_of(tmp_path, *(in_turn(start) for start in starts))
     drawn = timeline(run)["gantt"]
     assert [label for _, label in drawn["steps"]] == ["step 3", "step 4"]
+    thin = run_of(tmp_path, *(in_turn(4 * n) for n in range(3)), in_turn(12, write=99))
+    assert [label for _, label in timeline(thin)["gantt"]["steps"]] == ["step 2", "", "step 4"]
 
 
 def test_the_first_step_does_not_count_where_there_are_more(tmp_path):
@@ -177,7 +180,7 @@ def test_the_first_step_does_not_count_where_there_are_more(tmp_path):
 
 
 def test_bars_lie_where_the_seconds_are(tmp_path):
-    run = run_of(tmp_path, in_turn(0), in_turn(4))
+    run = run_of(tmp_path, in_turn(-4), in_turn(0), in_turn(4))
     drawn = timeline(run)["gantt"]
     trainer, sampler = drawn["rows"]
     assert (trainer["name"], sampler["name"]) == ("trainer", "sampler")

@@ -5,6 +5,7 @@ hand, by identities, and measured on tiny models.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from itertools import pairwise
@@ -18,21 +19,37 @@ import torch.distributed as dist
 from opdkit import UserError
 from opdkit.cli import main
 from opdkit.models.body import hidden_states
+from opdkit.models.held import HERE, Held
+from opdkit.models.layout import Layout as Rows
 from opdkit.models.precision import compute_in
 from opdkit.models.shapes import read_shape, shape_of
-from opdkit.models.sharding import shard
+from opdkit.models.sharding import WholeHead, shard
+from opdkit.objective.head import flat_positions, learn
 from opdkit.run.plan import RunPlan, find_device, fitting, plan, plan_on
 from opdkit.run.plan.commands import commands
 from opdkit.run.plan.devices import KNOWN, cpu
 from opdkit.run.plan.estimate import seconds_text
 from opdkit.run.plan.layouts import Layout, Layouts, table
 from opdkit.run.plan.machines import LINKS, REACHED, Machines, find_machines
-from opdkit.run.plan.memory import PHASES
+from opdkit.run.plan.memory import PHASES, memory_of, step_of
+from opdkit.run.plan.models import models_of, student_dtype
 from opdkit.run.plan.servers import smallest
+from opdkit.run.plan.use import Use
 from opdkit.run.resolve import on_device
 from opdkit.run.settings import Run, make_run
+from opdkit.teachers import LocalModel
+from opdkit.train.gather import gather
+from opdkit.train.student import Student
 from tests.common.tiny import tiny_model
-from tests.run.test_plan import no_network, peak_of, qwen_run  # noqa: F401 (a fixture)
+from tests.run.test_plan import (
+    MODES,
+    no_network,  # noqa: F401 (a fixture)
+    peak_of,
+    qwen_run,
+    tiny_run,
+    tiny_student,
+)
+from tests.train.rows import rollouts
 
 H100 = KNOWN["h100"]
 LARGE = {"student": "Qwen/Qwen3-8B", "teacher": "Qwen/Qwen3-32B", "prompts_per_step": 64}
@@ -117,15 +134,26 @@ def test_a_large_run_by_hand() -> None:
     assert states == {"score": 64 * 2048 * (5120 + 4096) * 2}
 
 
-def test_a_student_in_few_bits_and_a_teacher_that_waits_are_not_spread() -> None:
-    run = qwen_run(
-        lora={"r": 8, "quantize": "4bit"},
-        teacher={"kind": "local", "model": "Qwen/Qwen3-8B", "offload": True},
-    )
+@pytest.mark.parametrize("how", [{"offload": True}, {"quantize": "4bit"}], ids=str)
+def test_a_teacher_that_waits_or_is_in_few_bits_is_whole_everywhere(how: dict[str, Any]) -> None:
+    run = qwen_run(teacher={"kind": "local", "model": "Qwen/Qwen3-8B", **how})
     one, two = parts(on(1, run)), parts(on(2, run))
-    for name in ("student weights, 4bit and bfloat16", "teacher weights, bfloat16"):
-        assert one[name] == two[name]
-    assert not any("whole" in name for name in two)
+    [name] = [name for name in one if name.startswith("teacher weights")]
+    assert one[name] == two[name]
+    # nothing of it is gathered: in bfloat16 the student is scored too
+    assert {e.what.split("'")[0] for e in on(2, run).exchanges if e.phase == "score"} == {
+        "student",
+        "the student",
+        "facts of the tokens, summed",
+    }
+
+
+def test_a_student_in_few_bits_is_spread_in_few_bits() -> None:
+    run = qwen_run(lora={"r": 8, "quantize": "4bit"})
+    one, two = parts(on(1, run)), parts(on(2, run))
+    name = "student weights, 4bit and bfloat16"
+    assert two[name] == {phase: pytest.approx(size / 2, abs=1) for phase, size in one[name].items()}
+    assert two["student whole, as it samples"]["sample"] == one[name]["sample"]
 
 
 @pytest.fixture
@@ -155,6 +183,55 @@ def test_of_a_spread_model_two_layers_at_most_are_whole_in_a_pass(group: Any) ->
     many, same = took(8)
     assert layer == same and many == pytest.approx(few, rel=0.02)
     assert 4 * layer < many <= 2 * (4 + 2) * layer  # one layer at least, two as is reckoned
+
+
+@pytest.mark.parametrize("settings", MODES.values(), ids=MODES.keys())
+def test_a_learning_pass_of_a_spread_model_takes_what_is_reckoned(
+    settings: dict[str, Any], group: Any
+) -> None:
+    """All that is allocated in it, backward too: at most what is reckoned, which is at most 1.6
+    times as much. One process has all of what is spread.
+    """
+    prompt, response, count, budget = 16, 48, 4, 128
+    run = tiny_run(
+        data={"source": "d", "max_prompt_length": prompt},
+        prompts_per_step=count,
+        sampling={"max_completion_length": response},
+        micro_batch_tokens=budget,
+        gradient_checkpointing=True,
+        **settings,
+    )
+    config = {"hidden": 256, "layers": 4, "vocab_size": 64}
+    model = tiny_student(run, **config)
+    shape = read_shape(tiny_model(**config).config, "here")
+    held = Held("student", "s", HERE, shape, student_dtype(run))
+    method = run.method_spec.load()
+    step = step_of(run, method.curriculum, cpu())
+    one, several = (memory_of(run, method, [held], step, cpu(), ranks) for ranks in (1, 2))
+    student = Student(model, run.optim, 1e-3, 10, run.dtype == "bfloat16")
+    student.spread(group)
+    rows = rollouts(lengths=((prompt, response),) * count, vocabulary=64)
+    scorer = LocalModel(model, student.head)
+    batch = gather(rows, method.needs, {"student": scorer, "teacher": scorer})
+    made, layout = method.objective.plan(batch), Rows(rows, response)
+    student._whole = WholeHead()
+
+    def work() -> None:
+        for positions in layout.micro_batches(flat_positions(made.selected), budget):
+            learned = learn(made, positions, layout.states(model, positions), student.head)
+            learned.loss.backward()
+
+    measured = peak_of(work)
+    before = ("weights,", "moments", "adapters", "facts", "copies of what learns")
+    wholes = ("layers whole", "embedding whole", "head whole")
+    reckoned = sum(
+        part.bytes.get("learn", 0)
+        for memory, kept in ((one, False), (several, True))
+        for part in memory.parts
+        if any(word in part.name for word in wholes) == kept
+        and (kept or not any(word in part.name for word in before))
+    )
+    assert measured <= reckoned <= 1.6 * measured
 
 
 # ----------------------------------------------------------------------------------------- exchange
@@ -374,7 +451,8 @@ def test_devices_by_name_and_number() -> None:
     assert (given.each, given.device.memory, given.device.tflops) == (8, 80_000_000_000, 400)
     assert (given.link.inside, given.link.between) == (0.1, 0.01)
     for words, told in (
-        (("0xh100", None), "0 devices"),
+        (("0xh100", None), "1 to 1024 machines"),
+        (("1000000xh100", None), "of 1 to 128 devices"),
         (("8xh1000", None), "did you mean 'h100'"),
         (("8xh100", 4), "leave one of them out"),
         (("h100", 0), "1 or more"),
@@ -417,9 +495,17 @@ def test_text_and_json_of_several_say_the_same(
 
 
 def test_a_table_for_pages_is_what_the_dry_run_prints() -> None:
+    """`OPDKIT_WRITE=1` writes the one in docs/memory.md anew."""
     made = laid("8xh100")
-    assert table(make_run({**LARGE, "data": "d", "sampling": LONG}), "8xh100") == made.table()
-    assert made.table() in str(made)
+    shown = table(make_run({**LARGE, "data": "d", "sampling": LONG}), "8xh100")
+    assert shown == made.table() and shown in str(made)
+    page = Path(__file__).parents[2] / "docs" / "memory.md"
+    before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- layouts -->\n")
+    there, end, after = rest.partition("\n<!-- /layouts -->")
+    if os.environ.get("OPDKIT_WRITE"):
+        page.write_text(before + begin + shown + end + after, encoding="utf-8")
+    else:
+        assert there == shown
 
 
 def test_passes_that_fit_are_those_of_a_process_among_several(
@@ -432,3 +518,28 @@ def test_passes_that_fit_are_those_of_a_process_among_several(
     alone = fitting(run)
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert alone is None and fitting(run) == 16384
+
+
+def test_the_share_of_the_arithmetic_is_of_all_devices() -> None:
+    run = on_device(make_run({**LARGE, "data": "d"}), gpu=True)
+    method = run.method_spec.load()
+    models = models_of(run, method)
+    rows = rollouts(lengths=((8, 8),) * 4)
+    one, four = (Use(run, method, models, H100, n)(rows, 4, {"learn": 1.0}) for n in (1, 4))
+    assert set(one) == {"mfu/learn", "mfu/step"}
+    assert {n: value / 4 for n, value in one.items()} == pytest.approx(four)
+
+
+def test_of_adapters_alone_servers_are_told_little_and_started_for_it() -> None:
+    whole, few = laid("8xh100"), laid("8xh100", lora={"r": 16})
+    split = [next(one for one in made.every if one.sampling) for made in (whole, few)]
+    pushed = [one.seconds["push"] for one in split]
+    shape = shape_of("Qwen/Qwen3-8B")
+    share = shape.adapters(few.run.lora) / shape.parameters  # type: ignore[arg-type]
+    # one process trains, and so puts nothing together: 2 bytes a weight at 2 GB/s
+    assert split[0].trainers == split[1].trainers == 1
+    assert pushed == pytest.approx([8.190735360, share * 8.190735360])
+    best = few.recommended
+    assert best is not None and best.sampling is not None
+    lines = commands(best, few.machines, "RUN.yaml")
+    assert "--enable-lora --max-lora-rank 16" in lines[0] and "enable_lora: true" in lines[1]

@@ -124,6 +124,13 @@ def test_what_the_run_would_refuse_is_refused_before_anything_is_written(
     assert "has not written it" in capsys.readouterr().err
 
 
+def test_a_run_on_a_cluster_of_its_own_is_refused(tmp_path: Path) -> None:
+    run = make_run({**VALUES, "cluster": "ray"})
+    with pytest.raises(UserError, match="leave cluster out"):
+        write_script(run, Job(("r.yaml",)), tmp_path / "a.sbatch")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_holds_a_run_is_gone_on_with_where_that_is_said(tmp_path: Path) -> None:
     run = make_run({**VALUES, "output": str(tmp_path / "done")})
     (tmp_path / "done/checkpoint-3").mkdir(parents=True)

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from safetensors.torch import load_file
@@ -98,7 +99,18 @@ def weights_of(make: Any, mesh: Mesh) -> dict[str, Any]:
     passed(spread)
     before, after = dict(checkpoint_weights(alone)), dict(checkpoint_weights(spread))
     differ = [n for n in before if n not in after or not torch.equal(before[n], after[n])]
-    return {"names": list(after), "differ": differ, "count": len(before)}
+    held = {"most": most_held(spread), "all": sum(w.nbytes for w in before.values())}
+    return {"names": list(after), "differ": differ, "count": len(before)} | held
+
+
+def most_held(model: Any) -> int:
+    """Bytes of weights that a process has at once which goes through them and keeps none."""
+    seen: list[Any] = []
+    most = 0
+    for _, weight in checkpoint_weights(model):
+        seen.append(ref(weight))
+        most = max(most, sum(w.nbytes for each in seen if (w := each()) is not None))
+    return most
 
 
 def adapters_of(mesh: Mesh) -> list[str]:

@@ -79,6 +79,13 @@ def test_weights_put_together_are_those_of_one_process(found: Any, name: str) ->
     assert len(many) == (2 if name == "experts" else 0)
 
 
+@pytest.mark.parametrize("name", list(ranks.MODELS))
+def test_a_process_that_keeps_none_holds_a_layer_at_once(found: Any, name: str) -> None:
+    """Of two layers, an embedding and perhaps a head."""
+    weights = found["weights"][name]
+    assert weights["most"] < 0.6 * weights["all"]
+
+
 def test_adapters_alone_too(found: Any) -> None:
     assert found["adapters"] == []
 

@@ -143,6 +143,21 @@ def test_one_that_was_not_heard_of_is_probed_first(
     assert written(pair.servers[0]) == 0
 
 
+def test_one_that_never_answers(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs its time-out once; later it is not waited for long."""
+    urls = tuple(server.url for server in pair.servers)
+    monkeypatch.setattr(module, "KNOCK", 0.2)
+    settings = ServerSettings(urls, retries=0, timeout=1.5)
+    sampler = ServerSampler(pair.student, TOKENIZER, settings)
+    pair.servers[0].faults = [Fault("hang", at=0, times=0)]
+    sampler.sync(pair.student, 0)
+    assert "no answer within 1.5 s" in sampler.servers.all[0].out
+    monkeypatch.setattr(pair.servers[0], "answer", lambda *_: pair.servers[0].released.wait(10))
+    sampler.sync(pair.student, 1)
+    assert [server.door.timeout for server in sampler.servers.all] == [0.2, 0.2]
+    assert sampler.sample(PROMPTS, GREEDY) == pair.expected() and len(sampler.servers.in_use) == 1
+
+
 def test_one_comes_back(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     """It is sent the weights and probed before it is used; one that does not have them then stays
     out, as does one that was started otherwise.

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -282,6 +285,38 @@ def test_processes_that_are_killed_are_replaced_and_nothing_is_lost(
                 torch.testing.assert_close(found[fact], expected[fact], rtol=0, atol=1e-5)
         processes = [w.process for w in server.pool.workers]  # type: ignore[attr-defined]
     assert not any(process.is_alive() for process in processes)
+
+
+def ended(group: int) -> bool:
+    """Whether all processes of a group are gone, soon."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.slow
+def test_the_command_serves_by_name_and_leaves_no_process(models: dict[str, str]) -> None:
+    """Ctrl-C reaches the workers too, which leave the end to the server."""
+    given = [f"{name}={path}" for name, path in models.items()]
+    command = [sys.executable, "-m", "opdkit", "serve-teacher", *given, "--workers", "2"]
+    command += ["--port", "0", "--device", "cpu", "--keep-on-cpu", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as of:
+        assert of.stdout is not None
+        first, second = of.stdout.readline(), of.stdout.readline()
+        assert "serving math, code, chat (float32) from 2 worker(s) on cpu, cpu at" in first
+        where = first.split()[-1]
+        assert f"teacher.math={where}#math" in second
+        found = gathered(NUMBERS, opened(NUMBERS, {n: f"{where}#{n}" for n in KINDS}), step())
+        os.killpg(of.pid, signal.SIGINT)
+        assert of.stdout.read().endswith("stopped\n") and of.wait(30) == 0
+    expected = gathered(NUMBERS, local(models), step())
+    for fact in NUMBERS:
+        torch.testing.assert_close(found[fact], expected[fact], rtol=0, atol=1e-5)
+    assert ended(of.pid)
 
 
 def test_names_and_devices_as_they_are_given(tmp_path: Path) -> None:

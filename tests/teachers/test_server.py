@@ -128,7 +128,10 @@ def test_the_tokens_sent_are_the_rollouts_own_up_to_the_last_one_asked_about(
         served.facts([LogpFact("teacher")], Layout([rollout], 5), torch.tensor([1, 3]), {})
     sent, probe = [(r["prompt"], r["prompt_logprobs"]) for r in fake.requests]
     assert sent == (rollout.prompt + rollout.tokens[:4], 0)
-    assert probe == (served.probed[0].ask.tokens, 0)  # it is the server that it was at the start
+    assert probe == (
+        served.inner.probed[0].ask.tokens,
+        0,
+    )  # it is the server that it was at the start
 
 
 def test_routed_with_a_teacher_in_this_process(models: dict[str, Any], tokenizer: Any) -> None:
@@ -343,6 +346,6 @@ def test_a_most_probable_token_that_the_tokenizer_does_not_have(
 ) -> None:
     """A row that only pads the teacher's head."""
     with FakeServer(models["teacher"], tokenizer) as fake:
-        served = replace(opened(tokenizer, fake.url), tokens=3)
+        served = replace(opened(tokenizer, fake.url).inner, tokens=3)
         with pytest.raises(UserError, match="a padded row of the teacher's head"):
             facts_of(models, served, OWN)

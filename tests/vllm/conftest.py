@@ -85,14 +85,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def serve(tokenizer: Any) -> Iterator[Callable[..., str]]:
-    """Starts vLLM's server on a model; the URL."""
-    running: list[subprocess.Popen[str]] = []
+def running() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Servers by their URL, ended when the tests are."""
+    started: dict[str, subprocess.Popen[str]] = {}
+    yield started
+    for process in started.values():
+        process.terminate()
+        process.wait(timeout=60)
 
-    def start(model: str, *options: str) -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+
+@pytest.fixture(scope="session")
+def serve(tokenizer: Any, running: dict[str, subprocess.Popen[str]]) -> Callable[..., str]:
+    """Starts vLLM's server on a model; the URL."""
+
+    def start(model: str, *options: str, port: int = 0) -> str:
+        if not port:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
         sizes = [
             x
             for name, value in SMALL.items()
@@ -132,7 +142,7 @@ def serve(tokenizer: Any) -> Iterator[Callable[..., str]]:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        running.append(process)
+        running[f"http://127.0.0.1:{port}"] = process
         assert process.stdout is not None
         last: deque[str] = deque(maxlen=40)
         for line in process.stdout:
@@ -145,27 +155,17 @@ def serve(tokenizer: Any) -> Iterator[Callable[..., str]]:
         threading.Thread(target=deque, args=(process.stdout, 0), daemon=True).start()
         return f"http://127.0.0.1:{port}"
 
-    yield start
-    for process in running:
-        process.terminate()
-        process.wait(timeout=60)
+    return start
+
+
+# of a server that is sent the student's weights, and starts with random ones
+FOLLOWS = (
+    *("--worker-extension-cls", "opdkit.models.engines.vllm_worker.Weights"),
+    *("--load-format", "dummy", "--logprobs-mode", "processed_logprobs"),
+)
 
 
 @pytest.fixture(scope="session")
 def server(serve: Callable[..., str], checkpoint: Callable[..., str]) -> str:
     """A server with random weights, as one that is sent the student's is started."""
-    extension = (
-        "--worker-extension-cls",
-        "opdkit.models.engines.vllm_worker.Weights",
-        "--load-format",
-        "dummy",
-    )
-    return serve(
-        checkpoint(0),
-        *extension,
-        "--logprobs-mode",
-        "processed_logprobs",
-        "--enable-lora",
-        "--max-lora-rank",
-        "8",
-    )
+    return serve(checkpoint(0), *FOLLOWS, "--enable-lora", "--max-lora-rank", "8")

@@ -4,9 +4,11 @@ files. Tolerances as in test_sampler.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -17,7 +19,7 @@ from opdkit.sampling.server import ServerSampler, ServerSettings
 from opdkit.sampling.servers import Server
 from opdkit.types import Prompt, Sampling
 from tests.vllm import test_adapters as adapters
-from tests.vllm.conftest import build, questions
+from tests.vllm.conftest import FOLLOWS, build, questions
 from tests.vllm.test_sampler import CLOSE, assert_drawn, move, without_numbers, worst
 
 pytestmark = pytest.mark.vllm
@@ -166,20 +168,56 @@ def test_a_server_that_is_started_otherwise(
     """Without the worker's methods no weights reach it; log-probs of the plain softmax alone do for
     plain sampling only.
     """
-    url = serve(checkpoint(0))
-    padded = build(0)
+    url = serve(checkpoint(0, 320))
+    student = build(0, rows=320)
     with pytest.raises(
         UserError,
-        match=r"(?s)opdkit_head.*VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls",
+        match=r"(?s)opdkit_load_folder.*VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-ext",
     ):
-        ServerSampler(padded, tokenizer, ServerSettings((url,))).sync(padded, 0)
+        ServerSampler(student, tokenizer, ServerSettings((url,))).sync(student, 0)
     with pytest.raises(UserError, match="does not serve 'other' but tiny"):
-        ServerSampler(padded, tokenizer, ServerSettings((url,), model="other"))
+        ServerSampler(student, tokenizer, ServerSettings((url,), model="other"))
     with pytest.MonkeyPatch.context() as patch:
         # it holds the right weights from the start
         patch.setattr(Server, "_call", lambda *_: None)
-        # its head is not cut
-        mine = ServerSampler(padded, tokenizer, ServerSettings((url,), sync_tolerance=1.0))
+        mine = ServerSampler(student, tokenizer, ServerSettings((url,)))
         assert len(mine.sample(prompts, GREEDY)) == 4
         with pytest.raises(UserError, match="--logprobs-mode processed_logprobs"):
             mine.sample(prompts, Sampling(temperature=0.7, max_completion_length=8))
+
+
+def test_one_of_two_ends_and_comes_back(
+    serve: Callable[..., str],
+    running: dict[str, subprocess.Popen[str]],
+    checkpoint: Callable[..., str],
+    tokenizer: Any,
+    prompts: list[Prompt],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The run goes on with the other; with random weights again it is used once it was sent the
+    student's.
+    """
+    urls = [serve(checkpoint(0), *FOLLOWS) for _ in range(2)]
+    student = build(3)
+    sampler = ServerSampler(student, tokenizer, ServerSettings(tuple(urls)))
+
+    def check(version: int, alive: int) -> None:
+        own = HFSampler(student, tokenizer).sample(prompts, GREEDY, policy_version=version)
+        ours = sampler.sample(prompts, GREEDY, policy_version=version)
+        assert without_numbers(ours) == without_numbers(own) and worst(student, ours) < CLOSE
+        assert sampler.metrics() == {"sampler/servers": float(alive)}
+
+    check(0, 2)
+    running[urls[0]].terminate()
+    running[urls[0]].wait(timeout=60)
+    check(0, 1)
+    move(student, 1)
+    sampler.sync(student, 1)
+    check(1, 1)
+    serve(checkpoint(0), *FOLLOWS, port=urlsplit(urls[0]).port)
+    check(1, 1)
+    move(student, 2)
+    sampler.sync(student, 2)
+    check(2, 2)
+    said = [line for line in capfd.readouterr().err.splitlines() if "opdkit: the samp" in line]
+    assert len(said) == 2 and "is left out" in said[0] and "is back" in said[1]

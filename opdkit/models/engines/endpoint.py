@@ -9,7 +9,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from copy import copy
 from dataclasses import dataclass, field
@@ -155,18 +155,18 @@ class Endpoint:
 
     def each(self) -> list[Endpoint]:
         """One endpoint per server, to learn what each of them says."""
-        return [self.among([server.url]) for server in self._servers]
+        return [self.among([server]) for server in self._servers]
 
-    def among(self, urls: Collection[str]) -> Endpoint:
-        """One that asks these of the servers, by the same clients; all do well at first."""
+    def among(self, servers: Sequence[_Server]) -> Endpoint:
+        """One that asks these servers, by the same clients; all do well at first."""
         made = copy(self)
-        made._servers = [_Server(s.url, s.client) for s in self._servers if s.url in urls]
+        made._servers = [_Server(s.url, s.client) for s in servers]
         made.urls, made.faults = [server.url for server in made._servers], 0
         return made
 
     def once(self) -> Endpoint:
         """One that tries nothing a second time."""
-        made = self.among(self.urls)
+        made = self.among(self._servers)
         made.retries = 0
         return made
 

@@ -54,8 +54,11 @@ class Probe:
         dtype: torch.dtype,
         limit: int | None = None,
         tolerance: float | None = None,
+        known: Callable[[], Tensor | None] = lambda: None,
     ):
         self.model, self.head, self.dtype = model, head, dtype  # the head as it is now
+        # log-probs [N] of the trainer's, where `model` is a copy that would take long to find them
+        self.known = known
         self.tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
         longest = min(LENGTH, LENGTH if limit is None else limit - 1)
         texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
@@ -71,6 +74,9 @@ class Probe:
 
         One forward pass: all processes over which the model is spread take part.
         """
+        known = self.known()
+        if known is not None and len(known) == sum(len(s) - 1 for s in self.sequences):
+            return known
         device = next(self.model.parameters()).device
         ids = pad_sequence([torch.tensor(s) for s in self.sequences], batch_first=True).to(device)
         head = self.head()

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +103,18 @@ def here() -> tuple[str, str]:
     return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
 
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Behind it SIGTERM is handled as before: Ray decides on it as it begins."""
+    mine = threading.current_thread() is threading.main_thread()
+    usual = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, usual)
+
+
 class Cluster:
     """Ray, started for this run or joined."""
 
@@ -125,7 +139,8 @@ class Cluster:
         else:
             settings["address"] = address
         try:
-            ray.init(namespace=namespace, **settings)
+            with _own_signals():
+                ray.init(namespace=namespace, **settings)
         except Exception as error:
             raise UserError(
                 f"Ray could not be {'started here' if address is None else f'joined at {address}'} "

@@ -81,6 +81,7 @@ class Crew:
         self.seconds: dict[str, float] = {}  # of the last part that each has written
         self.wrote: Counter[str] = Counter()  # rollouts that were taken, by who wrote them
         self.restarts = 0
+        self.said = ""  # of the last that was lost
         self._spans: list[Span] = []
 
     # ------------------------------------------------------------------------------ for the trainer
@@ -96,28 +97,36 @@ class Crew:
         self,
         parts: Sequence[Sequence[Prompt]],
         asked: Any,
-        tick: Callable[[int], object] | None = None,
+        hear: Callable[[list[Rollout]], None] = lambda made: None,
     ) -> list[list[Rollout]]:
-        """The rollouts of each part, by the weights that were sent last."""
+        """The rollouts of each part, by the weights that were sent last; `hear` is told of each
+        part once it is there.
+        """
         self._join()
         with self.changed:
             assert self.sent is not None
             request = Request(self.sent, asked, [Part(list(prompts)) for prompts in parts])
             self.request = request
             self.changed.notify_all()
-            told = 0
-            try:
-                while left := [part for part in request.parts if part.made is None]:
-                    self.changed.wait(EVERY)
-                    if self.failed is not None:
-                        raise self.failed
-                    self._refuse_alone(len(left))
-                    done = sum(len(part.made or ()) for part in request.parts)
-                    if tick is not None and done > told:
-                        tick(told := done)
-            finally:
-                self.request = None
+        waiting = list(request.parts)
+        try:
+            while waiting:
+                for part in self._made(waiting):
+                    waiting.remove(part)
+                    hear(part.made or [])
+        finally:
+            self.request = None
         return [part.made or [] for part in request.parts]
+
+    def _made(self, waiting: Sequence[Part]) -> list[Part]:
+        """Those of some parts that are there now, waited for a little."""
+        with self.changed:
+            if all(part.made is None for part in waiting):
+                self.changed.wait(EVERY)
+            if self.failed is not None:
+                raise self.failed
+            self._refuse_alone(len(waiting))
+            return [part for part in waiting if part.made is not None]
 
     def counts(self) -> dict[str, float]:
         """Of the whole run so far."""
@@ -139,8 +148,8 @@ class Crew:
             raise UserError(
                 f"none of the samplers ({', '.join(self.alive) or 'none was started'}) has been "
                 f"there for {self.patience:g} s, and {left} parts of the step's prompts are not "
-                "written. Look at their logs: out of memory is the usual cause. Nothing was learnt "
-                "from this step; continue with --resume"
+                f"written{self.said and f' ({self.said})'}. Look at their logs: out of memory is "
+                "the usual cause. Nothing was learnt from this step; continue with --resume"
             )
 
     def _join(self) -> None:
@@ -174,8 +183,9 @@ class Crew:
                         with self.changed:
                             part.by.discard(name)
                             self.changed.notify_all()
-        except Lost:
+        except Lost as error:
             with self.changed:
+                self.said = f"{name}: {error}"
                 self.alive.pop(name, None)
         except BaseException as error:  # of the request, whoever writes it
             with self.changed:

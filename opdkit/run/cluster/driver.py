@@ -269,7 +269,9 @@ class _Driver:
         )
 
     def _watched(self, calls: Sequence[Any]) -> list[End]:
-        """How each ended; once one has failed, the others have a moment to end by themselves."""
+        """How each ended; once one has failed, the others have a moment to end by themselves. Those
+        that were stopped are waited for: the first may still be saving the run.
+        """
         ends: dict[int, End] = {}
         failed: float | None = None
         while len(ends) < len(calls):
@@ -278,7 +280,8 @@ class _Driver:
                     with suppress(TimeoutError):
                         ends[rank] = self._end(rank, calls[rank])
                 self._lines()
-                if failed is None and any(end.how != DONE for end in ends.values()):
+                bad = any(end.how not in (DONE, STOPPED) for end in ends.values())
+                if failed is None and bad:
                     failed = time.monotonic()
                 if failed is not None and time.monotonic() - failed > GRACE:
                     break
@@ -293,7 +296,7 @@ class _Driver:
     def _end(self, rank: int, call: Any) -> End:
         """How a trainer ended; TimeoutError: it has not."""
         try:
-            return got(call, timeout=0)  # type: ignore[no-any-return]
+            return got(call, timeout=0)
         except TimeoutError:
             raise
         except Gone:

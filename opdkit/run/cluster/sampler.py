@@ -44,6 +44,10 @@ class Opening:
     watch: Watch
 
 
+# how the student writes, its optimiser steps, its log-probs [N] of the probe, and what learns
+Weights = tuple[Opening, int, Tensor, dict[str, Array]]
+
+
 class SamplerActor:
     """One sampler, in its process."""
 
@@ -55,15 +59,18 @@ class SamplerActor:
         self.student: Student | None = None
         self.opening: Opening | None = None
         self.sampler: Any = None
+        self.own = torch.zeros(0)  # [N]: the trainer's log-probs of the probe
         self.weights: str | None = None  # the name of those that it has; None: its own first ones
 
     def alive(self) -> None:
         """That it can be asked; the student is loaded now, not with the first weights."""
         self._student()
 
-    def load(self, weights: str, what: tuple[Opening, int, Any]) -> Tensor:
-        """[N]: log-probs of the probe, once the copy has the trainer's weights."""
-        opening, version, parameters = what
+    def load(self, weights: str, what: Weights) -> Tensor:
+        """[N]: log-probs of the probe, once the copy has the trainer's weights; where another
+        engine writes, which probes itself, the trainer's own.
+        """
+        opening, version, self.own, parameters = what
         student, self.weights = self._student(), None
         named = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
         if set(named) != set(parameters):
@@ -77,6 +84,8 @@ class SamplerActor:
             self.opening = opening
         self.sampler.sync(student.model, version)
         self.weights = weights
+        if not self.run.sampler_settings.on_student:
+            return self.own
         return log_probs(student.model, self.tokenizer, student.head)
 
     def sample(
@@ -121,6 +130,7 @@ class SamplerActor:
             None,
             opening.watch,
             self.run.trust_remote_code,
+            known=lambda: self.own,
         )
         return self.run.sampler_settings.open(context)
 
@@ -131,6 +141,8 @@ class CrewSampler:
     `crew`: makes what hands out parts, in the process that asks. `parts`: into which the prompts of
     a request are cut.
     """
+
+    gives_each = True  # it takes `each`
 
     def __init__(self, context: SamplerContext, crew: Callable[[], Crew], parts: int):
         self.context, self.make, self.parts = context, crew, parts
@@ -168,8 +180,8 @@ class CrewSampler:
                 )
 
         def send() -> None:
-            what = stored((opening, version, parameters))
-            self.crew.send(Sent(f"{self.run} {version}", what, check))
+            what: Weights = (opening, version, own, parameters)
+            self.crew.send(Sent(f"{self.run} {version}", stored(what), check))
 
         return send
 
@@ -182,14 +194,28 @@ class CrewSampler:
         sampling: Sampling,
         *,
         progress: Callable[[int], object] | None = None,
+        each: Callable[[Rollout], object] | None = None,
         **settings: Any,
     ) -> list[Rollout]:
-        """The responses to all prompts, in their order, whoever wrote them."""
+        """The responses to all prompts, in their order, whoever wrote them; `each` is told of those
+        of a part once it is there.
+        """
         if not prompts:
             return []
         if self.behind:
             self.sync(self.context.model, settings.get("policy_version", 0))
-        written = self.crew.write(cut(prompts, self.parts), (sampling, settings), progress)
+        done = 0
+
+        def hear(made: list[Rollout]) -> None:
+            nonlocal done
+            done += len(made)
+            if progress is not None:
+                progress(done)
+            if each is not None:
+                for rollout in made:
+                    each(rollout)
+
+        written = self.crew.write(cut(prompts, self.parts), (sampling, settings), hear)
         return [rollout for rollouts in written for rollout in rollouts]
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
+from opdkit.base.config import plain
 from opdkit.run.plan.machines import Machines
-from opdkit.sampling.servers import COMMAND
+from opdkit.run.settings import Run
+from opdkit.sampling.servers import ADAPTERS, COMMAND
 
 if TYPE_CHECKING:
     from opdkit.run.plan.layouts import Layout
@@ -23,7 +30,7 @@ def commands(layout: Layout, machines: Machines, file: str) -> list[str]:
     teaches, teacher_urls = _teachers(layout, machines)
     if teacher_urls:
         settings.insert(0, f"teacher=server:{','.join(teacher_urls)}")
-    settings.insert(0, _servers(sampler_urls, machines))
+    settings.insert(0, f"sampler={_servers(layout, sampler_urls, machines)}")
     lines = [*samples, *teaches, *_train(layout, settings, file, machines)]
     if layout.sampling.devices == 1:
         counts = f"trainers: {layout.trainers}, samplers: {layout.sampling.count}"
@@ -39,16 +46,31 @@ def commands(layout: Layout, machines: Machines, file: str) -> list[str]:
 def _sampler(layout: Layout) -> str:
     """The setting of one that samples in turn with the trainer, as a command line takes it."""
     said = layout.plan.run.sampler
-    if isinstance(said, str):
-        return said
-    usual = type(layout.plan.run.sampler_settings)()
-    changed = {k: v for k, v in said.items() if k == "kind" or v != getattr(usual, k, None)}
-    inside = ", ".join(f"{k}: {str(v).lower()}" for k, v in changed.items())
-    return "{" + inside + "}"
+    return said if isinstance(said, str) else _group(changed(layout))
+
+
+def changed(layout: Layout) -> dict[str, Any]:
+    """The sampler's settings that are not the usual ones of its kind."""
+    settings: Any = layout.plan.run.sampler_settings
+    usual = {f.name: f.default for f in fields(settings)}
+    said = {k: v for k, v in plain(settings).items() if v != usual[k]}
+    return {"kind": settings.kind, **said}
+
+
+def _group(settings: Mapping[str, Any]) -> str:
+    """As YAML in one line, without quotes where it needs none."""
+
+    def word(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(word, value))}]"
+        bare = isinstance(value, str) and re.fullmatch(r"[A-Za-z/][\w./:-]*", value)
+        return str(value) if bare else json.dumps(value)
+
+    return "{" + ", ".join(f"{name}: {word(value)}" for name, value in settings.items()) + "}"
 
 
 def _quoted(settings: list[str]) -> str:
-    return " ".join(f"'{s}'" if "{" in s else s for s in settings)
+    return shlex.join(settings)
 
 
 def _train(layout: Layout, settings: list[str], file: str, of: Machines | None = None) -> list[str]:
@@ -80,8 +102,8 @@ def _samplers(layout: Layout, machines: Machines) -> tuple[list[str], list[str]]
     for node in sorted({start // machines.each for start in starts}):
         places = [s % machines.each for s in starts if s // machines.each == node]
         host = _host(node, machines)
-        serve = COMMAND.replace("MODEL", layout.plan.run.student)
-        serve = serve.replace("127.0.0.1", host) + several + f" --max-model-len {longest}"
+        serve = _serve(layout.plan.run).replace("127.0.0.1", host)
+        serve += f"{several} --max-model-len {longest}"
         devices = "$i" if made == 1 else f"$(seq -s, $i $((i + {made - 1})))"
         which = " ".join(map(str, places))
         lines.append(
@@ -92,11 +114,19 @@ def _samplers(layout: Layout, machines: Machines) -> tuple[list[str], list[str]]
     return lines, urls
 
 
-def _servers(urls: list[str], machines: Machines) -> str:
+def _serve(run: Run) -> str:
+    """What starts a server of the student, or of its adapters on it."""
+    alone = run.lora is not None and getattr(run.sampler_settings, "enable_lora", False)
+    text = ADAPTERS.replace("RANK", str(run.lora.r)) if alone and run.lora else COMMAND
+    return text.replace("MODEL", run.student)
+
+
+def _servers(layout: Layout, urls: list[str], machines: Machines) -> str:
     """The sampler's setting: a folder that all see has to be named where they are elsewhere."""
-    if machines.nodes == 1:
-        return f"sampler=server:{','.join(urls)}"
-    return f"sampler={{kind: server, urls: [{', '.join(urls)}], shared_folder: FOLDER}}"
+    said = changed(layout) | {"urls": urls}
+    if machines.nodes > 1:
+        said["shared_folder"] = said.get("shared_folder", "FOLDER")
+    return f"server:{','.join(urls)}" if set(said) == {"kind", "urls"} else _group(said)
 
 
 def _teachers(layout: Layout, machines: Machines) -> tuple[list[str], list[str]]:

@@ -29,6 +29,7 @@ from opdkit.run.refuse import refuse
 from opdkit.run.settings import Run
 
 SERVER = "http://HOST:8000"
+MANY = 64  # splits that are all tried
 ENGINE_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # gpu_memory_utilization, tried
 
 
@@ -51,7 +52,7 @@ class Layout:
         if not self.plan.step.sampled:
             return f"{self.trainers} train"
         if self.sampling is None:
-            engine = "vLLM" if self.plan.run.sampler_settings.kind == "vllm" else "hf"
+            engine = self.plan.run.sampler_settings.kind
             return f"{self.trainers} train and sample in turn, {engine}"
         count = self.sampling.count * self.sampling.devices
         words = [f"{self.trainers} train", f"{count} sample"]
@@ -175,10 +176,11 @@ class Layouts:
         own: dict[str, Any] = {
             "hf": "hf",
             "vllm": {"kind": "vllm", "enable_sleep_mode": True},
-            "server": f"server:{SERVER}",
+            # adapters alone are sent where there are any
+            "server": {"kind": "server", "urls": [SERVER], "enable_lora": bool(self.run.lora)},
         }
-        if usual.kind in ("hf", "vllm"):
-            own[usual.kind] = self.run.sampler
+        if usual.kind in own:
+            own[usual.kind] = {**plain(usual), "kind": usual.kind}
         return {kind: replace(self.run, sampler=sampler) for kind, sampler in own.items()}
 
     @cached_property
@@ -209,8 +211,9 @@ class Layouts:
         if "sampler=hf" not in self.refused:
             yield Layout(self.planned(self.samplers["hf"], self.machines))
         if self._beside and "sampler=vllm" not in self.refused:
-            free = self.run.sampler_settings.kind != "vllm"
-            yield Layout(self._with_room(self.samplers["vllm"], free))
+            engine = self.samplers["vllm"]
+            free = engine.sampler_settings.kind != self.run.sampler_settings.kind
+            yield Layout(self._with_room(engine, free))
 
     def _with_room(self, run: Run, free: bool) -> RunPlan:
         """With as large a share of the device for the engine as fits, where that is `free`."""
@@ -262,9 +265,8 @@ class Layouts:
         if taught:
             held = next(h for h in self.as_given.models if h.kind == "teacher" and h.where == HERE)
             teaching = teachers(self.run, self.method, held, load, device, self.rates, taught)
-        sampling = samplers(
-            plan.run, student, plan.step, load, device, self.rates, devices // engine, engine
-        )
+        count = min(devices // engine, plan.step.prompts)  # one without a prompt would be idle
+        sampling = samplers(plan.run, student, plan.step, load, device, self.rates, count, engine)
         for ahead in (0,) if "ahead=1" in self.refused else (0, max(1, self.run.ahead)):
             yield Layout(plan, ahead, sampling, teaching, held)
 
@@ -278,8 +280,9 @@ class Layouts:
             replace(self, run=run).change(setting)
             for setting, run in others(self.run, self.method, usual.step)
         ]
-        more = next((x for x in _more(self.machines) if replace(self, machines=x).recommended), 0)
-        if more:
+        grown = _more(self.machines)
+        more = next((x for x in grown if replace(self, machines=x).recommended), None)
+        if more is not None:
             found.append(replace(self, machines=more).change(f"--device {more.words.lower()}"))
         return sorted((c for c in found if c.fits), key=lambda change: change.peak)
 
@@ -293,7 +296,8 @@ class Layouts:
 
     def table(self) -> str:
         """The best of each kind, as Markdown: GiB of one device of each part, seconds of a step."""
-        rows = [("layout", "train", "sample", "teach", "step", "of which", "tokens/s", "fits")]
+        names = ("layout", "train", "sample", "teach", "step", "of which", "tokens/s", "fits")
+        rows: list[tuple[str, ...]] = [names]
         for one in self.shown:
             sizes = [f"{one.bytes[p] / GIB:.1f}" if p in one.bytes else "" for p in PARTS]
             spent = ", ".join(f"{n} {seconds_text(s)}" for n, s in one.seconds.items())
@@ -374,6 +378,7 @@ def plan_on(
     check_response(response)
     run, method, reward, notes = checked(run, machines.device)
     refuse(run, method, reward)
+    run = replace(run, cluster=None)  # a layout is what one would place
     return Layouts(run, method, reward, machines, rates, response, notes, file)
 
 
@@ -389,11 +394,14 @@ def _worth(one: Layout) -> tuple[bool, float, float]:
 
 
 def _parts(machines: Machines) -> Iterator[Machines]:
-    """The first of the devices, leaving some: any number of one machine, else whole machines."""
-    if machines.nodes == 1:
-        yield from (machines.first(count) for count in range(1, machines.each))
-    else:
-        yield from (machines.first(n * machines.each) for n in range(1, machines.nodes))
+    """The first of the devices, leaving some: any number of one machine, else whole machines; of
+    very many 1, 2, 4 ...
+    """
+    most, unit = machines.each, 1
+    if machines.nodes > 1:
+        most, unit = machines.nodes, machines.each
+    counts = range(1, most) if most <= MANY else _doubled(most - 1)
+    yield from (machines.first(unit * count) for count in counts)
 
 
 def _more(machines: Machines) -> Iterator[Machines]:

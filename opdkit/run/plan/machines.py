@@ -11,6 +11,7 @@ from typing import Any
 from opdkit.base.errors import UserError
 from opdkit.run.plan.devices import KNOWN, Device, find_device, quantity
 
+MOST = (1024, 128)  # machines, and devices of each: beyond that it is a slip of the keyboard
 REACHED = 0.7  # of a link's peak, by collectives of large tensors
 
 
@@ -125,8 +126,11 @@ def _counted(name: str | None) -> tuple[int, int, str | None]:
     if not found:
         return 1, 1, name or None
     nodes, each = int(found[1] or 1), int(found[2] or 1)
-    if not nodes or not each:
-        raise UserError(f"--device {name}: 0 devices hold nothing; such as 8xh100, or 2x8xh100")
+    if not (0 < nodes <= MOST[0] and 0 < each <= MOST[1]):
+        raise UserError(
+            f"--device {name}: give 1 to {MOST[0]} machines of 1 to {MOST[1]} devices, such as "
+            "8xh100, or 2x8xh100"
+        )
     return nodes, each, found[3]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from opdkit.curricula import Curriculum, reads_cache, writer_of
 from opdkit.methods.explain import scored_before
 from opdkit.methods.method import Method
-from opdkit.models.held import HERE, WIDTH, Held
+from opdkit.models.held import HERE, WIDTH, Held, stored
 from opdkit.models.layout import HELD
 from opdkit.models.shapes import Shape
 from opdkit.objective.head import CHUNK_BYTES, CHUNK_ENTRIES, CHUNK_MOST, CHUNK_PART
@@ -191,10 +191,9 @@ def _student(out: Memory, run: Run, shape: Shape, scores: bool, ranks: int) -> N
     out.add("two moments of AdamW", 2 * size)
     out.add("gradients", size, ("learn",))
     phases = ("sample", "score", "learn") if scores else ("sample", "learn")
-    if ranks == 1 or not run.gradient_checkpointing:
-        kept = phases if ranks == 1 else ("sample", "learn")  # by autocast; by autograd
-    else:
-        kept = ("sample",)
+    kept: tuple[str, ...] = phases  # by autocast; of a model that is spread by autograd alone
+    if ranks > 1:
+        kept = ("sample",) if run.gradient_checkpointing else ("sample", "learn")
     out.add(
         "bfloat16 copies of what learns",
         copies(run, shape),
@@ -279,10 +278,16 @@ def _learning(out: Memory, run: Run, shape: Shape, step: Step) -> None:
 
 
 def divided(held: Held) -> bool:
-    """Whether processes hold a part each of a model: not of one in few bits, nor of one that waits
-    on the CPU.
+    """Whether processes hold a part each of a model: not of one in few bits that does not learn,
+    nor of one that waits on the CPU.
     """
-    return held.where == HERE and held.quantize is None and not held.offload
+    plain = held.quantize is None or held.role == "student"
+    return held.where == HERE and plain and not held.offload
+
+
+def each(held: Held) -> float:
+    """Bytes of a weight, on average."""
+    return stored(held.shaped, held.dtype, held.quantize) / held.shaped.parameters
 
 
 def _frozen(held: Held) -> bool:
@@ -298,7 +303,7 @@ def _wholes(out: Memory, run: Run, student: Held, read: Sequence[Held], guide: H
     if run.sampler_settings.on_student:
         for held in filter(None, (student, guide)):
             if divided(held):
-                size = held.shaped.parameters * WIDTH[held.dtype]
+                size = held.shaped.parameters * each(held)
                 out.add(f"{held.role} whole, as it samples", size, ("sample",))
     spread = [held for held in read if divided(held)]
     if divided(student):
@@ -324,7 +329,7 @@ def _embedding(held: Held) -> int:
 def _layer(held: Held, run: Run) -> float:
     """Bytes of a model's largest layer, and of its rounded copy where it learns in 16 bits."""
     rounded = 2 if held.role == "student" and run.dtype == "bfloat16" and run.lora is None else 0
-    return held.shaped.layer * (WIDTH[held.dtype] + rounded)
+    return held.shaped.layer * (each(held) + rounded)
 
 
 # ------------------------------------------------------------------------------------------ scoring

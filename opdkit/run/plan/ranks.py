@@ -10,7 +10,7 @@ from opdkit.methods.method import Method
 from opdkit.models.held import WIDTH, Held
 from opdkit.objective.facts import Fact
 from opdkit.run.plan.machines import Machines
-from opdkit.run.plan.memory import Step, divided, scored, trained, trained_width
+from opdkit.run.plan.memory import Step, divided, each, scored, trained, trained_width
 from opdkit.run.plan.work import Load, Phase
 from opdkit.run.settings import Run
 
@@ -61,12 +61,12 @@ def _sizes(
     if divided(student):
         updates = run.updates(method) / run.steps
         parts = run.optim.minibatches
-        passes = updates * _passes(load.tokens / parts, mine)
+        often = updates * _passes(load.tokens / parts, mine)
         share = trained(student.shaped, run.lora) / student.shaped.parameters
-        gradient = _layers(student) / WIDTH[student.dtype] * share * trained_width(run)
+        gradient = _layers(student) / each(student) * share * trained_width(run)
         both = 2 * _layers(student) + gradient
-        what = f"layers there and back and their gradients, {passes:.3g} passes"
-        yield "learn", what, passes * both, True
+        what = f"layers there and back and their gradients, {often:.3g} passes"
+        yield "learn", what, often * both, True
         head = student.shaped.head * WIDTH[student.dtype]
         learns = 0 if run.lora else student.shaped.head * trained_width(run)
         yield "learn", "the head and its gradient", updates * (head + learns), False
@@ -87,14 +87,14 @@ def exchanged(phase: Phase, all_: Sequence[Exchange]) -> Phase:
 
 
 def _bytes(held: Held) -> float:
-    return held.shaped.parameters * WIDTH[held.dtype]
+    return held.shaped.parameters * each(held)
 
 
 def _layers(held: Held) -> float:
     """Bytes of what a pass gathers: all but a head of its own, and of a frozen model the head."""
     shape = held.shaped
     apart = held.role != "student" or not shape.tied
-    return (shape.parameters - shape.head * apart) * WIDTH[held.dtype]
+    return (shape.parameters - shape.head * apart) * each(held)
 
 
 def _passes(tokens: float, mine: Step) -> int:

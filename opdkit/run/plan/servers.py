@@ -9,7 +9,7 @@ from opdkit.methods.method import Method
 from opdkit.models.held import WIDTH, Held
 from opdkit.run.plan.devices import GIB, Device
 from opdkit.run.plan.machines import Machines
-from opdkit.run.plan.memory import PASS, USABLE, Step, pass_bytes
+from opdkit.run.plan.memory import PASS, USABLE, Step, pass_bytes, trained
 from opdkit.run.plan.models import products_of
 from opdkit.run.plan.work import Load, Rates, forward, over, peak, sampling
 from opdkit.run.settings import Run
@@ -77,9 +77,13 @@ def smallest(run: Run, student: Held, step: Step, machines: Machines) -> int | N
 
 
 def pushing(run: Run, student: Held, gathered: float) -> float:
-    """Seconds in which servers have the student's new weights: put together, written, read."""
-    width = 4 if run.dtype == "float32" else 2
-    return gathered + student.shaped.parameters * width / FILES
+    """Seconds in which servers have the student's new weights, or its adapters alone: put together,
+    written, read.
+    """
+    shape, width = student.shaped, 4 if run.dtype == "float32" else 2
+    alone = run.lora is not None and getattr(run.sampler_settings, "enable_lora", False)
+    share = trained(shape, run.lora) / shape.parameters if alone else 1.0
+    return share * (gathered + shape.parameters * width / FILES)
 
 
 def teachers(

@@ -64,8 +64,10 @@ class Collector:
         return {"each": self.early.hearing(step, total_steps)}
 
     def metrics(self) -> dict[str, float]:
-        """Of a step's rollouts, once they are learnt from."""
-        return {} if self.early is None else self.early.metrics()
+        """Of a step's rollouts, once they are learnt from; and of who wrote them."""
+        found = {} if self.early is None else self.early.metrics()
+        of_sampler = getattr(self.sampler, "metrics", None)
+        return found if of_sampler is None else {**found, **of_sampler()}
 
     def counts(self) -> dict[str, float]:
         """What filters tell of the rollouts that they had last."""

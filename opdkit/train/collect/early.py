@@ -32,8 +32,8 @@ class Early:
 
     Nothing else depends on it: `gather` takes an answer that it finds for the request that it would
     make, and else makes the request. Begun is what a teacher says of a rollout's tokens and row
-    alone (`early`), not what is read at another model's ids. Threads that fail leave nothing; the
-    step asks again, and tells why.
+    alone (`early`), not what is read at another model's ids. An error of a request that was begun
+    is raised in the step that reads it.
 
     Arguments:
         begun: where the answers wait; those who ask look there.
@@ -109,7 +109,7 @@ class Early:
             try:
                 work()
                 self.counts["begun"] += 1
-            except Exception:  # the step asks the same, and tells what is wrong with it
+            except Exception:  # is the step's, which asks the same
                 self.counts["failed"] += 1
 
 

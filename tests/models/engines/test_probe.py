@@ -46,6 +46,14 @@ def test_expected_log_probs_are_those_of_the_whole_model_cut_to_the_real_tokens(
     torch.testing.assert_close(made.expected(), torch.cat(says(model, made)), atol=FORWARD, rtol=0)
 
 
+def test_what_the_trainer_found_elsewhere_is_not_found_again() -> None:
+    """Unless it is of other sequences, as an engine that reads less has."""
+    model, told = tiny_model(), probe(tiny_model()).expected() + 1.0
+    assert torch.equal(probe(model, known=lambda: told).expected(), told)
+    short = probe(model, known=lambda: told, limit=9)
+    assert torch.equal(short.expected(), probe(model, limit=9).expected())
+
+
 def test_an_engine_with_the_same_weights_passes() -> None:
     model = tiny_model()
     made = probe(model)

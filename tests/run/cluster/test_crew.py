@@ -194,8 +194,29 @@ def test_without_a_sampler_it_does_not_wait_for_ever(there: dict[str, Fake]) -> 
     dies.left = 0  # type: ignore[attr-defined]
 
 
-def test_progress_is_told_of_finished_rollouts() -> None:
-    crew, heard = Crew(lambda: {"a": Fake()}, 5.0), list[int]()
+def test_why_the_last_sampler_is_lost_is_said() -> None:
+    def lost(fake: Fake, method: str) -> None:
+        raise Lost("its device has no memory left")
+
+    crew = Crew(lambda: {"a": Fake(lost)}, 0.3)
     crew.send(sent())
-    crew.write(cut(prompts(3), 3), None, heard.append)
-    assert heard == sorted(heard) and (not heard or heard[-1] <= 3)
+    with pytest.raises(UserError, match="a: its device has no memory left"):
+        crew.write(cut(prompts(2), 2), None)
+
+
+def test_each_part_is_heard_of_once_and_before_the_last_is_there() -> None:
+    first = threading.Event()
+    heard = list[str]()
+
+    def on(fake: Fake, method: str) -> None:
+        if fake.log.count("sample") == 3:
+            assert first.wait(10), "nobody has heard of the parts before"
+
+    def hear(made: list[Rollout]) -> None:
+        heard.extend(rollout.id for rollout in made)
+        first.set()
+
+    crew = Crew(lambda: {"a": Fake(on)}, 5.0)
+    crew.send(sent())
+    crew.write(cut(prompts(3), 3), None, hear)
+    assert sorted(heard) == ["p0", "p1", "p2"]

@@ -5,6 +5,7 @@ processes: without Ray.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import opdkit
 from opdkit.base.errors import UserError
 from opdkit.methods.method import load
 from opdkit.models.layout import Layout
@@ -31,6 +33,8 @@ from opdkit.teachers.pool import Gone
 from opdkit.types import Rollout
 from tests.end_to_end.conftest import Shop
 from tests.end_to_end.conftest import shop as shop
+
+ROOT = Path(opdkit.__file__).parent
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -77,6 +81,15 @@ def test_without_ray_the_run_says_what_to_install(
     said = capsys.readouterr().err
     assert "pip install 'opdkit[ray]'" in said and "--nproc" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_one_file_knows_ray() -> None:
+    knowing = {
+        str(path.relative_to(ROOT))
+        for path in ROOT.rglob("*.py")
+        if re.search(r"^\s*(import|from) ray\b", path.read_text(), re.M)
+    }
+    assert knowing == {"run/cluster/actors.py"}
 
 
 # --------------------------------------------------------------------------------------------- room

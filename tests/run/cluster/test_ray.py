@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from opdkit.base.config import to_yaml
 from opdkit.base.files import read_lines
 from opdkit.run.settings import make_run
-from tests.end_to_end.conftest import Shop
+from tests.common.tiny import save_tiny
+from tests.end_to_end.conftest import Shop, gsm8k_rows, write_rows
 from tests.end_to_end.conftest import shop as shop
 from tests.run.cluster.faults import FILE
 
@@ -199,6 +200,20 @@ def test_one_step_ahead_two_ranks_are_one(bench: Bench, undisturbed: Done) -> No
     assert wrote == 6 * 6 * 2
     parts = {"trainer", "sampler", "sampler:0", "sampler:1", "teacher:teacher"}
     assert parts <= {part for part, _ in undisturbed.spans()}
+
+
+def test_adapters_are_sent_alone_and_two_teachers_share_a_process(bench: Bench) -> None:
+    """Numbers of teachers by route, which take turns in one process; LoRA over two ranks."""
+    teacher = {"math": bench.shop.teacher, "code": save_tiny(bench.folder / "code", seed=7)}
+    rows = [{**row, "teacher": ("math", "code")[i % 2]} for i, row in enumerate(gsm8k_rows(6))]
+    more = {"data": write_rows(bench.folder / "routes.jsonl", rows), "lora": {"r": 4}}
+    one = bench.run("adapters-one", "method=opd", teacher=teacher, **more)
+    cluster = EVERYONE.replace("teachers: 1", "teachers: 1, spare_teachers: false")
+    several = bench.run("adapters", "method=opd", cluster=cluster, teacher=teacher, **more)
+    weights, metrics = apart(one, several)
+    assert weights < 1e-12 and metrics < 1e-12
+    assert several.last["pool/tokens/teacher.math"] > 0 < several.last["pool/tokens/teacher.code"]
+    assert several.last["pool/swaps"] >= 6  # one at a time, by what is asked for
 
 
 def test_a_sampler_and_a_teacher_that_die_change_nothing(bench: Bench, undisturbed: Done) -> None:

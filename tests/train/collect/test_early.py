@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from opdkit.base.errors import UserError
 from opdkit.models.body import head_of
 from opdkit.objective.divergences import ReverseKL
 from opdkit.objective.facts import Fact, GapFact, LogpAtFact, LogpFact, TopFact
@@ -218,16 +219,21 @@ def test_nothing_is_begun_where_another_route_computes_in_this_process(tmp_path:
         assert run.early.metrics()["early/begun"] == 0
 
 
-def test_a_failed_beginning_leaves_the_step_to_ask_and_to_tell() -> None:
-    rows = rollouts()
+def test_an_error_of_what_was_begun_is_that_of_the_step_that_reads_it() -> None:
+    """Though the server is well again by then: a number that is none is never asked for twice. Of a
+    rollout that was dropped it is nobody's.
+    """
+    rows = rollouts(lengths=((3, 5), (7, 4)))
     with vllm() as server:
-        said = {"kind": "server", "urls": [server.url], "retries": 0}
-        run = Run(OWN, said)
-        expected = run.step(rows)
+        run = Run(OWN, {"kind": "server", "urls": [server.url], "retries": 0})
+        expected = run.step(rows[1:])
         good = server.logps
-        server.logps = lambda tokens: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+        broken = rows[0].prompt + rows[0].tokens
+        nan = torch.full((8, 320), torch.nan)
+        server.logps = lambda ids: nan if list(ids) == broken else good(ids)  # type: ignore[method-assign]
         run.begin(rows)
         server.logps = good  # type: ignore[method-assign]
-        same(run.step(rows), expected, 0.0)
-    told = run.early.metrics()
-    assert told["early/failed"] == 4 and told["early/used"] == 0
+        same(run.step(rows[1:]), expected, 0.0)
+        with pytest.raises(UserError, match=r"rollout 0/0/0 at teacher .* are no log-probs"):
+            run.step(rows)
+    assert run.early.metrics()["early/failed"] == 1
