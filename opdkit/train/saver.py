@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from opdkit.base.files import begin_folder, partial_of, place_folder, tidy
+from opdkit.base.launched import GRACE
 from opdkit.models.sharding import reshard
 from opdkit.objective.companion import Companions
 from opdkit.train import checkpoint as checkpoints
@@ -24,8 +25,6 @@ from opdkit.train.settings import Checkpoint
 from opdkit.train.student import Student
 
 Made = TypeVar("Made")
-
-PATIENCE = 60.0  # seconds that a process which has failed waits for what is being written
 
 
 @dataclass
@@ -82,7 +81,7 @@ class Saver:
         if kind is None or issubclass(kind, KeyboardInterrupt):
             self.finish()
         elif self.running is not None:  # the others wait for this process, and can still write
-            self.running.thread.join(PATIENCE)
+            self.running.thread.join(GRACE)
 
     # ---------------------------------------------------------------------- of several processes
 

@@ -201,7 +201,7 @@ def test_a_learning_pass_of_a_spread_model_takes_what_is_reckoned(
         gradient_checkpointing=True,
         **settings,
     )
-    config = {"hidden": 256, "layers": 4, "vocab_size": 64}
+    config: dict[str, Any] = {"hidden": 256, "layers": 4, "vocab_size": 64}
     model = tiny_student(run, **config)
     shape = read_shape(tiny_model(**config).config, "here")
     held = Held("student", "s", HERE, shape, student_dtype(run))
@@ -308,7 +308,7 @@ def test_what_one_device_cannot_hold_eight_can() -> None:
     assert max(grown.bytes.values()) >= more["--device 4x8xh100"].peak
 
 
-CASES = [
+CASES: list[tuple[str, dict[str, Any]]] = [
     ("8xh100", {}),
     ("8xh200", {"method": "gkd"}),
     ("2x8xh100", {}),

@@ -52,7 +52,7 @@ class Layout:
         if not self.plan.step.sampled:
             return f"{self.trainers} train"
         if self.sampling is None:
-            engine = "vLLM" if self.plan.run.sampler_settings.kind == "vllm" else "hf"
+            engine = self.plan.run.sampler_settings.kind
             return f"{self.trainers} train and sample in turn, {engine}"
         count = self.sampling.count * self.sampling.devices
         words = [f"{self.trainers} train", f"{count} sample"]
@@ -179,10 +179,8 @@ class Layouts:
             # adapters alone are sent where there are any
             "server": {"kind": "server", "urls": [SERVER], "enable_lora": bool(self.run.lora)},
         }
-        if usual.kind in ("hf", "vllm"):
-            own[usual.kind] = self.run.sampler
-        elif usual.kind == "server":
-            own["server"] = {**plain(usual), "kind": "server"}
+        if usual.kind in own:
+            own[usual.kind] = {**plain(usual), "kind": usual.kind}
         return {kind: replace(self.run, sampler=sampler) for kind, sampler in own.items()}
 
     @cached_property
@@ -213,8 +211,9 @@ class Layouts:
         if "sampler=hf" not in self.refused:
             yield Layout(self.planned(self.samplers["hf"], self.machines))
         if self._beside and "sampler=vllm" not in self.refused:
-            free = self.run.sampler_settings.kind != "vllm"
-            yield Layout(self._with_room(self.samplers["vllm"], free))
+            engine = self.samplers["vllm"]
+            free = engine.sampler_settings.kind != self.run.sampler_settings.kind
+            yield Layout(self._with_room(engine, free))
 
     def _with_room(self, run: Run, free: bool) -> RunPlan:
         """With as large a share of the device for the engine as fits, where that is `free`."""
