@@ -192,9 +192,12 @@ def _says(shares: Mapping[str, _Shares], config: Mapping[str, Any]) -> str:
         remedy = "more of their servers or devices, or a method that asks for fewer numbers a token"
         return _waited(waited["teacher"], "teachers", f"{remedy} (docs/teachers.md)")
     if writes >= MUCH:
+        ahead = config.get("ahead") or 0
+        turns = f", and also with ahead={ahead} it writes and learns in turn" if ahead else ""
         return (
-            f"Rollouts and their rewards took {_percent(writes)} of the trainer's time. A sampler "
-            "on devices of its own with ahead=1 writes while it learns (docs/cluster.md)."
+            f"Rollouts and their rewards took {_percent(writes)} of the trainer's time{turns}. A "
+            f"sampler on devices of its own{'' if ahead else ' with ahead=1'} writes while it "
+            "learns (docs/cluster.md)."
         )
     if slowest.busy < BUSY:
         return (

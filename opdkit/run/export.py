@@ -95,8 +95,14 @@ def export(
 
 
 def _refuse(checkpoint: Path, out: Path) -> None:
+    if not checkpoint.is_dir():
+        there = checkpoints.checkpoints(checkpoint.parent) if checkpoint.parent.is_dir() else []
+        more = f". There are {', '.join(map(str, there))}" if there else ""
+        raise UserError(
+            f"there is no folder {checkpoint}: name a folder checkpoint-N of a run{more}"
+        )
     if not (checkpoint / checkpoints.MANIFEST).is_file():
-        there = checkpoints.checkpoints(checkpoint) if checkpoint.is_dir() else []
+        there = checkpoints.checkpoints(checkpoint)
         more = f". There are {', '.join(map(str, there))}" if there else ""
         raise UserError(
             f"{checkpoint} is no checkpoint of a run (it has no {checkpoints.MANIFEST}): name a "

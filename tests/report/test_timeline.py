@@ -67,7 +67,11 @@ def test_a_trainer_that_writes_itself(tmp_path):
         for n in range(3)
     ]
     run = run_of(tmp_path, *steps)
-    assert timeline(run)["says"].startswith("Rollouts and their rewards took 50 % of the trainer")
+    says = timeline(run)["says"]
+    assert says.startswith("Rollouts and their rewards took 50 % of the trainer")
+    assert "with ahead=1 writes while" in says
+    other = run_of(tmp_path, *steps, config="ahead: 1\n")
+    assert "with ahead=1 it writes and learns in turn. A sampler" in timeline(other)["says"]
     assert [(name, share) for name, share, _ in table(run)["trainer"]["phases"]] == [
         ("sample", "50.0%"),
         ("learn", "50.0%"),
