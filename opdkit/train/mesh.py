@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from opdkit.base.interrupt import EndedElsewhere, status
-from opdkit.base.launched import GRACE, processes, tell
+from opdkit.base.launched import CLAIM, GRACE, processes, tell
 from opdkit.train.ending import Watch, end_within, lost
 from opdkit.types import Rollout
 
@@ -86,7 +86,9 @@ class Mesh(ABC):
         """
         if self.rank == 0:
             return first
-        made = Path(mkdtemp(prefix=f"opdkit-rank{self.rank}-"))
+        claim = os.environ.get(CLAIM)  # beside it, what the launcher clears away if this is killed
+        there = Path(claim).parent if claim else None
+        made = Path(mkdtemp(prefix=f"opdkit-rank{self.rank}-", dir=there))
         atexit.register(rmtree, made, ignore_errors=True)
         return made
 

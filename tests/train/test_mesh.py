@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from opdkit.base.errors import UserError
+from opdkit.base.launched import CLAIM
 from opdkit.methods.method import load, methods
 from opdkit.objective import (
     Around,
@@ -35,7 +37,7 @@ from opdkit.objective.head import Head, Source, flat_positions, learn
 from opdkit.objective.needs import needs
 from opdkit.testing import fabricate
 from opdkit.train.gather import gather
-from opdkit.train.mesh import ALONE, Mesh, by_length
+from opdkit.train.mesh import ALONE, Alone, Mesh, by_length
 from opdkit.types import Rollout
 
 B, T, V = 6, 7, 131
@@ -208,3 +210,16 @@ def test_the_longest_are_shared_out_first() -> None:
     assert sum(loads) == sum(LENGTHS) + 21 and abs(loads[0] - loads[1]) <= 3
     assert by_length(rollouts, 1) == [0] * B == by_length(rollouts[::-1], 1)
     assert ALONE.every(3) == [3] and bool(ALONE.mine(rollouts, T).all())
+
+
+def test_what_one_that_is_not_the_first_writes_goes_with_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed clears nothing away; who started it does, with the claim's
+    folder.
+    """
+    monkeypatch.setenv(CLAIM, str(tmp_path / "failed"))
+    second = Alone()
+    assert second.folder(tmp_path / "run") == tmp_path / "run"
+    second.rank = 1
+    assert second.folder(tmp_path / "run").parent == tmp_path
