@@ -111,7 +111,9 @@ def _build(name: str, small: bool) -> Any:
             model.lm_head.weight = nn.Parameter(0.2 * torch.randn(320, 32))
         return model
     if small:
-        return qwen3(64 if name == "teacher" else 32, 2, 320, kv_heads=2, initial=0.2)
+        # heads of 64 numbers, for vLLM on a CPU
+        wide = 64 if name == "teacher" else 32
+        return qwen3(wide, 2, 320, kv_heads=2, head_dim=64, initial=0.2)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         hidden, inner = (2048, 6144) if name == "teacher" else (1024, 3072)
         model = qwen3(

@@ -8,6 +8,7 @@ import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from opdkit.base.errors import UserError
@@ -77,7 +78,8 @@ class Models:
     ):
         self.run, self.method, self.device = run, method, device
         self.given, self.tokenizer = given, tokenizer
-        self.at_first = "cpu" if devices else device  # where the student is until it is spread
+        # where the student is until it is spread; one in few bits is not
+        self.at_first = "cpu" if devices and not self._in_few_bits() else device
         self.context = TeacherContext(
             method,
             tokenizer,
@@ -97,15 +99,23 @@ class Models:
             hosts=given.hosts,
         )
 
+    def _in_few_bits(self) -> bool:
+        """Whether the student's weights are quantised, or will be."""
+        if self.run.lora is not None and self.run.lora.quantize:
+            return True
+        return getattr(self._config, "quantization_config", None) is not None
+
+    @cached_property
+    def _config(self) -> Any:
+        """The student's."""
+        given = self.given.student
+        if given is not None:
+            return given.config
+        return load_config(self.run.student, self.run.trust_remote_code)
+
     def _written(self) -> int | None:
         """Ids that the student can write, by its configuration alone."""
-        given = self.given.student
-        config = (
-            load_config(self.run.student, self.run.trust_remote_code)
-            if given is None
-            else given.config
-        )
-        rows = getattr(config.get_text_config(), "vocab_size", None)
+        rows = getattr(self._config.get_text_config(), "vocab_size", None)
         return usable(self.tokenizer, rows) if isinstance(rows, int) else None
 
     @property

@@ -14,6 +14,7 @@ from opdkit.methods.method import Method
 from opdkit.models.body import head_of, kept_rows, layers_of, shared_vocabulary
 from opdkit.models.device import device_of
 from opdkit.models.load import dtype_of, load_tokenizer
+from opdkit.models.quantize import quantized
 from opdkit.models.sharding import shard
 from opdkit.objective.companion import Around, Companion, Companions
 from opdkit.run.open import Given, Models
@@ -64,7 +65,8 @@ def open_models(
     run: Run, given: Given, method: Method, checkpoint: Path | None, devices: Any = None
 ) -> Opened:
     """Opens every model that a method reads; the student as it is in the checkpoint, if that holds
-    a model, and spread over a mesh of `devices`, if there are several processes.
+    a model, and spread over a mesh of `devices`, if there are several processes; of one in few bits
+    each has the whole.
     """
     tokenizer = (
         given.tokenizer
@@ -85,7 +87,8 @@ def open_models(
         head_dtype=dtype_of(run.head_dtype),
         disable_dropout=run.disable_dropout,
     )
-    copies = beside(run.copies_for(method), student, {}, run, devices)
+    over = None if quantized(base) else devices  # numbers in few bits mean nothing apart
+    copies = beside(run.copies_for(method), student, {}, run, over)
     others = models.others(base, copies)
     heads = [student.head, *(head for scorer in others.values() for head in heads_of(scorer))]
     vocabulary = shared_vocabulary(heads, tokenizer)
@@ -96,10 +99,10 @@ def open_models(
     }
     scorers |= {name: cut(scorer, vocab) for name, scorer in others.items()}
     wanted = {*method.needs.companions, *method.companions}
-    others_beside = beside(wanted, student, scorers, run, devices)
+    others_beside = beside(wanted, student, scorers, run, over)
     companions = Companions(copies.built | others_beside.built)
     rehearse(base, tokenizer)
-    student.spread(devices)  # last: copies are made of the whole
+    student.spread(over)  # last: copies are made of the whole
     for name, scorer in scorers.items():
         if isinstance(scorer, LocalModel) and scorer.model is base:  # with the head it has now
             scorers[name] = replace(scorer, head=head_of(base, vocab))

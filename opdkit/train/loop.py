@@ -16,6 +16,7 @@ from opdkit.base.clock import Clock
 from opdkit.base.errors import UserError
 from opdkit.base.interrupt import held, stop, waiting
 from opdkit.models.layout import Layout
+from opdkit.models.sharding import is_spread
 from opdkit.objective.batch import Batch
 from opdkit.objective.companion import Stepped
 from opdkit.objective.head import flat_positions, learn
@@ -245,7 +246,8 @@ def _learn(
                 raise UserError(_not_finite(plan, positions, rollouts, learned.parts))
             learned.loss.backward()
             record.add(learned, positions)
-    for parameter in job.companions.parameters if job.mesh.size > 1 else ():
+    apart = [*job.companions.parameters, *([] if is_spread(student.model) else student.parameters)]
+    for parameter in apart if job.mesh.size > 1 else ():
         parameter.grad = job.mesh.total(
             torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opdkit.base.files import begin_folder, partial_of, place_folder, tidy
 from opdkit.base.launched import GRACE
-from opdkit.models.sharding import reshard
+from opdkit.models.sharding import is_spread, reshard
 from opdkit.objective.companion import Companions
 from opdkit.train import checkpoint as checkpoints
 from opdkit.train import shards
@@ -45,10 +45,12 @@ class Saver:
 
     def save(self, state: State) -> None:
         """A checkpoint of the run as it is now; of several processes all ask for it at once."""
-        if self.mesh.size == 1:
-            student, tokenizer = self.student, self.tokenizer
-            checkpoints.save(self.folder, state, student, tokenizer, self.companions)
-            checkpoints.prune(self.folder, self.settings.keep, state.best_step)
+        if not is_spread(self.student.model):
+            if self.mesh.rank == 0:
+                student, tokenizer = self.student, self.tokenizer
+                checkpoints.save(self.folder, state, student, tokenizer, self.companions)
+                checkpoints.prune(self.folder, self.settings.keep, state.best_step)
+            self.mesh.every(None)  # it is there for all
             return
         self.finish()
         self.aside = self.aside or self.mesh.aside()

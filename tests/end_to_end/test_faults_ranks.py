@@ -70,7 +70,7 @@ def run(launch: list[str], arguments: list[str], fault: dict[str, Any] | None = 
         [*launch, *arguments], env=env, cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=-3
     )
     try:
-        said = process.communicate(timeout=120)[1]
+        said = process.communicate(timeout=600)[1]  # longer than any run that does not hang
     finally:
         ended = time.time()
         time.sleep(0.5)

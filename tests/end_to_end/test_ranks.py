@@ -175,6 +175,18 @@ EXPERTS = {"moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok":
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_student_in_few_bits(shop: Shop, data: str, tmp_path: Path, bits: str) -> None:
+    """Whole on each process: its adapters learn from the tokens of all."""
+    pytest.importorskip("bitsandbytes")
+    few = {"lora": {"r": 4, "quantize": bits}, "dtype": "float32"}
+    cases = {bits: values(shop, data, tmp_path, "gkd", **few)}
+    one, two = (on(count, cases, tmp_path)[bits] for count in (1, 2))
+    found = differences(one, two)
+    assert all(found[kind] < 1e-5 for kind in ("gradients", "weights", "metrics")), found
+
+
+@pytest.mark.ranks
 def test_a_mixture_of_experts(shop: Shop, data: str, tmp_path: Path) -> None:
     """One rollout reaches few of the experts, and none of those of the processes without one."""
     noise = {"router_jitter_noise": 0.3}  # as dropout, it is off

@@ -91,7 +91,7 @@ class Server:
         if isinstance(self.truth, FakeServer):
             return json.dumps(self.truth.answer(path, json.loads(body or b"{}"))).encode()
         routes: dict[str, Callable[[], Any]] = {
-            "/v1/models": self.truth.models,
+            "/v1/models": lambda: {"object": "list", "data": [self.truth.about.card()]},
             "/tokenizer": self.truth.vocabulary,
             "/head": self.truth.head,
             "/score": lambda: self.truth.score(body),
@@ -109,6 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_POST()
 
     def do_POST(self) -> None:
+        self.path = self.path.partition("?")[0]  # of the only model
         request = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         body = self.of.answer(self.path, request)
         said = Said(body, request, self, self.of.former)

@@ -148,12 +148,12 @@ def test_a_teacher_that_waits_or_is_in_few_bits_is_whole_everywhere(how: dict[st
     }
 
 
-def test_a_student_in_few_bits_is_spread_in_few_bits() -> None:
+def test_a_student_in_few_bits_is_whole_on_each() -> None:
     run = qwen_run(lora={"r": 8, "quantize": "4bit"})
     one, two = parts(on(1, run)), parts(on(2, run))
     name = "student weights, 4bit and bfloat16"
-    assert two[name] == {phase: pytest.approx(size / 2, abs=1) for phase, size in one[name].items()}
-    assert two["student whole, as it samples"]["sample"] == one[name]["sample"]
+    assert two[name] == one[name]
+    assert "student whole, as it samples" not in two
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_a_learning_pass_of_a_spread_model_takes_what_is_reckoned(
         gradient_checkpointing=True,
         **settings,
     )
-    config = {"hidden": 256, "layers": 4, "vocab_size": 64}
+    config: dict[str, Any] = {"hidden": 256, "layers": 4, "vocab_size": 64}
     model = tiny_student(run, **config)
     shape = read_shape(tiny_model(**config).config, "here")
     held = Held("student", "s", HERE, shape, student_dtype(run))
@@ -308,7 +308,7 @@ def test_what_one_device_cannot_hold_eight_can() -> None:
     assert max(grown.bytes.values()) >= more["--device 4x8xh100"].peak
 
 
-CASES = [
+CASES: list[tuple[str, dict[str, Any]]] = [
     ("8xh100", {}),
     ("8xh200", {"method": "gkd"}),
     ("2x8xh100", {}),

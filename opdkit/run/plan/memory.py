@@ -278,11 +278,10 @@ def _learning(out: Memory, run: Run, shape: Shape, step: Step) -> None:
 
 
 def divided(held: Held) -> bool:
-    """Whether processes hold a part each of a model: not of one in few bits that does not learn,
-    nor of one that waits on the CPU.
+    """Whether processes hold a part each of a model: not of one in few bits, nor of one that waits
+    on the CPU.
     """
-    plain = held.quantize is None or held.role == "student"
-    return held.where == HERE and plain and not held.offload
+    return held.where == HERE and held.quantize is None and not held.offload
 
 
 def each(held: Held) -> float:

@@ -58,8 +58,8 @@ def _sizes(
     # summed, which takes twice the time; those of [B, T, k] stay where they are
     summed = sum(fact.bytes_per_token for fact in needs.facts if not _stays(fact))
     yield "score", "facts of the tokens, summed", 2 * summed * step.positions, False
+    updates = run.updates(method) / run.steps
     if divided(student):
-        updates = run.updates(method) / run.steps
         parts = run.optim.minibatches
         often = updates * _passes(load.tokens / parts, mine)
         share = trained(student.shaped, run.lora) / student.shaped.parameters
@@ -70,6 +70,9 @@ def _sizes(
         head = student.shaped.head * WIDTH[student.dtype]
         learns = 0 if run.lora else student.shaped.head * trained_width(run)
         yield "learn", "the head and its gradient", updates * (head + learns), False
+    else:
+        gradients = trained(student.shaped, run.lora) * trained_width(run)
+        yield "learn", "gradients, summed", 2 * updates * gradients, False
 
 
 def exchanged(phase: Phase, all_: Sequence[Exchange]) -> Phase:
