@@ -167,6 +167,7 @@ def test_models_of_every_kind(shop: Shop, data: str, tmp_path: Path) -> None:
         "llama": values(shop, data, tmp_path, "opd", student=shop.llama),
         "one rollout": values(shop, data, tmp_path, "opd", **one),
         "one rollout, gkd": values(shop, data, tmp_path, "gkd", **one),
+        "two rollouts, with noise": values(shop, data, tmp_path, "alp", prompts_per_step=1),
     }
     compare(cases, tmp_path, (2, 3))
 
@@ -246,7 +247,7 @@ from dataclasses import dataclass
 
 from opdkit import Method
 from opdkit.curricula import Mixed
-from opdkit.objective import Exp, Likelihood, LogRatio, MeanOne, Objective, PolicyGradient
+from opdkit.objective import Exp, Likelihood, Logp, LogRatio, MeanOne, Objective, PolicyGradient
 from opdkit.objective import Quantile, Signal, TokenLoss
 
 
@@ -291,7 +292,7 @@ def picked():
 
 
 def given():
-    loss = Likelihood().of("data") * Exp(LogRatio("student", "sampler"))
+    loss = Likelihood().of("data") * Exp(Logp("sampler"))
     return Method(Objective(loss), curriculum=Mixed(0.0))
 '''
 
