@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from opdkit.models.experts import round_experts
 from opdkit.models.identity import folder_of
 from opdkit.objective.parts import is_part
 from opdkit.objective.products import narrow
@@ -31,6 +32,8 @@ def compute_in(
     """
     setattr(model, PRODUCTS, products)
     setattr(model, HEAD, head)
+    if narrow(products_of(model)):
+        round_experts(model)
 
 
 def products_of(model: Any) -> torch.dtype:
