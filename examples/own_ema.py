@@ -19,7 +19,8 @@ class Average(o.Companion):
     model = "average"  # the name under which formulas read it
 
     def build(self, around):
-        return Averaged(copy.deepcopy(around.model).requires_grad_(False), around, self.rate)
+        average = around.placed(copy.deepcopy(around.model))  # of several processes each has a part
+        return Averaged(average.requires_grad_(False), around, self.rate)
 
 
 class Averaged(nn.Module, o.CompanionState):

@@ -147,12 +147,13 @@ class Layout:
         for b in rows.tolist():
             rollout = self.rollouts[b]
             inputs.append(torch.tensor((rollout.prompt + rollout.tokens)[: int(lengths[b])]))
+        heard = [self.rollouts[b] for b in rows.tolist()]
         if not inputs:  # a pass that others make, and in which this process has nothing to read
-            inputs, padded = [torch.zeros(1, dtype=torch.int64)], None
+            inputs, padded, heard = [torch.zeros(1, dtype=torch.int64)], None, [*self.rollouts[:1]]
         ids = pad_sequence(inputs, batch_first=True)
         spare = 0 if padded is None else padded - ids.shape[1]
         if self.hear is not None:
-            self.hear([self.rollouts[b] for b in rows.tolist()])
+            self.hear(heard)
         hidden = hidden_states(model, pad(ids, (0, spare)).to(device), None)
         place = torch.zeros(len(self.rollouts), dtype=torch.int64, device=positions.device)
         place[rows] = torch.arange(len(rows), device=positions.device)

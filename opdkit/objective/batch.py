@@ -32,16 +32,16 @@ from opdkit.objective.kernels import Vocabulary
 from opdkit.types import MARK_OF
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from opdkit.objective.formula import Signal
 
 
 # of a signal that makes two steps in one
 JOINED = (
-    "a number of several rollouts (a mean, a quantile, a rank) is made from a fact with several "
-    "numbers per token, such as log-probs at a top k, of which each process has its own tokens' "
-    "only. Make it in two signals: one of a number per token or rollout from the fact, which is "
-    "then put together from all processes, and another that takes the mean of that (MeanOne, "
-    "Quantile, or your own)"
+    "a number of several rollouts (a mean, a quantile, a rank, the state of a companion) is made "
+    "from a fact with several numbers per token, such as log-probs at a top k, of which each "
+    "process has its own tokens' only. Make it in two signals: one of a number per token or "
+    "rollout from the fact, which is then put together from all processes, and another that takes "
+    "the mean of that (MeanOne, Quantile, or your own)"
 )
 
 
@@ -108,7 +108,7 @@ class Batch:
         self.dtype = dtype
         self.companions = Companions()  # what stands beside the student, as it is now
         # values of the step's signals, each computed once
-        self.signals: dict[Hashable, Tensor] = {}
+        self.signals: dict[Signal, Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -149,10 +149,17 @@ class Batch:
         if self.mine is None or self.whole is None:
             return value
         if value.shape[0] != self.shape[0]:
-            raise UserError(JOINED)
+            raise self.joined
         mine = self.mine if value.shape[1] == self.shape[1] else self.mine.any(1, keepdim=True)
         joined = self.whole(torch.where(mine, value, torch.zeros_like(value)).to(self.dtype))
         return joined.to(value.dtype)
+
+    @property
+    def divided(self) -> bool:
+        """Whether both this process and others have tokens to learn from."""
+        if self.mine is None:
+            return False
+        return all(bool((self.trained & own).any()) for own in (self.mine, ~self.mine))
 
     def refuse_joined(self, value: Tensor, make: Callable[[Batch], Tensor]) -> None:
         """Refuses to make a value [B, T] or [B, 1] of this process's tokens of numbers [B, T, k] of
@@ -172,7 +179,12 @@ class Batch:
             value, again = value[mine].double(), again[mine].double()
             if bool(torch.isclose(value, again, rtol=1e-4, equal_nan=True).all()):
                 return
-        raise UserError(JOINED)
+        raise self.joined
+
+    @property
+    def joined(self) -> UserError:
+        """The error for a number of several rollouts from what a process has of its own alone."""
+        return UserError(JOINED)
 
     def __getitem__(self, model: str) -> Scores:
         return Scores(self, model)

@@ -39,7 +39,8 @@ class Signal(ABC):
                 if batch.partial:
                     if batch.mine is not None and self not in SEPARATE:
                         batch.refuse_joined(value, self.value)
-                        SEPARATE.add(self)
+                        if batch.divided:  # else nothing was found out
+                            SEPARATE.add(self)
                     value = batch.shared(value)
                 batch.signals[self] = value
             batch.partial = outer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +29,8 @@ class Needs:
     authors: tuple[str, ...] = ("student",)
     companions: frozenset[Companion] = frozenset()
     hidden: bool = False  # whether a loss reads the student's own hidden states
+    # what weights and losses compute from them, each after what it is made of
+    signals: tuple[Signal, ...] = field(default=(), compare=False)
 
     @property
     def models(self) -> frozenset[str]:
@@ -204,4 +206,5 @@ def needs(objective: Objective, idle: frozenset[int] = frozenset()) -> Needs:
         tuple(a for a in AUTHORS if a in wrote),
         frozenset(companion for probe in probes for companion in probe.companions),
         any(probe.hidden_asked for probe in probes),
+        tuple(dict.fromkeys(signal for probe in probes for signal in probe.signals)),
     )

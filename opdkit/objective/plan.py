@@ -113,29 +113,51 @@ def _with_slope(planned: PlannedTerm, batch: Batch) -> PlannedRollouts:
     mask = planned.mask if defined is None else planned.mask & defined
     rows = mask.any(1).nonzero()[:, 0]
     logp = torch.where(mask, batch.read(LogpFact("live")), 0.0).detach().requires_grad_()
-    slope, values = torch.zeros_like(logp), torch.zeros_like(logp)
-    owned: list[tuple[Tensor, Tensor]] = []
     scale = _one_scale(planned, mask[rows], planned.scale[rows])
+    both, owned = torch.zeros_like(logp).expand(2, *logp.shape), list[tuple[Tensor, Tensor]]()
     if bool((scale != 0).any()):
-        with torch.enable_grad():
-            each = loss.value(logp[rows], mask[rows], rows, batch)
-            each = torch.where(scale != 0, scale * each, 0.0)
-        values[rows, mask[rows].long().argmax(1)] = each.detach()
-        if each.requires_grad:
-            leaves = [logp, *batch.companions.parameters]
-            found = torch.autograd.grad(each.sum(), leaves, allow_unused=True)
-            slope = slope if found[0] is None else found[0]
-            owned = [(p, d) for p, d in zip(leaves[1:], found[1:]) if d is not None]
+
+        def found(batch: Batch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+            return _slopes(loss, scale, logp, mask, rows, batch)
+
+        batch.partial = False
+        both, owned = found(batch)
+        if batch.partial and batch.mine is not None:  # of the others' tokens numbers are missing
+            if owned:
+                raise batch.joined
+            batch.refuse_joined(both.movedim(0, -1), lambda other: found(other)[0].movedim(0, -1))
     return PlannedRollouts(
         planned.name,
         planned.term,
         planned.mask,
         planned.weight,
         planned.denominator,
-        torch.where(mask, slope, 0.0).detach(),
-        values.detach(),
+        torch.where(mask, both[0], 0.0).detach(),
+        both[1].detach(),
         tuple(owned),
     )
+
+
+def _slopes(
+    loss: Any, scale: Tensor, logp: Tensor, mask: Tensor, rows: Tensor, batch: Batch
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """[2, B, T]: the slope of a loss over the rollouts `rows` [R] in log-probs [B, T], and what
+    each rollout adds to it, at the first of its tokens (mask [B, T]); with the parameters [...]
+    beside the student that it computed with, and its slope in each. `scale` [R]: what a rollout's
+    loss is multiplied by.
+    """
+    slope, values = torch.zeros_like(logp), torch.zeros_like(logp)
+    owned: list[tuple[Tensor, Tensor]] = []
+    with torch.enable_grad():
+        each = loss.value(logp[rows], mask[rows], rows, batch)
+        each = torch.where(scale != 0, scale * each, 0.0)
+    values[rows, mask[rows].long().argmax(1)] = each.detach()
+    if each.requires_grad:
+        leaves = [logp, *batch.companions.parameters]
+        found = torch.autograd.grad(each.sum(), leaves, allow_unused=True)
+        slope = slope if found[0] is None else found[0]
+        owned = [(p, d) for p, d in zip(leaves[1:], found[1:]) if d is not None]
+    return torch.stack((slope, values)), owned
 
 
 def _one_scale(planned: PlannedTerm, mask: Tensor, scale: Tensor) -> Tensor:

@@ -174,6 +174,8 @@ class Models:
             )
             if has_adapters(model):
                 model.enable_input_require_grads()
+        if run.lora and run.dtype == "bfloat16":  # a tied embedding may be stored in more
+            compute_in(model, DTYPES[run.dtype], dtype_of(run.head_dtype))
         check_head(model)
         act_in(model, self.method.actions)
         self.end_as_teacher(model)

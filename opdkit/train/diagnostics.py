@@ -89,7 +89,7 @@ def of_facts(batch: Batch) -> dict[str, Tensor]:
     """
     facts, out = batch.facts, dict[str, Tensor]()
     mine = batch.mask if batch.mine is None else batch.mask & batch.mine
-    for fact in facts:
+    for fact in sorted(facts, key=repr):  # in one order on every process
         if batch.whole is None or not fact.shape:
             out |= fact.metrics(facts, batch.mask)
             continue

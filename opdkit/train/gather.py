@@ -70,7 +70,7 @@ def gather(
     where = everywhere if batch.mine is None else everywhere & batch.mine
     again = recompute_student or correct_sampling
     fresh = [written(r) and r.policy_version == policy_version and not again for r in rollouts]
-    wanted = _wanted(batch, rollouts, needs, where)
+    wanted = _wanted(batch, rollouts, needs, everywhere)
     told = {
         fact: _zero_outside(everywhere, values)
         for fact, values in _told(batch, rollouts, fresh, needs).items()

@@ -159,6 +159,9 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
             batch.moved = number > 0 or job.companions.disturb
             if batch.moved and needs.of("live"):
                 refresh(batch, needs, job.scorers, rollouts, student.updates)
+            # on all processes at once: one with nothing to learn has no loss that asks for them
+            for signal in needs.signals if job.mesh.size > 1 else ():
+                signal(batch)
             plan = job.objective.plan(batch, rows)  # weigh
             _learn(job, plan, rollouts, record, moving)  # learn per micro-batch, step
     job.queue.moved(student)  # sync
@@ -228,7 +231,10 @@ def _learn(
     selected, scored = (
         flat_positions(x if mine is None else x & mine) for x in (plan.selected, plan.mask)
     )
-    with student.learning(job.seed), job.companions.disturbed(student.updates) as hear:
+    with (
+        student.learning(job.seed, job.mesh.rank),
+        job.companions.disturbed(student.updates) as hear,
+    ):
         layout = Layout(rollouts, plan.batch.shape[1], hear)
         passes = layout.passes(selected, job.micro_batch_tokens, scored)
         for positions, padded in job.mesh.level(passes, (selected[:0], 1)):
@@ -255,9 +261,12 @@ def _learn(
     record.close(plan, norm, student.rate(student.updates))
     moving.enter_context(held())
     student.step()
+    plan.batch.partial = False
     job.companions.after_step(
         Stepped(plan.batch, plan.mask, rollouts, student.updates, student.model)
     )
+    if plan.batch.partial and mine is not None:  # it would go apart
+        raise plan.batch.joined
 
 
 def _not_finite(

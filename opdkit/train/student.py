@@ -87,16 +87,17 @@ class Student:
         return replace(head, weight=self._whole.of(head.weight, self.updates))
 
     @contextmanager
-    def learning(self, seed: int) -> Iterator[None]:
+    def learning(self, seed: int, rank: int = 0) -> Iterator[None]:
         """Train mode, with dropout, where there is any, keyed by the seed and the optimiser step: a
-        resumed run drops the same units.
+        resumed run drops the same units. Of several processes, by their ranks, each drops others.
         """
         still = without_noise(self.model) if self.disable_dropout else nullcontext()
         with (
             still,
             torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
         ):
-            torch.manual_seed(int(row_keys([f"dropout {seed} {self.updates}"])))
+            own = f" {rank}" if rank else ""
+            torch.manual_seed(int(row_keys([f"dropout {seed} {self.updates}{own}"])))
             self.model.train()
             yield
 

@@ -91,6 +91,14 @@ def test_small_passes_and_another_head(
     assert found["loss"] == found["grad_norm"] == 0
 
 
+def test_a_tied_head_in_float32_under_adapters(shop: Shop, tmp_path: Path) -> None:
+    """The embedding is stored in float32 for the head, and all else multiplies bfloat16."""
+    tied = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    more = {"dtype": "bfloat16", "head_dtype": "float32", "lora": {"r": 4}}
+    found = stepped(shop, tied, tmp_path / "run", "gkd(lmbda=1)", **more)
+    assert found["loss"] == found["grad_norm"] == 0
+
+
 def test_a_teacher_in_float32_is_read_in_float32(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

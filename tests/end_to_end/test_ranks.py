@@ -167,6 +167,7 @@ def test_models_of_every_kind(shop: Shop, data: str, tmp_path: Path) -> None:
         "llama": values(shop, data, tmp_path, "opd", student=shop.llama),
         "one rollout": values(shop, data, tmp_path, "opd", **one),
         "one rollout, gkd": values(shop, data, tmp_path, "gkd", **one),
+        "two rollouts, with noise": values(shop, data, tmp_path, "alp", prompts_per_step=1),
     }
     compare(cases, tmp_path, (2, 3))
 
@@ -244,7 +245,10 @@ OWN = '''
 
 from dataclasses import dataclass
 
-from opdkit.objective import LogRatio, MeanOne, Objective, PolicyGradient, Quantile, Signal
+from opdkit import Method
+from opdkit.curricula import Mixed
+from opdkit.objective import Exp, Likelihood, Logp, LogRatio, MeanOne, Objective, PolicyGradient
+from opdkit.objective import Quantile, Signal, TokenLoss
 
 
 @dataclass(frozen=True)
@@ -261,6 +265,12 @@ class Beside(Signal):
         return apart / apart[batch.mask].mean()
 
 
+@dataclass(frozen=True)
+class Picked(TokenLoss):
+    def value(self, live):
+        return -live.logp * live.pick(MeanOne(Apart()))
+
+
 def weighed(by):
     return Objective(PolicyGradient(LogRatio("teacher", "student")) * by)
 
@@ -275,6 +285,15 @@ def joined():
 
 def nothing():
     return weighed(Apart() > 1e9)
+
+
+def picked():
+    return Objective(Picked())
+
+
+def given():
+    loss = Likelihood().of("data") * Exp(Logp("sampler"))
+    return Method(Objective(loss), curriculum=Mixed(0.0))
 '''
 
 
@@ -290,6 +309,9 @@ def test_methods_of_ones_own(shop: Shop, data: str, tmp_path: Path) -> None:
         "exact": values(shop, data, tmp_path, own + "exact"),
         "one rollout": values(shop, data, tmp_path, own + "exact", **one),
         "nothing": values(shop, data, tmp_path, own + "nothing"),
+        "what nobody drew": values(shop, data, tmp_path, own + "given", **one),
+        "in a loss": values(shop, data, tmp_path, own + "picked", **one),
+        "a copy": values(shop, data, tmp_path, f"{ROOT / 'examples' / 'own_ema.py'}:steady"),
     }
     compare(cases, tmp_path, (2, 3))
     with pytest.raises(AssertionError, match="Make it in two signals"):

@@ -28,6 +28,7 @@ from opdkit.objective import (
     Objective,
     PolicyGradient,
     Quantile,
+    RolloutLoss,
     RowMean,
     Signal,
     TopFact,
@@ -189,6 +190,57 @@ def gradient(signal: Signal, size: int) -> tuple[Tensor, Tensor]:
 def test_a_number_of_several_tokens_is_not_made_from_facts_that_are_not_shared(beside: str) -> None:
     with pytest.raises(UserError, match="Make it in two signals"):
         gradient(Mass(beside), 2)
+
+
+def test_that_nothing_was_refused_where_nobody_else_had_tokens_says_nothing() -> None:
+    """A process that had all of a step, or none, finds out in the next what it makes of others'."""
+
+    def batch(own: list[bool]) -> Batch:
+        ids = torch.arange(6).view(3, 1, 2)
+        facts = {TopFact("teacher", 2): ids, LogpAtFact("teacher", "teacher", 2): -ids.double()}
+        mine = torch.tensor(own)[:, None]
+        here = torch.zeros(3, 1, dtype=torch.int64)
+        return Batch(here, here == 0, facts, mine=mine, whole=lambda x: x, dtype=torch.float64)
+
+    apart = Mass("part")
+    for own in ([True] * 3, [False] * 3):
+        apart(batch(own))
+    with pytest.raises(UserError, match="Make it in two signals"):
+        apart(batch([True, False, True]))
+
+
+@dataclass(frozen=True)
+class Grouped(RolloutLoss):
+    """[R]: rollouts weighed by the teacher's mass on its top 2, each alone or all beside each
+    other; read off the fact, or, as it should be, off a signal.
+    """
+
+    beside: bool
+    shared: bool
+
+    def value(self, logp: Tensor, mask: Tensor, rows: Tensor, batch: Batch) -> Tensor:
+        fact = LogpAtFact("teacher", "teacher", 2)
+        mass = Mass()(batch) if self.shared else batch.read(fact).exp().sum(-1)
+        weight = torch.where(mask, mass[rows], 0.0).sum(1)
+        score = torch.where(mask, logp, 0.0).sum(1)
+        return -weight * (torch.logsumexp(score, 0) if self.beside else score)
+
+
+@pytest.mark.parametrize(("joined", "signal"), [(False, False), (False, True), (True, True)])
+def test_a_loss_over_rollouts_reads_what_is_shared(joined: bool, signal: bool) -> None:
+    objective = Objective(Grouped(joined, signal))
+    rollouts, logits = step(objective)
+    one = learned(objective, ALONE, rollouts, logits)[0]
+    parts = on_each(2, lambda mesh: learned(objective, mesh, rollouts, logits)[0])
+    assert (sum(parts) - one).norm() <= 1e-12 * one.norm() and one.norm() > 0
+
+
+def test_a_loss_over_several_rollouts_does_not_read_what_is_not() -> None:
+    """Its value in a process is right for the rollouts of that, and its slope is not."""
+    objective = Objective(Grouped(True, False))
+    rollouts, logits = step(objective)
+    with pytest.raises(UserError, match="Make it in two signals"):
+        on_each(2, lambda mesh: learned(objective, mesh, rollouts, logits))
 
 
 @pytest.mark.parametrize("size", [2, 3])
