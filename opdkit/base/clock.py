@@ -17,6 +17,7 @@ class Clock:
     def __init__(self, device: torch.device | str = "cpu"):
         self.seconds: dict[str, float] = {}
         self.spans: list[Span] = []
+        self.waits: list[Span] = []  # parts of them in which others did the work
         self.device = torch.device(device)
 
     @contextmanager
@@ -28,3 +29,10 @@ class Clock:
         took = time.perf_counter() - start
         self.seconds[phase] = self.seconds.get(phase, 0.0) + took
         self.spans.append((phase, at, at + took))
+
+    @contextmanager
+    def waiting(self, phase: str) -> Iterator[None]:
+        """A part of a phase in which another process does the work."""
+        at = time.time()
+        yield
+        self.waits.append((phase, at, time.time()))

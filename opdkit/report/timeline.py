@@ -129,7 +129,7 @@ class _Shares:
         work = {part: both(_work(spans, part), time) for part in names}
         idle = without(time, work[name])
         phases = dict.fromkeys(s.phase for s in spans if s.part == name and s.phase != WAIT)
-        mine = {phase: _work([s for s in spans if s.phase == phase], name) for phase in phases}
+        mine = {p: _work([s for s in spans if s.phase in (p, WAIT)], name) for p in phases}
         others = [part for part in names if part != name]
         return cls(
             busy=measure(work[name]) / whole,
@@ -140,7 +140,10 @@ class _Shares:
 
 
 def _work(spans: Iterable[Span], part: str) -> Intervals:
-    return union((s.start, s.end) for s in spans if s.part == part and s.phase != WAIT)
+    """When a part worked: a wait may be within a phase, in which others worked for it."""
+    mine = [s for s in spans if s.part == part]
+    waits = union((s.start, s.end) for s in mine if s.phase == WAIT)
+    return without(union((s.start, s.end) for s in mine if s.phase != WAIT), waits)
 
 
 def _table(shares: Mapping[str, _Shares], colors: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -300,7 +303,8 @@ def _bars(
     """What of the spans falls into the drawing; bars of one phase that touch are one."""
     pixel = (x.high - x.low) / (x.end - x.start)
     out = []
-    for phase in dict.fromkeys(s.phase for s in spans):
+    # a wait last: it may lie within a phase
+    for phase in sorted(dict.fromkeys(s.phase for s in spans), key=WAIT.__eq__):
         mine = union((s.start - zero, s.end - zero) for s in spans if s.phase == phase)
         inside = both(mine, [(x.low, x.high)])
         drawn = union((start - pixel / 4, end + pixel / 4) for start, end in inside)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opdkit.base.clock import Clock
 from opdkit.base.errors import UserError
 from opdkit.models.layout import HELD, Layout
 from opdkit.objective.batch import Batch
@@ -27,7 +29,7 @@ from opdkit.objective.head import flat_positions
 from opdkit.objective.needs import Needs
 from opdkit.objective.supply import Tensors, still_asked, supply, with_ids
 from opdkit.teachers import Remote, Scorer
-from opdkit.teachers.base import scattered
+from opdkit.teachers.base import elsewhere, scattered
 from opdkit.train.mesh import ALONE, Mesh
 from opdkit.types import Rollout, row_keys
 
@@ -48,10 +50,12 @@ def gather(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     mesh: Mesh = ALONE,
+    clock: Clock | None = None,
 ) -> Batch:
     """The facts that `needs` names, at the tokens that its authors wrote.
 
-    `scorers` hold "student" (as it is now) and every other model in this process.
+    `scorers` hold "student" (as it is now) and every other model in this process; `clock` is told
+    when others elsewhere are waited for.
 
     A rollout's student log-probs before the step are its sampler's where those are the plain
     softmax of the same weights (`policy_version` is the number of optimiser steps these have
@@ -59,8 +63,7 @@ def gather(
     """
     batch = collate(rollouts, device, dtype, correct_sampling)
     batch.step, batch.total_steps, batch.seed = step, total_steps, seed
-    batch.memory = dict(memory or {})
-    batch.companions = companions or Companions()
+    batch.memory, batch.companions = dict(memory or {}), companions or Companions()
     _columns(batch, rollouts, needs)
     layout, everywhere = Layout(rollouts, batch.shape[1]), batch.by(needs.authors)
     batch.facts[LogpFact("sampler")] = _zero_outside(everywhere, batch.facts[LogpFact("sampler")])
@@ -78,7 +81,7 @@ def gather(
     if not all(fresh):
         told = _completed(batch, told, fresh, wanted, scorers, layout, where, mesh)
     batch.facts |= told
-    made = _ask(batch, wanted, scorers, layout, flat_positions(where), mesh)
+    made = _ask(batch, wanted, scorers, layout, flat_positions(where), mesh, clock)
     for fact, values in (told | made).items():
         _refuse_nan(fact, values, where, rollouts)
     batch.facts |= _wholes(batch, made)
@@ -175,6 +178,7 @@ def _ask(
     layout: Layout,
     positions: Tensor,
     mesh: Mesh,
+    clock: Clock | None = None,
 ) -> Tensors:
     """The wanted facts [B, T] or [B, T, k]: one pass over the models whose vocabulary is at hand,
     numbers from those elsewhere.
@@ -196,7 +200,9 @@ def _ask(
             known = batch.facts | made
             named = sorted({ids for f in facts for ids in f.needs_first}, key=repr)
             ids = {f: known[f].flatten(0, 1)[positions] for f in named if f in known}
-            for fact, values in remote[model].facts(facts, layout, positions, ids).items():
+            with _waiting(clock, remote[model]):
+                found = remote[model].facts(facts, layout, positions, ids)
+            for fact, values in found.items():
                 values = values.to(batch.dtype) if values.is_floating_point() else values
                 made[fact] = batch.facts[fact] = scattered(values, positions, batch)
 
@@ -207,13 +213,19 @@ def _ask(
     for part in mesh.level(parts, positions[:0]):
         for model in sorted(models - set(remote)):
             scorer: Any = scorers[model]
-            batch.sources[model] = scorer.source(layout, part)
+            with _waiting(clock, scorer):
+                batch.sources[model] = scorer.source(layout, part)
         for fact, values in supply(batch, wanted, part).items():
             # each is zero where the other is not
             made[fact] = values if fact not in made else made[fact] + values
     for model in sorted(remote):
         ask(model, [f for f in asked[model] if f.others_first])
     return made
+
+
+def _waiting(clock: Clock | None, scorer: Any) -> AbstractContextManager[None]:
+    """The time in which a scorer elsewhere is asked."""
+    return clock.waiting("score") if clock is not None and elsewhere(scorer) else nullcontext()
 
 
 def _told(

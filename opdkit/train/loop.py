@@ -145,6 +145,7 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
             correct_sampling=job.scoring.correct_sampling,
             device=student.device,
             mesh=job.mesh,
+            clock=clock,
             dtype=torch.promote_types(torch.float32, student.parameters[0].dtype),
         )
     ahead = job.length.expected_steps(replace(state, step=step + 1))

@@ -265,8 +265,10 @@ class Recorder:
         metrics["tokens/sampled_so_far"] = tokens
         metrics["memory/peak_gib"] = peak_memory(student.device)
         self.trackers.log(step, metrics)
-        parts = {"trainer": clock.spans, "sampler": written.spans, **record.spans}
-        self.timeline(step, parts)
+        waits = [("wait", begun, ended) for _, begun, ended in clock.waits]
+        teacher = [*record.spans.get("teacher", ()), *clock.waits]
+        parts = {"trainer": [*clock.spans, *waits], "sampler": written.spans, "teacher": teacher}
+        self.timeline(step, {**record.spans, **parts})
         if self.idle is not None:
             self.idle(metrics)
         if self.keep_samples and self.sample_every and (step == 1 or step % self.sample_every == 0):

@@ -50,6 +50,27 @@ def test_intervals():
     assert without(a, []) == a and both(a, []) == []
 
 
+def test_what_a_phase_waits_for_is_no_work_of_its_own(tmp_path):
+    """Scoring of 4 s, half of it a teacher elsewhere that is asked, in 5 s of a step."""
+    steps = [
+        [
+            ["trainer", "score", at, at + 4],
+            ["trainer", "wait", at + 1, at + 3],
+            ["trainer", "learn", at + 4, at + 5],
+            ["teacher", "score", at + 1, at + 3],
+        ]
+        for at in (0, 5, 10)
+    ]
+    run = run_of(tmp_path, *steps)
+    rows = table(run)
+    assert (rows["trainer"]["busy"], rows["teacher"]["busy"]) == ("60.0%", "40.0%")
+    assert [(what, share) for what, share, _ in rows["trainer"]["phases"]] == [
+        ("score", "40.0%"), ("learn", "20.0%"),
+    ]  # fmt: skip
+    assert rows["trainer"]["still"] == "teacher 40.0%"
+    assert "40" in timeline(run)["says"] and "teachers" in timeline(run)["says"]
+
+
 def test_two_that_take_turns(tmp_path):
     run = run_of(tmp_path, *(in_turn(4 * n) for n in range(4)))
     rows = table(run)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opdkit import UserError
+from opdkit.base.clock import Clock
 from opdkit.models.body import head_of
 from opdkit.models.layout import Layout
 from opdkit.objective.facts import EntropyFact, Fact, LogpAtFact, LogpFact, TopFact
@@ -137,6 +138,25 @@ def test_a_teacher_elsewhere_gives_the_facts_of_one_here(models: dict[str, Any])
         LogpAtFact("teacher", "teacher", 3),
     }
     assert second[0] == {LogpAtFact("teacher", "student", 2)} and TopFact("student", 2) in second[1]
+
+
+def test_the_time_in_which_a_teacher_elsewhere_is_asked_is_no_work_of_the_trainer(
+    models: dict[str, Any],
+) -> None:
+    """Each time that it is asked, and none where the teacher is in this process."""
+
+    class Server(Elsewhere):
+        elsewhere = True
+
+    asked: list[Any] = []
+    for teacher, times in ((Server(local(models["a"]), asked), 2), (local(models["a"]), 0)):
+        clock = Clock()
+        scorers = {"student": local(models["student"]), "teacher": teacher}
+        with clock("score"):
+            gather(rollouts(), Needs(frozenset(FACTS)), scorers, clock=clock)
+        [(_, begun, ended)] = clock.spans
+        assert len(clock.waits) == times
+        assert all(begun <= a <= b <= ended for _, a, b in clock.waits)
 
 
 def test_a_teacher_elsewhere_is_asked_once_for_its_own_numbers(models: dict[str, Any]) -> None:
