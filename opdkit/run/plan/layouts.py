@@ -380,7 +380,7 @@ def plan_on(
     refuse(run, method, reward)
     if run.cluster is not None:  # a layout is what one would place
         notes = (*notes, f"cluster={run.cluster} is not planned as it is, but what it might place")
-        run = replace(run, cluster=None)
+        run, file = replace(run, cluster=None), f"{file} cluster=null"
     return Layouts(run, method, reward, machines, rates, response, notes, file)
 
 
