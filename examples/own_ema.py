@@ -1,10 +1,10 @@
-"""A moving average of the student as a model of one's own, which the student stays close to.
+"""OPD, and a tenth of the KL to a moving average of the student, a model of one's own.
 
 opdkit check examples/own_ema.py:steady
 opdkit train --recipe gsm8k --method examples/own_ema.py:steady method.rate=0.05
 """
 
-import copy
+from copy import deepcopy
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,14 +19,14 @@ class Average(o.Companion):
     model = "average"  # the name under which formulas read it
 
     def build(self, around):
-        average = around.placed(copy.deepcopy(around.model))  # of several processes each has a part
-        return Averaged(average.requires_grad_(False), around, self.rate)
+        return Averaged(around, self.rate)
 
 
 class Averaged(nn.Module, o.CompanionState):
-    def __init__(self, average, around, rate):
+    def __init__(self, around, rate):
         super().__init__()
-        self.average, self.rate, self.source = average, rate, around.scorer(average).source
+        self.average = around.placed(deepcopy(around.model).requires_grad_(False))
+        self.rate, self.source = rate, around.scorer(self.average).source
 
     def after_step(self, stepped):
         for mine, theirs in zip(self.average.parameters(), stepped.model.parameters()):
@@ -34,7 +34,6 @@ class Averaged(nn.Module, o.CompanionState):
 
 
 def steady(rate: float = 0.01):
-    """OPD, and a tenth of the KL to the student's own average."""
     pull = o.Divergence("reverse_kl", teacher="average") * 0.1
     opd = o.PolicyGradient(o.LogRatio("teacher", "student"))
     return opdkit.Method(opd + pull, companions=(Average(rate),))

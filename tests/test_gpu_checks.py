@@ -18,14 +18,17 @@ ALONE = ("kernels", "rankings", "number types", "memory of the pass", "equal mod
 @pytest.fixture
 def gpu(monkeypatch):
     """The script's modules by name; its threads, and the names it imports, are put back."""
-    before, path, threads = set(sys.modules), list(sys.path), torch.get_num_threads()
+    before, path, threads = dict(sys.modules), list(sys.path), torch.get_num_threads()
+    for file in Path(FOLDER).rglob("*.py"):  # others of that name, as methods' files may have
+        sys.modules.pop(file.stem, None)
     sys.path[:0] = [f"{FOLDER}/gpu", FOLDER]
     yield importlib.import_module
     sys.path[:] = path
     torch.set_num_threads(threads)
-    for name in set(sys.modules) - before:
+    for name in list(sys.modules):
         if str(getattr(sys.modules[name], "__file__", "")).startswith(FOLDER):
             del sys.modules[name]
+    sys.modules.update({name: module for name, module in before.items() if name not in sys.modules})
 
 
 def checked(module, folder, *names, **more):

@@ -27,7 +27,8 @@ class Watch(threading.Thread):
 
     def __init__(self, store: Any):
         super().__init__(daemon=True, name="opdkit-watch")
-        self.store, self.over = store, threading.Event()
+        # by a connection of its own: the other may be taken by a call that waits
+        self.store, self.over = store.clone(), threading.Event()
         # whoever started them with a file to claim is there until all have ended
         self.parent = os.getppid() if CLAIM in os.environ else None
 

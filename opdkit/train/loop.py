@@ -107,7 +107,7 @@ def _kept(job: Job, state: State) -> Iterator[None]:
 
 def _save(job: Job, state: State) -> None:
     """With the rollouts that were asked for ahead, and the place in the data behind them."""
-    queue = job.queue.state(state.step)
+    state.updates, queue = job.student.updates, job.queue.state(state.step)
     stream = queue[-1]["stream"] if queue else state.stream
     job.saver.save(replace(state, queue=queue, stream=stream))
 
