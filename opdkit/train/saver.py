@@ -72,6 +72,8 @@ class Saver:
             running.result()
 
     def __enter__(self) -> Saver:
+        # now: who waits for a new channel hears of nothing else
+        self.aside = self.mesh.aside() if is_spread(self.student.model) else None
         return self
 
     def __exit__(
