@@ -26,6 +26,7 @@ from opdkit.run.open import Given
 from opdkit.run.settings import make_run
 from opdkit.sampling.kinds import KINDS
 from opdkit.train import loop
+from opdkit.train.collect.ahead import Queue
 from opdkit.train.record import TIMINGS
 from tests.common.copy_sampler import CopySettings
 from tests.common.fake_sampler import Vllm
@@ -192,6 +193,18 @@ def test_a_run_may_go_on_with_another_lag(shop: Shop, tmp_path: Path) -> None:
     longer = {**run, "steps": 9, "ahead": 1}
     execute(make_run(longer), resume=True, allow_changes=True)
     assert [line.get("lag/steps", 0) for line in lines(tmp_path / "run")][6:] == [0, 1, 1]
+
+
+def test_what_was_asked_for_is_kept_by_a_run_that_asks_no_more_ahead() -> None:
+    """A run went on with another lag: what it has left of the former one is in its checkpoints."""
+    said = {"scored": [], "rollouts": [], "tokens": 5, "earlier": [], "version": 1}
+    said |= {"stream": {}, "counts": {}}
+    rows = [{"step": 3, "since": 1, **said}, {"step": 4, "since": 2, **said}]
+    queue = Queue(None)  # type: ignore[arg-type]
+    queue.load(rows)
+    assert queue.state(3) == rows and queue.state(4) == rows[1:]
+    queue.load([{"step": 5, "since": 5, **said}])
+    assert queue.state(5) == []
 
 
 def test_what_fails_beside_the_trainer_ends_the_run_and_keeps_what_was_learnt(

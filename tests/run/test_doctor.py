@@ -67,7 +67,7 @@ def test_free_memory_is_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) ->
     ("environment", "told", "advice"),
     [
         ({}, "by no launcher", None),
-        ({"HOME": "/root"}, "by no launcher", None),
+        ({"HOME": "/home/me"}, "by no launcher", None),
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, "CUDA_VISIBLE_DEVICES=0,1: the GPUs", None),
         (
             {"WORLD_SIZE": "2", "RANK": "1"},

@@ -166,14 +166,14 @@ class Queue:
 
     def state(self, step: int) -> list[dict[str, Any]]:
         """The rollouts of step number `step` and those after it, for a checkpoint, waited for; what
-        failed is left out, and asked for again by the run that goes on. With `ahead` 0 there are
-        none: they are asked for again with the same result.
+        failed is left out, and asked for again by the run that goes on. With `ahead` 0 so is, with
+        the same result, what was asked for by the weights before its own step.
         """
         rows: list[dict[str, Any]] = []
-        for number in sorted(n for n in self._asked if n >= step) if self.ahead else ():
+        for number in sorted(n for n in self._asked if n >= step):
             find = partial(self._result, number)
             written = self.mesh.first(find) if self.beside else find()
-            if written is None:
+            if written is None or (not self.ahead and written.since == number):
                 break
             rows.append({"step": number, "since": written.since} | _plain(written.collected))
         return rows
@@ -229,7 +229,7 @@ def _plain(collected: Collected) -> dict[str, Any]:
     at = {id(rollout): i for i, rollout in enumerate(collected.scored)}
     return {
         "scored": [kept(r) for r in collected.scored],
-        "rollouts": [at.get(id(r), kept(r)) for r in collected.rollouts],
+        "rollouts": [at[id(r)] if id(r) in at else kept(r) for r in collected.rollouts],
         "tokens": collected.tokens,
         "earlier": sorted(collected.earlier),
         "version": collected.version,
