@@ -24,10 +24,10 @@ from opdkit.objective.facts import Fact, LogpFact, TopFact
 from opdkit.objective.head import Head, Source
 from opdkit.objective.supply import Tensors
 from opdkit.teachers import protocol
-from opdkit.teachers.base import in_order, source_of
+from opdkit.teachers.base import source_of
 from opdkit.teachers.client_vllm_sglang import FAMILY, probe_ids
 from opdkit.teachers.front import LONGEST
-from opdkit.teachers.scored_facts import without_positions
+from opdkit.teachers.scored_facts import asked_by_parts
 from opdkit.teachers.vllm_sglang import WHOLE, same_model
 from opdkit.types import Rollout
 
@@ -235,23 +235,14 @@ class Numbers(_Own):
         ids: Mapping[TopFact, Tensor],
     ) -> Tensors:
         """The wanted facts [N] or [N, k] at flat positions [N]."""
-        where = positions.cpu()
-        parts = layout.micro_batches(where, self.micro_batch_tokens)
-        place = torch.zeros(len(layout.rollouts) * layout.width, dtype=torch.int64)
-        place[where] = torch.arange(len(where))
-        index = [place[part] for part in parts]
-        answers = self._ask(
-            layout,
-            parts,
+        parts = layout.micro_batches(positions.cpu(), self.micro_batch_tokens)
+        return asked_by_parts(
             wanted,
-            [{f: v.cpu()[i] for f, v in ids.items()} for i in index],
-            self.vocab,
+            positions,
+            parts,
+            ids,
+            lambda at: self._ask(layout, parts, wanted, at, self.vocab),
         )
-        made: Tensors = {}
-        for number, fact in enumerate(sorted(wanted, key=repr) if parts else ()):
-            values = [answer[str(number)] for answer in answers]
-            made[fact] = in_order(values, index, positions.device)
-        return made or {f: without_positions(f, positions.device) for f in wanted}
 
     said = facts
 

@@ -26,10 +26,10 @@ from opdkit.run.open import Given, Models
 from opdkit.run.resolve import on_device, with_models
 from opdkit.run.settings import Run
 from opdkit.teachers import LocalModel, Remote, Scorer, protocol
-from opdkit.teachers.base import answers, in_order, source_of
+from opdkit.teachers.base import answers, source_of
 from opdkit.teachers.context import TeacherContext
 from opdkit.teachers.pool import Gone, Pool, Worker
-from opdkit.teachers.scored_facts import without_positions
+from opdkit.teachers.scored_facts import asked_by_parts
 
 Numbers = dict[str, Tensor]
 
@@ -249,15 +249,11 @@ class HostedNumbers(_Hosted):
         ids: Mapping[TopFact, Tensor],
     ) -> Tensors:
         """The wanted facts [N] or [N, k] at flat positions [N]."""
-        where, parts = positions.cpu(), self._parts(layout, positions)
-        place = torch.zeros(len(layout.rollouts) * layout.width, dtype=torch.int64)
-        place[where] = torch.arange(len(where))
-        index = [place[part] for part in parts]
-        theirs = [{fact: values.cpu()[at] for fact, values in ids.items()} for at in index]
-        found = self._ask(layout, parts, wanted, theirs, self.vocab)
-        if not parts:
-            return {fact: without_positions(fact, positions.device) for fact in wanted}
-        return {
-            fact: in_order([answer[str(i)] for answer in found], index, positions.device)
-            for i, fact in enumerate(sorted(wanted, key=repr))
-        }
+        parts = self._parts(layout, positions)
+        return asked_by_parts(
+            wanted,
+            positions,
+            parts,
+            ids,
+            lambda at: self._ask(layout, parts, wanted, at, self.vocab),
+        )
