@@ -14,8 +14,9 @@ install: .venv/installed
 quickstart: install
 	$(BIN)/opdkit quickstart --out quickstart $(ARGS)
 
+# Many tests start processes, which start sooner where bytecode is kept.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # With the arithmetic of other processors, one after another: about eight times as long.
 test-kernels: install

@@ -113,6 +113,25 @@ class _Probe(Batch):
         )
         self.asked: set[Fact] = set()
         self.hidden_asked = False
+        self.timed = False  # whether it was asked what step it is, or of how many
+
+    @property
+    def step(self) -> int:
+        self.timed = True
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+
+    @property
+    def total_steps(self) -> int:
+        self.timed = True
+        return self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, total_steps: int) -> None:
+        self._total_steps = total_steps
 
     def read(self, fact: Fact) -> Tensor:
         """[ROWS, LENGTH] or [ROWS, LENGTH, k]; a column [ROWS]."""
@@ -176,29 +195,18 @@ def idle(objective: Objective, step: int, total_steps: int) -> frozenset[int]:
 
 @lru_cache(maxsize=256)  # a formula is a value, and is asked again and again
 def needs(objective: Objective, idle: frozenset[int] = frozenset()) -> Needs:
-    """What an objective reads: the formula is run on made-up facts that note each reading, at a few
-    steps from the first to the last.
+    """What an objective reads: the formula is run on made-up facts that note each reading, where it
+    asks what step it is at a few from the first to the last.
 
     Every loss is run whatever its weight, so that what is read only at rare tokens is found as
     well; but those of `idle` terms, by number, which select nothing.
     """
-    probes = [_Probe(step) for step in _Probe.STEPS]
-    for probe in probes:
-        positions = torch.arange(probe.tokens.numel())
-        for number, planned in enumerate(objective.plan(probe).parts):
-            loss = planned.term.loss
-            if number in idle:
-                continue
-            if isinstance(loss, TokenLoss):
-                # one of its own: what another term has read is not read again
-                logits = probe.logits(len(positions))
-                loss.value(Live(probe, positions, logits, hidden=probe.hidden))
-            elif isinstance(loss, RolloutLoss):
-                rows = torch.arange(probe.ROWS)
-                loss.value(probe.read(LogpFact("live")), probe.mask, rows, probe)
-            credit = credit_of(loss)
-            if credit is not None:
-                credit(probe)
+    probes: list[_Probe] = []
+    for step in _Probe.STEPS:
+        probes.append(_Probe(step))
+        _run(objective, probes[-1], idle)
+        if not probes[-1].timed:  # it would read the same at any other step
+            break
     # signals look at the student's tokens, whoever wrote those that a loss is about
     wrote = {"student", *(author for term in objective.terms for author in term.whose)}
     return Needs(
@@ -208,3 +216,22 @@ def needs(objective: Objective, idle: frozenset[int] = frozenset()) -> Needs:
         any(probe.hidden_asked for probe in probes),
         tuple(dict.fromkeys(signal for probe in probes for signal in probe.signals)),
     )
+
+
+def _run(objective: Objective, probe: _Probe, idle: frozenset[int]) -> None:
+    """What it is to learn from a batch, up to the gradient."""
+    positions = torch.arange(probe.tokens.numel())
+    for number, planned in enumerate(objective.plan(probe).parts):
+        loss = planned.term.loss
+        if number in idle:
+            continue
+        if isinstance(loss, TokenLoss):
+            # one of its own: what another term has read is not read again
+            logits = probe.logits(len(positions))
+            loss.value(Live(probe, positions, logits, hidden=probe.hidden))
+        elif isinstance(loss, RolloutLoss):
+            rows = torch.arange(probe.ROWS)
+            loss.value(probe.read(LogpFact("live")), probe.mask, rows, probe)
+        credit = credit_of(loss)
+        if credit is not None:
+            credit(probe)

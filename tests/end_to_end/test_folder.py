@@ -48,19 +48,20 @@ FAILING: dict[str, dict[str, Any]] = {  # each fails later than the one before
     "a student that is not there": {"student": "/nowhere/student"},
     "no row": {"data": "/nowhere/data.jsonl"},
     "a prompt too long": {"sampling": {"max_completion_length": 10**6}},
-    "a judge that is not there": {"reward": "judge:http://127.0.0.1:9/v1"},
+    "a judge that is not there": {"reward": "{judge}"},
     "a reward that fails in the first step": {"reward": "{broken}"},
 }
 
 
 def failing(shop: Shop, tmp_path: Path, case: str) -> dict[str, Any]:
-    broken = tmp_path / "broken.py"
+    broken, judge = tmp_path / "broken.py", tmp_path / "judge.yaml"
     broken.write_text("def reward(rollout):\n    raise ValueError('no')\n")
+    judge.write_text("urls: [http://127.0.0.1:9/v1]\nretries: 0\n")
 
     def filled(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: filled(v) for k, v in value.items()}
-        known = {"{data}": shop.data, "{broken}": f"{broken}:reward"}
+        known = {"{data}": shop.data, "{broken}": f"{broken}:reward", "{judge}": f"judge:{judge}"}
         return known.get(value, value) if isinstance(value, str) else value
 
     return filled(FAILING[case])
