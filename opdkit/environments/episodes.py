@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from opdkit.base.errors import UserError
 from opdkit.environments.base import Environment
@@ -39,6 +39,7 @@ class EpisodeSampler:
     name: str = "own"
     max_turns: int | None = None
     turn_tokens: int | None = None
+    gives_each: ClassVar[bool] = True  # it takes `each`
 
     def sync(self, model: Any, version: int) -> None:
         """After an optimiser step: the student's weights go to whoever writes."""
@@ -70,11 +71,13 @@ class EpisodeSampler:
         step: int | None = 0,
         policy_version: int = 0,
         progress: Callable[[int], object] | None = None,
+        each: Callable[[Rollout], object] | None = None,
     ) -> list[Rollout]:
         """`sampling.num_generations` episodes of each prompt, those of one prompt side by side.
 
         Of a prompt its row is read, not its tokens: the environment opens the episode.
-        `max_completion_length` bounds all that is written after the opening.
+        `max_completion_length` bounds all that is written after the opening. `each` is told of each
+        episode as it ends, without log-probs and what it is worth.
         """
         for prompt in prompts:
             if prompt.prefix:
@@ -88,18 +91,19 @@ class EpisodeSampler:
             {id: self._episode(prompts[i // sampling.num_generations], sampling)
              for i, id in enumerate(ids)},
             self.turn_tokens,
+            each,
         )  # fmt: skip
         try:
             for episode in lived.episodes.values():
                 episode.open(seed_of(seed, episode.prompt.question), sampling.max_completion_length)
-            asked, each = _asked(prompts, list(lived.episodes.values()), sampling)
+            asked, single = _asked(prompts, list(lived.episodes.values()), sampling)
             settings = {"seed": seed, "step": step, "policy_version": policy_version}
             if getattr(self.inner, "continues", False):
                 written = self.inner.sample(
-                    asked, each, replies=lived, progress=progress, **settings
+                    asked, single, replies=lived, progress=progress, **settings
                 )
             else:
-                written = rounds(self.inner, asked, each, lived, progress, settings)
+                written = rounds(self.inner, asked, single, lived, progress, settings)
             return [
                 finished(rollout, lived.episodes[rollout.id], self.dialogue) for rollout in written
             ]
@@ -137,9 +141,14 @@ class Live:
 
     episodes: dict[str, Episode]
     turn_tokens: int | None = None
+    each: Callable[[Rollout], object] | None = None  # is told of each that has ended
 
     def answer(self, turns: Sequence[Turn]) -> list[list[int] | None]:
-        return [self.episodes[turn.rollout].go_on(turn) for turn in turns]
+        replies = [self.episodes[turn.rollout].go_on(turn) for turn in turns]
+        for turn, reply in zip(turns, replies):
+            if reply is None and self.each is not None:
+                self.each(_ended(turn.rollout, self.episodes[turn.rollout]))
+        return replies
 
     def close(self) -> None:
         """Closes all environments, whatever one of them does."""
@@ -181,26 +190,38 @@ def _asked(
     return made, sampling if alike else replace(sampling, num_generations=1)
 
 
-def finished(rollout: Rollout, episode: Episode, dialogue: Dialogue) -> Rollout:
-    """A rollout as the record of its episode, with what that was worth."""
+def _ended(id: str, episode: Episode) -> Rollout:
+    """An episode as a rollout, but for what its sampler and its world say of it."""
     parts = episode.parts
     marks = [part.mark for part in parts for _ in part.tokens]
-    score = episode.scored()
-    own = [not mark for mark in marks]
-    tokens = episode.tokens
-    if tokens != rollout.tokens:
-        raise RuntimeError(f"rollout {rollout.id}: the sampler and its episode differ")
-    return replace(
-        rollout,
+    return Rollout(
+        id,
         prompt=episode.opening,
         row=episode.row,
-        trained=own,
-        logp=[p if mine else 0.0 for p, mine in zip(rollout.logp, own)],
-        drawn_logp=[p if mine else 0.0 for p, mine in zip(rollout.drawn_logp, own)],
+        tokens=episode.tokens,
+        trained=[not mark for mark in marks],
+        logp=[],
+        drawn_logp=[],
+        group=episode.prompt.group,
         finish=episode.finish,
-        text=dialogue.tokenizer.decode(tokens, skip_special_tokens=True),
         marks={mark: [m == mark for m in marks] for mark in ("given", "tool") if mark in marks},
         turns=[part.turn for part in parts for _ in part.tokens],
+        question=episode.prompt.question,
+    )
+
+
+def finished(rollout: Rollout, episode: Episode, dialogue: Dialogue) -> Rollout:
+    """A rollout as the record of its episode, with what that was worth."""
+    ended, score = _ended(rollout.id, episode), episode.scored()
+    if ended.tokens != rollout.tokens:
+        raise RuntimeError(f"rollout {rollout.id}: the sampler and its episode differ")
+    return replace(
+        ended,
+        logp=[p if mine else 0.0 for p, mine in zip(rollout.logp, ended.trained)],
+        drawn_logp=[p if mine else 0.0 for p, mine in zip(rollout.drawn_logp, ended.trained)],
+        policy_version=rollout.policy_version,
+        notes=rollout.notes,
+        text=dialogue.tokenizer.decode(ended.tokens, skip_special_tokens=True),
         reward=score.reward,
         correct=score.correct,
         feedback=score.feedback,

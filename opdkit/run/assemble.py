@@ -107,8 +107,8 @@ def assemble(
         mesh=mesh,
     )
     begun = opened.models.context.opened.get(BEGUN)
-    if begun is not None and mesh.size == 1 and getattr(collector.sampler, "gives_each", False):
-        collector.early = Early(begun, opened.scorers, job.needs_at, run.ahead)
+    if begun is not None and getattr(collector.sampler, "gives_each", False):
+        collector.early = Early(begun, opened.scorers, job.needs_at, mesh)
     if evaluator is not None and state.evaluated < 0:
         score_teachers(evaluator, opened.scorers, asked.eval_rows or [])
     return job, state

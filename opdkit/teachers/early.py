@@ -30,6 +30,22 @@ T = TypeVar("T")
 Values = dict[Any, Tensor]  # of one rollout: [n] or [n, k] by fact, or [n, H] as "hidden"
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One of a teacher's about a rollout, for a step; an error in its place is that step's."""
+
+    step: int
+    rollout: str
+    values: Values | Exception
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        if isinstance(self.values, Exception):
+            return 0
+        return sum(v.numel() * v.element_size() for v in self.values.values())
+
+
 # that requests are begun for; in the threads that do it and those they ask others in
 _step: ContextVar[int | None] = ContextVar("step", default=None)
 
@@ -45,8 +61,7 @@ class Begun:
     def __init__(self) -> None:
         self.threads = 0  # requests that the servers take at once, all together
         self.size = 0  # bytes of all answers
-        # with the step that they are for; an error in place of an answer is that step's
-        self._answers: dict[bytes, tuple[int, Values | Exception]] = {}
+        self._answers: dict[bytes, Answer] = {}
         self._under_way: dict[str, threading.Event] = {}  # by the rollout's id
         self._lock = threading.Lock()
         self.used = 0  # answers
@@ -80,39 +95,48 @@ class Begun:
             if event is not None:
                 event.wait()
 
-    def put(self, key: bytes, values: Values | Exception) -> None:
+    def put(self, key: bytes, rollout: str, values: Values | Exception) -> None:
         step = _step.get()
         assert step is not None
-        with self._lock:
-            self._answers[key] = step, values
-            self.size += _size(values)
+        self.give({key: Answer(step, rollout, values)})
 
     def take(self, key: bytes, wanted: Collection[Any]) -> Values | None:
         """An answer that holds all that is wanted, which is kept no longer."""
         with self._lock:
-            _, found = self._answers.get(key, (0, None))
-            if isinstance(found, dict) and not set(wanted) <= set(found):
+            found = self._answers.get(key)
+            if found is None:
                 return None
-            if found is not None:
-                del self._answers[key]
-                self.size -= _size(found)
-                self.used += 1
-        if isinstance(found, Exception):
-            raise found
-        return found
+            if isinstance(found.values, dict) and not set(wanted) <= set(found.values):
+                return None
+            self._forget([key])
+            self.used += 1
+        if isinstance(found.values, Exception):
+            raise found.values
+        return found.values
 
     def discard(self, before: int) -> int:
         """Forgets what is for steps before this one; returns how many answers that were."""
         with self._lock:
-            old = [key for key, (step, _) in self._answers.items() if step < before]
-            self.size -= sum(_size(self._answers.pop(key)[1]) for key in old)
-        return len(old)
+            return len(self._forget(k for k, a in self._answers.items() if a.step < before))
 
+    def about(self, rollouts: Collection[str]) -> dict[bytes, Answer]:
+        """The answers about these, once they are there; they are no longer here."""
+        self.wait(rollouts)
+        with self._lock:
+            return self._forget(k for k, a in self._answers.items() if a.rollout in rollouts)
 
-def _size(values: Values | Exception) -> int:
-    if isinstance(values, Exception):
-        return 0
-    return sum(v.numel() * v.element_size() for v in values.values())
+    def give(self, answers: Mapping[bytes, Answer]) -> None:
+        """In the place of what there was about the same."""
+        with self._lock:
+            self._forget(answers.keys() & self._answers.keys())
+            self._answers |= answers
+            self.size += sum(answer.size for answer in answers.values())
+
+    def _forget(self, keys: Iterable[bytes]) -> dict[bytes, Answer]:
+        """Under the lock."""
+        gone = {key: self._answers.pop(key) for key in list(keys)}
+        self.size -= sum(answer.size for answer in gone.values())
+        return gone
 
 
 @dataclass
@@ -133,8 +157,8 @@ class _Early:
         try:
             return ask()
         except Exception as error:
-            for _, _, key in each:
-                self.begun.put(key, error)
+            for rollout, _, key in each:
+                self.begun.put(key, rollout.id, error)
             raise
 
     def _each(self, layout: Layout, positions: Tensor) -> list[tuple[Rollout, Tensor, bytes]]:
@@ -176,8 +200,9 @@ class EarlyNumbers(_Early):
         each = self._each(layout, positions)
         if self.begun.beginning:
             made = self._asked(each, partial(self.inner.said, wanted, layout, positions, ids))
-            for _, index, key in each:
-                self.begun.put(key, {fact: made[fact][index].cpu() for fact in wanted})
+            for rollout, index, key in each:
+                values = {fact: made[fact][index].cpu() for fact in wanted}
+                self.begun.put(key, rollout.id, values)
             return made
         found = self._found(each, wanted)
         places = [at for _, at, _ in each]
@@ -215,9 +240,10 @@ class EarlyStates(_Early):
         each = self._each(layout, positions)
         if self.begun.beginning:
             source: Any = self._asked(each, partial(self.inner.source, layout, positions))
-            for _, index, key in each:
+            for rollout, index, key in each:
                 at = positions[index.to(positions.device)]
-                self.begun.put(key, {"hidden": source.hidden[source.index[at]].cpu()})
+                hidden = source.hidden[source.index[at]].cpu()
+                self.begun.put(key, rollout.id, {"hidden": hidden})
             return source
         found = self._found(each, ["hidden"])
         where = positions.cpu()

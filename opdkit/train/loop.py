@@ -131,6 +131,9 @@ def _step(job: Job, state: State, moving: ExitStack) -> None:
     collected = written.collected
     needs = job.needs_at(step, total)
     with clock("score"):  # gather facts
+        if job.collector.early is not None:
+            with clock.waiting("score"):
+                job.collector.early.settle(step, rollouts)
         batch = gather(
             rollouts,
             needs,

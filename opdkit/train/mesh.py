@@ -54,8 +54,12 @@ class Mesh(ABC):
         """[B, width] bool: the tokens that this process scores and learns; of every token that is
         one process.
         """
-        owner = torch.tensor(by_length(rollouts, self.size), dtype=torch.int64)
+        owner = torch.tensor(self.owners(rollouts), dtype=torch.int64)
         return (owner == self.rank)[:, None].expand(-1, width)
+
+    def owners(self, rollouts: Sequence[Rollout]) -> list[int]:
+        """The rank that scores and learns each rollout."""
+        return by_length(rollouts, self.size)
 
     def most(self, number: int) -> int:
         """The largest of what the processes have."""
@@ -64,6 +68,12 @@ class Mesh(ABC):
     def level(self, parts: Sequence[Thing], idle: Thing) -> list[Thing]:
         """Parts of work, as many everywhere as the most that one has; those added are `idle`."""
         return [*parts, *[idle] * (self.most(len(parts)) - len(parts))]
+
+    @abstractmethod
+    def handed(self, parts: Sequence[Thing]) -> list[Thing]:
+        """What each process has for this one, in the order of their ranks; `parts`: what this one
+        has for each. Of any size, with tensors of the CPU.
+        """
 
     def first(self, make: Callable[[], Made]) -> Made:
         """What the first process makes, for all."""
@@ -114,6 +124,9 @@ class Alone(Mesh):
     def every(self, thing: Any) -> list[Any]:
         return [thing]
 
+    def handed(self, parts: Sequence[Thing]) -> list[Thing]:
+        return list(parts)
+
 
 ALONE = Alone()
 
@@ -151,6 +164,16 @@ class Ranks(Mesh):
         things: list[Any] = [None] * self.size
         dist.all_gather_object(things, thing, group=self.small)
         return things
+
+    def handed(self, parts: Sequence[Thing]) -> list[Thing]:
+        import torch.distributed as dist
+
+        got: list[Any] = []
+        for source in range(self.size):
+            mine, theirs = list(parts) if source == self.rank else None, [None]
+            dist.scatter_object_list(theirs, mine, src=source, group=self.small)
+            got += theirs
+        return got
 
     def aside(self) -> Mesh:
         import torch.distributed as dist

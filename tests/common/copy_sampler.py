@@ -22,6 +22,8 @@ from opdkit.types import Prompt, Rollout, Sampler, Sampling
 class CopySampler:
     """Calls are noted: (what, version or step)."""
 
+    gives_each = True  # it takes `each`
+
     def __init__(self, context: SamplerContext, before: Callable[[int], object]):
         config = copy.deepcopy(context.model.config)
         dtype = next(context.model.parameters()).dtype

@@ -127,6 +127,10 @@ def test_one_that_is_killed_while_it_learns(shop: Shop, tmp_path: Path) -> None:
     fails(shop, tmp_path, "learn", 1, "kill")
 
 
+def test_one_whose_reward_fails(shop: Shop, tmp_path: Path) -> None:
+    fails(shop, tmp_path, "reward", 1, "error")
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("how", ["kill", "error"])

@@ -22,7 +22,7 @@ from tests.end_to_end.conftest import Shop, gsm8k_rows, write_rows
 from tests.end_to_end.ranks import main
 
 ROOT = Path(__file__).parents[2]
-NOISE = ("seconds/", "memory/", "tokens_per_second/", "mfu/")
+NOISE = ("seconds/", "memory/", "tokens_per_second/", "mfu/", "early/")
 MOST = {"gradients": 1e-12, "metrics": 1e-12, "weights": 1e-12}
 # of what an AdamW of its own learns beside the student: it divides by gradients that are rounding
 BESIDE = 1e-11
@@ -119,16 +119,21 @@ def differences(one: dict[str, Any], several: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def compare(cases: dict[str, dict[str, Any]], folder: Path, counts: tuple[int, ...]) -> None:
+def compare(
+    cases: dict[str, dict[str, Any]], folder: Path, counts: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """Several processes find what one finds; what each number of them found, with one first."""
     one, wrong = on(1, cases, folder), {}
+    every = [one]
     for count in counts:
-        several = on(count, cases, folder)
+        every.append(several := on(count, cases, folder))
         for name in cases:
             assert one[name]["names"] == several[name]["names"], "the saved model's weights"
             found = differences(one[name], several[name])
             if any(found[kind] > most for kind, most in MOST.items()):
                 wrong[name, count] = found
     assert wrong == {}
+    return every
 
 
 def test_two_processes_find_what_one_finds(shop: Shop, data: str, tmp_path: Path) -> None:

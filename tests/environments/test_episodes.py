@@ -67,14 +67,19 @@ def model(seed: int = 0) -> Any:
 
 
 def lived(
-    make: Any = Counts, prompts: int = 3, sampling: Sampling = DRAWN, inner: Any = None, **more: Any
+    make: Any = Counts,
+    prompts: int = 3,
+    sampling: Sampling = DRAWN,
+    inner: Any = None,
+    each: Any = None,
+    **more: Any,
 ) -> list[Rollout]:
     asked = more.pop("asked", None) or [
         Prompt(f"p{n}", [1], {"id": f"p{n}", "n": n}) for n in range(prompts)
     ]
     sampler = (inner or HFSampler)(model(), TOKENIZER)
     acting = EpisodeSampler(sampler, Dialogue(TOKENIZER), make, **{"turn_tokens": 9, **more})
-    return acting.sample(asked, sampling, seed=5, step=2)
+    return acting.sample(asked, sampling, seed=5, step=2, each=each)
 
 
 def text(rollout: Rollout) -> str:
@@ -100,6 +105,18 @@ def test_the_record_of_an_episode(inner: Any) -> None:
             assert TOKENIZER.decode(own, skip_special_tokens=True).strip() == said[turn]
         assert not any(p for p, other in zip(rollout.logp, tool) if other)
         assert f"{len(said[0])} signs<|im_end|>\n<|im_start|>assistant\n" in text(rollout)
+
+
+@pytest.mark.parametrize("inner", [HFSampler, Rounds])
+def test_an_episode_is_told_of_as_it_ends(inner: Any) -> None:
+    """With all that is read of it while others go on."""
+    told: list[Rollout] = []
+    rollouts = lived(inner=inner, each=told.append)
+    assert sorted(r.id for r in told) == sorted(r.id for r in rollouts)
+    of = {r.id: r for r in told}
+    for r in rollouts:
+        silent = {"logp": [], "drawn_logp": [], "text": "", "feedback": ""}
+        assert of[r.id] == replace(r, reward=None, correct=None, policy_version=0, **silent)
 
 
 def test_both_ways_of_writing_agree() -> None:

@@ -71,6 +71,9 @@ class Thread(Mesh):
     def every(self, thing: Any) -> list[Any]:
         return self.common.every(self.rank, thing)
 
+    def handed(self, parts: Any) -> list[Any]:
+        return [of[self.rank] for of in self.every(parts)]
+
 
 def on_each(size: int, work: Callable[[Any], Any]) -> list[Any]:
     common = Together(size)

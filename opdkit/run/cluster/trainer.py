@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
@@ -124,6 +125,13 @@ def _stopped_by(board: Actor) -> Iterator[None]:
         signal.signal(signal.SIGTERM, usual)
 
 
+_UNUSED = (
+    ", and none of them holds anything: they hold models that only score, and this run has none, "
+    "asks servers, or lets the trainers hold what it needs (evaluate.teacher, teachers with "
+    "tokenizers of their own). They take room and do nothing: set cluster.teachers=0"
+)
+
+
 class Parts:
     """The parts of a run that are elsewhere, as one process of the trainers asks them."""
 
@@ -131,6 +139,7 @@ class Parts:
         self.task = task
         self.teachers = Teachers(task.teachers, task.cluster.patience) if task.teachers else None
         self.crew: Crew | None = None
+        self.told = False  # that none of them holds anything
 
     def given(self) -> Given:
         # a teacher that is evaluated writes, in this process
@@ -154,6 +163,9 @@ class Parts:
 
     def counts(self) -> dict[str, float]:
         """What they did so far, for metrics."""
+        if self.teachers is not None and not self.teachers.specs and not self.told:
+            print(f"opdkit: cluster.teachers={len(self.teachers.seats)}{_UNUSED}", file=sys.stderr)
+            self.told = True
         made = {"cluster/trainer_restarts": float(self.task.restarts)}
         for part in (self.crew, self.teachers):
             made |= {} if part is None else part.counts()

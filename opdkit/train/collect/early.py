@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -19,8 +19,9 @@ from opdkit.objective.needs import Needs
 from opdkit.objective.supply import with_ids
 from opdkit.teachers import Remote
 from opdkit.teachers.base import early
-from opdkit.teachers.early import MOST, Begun
+from opdkit.teachers.early import MOST, Answer, Begun
 from opdkit.train.gather import collate
+from opdkit.train.mesh import ALONE, Mesh
 from opdkit.types import Rollout
 
 # answers that came before they were asked for, that were read, that failed, that nobody asked for
@@ -39,7 +40,8 @@ class Early:
         begun: where the answers wait; those who ask look there.
         scorers: all of the run, by the names that the objective gives them.
         needs: what is read at step number `step` of `total_steps`.
-        ahead: steps by which rollouts are written before they are learnt from.
+        mesh: the processes that share the run; each begins what is asked about rollouts that it
+            hears of.
     """
 
     def __init__(
@@ -47,9 +49,9 @@ class Early:
         begun: Begun,
         scorers: Mapping[str, Any],
         needs: Callable[[int, int], Needs],
-        ahead: int = 0,
+        mesh: Mesh = ALONE,
     ):
-        self.begun, self.scorers, self.needs, self.ahead = begun, scorers, needs, ahead
+        self.begun, self.scorers, self.needs, self.mesh = begun, scorers, needs, mesh
         self.counts = dict.fromkeys(COUNTS, 0)
         self._spans: dict[int, list[Span]] = {}  # by the step that they are for
         self._said = dict(self.counts)
@@ -60,15 +62,32 @@ class Early:
 
     def hearing(self, step: int, total_steps: int) -> Callable[[Rollout], None]:
         """What is to be told of each rollout of a step as it ends."""
-        self.counts["discarded"] += self.begun.discard(step - self.ahead)
         asked = asked_of(self.needs(step, total_steps), self.scorers)
         return partial(self._hear, step, self.needs(step, total_steps), asked)
 
+    def settle(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """Before a step reads answers: forgets those that no step will read, and hands those about
+        its rollouts to the processes that learn from them.
+        """
+        self.counts["discarded"] += self.begun.discard(step)
+        if self.mesh.size == 1:
+            return
+        owner = {r.id: rank for r, rank in zip(rollouts, self.mesh.owners(rollouts))}
+        theirs = self.begun.about({id for id, rank in owner.items() if rank != self.mesh.rank})
+        parts: list[dict[bytes, Answer]] = [{} for _ in range(self.mesh.size)]
+        for key, answer in theirs.items():
+            parts[owner[answer.rollout]][key] = answer
+        for mine in self.mesh.handed(parts):
+            self.begun.give(mine)
+
     def metrics(self) -> dict[str, float]:
-        """Since they were asked for last: answers that came early, were read, and were not."""
+        """Since they were asked for last: answers that came early, were read, and were not, in all
+        processes.
+        """
         before, now = self._said, {**self.counts, "used": self.begun.used}
         self._said = now
-        return {f"early/{name}": float(now[name] - before[name]) for name in COUNTS}
+        every = self.mesh.every([now[name] - before[name] for name in COUNTS])
+        return {f"early/{name}": float(sum(of)) for name, of in zip(COUNTS, zip(*every))}
 
     def spans(self, step: int) -> list[Span]:
         """When teachers were asked for a step before it was taken; they are told once."""

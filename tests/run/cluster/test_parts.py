@@ -24,6 +24,7 @@ from opdkit.run.cluster.driver import _Folder, bundles
 from opdkit.run.cluster.sampler import as_array, as_tensor
 from opdkit.run.cluster.settings import RayCluster, cluster_of
 from opdkit.run.cluster.teacher import HostedNumbers, HostedStates, Seat, TeacherActor, Teachers
+from opdkit.run.cluster.trainer import Parts, Task
 from opdkit.run.folder import FORMER, RUN
 from opdkit.run.open import Given, Models
 from opdkit.run.settings import make_run
@@ -254,6 +255,22 @@ def test_a_place_without_a_spare_waits_for_its_return() -> None:
     assert Seat([back], {}).next(5.0).actors == [back] and back.calls == 3  # type: ignore
     with pytest.raises(Gone):
         Seat([Here(Alive(), gone=99)], {}).next(0.3)  # type: ignore[list-item]
+
+
+def test_teachers_that_hold_nothing_are_told_once(
+    shop: Shop, actor: TeacherActor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A teacher that is evaluated writes in the trainer, so that none is held elsewhere."""
+    run = shop.run("unused", evaluate={"data": shop.data, "teacher": True})
+    task = Task(
+        run, RayCluster(teachers=1), 1, "", 0, None, [[Here(actor)]], False, 0, *[False] * 3
+    )  # type: ignore[list-item, arg-type]
+    parts = Parts(task, 0)
+    assert parts.given().hosts is None
+    parts.counts()
+    assert "cluster.teachers=1, and none of them holds anything" in capsys.readouterr().err
+    parts.counts()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_process_holds_one_teacher_at_a_time(shop: Shop) -> None:

@@ -26,12 +26,14 @@ from opdkit.teachers.early import BEGUN, Begun
 from opdkit.teachers.kinds import teacher_of
 from opdkit.train.collect.early import Early, asked_of
 from opdkit.train.gather import gather
+from opdkit.train.mesh import Mesh
 from opdkit.types import Rollout
 from tests.common.fake_server import FakeServer
 from tests.common.rounding import FORWARD
 from tests.common.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.teachers.test_serve import serving, url
 from tests.train.rows import rollouts
+from tests.train.test_mesh import on_each
 
 TOKENIZER = tiny_tokenizer()
 OWN: tuple[Fact, ...] = (
@@ -166,21 +168,52 @@ def test_a_rollout_that_was_changed_is_asked_again(change: Callable[[Rollout], R
         plain = {"kind": "server", "urls": [server.url], "early": False}
         same(found, Run(OWN, plain).step(changed), 0.0)
     assert run.early.metrics()["early/used"] == 1
-    run.early.hearing(1, 10)
+    run.early.settle(1, rows)
     assert run.early.metrics()["early/discarded"] == 1
     assert run.begun is not None and run.begun.size == 0
 
 
-def test_answers_wait_as_long_as_rollouts_are_ahead() -> None:
+def test_answers_wait_for_the_step_that_they_are_for() -> None:
     rows = rollouts()
     with vllm() as server:
         run = Run(OWN, server.url)
-        run.early.ahead = 2
         run.begin(rows, step=3)
-        run.early.hearing(5, 10)
+        run.early.settle(3, rows)
         assert run.early.metrics()["early/discarded"] == 0
-        run.early.hearing(6, 10)
+        run.early.settle(4, rows)
         assert run.early.metrics()["early/discarded"] == 4
+
+
+@pytest.mark.parametrize("facts", [OWN, WHOLE], ids=["numbers", "states"])
+@pytest.mark.parametrize("by", ["the first", "all in turn"])
+def test_answers_go_to_the_process_that_learns_from_the_rollout(
+    facts: tuple[Fact, ...], by: str
+) -> None:
+    """Whoever began them: nothing is asked twice, and an error is raised where it is read."""
+    rows = rollouts(lengths=((3, 5), (7, 4), (2, 9), (4, 6)))
+    with serving(tiny_model("llama", seed=2)) as (one,):
+        runs = [Run(facts, {"kind": "server", "urls": [url(one)], "early": True}) for _ in "ab"]
+        expected = runs[0].step(rows)
+
+        def learns(mesh: Mesh) -> Any:
+            run = runs[mesh.rank]
+            run.early.mesh = mesh
+            mine = (rows if mesh.rank == 0 else []) if by == "the first" else rows[mesh.rank :: 2]
+            run.begin(mine)
+            run.early.settle(0, rows)
+            batch = gather(rows, Needs(frozenset(facts)), run.scorers, mesh=mesh)
+            found = {fact: batch.read(fact) for fact in facts}
+            return found, batch.mine, run.early.metrics()
+
+        found = on_each(2, learns)
+    assert found[0][2] == found[1][2] and found[0][2]["early/used"] == len(rows)
+    for fact in facts:
+        parts = [
+            torch.where(mine if not fact.shape else mine[..., None], of[fact], 0)
+            for of, mine, _ in found
+        ]
+        torch.testing.assert_close(sum(parts), expected[fact], rtol=0, atol=0)
+    assert all(run.begun is not None and run.begun.size == 0 for run in runs)
 
 
 def test_routes_and_views_of_the_row_are_begun_and_late_views_are_not() -> None:
