@@ -113,7 +113,7 @@ class _Probe(Batch):
         )
         self.asked: set[Fact] = set()
         self.hidden_asked = False
-        self.timed = False  # whether it was asked what step it is, or of how many
+        self.timed = False  # whether it was asked what step it is
 
     @property
     def step(self) -> int:
@@ -123,15 +123,6 @@ class _Probe(Batch):
     @step.setter
     def step(self, step: int) -> None:
         self._step = step
-
-    @property
-    def total_steps(self) -> int:
-        self.timed = True
-        return self._total_steps
-
-    @total_steps.setter
-    def total_steps(self, total_steps: int) -> None:
-        self._total_steps = total_steps
 
     def read(self, fact: Fact) -> Tensor:
         """[ROWS, LENGTH] or [ROWS, LENGTH, k]; a column [ROWS]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from opdkit.models.body import head_of
 from opdkit.models.layout import Layout
 from opdkit.objective import Batch, Divergence, Likelihood, Mark, Objective, Reward, Signal
 from opdkit.objective.facts import ColumnFact, VocabularyFact
-from opdkit.objective.needs import idle, needs
+from opdkit.objective.needs import _Probe, idle, needs
 from opdkit.teachers import LocalModel
 from opdkit.train.gather import gather
 from tests.common.tiny import tiny_model
@@ -42,6 +43,31 @@ class Zero(Signal):
 
 
 PULL = Divergence("forward_kl")
+
+
+@dataclass(frozen=True)
+class Late(Signal):
+    """[B, T]: reads a mark of its own from a step on."""
+
+    step: int
+
+    def value(self, batch: Batch) -> Tensor:  # [B, T]
+        return Mark("late" if batch.step >= self.step else "early")(batch)
+
+
+def test_what_a_formula_reads_only_late_is_found() -> None:
+    read = needs(Objective(Likelihood() * Late(50_000))).facts
+    assert {ColumnFact("mark:late"), ColumnFact("mark:early")} <= read
+
+
+def test_a_formula_that_does_not_ask_the_step_is_run_once() -> None:
+    """On as many made-up batches as it may read differently."""
+    for factor, runs in ((Mark("key"), 1), (Late(3), 8)):
+        with mock.patch.object(
+            _Probe, "__init__", autospec=True, side_effect=_Probe.__init__
+        ) as made:
+            needs(Objective(Likelihood() * Zero(factor)))
+        assert made.call_count == runs
 
 
 def test_a_term_is_idle_once_a_factor_that_reads_nothing_is_zero() -> None:
