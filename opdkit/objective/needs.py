@@ -186,8 +186,8 @@ def idle(objective: Objective, step: int, total_steps: int) -> frozenset[int]:
 
 @lru_cache(maxsize=256)  # a formula is a value, and is asked again and again
 def needs(objective: Objective, idle: frozenset[int] = frozenset()) -> Needs:
-    """What an objective reads: the formula is run on made-up facts that note each reading, where it
-    asks what step it is at a few from the first to the last.
+    """What an objective reads: the formula is run on made-up facts that note each reading; at a few
+    steps from the first to the last, if it asks what step it is.
 
     Every loss is run whatever its weight, so that what is read only at rare tokens is found as
     well; but those of `idle` terms, by number, which select nothing.

@@ -301,7 +301,7 @@ PLOTS = (
         "Scored as they ended",
         ("early/*",),
         "rollouts per step",
-        "While others were still being written; failed: asked again in the step.",
+        "While others were still being written; failed: the step that reads it ends so.",
     ),
     Plot(
         WAITED,

@@ -107,7 +107,7 @@ def assemble(
         mesh=mesh,
     )
     begun = opened.models.context.opened.get(BEGUN)
-    if begun is not None and getattr(collector.sampler, "gives_each", False):
+    if begun is not None and getattr(undivided(collector.sampler), "gives_each", False):
         collector.early = Early(begun, opened.scorers, job.needs_at, mesh)
     if evaluator is not None and state.evaluated < 0:
         score_teachers(evaluator, opened.scorers, asked.eval_rows or [])

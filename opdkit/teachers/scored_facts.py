@@ -42,9 +42,7 @@ def asked_by_parts(
     facts [n] or [n, k], by their place among the wanted ones in order.
     """
     if not parts:
-        return {
-            f: torch.zeros((0, *f.shape), dtype=f.dtype, device=positions.device) for f in wanted
-        }
+        return {fact: without_positions(fact, positions.device) for fact in wanted}
     where = positions.cpu()
     place = torch.zeros(int(where.max()) + 1, dtype=torch.int64)
     place[where] = torch.arange(len(where))

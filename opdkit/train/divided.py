@@ -43,11 +43,6 @@ class DividedSampler:
             of_prompts = self.mesh.divided(prompts, written)
         return [rollout for rollouts in of_prompts for rollout in rollouts]
 
-    @property
-    def gives_each(self) -> bool:
-        """Whether each process hears of what it asked for as it ends: see `types.Sampler`."""
-        return getattr(self.inner, "gives_each", False)
-
     def sync(self, model: Any, version: int) -> None:
         self.inner.sync(model, version)
 
@@ -76,11 +71,6 @@ class SharedSampler:
 
     def sync(self, model: Any, version: int) -> None:
         self.staged(model, version)()
-
-    @property
-    def gives_each(self) -> bool:
-        """Whether the first process hears of each rollout as it ends: see `types.Sampler`."""
-        return getattr(self.inner, "gives_each", False)
 
     @property
     def metrics(self) -> Any:

@@ -62,7 +62,7 @@ def test_what_a_formula_reads_only_late_is_found() -> None:
 
 def test_a_formula_that_does_not_ask_the_step_is_run_once() -> None:
     """On as many made-up batches as it may read differently."""
-    for factor, runs in ((Mark("key"), 1), (Late(3), 8)):
+    for factor, runs in ((Mark("key"), 1), (Late(3), len(_Probe.STEPS))):
         with mock.patch.object(
             _Probe, "__init__", autospec=True, side_effect=_Probe.__init__
         ) as made:

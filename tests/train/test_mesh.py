@@ -4,6 +4,7 @@ the gradient and the numbers of one.
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,8 @@ class Thread(Mesh):
         return self.common.every(self.rank, thing)
 
     def handed(self, parts: Any) -> list[Any]:
-        return [of[self.rank] for of in self.every(parts)]
+        """As between processes, where things are sent in bytes."""
+        return [pickle.loads(of[self.rank]) for of in self.every([*map(pickle.dumps, parts)])]
 
 
 def on_each(size: int, work: Callable[[Any], Any]) -> list[Any]:

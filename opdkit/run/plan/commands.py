@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from opdkit.base.config import plain
 from opdkit.run.plan.machines import Machines
+from opdkit.run.plan.servers import sent_alone
 from opdkit.run.settings import Run
 from opdkit.sampling.servers import ADAPTERS, COMMAND
 
@@ -69,12 +70,8 @@ def _group(settings: Mapping[str, Any]) -> str:
     return "{" + ", ".join(f"{name}: {word(value)}" for name, value in settings.items()) + "}"
 
 
-def _quoted(settings: list[str]) -> str:
-    return shlex.join(settings)
-
-
 def _train(layout: Layout, settings: list[str], file: str, of: Machines | None = None) -> list[str]:
-    mine, said = layout.plan.machines, _quoted(settings)
+    mine, said = layout.plan.machines, shlex.join(settings)
     if mine.nodes == 1:
         some = of is not None and mine.each < of.size
         numbers = ",".join(map(str, range(mine.each)))
@@ -116,8 +113,8 @@ def _samplers(layout: Layout, machines: Machines) -> tuple[list[str], list[str]]
 
 def _serve(run: Run) -> str:
     """What starts a server of the student, or of its adapters on it."""
-    alone = run.lora is not None and getattr(run.sampler_settings, "enable_lora", False)
-    text = ADAPTERS.replace("RANK", str(run.lora.r)) if alone and run.lora else COMMAND
+    rank = sent_alone(run)
+    text = ADAPTERS.replace("RANK", str(rank)) if rank else COMMAND
     return text.replace("MODEL", run.student)
 
 

@@ -76,13 +76,18 @@ def smallest(run: Run, student: Held, step: Step, machines: Machines) -> int | N
     return None
 
 
+def sent_alone(run: Run) -> int:
+    """The rank of the adapters that servers are sent alone; 0: they are sent whole weights."""
+    alone = getattr(run.sampler_settings, "enable_lora", False)
+    return run.lora.r if run.lora is not None and alone else 0
+
+
 def pushing(run: Run, student: Held, gathered: float) -> float:
     """Seconds in which servers have the student's new weights, or its adapters alone: put together,
     written, read.
     """
     shape, width = student.shaped, 4 if run.dtype == "float32" else 2
-    alone = run.lora is not None and getattr(run.sampler_settings, "enable_lora", False)
-    share = trained(shape, run.lora) / shape.parameters if alone else 1.0
+    share = trained(shape, run.lora) / shape.parameters if sent_alone(run) else 1.0
     return share * (gathered + shape.parameters * width / FILES)
 
 

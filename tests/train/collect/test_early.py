@@ -148,6 +148,27 @@ def test_our_own_server_reads_each_rollout_by_itself(facts: tuple[Fact, ...]) ->
         assert run.early.metrics()["early/used"] == 4 + 2 + 1
 
 
+def test_an_error_goes_to_the_process_that_learns_from_the_rollout() -> None:
+    rows = rollouts(lengths=((3, 5), (7, 4)))
+    with vllm() as server:
+        runs = [Run(OWN, {"kind": "server", "urls": [server.url], "retries": 0}) for _ in "ab"]
+        good = server.logps
+        server.logps = lambda ids: torch.full((len(ids), 320), torch.nan)  # type: ignore[method-assign]
+        runs[0].begin(rows)
+        server.logps = good  # type: ignore[method-assign]
+
+        def learns(mesh: Mesh) -> str:
+            run = runs[mesh.rank]
+            run.early.mesh = mesh
+            run.early.settle(0, rows)
+            [mine] = [r for r, rank in zip(rows, mesh.owners(rows)) if rank == mesh.rank]
+            with pytest.raises(UserError, match=rf"{mine.id} at teacher .* are no log-probs"):
+                run.step([mine])
+            return mine.id
+
+        assert sorted(on_each(2, learns)) == [r.id for r in rows]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -189,7 +210,7 @@ def test_answers_wait_for_the_step_that_they_are_for() -> None:
 def test_answers_go_to_the_process_that_learns_from_the_rollout(
     facts: tuple[Fact, ...], by: str
 ) -> None:
-    """Whoever began them: nothing is asked twice, and an error is raised where it is read."""
+    """Whoever began them, and nothing is asked twice."""
     rows = rollouts(lengths=((3, 5), (7, 4), (2, 9), (4, 6)))
     with serving(tiny_model("llama", seed=2)) as (one,):
         runs = [Run(facts, {"kind": "server", "urls": [url(one)], "early": True}) for _ in "ab"]
